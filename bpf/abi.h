@@ -1,0 +1,289 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * abi.h: everything Go sees of the kernel half, and nothing else.
+ *
+ * Two kinds of structure live here.
+ *   - Shared memory (maps, ring records): host byte order.
+ *   - struct ls_pre and struct ls_rec, which travel on the peer link:
+ *     little-endian. lockstep supports little-endian hosts only, so both are
+ *     written as plain fields and a static assert refuses other hosts.
+ * Addresses are network-order bytes, ports and VLAN tags host-order numbers.
+ */
+#ifndef LS_ABI_H
+#define LS_ABI_H
+
+#include <linux/types.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lockstep's peer frames are little-endian; this host is not"
+#endif
+
+#define LS_ABI_VERSION 1
+
+/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
+#define LS_ETHERTYPE 0x88b5
+#define LS_MAGIC 0x534c /* "LS" as bytes on the wire */
+
+#define LS_HDR_MAX 128 /* L2..L4 header bytes carried by a ring record */
+#define LS_OPTS_MAX 40 /* TCP options: 60-byte header at most */
+#define LS_BOUND_MAX 48
+
+#define LS_SLOT_DATA 1984	 /* frame bytes in a 2 KiB slot */
+#define LS_GSLOT_DATA (69632 - 64) /* frame bytes in a 68 KiB slot */
+#define LS_SLOT_NONE 0xffffffffu
+#define LS_SLOT_GSO 0x80000000u /* set in a slot number: index into ls_gslots */
+
+#define LS_LANES 2	  /* digest lanes */
+#define LS_BLOCK 4096	  /* bytes of stream per digest block */
+#define LS_KEYS_PER_LANE 1024 /* LS_BLOCK / 4 */
+#define LS_KEYS_PAD 32	  /* copies of the first keys, so a 64-byte step may overrun */
+
+/* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
+enum ls_mode {
+	LS_MODE_SHUT = 0, /* nothing in or out; also "QUIET" of R21 */
+	LS_MODE_HOLD = 1, /* primary: hold, announce, mirror */
+	LS_MODE_RUN = 2,  /* secondary: rewrite in, record out */
+	LS_MODE_PARK = 3, /* secondary: input parked in slots, output dropped (R13) */
+	LS_MODE_SOLO = 4, /* alone: pass both ways, translating where an offset is known */
+};
+
+enum ls_slot_state {
+	LS_SLOT_FREE = 0,
+	LS_SLOT_FILLING = 1,
+	LS_SLOT_READY = 2,
+};
+
+/* One flow, as seen from the guest: the same key on both hosts. */
+struct ls_tuple {
+	__u8 guest[16];	 /* IPv4 as ::ffff:a.b.c.d */
+	__u8 remote[16];
+	__u16 gport;
+	__u16 rport;
+	__u16 vlan; /* VLAN id + DEI/PCP as in the tag (TCI); 0: untagged */
+	__u8 proto; /* IPPROTO_* */
+	__u8 pad;
+};
+
+/* Live settings, one element of the mmapable array ls_conf. */
+struct ls_conf {
+	__u64 speak_until; /* R20: boottime ns; guests' frames pass only before it; ~0: for ever */
+	__u32 mode;	   /* enum ls_mode */
+	__u32 epoch;
+	__u32 term;
+	__u32 key_index; /* element of ls_keys in use */
+	__u8 peer_mac[6];
+	__u8 own_mac[6];
+	__u32 pad;
+};
+
+/* Secrets of one term: SipHash keys by direction, digest keys by lane. */
+struct ls_keys {
+	__u64 sip_tx[2]; /* frames this host sends */
+	__u64 sip_rx[2]; /* frames this host receives */
+	__u64 mix[LS_LANES];
+	__u64 k[LS_LANES][LS_KEYS_PER_LANE + LS_KEYS_PAD]; /* k[l][1024+i] == k[l][i] */
+};
+
+/* Held frames and copies: elements of the mmapable arrays ls_slots, ls_gslots. */
+struct ls_slot {
+	__u32 state; /* enum ls_slot_state; changed by compare-and-swap only */
+	__u32 len;   /* frame bytes in data, VLAN tag not among them */
+	__u8 pad[56];
+	__u8 data[LS_SLOT_DATA];
+};
+
+struct ls_gslot {
+	__u32 state;
+	__u32 len;
+	__u8 pad[56];
+	__u8 data[LS_GSLOT_DATA];
+};
+
+enum ls_ev_type {
+	LS_EV_PVM = 1,	  /* struct ls_ev: the PVM said this (ls_pri_out) */
+	LS_EV_REC = 2,	  /* struct ls_ev_rec: an authentic peer frame */
+	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM said this, PVM numbering (ls_sec_out) */
+	LS_EV_PARK = 4,	  /* struct ls_ev: mirrored input parked in a slot (ls_sec_in) */
+	LS_EV_CLIENT = 5, /* struct ls_ev: SYN, FIN or RST from the remote passed the mirror */
+};
+
+#define LS_EV_PARTIAL 1	   /* frame has a partial checksum */
+#define LS_EV_INHERITED 2  /* LS_EV_COPY: no offset known, numbers untranslated */
+
+struct ls_ev {
+	__u32 type;
+	__u32 slot; /* slot number, or LS_SLOT_NONE */
+	__u64 at;   /* boottime ns */
+	struct ls_tuple t;
+	__u32 inc;	/* LS_EV_COPY: incarnation, see ls_rec */
+	__u32 seq;	/* of the segment's first position (a SYN is one) */
+	__u32 paylen;	/* payload bytes */
+	__u32 ack;
+	__u32 cli_ack;	/* LS_EV_COPY: highest ack seen from the remote, PVM numbering */
+	__u16 win;
+	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 */
+	__u8 flags;	/* LS_EV_* */
+	__u64 sum[LS_LANES]; /* digest of the payload at its positions */
+	__u16 gso_size;
+	__u16 l3_off;
+	__u16 l4_off;
+	__u16 pay_off;
+	__u16 hdr_len; /* bytes of hdr filled: everything before the payload */
+	__u16 pad;
+	__u32 frame_len;
+	__u8 hdr[LS_HDR_MAX];
+};
+
+enum ls_rec_type {
+	LS_REC_DATA = 1,     /* S to P: a TCP segment the SVM said */
+	LS_REC_ANNOUNCE = 2, /* P to S: the PVM's SYN or SYN|ACK (R9) */
+	LS_REC_ASK = 3,	     /* P to S: the sum over [seq, end), please (R5) */
+	LS_REC_ANSWER = 4,   /* S to P: the sum over [seq, end) */
+};
+
+#define LS_REC_INHERITED 1 /* no incarnation: the connection came with a checkpoint */
+#define LS_DIR_P2S 0
+#define LS_DIR_S2P 1
+
+/*
+ * Front of every peer frame, straight behind the Ethernet header. The bytes
+ * between it and the record are what was left of the frame's old headers: a
+ * partial checksum may still be written there, so they mean nothing.
+ */
+struct ls_pre {
+	__u16 magic;
+	__u16 off; /* of struct ls_rec from the frame's start */
+};
+
+/* The authenticated part. Truncated on the wire to len bytes. */
+struct ls_rec {
+	__u64 tag; /* SipHash-2-4 of the len-8 bytes behind it */
+	__u8 version;
+	__u8 type;
+	__u8 dir;
+	__u8 flags;
+	__u16 len;  /* LS_REC_BASE + nsum * 16 */
+	__u16 lane; /* sender's lane (one per CPU, the top one for user space) */
+	__u64 lane_no; /* 1, 2, 3 ... per lane, session and term */
+	__u32 term;
+	__u32 epoch;
+	struct ls_tuple t;
+	__u32 inc; /* incarnation: the PVM's ISN; 0 with LS_REC_INHERITED */
+	__u32 seq; /* PVM numbering */
+	__u32 end; /* seq + payload + SYN + FIN; ASK, ANSWER: end of range */
+	__u32 ack;
+	__u16 win; /* as in the header, unscaled */
+	__u8 tcp_flags;
+	__u8 optlen;
+	__u32 stride; /* bytes between boundaries, from the payload's start */
+	__u16 nsum;   /* boundaries that follow */
+	__u16 pad0;
+	__u32 pad1;
+	__u64 sum[LS_LANES]; /* whole payload */
+	__u8 opts[LS_OPTS_MAX]; /* TCP options, TSval in PVM numbering, rest zero */
+	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
+};
+
+#define LS_REC_BASE 160
+
+struct ls_ev_rec {
+	__u32 type;
+	__u32 pad;
+	__u64 at;
+	struct ls_rec rec;
+};
+
+/*
+ * A TCP connection whose offset is known (element of ls_conn) and its younger
+ * self before the handshake is over (element of the LRU ls_half).
+ */
+#define LS_CONN_PVM 1	 /* ISN of the PVM known (announced) */
+#define LS_CONN_SVM 2	 /* ISN of the SVM known */
+#define LS_CONN_ACTIVE 4 /* opened by the guest */
+#define LS_CONN_GFIN 8	 /* FIN seen from the guest */
+#define LS_CONN_RFIN 16	 /* FIN seen from the remote */
+#define LS_CONN_RST 32	 /* RST seen from either */
+#define LS_CONN_TS 64	 /* both use timestamps: ts_off holds */
+
+struct ls_half {
+	__u32 state;
+	__u32 isn_pvm;
+	__u32 isn_svm;
+	__u32 cli_isn; /* passive: the remote's ISN, from the SYN|ACK's ack */
+	__u32 ts_pvm;
+	__u32 ts_svm;
+	__u32 used_pvm; /* ISN_PVM of the announcement already paired, 0: none (R9) */
+	__u16 win;	/* of the SVM's SYN or SYN|ACK, with its flags and options: */
+	__u8 tcp_flags;
+	__u8 optlen;
+	__u8 opts[LS_OPTS_MAX];
+	__u64 last; /* boottime ns of the last frame */
+};
+
+struct ls_conn {
+	__u32 off;    /* ISN_SVM - ISN_PVM */
+	__u32 ts_off; /* TSval_SVM - TSval_PVM */
+	__u32 inc;    /* incarnation: ISN_PVM */
+	__u32 state;  /* LS_CONN_* */
+	__u32 cli_ack; /* highest ack of the remote, PVM numbering */
+	__u32 isn_svm;
+	__u64 last;
+};
+
+/* Reasons, append-only: Go's labels are generated from these names. */
+#define LS_REASONS(X)                                                          \
+	X(released, "released frame turned back into the tap")                 \
+	X(mirrored, "frame for the guest cloned to the peer")                  \
+	X(mirror_failed, "clone to the peer link failed")                      \
+	X(held, "PVM frame held in a slot")                                    \
+	X(held_ack, "PVM pure ACK told to user space")                         \
+	X(announced, "SYN announced to the peer")                              \
+	X(passed, "guest frame passed without comparison (ARP, ND, solo)")     \
+	X(shut, "frame dropped: the role's gate is shut")                      \
+	X(muted, "frame dropped: speak_until has passed")                      \
+	X(no_slot, "frame dropped: no free slot")                              \
+	X(no_ring, "frame dropped: ring full")                                 \
+	X(too_long, "frame dropped: longer than a slot, or headers too long")  \
+	X(malformed, "frame dropped: headers do not parse")                    \
+	X(unsupported, "frame dropped: protocol not compared")                 \
+	X(peer_junk, "peer frame dropped: not of this protocol")               \
+	X(peer_short, "peer frame dropped: truncated")                         \
+	X(peer_version, "peer frame dropped: other version")                   \
+	X(peer_type, "peer frame dropped: unknown type or direction")          \
+	X(peer_tag, "peer frame dropped: tag wrong")                           \
+	X(peer_term, "peer frame dropped: other term")                         \
+	X(peer_epoch, "peer frame dropped: other epoch")                       \
+	X(record_in, "record taken")                                           \
+	X(record_out, "record sent for an SVM frame")                          \
+	X(copy_lost, "SVM frame recorded without a copy: no slot or ring")     \
+	X(pending, "SVM frame waits: offset not known yet")                    \
+	X(svm_only, "SVM frame dropped: leaves from the PVM only")             \
+	X(delivered, "mirrored frame delivered to the SVM")                    \
+	X(parked, "mirrored frame parked")                                     \
+	X(gated, "frame for the SVM dropped: not mirrored")                    \
+	X(conn_full, "connection table full")                                  \
+	X(rewrite_failed, "frame dropped: rewriting failed")
+
+enum ls_reason {
+#define LS_X(name, text) LS_R_##name,
+	LS_REASONS(LS_X)
+#undef LS_X
+	LS_R_MAX
+};
+
+struct ls_count {
+	__u64 packets;
+	__u64 bytes;
+};
+
+#define LS_SIZE(type, n) _Static_assert(sizeof(type) == (n), #type)
+LS_SIZE(struct ls_tuple, 40);
+LS_SIZE(struct ls_conf, 40);
+LS_SIZE(struct ls_slot, 2048);
+LS_SIZE(struct ls_gslot, 69632);
+LS_SIZE(struct ls_rec, LS_REC_BASE + LS_BOUND_MAX * LS_LANES * 8);
+LS_SIZE(struct ls_ev, 240);
+LS_SIZE(struct ls_half, 80);
+LS_SIZE(struct ls_conn, 32);
+
+#endif

@@ -1,0 +1,189 @@
+// Package compare decides what may leave. It is pure: no clock, no goroutine,
+// no I/O. Time comes in with events, effects are values that the caller
+// carries out in order.
+//
+// [Primary] compares what the PVM said with what the SVM's records say;
+// [Secondary] keeps copies of what the SVM said and answers questions about
+// them. Both speak in events and effects of this package.
+package compare
+
+import "fmt"
+
+// Tuple names one flow as its guest sees it; the same on both hosts.
+type Tuple struct {
+	Guest, Remote         [16]byte // IPv4 as ::ffff:a.b.c.d
+	GuestPort, RemotePort uint16
+	VLAN                  uint16 // TCI as in the tag; 0: untagged
+	Proto                 uint8  // IPPROTO_*
+}
+
+// Sum is the digest of a byte range of a stream, one element per lane (see
+// [Keys]). Sums of adjacent ranges add, lane by lane, modulo 2^64.
+type Sum [2]uint64
+
+// Slot names a frame the kernel holds.
+type Slot uint32
+
+// NoSlot is the slot of a segment that takes none (a pure ACK).
+const NoSlot Slot = 0xffffffff
+
+// Flags are TCP flags as in the header.
+type Flags uint8
+
+// TCP flags.
+const (
+	FIN Flags = 1 << iota
+	SYN
+	RST
+	PSH
+	ACK
+	URG
+)
+
+// Bound is a sum known at a position: the digest of [payload start, Pos).
+type Bound struct {
+	Pos uint32
+	Sum Sum
+}
+
+// Segment is one TCP segment. Positions are TCP sequence numbers in PVM
+// numbering: a SYN and a FIN take one each.
+type Segment struct {
+	Tuple
+	Seq   uint32 // position of the first thing in it, a SYN included
+	Len   uint32 // payload bytes
+	Ack   uint32
+	Win   uint16 // as in the header, unscaled
+	Flags Flags
+	Opts  []byte // TCP options as in the header; valid during Step only
+	Sum   Sum    // of the payload
+
+	// PVM segments and the SVM's copies only.
+	Slot    Slot
+	Payload []byte // view into the slot; valid until the slot is freed
+	GSO     uint16 // segment size of a GSO frame, else 0
+	At      int64  // capture time, boottime ns
+	Header  []byte // L2 and L3 header (a pure ACK's template); valid during Step only
+
+	// SVM segments only.
+	Inc       uint32 // incarnation: the PVM's ISN
+	Inherited bool   // the connection came with a checkpoint: Inc means nothing
+	Bounds    []Bound
+	ClientAck uint32 // copies: the remote's highest ACK known then
+	Epoch     uint32
+}
+
+// PayloadStart is the position of the first payload byte.
+func (s *Segment) PayloadStart() uint32 {
+	if s.Flags&SYN != 0 {
+		return s.Seq + 1
+	}
+	return s.Seq
+}
+
+// End is the position behind the segment, a FIN included.
+func (s *Segment) End() uint32 {
+	end := s.PayloadStart() + s.Len
+	if s.Flags&FIN != 0 {
+		end++
+	}
+	return end
+}
+
+// EventKind tells what happened.
+type EventKind uint8
+
+// Events of the primary side (P), of the secondary side (S) or of both.
+const (
+	// EvPVM (P): the PVM said Seg.
+	EvPVM EventKind = iota + 1
+	// EvSVM (P): a record: the SVM said Seg.
+	EvSVM
+	// EvAnswer (P): S answers: Seg.Sum is the digest of [Seg.Seq, Seg.Seq+Seg.Len).
+	EvAnswer
+	// EvClient (P): a SYN, FIN or RST of the remote went to the guests.
+	// Seg's Seq, Len, Ack, Flags are the remote's.
+	EvClient
+	// EvCopy (S): the SVM said Seg and its frame is kept in Seg.Slot.
+	EvCopy
+	// EvAsk (S): P asks for the sum over [Seg.Seq, Seg.Seq+Seg.Len).
+	EvAsk
+	// EvPark (S): a frame for the SVM was parked in Seg.Slot. Only Slot and At hold.
+	EvPark
+	// EvTick: time passed (see NextDeadline).
+	EvTick
+	// EvFreeze (P): release nothing from now on, but go on collecting (R13, R15).
+	EvFreeze
+	// EvThaw (P): match again: the checkpoint did not happen.
+	EvThaw
+	// EvCommit (P): Epoch has begun. Frames captured before At leave in order (R14),
+	// all younger state starts inherited (R8).
+	EvCommit
+	// EvSolo (P): the SVM is gone for good and the arbiter was won: everything held
+	// leaves (R15, R21).
+	EvSolo
+	// EvReset (S): a checkpoint was loaded: copies are void. EvUnpark: deliver
+	// what was parked, in order.
+	EvReset
+	EvUnpark
+)
+
+// Event is one input to Step.
+type Event struct {
+	Kind  EventKind
+	Seg   Segment
+	Epoch uint32 // EvCommit
+	At    int64  // EvCommit: the commit point, boottime ns
+}
+
+// Op tells what to do.
+type Op uint8
+
+// Effects. The caller carries them out in order.
+const (
+	// OpSend: send a frame in the PVM's name (P). Header from the frame in
+	// Slot, or from Header when Slot is NoSlot; TCP fields from Seq, Ack, Win,
+	// Flags, Opts; payload [From, To) of the frame's payload bytes, counted
+	// from its payload's first byte; GSO segment size as in the slot. Free: the
+	// slot is free once it was sent.
+	OpSend Op = iota + 1
+	// OpFree: Slot is free, its frame is dropped. Reason says why.
+	OpFree
+	// OpAsk: ask S for the sum over [Seq, Seq+To) of Tuple's incarnation Inc (P).
+	OpAsk
+	// OpAnnounce: announce the PVM's SYN again: Seq is its ISN, with Ack, Flags, Opts (P).
+	OpAnnounce
+	// OpCheckpoint: a checkpoint is needed (P). Reason says why.
+	OpCheckpoint
+	// OpAnswer: tell P the sum over [Seq, Seq+To) (S).
+	OpAnswer
+	// OpDeliver: give the frame in Slot to the SVM, then free it (S).
+	OpDeliver
+)
+
+// Reason says why a frame was dropped or a checkpoint is needed.
+type Reason uint8
+
+// Effect is one output of Step.
+type Effect struct {
+	Op        Op
+	Tuple     Tuple
+	Slot      Slot
+	Free      bool
+	From, To  uint32
+	Seq, Ack  uint32
+	Win       uint16
+	Flags     Flags
+	OptLen    uint8
+	Opts      [40]byte
+	HdrLen    uint8
+	Header    [88]byte // L2 and L3 header of a template
+	Inc       uint32
+	Inherited bool
+	Sum       Sum
+	Reason    Reason
+}
+
+func (t Tuple) String() string {
+	return fmt.Sprintf("%s:%d>%s:%d", addr(t.Guest), t.GuestPort, addr(t.Remote), t.RemotePort)
+}
