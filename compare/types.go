@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package compare decides what may leave. It is pure: no clock, no goroutine,
 // no I/O. Time comes in with events, effects are values that the caller
 // carries out in order.
@@ -7,7 +9,7 @@
 // them. Both speak in events and effects of this package.
 package compare
 
-import "fmt"
+import "net/netip"
 
 // Tuple names one flow as its guest sees it; the same on both hosts.
 type Tuple struct {
@@ -185,5 +187,6 @@ type Effect struct {
 }
 
 func (t Tuple) String() string {
-	return fmt.Sprintf("%s:%d>%s:%d", addr(t.Guest), t.GuestPort, addr(t.Remote), t.RemotePort)
+	return netip.AddrPortFrom(netip.AddrFrom16(t.Guest).Unmap(), t.GuestPort).String() + ">" +
+		netip.AddrPortFrom(netip.AddrFrom16(t.Remote).Unmap(), t.RemotePort).String()
 }
