@@ -18,25 +18,35 @@
 #error "lockstep's peer frames are little-endian; this host is not"
 #endif
 
-#define LS_ABI_VERSION 1
+/* Numbers that Go needs too: enumerators, so that its constants come from here. */
+enum ls_const {
+	LS_ABI_VERSION = 1,
 
-/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
-#define LS_ETHERTYPE 0x88b5
-#define LS_MAGIC 0x534c /* "LS" as bytes on the wire */
+	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
+	LS_ETHERTYPE = 0x88b5,
+	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-#define LS_HDR_MAX 128 /* L2..L4 header bytes carried by a ring record */
-#define LS_OPTS_MAX 40 /* TCP options: 60-byte header at most */
-#define LS_BOUND_MAX 48
+	LS_HDR_MAX = 136, /* L2..L4 header bytes: 14 + 60 + 60, rounded up to words */
+	LS_OPTS_MAX = 40, /* TCP options: 60-byte header at most */
+	LS_BOUND_MAX = 48,
+	LS_REC_BASE = 160, /* struct ls_rec without boundaries */
+	LS_REC_OFF_MAX = 96, /* highest ls_pre.off: 14 + 60 + 20, rounded up */
 
-#define LS_SLOT_DATA 1984	 /* frame bytes in a 2 KiB slot */
-#define LS_GSLOT_DATA (69632 - 64) /* frame bytes in a 68 KiB slot */
-#define LS_SLOT_NONE 0xffffffffu
-#define LS_SLOT_GSO 0x80000000u /* set in a slot number: index into ls_gslots */
+	LS_SLOT_DATA = 1984,	     /* frame bytes in a 2 KiB slot */
+	LS_GSLOT_DATA = 69632 - 64,  /* frame bytes in a 68 KiB slot */
+	LS_SLOT_NONE = 0xffffffff,
+	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 
-#define LS_LANES 2	  /* digest lanes */
-#define LS_BLOCK 4096	  /* bytes of stream per digest block */
-#define LS_KEYS_PER_LANE 1024 /* LS_BLOCK / 4 */
-#define LS_KEYS_PAD 32	  /* copies of the first keys, so a 64-byte step may overrun */
+	LS_LANES = 2,		 /* digest lanes */
+	LS_BLOCK = 4096,	 /* bytes of stream per digest block */
+	LS_KEYS_PER_LANE = 1024, /* LS_BLOCK / 4 */
+	LS_KEYS_PAD = 32,	 /* copies of the first keys, so a 64-byte step may overrun */
+};
+
+/* Values of the load-time constant ls_mutate: tests switch one rule off. */
+enum ls_mutation {
+	LS_MUTATE_R9 = 1, /* announcements ignored, every offset taken for 0 */
+};
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
 enum ls_mode {
@@ -59,7 +69,7 @@ struct ls_tuple {
 	__u8 remote[16];
 	__u16 gport;
 	__u16 rport;
-	__u16 vlan; /* VLAN id + DEI/PCP as in the tag (TCI); 0: untagged */
+	__u16 vlan; /* VLAN id; 0: untagged or priority-tagged (PCP differs by direction) */
 	__u8 proto; /* IPPROTO_* */
 	__u8 pad;
 };
@@ -107,8 +117,10 @@ enum ls_ev_type {
 	LS_EV_CLIENT = 5, /* struct ls_ev: SYN, FIN or RST from the remote passed the mirror */
 };
 
-#define LS_EV_PARTIAL 1	   /* frame has a partial checksum */
-#define LS_EV_INHERITED 2  /* LS_EV_COPY: no offset known, numbers untranslated */
+enum ls_ev_flag {
+	LS_EV_PARTIAL = 1,   /* frame has a partial checksum: csum_start, csum_offset hold */
+	LS_EV_INHERITED = 2, /* LS_EV_COPY: no offset known, numbers untranslated */
+};
 
 struct ls_ev {
 	__u32 type;
@@ -121,7 +133,7 @@ struct ls_ev {
 	__u32 ack;
 	__u32 cli_ack;	/* LS_EV_COPY: highest ack seen from the remote, PVM numbering */
 	__u16 win;
-	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 */
+	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
 	__u8 flags;	/* LS_EV_* */
 	__u64 sum[LS_LANES]; /* digest of the payload at its positions */
 	__u16 gso_size;
@@ -129,8 +141,11 @@ struct ls_ev {
 	__u16 l4_off;
 	__u16 pay_off;
 	__u16 hdr_len; /* bytes of hdr filled: everything before the payload */
-	__u16 pad;
+	__u16 tci;     /* VLAN tag as it was, PCP and DEI too; 0: none */
+	__u16 csum_start;  /* as in struct virtio_net_hdr, from the frame's start */
+	__u16 csum_offset;
 	__u32 frame_len;
+	__u32 pad;
 	__u8 hdr[LS_HDR_MAX];
 };
 
@@ -141,9 +156,14 @@ enum ls_rec_type {
 	LS_REC_ANSWER = 4,   /* S to P: the sum over [seq, end) */
 };
 
-#define LS_REC_INHERITED 1 /* no incarnation: the connection came with a checkpoint */
-#define LS_DIR_P2S 0
-#define LS_DIR_S2P 1
+enum ls_rec_flag {
+	LS_REC_INHERITED = 1, /* no incarnation: the connection came with a checkpoint */
+};
+
+enum ls_dir {
+	LS_DIR_P2S = 0,
+	LS_DIR_S2P = 1,
+};
 
 /*
  * Front of every peer frame, straight behind the Ethernet header. The bytes
@@ -184,8 +204,10 @@ struct ls_rec {
 	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
 };
 
-#define LS_REC_BASE 160
-
+/*
+ * In the ring this is cut: 16 + LS_REC_BASE bytes when rec.nsum is 0, else the
+ * whole structure, of which bound[nsum..] means nothing.
+ */
 struct ls_ev_rec {
 	__u32 type;
 	__u32 pad;
@@ -197,22 +219,41 @@ struct ls_ev_rec {
  * A TCP connection whose offset is known (element of ls_conn) and its younger
  * self before the handshake is over (element of the LRU ls_half).
  */
-#define LS_CONN_PVM 1	 /* ISN of the PVM known (announced) */
-#define LS_CONN_SVM 2	 /* ISN of the SVM known */
-#define LS_CONN_ACTIVE 4 /* opened by the guest */
-#define LS_CONN_GFIN 8	 /* FIN seen from the guest */
-#define LS_CONN_RFIN 16	 /* FIN seen from the remote */
-#define LS_CONN_RST 32	 /* RST seen from either */
-#define LS_CONN_TS 64	 /* both use timestamps: ts_off holds */
+enum ls_conn_bit {
+	LS_CONN_PVM = 1,       /* ISN of the PVM known (announced) */
+	LS_CONN_SVM = 2,       /* ISN of the SVM known */
+	LS_CONN_ACTIVE = 4,    /* the SVM's SYN had no ACK: opened by the guest */
+	LS_CONN_GFIN = 8,      /* FIN seen from the guest */
+	LS_CONN_RFIN = 16,     /* FIN seen from the remote */
+	LS_CONN_RST = 32,      /* RST seen from either */
+	LS_CONN_TS = 64,       /* ls_conn: both use timestamps, ts_off holds */
+	LS_CONN_PACTIVE = 128, /* ls_half: the PVM's SYN had no ACK */
+	LS_CONN_PTS = 256,     /* ls_half: the PVM's SYN has a timestamp */
+	LS_CONN_STS = 512,     /* ls_half: the SVM's SYN has a timestamp */
+	LS_CONN_DONE = 1024,   /* ls_half: went to ls_conn once, does not do so again */
+};
 
+/*
+ * The PVM's and the SVM's part are written by different programs, each under its
+ * own bit: cleared before the fields change, set (a full barrier) after. Whoever
+ * finds the other's bit set pairs, so a pair is made once at least.
+ *
+ * Both parts belong together when
+ *   - the same two ISNs were paired before (used_pvm, used_svm), or
+ *   - both are passive and answer the same SYN of the remote, or
+ *   - both are active and neither ISN was used in a pair (0 means none: an ISN
+ *     of 0 is never paired actively, which costs one connect in 2^32).
+ */
 struct ls_half {
 	__u32 state;
 	__u32 isn_pvm;
 	__u32 isn_svm;
-	__u32 cli_isn; /* passive: the remote's ISN, from the SYN|ACK's ack */
+	__u32 cli_pvm; /* passive: the remote's ISN, from the PVM's SYN|ACK's ack */
+	__u32 cli_svm; /* the same from the SVM's */
 	__u32 ts_pvm;
 	__u32 ts_svm;
-	__u32 used_pvm; /* ISN_PVM of the announcement already paired, 0: none (R9) */
+	__u32 used_pvm; /* the pair made last (R9); 0: none */
+	__u32 used_svm;
 	__u16 win;	/* of the SVM's SYN or SYN|ACK, with its flags and options: */
 	__u8 tcp_flags;
 	__u8 optlen;
@@ -282,8 +323,8 @@ LS_SIZE(struct ls_conf, 40);
 LS_SIZE(struct ls_slot, 2048);
 LS_SIZE(struct ls_gslot, 69632);
 LS_SIZE(struct ls_rec, LS_REC_BASE + LS_BOUND_MAX * LS_LANES * 8);
-LS_SIZE(struct ls_ev, 240);
-LS_SIZE(struct ls_half, 80);
+LS_SIZE(struct ls_ev, 256);
+LS_SIZE(struct ls_half, 88);
 LS_SIZE(struct ls_conn, 32);
 
 #endif

@@ -1,0 +1,8 @@
+//go:build ignore
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+
+SEC("tcx/ingress")
+int ls_pri_out(struct __sk_buff *skb)
+{
+	return count(LS_R_shut, skb, TCX_DROP);
+}

@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* stats.h: every return from a program goes through count(). */
+#ifndef LS_STATS_H
+#define LS_STATS_H
+
+#include "maps.h"
+
+/* Counts one frame, with the bytes it has now, and returns the verdict. */
+static __always_inline int count(enum ls_reason reason, struct __sk_buff *skb, int verdict)
+{
+	__u32 key = reason;
+	struct ls_count *c = bpf_map_lookup_elem(&ls_stats, &key);
+
+	if (c) {
+		c->packets++;
+		c->bytes += skb->len;
+	}
+	return verdict;
+}
+
+#endif
