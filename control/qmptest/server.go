@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package qmptest plays QEMU's monitor for tests: a [Server] on a unix socket
+// that answers what a COLO guest's QEMU would, misbehaves on request, and
+// records what it was asked; a [Pair] of them that goes through checkpoints
+// together. Daemons under test, in this process or another, are given the
+// sockets' paths.
+package qmptest
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+)
+
+// Request is a command as it came in.
+type Request struct {
+	Execute   string          `json:"execute"`
+	Arguments json.RawMessage `json:"arguments"`
+	ID        json.RawMessage `json:"id"`
+}
+
+// Fault is a way to misbehave.
+type Fault int
+
+// Faults. All but None also hold for connections made later.
+const (
+	None    Fault = iota
+	Silent        // read commands, never answer; a new connection gets no greeting
+	Slow          // answer every command after Server's Delay
+	Garbage       // answer with a line that is no JSON
+	Huge          // answer with a line of 64 MiB
+	Refuse        // answer every command but the handshake with an error
+	HangUp        // close connections at once
+)
+
+// Server is one QEMU's monitor. Like QEMU's, it serves one connection at a time
+// and tells events only to a client that is connected.
+type Server struct {
+	ln   *net.UnixListener
+	path string
+	done sync.WaitGroup
+
+	mu       sync.Mutex
+	conn     *session
+	fault    Fault
+	delay    time.Duration
+	running  bool
+	mode     string // COLO's
+	requests []Request
+	changed  chan struct{} // closed and replaced when requests or conn change
+	handle   func(Request) // called after the reply
+	closed   bool
+}
+
+// session is one client. Writes are in order and never under Server.mu.
+type session struct {
+	conn       net.Conn
+	negotiated bool // under Server.mu
+	mu         sync.Mutex
+}
+
+func (c *session) write(b []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.conn.Write(b) // the client may be gone; its tests will tell
+}
+
+// Listen makes a server on the unix socket path. Its guest runs; COLO's mode is
+// given: "primary", "secondary" or "none".
+func Listen(path, mode string) (*Server, error) {
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("qmp test server: %w", err)
+	}
+	s := &Server{ln: ln, path: path, running: true, mode: mode, changed: make(chan struct{})}
+	s.done.Go(s.accept)
+	return s, nil
+}
+
+// Path is the socket's.
+func (s *Server) Path() string { return s.path }
+
+// Close ends the server and removes its socket.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	c := s.conn
+	s.mu.Unlock()
+	err := s.ln.Close()
+	if c != nil {
+		c.conn.Close()
+	}
+	s.done.Wait()
+	return err
+}
+
+func (s *Server) accept() {
+	for {
+		conn, err := s.ln.Accept()
+		if err != nil {
+			return
+		}
+		c := &session{conn: conn}
+		s.mu.Lock()
+		s.conn = c
+		fault, closed := s.fault, s.closed
+		s.signal()
+		s.mu.Unlock()
+		if fault != HangUp && !closed {
+			s.serve(c, fault)
+		}
+		conn.Close()
+		s.mu.Lock()
+		s.conn = nil
+		s.signal()
+		s.mu.Unlock()
+	}
+}
+
+// signal tells waiters that something changed; called under mu.
+func (s *Server) signal() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func (s *Server) serve(c *session, fault Fault) {
+	if fault != Silent {
+		c.write([]byte(`{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "qmptest"}, "capabilities": ["oob"]}}` + "\r\n"))
+	}
+	lines := bufio.NewScanner(c.conn)
+	for lines.Scan() {
+		var r Request
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			c.write([]byte(`{"error": {"class": "GenericError", "desc": "JSON parse error"}}` + "\r\n"))
+			continue
+		}
+		s.mu.Lock()
+		s.requests = append(s.requests, r)
+		s.signal()
+		fault, delay, handle := s.fault, s.delay, s.handle
+		answer := s.answer(c, r)
+		s.mu.Unlock()
+		if r.Execute == "qmp_capabilities" && fault != Silent {
+			fault = None
+		}
+		switch fault {
+		case Silent:
+			continue
+		case HangUp:
+			return
+		case Slow:
+			t := time.NewTimer(delay)
+			<-t.C
+		case Garbage:
+			c.write([]byte("\x00\xff{]]\r\n"))
+			continue
+		case Huge:
+			huge := make([]byte, 64<<20)
+			for i := range huge {
+				huge[i] = 'x'
+			}
+			c.write(fmt.Appendf(nil, `{"return": "%s", "id": %s}`+"\r\n", huge, id(r)))
+			continue
+		case Refuse:
+			c.write(fmt.Appendf(nil, `{"error": {"class": "GenericError", "desc": "refused by the test"}, "id": %s}`+"\r\n", id(r)))
+			continue
+		}
+		c.write(answer)
+		if handle != nil {
+			handle(r)
+		}
+	}
+}
+
+func id(r Request) string {
+	if r.ID == nil {
+		return "null"
+	}
+	return string(r.ID)
+}
+
+// answer makes the reply of a QEMU that behaves; called under mu.
+func (s *Server) answer(c *session, r Request) []byte {
+	ok := func(v string) []byte { return fmt.Appendf(nil, `{"return": %s, "id": %s}`+"\r\n", v, id(r)) }
+	switch {
+	case r.Execute == "qmp_capabilities":
+		c.negotiated = true
+		return ok("{}")
+	case !c.negotiated:
+		return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "Expecting capabilities negotiation with 'qmp_capabilities'"}, "id": %s}`+"\r\n", id(r))
+	}
+	switch r.Execute {
+	case "query-status":
+		status := "paused"
+		if s.running {
+			status = "running"
+		}
+		return ok(fmt.Sprintf(`{"status": "%s", "singlestep": false, "running": %t}`, status, s.running))
+	case "query-colo-status":
+		return ok(fmt.Sprintf(`{"mode": "%s", "last-mode": "none", "reason": "none"}`, s.mode))
+	case "migrate-set-parameters":
+		return ok("{}")
+	}
+	return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %s}`+"\r\n", r.Execute, id(r))
+}
+
+// SetFault makes the server misbehave from the next command on, or stop it.
+// HangUp also closes the connection there is. delay is Slow's.
+func (s *Server) SetFault(f Fault, delay time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fault, s.delay = f, delay
+	if f == HangUp && s.conn != nil {
+		s.conn.conn.Close()
+	}
+}
+
+// SetCOLO sets the mode that query-colo-status tells.
+func (s *Server) SetCOLO(mode string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mode = mode
+}
+
+// Stop stops the guest and tells STOP, as an operator's stop would.
+func (s *Server) Stop() { s.setRunning(false, "STOP") }
+
+// Resume lets the guest go on and tells RESUME.
+func (s *Server) Resume() { s.setRunning(true, "RESUME") }
+
+func (s *Server) setRunning(running bool, event string) {
+	s.mu.Lock()
+	s.running = running
+	s.mu.Unlock()
+	s.Event(event, time.Now())
+}
+
+// Event tells an event that happened at the time given.
+func (s *Server) Event(name string, at time.Time) {
+	s.Raw(fmt.Sprintf(`{"timestamp": {"seconds": %d, "microseconds": %d}, "event": "%s"}`+"\r\n",
+		at.Unix(), at.Nanosecond()/1000, name))
+}
+
+// Raw writes to the client, if there is one that has shaken hands.
+func (s *Server) Raw(line string) {
+	s.mu.Lock()
+	c := s.conn
+	ready := c != nil && c.negotiated
+	s.mu.Unlock()
+	if ready {
+		c.write([]byte(line))
+	}
+}
+
+// Requests returns all commands so far, of all connections.
+func (s *Server) Requests() []Request {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]Request(nil), s.requests...)
+}
+
+// Await returns when command was asked for n times in all.
+func (s *Server) Await(ctx context.Context, command string, n int) error {
+	return s.await(ctx, fmt.Sprintf("%d times %s", n, command), func() bool {
+		have := 0
+		for _, r := range s.requests {
+			if r.Execute == command {
+				have++
+			}
+		}
+		return have >= n
+	})
+}
+
+// AwaitClient returns when a client has shaken hands.
+func (s *Server) AwaitClient(ctx context.Context) error {
+	return s.await(ctx, "a client", func() bool { return s.conn != nil && s.conn.negotiated })
+}
+
+// await waits for a condition that is evaluated under mu.
+func (s *Server) await(ctx context.Context, what string, cond func() bool) error {
+	for {
+		s.mu.Lock()
+		ok, changed := cond(), s.changed
+		s.mu.Unlock()
+		if ok {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("qmp test server %s: waiting for %s: %w", s.path, what, context.Cause(ctx))
+		}
+	}
+}
