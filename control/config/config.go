@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config reads lockstep's one config file. Both daemons of a pair read
+// the same file. What it refuses, it refuses with the line, the reason and the
+// fix, all mistakes at once.
+package config
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Defaults of optional keys; docs/CONFIG.md lists them.
+const (
+	DefaultPinDir = "/sys/fs/bpf/lockstep"
+	DefaultRunDir = "/run/lockstep"
+
+	DefaultVXLANPort = 4790
+
+	DefaultTimeout        = time.Second
+	DefaultCutDelay       = time.Millisecond
+	DefaultMaxConnections = 65536
+	DefaultSlots          = 16384
+	DefaultGSOSlots       = 1024
+
+	DefaultPeriod      = 20 * time.Second
+	DefaultMinInterval = 20 * time.Millisecond
+)
+
+// maxFile bounds what is parsed: the YAML parser's time grows faster than its
+// input.
+const maxFile = 64 << 10
+
+// Config is a whole, valid file.
+type Config struct {
+	File string // as given to Load
+
+	VM         string
+	Nodes      [2]Node // in the file's order
+	TLS        TLS
+	PinDir     string // in a bpffs
+	RunDir     string // of the status sockets
+	Compare    Compare
+	Checkpoint Checkpoint
+
+	at map[string]Pos // key path → where its value is written
+}
+
+// Node is one of the two hosts.
+type Node struct {
+	Name    string
+	Control netip.AddrPort // the control link's address on this host
+	NICs    []NIC          // as many as the other node has, in the guest's order
+	QMP     string         // socket of this host's QEMU; "": none
+}
+
+// NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
+type NIC struct {
+	Tap        string
+	PeerDevice string // an L2 device that exists
+	PeerVXLAN  *VXLAN // or one that lockstep makes
+}
+
+// VXLAN is a peer link that lockstep makes.
+type VXLAN struct {
+	ID            uint32
+	Port          uint16
+	Local, Remote netip.Addr
+	Underlay      string
+}
+
+// Device is the name of the device that lockstep makes.
+func (v *VXLAN) Device() string { return fmt.Sprintf("lsx%d", v.ID) }
+
+// TLS says how the control link is protected.
+type TLS struct {
+	Insecure bool // it is not
+}
+
+// Compare bounds the comparison.
+type Compare struct {
+	Timeout        time.Duration // of unmatched output, before a checkpoint (R7)
+	CutDelay       time.Duration // before a verified prefix leaves alone (R5)
+	MaxConnections int
+	Slots          int // held frames, per NIC
+	GSOSlots       int // held GSO frames, per NIC
+}
+
+// Checkpoint paces the checkpoints.
+type Checkpoint struct {
+	Period      time.Duration // between checkpoints that nothing asked for
+	MinInterval time.Duration // between any two
+}
+
+// Load reads and checks a file. An error that is about its content is an
+// [Errors].
+func Load(file string) (*Config, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, fmt.Errorf("read config: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("read config: %w", err)
+	}
+	return Parse(file, data)
+}
+
+// Parse checks a file's content. Relative paths in it are relative to file.
+func Parse(file string, data []byte) (*Config, error) {
+	r := &reader{file: file, at: make(map[string]Pos)}
+	root := r.parse(data)
+	if root == nil {
+		return nil, r.errs
+	}
+	c := &Config{
+		File:   file,
+		PinDir: DefaultPinDir,
+		RunDir: DefaultRunDir,
+		Compare: Compare{
+			Timeout:        DefaultTimeout,
+			CutDelay:       DefaultCutDelay,
+			MaxConnections: DefaultMaxConnections,
+			Slots:          DefaultSlots,
+			GSOSlots:       DefaultGSOSlots,
+		},
+		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
+		at:         r.at,
+	}
+	r.config(root, c)
+	// Relations between values mean something only where each value is right.
+	if len(r.errs) == 0 {
+		r.relations(c)
+	}
+	if len(r.errs) > 0 {
+		r.errs.sort()
+		return nil, r.errs
+	}
+	return c, nil
+}
+
+// Node returns the named node and the other one.
+func (c *Config) Node(name string) (self, other *Node, err error) {
+	for i := range c.Nodes {
+		if c.Nodes[i].Name == name {
+			return &c.Nodes[i], &c.Nodes[1-i], nil
+		}
+	}
+	return nil, nil, fmt.Errorf("%s has no node %q; it has %q and %q", c.File, name, c.Nodes[0].Name, c.Nodes[1].Name)
+}
+
+// Socket is the path of a node's status socket.
+func (c *Config) Socket(node string) string {
+	return filepath.Join(c.RunDir, c.VM+"-"+node+".sock")
+}
+
+// Refuse makes an error about a value that only its use showed to be wrong:
+// key is its path, like "nodes.alpha.nics[0].tap".
+func (c *Config) Refuse(key, reason, fix string) error {
+	return Errors{{Pos: c.pos(key), Reason: reason, Fix: fix}}
+}
+
+// pos finds where a value is written, or, when it is a default, what is around it.
+func (c *Config) pos(key string) Pos {
+	for {
+		if p, ok := c.at[key]; ok {
+			return p
+		}
+		i := strings.LastIndexAny(key, ".[")
+		if i < 0 {
+			return Pos{File: c.File, Line: 1, Col: 1}
+		}
+		key = key[:i]
+	}
+}
+
+// Hash is over what both daemons must agree on: the guest, the two nodes'
+// names, control addresses and peer links, and the rules. Paths, taps, sockets
+// and slot counts are each host's own.
+func (c *Config) Hash() [32]byte {
+	h := sha256.New()
+	fmt.Fprintf(h, "lockstep config 1\nvm %s\ntls %+v\ncompare %d %d %d\ncheckpoint %d %d\n",
+		c.VM, c.TLS,
+		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections,
+		c.Checkpoint.Period, c.Checkpoint.MinInterval)
+	a, b := &c.Nodes[0], &c.Nodes[1]
+	if a.Name > b.Name { // the file's order means nothing
+		a, b = b, a
+	}
+	for _, n := range []*Node{a, b} {
+		fmt.Fprintf(h, "node %s %s %d\n", n.Name, n.Control, len(n.NICs))
+		for i, nic := range n.NICs {
+			if v := nic.PeerVXLAN; v != nil {
+				fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
+			}
+		}
+	}
+	return [32]byte(h.Sum(nil))
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/datadriven"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+const example = `vm: web1
+nodes:
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}], qmp: run/alpha.qmp}
+  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {vxlan: {id: 77, port: 4790, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}], qmp: run/beta.qmp}
+tls: {insecure: true}            # certificates come with the next issue
+pin_dir: /sys/fs/bpf/lockstep
+compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300}
+checkpoint: {period: 4s, min_interval: 5ms}
+`
+
+const short = `vm: web1
+nodes:
+  alpha:
+    control: 192.0.2.1:7700
+    nics:
+      - tap: tapP
+        peer: {device: peerP}
+  beta:
+    control: 192.0.2.2:7700
+    nics:
+      - tap: tapS
+        peer: {device: peerS}
+tls: {insecure: true}
+`
+
+func TestParse(t *testing.T) {
+	got, err := Parse("etc/pair.yaml", []byte(example))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Config{
+		File: "etc/pair.yaml",
+		VM:   "web1",
+		Nodes: [2]Node{
+			{Name: "alpha", Control: netip.MustParseAddrPort("192.0.2.1:7700"), QMP: "etc/run/alpha.qmp",
+				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP"}}},
+			{Name: "beta", Control: netip.MustParseAddrPort("192.0.2.2:7700"), QMP: "etc/run/beta.qmp",
+				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}}}},
+		},
+		TLS:        TLS{Insecure: true},
+		PinDir:     "/sys/fs/bpf/lockstep",
+		RunDir:     "/run/lockstep",
+		Compare:    Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300},
+		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond},
+	}
+	if d := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Config{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
+		t.Errorf("-want +got\n%s", d)
+	}
+	if got, want := got.Socket("alpha"), "/run/lockstep/web1-alpha.sock"; got != want {
+		t.Errorf("socket %s, want %s", got, want)
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	c, err := Parse("pair.yaml", []byte(short))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots}); c.Compare != want {
+		t.Errorf("compare %+v, want %+v", c.Compare, want)
+	}
+	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval}); c.Checkpoint != want {
+		t.Errorf("checkpoint %+v, want %+v", c.Checkpoint, want)
+	}
+	if c.PinDir != DefaultPinDir || c.RunDir != DefaultRunDir || c.Nodes[0].QMP != "" {
+		t.Errorf("pin_dir %q, run_dir %q, qmp %q", c.PinDir, c.RunDir, c.Nodes[0].QMP)
+	}
+}
+
+// The documented example must be a valid one.
+func TestDocumentedExample(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/CONFIG.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(doc), "```yaml\n")
+	body, _, ok2 := strings.Cut(rest, "```")
+	if !ok || !ok2 {
+		t.Fatal("docs/CONFIG.md shows no yaml")
+	}
+	if _, err := Parse("pair.yaml", []byte(body)); err != nil {
+		t.Error(err)
+	}
+}
+
+// Each case of testdata/refused is a file and what is said about it, or a line
+// that stands in the short example in place of the first with the same key.
+func TestRefused(t *testing.T) {
+	datadriven.RunTest(t, "testdata/refused", func(t *testing.T, d *datadriven.TestData) string {
+		in := d.Input + "\n"
+		switch d.Cmd {
+		case "file":
+		case "line":
+			in = replaceLine(short, in)
+		default:
+			d.Fatalf(t, "unknown command %q", d.Cmd)
+		}
+		_, err := Parse("pair.yaml", []byte(in))
+		if err == nil {
+			return "accepted"
+		}
+		if es := (Errors)(nil); !errors.As(err, &es) {
+			t.Errorf("%v is no Errors", err)
+		}
+		return err.Error()
+	})
+}
+
+// replaceLine keeps the replaced line's indentation and dash; a line whose key
+// is not in the file is put at its end.
+func replaceLine(file, line string) string {
+	key := func(s string) string {
+		k, _, _ := strings.Cut(strings.TrimLeft(s, " -"), ":")
+		return k
+	}
+	var out strings.Builder
+	done := false
+	for l := range strings.Lines(file) {
+		if !done && key(l) == key(line) {
+			out.WriteString(l[:len(l)-len(strings.TrimLeft(l, " -"))])
+			l, done = line, true
+		}
+		out.WriteString(l)
+	}
+	if !done {
+		out.WriteString(line)
+	}
+	return out.String()
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "pair.yaml")
+	if _, err := Load(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing file: %v", err)
+	}
+	if err := os.WriteFile(file, []byte(example), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := filepath.Join(dir, "run/alpha.qmp"); c.Nodes[0].QMP != want {
+		t.Errorf("qmp %s, want %s", c.Nodes[0].QMP, want)
+	}
+	if err := os.WriteFile(file, []byte(strings.Repeat("# long\n", 10000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(file); err == nil || !strings.Contains(err.Error(), "larger than 64 KiB") {
+		t.Errorf("long file: %v", err)
+	}
+}
+
+func TestRefuse(t *testing.T) {
+	c, err := Parse("pair.yaml", []byte(short))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, want := range map[string]string{
+		"nodes.alpha.nics[0].tap":          "pair.yaml:6:14: no such device; make it",
+		"nodes.beta.nics[0].peer.device":   "pair.yaml:12:24: no such device; make it",
+		"nodes.beta.nics[0].peer.vxlan.id": "pair.yaml:12:15: no such device; make it", // what is around it
+		"compare.slots":                    "pair.yaml:1:1: no such device; make it",
+	} {
+		if got := c.Refuse(key, "no such device", "make it").Error(); got != want {
+			t.Errorf("%s: %q, want %q", key, got, want)
+		}
+	}
+}
+
+func TestNode(t *testing.T) {
+	c, err := Parse("pair.yaml", []byte(short))
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, other, err := c.Node("beta")
+	if err != nil || self.Name != "beta" || other.Name != "alpha" {
+		t.Errorf("beta: %v %v %v", self, other, err)
+	}
+	if _, _, err := c.Node("gamma"); err == nil || err.Error() != `pair.yaml has no node "gamma"; it has "alpha" and "beta"` {
+		t.Errorf("gamma: %v", err)
+	}
+}
+
+func TestHash(t *testing.T) {
+	hash := func(s string) [32]byte {
+		t.Helper()
+		c, err := Parse("pair.yaml", []byte(s))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Hash()
+	}
+	base := hash(example)
+	replace := func(old, new string) string {
+		t.Helper()
+		s := strings.Replace(example, old, new, 1)
+		if s == example {
+			t.Fatalf("example has no %q", old)
+		}
+		return s
+	}
+	lines := strings.SplitAfter(example, "\n")
+	for name, s := range map[string]string{
+		"order of nodes": strings.Join([]string{lines[0], lines[1], lines[3], lines[2], strings.Join(lines[4:], "")}, ""),
+		"pin_dir":        replace("/sys/fs/bpf/lockstep", "/sys/fs/bpf/other"),
+		"tap":            replace("tapP", "tap7"),
+		"qmp":            replace("run/alpha.qmp", "alpha.qmp"),
+		"slots":          replace("slots: 200", "slots: 400"),
+	} {
+		if hash(s) != base {
+			t.Errorf("another %s gives another hash", name)
+		}
+	}
+	for name, s := range map[string]string{
+		"vm":      replace("web1", "web2"),
+		"node":    replace("alpha", "gamma"),
+		"control": replace("192.0.2.1:7700", "192.0.2.1:7701"),
+		"vxlan":   replace("id: 77", "id: 78"),
+		"timeout": replace("timeout: 2s", "timeout: 3s"),
+		"period":  replace("period: 4s", "period: 6s"),
+	} {
+		if hash(s) == base {
+			t.Errorf("another %s gives the same hash", name)
+		}
+	}
+}
+
+// Whatever the file holds, it is accepted or refused with a place in it.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(example))
+	f.Add([]byte(short))
+	for _, s := range []string{"", "[", "{", "a: &x 1\nb: *x\n", "? [a]\n: b\n", "<<: {vm: x}", "vm: |\n  a\n", "nodes: {a: , b: }", "nodes: {a: {nics: [~]}, b: {nics: [[]]}}", "%YAML 1.2\n---\nvm: x\n...\n"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 4096 { // the parser is slow on deep nesting
+			return
+		}
+		c, err := Parse("pair.yaml", data)
+		if (c == nil) == (err == nil) {
+			t.Fatalf("config %v, error %v", c, err)
+		}
+		if err == nil {
+			c.Hash()
+			return
+		}
+		es := Errors(nil)
+		if !errors.As(err, &es) || len(es) == 0 {
+			t.Fatalf("%T: %v", err, err)
+		}
+		for _, e := range es {
+			if e.Pos.File != "pair.yaml" || e.Pos.Line < 1 || e.Pos.Col < 1 || e.Reason == "" {
+				t.Errorf("%+v", e)
+			}
+		}
+	})
+}

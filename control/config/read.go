@@ -1,0 +1,557 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+)
+
+const (
+	maxNICs = 16
+	// maxSocket is what sun_path holds, its final zero left out.
+	maxSocket = 107
+)
+
+// reader walks the file's tree by hand: that gives every message its own words
+// and place.
+type reader struct {
+	file string
+	errs Errors
+	at   map[string]Pos
+}
+
+// value is one node of the tree with the path of keys that leads to it.
+type value struct {
+	node ast.Node
+	path string
+	pos  Pos
+}
+
+// field is one known key of a mapping.
+type field struct {
+	key  string
+	need string // why it must be there; "": it need not
+	read func(value)
+}
+
+func (r *reader) refuse(p Pos, reason, fix string) {
+	r.errs = append(r.errs, &Error{Pos: p, Reason: reason, Fix: fix})
+}
+
+// parse returns the file's mapping, or nil after refusing it.
+func (r *reader) parse(data []byte) (root ast.Node) {
+	top := Pos{File: r.file, Line: 1, Col: 1}
+	if len(data) > maxFile {
+		r.refuse(top, fmt.Sprintf("the file is larger than %d KiB", maxFile>>10), "is it a lockstep config?")
+		return nil
+	}
+	defer func() { // the parser is not ours: a crash in it is a syntax error here
+		if p := recover(); p != nil {
+			r.refuse(top, "the file is not YAML", "")
+			root = nil
+		}
+	}()
+	f, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		pos, msg := top, err.Error()
+		var ye yaml.Error
+		if errors.As(err, &ye) {
+			pos, msg = r.pos(ye.GetToken(), top), ye.GetMessage()
+		}
+		if dup := new(yaml.SyntaxError); errors.As(err, &dup) && strings.HasPrefix(msg, "mapping key ") {
+			r.refuse(pos, fmt.Sprintf("key %q is there twice", dup.Token.Value), "keep one of the two")
+			return nil
+		}
+		r.refuse(pos, "not YAML: "+msg, "")
+		return nil
+	}
+	var docs []ast.Node
+	for _, d := range f.Docs {
+		if d.Body != nil {
+			docs = append(docs, d.Body)
+		}
+	}
+	switch len(docs) {
+	case 0:
+		r.refuse(top, "the file is empty", "docs/CONFIG.md shows a whole one")
+		return nil
+	case 1:
+		return docs[0]
+	}
+	r.refuse(r.pos(docs[1].GetToken(), top), "a second YAML document begins here", "use one file per VM")
+	return nil
+}
+
+func (r *reader) pos(tk *token.Token, or Pos) Pos {
+	if tk == nil || tk.Position == nil || tk.Position.Line < 1 {
+		return or
+	}
+	return Pos{File: r.file, Line: tk.Position.Line, Col: max(tk.Position.Column, 1)}
+}
+
+func (r *reader) config(root ast.Node, c *Config) {
+	top := value{node: root, pos: Pos{File: r.file, Line: 1, Col: 1}}
+	r.mapping(top, []field{
+		{"vm", "it names the guest in pins, sockets and logs", r.name(&c.VM)},
+		{"nodes", "it says where the two hosts are", func(v value) { r.nodes(v, c) }},
+		{"tls", "write `tls: {insecure: true}` to let the control link's session keys travel in the clear", func(v value) { r.tls(v, &c.TLS) }},
+		{"pin_dir", "", r.path(&c.PinDir)},
+		{"run_dir", "", r.path(&c.RunDir)},
+		{"compare", "", func(v value) {
+			r.mapping(v, []field{
+				{"timeout", "", r.duration(&c.Compare.Timeout, time.Millisecond, time.Hour)},
+				{"cut_delay", "", r.duration(&c.Compare.CutDelay, 0, time.Second)},
+				{"max_connections", "", r.integer(&c.Compare.MaxConnections, 1, 1<<20)},
+				{"slots", "", r.integer(&c.Compare.Slots, 16, 1<<20)},
+				{"gso_slots", "", r.integer(&c.Compare.GSOSlots, 1, 1<<16)},
+			})
+		}},
+		{"checkpoint", "", func(v value) {
+			r.mapping(v, []field{
+				{"period", "", r.duration(&c.Checkpoint.Period, time.Millisecond, 24*time.Hour)},
+				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, 0, time.Hour)},
+			})
+		}},
+	})
+}
+
+func (r *reader) tls(v value, t *TLS) {
+	r.mapping(v, []field{{"insecure", "write `tls: {insecure: true}`: the control link knows no certificates", func(v value) {
+		r.boolean(&t.Insecure)(v)
+		if b, ok := v.node.(*ast.BoolNode); ok && !b.Value {
+			r.refuse(v.pos, "insecure is false, and the control link knows no certificates", "write true to let session keys travel in the clear")
+		}
+	}}})
+}
+
+func (r *reader) nodes(v value, c *Config) {
+	kvs, ok := r.pairs(v)
+	if !ok {
+		return
+	}
+	if len(kvs) != 2 {
+		r.refuse(v.pos, fmt.Sprintf("nodes has %s, and a pair has exactly two", count(len(kvs), "entry", "entries")), "")
+		return
+	}
+	for i, kv := range kvs {
+		n := &c.Nodes[i]
+		r.checkName(kv.keyPos, kv.key, "a node's name")
+		n.Name = kv.key
+		r.mapping(kv.val, []field{
+			{"control", "the daemons talk to each other there", r.addrPort(&n.Control)},
+			{"nics", "it lists the guest's taps", func(v value) { r.nics(v, &n.NICs) }},
+			{"qmp", "", r.socket(&n.QMP)},
+		})
+	}
+}
+
+func (r *reader) nics(v value, nics *[]NIC) {
+	seq, ok := v.node.(*ast.SequenceNode)
+	if !ok {
+		r.wrongType(v, "a list like [{tap: tap0, peer: {device: eth1}}]")
+		return
+	}
+	if len(seq.Values) == 0 || len(seq.Values) > maxNICs {
+		r.refuse(v.pos, fmt.Sprintf("nics has %s, and a guest has 1 to %d", count(len(seq.Values), "entry", "entries"), maxNICs), "")
+		return
+	}
+	for i, e := range seq.Values {
+		var nic NIC
+		r.mapping(r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos), []field{
+			{"tap", "it is the guest's device in this host", r.device(&nic.Tap)},
+			{"peer", "it is the link to the other host: {device: NAME} or {vxlan: {...}}", func(v value) { r.peer(v, &nic) }},
+		})
+		*nics = append(*nics, nic)
+	}
+}
+
+func (r *reader) peer(v value, nic *NIC) {
+	before := len(r.errs)
+	r.mapping(v, []field{
+		{"device", "", r.device(&nic.PeerDevice)},
+		{"vxlan", "", func(v value) {
+			x := &VXLAN{Port: DefaultVXLANPort}
+			nic.PeerVXLAN = x
+			var id, port = 0, int(x.Port)
+			r.mapping(v, []field{
+				{"id", "it is the VXLAN network identifier, the same on both nodes", r.integer(&id, 1, 1<<24-1)},
+				{"port", "", r.integer(&port, 1, math.MaxUint16)},
+				{"local", "it is this host's address on the underlay", r.addr(&x.Local)},
+				{"remote", "it is the other host's address on the underlay", r.addr(&x.Remote)},
+				{"underlay", "it is the device that carries the VXLAN", r.device(&x.Underlay)},
+			})
+			x.ID, x.Port = uint32(id), uint16(port)
+		}},
+	})
+	if len(r.errs) > before {
+		return
+	}
+	switch {
+	case nic.PeerDevice == "" && nic.PeerVXLAN == nil:
+		r.refuse(v.pos, "peer is empty", "write {device: NAME} or {vxlan: {...}}")
+	case nic.PeerDevice != "" && nic.PeerVXLAN != nil:
+		r.refuse(v.pos, "peer has both device and vxlan", "keep one of the two")
+	}
+}
+
+// relations checks what one value says about another.
+func (r *reader) relations(c *Config) {
+	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
+	a, b := &c.Nodes[0], &c.Nodes[1]
+	if a.Control == b.Control {
+		r.refuse(at("nodes.%s.control", b.Name), fmt.Sprintf("%s and %s have the same control address", a.Name, b.Name), "give each host its own")
+	}
+	if len(a.NICs) != len(b.NICs) {
+		r.refuse(at("nodes.%s.nics", b.Name), fmt.Sprintf("%s has %s and %s has %d", a.Name, count(len(a.NICs), "NIC", "NICs"), b.Name, len(b.NICs)),
+			"the guest is the same on both: list the same number, in the same order")
+		return
+	}
+	for _, n := range c.Nodes {
+		seen := make(map[string]string)
+		use := func(dev, key string) {
+			if was, dup := seen[dev]; dup {
+				r.refuse(at("nodes.%s.%s", n.Name, key), fmt.Sprintf("device %q is already %s of this node", dev, was), "give each its own device")
+				return
+			}
+			seen[dev] = key
+		}
+		for i, nic := range n.NICs {
+			use(nic.Tap, fmt.Sprintf("nics[%d].tap", i))
+			if v := nic.PeerVXLAN; v == nil {
+				use(nic.PeerDevice, fmt.Sprintf("nics[%d].peer.device", i))
+			} else {
+				use(v.Device(), fmt.Sprintf("nics[%d].peer.vxlan.id", i))
+				if v.Local.Is4() != v.Remote.Is4() || v.Local == v.Remote {
+					r.refuse(at("nodes.%s.nics[%d].peer.vxlan.remote", n.Name, i), fmt.Sprintf("remote %s does not go with local %s", v.Remote, v.Local),
+						"give two different addresses of one family")
+				}
+			}
+		}
+		if s := c.Socket(n.Name); len(s) > maxSocket {
+			r.refuse(at("run_dir"), fmt.Sprintf("the status socket's path %q has %d bytes, and the kernel takes %d", s, len(s), maxSocket), "shorten run_dir, vm or the node's name")
+		}
+	}
+	for i := range a.NICs {
+		x, y := a.NICs[i].PeerVXLAN, b.NICs[i].PeerVXLAN
+		if x == nil || y == nil {
+			continue // the other end is somebody else's VXLAN device
+		}
+		differ := func(key string, got, want any) {
+			if got != want {
+				r.refuse(at("nodes.%s.nics[%d].peer.vxlan.%s", b.Name, i, key), fmt.Sprintf("%s is %v, and the other end of this link, on %s, makes it %v", key, got, a.Name, want),
+					"the two ends must match")
+			}
+		}
+		differ("id", y.ID, x.ID)
+		differ("port", y.Port, x.Port)
+		differ("local", y.Local, x.Remote)
+		differ("remote", y.Remote, x.Local)
+	}
+	if c.Compare.CutDelay >= c.Compare.Timeout {
+		r.refuse(at("compare.cut_delay"), fmt.Sprintf("cut_delay %v is not below timeout %v", c.Compare.CutDelay, c.Compare.Timeout), "a cut that waits for the timeout never happens; lower it")
+	}
+	if c.Checkpoint.MinInterval > c.Checkpoint.Period {
+		r.refuse(at("checkpoint.min_interval"), fmt.Sprintf("min_interval %v is above period %v", c.Checkpoint.MinInterval, c.Checkpoint.Period), "lower it or raise the period")
+	}
+}
+
+// pair is one entry of a mapping.
+type pair struct {
+	key    string
+	keyPos Pos
+	val    value
+}
+
+// pairs lists a mapping's entries, or refuses what is none.
+func (r *reader) pairs(v value) ([]pair, bool) {
+	var kvs []*ast.MappingValueNode
+	switch n := v.node.(type) {
+	case *ast.MappingNode:
+		kvs = n.Values
+	case *ast.MappingValueNode:
+		kvs = []*ast.MappingValueNode{n}
+	default:
+		r.wrongType(v, "a mapping like {key: value}")
+		return nil, false
+	}
+	out := make([]pair, 0, len(kvs))
+	for _, kv := range kvs {
+		if kv == nil || kv.Key == nil {
+			r.refuse(v.pos, "an entry without a key", "")
+			return nil, false
+		}
+		tk := kv.Key.GetToken()
+		pos := r.pos(tk, v.pos)
+		s, ok := kv.Key.(*ast.StringNode)
+		if !ok {
+			word := ""
+			if tk != nil {
+				word = tk.Value
+			}
+			r.refuse(pos, fmt.Sprintf("key %q is not a plain string", word), "")
+			return nil, false
+		}
+		path := s.Value
+		if v.path != "" {
+			path = v.path + "." + s.Value
+		}
+		out = append(out, pair{s.Value, pos, r.value(kv.Value, path, pos)})
+	}
+	return out, true
+}
+
+func (r *reader) value(n ast.Node, path string, or Pos) value {
+	v := value{node: n, path: path, pos: or}
+	if n != nil {
+		v.pos = r.pos(n.GetToken(), or)
+		// A block mapping's own token is its first colon: point at its first key.
+		if m, ok := n.(*ast.MappingNode); ok && !m.IsFlowStyle && len(m.Values) > 0 && m.Values[0].Key != nil {
+			v.pos = r.pos(m.Values[0].Key.GetToken(), v.pos)
+		}
+	}
+	r.at[path] = v.pos
+	return v
+}
+
+// mapping reads the known keys, and refuses others and missing ones.
+func (r *reader) mapping(v value, fields []field) {
+	kvs, ok := r.pairs(v)
+	if !ok {
+		return
+	}
+	known := make([]string, len(fields))
+	for i, f := range fields {
+		known[i] = f.key
+	}
+	there := make(map[string]bool)
+	for _, kv := range kvs {
+		i := slices.Index(known, kv.key)
+		if i < 0 {
+			r.refuse(kv.keyPos, fmt.Sprintf("unknown key %q", kv.key), suggest(kv.key, known))
+			continue
+		}
+		there[kv.key] = true
+		if _, null := kv.val.node.(*ast.NullNode); null || kv.val.node == nil {
+			r.refuse(kv.val.pos, fmt.Sprintf("%s has no value", kv.key), "write one or remove the key")
+			continue
+		}
+		fields[i].read(kv.val)
+	}
+	for _, f := range fields {
+		if f.need != "" && !there[f.key] {
+			r.refuse(v.pos, fmt.Sprintf("%s is missing", join(v.path, f.key)), f.need)
+		}
+	}
+}
+
+func join(path, key string) string {
+	if path == "" {
+		return key
+	}
+	return path + "." + key
+}
+
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
+// wrongType refuses a value of another kind.
+func (r *reader) wrongType(v value, want string) {
+	key, is := v.path[strings.LastIndexByte(v.path, '.')+1:], "something else"
+	if key == "" {
+		key = "the file"
+	}
+	switch v.node.(type) {
+	case *ast.MappingNode, *ast.MappingValueNode:
+		is = "a mapping"
+	case *ast.SequenceNode:
+		is = "a list"
+	case *ast.StringNode:
+		is = "a string"
+	case *ast.LiteralNode:
+		is = "a block of text"
+	case *ast.IntegerNode, *ast.FloatNode, *ast.InfinityNode, *ast.NanNode:
+		is = "a number"
+	case *ast.BoolNode:
+		is = "true or false"
+	case *ast.NullNode, nil:
+		is = "empty"
+	case *ast.AnchorNode, *ast.AliasNode, *ast.TagNode:
+		r.refuse(v.pos, key+" uses a YAML anchor, alias or tag", "write the value itself: "+want)
+		return
+	}
+	r.refuse(v.pos, fmt.Sprintf("%s is %s", key, is), "it must be "+want)
+}
+
+func (r *reader) text(v value, want string, use func(string)) {
+	s, ok := v.node.(*ast.StringNode)
+	if !ok {
+		r.wrongType(v, want)
+		return
+	}
+	use(s.Value)
+}
+
+// Names become file names in a bpffs, where a dot is refused.
+var nameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$`)
+
+func (r *reader) checkName(p Pos, s, what string) {
+	if !nameRE.MatchString(s) {
+		r.refuse(p, fmt.Sprintf("%q cannot be %s", s, what), "use up to 32 letters, digits, '-' and '_'")
+	}
+}
+
+func (r *reader) name(to *string) func(value) {
+	return func(v value) {
+		r.text(v, `a name like "web1" (put digits in quotes)`, func(s string) {
+			*to = s
+			r.checkName(v.pos, s, "the VM's name")
+		})
+	}
+}
+
+func (r *reader) device(to *string) func(value) {
+	return func(v value) {
+		r.text(v, `a network device's name like "tap0"`, func(s string) {
+			*to = s
+			if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c > '~' }) {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be a network device's name", s), "a name has 1 to 15 characters, no blanks, '/' or ':'")
+			}
+		})
+	}
+}
+
+func (r *reader) path(to *string) func(value) {
+	return func(v value) {
+		r.text(v, "a path", func(s string) {
+			switch {
+			case s == "" || strings.ContainsRune(s, 0):
+				r.refuse(v.pos, fmt.Sprintf("%q is not a path", s), "")
+			case filepath.IsAbs(s):
+				*to = filepath.Clean(s)
+			default:
+				*to = filepath.Join(filepath.Dir(r.file), s)
+			}
+		})
+	}
+}
+
+func (r *reader) socket(to *string) func(value) {
+	return func(v value) {
+		r.path(to)(v)
+		if len(*to) > maxSocket {
+			r.refuse(v.pos, fmt.Sprintf("the socket's path %q has %d bytes, and the kernel takes %d", *to, len(*to), maxSocket), "use a shorter one")
+		}
+	}
+}
+
+func (r *reader) addrPort(to *netip.AddrPort) func(value) {
+	return func(v value) {
+		const want = `an IP address and a port like "192.0.2.1:7700" or "[2001:db8::1]:7700"`
+		r.text(v, want, func(s string) {
+			ap, err := netip.ParseAddrPort(s)
+			if err != nil || ap.Port() == 0 || !usable(ap.Addr()) {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be a control address", s), "it must be "+want)
+				return
+			}
+			*to = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+		})
+	}
+}
+
+func (r *reader) addr(to *netip.Addr) func(value) {
+	return func(v value) {
+		const want = `one host's IP address like "192.0.2.1"`
+		r.text(v, want, func(s string) {
+			a, err := netip.ParseAddr(s)
+			if err != nil || !usable(a) {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be a host's address", s), "it must be "+want)
+				return
+			}
+			*to = a.Unmap()
+		})
+	}
+}
+
+// usable: an address that one host can have and another can reach.
+func usable(a netip.Addr) bool {
+	return !a.IsUnspecified() && !a.IsMulticast() && a != netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+func (r *reader) boolean(to *bool) func(value) {
+	return func(v value) {
+		b, ok := v.node.(*ast.BoolNode)
+		if !ok {
+			r.wrongType(v, "true or false")
+			return
+		}
+		*to = b.Value
+	}
+}
+
+func (r *reader) integer(to *int, lo, hi int) func(value) {
+	return func(v value) {
+		want := fmt.Sprintf("a whole number from %d to %d", lo, hi)
+		key := v.path[strings.LastIndexByte(v.path, '.')+1:]
+		n, ok := v.node.(*ast.IntegerNode)
+		if s, isText := v.node.(*ast.StringNode); isText { // also a number beyond 64 bits
+			r.refuse(v.pos, fmt.Sprintf("%s is %q", key, s.Value), "it must be "+want)
+			return
+		}
+		if !ok {
+			r.wrongType(v, want)
+			return
+		}
+		var i int64
+		switch x := n.Value.(type) {
+		case int64:
+			i = x
+		case uint64:
+			i = int64(min(x, math.MaxInt64))
+		}
+		if i < int64(lo) || i > int64(hi) {
+			r.refuse(v.pos, fmt.Sprintf("%s is %s", key, n.Token.Value), "it must be "+want)
+			return
+		}
+		*to = int(i)
+	}
+}
+
+func (r *reader) duration(to *time.Duration, lo, hi time.Duration) func(value) {
+	return func(v value) {
+		key := v.path[strings.LastIndexByte(v.path, '.')+1:]
+		if n, ok := v.node.(*ast.IntegerNode); ok {
+			r.refuse(v.pos, fmt.Sprintf("%s is a bare number", key), fmt.Sprintf("give it a unit: %sms or %ss", n.Token.Value, n.Token.Value))
+			return
+		}
+		want := "a time like 500ms or 20s"
+		r.text(v, want, func(s string) {
+			d, err := time.ParseDuration(s)
+			if err != nil {
+				r.refuse(v.pos, fmt.Sprintf("%s %q is not a time", key, s), "it must be "+want)
+				return
+			}
+			if d < lo || d > hi {
+				r.refuse(v.pos, fmt.Sprintf("%s is %v", key, d), fmt.Sprintf("it must be from %v to %v", lo, hi))
+				return
+			}
+			*to = d
+		})
+	}
+}
