@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rewriter
+
+import "encoding/binary"
+
+// Flags are TCP flags as in the header.
+type Flags uint8
+
+// TCP flags.
+const (
+	FIN Flags = 1 << iota
+	SYN
+	RST
+	PSH
+	ACK
+	URG
+)
+
+const (
+	etherLen = 14
+	ipv4Len  = 20
+	ipv6Len  = 40
+	tcpLen   = 20
+	maxOpts  = 40
+
+	etherIPv4 = 0x0800
+	etherIPv6 = 0x86dd
+	protoTCP  = 6
+
+	offSeq = 4
+	offAck = 8
+
+	optEnd  = 0
+	optNop  = 1
+	optSACK = 5
+	optTS   = 8
+	tsLen   = 10
+)
+
+// TCP is a view of a TCP header, options included.
+type TCP []byte
+
+// Getters of the header's fields, in host order.
+func (h TCP) SrcPort() uint16  { return binary.BigEndian.Uint16(h[0:]) }
+func (h TCP) DstPort() uint16  { return binary.BigEndian.Uint16(h[2:]) }
+func (h TCP) Seq() uint32      { return binary.BigEndian.Uint32(h[offSeq:]) }
+func (h TCP) Ack() uint32      { return binary.BigEndian.Uint32(h[offAck:]) }
+func (h TCP) Len() int         { return int(h[12]>>4) * 4 }
+func (h TCP) Flags() Flags     { return Flags(h[13]) }
+func (h TCP) Win() uint16      { return binary.BigEndian.Uint16(h[14:]) }
+func (h TCP) Checksum() uint16 { return binary.BigEndian.Uint16(h[16:]) }
+
+// Options are the option bytes.
+func (h TCP) Options() Options { return Options(h[tcpLen:]) }
+
+// Add adds n to the 32-bit field at offset at. The checksum follows (R10),
+// HC' = ~(~HC + ~m + m') of RFC 1624, unless it is partial: then it covers the
+// pseudo header only. A field at an odd offset, as options may be, has its bytes in the
+// other halves of the checksum's words.
+func (h TCP) Add(at int, n uint32, partial bool) {
+	old := binary.BigEndian.Uint32(h[at:])
+	binary.BigEndian.PutUint32(h[at:], old+n)
+	if partial {
+		return
+	}
+	diff := fold(words(^old) + words(old+n))
+	if at&1 != 0 {
+		diff = diff<<8&0xff00 | diff>>8
+	}
+	binary.BigEndian.PutUint16(h[16:], ^uint16(fold(uint32(^h.Checksum())+diff)))
+}
+
+func words(v uint32) uint32 { return v>>16 + v&0xffff }
+
+// fold brings a one's complement sum down to 16 bits.
+func fold(sum uint32) uint32 {
+	sum = sum>>16 + sum&0xffff
+	return sum>>16 + sum&0xffff
+}
+
+// Options is a view of TCP options.
+type Options []byte
+
+// at tells the option at offset i: its kind and where the next begins, which is
+// 0 when the list ends or is broken at i.
+func (o Options) at(i int) (kind byte, next int) {
+	switch kind = o[i]; {
+	case kind == optEnd:
+		return kind, 0
+	case kind == optNop:
+		return kind, i + 1
+	case i+1 >= len(o) || o[i+1] < 2 || i+int(o[i+1]) > len(o):
+		return kind, 0
+	}
+	return kind, i + int(o[i+1])
+}
+
+// timestamp returns the options' TSval, false without one.
+func (o Options) timestamp() (val uint32, ok bool) {
+	for i, next := 0, 0; i < len(o); i = next {
+		var kind byte
+		if kind, next = o.at(i); next == 0 {
+			break
+		}
+		if kind == optTS && next-i == tsLen {
+			val, ok = binary.BigEndian.Uint32(o[i+2:]), true
+		}
+	}
+	return val, ok
+}
+
+// Tuple names one flow as its guest sees it, as in package compare.
+type Tuple struct {
+	Guest, Remote         [16]byte // IPv4 as ::ffff:a.b.c.d
+	GuestPort, RemotePort uint16
+	VLAN                  uint16 // VLAN id; 0: untagged or priority-tagged
+	Proto                 uint8
+}
+
+// Class is what a frame is to the rewriter.
+type Class uint8
+
+// A fragment, or TCP behind IPv6 extension headers, is Other.
+const (
+	ClassTCP Class = iota
+	ClassOther
+	ClassMalformed
+)
+
+// Segment is a view of a frame that carries a TCP segment. Its VLAN tag, if any,
+// is out of band, as the kernel keeps it.
+type Segment struct {
+	Frame   []byte // from the Ethernet header; behind the IP packet may be padding
+	TCI     uint16 // VLAN tag
+	Partial bool   // the checksum covers the pseudo header only
+
+	l4, pay, end int
+	src, dst     [16]byte
+}
+
+// Parse makes s a view of frame. Other fields of s than TCI and Partial are set
+// only when the frame is of ClassTCP.
+func (s *Segment) Parse(frame []byte) Class {
+	if len(frame) < etherLen {
+		return ClassMalformed
+	}
+	l3 := frame[etherLen:]
+	var l4, end int
+	switch binary.BigEndian.Uint16(frame[12:]) {
+	case etherIPv4:
+		if len(l3) < ipv4Len {
+			return ClassMalformed
+		}
+		l4, end = int(l3[0]&15)*4, int(binary.BigEndian.Uint16(l3[2:]))
+		if l3[0]>>4 != 4 || l4 < ipv4Len || end < l4 || end > len(l3) {
+			return ClassMalformed
+		}
+		if l3[9] != protoTCP || binary.BigEndian.Uint16(l3[6:])&0x3fff != 0 {
+			return ClassOther
+		}
+		s.src, s.dst = mapped(l3[12:16]), mapped(l3[16:20])
+	case etherIPv6:
+		if len(l3) < ipv6Len {
+			return ClassMalformed
+		}
+		l4, end = ipv6Len, ipv6Len+int(binary.BigEndian.Uint16(l3[4:]))
+		if l3[0]>>4 != 6 || end > len(l3) {
+			return ClassMalformed
+		}
+		if l3[6] != protoTCP {
+			return ClassOther
+		}
+		s.src, s.dst = [16]byte(l3[8:24]), [16]byte(l3[24:40])
+	default:
+		return ClassOther
+	}
+	if end-l4 < tcpLen {
+		return ClassMalformed
+	}
+	n := TCP(l3[l4:end]).Len()
+	if n < tcpLen || n > end-l4 {
+		return ClassMalformed
+	}
+	s.Frame, s.l4, s.pay, s.end = frame, etherLen+l4, etherLen+l4+n, etherLen+end
+	return ClassTCP
+}
+
+func mapped(b []byte) (a [16]byte) {
+	a[10], a[11] = 0xff, 0xff
+	copy(a[12:], b)
+	return a
+}
+
+// TCP is the segment's header.
+func (s *Segment) TCP() TCP { return TCP(s.Frame[s.l4:s.pay:s.pay]) }
+
+// Payload is the segment's payload; Ethernet padding is not.
+func (s *Segment) Payload() []byte { return s.Frame[s.pay:s.end:s.end] }
+
+// end is the position behind the segment. A SYN and a FIN take one each (R3).
+func (s *Segment) endSeq() uint32 {
+	h := s.TCP()
+	end := h.Seq() + uint32(s.end-s.pay)
+	if h.Flags()&SYN != 0 {
+		end++
+	}
+	if h.Flags()&FIN != 0 {
+		end++
+	}
+	return end
+}
+
+// tuple names the flow of a segment that goes to the guest, or comes from it.
+func (s *Segment) tuple(toGuest bool) Tuple {
+	h := s.TCP()
+	t := Tuple{s.src, s.dst, h.SrcPort(), h.DstPort(), s.TCI & 0xfff, protoTCP}
+	if toGuest {
+		t.Guest, t.Remote = t.Remote, t.Guest
+		t.GuestPort, t.RemotePort = t.RemotePort, t.GuestPort
+	}
+	return t
+}
+
+// delta is what is added to a segment's numbers.
+type delta struct{ seq, ack, tsVal, tsEcr uint32 }
+
+// translate adds d to the segment's numbers (R10): acks, SACK blocks and TSecr,
+// which mean nothing without the ACK flag, or seq and TSval. A TSecr of 0 stays:
+// it says that there is none.
+func (s *Segment) translate(d delta) {
+	h := s.TCP()
+	if h.Flags()&ACK == 0 {
+		d.ack, d.tsEcr = 0, 0
+	}
+	add := func(at int, n uint32) {
+		if n != 0 {
+			h.Add(at, n, s.Partial)
+		}
+	}
+	add(offSeq, d.seq)
+	add(offAck, d.ack)
+	o := h.Options()
+	for i, next := 0, 0; i < len(o); i = next {
+		var kind byte
+		if kind, next = o.at(i); next == 0 {
+			break
+		}
+		switch {
+		case kind == optSACK:
+			for at := i + 2; at+8 <= next; at += 8 {
+				add(tcpLen+at, d.ack)
+				add(tcpLen+at+4, d.ack)
+			}
+		case kind == optTS && next-i == tsLen:
+			add(tcpLen+i+2, d.tsVal)
+			if binary.BigEndian.Uint32(o[i+6:]) != 0 {
+				add(tcpLen+i+6, d.tsEcr)
+			}
+		}
+	}
+}
+
+// toSVM turns the remote's numbers about the PVM into the SVM's.
+func (s *Segment) toSVM(off offset) { s.translate(delta{ack: off.seq, tsEcr: off.ts}) }
+
+// toPVM turns what the SVM says into the PVM's numbers. Its ack, SACK blocks and
+// TSecr are about the remote's numbers, which both guests share.
+func (s *Segment) toPVM(off offset) { s.translate(delta{seq: -off.seq, tsVal: -off.ts}) }

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rewriter
+
+// Sequence numbers and timestamps wrap at 2^32: a comes after b when it is less
+// than half the circle ahead (RFC 9293, section 3.4).
+
+func after(a, b uint32) bool { return int32(a-b) > 0 }
+
+func latest(a, b uint32) uint32 {
+	if after(a, b) {
+		return a
+	}
+	return b
+}
+
+// offset is what lies between two numberings of one connection.
+type offset struct {
+	seq uint32 // ISN_SVM - ISN_PVM
+	ts  uint32 // TSval_SVM - TSval_PVM; 0 without timestamps
+}
