@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+# The compiler of the committed BPF objects.
+CLANG       := clang-19
+CLANG_MAJOR := 19
+
+# What the tests need beyond Go, as Debian 12 names it.
+PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
+	iproute2 ethtool tcpdump curl openssl redis-server redis-tools
+
+GENERATED := bpf/lockstep_bpfel.go bpf/lockstep_bpfel.o
+
+.PHONY: build
+build: ## static bin/lockstep, with Go alone
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lockstep ./cmd/lockstep
+
+.PHONY: deps
+deps: ## install what the tests need (Debian, as root)
+	@.ci/deps $(PACKAGES)
+
+.PHONY: generate
+generate: ## rebuild the BPF object and its Go view
+	@$(CLANG) --version | grep -q 'clang version $(CLANG_MAJOR)\.' || \
+		{ echo '$(CLANG) is missing or not version $(CLANG_MAJOR); run make deps' >&2; exit 1; }
+	$(GO) generate ./bpf
+
+.PHONY: check-generated
+check-generated: ## fail when the committed object is not what its sources give
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && cp -r go.mod go.sum Makefile bpf "$$tmp" && \
+	$(MAKE) --no-print-directory -C "$$tmp" generate && \
+	for f in $(GENERATED); do \
+		cmp "$$tmp/$$f" $$f || { echo 'the committed object was not built from these sources: run make generate and commit' >&2; exit 1; }; \
+	done
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	clang-format-19 --dry-run -Werror bpf/*.c bpf/*.h
+	$(GO) test -count=1 .
+
+# Packages one after the other: many make devices and namespaces, and two cores
+# are all that is counted on.
+.PHONY: test
+test: deps lint check-generated build ## everything CI checks
+	$(GO) test -count=1 -p 1 -timeout 20m ./...
+
+.PHONY: clean
+clean:
+	rm -rf bin
+
+.PHONY: help
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package lockstep holds the checks on the repository itself, which `make lint`
+// runs: who imports whom, what the pure packages may do, licences, paths.
+package lockstep
+
+import (
+	"bytes"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "lockstep"
+
+// files lists what is committed or could be.
+func files(t *testing.T) []string {
+	t.Helper()
+	out, err := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate").Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	list := strings.Split(strings.TrimRight(string(out), "\x00"), "\x00")
+	return slices.DeleteFunc(list, func(f string) bool {
+		_, err := os.Stat(f)
+		return err != nil // deleted, not yet committed
+	})
+}
+
+func goFiles(t *testing.T) map[string]*ast.File {
+	t.Helper()
+	fset := token.NewFileSet()
+	parsed := make(map[string]*ast.File)
+	for _, f := range files(t) {
+		if filepath.Ext(f) != ".go" {
+			continue
+		}
+		p, err := parser.ParseFile(fset, f, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed[f] = p
+	}
+	return parsed
+}
+
+// under: pkg is dir or below it.
+func under(pkg, dir string) bool { return pkg == dir || strings.HasPrefix(pkg, dir+"/") }
+
+// mayImport is the direction of STYLE: cmd → control, loader; control → compare,
+// rewriter; loader → bpf and the interfaces it serves; the cores → nothing.
+func mayImport(from, to string, test bool) bool {
+	switch {
+	case under(to, "cmd"):
+		return under(from, "cmd")
+	case under(to, "bench"):
+		return under(from, "bench")
+	case test || under(from, "bench") || isTestKit(from):
+		return true
+	case isTestKit(to):
+		return false
+	case under(to, "bpf"):
+		return under(from, "loader") || under(from, "bpf")
+	case under(to, "loader"):
+		return under(from, "loader") || under(from, "cmd")
+	case under(from, "compare"), under(from, "rewriter"), under(from, "bpf"):
+		return under(to, from)
+	case under(from, "loader"):
+		return to == "compare" || to == "control"
+	}
+	return true
+}
+
+// isTestKit: a package for tests, beside its owner, like control/qmptest.
+func isTestKit(pkg string) bool {
+	return strings.HasSuffix(pkg, "test") || strings.HasSuffix(pkg, "/labtest") || under(pkg, "cmd/lockstep/labtest")
+}
+
+func TestImportDirection(t *testing.T) {
+	for file, f := range goFiles(t) {
+		from, test := path.Dir(file), strings.HasSuffix(file, "_test.go")
+		for _, i := range f.Imports {
+			to, ours := strings.CutPrefix(strings.Trim(i.Path.Value, `"`), module+"/")
+			if ours && !mayImport(from, to, test) {
+				t.Errorf("%s: %s must not import %s", file, from, to)
+			}
+		}
+	}
+}
+
+// Compare and rewriter are pure: the standard library, without its clock, its
+// I/O and goroutines.
+func TestPureCores(t *testing.T) {
+	for file, f := range goFiles(t) {
+		pkg := path.Dir(file)
+		if pkg != "compare" && pkg != "rewriter" || strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		for _, i := range f.Imports {
+			imp := strings.Trim(i.Path.Value, `"`)
+			first, _, _ := strings.Cut(imp, "/")
+			if strings.Contains(first, ".") || slices.Contains([]string{"os", "net", "syscall", "unsafe", "log", "context"}, first) && imp != "net/netip" {
+				t.Errorf("%s: a pure package must not import %s", file, imp)
+			}
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.GoStmt:
+				t.Errorf("%s: a pure package must not start a goroutine", file)
+			case *ast.SelectorExpr:
+				if x, ok := n.X.(*ast.Ident); ok && x.Name == "time" &&
+					slices.Contains([]string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}, n.Sel.Name) {
+					t.Errorf("%s: a pure package must not use time.%s", file, n.Sel.Name)
+				}
+			}
+			return true
+		})
+	}
+}
+
+var generated = regexp.MustCompile(`(?m)^// Code generated .* DO NOT EDIT\.$`)
+
+func TestLicenceHeaders(t *testing.T) {
+	for _, f := range files(t) {
+		switch ext := filepath.Ext(f); {
+		case strings.Contains(f, "testdata/"):
+			continue
+		case ext == ".go", ext == ".c", ext == ".h", ext == ".sh", ext == ".service",
+			strings.HasPrefix(f, ".ci/"), path.Base(f) == "Makefile":
+		default:
+			continue
+		}
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if generated.Match(b) {
+			continue
+		}
+		want := "Apache-2.0"
+		if ext := filepath.Ext(f); under(f, "bpf") && (ext == ".c" || ext == ".h") {
+			want = "GPL-2.0-only OR BSD-2-Clause"
+		}
+		// In the first lines: a build constraint or #! may come before it.
+		head := bytes.Join(bytes.SplitN(b, []byte("\n"), 6)[:min(5, bytes.Count(b, []byte("\n")))], []byte("\n"))
+		if !bytes.Contains(head, []byte("SPDX-License-Identifier: "+want)) {
+			t.Errorf("%s: the first lines lack SPDX-License-Identifier: %s", f, want)
+		}
+	}
+}
+
+// A path of the machine that it was written on means nothing elsewhere.
+func TestNoMachinePaths(t *testing.T) {
+	machine := regexp.MustCompile(`(^|[^\w.*-])/(work|root|home)/[a-z]`)
+	for _, f := range files(t) {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m := machine.Find(b); m != nil && f != "repo_test.go" {
+			t.Errorf("%s: holds the path %q of somebody's machine", f, bytes.TrimSpace(m))
+		}
+	}
+}
