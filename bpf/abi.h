@@ -29,11 +29,11 @@ enum ls_const {
 	LS_HDR_MAX = 136, /* L2..L4 header bytes: 14 + 60 + 60, rounded up to words */
 	LS_OPTS_MAX = 40, /* TCP options: 60-byte header at most */
 	LS_BOUND_MAX = 48,
-	LS_REC_BASE = 160, /* struct ls_rec without boundaries */
+	LS_REC_BASE = 160,   /* struct ls_rec without boundaries */
 	LS_REC_OFF_MAX = 96, /* highest ls_pre.off: 14 + 60 + 20, rounded up */
 
-	LS_SLOT_DATA = 1984,	     /* frame bytes in a 2 KiB slot */
-	LS_GSLOT_DATA = 69632 - 64,  /* frame bytes in a 68 KiB slot */
+	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
+	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 
@@ -65,7 +65,7 @@ enum ls_slot_state {
 
 /* One flow, as seen from the guest: the same key on both hosts. */
 struct ls_tuple {
-	__u8 guest[16];	 /* IPv4 as ::ffff:a.b.c.d */
+	__u8 guest[16]; /* IPv4 as ::ffff:a.b.c.d */
 	__u8 remote[16];
 	__u16 gport;
 	__u16 rport;
@@ -127,22 +127,22 @@ struct ls_ev {
 	__u32 slot; /* slot number, or LS_SLOT_NONE */
 	__u64 at;   /* boottime ns */
 	struct ls_tuple t;
-	__u32 inc;	/* LS_EV_COPY: incarnation, see ls_rec */
-	__u32 seq;	/* of the segment's first position (a SYN is one) */
-	__u32 paylen;	/* payload bytes */
+	__u32 inc;    /* LS_EV_COPY: incarnation, see ls_rec */
+	__u32 seq;    /* of the segment's first position (a SYN is one) */
+	__u32 paylen; /* payload bytes */
 	__u32 ack;
-	__u32 cli_ack;	/* LS_EV_COPY: highest ack seen from the remote, PVM numbering */
+	__u32 cli_ack; /* LS_EV_COPY: highest ack seen from the remote, PVM numbering */
 	__u16 win;
-	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
-	__u8 flags;	/* LS_EV_* */
+	__u8 tcp_flags;	     /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
+	__u8 flags;	     /* LS_EV_* */
 	__u64 sum[LS_LANES]; /* digest of the payload at its positions */
 	__u16 gso_size;
 	__u16 l3_off;
 	__u16 l4_off;
 	__u16 pay_off;
-	__u16 hdr_len; /* bytes of hdr filled: everything before the payload */
-	__u16 tci;     /* VLAN tag as it was, PCP and DEI too; 0: none */
-	__u16 csum_start;  /* as in struct virtio_net_hdr, from the frame's start */
+	__u16 hdr_len;	  /* bytes of hdr filled: everything before the payload */
+	__u16 tci;	  /* VLAN tag as it was, PCP and DEI too; 0: none */
+	__u16 csum_start; /* as in struct virtio_net_hdr, from the frame's start */
 	__u16 csum_offset;
 	__u32 frame_len;
 	__u32 pad;
@@ -182,8 +182,8 @@ struct ls_rec {
 	__u8 type;
 	__u8 dir;
 	__u8 flags;
-	__u16 len;  /* LS_REC_BASE + nsum * 16 */
-	__u16 lane; /* sender's lane (one per CPU, the top one for user space) */
+	__u16 len;     /* LS_REC_BASE + nsum * 16 */
+	__u16 lane;    /* sender's lane (one per CPU, the top one for user space) */
 	__u64 lane_no; /* 1, 2, 3 ... per lane, session and term */
 	__u32 term;
 	__u32 epoch;
@@ -199,8 +199,8 @@ struct ls_rec {
 	__u16 nsum;   /* boundaries that follow */
 	__u16 pad0;
 	__u32 pad1;
-	__u64 sum[LS_LANES]; /* whole payload */
-	__u8 opts[LS_OPTS_MAX]; /* TCP options, TSval in PVM numbering, rest zero */
+	__u64 sum[LS_LANES];		     /* whole payload */
+	__u8 opts[LS_OPTS_MAX];		     /* TCP options, TSval in PVM numbering, rest zero */
 	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
 };
 
@@ -254,7 +254,7 @@ struct ls_half {
 	__u32 ts_svm;
 	__u32 used_pvm; /* the pair made last (R9); 0: none */
 	__u32 used_svm;
-	__u16 win;	/* of the SVM's SYN or SYN|ACK, with its flags and options: */
+	__u16 win; /* of the SVM's SYN or SYN|ACK, with its flags and options: */
 	__u8 tcp_flags;
 	__u8 optlen;
 	__u8 opts[LS_OPTS_MAX];
@@ -262,54 +262,56 @@ struct ls_half {
 };
 
 struct ls_conn {
-	__u32 off;    /* ISN_SVM - ISN_PVM */
-	__u32 ts_off; /* TSval_SVM - TSval_PVM */
-	__u32 inc;    /* incarnation: ISN_PVM */
-	__u32 state;  /* LS_CONN_* */
+	__u32 off;     /* ISN_SVM - ISN_PVM */
+	__u32 ts_off;  /* TSval_SVM - TSval_PVM */
+	__u32 inc;     /* incarnation: ISN_PVM */
+	__u32 state;   /* LS_CONN_* */
 	__u32 cli_ack; /* highest ack of the remote, PVM numbering */
 	__u32 isn_svm;
 	__u64 last;
 };
 
 /* Reasons, append-only: Go's labels are generated from these names. */
-#define LS_REASONS(X)                                                          \
-	X(released, "released frame turned back into the tap")                 \
-	X(mirrored, "frame for the guest cloned to the peer")                  \
-	X(mirror_failed, "clone to the peer link failed")                      \
-	X(held, "PVM frame held in a slot")                                    \
-	X(held_ack, "PVM pure ACK told to user space")                         \
-	X(announced, "SYN announced to the peer")                              \
-	X(passed, "guest frame passed without comparison (ARP, ND, solo)")     \
-	X(shut, "frame dropped: the role's gate is shut")                      \
-	X(muted, "frame dropped: speak_until has passed")                      \
-	X(no_slot, "frame dropped: no free slot")                              \
-	X(no_ring, "frame dropped: ring full")                                 \
-	X(too_long, "frame dropped: longer than a slot, or headers too long")  \
-	X(malformed, "frame dropped: headers do not parse")                    \
-	X(unsupported, "frame dropped: protocol not compared")                 \
-	X(peer_junk, "peer frame dropped: not of this protocol")               \
-	X(peer_short, "peer frame dropped: truncated")                         \
-	X(peer_version, "peer frame dropped: other version")                   \
-	X(peer_type, "peer frame dropped: unknown type or direction")          \
-	X(peer_tag, "peer frame dropped: tag wrong")                           \
-	X(peer_term, "peer frame dropped: other term")                         \
-	X(peer_epoch, "peer frame dropped: other epoch")                       \
-	X(record_in, "record taken")                                           \
-	X(record_out, "record sent for an SVM frame")                          \
-	X(copy_lost, "SVM frame recorded without a copy: no slot or ring")     \
-	X(pending, "SVM frame waits: offset not known yet")                    \
-	X(svm_only, "SVM frame dropped: leaves from the PVM only")             \
-	X(delivered, "mirrored frame delivered to the SVM")                    \
-	X(parked, "mirrored frame parked")                                     \
-	X(gated, "frame for the SVM dropped: not mirrored")                    \
-	X(conn_full, "connection table full")                                  \
-	X(rewrite_failed, "frame dropped: rewriting failed")
+#define LS_REASONS(X) \
+	X(released, "released frame turned back into the tap") \
+	X(mirrored, "frame for the guest cloned to the peer") \
+	X(mirror_failed, "clone to the peer link failed") \
+	X(held, "PVM frame held in a slot") \
+	X(held_ack, "PVM pure ACK told to user space") \
+	X(announced, "SYN announced to the peer") \
+	X(passed, "guest frame passed without comparison (ARP, ND, solo)") \
+	X(shut, "frame dropped: the role's gate is shut") \
+	X(muted, "frame dropped: speak_until has passed") \
+	X(no_slot, "frame dropped: no free slot") \
+	X(no_ring, "frame dropped: ring full") \
+	X(too_long, "frame dropped: longer than a slot, or headers too long") \
+	X(malformed, "frame dropped: headers do not parse") \
+	X(unsupported, "frame dropped: protocol not compared") \
+	X(peer_junk, "peer frame dropped: not of this protocol") \
+	X(peer_short, "peer frame dropped: truncated") \
+	X(peer_version, "peer frame dropped: other version") \
+	X(peer_type, "peer frame dropped: unknown type or direction") \
+	X(peer_tag, "peer frame dropped: tag wrong") \
+	X(peer_term, "peer frame dropped: other term") \
+	X(peer_epoch, "peer frame dropped: other epoch") \
+	X(record_in, "record taken") \
+	X(record_out, "record sent for an SVM frame") \
+	X(copy_lost, "SVM frame recorded without a copy: no slot or ring") \
+	X(pending, "SVM frame waits: offset not known yet") \
+	X(svm_only, "SVM frame dropped: leaves from the PVM only") \
+	X(delivered, "mirrored frame delivered to the SVM") \
+	X(parked, "mirrored frame parked") \
+	X(gated, "frame for the SVM dropped: not mirrored") \
+	X(conn_full, "connection table full") \
+	X(rewrite_failed, "frame dropped: rewriting failed") \
+	X(released_out, "released frame let out") \
+	X(let_in, "mirrored frame let into the SVM")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,
 	LS_REASONS(LS_X)
 #undef LS_X
-	LS_R_MAX
+		LS_R_MAX
 };
 
 struct ls_count {

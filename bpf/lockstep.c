@@ -1,6 +1,7 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* lockstep.c: the one object. A program per attach point, over the headers. */
+#include <stddef.h>
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
@@ -11,6 +12,14 @@
 
 #include "maps.h"
 #include "stats.h"
+#include "parse.h"
+#include "seq.h"
+#include "csum.h"
+#include "digest.h"
+#include "siphash.h"
+#include "hold.h"
+#include "rec.h"
+#include "conn.h"
 
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"

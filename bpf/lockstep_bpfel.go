@@ -229,7 +229,9 @@ const (
 	LockstepLsReasonLS_R_gated         LockstepLsReason = 28
 	LockstepLsReasonLS_R_connFull      LockstepLsReason = 29
 	LockstepLsReasonLS_R_rewriteFailed LockstepLsReason = 30
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 31
+	LockstepLsReasonLS_R_releasedOut   LockstepLsReason = 31
+	LockstepLsReasonLS_R_letIn         LockstepLsReason = 32
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 33
 )
 
 type LockstepLsRec struct {
@@ -276,6 +278,59 @@ const (
 	LockstepLsRecTypeLS_REC_ANSWER   LockstepLsRecType = 4
 )
 
+type LockstepLsScratch struct {
+	_ structs.HostLayout
+	P struct {
+		_      structs.HostLayout
+		T      LockstepLsTuple
+		Len    uint32
+		Seq    uint32
+		Ack    uint32
+		Paylen uint32
+		Win    uint16
+		Flags  uint8
+		Optlen uint8
+		L3Off  uint16
+		L4Off  uint16
+		PayOff uint16
+		Tci    uint16
+		_      [4]byte
+		Tcp    [64]uint8
+	}
+	Tcp  [64]uint8
+	Rec  LockstepLsRec
+	Walk struct {
+		_ structs.HostLayout
+		D struct {
+			_     structs.HostLayout
+			Seq   uint32
+			Ack   uint32
+			Tsval uint32
+			Tsecr uint32
+		}
+		At    uint32
+		End   uint32
+		HasTs uint32
+		Tsval uint32
+	}
+	Digest struct {
+		_      structs.HostLayout
+		Sum    [2]uint64
+		Off    uint32
+		Pos    uint32
+		Left   uint32
+		Stride uint32
+		Next   uint32
+		Nsum   uint32
+	}
+	Piece struct {
+		_   structs.HostLayout
+		Sum [2]uint64
+		B   [4224]uint8
+	}
+	Cursor [2]uint32
+}
+
 type LockstepLsSlot struct {
 	_     structs.HostLayout
 	State uint32
@@ -314,6 +369,7 @@ const (
 	LockstepMapLsKeys      = "ls_keys"
 	LockstepMapLsLane      = "ls_lane"
 	LockstepMapLsRing      = "ls_ring"
+	LockstepMapLsScratch   = "ls_scratch"
 	LockstepMapLsSlots     = "ls_slots"
 	LockstepMapLsStats     = "ls_stats"
 	LockstepProgLsDigestRx = "ls_digest_rx"
@@ -385,15 +441,16 @@ type LockstepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepMapSpecs struct {
-	LsConf   *ebpf.MapSpec `ebpf:"ls_conf"`
-	LsConn   *ebpf.MapSpec `ebpf:"ls_conn"`
-	LsGslots *ebpf.MapSpec `ebpf:"ls_gslots"`
-	LsHalf   *ebpf.MapSpec `ebpf:"ls_half"`
-	LsKeys   *ebpf.MapSpec `ebpf:"ls_keys"`
-	LsLane   *ebpf.MapSpec `ebpf:"ls_lane"`
-	LsRing   *ebpf.MapSpec `ebpf:"ls_ring"`
-	LsSlots  *ebpf.MapSpec `ebpf:"ls_slots"`
-	LsStats  *ebpf.MapSpec `ebpf:"ls_stats"`
+	LsConf    *ebpf.MapSpec `ebpf:"ls_conf"`
+	LsConn    *ebpf.MapSpec `ebpf:"ls_conn"`
+	LsGslots  *ebpf.MapSpec `ebpf:"ls_gslots"`
+	LsHalf    *ebpf.MapSpec `ebpf:"ls_half"`
+	LsKeys    *ebpf.MapSpec `ebpf:"ls_keys"`
+	LsLane    *ebpf.MapSpec `ebpf:"ls_lane"`
+	LsRing    *ebpf.MapSpec `ebpf:"ls_ring"`
+	LsScratch *ebpf.MapSpec `ebpf:"ls_scratch"`
+	LsSlots   *ebpf.MapSpec `ebpf:"ls_slots"`
+	LsStats   *ebpf.MapSpec `ebpf:"ls_stats"`
 }
 
 // LockstepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -429,15 +486,16 @@ func (o *LockstepObjects) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepMaps struct {
-	LsConf   *ebpf.Map `ebpf:"ls_conf"`
-	LsConn   *ebpf.Map `ebpf:"ls_conn"`
-	LsGslots *ebpf.Map `ebpf:"ls_gslots"`
-	LsHalf   *ebpf.Map `ebpf:"ls_half"`
-	LsKeys   *ebpf.Map `ebpf:"ls_keys"`
-	LsLane   *ebpf.Map `ebpf:"ls_lane"`
-	LsRing   *ebpf.Map `ebpf:"ls_ring"`
-	LsSlots  *ebpf.Map `ebpf:"ls_slots"`
-	LsStats  *ebpf.Map `ebpf:"ls_stats"`
+	LsConf    *ebpf.Map `ebpf:"ls_conf"`
+	LsConn    *ebpf.Map `ebpf:"ls_conn"`
+	LsGslots  *ebpf.Map `ebpf:"ls_gslots"`
+	LsHalf    *ebpf.Map `ebpf:"ls_half"`
+	LsKeys    *ebpf.Map `ebpf:"ls_keys"`
+	LsLane    *ebpf.Map `ebpf:"ls_lane"`
+	LsRing    *ebpf.Map `ebpf:"ls_ring"`
+	LsScratch *ebpf.Map `ebpf:"ls_scratch"`
+	LsSlots   *ebpf.Map `ebpf:"ls_slots"`
+	LsStats   *ebpf.Map `ebpf:"ls_stats"`
 }
 
 func (m *LockstepMaps) Close() error {
@@ -449,6 +507,7 @@ func (m *LockstepMaps) Close() error {
 		m.LsKeys,
 		m.LsLane,
 		m.LsRing,
+		m.LsScratch,
 		m.LsSlots,
 		m.LsStats,
 	)

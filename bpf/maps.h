@@ -90,4 +90,103 @@ struct {
 	__type(value, __u64);
 } ls_lane SEC(".maps");
 
+/* A parsed frame. Numbers are host-order; translate() keeps them and tcp[] current. */
+struct ls_pkt {
+	struct ls_tuple t;
+	__u32 len; /* frame bytes */
+	__u32 seq;
+	__u32 ack;
+	__u32 paylen; /* from the IP length: Ethernet padding is not payload */
+	__u16 win;
+	__u8 flags;  /* TCP flags */
+	__u8 optlen; /* bytes of TCP options */
+	__u16 l3_off;
+	__u16 l4_off;
+	__u16 pay_off;
+	__u16 tci;
+	__u8 tcp[64] __attribute__((aligned(8))); /* TCP header and options, rest 0 */
+};
+
+/* Digest input, at most a block: up to 3 zeros, the bytes, 64 zeros. */
+struct ls_piece {
+	__u64 sum[LS_LANES]; /* result */
+	__u8 b[LS_BLOCK + 128];
+};
+
+/* A digest under way. */
+struct ls_digest {
+	__u64 sum[LS_LANES];
+	__u32 off;    /* of the next byte, from the frame's start */
+	__u32 pos;    /* its position in the stream */
+	__u32 left;   /* bytes to go */
+	__u32 stride; /* bytes between boundaries; 0: none wanted */
+	__u32 next;   /* bytes to go to the next boundary */
+	__u32 nsum;   /* boundaries passed */
+};
+
+/* What translation adds to each number. */
+struct ls_delta {
+	__u32 seq;
+	__u32 ack; /* SACK blocks too; only with the ACK flag */
+	__u32 tsval;
+	__u32 tsecr; /* only with the ACK flag, and not to 0, which means "none" */
+};
+
+/* A walk over the TCP options in ls_scratch.tcp. */
+struct ls_walk {
+	struct ls_delta d;
+	__u32 at;
+	__u32 end;
+	__u32 has_ts;
+	__u32 tsval; /* as found, before the addition */
+};
+
+/*
+ * What a program works on: too large for the stack. tcx runs with bottom halves
+ * off, so no other program of this CPU comes between.
+ */
+struct ls_scratch {
+	struct ls_pkt p;
+	__u8 tcp[64] __attribute__((aligned(8))); /* translated copy of p.tcp */
+	struct ls_rec rec;
+	struct ls_walk walk;
+	struct ls_digest digest;
+	struct ls_piece piece;
+	__u32 cursor[2]; /* where the search for a free slot, GSO slot goes on */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ls_scratch);
+} ls_scratch SEC(".maps");
+
+static __always_inline struct ls_scratch *scratch(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&ls_scratch, &key);
+}
+
+static __always_inline struct ls_conf *config(void)
+{
+	__u32 key = 0;
+
+	return bpf_map_lookup_elem(&ls_conf, &key);
+}
+
+/* R20: may a guest's frame leave at this moment? */
+static __always_inline int may_speak(const struct ls_conf *conf)
+{
+	return bpf_ktime_get_boot_ns() < conf->speak_until;
+}
+
+static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)
+{
+	__u32 key = conf->key_index;
+
+	return bpf_map_lookup_elem(&ls_keys, &key);
+}
+
 #endif

@@ -1,8 +1,102 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* pri_out.bpf.c: ingress of the PVM's tap: what the PVM says, and what may leave. */
+
+/* Tells user space of an ACK without payload, which takes no slot. */
+static __always_inline int pri_ack(struct __sk_buff *skb, struct ls_pkt *p)
+{
+	struct ls_ev *ev = ev_new(skb, p, LS_EV_PVM);
+
+	if (!ev)
+		return count(LS_R_no_ring, skb, TCX_DROP);
+	bpf_ringbuf_submit(ev, 0);
+	return count(LS_R_held_ack, skb, TCX_DROP);
+}
+
+/* Holds a segment. Returns LS_R_held, or why it is lost. */
+static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_scratch *sc,
+					       const struct ls_keys *keys)
+{
+	struct ls_ev *ev = ev_new(skb, &sc->p, LS_EV_PVM);
+	enum ls_reason why = LS_R_malformed;
+
+	if (!ev)
+		return LS_R_no_ring;
+	if (digest(skb, sc, keys, 0) >= 0) {
+		ev->sum[0] = sc->digest.sum[0];
+		ev->sum[1] = sc->digest.sum[1];
+		why = slot_keep(skb, sc, &ev->slot);
+	}
+	if (why == LS_R_held)
+		bpf_ringbuf_submit(ev, 0);
+	else
+		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+	return why;
+}
+
+/* Makes a SYN that is held an ANNOUNCE (R9) and sends it to the peer. */
+static __always_inline int pri_announce(struct __sk_buff *skb, struct ls_scratch *sc,
+					const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	int verdict;
+
+	rec_begin(&sc->rec, conf, LS_REC_ANNOUNCE, LS_DIR_P2S);
+	rec_segment(sc);
+	sc->rec.inc = sc->p.seq;
+	verdict = rec_send(skb, sc, conf, keys, rec_off(&sc->p));
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_announced, skb, verdict);
+}
+
+static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
+				   const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	struct ls_pkt *p = &sc->p;
+	enum ls_reason why;
+
+	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
+		return pri_ack(skb, p);
+	why = pri_hold(skb, sc, keys);
+	if (why == LS_R_held && (p->flags & (LS_SYN | LS_RST)) == LS_SYN)
+		return pri_announce(skb, sc, conf, keys);
+	return count(why, skb, TCX_DROP);
+}
 
 SEC("tcx/ingress")
 int ls_pri_out(struct __sk_buff *skb)
 {
-	return count(LS_R_shut, skb, TCX_DROP);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_keys *keys;
+
+	if (!conf || !sc)
+		return count(LS_R_shut, skb, TCX_DROP);
+	if (skb->mark == ls_mark_rel) {
+		if (!may_speak(conf))
+			return count(LS_R_muted, skb, TCX_DROP);
+		skb->mark = 0;
+		return count(LS_R_released_out, skb, TCX_NEXT);
+	}
+	if (conf->mode == LS_MODE_SOLO) {
+		if (!may_speak(conf))
+			return count(LS_R_muted, skb, TCX_DROP);
+		return count(LS_R_passed, skb, TCX_NEXT);
+	}
+	keys = keys_in_use(conf);
+	if (conf->mode != LS_MODE_HOLD || !keys)
+		return count(LS_R_shut, skb, TCX_DROP);
+
+	switch (parse(skb, &sc->p, 1)) {
+	case LS_TCP:
+		return pri_tcp(skb, sc, conf, keys);
+	case LS_LINK:
+		if (!may_speak(conf))
+			return count(LS_R_muted, skb, TCX_DROP);
+		return count(LS_R_passed, skb, TCX_NEXT);
+	case LS_OTHER:
+		return count(LS_R_unsupported, skb, TCX_DROP);
+	default:
+		return count(LS_R_malformed, skb, TCX_DROP);
+	}
 }

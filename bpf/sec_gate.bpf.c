@@ -1,8 +1,33 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* sec_gate.bpf.c: egress of the SVM's tap: only mirrored frames come in. */
 
 SEC("tcx/egress")
 int ls_sec_gate(struct __sk_buff *skb)
 {
-	return count(LS_R_shut, skb, TCX_DROP);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_delta d = {};
+	struct ls_conn *conn;
+
+	if (!conf || !sc)
+		return count(LS_R_gated, skb, TCX_DROP);
+	if (skb->mark == ls_mark_in) {
+		skb->mark = 0;
+		return count(LS_R_let_in, skb, TCX_NEXT);
+	}
+	if (conf->mode != LS_MODE_SOLO)
+		return count(LS_R_gated, skb, TCX_DROP);
+
+	if (parse(skb, &sc->p, 0) == LS_TCP) {
+		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
+		if (conn) {
+			conn_touch(conn, &sc->p, 0, bpf_ktime_get_boot_ns());
+			d.ack = conn->off;
+			d.tsecr = conn->ts_off;
+			if (translate(skb, sc, &d))
+				return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		}
+	}
+	return count(LS_R_passed, skb, TCX_NEXT);
 }

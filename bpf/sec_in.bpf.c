@@ -1,8 +1,147 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* sec_in.bpf.c: ingress of the peer device on S: the guest's input, and P's frames. */
+
+/*
+ * The record of the SYN that half keeps, in PVM numbering: the answer to an
+ * announcement. A repeated announcement so heals a lost one and a lost record.
+ */
+static __always_inline void sec_syn_record(struct ls_scratch *sc, const struct ls_conf *conf,
+					   const struct ls_half *h)
+{
+	struct ls_delta d = {};
+	struct ls_rec *r = &sc->rec;
+	struct ls_tuple t = r->t;
+	struct ls_offset o;
+
+	half_offset(h, &o);
+	rec_begin(r, conf, LS_REC_DATA, LS_DIR_S2P);
+	r->t = t;
+	r->inc = o.inc;
+	r->seq = o.inc;
+	r->end = o.inc + 1;
+	r->ack = h->tcp_flags & LS_ACK ? h->cli_svm + 1 : 0;
+	r->win = h->win;
+	r->tcp_flags = h->tcp_flags;
+	r->optlen = h->optlen;
+	d.tsval = -o.ts_off;
+	__builtin_memcpy(sc->tcp + LS_TCP_MIN, h->opts, LS_OPTS_MAX);
+	opts_walk(sc, h->optlen, &d);
+	__builtin_memcpy(r->opts, sc->tcp + LS_TCP_MIN, LS_OPTS_MAX);
+}
+
+static __always_inline int sec_announce(struct __sk_buff *skb, struct ls_scratch *sc,
+					const struct ls_conf *conf, const struct ls_keys *keys,
+					__u32 off)
+{
+	struct ls_conn *conn = bpf_map_lookup_elem(&ls_conn, &sc->rec.t);
+	struct ls_half *h;
+	int verdict;
+
+	if (ls_mutate & LS_MUTATE_R9)
+		return count(LS_R_record_in, skb, TCX_DROP);
+	if (conn && conn->inc == sc->rec.seq)
+		return count(LS_R_record_in, skb, TCX_DROP);
+	h = half_pvm(sc, bpf_ktime_get_boot_ns());
+	if (!h)
+		return count(LS_R_conn_full, skb, TCX_DROP);
+	if (!half_pair(h))
+		return count(LS_R_record_in, skb, TCX_DROP);
+	sec_syn_record(sc, conf, h);
+	verdict = rec_send(skb, sc, conf, keys, off);
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_record_out, skb, verdict);
+}
+
+static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scratch *sc,
+					  const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	enum ls_reason why;
+	__u32 off = 0;
+
+	why = rec_check(skb, sc, conf, keys, LS_DIR_P2S, &off);
+	if (why != LS_R_record_in)
+		return count(why, skb, TCX_DROP);
+	if (sc->rec.type == LS_REC_ANNOUNCE)
+		return sec_announce(skb, sc, conf, keys, off);
+	if (rec_tell(sc))
+		why = LS_R_no_ring;
+	return count(why, skb, TCX_DROP);
+}
+
+static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	enum ls_reason why;
+	struct ls_ev *ev;
+
+	parse(skb, &sc->p, 0); /* what does not parse is parked too: the guest judges */
+	ev = ev_new(skb, &sc->p, LS_EV_PARK);
+	if (!ev)
+		return count(LS_R_no_ring, skb, TCX_DROP);
+	why = slot_keep(skb, sc, &ev->slot);
+	if (why == LS_R_held) {
+		why = LS_R_parked;
+		bpf_ringbuf_submit(ev, 0);
+	} else {
+		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+	}
+	return count(why, skb, TCX_DROP);
+}
+
+/* Translates a segment of the remote. Returns LS_R_delivered, or why it is lost. */
+static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	struct ls_pkt *p = &sc->p;
+	struct ls_delta d = {};
+	struct ls_offset o;
+	struct ls_conn *conn;
+	struct ls_half *h;
+
+	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
+	if (!conn) {
+		h = bpf_map_lookup_elem(&ls_half, &p->t);
+		if (!h || !half_paired(h))
+			return LS_R_delivered;
+		half_offset(h, &o);
+		if (half_is_acked(h, p, &o)) {
+			conn = half_promote(h, p, &o);
+			if (!conn)
+				return LS_R_conn_full;
+		}
+	} else {
+		conn_offset(conn, &o);
+	}
+	if (conn)
+		conn_touch(conn, p, 0, bpf_ktime_get_boot_ns());
+	d.ack = o.off;
+	d.tsecr = o.ts_off;
+	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;
+}
 
 SEC("tcx/ingress")
 int ls_sec_in(struct __sk_buff *skb)
 {
-	return count(LS_R_shut, skb, TCX_DROP);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_keys *keys;
+	enum ls_reason why;
+
+	if (!conf || !sc || (conf->mode != LS_MODE_RUN && conf->mode != LS_MODE_PARK))
+		return count(LS_R_shut, skb, TCX_DROP);
+	if (is_peer_frame(skb)) {
+		keys = keys_in_use(conf);
+		if (!keys)
+			return count(LS_R_shut, skb, TCX_DROP);
+		return sec_peer_frame(skb, sc, conf, keys);
+	}
+	if (conf->mode == LS_MODE_PARK)
+		return sec_park(skb, sc);
+	if (parse(skb, &sc->p, 0) == LS_TCP) {
+		why = sec_translate_in(skb, sc);
+		if (why != LS_R_delivered)
+			return count(why, skb, TCX_DROP);
+	}
+	skb->mark = ls_mark_in;
+	return count(LS_R_delivered, skb, bpf_redirect(ls_tap, 0));
 }

@@ -1,8 +1,173 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* sec_out.bpf.c: ingress of the SVM's tap: what the SVM says becomes a record. */
+
+/* Where a segment's numbers come from. */
+enum ls_known {
+	LS_KNOWN,     /* offset known */
+	LS_INHERITED, /* nothing known: no translation */
+	LS_LONELY,    /* active SYN whose PVM part is not known */
+	LS_PENDING,   /* waits for an announcement */
+};
+
+/*
+ * Finds the segment's offset. Learns SYNs. An RST|ACK with sequence number 0
+ * refuses a SYN: it belongs to no incarnation, whatever the tables hold.
+ */
+static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls_offset *o,
+						__u32 *cli_ack)
+{
+	struct ls_pkt *p = &sc->p;
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct ls_conn *conn;
+	struct ls_half *h;
+
+	/* Without an ack known: nothing within half the sequence space is acked. */
+	*cli_ack = p->seq - LS_ACK_SPAN;
+	__builtin_memset(o, 0, sizeof(*o));
+	if ((p->flags & (LS_RST | LS_ACK)) == (LS_RST | LS_ACK) && !p->seq)
+		return LS_INHERITED;
+
+	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
+	if (conn && p->flags & LS_SYN && conn->isn_svm != p->seq) {
+		bpf_map_delete_elem(&ls_conn, &p->t);
+		conn = NULL;
+	}
+	if (conn) {
+		conn_offset(conn, o);
+		conn_touch(conn, p, 1, now);
+		*cli_ack = conn->cli_ack;
+		return LS_KNOWN;
+	}
+
+	if (p->flags & LS_SYN) {
+		h = half_svm(sc, now);
+		if (!h)
+			return LS_PENDING;
+		if (!half_pair(h))
+			return p->flags & LS_ACK ? LS_PENDING : LS_LONELY;
+	} else {
+		h = bpf_map_lookup_elem(&ls_half, &p->t);
+		if (!h)
+			return LS_INHERITED;
+		if (!half_paired(h))
+			return LS_PENDING;
+		h->last = now;
+	}
+	half_offset(h, o);
+	*cli_ack = o->inc;
+	return LS_KNOWN;
+}
+
+/* Keeps a copy, for R5 and R22. Returns LS_R_record_out, or LS_R_copy_lost. */
+static __always_inline enum ls_reason sec_copy(struct __sk_buff *skb, struct ls_scratch *sc,
+					       __u32 inc, __u32 cli_ack, int inherited)
+{
+	struct ls_ev *ev = ev_new(skb, &sc->p, LS_EV_COPY);
+
+	if (!ev)
+		return LS_R_copy_lost;
+	ev->inc = inc;
+	ev->cli_ack = cli_ack;
+	ev->sum[0] = sc->digest.sum[0];
+	ev->sum[1] = sc->digest.sum[1];
+	if (inherited)
+		ev->flags |= LS_EV_INHERITED;
+	if (slot_keep(skb, sc, &ev->slot) != LS_R_held) {
+		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+		return LS_R_copy_lost;
+	}
+	bpf_ringbuf_submit(ev, BPF_RB_NO_WAKEUP);
+	return LS_R_record_out;
+}
+
+static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
+				   const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	enum ls_reason why = LS_R_record_out;
+	struct ls_rec *r = &sc->rec;
+	struct ls_pkt *p = &sc->p;
+	struct ls_delta d = {};
+	struct ls_offset o;
+	enum ls_known known;
+	int nsum, verdict;
+	__u32 cli_ack, stride;
+
+	known = sec_lookup(sc, &o, &cli_ack);
+	if (known == LS_PENDING)
+		return count(LS_R_pending, skb, TCX_DROP);
+	d.seq = -o.off;
+	d.tsval = -o.ts_off;
+	if (translate(skb, sc, &d))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+
+	rec_begin(r, conf, LS_REC_DATA, LS_DIR_S2P);
+	rec_segment(sc);
+	r->inc = o.inc;
+	if (known != LS_KNOWN)
+		r->flags = LS_REC_INHERITED;
+	stride = digest_stride(skb->gso_size, p->paylen);
+	nsum = digest(skb, sc, keys, stride);
+	if (nsum < 0)
+		return count(LS_R_malformed, skb, TCX_DROP);
+	r->sum[0] = sc->digest.sum[0];
+	r->sum[1] = sc->digest.sum[1];
+	r->nsum = nsum;
+	r->stride = nsum ? stride : 0;
+
+	if (p->paylen)
+		why = sec_copy(skb, sc, o.inc, cli_ack, known != LS_KNOWN);
+	if (known == LS_LONELY)
+		why = LS_R_pending;
+	verdict = rec_send(skb, sc, conf, keys, rec_off(p));
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(why, skb, verdict);
+}
+
+/* Alone after a takeover: the SVM speaks with the PVM's numbers for what the PVM began. */
+static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc,
+				    const struct ls_conf *conf)
+{
+	struct ls_delta d = {};
+	struct ls_conn *conn;
+
+	if (!may_speak(conf))
+		return count(LS_R_muted, skb, TCX_DROP);
+	if (parse(skb, &sc->p, 1) == LS_TCP) {
+		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
+		if (conn) {
+			conn_touch(conn, &sc->p, 1, bpf_ktime_get_boot_ns());
+			d.seq = -conn->off;
+			d.tsval = -conn->ts_off;
+			if (translate(skb, sc, &d))
+				return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		}
+	}
+	return count(LS_R_passed, skb, TCX_NEXT);
+}
 
 SEC("tcx/ingress")
 int ls_sec_out(struct __sk_buff *skb)
 {
-	return count(LS_R_shut, skb, TCX_DROP);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_keys *keys;
+
+	if (!conf || !sc)
+		return count(LS_R_shut, skb, TCX_DROP);
+	if (conf->mode == LS_MODE_SOLO)
+		return sec_solo(skb, sc, conf);
+	keys = keys_in_use(conf);
+	if (conf->mode != LS_MODE_RUN || !keys)
+		return count(LS_R_shut, skb, TCX_DROP);
+
+	switch (parse(skb, &sc->p, 1)) {
+	case LS_TCP:
+		return sec_tcp(skb, sc, conf, keys);
+	case LS_BAD:
+		return count(LS_R_malformed, skb, TCX_DROP);
+	default:
+		return count(LS_R_svm_only, skb, TCX_DROP);
+	}
 }

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* conn.h: what is known of a connection's offset (R9, R11). */
+#ifndef LS_CONN_H
+#define LS_CONN_H
+
+#include "csum.h"
+#include "maps.h"
+#include "parse.h"
+#include "seq.h"
+
+/* An offset is taken for known when the remote acks up to this much of the SVM's stream. */
+#define LS_ACK_SPAN (1u << 30)
+
+/* SVM numbering is PVM numbering plus these. */
+struct ls_offset {
+	__u32 off;
+	__u32 ts_off;
+	__u32 inc; /* ISN of the PVM */
+};
+
+/* Do both parts belong to one connection? See struct ls_half. */
+static __always_inline int half_paired(const struct ls_half *h)
+{
+	const __u32 both = LS_CONN_PVM | LS_CONN_SVM;
+	__u32 state = h->state;
+
+	if ((state & both) != both)
+		return 0;
+	if (h->isn_pvm == h->used_pvm && h->isn_svm == h->used_svm)
+		return 1;
+	if (!(state & LS_CONN_ACTIVE) != !(state & LS_CONN_PACTIVE))
+		return 0;
+	if (!(state & LS_CONN_ACTIVE))
+		return h->cli_pvm == h->cli_svm;
+	return h->isn_pvm != h->used_pvm && h->isn_svm != h->used_svm;
+}
+
+static __always_inline void half_offset(const struct ls_half *h, struct ls_offset *o)
+{
+	const __u32 both = LS_CONN_PTS | LS_CONN_STS;
+
+	o->inc = h->isn_pvm;
+	o->off = h->isn_svm - h->isn_pvm;
+	o->ts_off = (h->state & both) == both ? h->ts_svm - h->ts_pvm : 0;
+}
+
+static __always_inline void conn_offset(const struct ls_conn *c, struct ls_offset *o)
+{
+	o->inc = c->inc;
+	o->off = c->off;
+	o->ts_off = c->ts_off;
+}
+
+/* The tuple's entry, made when there is none. */
+static __always_inline struct ls_half *half_get(const struct ls_tuple *t)
+{
+	struct ls_half *h = bpf_map_lookup_elem(&ls_half, t);
+
+	if (!h) {
+		struct ls_half none = {};
+
+		bpf_map_update_elem(&ls_half, t, &none, BPF_NOEXIST);
+		h = bpf_map_lookup_elem(&ls_half, t);
+	}
+	return h;
+}
+
+/* Notes that the pair was made. Returns 1 when both parts belong together. */
+static __always_inline int half_pair(struct ls_half *h)
+{
+	if (!half_paired(h))
+		return 0;
+	h->used_pvm = h->isn_pvm;
+	h->used_svm = h->isn_svm;
+	return 1;
+}
+
+/* Finds the timestamp among a SYN's options; *tsval is 0 without one. */
+static __always_inline int find_ts(struct ls_scratch *sc, const __u8 *opts, __u32 optlen,
+				   __u32 *tsval)
+{
+	const struct ls_delta none = {};
+	struct ls_walk *w;
+
+	__builtin_memcpy(sc->tcp + LS_TCP_MIN, opts, LS_OPTS_MAX);
+	w = opts_walk(sc, optlen, &none);
+	*tsval = w->tsval;
+	return w->has_ts;
+}
+
+/*
+ * Takes the SVM's SYN or SYN|ACK in sc->p. The ISN that is known already is the
+ * same SYN said again, or a simultaneous open's answer: same incarnation.
+ */
+static __always_inline struct ls_half *half_svm(struct ls_scratch *sc, __u64 now)
+{
+	struct ls_pkt *p = &sc->p;
+	struct ls_half *h = half_get(&p->t);
+	__u32 cli = p->flags & LS_ACK ? p->ack - 1 : 0;
+	__u32 set = LS_CONN_SVM, tsval;
+
+	if (!h)
+		return NULL;
+	h->last = now;
+	if (!(h->state & LS_CONN_SVM) || h->isn_svm != p->seq ||
+	    (!(h->state & LS_CONN_ACTIVE) && h->cli_svm != cli)) {
+		__sync_fetch_and_and(&h->state, ~(__u32)(LS_CONN_SVM | LS_CONN_STS |
+							 LS_CONN_ACTIVE | LS_CONN_DONE));
+		if (find_ts(sc, p->tcp + LS_TCP_MIN, p->optlen, &tsval))
+			set |= LS_CONN_STS;
+		if (!(p->flags & LS_ACK))
+			set |= LS_CONN_ACTIVE;
+		h->isn_svm = p->seq;
+		h->cli_svm = cli;
+		h->ts_svm = tsval;
+	}
+	h->win = p->win;
+	h->tcp_flags = p->flags;
+	h->optlen = p->optlen;
+	__builtin_memcpy(h->opts, p->tcp + LS_TCP_MIN, LS_OPTS_MAX);
+	if (ls_mutate & LS_MUTATE_R9) {
+		h->isn_pvm = h->used_pvm = h->used_svm = p->seq;
+		set |= LS_CONN_PVM;
+	}
+	__sync_fetch_and_or(&h->state, set);
+	return h;
+}
+
+/* Takes the PVM's SYN or SYN|ACK, announced in sc->rec. */
+static __always_inline struct ls_half *half_pvm(struct ls_scratch *sc, __u64 now)
+{
+	struct ls_rec *r = &sc->rec;
+	struct ls_half *h = half_get(&r->t);
+	__u32 cli = r->tcp_flags & LS_ACK ? r->ack - 1 : 0;
+	__u32 set = LS_CONN_PVM, tsval;
+
+	if (!h)
+		return NULL;
+	h->last = now;
+	if (!(h->state & LS_CONN_PVM) || h->isn_pvm != r->seq ||
+	    (!(h->state & LS_CONN_PACTIVE) && h->cli_pvm != cli)) {
+		__sync_fetch_and_and(&h->state,
+				     ~(__u32)(LS_CONN_PVM | LS_CONN_PTS | LS_CONN_PACTIVE));
+		if (find_ts(sc, r->opts, r->optlen, &tsval))
+			set |= LS_CONN_PTS;
+		if (!(r->tcp_flags & LS_ACK))
+			set |= LS_CONN_PACTIVE;
+		h->isn_pvm = r->seq;
+		h->cli_pvm = cli;
+		h->ts_pvm = tsval;
+	}
+	__sync_fetch_and_or(&h->state, set);
+	return h;
+}
+
+/*
+ * Does the remote's segment show that it knows the SVM's ISN by the offset? It
+ * does when its ack, translated, lies in the SVM's stream. A RST ends what would
+ * begin here; a SYN|ACK answers the guest's own SYN only.
+ */
+static __always_inline int half_is_acked(const struct ls_half *h, const struct ls_pkt *p,
+					 const struct ls_offset *o)
+{
+	__u32 acked = p->ack + o->off - h->isn_svm;
+
+	if (h->state & LS_CONN_DONE || !(p->flags & LS_ACK) || p->flags & LS_RST)
+		return 0;
+	if (p->flags & LS_SYN && !(h->state & LS_CONN_ACTIVE))
+		return 0;
+	return acked > 0 && acked <= LS_ACK_SPAN;
+}
+
+/* Makes the half-open connection one that is never evicted. NULL: table full. */
+static __always_inline struct ls_conn *half_promote(struct ls_half *h, const struct ls_pkt *p,
+						    const struct ls_offset *o)
+{
+	const __u32 ts = LS_CONN_PTS | LS_CONN_STS;
+	struct ls_conn c = {
+		.off = o->off,
+		.ts_off = o->ts_off,
+		.inc = o->inc,
+		.state = h->state & LS_CONN_ACTIVE,
+		.cli_ack = p->ack,
+		.isn_svm = h->isn_svm,
+	};
+	struct ls_conn *made;
+
+	if ((h->state & ts) == ts)
+		c.state |= LS_CONN_TS;
+	bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
+	made = bpf_map_lookup_elem(&ls_conn, &p->t);
+	if (made)
+		__sync_fetch_and_or(&h->state, LS_CONN_DONE);
+	return made;
+}
+
+/*
+ * Notes a segment of either side. A guest that goes on speaking was not reset:
+ * anybody may send it a RST that it does not believe.
+ */
+static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p, int from_guest,
+				       __u64 now)
+{
+	__u32 set = 0, old = c->cli_ack;
+
+	c->last = now;
+	if (p->flags & LS_RST)
+		set = LS_CONN_RST;
+	else if (p->flags & LS_FIN)
+		set = from_guest ? LS_CONN_GFIN : LS_CONN_RFIN;
+	if (set & ~c->state)
+		__sync_fetch_and_or(&c->state, set);
+	if (from_guest && !set && c->state & LS_CONN_RST)
+		__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_RST);
+	/* One try: when another CPU was faster, its ack is as new. */
+	if (!from_guest && p->flags & LS_ACK && seq_after(p->ack, old))
+		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);
+}
+
+#endif

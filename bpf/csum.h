@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * csum.h: changes TCP numbers in a frame and keeps its checksum right (R10).
+ *
+ * One bpf_csum_diff runs over the whole TCP header, so options at odd offsets
+ * need no care. bpf_l4_csum_replace leaves a partial checksum alone: what is in
+ * the field then is the pseudo header's sum, which does not change. Stores pass
+ * no BPF_F_RECOMPUTE_CSUM: what changes and the field that answers for it sum up
+ * to the same as before, so a CHECKSUM_COMPLETE skb stays right as it is.
+ */
+#ifndef LS_CSUM_H
+#define LS_CSUM_H
+
+#include "maps.h"
+#include "parse.h"
+
+#define LS_OPT_EOL 0
+#define LS_OPT_NOP 1
+#define LS_OPT_SACK 5
+#define LS_OPT_TS 8
+#define LS_TCP_MIN 20
+#define LS_TCP_MAX 60
+
+static __always_inline void add32(__u8 *p, __u32 delta)
+{
+	__be32 v;
+
+	__builtin_memcpy(&v, p, 4);
+	v = bpf_htonl(bpf_ntohl(v) + delta);
+	__builtin_memcpy(p, &v, 4);
+}
+
+/* One option of sc->tcp. Options that do not parse end the walk, as in receivers. */
+static long opt_step(__u32 i, struct ls_scratch **ctx)
+{
+	struct ls_scratch *sc = *ctx;
+	struct ls_walk *w = &sc->walk;
+	__u8 *tcp = sc->tcp;
+	__u32 at = w->at;
+	__u32 kind, len;
+	__be32 v;
+
+	barrier_var(at);
+	if (at >= w->end || at > LS_TCP_MAX - 1)
+		return 1;
+	kind = tcp[at];
+	len = tcp[at + 1]; /* sc->tcp is longer than a header */
+	if (kind == LS_OPT_NOP)
+		len = 1;
+	else if (kind == LS_OPT_EOL || len < 2)
+		return 1;
+	if (at + len > w->end)
+		return 1;
+	w->at = at + len;
+	if (kind == LS_OPT_TS && len == 10) {
+		if (at > LS_TCP_MAX - 10)
+			return 1;
+		__builtin_memcpy(&v, tcp + at + 2, 4);
+		w->has_ts = 1;
+		w->tsval = bpf_ntohl(v);
+		add32(tcp + at + 2, w->d.tsval);
+		__builtin_memcpy(&v, tcp + at + 6, 4);
+		if (v)
+			add32(tcp + at + 6, w->d.tsecr);
+	} else if (kind == LS_OPT_SACK) {
+		for (__u32 b = 2; b + 8 <= 34 && b + 8 <= len; b += 8) {
+			if (at + b > LS_TCP_MAX - 8)
+				return 1;
+			add32(tcp + at + b, w->d.ack);
+			add32(tcp + at + b + 4, w->d.ack);
+		}
+	}
+	return 0;
+}
+
+/* Walks the options in sc->tcp, optlen bytes behind the fixed header, adding *d. */
+static __always_inline struct ls_walk *opts_walk(struct ls_scratch *sc, __u32 optlen,
+						 const struct ls_delta *d)
+{
+	struct ls_walk *w = &sc->walk;
+
+	w->d = *d;
+	w->at = LS_TCP_MIN;
+	w->end = LS_TCP_MIN + optlen;
+	w->has_ts = 0;
+	w->tsval = 0;
+	if (optlen)
+		bpf_loop(LS_OPTS_MAX, opt_step, &sc, 0);
+	return w;
+}
+
+/* Adds *d to the frame's TCP numbers, in sc->p and in the skb. */
+static __always_inline int translate(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_delta *delta)
+{
+	struct ls_delta d = *delta;
+	struct ls_pkt *p = &sc->p;
+	__u32 l4 = p->l4_off;
+	__u32 optlen = p->optlen;
+	__s64 diff;
+
+	if (!(p->flags & LS_ACK))
+		d.ack = d.tsecr = 0;
+	if (!(d.seq | d.ack | d.tsval | d.tsecr))
+		return 0;
+
+	__builtin_memcpy(sc->tcp, p->tcp, sizeof(sc->tcp));
+	add32(sc->tcp + 4, d.seq);
+	add32(sc->tcp + 8, d.ack);
+	opts_walk(sc, optlen, &d);
+
+	diff = bpf_csum_diff((__be32 *)p->tcp, LS_TCP_MAX, (__be32 *)sc->tcp, LS_TCP_MAX, 0);
+	if (bpf_skb_store_bytes(skb, l4 + 4, sc->tcp + 4, 8, 0))
+		return -1;
+	barrier_var(optlen);
+	if (optlen > 0 && optlen <= LS_OPTS_MAX &&
+	    bpf_skb_store_bytes(skb, l4 + LS_TCP_MIN, sc->tcp + LS_TCP_MIN, optlen, 0))
+		return -1;
+	if (bpf_l4_csum_replace(skb, l4 + offsetof(struct tcphdr, check), 0, diff, 0))
+		return -1;
+	__builtin_memcpy(p->tcp, sc->tcp, sizeof(p->tcp));
+	p->seq += d.seq;
+	p->ack += d.ack;
+	return 0;
+}
+
+#endif

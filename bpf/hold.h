@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * hold.h: frames kept in slots and the events that tell user space of them.
+ *
+ * Order: reserve the event, claim a slot, copy, mark it READY, submit. User space
+ * gives a slot back by a compare-and-swap READY to FREE. Nothing waits: no event
+ * or no slot means that the frame is not kept, and the caller drops and counts.
+ */
+#ifndef LS_HOLD_H
+#define LS_HOLD_H
+
+#include <bpf/bpf_core_read.h>
+
+#include "maps.h"
+#include "parse.h"
+
+#define LS_PROBES 32 /* slots looked at before "none free" */
+#define LS_CHECKSUM_PARTIAL 3
+
+/* The few fields of the kernel's sk_buff that __sk_buff does not have. */
+struct sk_buff {
+	__u8 ip_summed : 2;
+	__u16 csum_start;
+	__u16 csum_offset;
+	unsigned char *head;
+	unsigned char *data;
+} __attribute__((preserve_access_index));
+
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym;
+
+static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
+{
+	return __sync_val_compare_and_swap(state, from, to) == from;
+}
+
+/*
+ * Finds a FREE element of an array of n slots of either size, makes it FILLING
+ * and returns it. The cursor is this CPU's and goes on where the search ended:
+ * a full array costs LS_PROBES looks a frame, and no element is passed over for long.
+ */
+static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cursor, __u32 *index)
+{
+	struct ls_slot *s = NULL;
+	__u32 at = *cursor;
+
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < LS_PROBES; i++) {
+		__u32 key = at < n ? at : 0;
+
+		at = key + 1;
+		s = bpf_map_lookup_elem(map, &key);
+		if (!s)
+			break;
+		if (s->state == LS_SLOT_FREE &&
+		    __sync_val_compare_and_swap(&s->state, LS_SLOT_FREE, LS_SLOT_FILLING) ==
+			    LS_SLOT_FREE) {
+			*index = key;
+			break;
+		}
+		s = NULL;
+	}
+	*cursor = at;
+	return s;
+}
+
+/* Copies the frame into a claimed slot with room for cap bytes and publishes it. */
+static __always_inline int slot_fill(struct __sk_buff *skb, struct ls_slot *s, __u32 len, __u32 cap)
+{
+	int ok;
+
+	barrier_var(len);
+	ok = len > 0 && len <= cap && !bpf_skb_load_bytes(skb, 0, s->data, len);
+	s->len = len;
+	__sync_lock_test_and_set(&s->state, ok ? LS_SLOT_READY : LS_SLOT_FREE); /* full barrier */
+	return ok;
+}
+
+/* Keeps the frame in a slot. Returns LS_R_held, or why it could not. */
+static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls_scratch *sc,
+						__u32 *slot)
+{
+	__u32 len = skb->len;
+	struct ls_slot *s;
+	__u32 index = 0;
+
+	if (len <= LS_SLOT_DATA) {
+		s = slot_claim(&ls_slots, ls_nslots, &sc->cursor[0], &index);
+		if (!s || !slot_fill(skb, s, len, LS_SLOT_DATA))
+			return LS_R_no_slot;
+		*slot = index;
+		return LS_R_held;
+	}
+	if (len > LS_GSLOT_DATA)
+		return LS_R_too_long;
+	s = slot_claim(&ls_gslots, ls_ngslots, &sc->cursor[1], &index);
+	if (!s || !slot_fill(skb, s, len, LS_GSLOT_DATA))
+		return LS_R_no_slot;
+	*slot = index | LS_SLOT_GSO;
+	return LS_R_held;
+}
+
+/*
+ * Reserves an event and fills in what the frame itself tells. NULL: ring full.
+ * The caller submits or discards it.
+ */
+static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct ls_pkt *p,
+					    enum ls_ev_type type)
+{
+	struct ls_ev *ev = bpf_ringbuf_reserve(&ls_ring, sizeof(*ev), 0);
+	struct sk_buff *kskb;
+	__u32 hdr;
+
+	if (!ev)
+		return NULL;
+	__builtin_memset(ev, 0, sizeof(*ev));
+	ev->type = type;
+	ev->slot = LS_SLOT_NONE;
+	ev->at = bpf_ktime_get_boot_ns();
+	ev->t = p->t;
+	ev->seq = p->seq;
+	ev->ack = p->ack;
+	ev->paylen = p->paylen;
+	ev->win = p->win;
+	ev->tcp_flags = p->flags;
+	ev->gso_size = skb->gso_size;
+	ev->l3_off = p->l3_off;
+	ev->l4_off = p->l4_off;
+	ev->pay_off = p->pay_off;
+	ev->tci = p->tci;
+	ev->frame_len = p->len;
+
+	kskb = bpf_cast_to_kern_ctx(skb);
+	if (BPF_CORE_READ_BITFIELD(kskb, ip_summed) == LS_CHECKSUM_PARTIAL) {
+		ev->flags = LS_EV_PARTIAL;
+		ev->csum_start = kskb->csum_start - (kskb->data - kskb->head);
+		ev->csum_offset = kskb->csum_offset;
+	}
+
+	hdr = p->pay_off;
+	barrier_var(hdr);
+	if (hdr > 0 && hdr <= LS_HDR_MAX && !bpf_skb_load_bytes(skb, 0, ev->hdr, hdr))
+		ev->hdr_len = hdr;
+	return ev;
+}
+
+#endif
