@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"lockstep/control/config"
+)
+
+// version is set by the Makefile.
+var version string
+
+func newRoot(e env) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "lockstep",
+		Short:         "COLO proxy in the kernel",
+		Long:          "lockstep keeps two QEMU guests on two hosts in step: what the primary guest says\nleaves its host once the secondary guest has said the same.",
+		Args:          cobra.NoArgs,
+		SilenceErrors: true, // run prints them
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return usageError{errors.New("which command? `lockstep --help` lists them")}
+		},
+	}
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath())}
+	})
+	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newUnload(e), newVersion(e))
+	for _, cmd := range append(root.Commands(), root) {
+		args := cmd.Args
+		cmd.Args = func(cmd *cobra.Command, a []string) error {
+			if err := args(cmd, a); err != nil {
+				return usageError{fmt.Errorf("%w; `%s --help` shows the usage", err, cmd.CommandPath())}
+			}
+			return nil
+		}
+	}
+	return root
+}
+
+// target is the daemon that a command is about.
+type target struct {
+	file, node string
+}
+
+func (t *target) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&t.file, "config", "c", "", "the pair's config file")
+	cmd.Flags().StringVar(&t.node, "node", "", "this host's name in the config")
+}
+
+// load reads the config and finds the node in it.
+func (t *target) load() (c *config.Config, self, other *config.Node, err error) {
+	switch {
+	case t.file == "":
+		return nil, nil, nil, usageError{errors.New("which pair? Name its config file with -c")}
+	case t.node == "":
+		return nil, nil, nil, usageError{fmt.Errorf("which of the hosts in %s is this one? Name it with --node", t.file)}
+	}
+	if c, err = config.Load(t.file); err != nil {
+		return nil, nil, nil, usageError{err}
+	}
+	if self, other, err = c.Node(t.node); err != nil {
+		return nil, nil, nil, usageError{err}
+	}
+	return c, self, other, nil
+}
+
+func newRun(e env) *cobra.Command {
+	var (
+		t           target
+		role, level string
+		verifierLog bool
+	)
+	cmd := &cobra.Command{
+		Use:   "run -c pair.yaml --node NAME --role primary|secondary",
+		Short: "Run the daemon of this host in the foreground",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, other, err := t.load()
+			if err != nil {
+				return err
+			}
+			if role != "primary" && role != "secondary" {
+				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
+			}
+			var lv slog.Level
+			if err := lv.UnmarshalText([]byte(level)); err != nil {
+				return usageError{fmt.Errorf("log level %q is none of debug, info, warn, error", level)}
+			}
+			return runDaemon(cmd.Context(), e, startOptions{
+				config: c, self: self, other: other,
+				primary:     role == "primary",
+				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
+				verifierLog: verifierLog,
+			})
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().StringVar(&role, "role", "", "the role to begin with: primary or secondary")
+	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().BoolVar(&verifierLog, "verifier-log", false, "print the whole verifier log when the kernel refuses a program")
+	return cmd
+}
+
+func newStatus(e env) *cobra.Command {
+	var t target
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status -c pair.yaml --node NAME",
+		Short: "Show what this host's daemon is doing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return t.ask(cmd.Context(), "status", asJSON, e.stdout, printStatus)
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newFlows(e env) *cobra.Command {
+	var t target
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "flows -c pair.yaml --node NAME",
+		Short: "List the guest's connections: offset, compared position, what is held, age",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return t.ask(cmd.Context(), "flows", asJSON, e.stdout, printFlows)
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+func newUnload(e env) *cobra.Command {
+	var t target
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "unload -c pair.yaml --node NAME",
+		Short: "Remove the pinned programs and maps of a daemon that is gone",
+		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
+			"the peer devices, its maps go, and the guest's frames flow uncompared from then on.\n" +
+			"It refuses while the daemon lives.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, _, err := t.load()
+			if err != nil {
+				return err
+			}
+			return e.unload(c, self, force)
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "remove also what is not whole or not of this version")
+	return cmd
+}
+
+func newVersion(e env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Fprintln(e.stdout, "lockstep", versionString())
+			return err
+		},
+	}
+}
+
+// versionString falls back to what the Go tool recorded.
+func versionString() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return strings.TrimSpace(s.Value)
+			}
+		}
+	}
+	return "devel"
+}
+
+// runDaemon starts the daemon and serves its status until ctx ends.
+func runDaemon(ctx context.Context, e env, o startOptions) error {
+	d, err := e.start(o)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, e, o, d)
+}

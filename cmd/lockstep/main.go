@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command lockstep is a COLO proxy in the kernel: what the primary guest says
+// leaves once the secondary has said the same.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"lockstep/control/config"
+)
+
+// Exit codes, a contract with scripts and the systemd unit.
+const (
+	exitOK       = 0
+	exitFailed   = 1
+	exitUsage    = 2 // the command line or the config is wrong: a restart cannot help
+	exitNoDaemon = 3
+)
+
+// env is what the program touches of its surroundings.
+type env struct {
+	args           []string // without the program's name
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	start          func(startOptions) (daemon, error)             // wire.go's, or a test's
+	unload         func(*config.Config, *config.Node, bool) error // likewise
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := run(ctx, env{
+		args:   os.Args[1:],
+		stdout: os.Stdout,
+		stderr: os.Stderr,
+		getenv: os.Getenv,
+		start:  start,
+		unload: unload,
+	})
+	stop()
+	os.Exit(code)
+}
+
+// run is the whole program. It ends early when ctx does.
+func run(ctx context.Context, e env) int {
+	root := newRoot(e)
+	root.SetArgs(e.args)
+	root.SetOut(e.stdout)
+	root.SetErr(e.stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	if mistakes := config.Errors(nil); errors.As(err, &mistakes) {
+		fmt.Fprintln(e.stderr, mistakes) // each line begins with its place, as compilers write it
+		return exitUsage
+	}
+	fmt.Fprintf(e.stderr, "lockstep: %v\n", err)
+	var usage usageError
+	var none noDaemonError
+	switch {
+	case errors.As(err, &usage):
+		return exitUsage
+	case errors.As(err, &none):
+		return exitNoDaemon
+	}
+	return exitFailed
+}
+
+// usageError is a mistake in the command line, or in what it names.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// noDaemonError says that nobody answers on a node's status socket.
+type noDaemonError struct {
+	vm, node, socket string
+	err              error
+}
+
+func (e noDaemonError) Error() string {
+	return fmt.Sprintf("no daemon runs for %s on node %s (%s: %v); start it with `lockstep run`", e.vm, e.node, e.socket, e.err)
+}
+
+func (e noDaemonError) Unwrap() error { return e.err }
+
+// newLogger writes for people, to stderr. The journal has its own clock.
+func newLogger(e env, level slog.Level) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if e.getenv("JOURNAL_STREAM") != "" {
+		opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(e.stderr, opts))
+}
