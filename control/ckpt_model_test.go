@@ -1,0 +1,491 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// ckptModel runs both machines against a model of two QEMUs, with channels that
+// delay and break, an operator, and checkpoints that stop half way. It knows
+// what the machines cannot: which state the SVM really has.
+type ckptModel struct {
+	rng    *rand.Rand
+	now    int64
+	agenda []appointment // by time, then order of making
+	made   int
+	log    []string
+	err    error
+
+	p        *ckptPrimary
+	s        *ckptSecondary
+	calm     bool // no more faults
+	link     bool
+	linkGen  int
+	qmpGen   [2]int
+	qmp      [2]bool
+	stopped  [2]bool
+	flight   int // messages and QEMU events under way
+	inQEMU   int // 0: no checkpoint under way, else its number
+	queued   bool
+	lastTx   int
+	stopAt   map[int]int64 // the PVM's STOP by checkpoint
+	resumeAt map[int]int64
+	loaded   int // checkpoint the SVM last loaded
+
+	running   bool // S's kernel lets output out
+	offsets   int  // checkpoint since which S's offsets count
+	sEpoch    uint32
+	pEpoch    uint32
+	frozen    bool
+	sawStop   bool // P took a STOP since the last commit
+	commits   int
+	channelAt [4]int64 // ordered channels: P's and S's QMP, link both ways
+}
+
+type appointment struct {
+	at    int64
+	order int
+	do    func()
+}
+
+const (
+	chQMPP = iota
+	chQMPS
+	chToS
+	chToP
+)
+
+func newCkptModel(seed uint64, mutate func(*ckptConfig)) *ckptModel {
+	m := &ckptModel{
+		rng: rand.New(rand.NewPCG(seed, 1)), stopAt: make(map[int]int64), resumeAt: make(map[int]int64), sEpoch: 1, pEpoch: 1,
+	}
+	cfg := defaultCkptConfig()
+	cfg.qmp, cfg.minInterval, cfg.period = true, int64(20*time.Millisecond), int64(time.Second)
+	mutate(&cfg)
+	m.p, m.s = newCkptPrimary(cfg), newCkptSecondary(cfg)
+	return m
+}
+
+func (m *ckptModel) after(d int64, do func()) { m.at(m.now+d, do) }
+
+func (m *ckptModel) at(at int64, do func()) {
+	m.made++
+	a := appointment{at, m.made, do}
+	i, _ := slices.BinarySearchFunc(m.agenda, a, func(x, y appointment) int {
+		if x.at != y.at {
+			return int(min(max(x.at-y.at, -1), 1))
+		}
+		return x.order - y.order
+	})
+	m.agenda = slices.Insert(m.agenda, i, a)
+}
+
+// ms is a random time up to n milliseconds, now and then far longer.
+func (m *ckptModel) ms(n int64) int64 {
+	if !m.calm {
+		switch r := m.rng.IntN(200); {
+		case r < 5:
+			n *= 200
+		case r < 7:
+			n *= 5000
+		}
+	}
+	return m.rng.Int64N(n*int64(time.Millisecond)) + 1
+}
+
+// send delivers in order on a channel.
+func (m *ckptModel) send(ch int, do func()) {
+	at := max(m.now+m.ms(3), m.channelAt[ch]+1)
+	m.channelAt[ch] = at
+	m.flight++
+	m.at(at, func() { m.flight--; do() })
+}
+
+func (m *ckptModel) failf(format string, args ...any) {
+	if m.err == nil {
+		m.err = fmt.Errorf(format, args...)
+	}
+}
+
+func (m *ckptModel) note(who string, ev ckptEvent, fx []ckptEffect) {
+	line := fmt.Sprintf("%v %s %s(%d) ok=%t:", time.Duration(m.now), who, kindNames[ev.Kind], ev.Epoch, ev.OK)
+	for _, f := range fx {
+		line += " " + f.String()
+	}
+	m.log = append(m.log, line)
+}
+
+func (m *ckptModel) stepP(ev ckptEvent) {
+	if ev.Kind == evStop {
+		m.sawStop = true
+	}
+	fx := slices.Clone(m.p.Step(m.now, ev))
+	m.note("P", ev, fx)
+	for _, f := range fx {
+		m.effectP(f)
+	}
+	if d := m.p.NextDeadline(); d < 1<<62 && len(m.agenda) < 10000 {
+		m.at(max(d, m.now+1), func() {
+			if m.p.NextDeadline() <= m.now {
+				m.stepP(ckptEvent{Kind: evTick})
+			}
+		})
+	}
+}
+
+func (m *ckptModel) effectP(f ckptEffect) {
+	switch f.Op {
+	case fxFreeze:
+		m.frozen = true
+	case fxThaw:
+		if m.sawStop {
+			m.failf("thawed although the PVM had stopped since the last commit")
+		}
+		m.frozen = false
+	case fxCommit:
+		m.commits++
+		m.frozen, m.sawStop = false, m.stopped[0]
+		switch {
+		case m.loaded == 0:
+			m.failf("commit of %d: the SVM never loaded a checkpoint", f.Epoch)
+		case f.At > m.resumeAt[m.loaded] && m.resumeAt[m.loaded] != 0:
+			m.failf("commit of %d at %v: checkpoint %d ended at %v", f.Epoch, time.Duration(f.At), m.loaded, time.Duration(m.resumeAt[m.loaded]))
+		case m.running && m.offsets != m.loaded:
+			m.failf("commit of %d: offsets since %d, loaded %d", f.Epoch, m.offsets, m.loaded)
+		}
+	case fxEpoch:
+		m.pEpoch = f.Epoch
+	case fxPrepare:
+		m.toS(ckptEvent{Kind: evPrepare, Epoch: f.Epoch})
+	case fxAbort:
+		m.toS(ckptEvent{Kind: evAbort, Epoch: f.Epoch, Cause: f.Cause})
+	case fxAsk:
+		m.ask(f.Epoch)
+	case fxCOLO:
+		m.query(chQMPP, f.Epoch)
+	}
+}
+
+func (m *ckptModel) stepS(ev ckptEvent, tx int) {
+	fx := slices.Clone(m.s.Step(m.now, ev))
+	m.note("S", ev, fx)
+	for _, f := range fx {
+		switch f.Op {
+		case fxPark:
+			m.running = false
+		case fxDrain:
+			ok := m.calm || m.rng.IntN(20) > 0
+			m.after(m.ms(3), func() { m.stepS(ckptEvent{Kind: evDrained, Epoch: f.Epoch, OK: ok}, 0) })
+		case fxReady:
+			m.toP(ckptEvent{Kind: evReady, Epoch: f.Epoch})
+		case fxReset:
+			if m.running {
+				m.failf("offsets reset while output was open")
+			}
+			m.sEpoch, m.offsets = f.Epoch, tx
+		case fxStopped:
+			m.toP(ckptEvent{Kind: evPeerStopped, Epoch: f.Epoch})
+		case fxRun:
+			m.running = true
+		case fxResumed:
+			m.toP(ckptEvent{Kind: evPeerResumed, Epoch: f.Epoch})
+		case fxAbort:
+			m.toP(ckptEvent{Kind: evPeerAbort, Epoch: f.Epoch, Cause: f.Cause})
+		case fxCOLO:
+			m.query(chQMPS, f.Epoch)
+		}
+	}
+}
+
+func (m *ckptModel) toS(ev ckptEvent) {
+	if gen := m.linkGen; m.link {
+		m.send(chToS, func() {
+			if m.link && gen == m.linkGen {
+				m.stepS(ev, 0)
+			}
+		})
+	}
+}
+
+func (m *ckptModel) toP(ev ckptEvent) {
+	if gen := m.linkGen; m.link {
+		m.send(chToP, func() {
+			if m.link && gen == m.linkGen {
+				m.stepP(ev)
+			}
+		})
+	}
+}
+
+// cutLink breaks the link and makes another session later, as the daemon does.
+func (m *ckptModel) cutLink() {
+	if m.link {
+		m.link = false
+		m.linkGen++
+		m.stepP(ckptEvent{Kind: evLinkDown})
+		m.stepS(ckptEvent{Kind: evLinkDown}, 0)
+	}
+}
+
+func (m *ckptModel) join() {
+	if m.link {
+		return
+	}
+	m.linkGen++
+	gen := m.linkGen
+	whole := m.s.whole()
+	m.send(chToP, func() {
+		if gen != m.linkGen {
+			return
+		}
+		m.stepP(ckptEvent{Kind: evHandshake})
+		m.link = true
+		calm := m.p.doubt == "" && whole
+		m.sEpoch, m.pEpoch = m.p.committed, m.p.committed
+		// S first, then P, with other things in between.
+		m.send(chToS, func() {
+			if gen != m.linkGen {
+				return
+			}
+			m.stepS(ckptEvent{Kind: evLinkUp, OK: calm}, 0)
+			m.toP(ckptEvent{Kind: evLinkUp, OK: whole})
+		})
+	})
+}
+
+// event is QEMU's, seen by its daemon when the connection lives.
+func (m *ckptModel) event(side int, kind ckptKind, tx int) {
+	m.stopped[side] = kind == evStop
+	at := m.now
+	if gen := m.qmpGen[side]; m.qmp[side] {
+		m.send(chQMPP+side, func() {
+			if gen != m.qmpGen[side] {
+				return
+			}
+			if ev := (ckptEvent{Kind: kind, At: at}); side == 0 {
+				m.stepP(ev)
+			} else {
+				m.stepS(ev, tx)
+			}
+		})
+	}
+}
+
+func (m *ckptModel) setQMP(side int, up bool) {
+	if m.qmp[side] == up {
+		return
+	}
+	m.qmp[side] = up
+	m.qmpGen[side]++
+	gen, running := m.qmpGen[side], !m.stopped[side]
+	m.send(chQMPP+side, func() {
+		if up && gen != m.qmpGen[side] {
+			return
+		}
+		ev := ckptEvent{Kind: evQMPDown}
+		if up {
+			ev = ckptEvent{Kind: evQMPUp, OK: running}
+		}
+		if side == 0 {
+			m.stepP(ev)
+		} else {
+			m.stepS(ev, 0)
+		}
+	})
+}
+
+func (m *ckptModel) query(ch int, epoch uint32) {
+	gen := m.qmpGen[ch]
+	m.send(ch, func() {
+		if gen != m.qmpGen[ch] {
+			return
+		}
+		if ev := (ckptEvent{Kind: evCOLO, Epoch: epoch, OK: true}); ch == chQMPP {
+			m.stepP(ev)
+		} else {
+			m.stepS(ev, 0)
+		}
+	})
+}
+
+// ask is the request at QEMU.
+func (m *ckptModel) ask(epoch uint32) {
+	if !m.qmp[0] {
+		return
+	}
+	if !m.calm && m.rng.IntN(20) == 0 {
+		m.send(chQMPP, func() { m.stepP(ckptEvent{Kind: evAsked, Epoch: epoch, Cause: "refused"}) })
+		return
+	}
+	m.queued = true
+	m.after(m.ms(2), m.transaction)
+}
+
+// transaction is COLO's checkpoint.
+func (m *ckptModel) transaction() {
+	if m.inQEMU != 0 || !m.queued || m.stopped[0] || m.stopped[1] {
+		if m.queued && m.inQEMU == 0 {
+			m.after(m.ms(20), m.transaction)
+		}
+		return
+	}
+	m.lastTx++
+	tx := m.lastTx
+	m.inQEMU = tx
+	m.event(1, evStop, tx)
+	m.after(m.ms(2), func() {
+		m.queued = false
+		m.event(0, evStop, tx)
+		m.stopAt[tx] = m.now
+		m.after(m.ms(4), func() {
+			m.loaded = tx
+			m.event(1, evResume, tx)
+			m.after(m.ms(2), func() {
+				m.resumeAt[tx] = m.now
+				m.event(0, evResume, tx)
+				m.inQEMU = 0
+				if m.queued {
+					m.transaction()
+				}
+			})
+		})
+	})
+}
+
+// quiet checks what holds whenever nothing is under way.
+func (m *ckptModel) quiet() {
+	if m.flight == 0 && m.link && m.s.link && m.p.link && m.s.void && !m.frozen {
+		m.failf("matching although S is void")
+	}
+	if !m.frozen && m.p.started && !m.p.qmp {
+		m.failf("matching without QMP")
+	}
+	if m.flight == 0 && m.inQEMU == 0 && m.qmp[0] && m.qmp[1] && !m.frozen && m.running && m.link {
+		if m.offsets != m.loaded {
+			m.failf("matching with offsets since %d, loaded %d", m.offsets, m.loaded)
+		}
+		if m.sEpoch != m.pEpoch {
+			m.failf("matching with S in epoch %d, P in %d", m.sEpoch, m.pEpoch)
+		}
+	}
+}
+
+func (m *ckptModel) fault() {
+	if m.calm {
+		return
+	}
+	switch m.rng.IntN(12) {
+	case 0:
+		m.cutLink()
+	case 1, 2:
+		m.join()
+	case 3:
+		m.setQMP(m.rng.IntN(2), false)
+	case 4, 5:
+		m.setQMP(m.rng.IntN(2), true)
+	case 6: // an operator's stop and cont
+		side := m.rng.IntN(2)
+		if m.inQEMU == 0 && !m.queued && !m.stopped[side] {
+			m.event(side, evStop, 0)
+			m.after(m.ms(30), func() {
+				if m.inQEMU == 0 {
+					m.event(side, evResume, 0)
+				}
+			})
+		}
+	case 7:
+		m.stepP(ckptEvent{Kind: evInside, Epoch: m.p.last})
+	default:
+		m.stepP(ckptEvent{Kind: evWant})
+	}
+}
+
+func (m *ckptModel) run(until int64) {
+	for len(m.agenda) > 0 && m.agenda[0].at <= until && m.err == nil {
+		a := m.agenda[0]
+		m.agenda = m.agenda[1:]
+		m.now = a.at
+		a.do()
+		m.quiet()
+	}
+	m.now = until
+}
+
+func (m *ckptModel) story() error {
+	m.setQMP(0, true)
+	m.setQMP(1, true)
+	m.join()
+	for range 150 {
+		m.after(m.ms(40), func() { m.fault() })
+		m.run(m.now + m.ms(40))
+	}
+	// Peace: everything heals, and a request is served.
+	m.calm = true
+	m.run(m.now + int64(time.Minute))
+	m.setQMP(0, true)
+	m.setQMP(1, true)
+	m.join()
+	for side := range m.stopped {
+		if m.stopped[side] && m.inQEMU == 0 {
+			m.event(side, evResume, 0)
+		}
+	}
+	m.run(m.now + int64(time.Minute))
+	before := m.commits
+	m.stepP(ckptEvent{Kind: evWant})
+	m.run(m.now + int64(time.Minute))
+	switch {
+	case m.err != nil:
+		return m.err
+	case m.commits == before:
+		return errors.New("in peace a request was not served")
+	case m.p.doubt != "":
+		return fmt.Errorf("doubt in peace: %s", m.p.doubt)
+	case m.s.void:
+		return errors.New("S is void in peace")
+	}
+	return nil
+}
+
+// TestCkptSchedules: whatever fails and whenever, matching goes on only with an
+// S whose offsets are those of its SVM, a commit covers only what S loaded, and
+// in peace the pair gets well.
+func TestCkptSchedules(t *testing.T) {
+	n := uint64(1000)
+	if testing.Short() {
+		n = 100
+	}
+	commits := 0
+	for seed := range n {
+		m := newCkptModel(seed, func(*ckptConfig) {})
+		if err := m.story(); err != nil {
+			t.Fatalf("seed %d: %v\n%s", seed, err, strings.Join(m.log[max(0, len(m.log)-60):], "\n"))
+		}
+		commits += m.commits
+	}
+	if commits < int(n)*10 {
+		t.Errorf("only %d commits in %d stories", commits, n)
+	}
+}
+
+// TestR14Mutation, TestR15Mutation: with the rule off the schedules go wrong.
+func TestR14Mutation(t *testing.T) { schedulesGoWrong(t, func(c *ckptConfig) { c.noR14 = true }) }
+func TestR15Mutation(t *testing.T) { schedulesGoWrong(t, func(c *ckptConfig) { c.noR15 = true }) }
+
+func schedulesGoWrong(t *testing.T, mutate func(*ckptConfig)) {
+	t.Helper()
+	for seed := range uint64(200) {
+		if err := newCkptModel(seed, mutate).story(); err != nil {
+			t.Logf("seed %d: %v", seed, err)
+			return
+		}
+	}
+	t.Error("no schedule noticed that the rule is off")
+}
