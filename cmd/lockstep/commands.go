@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -96,12 +95,17 @@ func newRun(e env) *cobra.Command {
 			if err := lv.UnmarshalText([]byte(level)); err != nil {
 				return usageError{fmt.Errorf("log level %q is none of debug, info, warn, error", level)}
 			}
-			return runDaemon(cmd.Context(), e, startOptions{
+			o := startOptions{
 				config: c, self: self, other: other,
 				primary:     role == "primary",
 				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
 				verifierLog: verifierLog,
-			})
+			}
+			d, err := e.start(o)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), o, d)
 		},
 	}
 	t.flags(cmd)
@@ -191,13 +195,4 @@ func versionString() string {
 		}
 	}
 	return "devel"
-}
-
-// runDaemon starts the daemon and serves its status until ctx ends.
-func runDaemon(ctx context.Context, e env, o startOptions) error {
-	d, err := e.start(o)
-	if err != nil {
-		return err
-	}
-	return serve(ctx, e, o, d)
 }

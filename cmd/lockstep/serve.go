@@ -37,13 +37,16 @@ type daemon interface {
 }
 
 // serve runs d and answers on the status socket meanwhile.
-func serve(ctx context.Context, e env, o startOptions, d daemon) (err error) {
+func serve(ctx context.Context, o startOptions, d daemon) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	l, err := listen(ctx, o.config, o.self)
 	if err != nil {
 		cancel()
-		return errors.Join(err, d.Run(ctx)) // ends at once and gives back what start took
+		if e := d.Run(ctx); !errors.Is(e, context.Canceled) { // ends at once and gives back what start took
+			err = errors.Join(err, e)
+		}
+		return err
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /status", answer(d.Status))

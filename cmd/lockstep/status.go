@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -55,7 +56,7 @@ func (t *target) ask(ctx context.Context, topic string, asJSON bool, out io.Writ
 		return fmt.Errorf("read the daemon's answer: %w", err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("the daemon refused to tell its %s: %s", topic, body)
+		return fmt.Errorf("the daemon refused to tell its %s: %s", topic, bytes.TrimSpace(body))
 	}
 	if asJSON {
 		_, err = out.Write(body)
