@@ -11,7 +11,7 @@ const (
 	Active                       // the SVM's SYN had no ACK: opened by the guest
 	GuestFIN                     // FIN seen from the guest
 	RemoteFIN                    // FIN seen from the remote
-	Reset                        // RST seen from either
+	WasReset                     // RST seen from either, and the guest believed it
 	Timestamps                   // Conn: both use timestamps
 	PVMActive                    // Half: the PVM's SYN had no ACK
 	PVMTS                        // Half: the PVM's SYN has a timestamp
@@ -36,25 +36,26 @@ type Half struct {
 }
 
 // paired tells whether both parts belong to one connection (R9): they were
-// paired before, or answer the same SYN of the remote, or are active opens of
-// which neither was paired with another.
+// paired before, or are active opens of which neither was paired with another, or
+// both guests answered the same SYN of the remote.
 func (h *Half) paired() bool {
+	const parts, active = HasPVM | HasSVM, Active | PVMActive
 	switch {
-	case h.State&(HasPVM|HasSVM) != HasPVM|HasSVM:
+	case h.State&parts != parts:
 		return false
 	case h.ISNPVM == h.UsedPVM && h.ISNSVM == h.UsedSVM:
 		return true
-	case h.State&(Active|PVMActive) == 0:
-		return h.CliPVM == h.CliSVM
-	case h.State&(Active|PVMActive) == Active|PVMActive:
+	case h.State&active == active:
 		return h.ISNPVM != h.UsedPVM && h.ISNSVM != h.UsedSVM
 	}
-	return false
+	return h.CliPVM == h.CliSVM
 }
+
+func (h *Half) timestamps() bool { return h.State&(PVMTS|SVMTS) == PVMTS|SVMTS }
 
 func (h *Half) offset() offset {
 	off := offset{seq: h.ISNSVM - h.ISNPVM}
-	if h.State&(PVMTS|SVMTS) == PVMTS|SVMTS {
+	if h.timestamps() {
 		off.ts = h.TSSVM - h.TSPVM
 	}
 	return off
@@ -67,6 +68,87 @@ func (h *Half) pair() bool {
 	}
 	h.UsedPVM, h.UsedSVM = h.ISNPVM, h.ISNSVM
 	return true
+}
+
+// learnSVM takes the SVM's part from its SYN or SYN|ACK. One with the ISN that is
+// known is the same said again, or a simultaneous open's second SYN: the
+// timestamp then stays what the offset was made with.
+func (h *Half) learnSVM(tcp TCP, now int64) {
+	flags, cli := tcp.Flags(), tcp.Ack()-1
+	if h.State&HasSVM == 0 || h.ISNSVM != tcp.Seq() ||
+		flags&ACK != 0 && h.State&Active == 0 && h.CliSVM != cli {
+		h.State = h.State&^(Active|SVMTS|Done) | HasSVM
+		h.ISNSVM, h.CliSVM = tcp.Seq(), 0
+		var ok bool
+		if h.TSSVM, ok = tcp.Options().tsVal(); ok {
+			h.State |= SVMTS
+		}
+	}
+	if flags&ACK == 0 {
+		h.State |= Active
+	} else {
+		h.CliSVM = cli
+	}
+	h.Win, h.Flags, h.Last = tcp.Win(), flags, now
+	h.OptLen = uint8(copy(h.Opts[:], tcp.Options()))
+	clear(h.Opts[h.OptLen:])
+}
+
+// learnPVM takes the PVM's part from an announcement in the same way.
+func (h *Half) learnPVM(a *Record, now int64) {
+	cli := a.Ack - 1
+	if h.State&HasPVM == 0 || h.ISNPVM != a.Seq ||
+		a.Flags&ACK != 0 && h.State&PVMActive == 0 && h.CliPVM != cli {
+		h.State = h.State&^(PVMActive|PVMTS) | HasPVM
+		h.ISNPVM, h.CliPVM = a.Seq, 0
+		var ok bool
+		if h.TSPVM, ok = Options(a.Opts[:a.OptLen]).tsVal(); ok {
+			h.State |= PVMTS
+		}
+	}
+	if a.Flags&ACK == 0 {
+		h.State |= PVMActive
+	} else {
+		h.CliPVM = cli
+	}
+	h.Last = now
+}
+
+// ackSpan is how much of a stream an ack may cover to be taken for one: the
+// largest window TCP has.
+const ackSpan = 1 << 30
+
+// acked tells whether the remote's segment shows that it knows the guest's ISN.
+// A RST ends what would begin here, and a SYN|ACK answers an active open only.
+func (h *Half) acked(tcp TCP) bool {
+	flags := tcp.Flags()
+	if h.State&Done != 0 || flags&(ACK|RST) != ACK || flags&SYN != 0 && h.State&Active == 0 {
+		return false
+	}
+	return tcp.Ack()-h.ISNPVM-1 < ackSpan
+}
+
+// conn is the connection that h becomes when the remote acks.
+func (h *Half) conn(ack uint32) Conn {
+	off := h.offset()
+	c := Conn{Off: off.seq, TSOff: off.ts, Inc: h.ISNPVM, ISNSVM: h.ISNSVM, CliAck: ack}
+	c.State = h.State & Active
+	if h.timestamps() {
+		c.State |= Timestamps
+	}
+	return c
+}
+
+// record makes r the record of the SVM's SYN.
+func (h *Half) record(key Tuple, r *Record) {
+	*r = Record{
+		Tuple: key, Inc: h.ISNPVM, Seq: h.ISNPVM, End: h.ISNPVM + 1, CliAck: h.ISNPVM,
+		Win: h.Win, Flags: h.Flags, OptLen: h.OptLen, Opts: h.Opts,
+	}
+	if h.Flags&ACK != 0 {
+		r.Ack = h.CliSVM + 1
+	}
+	Options(r.Opts[:r.OptLen]).addTSVal(-h.offset().ts)
 }
 
 // halves is a bounded map that makes room by forgetting the entry least lately

@@ -2,7 +2,10 @@
 
 package rewriter
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"iter"
+)
 
 // Flags are TCP flags as in the header.
 type Flags uint8
@@ -54,14 +57,14 @@ func (h TCP) Checksum() uint16 { return binary.BigEndian.Uint16(h[16:]) }
 // Options are the option bytes.
 func (h TCP) Options() Options { return Options(h[tcpLen:]) }
 
-// Add adds n to the 32-bit field at offset at. The checksum follows (R10),
+// Add adds n to the 32-bit field at offset at. The checksum follows (R10):
 // HC' = ~(~HC + ~m + m') of RFC 1624, unless it is partial: then it covers the
 // pseudo header only. A field at an odd offset, as options may be, has its bytes in the
 // other halves of the checksum's words.
 func (h TCP) Add(at int, n uint32, partial bool) {
 	old := binary.BigEndian.Uint32(h[at:])
 	binary.BigEndian.PutUint32(h[at:], old+n)
-	if partial {
+	if n == 0 || partial {
 		return
 	}
 	diff := fold(words(^old) + words(old+n))
@@ -82,32 +85,51 @@ func fold(sum uint32) uint32 {
 // Options is a view of TCP options.
 type Options []byte
 
-// at tells the option at offset i: its kind and where the next begins, which is
-// 0 when the list ends or is broken at i.
-func (o Options) at(i int) (kind byte, next int) {
-	switch kind = o[i]; {
-	case kind == optEnd:
-		return kind, 0
-	case kind == optNop:
-		return kind, i + 1
-	case i+1 >= len(o) || o[i+1] < 2 || i+int(o[i+1]) > len(o):
-		return kind, 0
+// all yields where each option but the fillers begins and ends. The list ends
+// where it is broken, as it does for receivers.
+func (o Options) all() iter.Seq2[int, int] {
+	return func(yield func(at, end int) bool) {
+		for at := 0; at < len(o) && o[at] != optEnd; {
+			if o[at] == optNop {
+				at++
+				continue
+			}
+			if at+1 >= len(o) {
+				return
+			}
+			end := at + int(o[at+1])
+			if end < at+2 || end > len(o) || !yield(at, end) {
+				return
+			}
+			at = end
+		}
 	}
-	return kind, i + int(o[i+1])
 }
 
-// timestamp returns the options' TSval, false without one.
-func (o Options) timestamp() (val uint32, ok bool) {
-	for i, next := 0, 0; i < len(o); i = next {
-		var kind byte
-		if kind, next = o.at(i); next == 0 {
-			break
-		}
-		if kind == optTS && next-i == tsLen {
-			val, ok = binary.BigEndian.Uint32(o[i+2:]), true
+// timestamps yields where each timestamp option's TSval is; TSecr is behind it.
+func (o Options) timestamps() iter.Seq[int] {
+	return func(yield func(val int) bool) {
+		for at, end := range o.all() {
+			if o[at] == optTS && end-at == tsLen && !yield(at+2) {
+				return
+			}
 		}
 	}
+}
+
+// tsVal returns TSval, false without timestamps.
+func (o Options) tsVal() (val uint32, ok bool) {
+	for at := range o.timestamps() {
+		val, ok = binary.BigEndian.Uint32(o[at:]), true
+	}
 	return val, ok
+}
+
+// addTSVal adds n to TSval.
+func (o Options) addTSVal(n uint32) {
+	for at := range o.timestamps() {
+		binary.BigEndian.PutUint32(o[at:], binary.BigEndian.Uint32(o[at:])+n)
+	}
 }
 
 // Tuple names one flow as its guest sees it, as in package compare.
@@ -222,48 +244,38 @@ func (s *Segment) tuple(toGuest bool) Tuple {
 	return t
 }
 
-// delta is what is added to a segment's numbers.
-type delta struct{ seq, ack, tsVal, tsEcr uint32 }
-
-// translate adds d to the segment's numbers (R10): acks, SACK blocks and TSecr,
-// which mean nothing without the ACK flag, or seq and TSval. A TSecr of 0 stays:
-// it says that there is none.
-func (s *Segment) translate(d delta) {
+// toSVM turns the remote's numbers about the PVM into the SVM's (R10): ack, SACK
+// blocks and TSecr, which mean nothing without the ACK flag. A TSecr of 0 says
+// that there is none.
+func (s *Segment) toSVM(off offset) {
 	h := s.TCP()
 	if h.Flags()&ACK == 0 {
-		d.ack, d.tsEcr = 0, 0
+		return
 	}
-	add := func(at int, n uint32) {
-		if n != 0 {
-			h.Add(at, n, s.Partial)
-		}
-	}
-	add(offSeq, d.seq)
-	add(offAck, d.ack)
+	h.Add(offAck, off.seq, s.Partial)
 	o := h.Options()
-	for i, next := 0, 0; i < len(o); i = next {
-		var kind byte
-		if kind, next = o.at(i); next == 0 {
-			break
+	for at, end := range o.all() {
+		if o[at] != optSACK {
+			continue
 		}
-		switch {
-		case kind == optSACK:
-			for at := i + 2; at+8 <= next; at += 8 {
-				add(tcpLen+at, d.ack)
-				add(tcpLen+at+4, d.ack)
-			}
-		case kind == optTS && next-i == tsLen:
-			add(tcpLen+i+2, d.tsVal)
-			if binary.BigEndian.Uint32(o[i+6:]) != 0 {
-				add(tcpLen+i+6, d.tsEcr)
-			}
+		for block := at + 2; block+8 <= end; block += 8 {
+			h.Add(tcpLen+block, off.seq, s.Partial)
+			h.Add(tcpLen+block+4, off.seq, s.Partial)
+		}
+	}
+	for at := range o.timestamps() {
+		if binary.BigEndian.Uint32(o[at+4:]) != 0 {
+			h.Add(tcpLen+at+4, off.ts, s.Partial)
 		}
 	}
 }
 
-// toSVM turns the remote's numbers about the PVM into the SVM's.
-func (s *Segment) toSVM(off offset) { s.translate(delta{ack: off.seq, tsEcr: off.ts}) }
-
-// toPVM turns what the SVM says into the PVM's numbers. Its ack, SACK blocks and
-// TSecr are about the remote's numbers, which both guests share.
-func (s *Segment) toPVM(off offset) { s.translate(delta{seq: -off.seq, tsVal: -off.ts}) }
+// toPVM turns what the SVM says into the PVM's numbers (R10): seq and TSval. Its
+// ack, SACK blocks and TSecr are about the remote's numbers, which both guests share.
+func (s *Segment) toPVM(off offset) {
+	h := s.TCP()
+	h.Add(offSeq, -off.seq, s.Partial)
+	for at := range h.Options().timestamps() {
+		h.Add(tcpLen+at, -off.ts, s.Partial)
+	}
+}

@@ -7,13 +7,6 @@ package rewriter
 
 func after(a, b uint32) bool { return int32(a-b) > 0 }
 
-func latest(a, b uint32) uint32 {
-	if after(a, b) {
-		return a
-	}
-	return b
-}
-
 // offset is what lies between two numberings of one connection.
 type offset struct {
 	seq uint32 // ISN_SVM - ISN_PVM

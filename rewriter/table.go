@@ -82,7 +82,7 @@ func (t *Table) Reset() {
 func (t *Table) Sweep(now int64, linger, idle time.Duration) (removed int) {
 	for key, c := range t.conn {
 		limit := idle
-		if c.State&Reset != 0 || c.State&(GuestFIN|RemoteFIN) == GuestFIN|RemoteFIN {
+		if c.State&WasReset != 0 || c.State&(GuestFIN|RemoteFIN) == GuestFIN|RemoteFIN {
 			limit = min(linger, idle)
 		}
 		if now-c.Last > int64(limit) {
@@ -108,21 +108,7 @@ func (t *Table) Halves() iter.Seq2[Tuple, Half] {
 // Inbound translates a mirrored segment for the SVM, in place.
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	key, h := s.tuple(true), s.TCP()
-	ack, flags := h.Ack(), h.Flags()
-	var closing State
-	if flags&FIN != 0 {
-		closing |= RemoteFIN
-	}
-	if flags&RST != 0 {
-		closing |= Reset
-	}
-	if c, ok := t.conn[key]; ok {
-		c.State |= closing
-		c.Last = now
-		if flags&ACK != 0 {
-			c.CliAck = latest(c.CliAck, ack)
-		}
-		t.conn[key] = c
+	if c, ok := t.touch(key, h, false, now); ok {
 		s.toSVM(c.offset())
 		return Delivered
 	}
@@ -130,46 +116,24 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	if half == nil {
 		return Delivered
 	}
-	half.Last = now
-	if t.guess && half.State&(HasPVM|Active) == 0 && flags&ACK != 0 {
+	if t.guess && half.State&(HasPVM|Active) == 0 && h.Flags()&ACK != 0 {
 		half.State |= HasPVM
-		half.ISNPVM, half.CliPVM = ack-1, half.CliSVM
+		half.ISNPVM, half.CliPVM = h.Ack()-1, half.CliSVM
 	}
 	if !half.paired() {
 		return Delivered
 	}
-	if half.State&Done == 0 && half.promotes(ack, flags) {
+	off := half.offset()
+	if half.acked(h) {
 		if len(t.conn) >= t.max {
 			return ConnFull
 		}
 		half.State |= Done
-		c := half.conn(ack, now)
-		c.State |= closing
-		t.conn[key] = c
+		t.conn[key] = half.conn(h.Ack())
+		t.touch(key, h, false, now)
 	}
-	s.toSVM(half.offset())
+	s.toSVM(off)
 	return Delivered
-}
-
-// promotes tells whether the remote's segment completes the handshake: it acks
-// the guest's SYN, and is a SYN itself only when the guest opened.
-func (h *Half) promotes(ack uint32, flags Flags) bool {
-	const window = 1 << 30 // the largest TCP can have
-	acked := ack - h.ISNPVM
-	return flags&ACK != 0 && (flags&SYN == 0 || h.State&Active != 0) &&
-		acked-1 < window
-}
-
-func (h *Half) conn(ack uint32, now int64) Conn {
-	off := h.offset()
-	c := Conn{
-		Off: off.seq, TSOff: off.ts, Inc: h.ISNPVM, ISNSVM: h.ISNSVM,
-		State: h.State & (HasPVM | HasSVM | Active), CliAck: ack, Last: now,
-	}
-	if h.State&(PVMTS|SVMTS) == PVMTS|SVMTS {
-		c.State |= Timestamps
-	}
-	return c
 }
 
 // Outbound translates a segment of the SVM, in place, and fills *r with the
@@ -177,36 +141,37 @@ func (h *Half) conn(ack uint32, now int64) Conn {
 func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool) {
 	key, h := s.tuple(false), s.TCP()
 	flags := h.Flags()
-	c, known := t.conn[key]
-	if known && flags&SYN != 0 && h.Seq() != c.ISNSVM {
-		delete(t.conn, key) // R8: the tuple is used again
-		half := t.half.make(key)
-		half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
-		known = false
-	}
-	if known {
-		if flags&FIN != 0 {
-			c.State |= GuestFIN
-		}
-		if flags&RST != 0 {
-			c.State |= Reset
-		}
-		c.Last = now
-		t.conn[key] = c
-		return r.fill(key, s, c.Inc, c.offset(), c.CliAck)
+	if flags&(RST|ACK) == RST|ACK && h.Seq() == 0 {
+		r.inherit(key, s) // refuses a SYN: of no incarnation, whatever the tables hold
+		return RecordOut, true
 	}
 	var half *Half
 	if flags&SYN != 0 {
+		if c, ok := t.conn[key]; ok && c.ISNSVM != h.Seq() {
+			delete(t.conn, key) // R8: the tuple is used again
+			half = t.half.make(key)
+			half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
+		}
+	}
+	if c, ok := t.touch(key, h, true, now); ok {
+		s.toPVM(c.offset())
+		r.take(key, s, c.Inc, c.CliAck)
+		return RecordOut, true
+	}
+	if flags&SYN != 0 {
 		half = t.half.make(key)
-		half.learnSVM(h)
+		half.learnSVM(h, now)
+		half.pair()
 	} else if half = t.half.get(key); half == nil {
 		r.inherit(key, s)
 		return RecordOut, true
 	}
-	half.Last = now
 	switch {
-	case half.pair():
-		return r.fill(key, s, half.ISNPVM, half.offset(), half.ISNPVM)
+	case half.paired():
+		half.Last = now
+		s.toPVM(half.offset())
+		r.take(key, s, half.ISNPVM, half.ISNPVM)
+		return RecordOut, true
 	case t.guess:
 		r.inherit(key, s)
 		return RecordOut, true
@@ -217,49 +182,39 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 	return Pending, false
 }
 
-// learnSVM takes the SVM's part from its SYN or SYN|ACK. A repeated one leaves
-// the timestamp alone: the offset was made with the first.
-func (h *Half) learnSVM(tcp TCP) {
-	flags := tcp.Flags()
-	if h.State&HasSVM == 0 || h.ISNSVM != tcp.Seq() {
-		h.State &^= Active | GuestFIN | RemoteFIN | Reset | SVMTS | Done
-		h.State |= HasSVM
-		h.ISNSVM, h.CliSVM = tcp.Seq(), 0
-		if flags&ACK == 0 {
-			h.State |= Active
-		}
-		var ok bool
-		if h.TSSVM, ok = tcp.Options().timestamp(); ok {
-			h.State |= SVMTS
-		}
+// Alone translates a segment to or from an SVM that has taken over, in place.
+func (t *Table) Alone(s *Segment, toGuest bool, now int64) {
+	c, ok := t.touch(s.tuple(toGuest), s.TCP(), !toGuest, now)
+	switch {
+	case ok && toGuest:
+		s.toSVM(c.offset())
+	case ok:
+		s.toPVM(c.offset())
 	}
-	if flags&ACK != 0 { // a simultaneous open's second SYN, too
-		h.State &^= Active
-		h.CliSVM = tcp.Ack() - 1
-	}
-	h.Win, h.Flags = tcp.Win(), flags
-	h.OptLen = uint8(copy(h.Opts[:], tcp.Options()))
-	clear(h.Opts[h.OptLen:])
 }
 
-// learnPVM takes the PVM's part from an announcement.
-func (h *Half) learnPVM(a *Record) {
-	if h.State&HasPVM == 0 || h.ISNPVM != a.Seq {
-		h.State &^= PVMActive | PVMTS
-		h.State |= HasPVM
-		h.ISNPVM, h.CliPVM = a.Seq, 0
-		if a.Flags&ACK == 0 {
-			h.State |= PVMActive
-		}
-		var ok bool
-		if h.TSPVM, ok = Options(a.Opts[:a.OptLen]).timestamp(); ok {
-			h.State |= PVMTS
-		}
+// touch notes a segment of either side in the connection, if there is one.
+func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) {
+	c, ok := t.conn[key]
+	if !ok {
+		return c, false
 	}
-	if a.Flags&ACK != 0 {
-		h.State &^= PVMActive
-		h.CliPVM = a.Ack - 1
+	c.Last = now
+	switch flags := h.Flags(); {
+	case flags&RST != 0:
+		c.State |= WasReset
+	case flags&FIN != 0 && fromGuest:
+		c.State |= GuestFIN
+	case flags&FIN != 0:
+		c.State |= RemoteFIN
+	case fromGuest:
+		c.State &^= WasReset // it did not believe the RST: anybody may have sent it
 	}
+	if !fromGuest && h.Flags()&ACK != 0 && after(h.Ack(), c.CliAck) {
+		c.CliAck = h.Ack()
+	}
+	t.conn[key] = c
+	return c, true
 }
 
 // Announce takes P's word for the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
@@ -269,41 +224,28 @@ func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool)
 		return RecordIn, false
 	}
 	h := t.half.make(a.Tuple)
-	h.learnPVM(a)
-	h.Last = now
+	h.learnPVM(a, now)
 	if !h.pair() {
 		return RecordIn, false
 	}
-	*r = Record{
-		Tuple: a.Tuple, Inc: h.ISNPVM, Seq: h.ISNPVM, End: h.ISNPVM + 1,
-		Win: h.Win, Flags: h.Flags, OptLen: h.OptLen, Opts: h.Opts,
-	}
-	if h.Flags&ACK != 0 {
-		r.Ack = h.CliSVM + 1
-	}
+	h.record(a.Tuple, r)
 	return RecordOut, true
 }
 
-// fill translates s and makes r its record.
-func (r *Record) fill(key Tuple, s *Segment, inc uint32, off offset, cliAck uint32) (Verdict, bool) {
-	s.toPVM(off)
-	r.take(key, s)
-	r.Inc, r.CliAck = inc, cliAck
-	return RecordOut, true
+// take makes r the record of s, which is in PVM numbering.
+func (r *Record) take(key Tuple, s *Segment, inc, cliAck uint32) {
+	h := s.TCP()
+	*r = Record{
+		Tuple: key, Inc: inc, Seq: h.Seq(), End: s.endSeq(), Ack: h.Ack(),
+		Win: h.Win(), Flags: h.Flags(), CliAck: cliAck,
+	}
+	r.OptLen = uint8(copy(r.Opts[:], h.Options()))
 }
 
 // inherit makes r the record of a segment without incarnation: the connection
-// came with a checkpoint, and both guests number it alike.
+// came with a checkpoint, and both guests number it alike. What the remote has
+// acked is not known: nothing.
 func (r *Record) inherit(key Tuple, s *Segment) {
-	r.take(key, s)
+	r.take(key, s, 0, s.TCP().Seq()-ackSpan)
 	r.Inherited = true
-}
-
-func (r *Record) take(key Tuple, s *Segment) {
-	h := s.TCP()
-	*r = Record{
-		Tuple: key, Seq: h.Seq(), End: s.endSeq(), Ack: h.Ack(),
-		Win: h.Win(), Flags: h.Flags(),
-	}
-	r.OptLen = uint8(copy(r.Opts[:], h.Options()))
 }

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rewriter_test
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+)
+
+// mutationEnv names the rule that the tests of this process switch off.
+const mutationEnv = "LOCKSTEP_REWRITER_MUTATION"
+
+// Without its rule each of these tests fails: it would see the rule broken.
+func TestMutations(t *testing.T) {
+	if os.Getenv(mutationEnv) != "" {
+		return // this is the mutated run
+	}
+	for rule, tests := range map[string][]string{
+		"R9": {
+			"TestExchange", "TestPassiveOpen", "TestActiveOpen", "TestSimultaneousOpen",
+			"TestOvertakingAck", "TestTupleReuse",
+		},
+	} {
+		for _, name := range tests {
+			t.Run(rule+"/"+name, func(t *testing.T) {
+				cmd := exec.Command(os.Args[0], "-test.run=^"+name+"$", "-rapid.nofailfile")
+				cmd.Env = append(os.Environ(), mutationEnv+"="+rule)
+				out, err := cmd.CombinedOutput()
+				if _, failed := err.(*exec.ExitError); !failed {
+					t.Errorf("%s passes without %s (%v):\n%s", name, rule, err, out)
+				}
+			})
+		}
+	}
+}
