@@ -1,12 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package compare decides what may leave. It is pure: no clock, no goroutine,
-// no I/O. Time comes in with events, effects are values that the caller
-// carries out in order.
-//
-// [Primary] compares what the PVM said with what the SVM's records say;
-// [Secondary] keeps copies of what the SVM said and answers questions about
-// them. Both speak in events and effects of this package.
 package compare
 
 import "net/netip"
@@ -104,7 +97,8 @@ const (
 	// EvAnswer (P): S answers: Seg.Sum is the digest of [Seg.Seq, Seg.Seq+Seg.Len).
 	EvAnswer
 	// EvClient (P): a SYN, FIN or RST of the remote went to the guests.
-	// Seg's Seq, Len, Ack, Flags are the remote's.
+	// Seg's Seq, Len, Ack, Flags are the remote's, and Opts with a SYN|ACK where the
+	// caller has them: they settle whether windows are scaled.
 	EvClient
 	// EvCopy (S): the SVM said Seg and its frame is kept in Seg.Slot.
 	EvCopy

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+// side is what one side acknowledged: the highest ACK, the right edge of the
+// window, and the newest raw window at that ACK.
+type side struct {
+	ok        bool
+	ack, edge uint32
+	win       uint16
+}
+
+// update takes an ACK in and tells whether ack, or anything, grew. An unknown
+// scale counts as 0, which understates the edge.
+func (d *side) update(ack uint32, win uint16, scale int8) (ackGrew, grew bool) {
+	edge := ack + uint32(win)<<max(scale, 0)
+	switch {
+	case !d.ok:
+		*d = side{true, ack, edge, win}
+		return true, true
+	case after(ack, d.ack):
+		d.ack, d.win, ackGrew, grew = ack, win, true, true
+	case ack == d.ack && win > d.win:
+		d.win, grew = win, true
+	}
+	if after(edge, d.edge) {
+		d.edge, grew = edge, true
+	}
+	return ackGrew, grew
+}
+
+// ackMark is what the PVM had acknowledged at a time (see conn.marks).
+type ackMark struct {
+	first, at int64
+	side      side
+}
+
+// template is the PVM's newest ACK, for frames that no slot is behind.
+type template struct {
+	ok, pure bool
+	flags    Flags
+	hdrLen   uint8
+	hdr      [88]byte
+	opts     options
+}
+
+func (t *template) set(s *Segment) {
+	if len(s.Header) == 0 || len(s.Header) > len(t.hdr) {
+		return
+	}
+	// The IP header of a pure ACK differs from that of data (ECN), so the ones
+	// that came with data serve only until there is a better one.
+	pure := s.Len == 0 && s.Flags&FIN == 0
+	if pure || !t.pure {
+		t.hdrLen = uint8(copy(t.hdr[:], s.Header))
+		t.flags = s.Flags
+	}
+	t.opts.set(s.Opts)
+	t.ok, t.pure = true, t.pure || pure
+}
+
+// ece is kept in pure ACKs: ECN's echo of the PVM.
+const ece Flags = 0x40
+
+// synScale gives the scale of s's window: windows of SYNs are never scaled.
+func (c *conn) synScale(f Flags) int8 {
+	if f&SYN != 0 {
+		return 0
+	}
+	return c.scale
+}
+
+// pvmACK takes the ACK of a PVM segment in and tells whether it brought news.
+func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
+	if s.Flags&(ACK|RST) != ACK {
+		return false
+	}
+	_, grew = c.p.update(s.Ack, s.Win, c.synScale(s.Flags))
+	if grew {
+		c.pAt = s.At
+		p.mark(c)
+	}
+	var blocks [4]block
+	for _, b := range sackBlocks(blocks[:0], s.Opts) {
+		c.pSACK.add(b, c.p.ack)
+	}
+	if s.Flags&SYN == 0 {
+		c.tmpl.set(s)
+	}
+	return grew
+}
+
+// svmACK takes the ACK of a record in: A and E (R2). It tells whether the
+// record brought news.
+func (p *Primary) svmACK(c *conn, s *Segment) (grew bool) {
+	if s.Flags&(ACK|RST) != ACK {
+		return false
+	}
+	ackGrew, grew := c.s.update(s.Ack, s.Win, c.synScale(s.Flags))
+	if ackGrew {
+		p.moved(c)
+	}
+	if s.Ack == c.s.ack {
+		n := len(sackBlocks(c.sBlocks[:0], s.Opts))
+		c.sBlockN = min(n, len(c.sBlocks))
+	}
+	for _, b := range c.sBlocks[:c.sBlockN] {
+		c.sSACK.add(b, c.s.ack)
+	}
+	return grew
+}
+
+// canACK: a frame that acknowledges may leave once the SVM has acknowledged
+// anything.
+func (c *conn) canACK(f Flags) bool { return f&ACK == 0 || c.p.ok && c.s.ok }
+
+// minimum is what may be acknowledged now (R2): the smaller of both sides, but
+// nothing is taken back. The edge is the one that the window field can say.
+// grown: it is more than what was sent last.
+func (p *Primary) minimum(c *conn, f Flags) (m side, grown bool) {
+	a, b := c.p, c.s
+	if p.off(mutR2) {
+		b = a
+	}
+	m = side{ok: true, ack: minSeq(a.ack, b.ack)}
+	if c.out.ok {
+		m.ack = maxSeq(m.ack, c.out.ack)
+	}
+	scale := c.synScale(f)
+	if scale == scaleUnknown {
+		// Smaller of two raw windows on top of the smaller ACK: below both edges
+		// whatever the scale is.
+		m.win = min(a.win, b.win)
+		if c.out.ok && c.out.ack == m.ack {
+			m.win = max(m.win, c.out.win)
+		}
+		m.edge = m.ack + uint32(m.win)
+		grown = !c.out.ok || after(m.ack, c.out.ack) || m.win > c.out.win
+		return m, grown
+	}
+	m.edge = minSeq(a.edge, b.edge)
+	if c.out.ok {
+		m.edge = maxSeq(m.edge, c.out.edge)
+	}
+	if !before(m.edge, m.ack) {
+		m.win = uint16(min((m.edge-m.ack)>>scale, 0xffff))
+	}
+	m.edge = m.ack + uint32(m.win)<<scale
+	// An edge that the field cannot show would make the same ACK again, which
+	// the remote takes for a duplicate.
+	grown = !c.out.ok || after(m.ack, c.out.ack) || after(m.edge, c.out.edge)
+	return m, grown
+}
+
+// acknowledge gives the ACK and window of a frame that leaves with flags f.
+func (p *Primary) acknowledge(c *conn, f Flags) (ack uint32, win uint16) {
+	m, _ := p.minimum(c, f)
+	edge := m.edge
+	if c.out.ok {
+		edge = maxSeq(edge, c.out.edge)
+	}
+	c.out = m
+	c.out.edge = edge
+	return m.ack, m.win
+}
+
+// sendACK sends the template with sequence number seq and what may be
+// acknowledged now.
+func (p *Primary) sendACK(c *conn, seq uint32) {
+	if !c.tmpl.ok || !c.canACK(ACK) || c.synWait {
+		return
+	}
+	e := p.emit(OpSend, &c.tuple)
+	e.Seq, e.Flags = seq, ACK|c.tmpl.flags&ece
+	e.Ack, e.Win = p.acknowledge(c, ACK)
+	e.HdrLen, e.Header = c.tmpl.hdrLen, c.tmpl.hdr
+
+	// SACK blocks that both have; those of the side that lags.
+	var buf, have [4]block
+	n := 0
+	if before(c.p.ack, c.s.ack) {
+		for _, b := range sackBlocks(buf[:0], c.tmpl.opts.bytes()) {
+			if c.sSACK.has(b, c.s.ack) && n < len(have) {
+				have[n] = b
+				n++
+			}
+		}
+	} else {
+		for _, b := range c.sBlocks[:c.sBlockN] {
+			if c.pSACK.has(b, c.p.ack) {
+				have[n] = b
+				n++
+			}
+		}
+	}
+	var o options
+	o.ackOptions(tsOpt(c.tmpl.opts.bytes()), have[:n])
+	c.stamp(&o)
+	e.OptLen, e.Opts = o.n, o.b
+	p.stats.SentACKs++
+}
+
+// pureACK takes an ACK of the PVM that nothing else is in.
+func (p *Primary) pureACK(c *conn, s *Segment, grew bool) {
+	if s.Slot != NoSlot {
+		p.drop(s.Slot, ReasonDuplicate)
+	}
+	if c.floating && c.svm.points.len() == 0 && (!c.established || after(s.Seq, c.compared)) {
+		c.compared, c.released = s.Seq, s.Seq
+		return
+	}
+	if p.frozen || c.diverged || c.synWait || !c.canACK(ACK) {
+		return
+	}
+	switch {
+	case before(s.Seq, c.released) && near(s.Seq, c.released):
+		// A keep-alive or window probe says nothing new (R4).
+		p.sendACK(c, s.Seq)
+	case !grew && s.Ack == c.p.ack && after(c.s.ack, c.p.ack):
+		// The PVM misses what the SVM has: its duplicate ACKs make the remote
+		// repeat it. Those for what both miss leave when the SVM sends its own.
+		p.sendACK(c, c.released)
+	}
+}
+
+// acks sends the template when what may be acknowledged has grown (R2).
+func (p *Primary) acks(c *conn) {
+	if c.synWait || !c.canACK(ACK) || !c.tmpl.ok {
+		return
+	}
+	if _, grown := p.minimum(c, ACK); grown {
+		p.sendACK(c, c.released)
+	}
+}
+
+// stamp keeps timestamps from going back: a frame that was held would leave
+// behind younger ACKs, and the remote would drop it as an old duplicate (PAWS,
+// RFC 7323, 5.3).
+func (c *conn) stamp(o *options) {
+	ts := tsOpt(o.bytes())
+	if ts == nil {
+		return
+	}
+	val := be32(ts[2:])
+	if c.tsKnown && before(val, c.tsSent) {
+		putBE32(ts[2:], c.tsSent)
+		return
+	}
+	c.tsSent, c.tsKnown = val, true
+}

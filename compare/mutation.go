@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+// mutation turns rules off, so that tests can show that they would notice. Only
+// tests can set one.
+type mutation uint16
+
+const (
+	mutR1  mutation = 1 << iota // sums count as equal
+	mutR2                       // the PVM alone acknowledges
+	mutR3                       // SYN and FIN need not match
+	mutR4                       // repetitions of what has left are dropped
+	mutR5                       // nothing is cut
+	mutR7                       // the clock runs in spite of progress
+	mutR8                       // records of any incarnation count
+	mutR14                      // frames captured behind the commit point leave too
+	mutR15                      // freezing does nothing
+)
+
+func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }

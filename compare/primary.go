@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+import (
+	"cmp"
+	"time"
+)
+
+// Config bounds and times a [Primary]. Zero fields take the default.
+type Config struct {
+	Timeout  time.Duration // R7's compare_timeout; 1 s
+	CutDelay time.Duration // R5; 1 ms
+
+	MaxConnections int           // 65536
+	Linger         time.Duration // what a closed connection is kept for; 2 s
+	HalfOpen       time.Duration // what a connection may take to open; 60 s
+	Idle           time.Duration // 2 h
+
+	MaxPoints  int // known positions of SVM streams, over all connections; 1 Mi
+	ConnPoints int // in one connection; 4096
+	MaxNext    int // records of the next epoch kept until its commit; 4096
+
+	Epoch uint32 // the one to start in
+}
+
+func (c *Config) setDefaults() {
+	c.Timeout = cmp.Or(c.Timeout, time.Second)
+	c.CutDelay = cmp.Or(c.CutDelay, time.Millisecond)
+	c.MaxConnections = cmp.Or(c.MaxConnections, 1<<16)
+	c.Linger = cmp.Or(c.Linger, 2*time.Second)
+	c.HalfOpen = cmp.Or(c.HalfOpen, time.Minute)
+	c.Idle = cmp.Or(c.Idle, 2*time.Hour)
+	c.MaxPoints = cmp.Or(c.MaxPoints, 1<<20)
+	c.ConnPoints = cmp.Or(c.ConnPoints, 1<<12)
+	c.MaxNext = cmp.Or(c.MaxNext, 1<<12)
+}
+
+// Primary decides what leaves on P. It holds no lock: one goroutine drives it.
+type Primary struct {
+	cfg   Config
+	keys  *Keys
+	mut   mutation
+	epoch uint32
+
+	frozen, solo bool
+	conns        map[Tuple]*conn
+	timers       timerHeap // holds every connection
+	opens        map[openKey]*openSet
+	next         []Segment // records of epochs to come (R17)
+	spare        []*conn
+	points       int // of all connections
+	fullAsked    bool
+	fullAt       int64
+	stats        Stats
+
+	// During Step.
+	now     int64
+	out     []Effect
+	eventNo uint64
+}
+
+// Stats counts what happened. Connections and Held tell how things are now.
+type Stats struct {
+	Connections   int
+	HeldPackets   int
+	HeldBytes     int // payload
+	ReleasedBytes uint64
+	// ReleasedPackets counts sent frames that were held, SentACKs those made from
+	// a template.
+	ReleasedPackets, SentACKs uint64
+	Asks, Announces           uint64
+	Adopted                   uint64 // connections met in mid-stream
+	Checkpoints, Drops        [ReasonCount]uint64
+}
+
+// Flow describes a connection.
+type Flow struct {
+	Tuple     Tuple
+	State     string
+	Inc       uint32 // the PVM's ISN, where it is known
+	Inherited bool   // known since a commit, or not from its start
+	Compared  uint32 // below it both guests said the same
+	Released  uint32 // highest position sent
+	Held      int    // packets
+	HeldBytes int
+	Age       time.Duration
+	Diverged  bool
+	Why       Reason // of the divergence
+}
+
+// NewPrimary makes the decision core of P. keys are those of the kernel.
+func NewPrimary(cfg Config, keys *Keys) *Primary {
+	cfg.setDefaults()
+	return &Primary{
+		cfg: cfg, keys: keys, epoch: cfg.Epoch,
+		conns: make(map[Tuple]*conn),
+		opens: make(map[openKey]*openSet),
+	}
+}
+
+// Step takes in one event at boottime now, in ns, and appends to out what is to be
+// done, in order. ev and what it points to is not kept, but for a held frame's
+// Payload.
+func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
+	p.now, p.out = now, out
+	p.eventNo++
+	switch ev.Kind {
+	case EvPVM:
+		p.pvm(&ev.Seg)
+	case EvSVM:
+		p.svm(&ev.Seg)
+	case EvAnswer:
+		p.answer(&ev.Seg)
+	case EvClient:
+		p.client(&ev.Seg)
+	case EvTick:
+		p.tick()
+	case EvFreeze:
+		p.freeze()
+	case EvThaw:
+		p.thaw()
+	case EvCommit:
+		p.commit(ev.Epoch, ev.At)
+	case EvSolo:
+		p.goSolo()
+	}
+	out, p.out = p.out, nil
+	return out
+}
+
+// emit appends an effect.
+func (p *Primary) emit(op Op, t *Tuple) *Effect {
+	p.out = append(p.out, Effect{Op: op, Tuple: *t, Slot: NoSlot})
+	return &p.out[len(p.out)-1]
+}
+
+// drop counts a frame that does not leave and frees its slot.
+func (p *Primary) drop(slot Slot, why Reason) {
+	p.stats.Drops[why]++
+	if slot != NoSlot {
+		p.out = append(p.out, Effect{Op: OpFree, Slot: slot, Reason: why})
+	}
+}
+
+func (p *Primary) checkpoint(t *Tuple, why Reason) {
+	p.stats.Checkpoints[why]++
+	p.emit(OpCheckpoint, t).Reason = why
+}
+
+// Stats gives the counters.
+func (p *Primary) Stats() Stats {
+	s := p.stats
+	s.Connections = len(p.conns)
+	return s
+}
+
+// Flows yields the connections in the order they were made, until yield returns
+// false. Ages are as of the last Step.
+func (p *Primary) Flows(yield func(Flow) bool) {
+	for _, c := range p.all() {
+		f := Flow{
+			Tuple: c.tuple, State: c.state(), Inc: c.inc, Inherited: c.inherited || !c.incKnown,
+			Compared: c.compared, Released: c.released,
+			Held: c.held.len(), Age: time.Duration(p.now - c.born),
+			Diverged: c.diverged, Why: c.why,
+		}
+		for i := range c.held.view() {
+			f.HeldBytes += len(c.held.view()[i].payload)
+		}
+		if c.rstHeld {
+			f.Held++
+		}
+		if !yield(f) {
+			return
+		}
+	}
+}

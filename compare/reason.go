@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+// Reasons for a checkpoint, then reasons for a drop. Append only: names go into
+// status output and logs.
+const (
+	ReasonNone Reason = iota
+	// Checkpoints.
+	ReasonPayload     // sums differ at a common position (R1)
+	ReasonSYN         // SYN options or acknowledged number differ (R3)
+	ReasonFIN         // one side closed where the other goes on (R3)
+	ReasonOpen        // the guests opened different connections
+	ReasonTimeout     // nothing moved for Config.Timeout (R7)
+	ReasonTableFull   // no room for a connection
+	ReasonSVMChanged  // the SVM said other bytes at the same position
+	ReasonUnknownPast // the PVM repeats what was said before the connection was known
+	// Drops.
+	ReasonDuplicate   // of a held range (R4)
+	ReasonMalformed   // impossible lengths or flags
+	ReasonStray       // positions far from the stream, or no such connection
+	ReasonSuperseded  // of an older incarnation (R8)
+	ReasonIncarnation // a record of another incarnation (R8)
+	ReasonSYNCookie   // second SYN|ACK for a SYN that one was released for (R8)
+	ReasonOldEpoch    // a record from before the commit
+	ReasonNextEpoch   // too many records wait for the commit (R17)
+	ReasonYoung       // captured after the commit point (R14)
+	ReasonFrozen      // a repetition while frozen
+	ReasonDiverged    // a repetition on a diverged connection
+	ReasonNoACK       // the SVM has acknowledged nothing yet (R2)
+	ReasonReset       // the connection was reset
+	ReasonExpired     // the connection ended or went idle
+	ReasonUnmatchedRST
+	ReasonForgotten // SVM positions given up for want of room
+	ReasonBudget    // S: copies over budget
+	ReasonAcked     // S: the remote has acknowledged the copy
+	ReasonVoid      // S: a checkpoint made the copy void
+	ReasonCount
+)
+
+var reasonNames = [ReasonCount]string{
+	"none", "payload differs", "syn differs", "fin differs", "open differs", "timeout", "table full",
+	"svm changed its bytes", "unknown past",
+	"duplicate", "malformed", "stray", "superseded", "incarnation", "syn cookie", "old epoch",
+	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
+	"unmatched rst", "forgotten", "over budget", "acked", "void",
+}
+
+func (r Reason) String() string {
+	if r < ReasonCount {
+		return reasonNames[r]
+	}
+	return "unknown"
+}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+import (
+	"cmp"
+	"math"
+	"sort"
+)
+
+// SecondaryConfig bounds a [Secondary]. Zero fields take the default. The slots
+// that copies leave over are for parked frames.
+type SecondaryConfig struct {
+	MaxCopies int // 4096
+	MaxBytes  int // of payload; 64 MiB
+}
+
+// SecondaryStats counts what happened; Copies, Bytes and Parked tell how things
+// are now.
+type SecondaryStats struct {
+	Copies, Bytes, Parked      int
+	Asked, Answered, Delivered uint64
+	Drops                      [ReasonCount]uint64
+}
+
+// Secondary keeps copies of what the SVM said, answers P's questions about them
+// (R5), and queues the input parked for the SVM (R16).
+type Secondary struct {
+	cfg    SecondaryConfig
+	keys   *Keys
+	flows  map[Tuple]*copies
+	oldest *frameCopy // all copies, in the order they came
+	newest *frameCopy
+	parked []Slot
+	stats  SecondaryStats
+	out    []Effect
+}
+
+// copies are those of one incarnation of a connection, by position.
+type copies struct {
+	tuple     Tuple
+	inc       uint32
+	inherited bool
+	byPos     deque[*frameCopy]
+}
+
+type frameCopy struct {
+	of         *copies
+	start, end uint32
+	payload    []byte
+	slot       Slot
+	prev, next *frameCopy
+}
+
+// NewSecondary makes the decision core of S. keys are those of the kernel.
+func NewSecondary(cfg SecondaryConfig, keys *Keys) *Secondary {
+	cfg.MaxCopies = cmp.Or(cfg.MaxCopies, 4096)
+	cfg.MaxBytes = cmp.Or(cfg.MaxBytes, 64<<20)
+	return &Secondary{cfg: cfg, keys: keys, flows: make(map[Tuple]*copies)}
+}
+
+// NextDeadline is always math.MaxInt64: S has no timers.
+func (s *Secondary) NextDeadline() int64 { return math.MaxInt64 }
+
+// Stats gives the counters.
+func (s *Secondary) Stats() SecondaryStats {
+	st := s.stats
+	st.Parked = len(s.parked)
+	return st
+}
+
+// Step takes in one event and appends to out what is to be done, in order.
+func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
+	s.out = out
+	switch ev.Kind {
+	case EvCopy:
+		s.keep(&ev.Seg)
+	case EvAsk:
+		s.answer(&ev.Seg)
+	case EvPark:
+		s.parked = append(s.parked, ev.Seg.Slot)
+	case EvUnpark:
+		for _, slot := range s.parked {
+			s.stats.Delivered++
+			s.out = append(s.out, Effect{Op: OpDeliver, Slot: slot, Free: true})
+		}
+		s.parked = s.parked[:0]
+	case EvReset:
+		for s.oldest != nil {
+			s.free(s.oldest, ReasonVoid)
+		}
+	}
+	out, s.out = s.out, nil
+	return out
+}
+
+// keep takes a copy in. Its ClientAck frees the copies that nobody can ask for
+// any more.
+func (s *Secondary) keep(seg *Segment) {
+	f := s.flows[seg.Tuple]
+	if f != nil && (f.inc != seg.Inc || f.inherited != seg.Inherited) {
+		for f.byPos.len() > 0 {
+			s.free(f.byPos.view()[0], ReasonSuperseded)
+		}
+		f = nil
+	}
+	start := seg.PayloadStart()
+	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot}
+	if f != nil && seg.Flags&ACK != 0 {
+		// Sorted by start, not by end: what is kept a little longer does no harm.
+		for f.byPos.len() > 0 && !after(f.byPos.view()[0].end, seg.ClientAck) {
+			s.free(f.byPos.view()[0], ReasonAcked)
+		}
+		f = s.flows[seg.Tuple] // the last copy takes its flow along
+	}
+	switch {
+	case seg.Slot == NoSlot:
+		return
+	case seg.Len == 0 || int64(len(seg.Payload)) != int64(seg.Len):
+		s.drop(seg.Slot, ReasonMalformed)
+		return
+	case f != nil && f.covers(k):
+		s.drop(seg.Slot, ReasonDuplicate)
+		return
+	}
+	if f == nil {
+		f = &copies{tuple: seg.Tuple, inc: seg.Inc, inherited: seg.Inherited}
+		s.flows[seg.Tuple] = f
+	}
+	k.of = f
+	f.byPos.insert(f.search(start), k)
+	if k.prev = s.newest; k.prev != nil {
+		k.prev.next = k
+	} else {
+		s.oldest = k
+	}
+	s.newest = k
+	s.stats.Copies++
+	s.stats.Bytes += len(k.payload)
+	for s.stats.Copies > s.cfg.MaxCopies || s.stats.Bytes > s.cfg.MaxBytes {
+		s.free(s.oldest, ReasonBudget)
+	}
+}
+
+// search gives the index of the first copy that starts behind pos.
+func (f *copies) search(pos uint32) int {
+	v := f.byPos.view()
+	if n := len(v); n == 0 || !after(v[n-1].start, pos) {
+		return n
+	}
+	return sort.Search(len(v), func(i int) bool { return after(v[i].start, pos) })
+}
+
+// covers tells whether one copy has all that k has.
+func (f *copies) covers(k *frameCopy) bool {
+	i := f.search(k.start)
+	return i > 0 && !after(k.end, f.byPos.view()[i-1].end)
+}
+
+// answer adds up the sums over the range asked for, if copies cover it. If not, P
+// asks again.
+func (s *Secondary) answer(seg *Segment) {
+	s.stats.Asked++
+	f := s.flows[seg.Tuple]
+	if f == nil || f.inherited != seg.Inherited || !f.inherited && f.inc != seg.Inc {
+		return
+	}
+	var sum Sum
+	pos, end := seg.Seq, seg.Seq+seg.Len
+	for _, k := range f.byPos.view() {
+		if !before(pos, end) || after(k.start, pos) {
+			break
+		}
+		if to := minSeq(end, k.end); after(to, pos) {
+			sum = sum.plus(s.keys.Sum(pos, k.payload[pos-k.start:to-k.start]))
+			pos = to
+		}
+	}
+	if pos != end || seg.Len == 0 {
+		return
+	}
+	s.stats.Answered++
+	s.out = append(s.out, Effect{
+		Op: OpAnswer, Tuple: seg.Tuple, Slot: NoSlot,
+		Seq: seg.Seq, To: seg.Len, Inc: f.inc, Inherited: f.inherited, Sum: sum,
+	})
+}
+
+// free drops a copy.
+func (s *Secondary) free(k *frameCopy, why Reason) {
+	f := k.of
+	for i, o := range f.byPos.view() {
+		if o == k {
+			if i == 0 {
+				f.byPos.drop(1)
+			} else {
+				f.byPos.remove(i, i+1)
+			}
+			break
+		}
+	}
+	if f.byPos.len() == 0 {
+		delete(s.flows, f.tuple)
+	}
+	if k.prev != nil {
+		k.prev.next = k.next
+	} else {
+		s.oldest = k.next
+	}
+	if k.next != nil {
+		k.next.prev = k.prev
+	} else {
+		s.newest = k.prev
+	}
+	s.stats.Copies--
+	s.stats.Bytes -= len(k.payload)
+	s.drop(k.slot, why)
+}
+
+func (s *Secondary) drop(slot Slot, why Reason) {
+	s.stats.Drops[why]++
+	if slot != NoSlot {
+		s.out = append(s.out, Effect{Op: OpFree, Slot: slot, Reason: why})
+	}
+}
