@@ -126,6 +126,27 @@ func TestPureCores(t *testing.T) {
 	}
 }
 
+// With LOCKSTEP_REQUIRE_ALL=1, as CI sets, a skip is a failure: whoever skips looks.
+func TestSkipsCount(t *testing.T) {
+	for file, f := range goFiles(t) {
+		for _, d := range f.Decls {
+			skips, looks := false, false
+			ast.Inspect(d, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.SelectorExpr:
+					skips = skips || slices.Contains([]string{"Skip", "Skipf", "SkipNow"}, n.Sel.Name)
+				case *ast.BasicLit:
+					looks = looks || n.Value == `"LOCKSTEP_REQUIRE_ALL"`
+				}
+				return true
+			})
+			if fn, ok := d.(*ast.FuncDecl); ok && skips && !looks && strings.HasSuffix(file, "_test.go") {
+				t.Errorf("%s: %s skips without looking at LOCKSTEP_REQUIRE_ALL", file, fn.Name.Name)
+			}
+		}
+	}
+}
+
 var generated = regexp.MustCompile(`(?m)^// Code generated .* DO NOT EDIT\.$`)
 
 func TestLicenceHeaders(t *testing.T) {
@@ -146,7 +167,7 @@ func TestLicenceHeaders(t *testing.T) {
 			continue
 		}
 		want := "Apache-2.0"
-		if ext := filepath.Ext(f); under(f, "bpf") && (ext == ".c" || ext == ".h") {
+		if ext := filepath.Ext(f); ext == ".c" || ext == ".h" {
 			want = "GPL-2.0-only OR BSD-2-Clause"
 		}
 		// In the first lines: a build constraint or #! may come before it.
