@@ -240,15 +240,15 @@ enum ls_conn_bit {
  *
  * Both parts belong together when
  *   - the same two ISNs were paired before (used_pvm, used_svm), or
- *   - both are passive and answer the same SYN of the remote, or
  *   - both are active and neither ISN was used in a pair (0 means none: an ISN
- *     of 0 is never paired actively, which costs one connect in 2^32).
+ *     of 0 is never paired actively, which costs one connect in 2^32), or
+ *   - not both are active and both answer the same SYN of the remote.
  */
 struct ls_half {
 	__u32 state;
 	__u32 isn_pvm;
 	__u32 isn_svm;
-	__u32 cli_pvm; /* passive: the remote's ISN, from the PVM's SYN|ACK's ack */
+	__u32 cli_pvm; /* the remote's ISN, from the PVM's SYN|ACK's ack; 0 before */
 	__u32 cli_svm; /* the same from the SVM's */
 	__u32 ts_pvm;
 	__u32 ts_svm;

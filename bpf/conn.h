@@ -21,18 +21,17 @@ struct ls_offset {
 /* Do both parts belong to one connection? See struct ls_half. */
 static __always_inline int half_paired(const struct ls_half *h)
 {
-	const __u32 both = LS_CONN_PVM | LS_CONN_SVM;
+	const __u32 parts = LS_CONN_PVM | LS_CONN_SVM;
+	const __u32 active = LS_CONN_ACTIVE | LS_CONN_PACTIVE;
 	__u32 state = h->state;
 
-	if ((state & both) != both)
+	if ((state & parts) != parts)
 		return 0;
 	if (h->isn_pvm == h->used_pvm && h->isn_svm == h->used_svm)
 		return 1;
-	if (!(state & LS_CONN_ACTIVE) != !(state & LS_CONN_PACTIVE))
-		return 0;
-	if (!(state & LS_CONN_ACTIVE))
-		return h->cli_pvm == h->cli_svm;
-	return h->isn_pvm != h->used_pvm && h->isn_svm != h->used_svm;
+	if ((state & active) == active)
+		return h->isn_pvm != h->used_pvm && h->isn_svm != h->used_svm;
+	return h->cli_pvm == h->cli_svm;
 }
 
 static __always_inline void half_offset(const struct ls_half *h, struct ls_offset *o)
@@ -92,28 +91,28 @@ static __always_inline int find_ts(struct ls_scratch *sc, const __u8 *opts, __u3
  * Takes the SVM's SYN or SYN|ACK in sc->p. The ISN that is known already is the
  * same SYN said again, or a simultaneous open's answer: same incarnation.
  */
-static __always_inline struct ls_half *half_svm(struct ls_scratch *sc, __u64 now)
+static __always_inline void half_svm(struct ls_scratch *sc, struct ls_half *h, __u64 now)
 {
 	struct ls_pkt *p = &sc->p;
-	struct ls_half *h = half_get(&p->t);
-	__u32 cli = p->flags & LS_ACK ? p->ack - 1 : 0;
+	int answers = p->flags & LS_ACK;
+	__u32 cli = answers ? p->ack - 1 : 0;
 	__u32 set = LS_CONN_SVM, tsval;
 
-	if (!h)
-		return NULL;
 	h->last = now;
 	if (!(h->state & LS_CONN_SVM) || h->isn_svm != p->seq ||
-	    (!(h->state & LS_CONN_ACTIVE) && h->cli_svm != cli)) {
+	    (answers && !(h->state & LS_CONN_ACTIVE) && h->cli_svm != cli)) {
 		__sync_fetch_and_and(&h->state, ~(__u32)(LS_CONN_SVM | LS_CONN_STS |
 							 LS_CONN_ACTIVE | LS_CONN_DONE));
 		if (find_ts(sc, p->tcp + LS_TCP_MIN, p->optlen, &tsval))
 			set |= LS_CONN_STS;
-		if (!(p->flags & LS_ACK))
-			set |= LS_CONN_ACTIVE;
 		h->isn_svm = p->seq;
-		h->cli_svm = cli;
+		h->cli_svm = 0;
 		h->ts_svm = tsval;
 	}
+	if (answers)
+		h->cli_svm = cli;
+	else
+		set |= LS_CONN_ACTIVE;
 	h->win = p->win;
 	h->tcp_flags = p->flags;
 	h->optlen = p->optlen;
@@ -123,34 +122,32 @@ static __always_inline struct ls_half *half_svm(struct ls_scratch *sc, __u64 now
 		set |= LS_CONN_PVM;
 	}
 	__sync_fetch_and_or(&h->state, set);
-	return h;
 }
 
-/* Takes the PVM's SYN or SYN|ACK, announced in sc->rec. */
-static __always_inline struct ls_half *half_pvm(struct ls_scratch *sc, __u64 now)
+/* Takes the PVM's SYN or SYN|ACK, announced in sc->rec, in the same way. */
+static __always_inline void half_pvm(struct ls_scratch *sc, struct ls_half *h, __u64 now)
 {
 	struct ls_rec *r = &sc->rec;
-	struct ls_half *h = half_get(&r->t);
-	__u32 cli = r->tcp_flags & LS_ACK ? r->ack - 1 : 0;
+	int answers = r->tcp_flags & LS_ACK;
+	__u32 cli = answers ? r->ack - 1 : 0;
 	__u32 set = LS_CONN_PVM, tsval;
 
-	if (!h)
-		return NULL;
 	h->last = now;
 	if (!(h->state & LS_CONN_PVM) || h->isn_pvm != r->seq ||
-	    (!(h->state & LS_CONN_PACTIVE) && h->cli_pvm != cli)) {
+	    (answers && !(h->state & LS_CONN_PACTIVE) && h->cli_pvm != cli)) {
 		__sync_fetch_and_and(&h->state,
 				     ~(__u32)(LS_CONN_PVM | LS_CONN_PTS | LS_CONN_PACTIVE));
 		if (find_ts(sc, r->opts, r->optlen, &tsval))
 			set |= LS_CONN_PTS;
-		if (!(r->tcp_flags & LS_ACK))
-			set |= LS_CONN_PACTIVE;
 		h->isn_pvm = r->seq;
-		h->cli_pvm = cli;
+		h->cli_pvm = 0;
 		h->ts_pvm = tsval;
 	}
+	if (answers)
+		h->cli_pvm = cli;
+	else
+		set |= LS_CONN_PACTIVE;
 	__sync_fetch_and_or(&h->state, set);
-	return h;
 }
 
 /*

@@ -42,9 +42,10 @@ static __always_inline int sec_announce(struct __sk_buff *skb, struct ls_scratch
 		return count(LS_R_record_in, skb, TCX_DROP);
 	if (conn && conn->inc == sc->rec.seq)
 		return count(LS_R_record_in, skb, TCX_DROP);
-	h = half_pvm(sc, bpf_ktime_get_boot_ns());
+	h = half_get(&sc->rec.t);
 	if (!h)
 		return count(LS_R_conn_full, skb, TCX_DROP);
+	half_pvm(sc, h, bpf_ktime_get_boot_ns());
 	if (!half_pair(h))
 		return count(LS_R_record_in, skb, TCX_DROP);
 	sec_syn_record(sc, conf, h);
@@ -119,6 +120,15 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;
 }
 
+/* P's own network stack speaks on the peer device too: that is no mirrored frame. */
+static __always_inline int sec_is_host(struct __sk_buff *skb, const struct ls_conf *conf)
+{
+	__u8 src[ETH_ALEN];
+
+	return bpf_skb_load_bytes(skb, ETH_ALEN, src, sizeof(src)) ||
+	       !__builtin_memcmp(src, conf->peer_mac, sizeof(src));
+}
+
 SEC("tcx/ingress")
 int ls_sec_in(struct __sk_buff *skb)
 {
@@ -135,6 +145,8 @@ int ls_sec_in(struct __sk_buff *skb)
 			return count(LS_R_shut, skb, TCX_DROP);
 		return sec_peer_frame(skb, sc, conf, keys);
 	}
+	if (sec_is_host(skb, conf))
+		return count(LS_R_peer_junk, skb, TCX_DROP);
 	if (conf->mode == LS_MODE_PARK)
 		return sec_park(skb, sc);
 	if (parse(skb, &sc->p, 0) == LS_TCP) {

@@ -30,6 +30,12 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 
 	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
 	if (conn && p->flags & LS_SYN && conn->isn_svm != p->seq) {
+		h = half_get(&p->t);
+		if (!h)
+			return LS_PENDING;
+		/* R8: the tuple is used again; its last pair is not made anew. */
+		h->used_pvm = conn->inc;
+		h->used_svm = conn->isn_svm;
 		bpf_map_delete_elem(&ls_conn, &p->t);
 		conn = NULL;
 	}
@@ -41,9 +47,10 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	}
 
 	if (p->flags & LS_SYN) {
-		h = half_svm(sc, now);
+		h = half_get(&p->t);
 		if (!h)
 			return LS_PENDING;
+		half_svm(sc, h, now);
 		if (!half_pair(h))
 			return p->flags & LS_ACK ? LS_PENDING : LS_LONELY;
 	} else {
