@@ -19,7 +19,7 @@ func TestMutations(t *testing.T) {
 	for rule, tests := range map[string][]string{
 		"R9": {
 			"TestExchange", "TestPassiveOpen", "TestActiveOpen", "TestSimultaneousOpen",
-			"TestOvertakingAck", "TestTupleReuse",
+			"TestOvertakingAck", "TestTupleReuse", "TestKernel",
 		},
 	} {
 		for _, name := range tests {
