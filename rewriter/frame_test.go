@@ -4,6 +4,8 @@ package rewriter_test
 
 import (
 	"encoding/binary"
+	"flag"
+	"os"
 	"slices"
 	"testing"
 
@@ -11,6 +13,14 @@ import (
 
 	"lockstep/rewriter"
 )
+
+// More than rapid's 100 random sequences a test, unless the command line says.
+func TestMain(m *testing.M) {
+	if err := flag.Set("rapid.checks", "500"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 const (
 	fin  = rewriter.FIN

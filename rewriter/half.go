@@ -102,7 +102,7 @@ func (h *Half) learnPVM(a *Record, now int64) {
 		h.State = h.State&^(PVMActive|PVMTS) | HasPVM
 		h.ISNPVM, h.CliPVM = a.Seq, 0
 		var ok bool
-		if h.TSPVM, ok = Options(a.Opts[:a.OptLen]).tsVal(); ok {
+		if h.TSPVM, ok = a.options().tsVal(); ok {
 			h.State |= PVMTS
 		}
 	}
@@ -148,7 +148,7 @@ func (h *Half) record(key Tuple, r *Record) {
 	if h.Flags&ACK != 0 {
 		r.Ack = h.CliSVM + 1
 	}
-	Options(r.Opts[:r.OptLen]).addTSVal(-h.offset().ts)
+	r.options().addTSVal(-h.offset().ts)
 }
 
 // halves is a bounded map that makes room by forgetting the entry least lately

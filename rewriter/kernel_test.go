@@ -52,7 +52,7 @@ type kernel struct {
 // requireAll makes a skip a failure.
 const requireAll = "LOCKSTEP_REQUIRE_ALL"
 
-func loadKernel(t *testing.T, conns, halves uint32) *kernel {
+func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv(requireAll) == "1" {
@@ -60,6 +60,11 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 		}
 		t.Skip("needs root to load BPF programs")
 	}
+}
+
+func loadKernel(t *testing.T, conns, halves uint32) *kernel {
+	t.Helper()
+	needRoot(t)
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		t.Fatal(err)

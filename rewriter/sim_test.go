@@ -42,17 +42,17 @@ type life struct {
 	open          opening
 	pvm, svm, cli host
 
-	announced         []rewriter.Record // by P; the link repeats and reorders them
-	toldSyn, toldAck  bool              // the PVM's SYN, SYN|ACK was announced to S
-	svmSyn, svmAck    bool              // the SVM said its SYN, SYN|ACK
-	pvmTS, svmTS      uint32            // TSvals that make ts_off: the first ones
-	keptTS            uint32            // TSval of the SVM's last SYN before it was established
-	keptAck           bool              // that was a SYN|ACK
-	shown             bool              // the PVM's SYN left: the remote knows its ISN
-	established       bool              // the remote acked: in ls_conn
-	cliAck            uint32
-	gone              bool // swept
-	resetSeen, closed bool
+	announced        []rewriter.Record // by P; the link repeats and reorders them
+	toldSyn, toldAck bool              // the PVM's SYN, SYN|ACK was announced to S
+	svmSyn, svmAck   bool              // the SVM said its SYN, SYN|ACK
+	pvmTS, svmTS     uint32            // TSvals that make ts_off: the first ones
+	keptTS           uint32            // TSval of the SVM's last SYN before it was established
+	keptAck          bool              // that was a SYN|ACK
+	shown            bool              // the PVM's SYN left: the remote knows its ISN
+	established      bool              // the remote acked: in ls_conn
+	cliAck           uint32
+	gone             bool // swept
+	closed           bool
 }
 
 func (l *life) kept() bool   { return l.established && !l.gone } // in ls_conn

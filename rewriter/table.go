@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rewriter is the model of the kernel's TCP rewriter: what ls_sec_in and
-// ls_sec_out do to the frames of the secondary host. It is pure, and the
-// kernel's differential test is held against it.
+// Package rewriter is the model of the kernel's TCP rewriter: what ls_sec_in,
+// ls_sec_out and ls_sec_gate do to segments on the secondary host. It is pure,
+// and what the kernel does is tested against it.
 //
 // The guests choose their own ISNs and timestamps. The remote only ever sees the
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
@@ -42,6 +42,8 @@ type Record struct {
 	Opts          [maxOpts]byte
 	CliAck        uint32 // goes with S's copy only
 }
+
+func (r *Record) options() Options { return Options(r.Opts[:min(r.OptLen, maxOpts)]) }
 
 // Verdict is what became of a frame, by the name the kernel counts it under.
 type Verdict string
@@ -145,24 +147,22 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		r.inherit(key, s) // refuses a SYN: of no incarnation, whatever the tables hold
 		return RecordOut, true
 	}
-	var half *Half
-	if flags&SYN != 0 {
-		if c, ok := t.conn[key]; ok && c.ISNSVM != h.Seq() {
-			delete(t.conn, key) // R8: the tuple is used again
-			half = t.half.make(key)
-			half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
-		}
+	if c, ok := t.conn[key]; ok && flags&SYN != 0 && c.ISNSVM != h.Seq() {
+		delete(t.conn, key) // R8: the tuple is used again, and its last pair not made anew
+		half := t.half.make(key)
+		half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
 	}
 	if c, ok := t.touch(key, h, true, now); ok {
 		s.toPVM(c.offset())
 		r.take(key, s, c.Inc, c.CliAck)
 		return RecordOut, true
 	}
+	half := t.half.get(key)
 	if flags&SYN != 0 {
 		half = t.half.make(key)
 		half.learnSVM(h, now)
 		half.pair()
-	} else if half = t.half.get(key); half == nil {
+	} else if half == nil {
 		r.inherit(key, s)
 		return RecordOut, true
 	}
