@@ -49,13 +49,10 @@ type kernel struct {
 	no     uint64 // of the announcement sent last
 }
 
-// requireAll makes a skip a failure.
-const requireAll = "LOCKSTEP_REQUIRE_ALL"
-
 func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		if os.Getenv(requireAll) == "1" {
+		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
 			t.Fatal("needs root to load BPF programs")
 		}
 		t.Skip("needs root to load BPF programs")
