@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"github.com/dchest/siphash"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+)
+
+// Verdicts as PROG_TEST_RUN returns them.
+const (
+	next     = math.MaxUint32 // TCX_NEXT
+	drop     = 2              // TCX_DROP
+	redirect = 7              // TCX_REDIRECT
+)
+
+const (
+	markRel = 0x1a2b3c4d
+	markIn  = 0x5e6f7081
+	term    = 7
+	epoch   = 40
+
+	nslots  = 40
+	ngslots = 4
+
+	recBase = int(bpf.LockstepLsConstLS_REC_BASE)
+	slotGSO = uint32(bpf.LockstepLsConstLS_SLOT_GSO)
+	noSlot  = uint32(bpf.LockstepLsConstLS_SLOT_NONE)
+)
+
+const (
+	shut = bpf.LockstepLsModeLS_MODE_SHUT
+	hold = bpf.LockstepLsModeLS_MODE_HOLD
+	run  = bpf.LockstepLsModeLS_MODE_RUN
+	park = bpf.LockstepLsModeLS_MODE_PARK
+	solo = bpf.LockstepLsModeLS_MODE_SOLO
+)
+
+var (
+	peerMAC = [6]byte{2, 0x50, 0, 0, 0, 1}
+	ownMAC  = [6]byte{2, 0x50, 0, 0, 0, 2}
+)
+
+// kit is the kernel half loaded for a test.
+type kit struct {
+	testing.TB
+	bpf.LockstepObjects
+	rd     *ringbuf.Reader
+	conf   bpf.LockstepLsConf
+	digest *compare.Keys
+	sipTx  [2]uint64
+	sipRx  [2]uint64
+	lanes  map[uint16]uint64 // highest lane number seen
+}
+
+// newKit loads the programs with small tables; tune changes the spec before.
+func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
+	t.Helper()
+	spec, err := bpf.LoadLockstep()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, n := range map[string]uint32{"ls_slots": nslots, "ls_gslots": ngslots, "ls_conn": 8, "ls_half": 64, "ls_ring": 1 << 17} {
+		spec.Maps[name].MaxEntries = n
+	}
+	for name, v := range map[string]uint32{"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": markRel, "ls_mark_in": markIn, "ls_nslots": nslots, "ls_ngslots": ngslots} {
+		if err := spec.Variables[name].Set(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range tune {
+		f(spec)
+	}
+	k := &kit{TB: t, lanes: make(map[uint16]uint64)}
+	if err := spec.LoadAndAssign(&k.LockstepObjects, nil); err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { k.LockstepObjects.Close() })
+	if k.rd, err = ringbuf.NewReader(k.LsRing); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.rd.Close() })
+
+	if k.digest, err = compare.NewKeys(rand.NewChaCha8([32]byte{1})); err != nil {
+		t.Fatal(err)
+	}
+	k.sipTx, k.sipRx = [2]uint64{1, 2}, [2]uint64{0xfedcba9876543210, 0x0123456789abcdef}
+	keys := bpf.LockstepLsKeys{SipTx: k.sipTx, SipRx: k.sipRx, Mix: k.digest.Mix}
+	for lane := range keys.K {
+		copy(keys.K[lane][copy(keys.K[lane][:], k.digest.K[lane][:]):], k.digest.K[lane][:])
+	}
+	if err := k.LsKeys.Put(uint32(1), &keys); err != nil {
+		t.Fatal(err)
+	}
+	k.conf = bpf.LockstepLsConf{
+		SpeakUntil: math.MaxUint64, Epoch: epoch, Term: term, KeyIndex: 1, PeerMac: peerMAC, OwnMac: ownMAC,
+	}
+	k.setMode(shut)
+	return k
+}
+
+func variable(name string, v uint32) func(*ebpf.CollectionSpec) {
+	return func(spec *ebpf.CollectionSpec) {
+		if err := spec.Variables[name].Set(v); err != nil {
+			panic(err)
+		}
+	}
+}
+
+func (k *kit) setConf() {
+	k.Helper()
+	if err := k.LsConf.Put(uint32(0), &k.conf); err != nil {
+		k.Fatal(err)
+	}
+}
+
+func (k *kit) setMode(mode bpf.LockstepLsMode) {
+	k.Helper()
+	k.conf.Mode = uint32(mode)
+	k.setConf()
+}
+
+type counts map[string]uint64
+
+// counters are the packets counted so far by reason, without those that are 0.
+func (k *kit) counters() counts {
+	k.Helper()
+	c := make(counts)
+	for i, name := range bpf.ReasonNames() {
+		var per []bpf.LockstepLsCount
+		if err := k.LsStats.Lookup(uint32(i), &per); err != nil {
+			k.Fatal(err)
+		}
+		for _, p := range per {
+			if p.Packets > 0 {
+				c[name] += p.Packets
+			}
+		}
+	}
+	return c
+}
+
+// expect runs f and fails unless exactly the counters of want moved.
+func (k *kit) expect(want counts, f func()) {
+	k.Helper()
+	before := k.counters()
+	f()
+	moved := k.counters()
+	for name, n := range before {
+		if moved[name] -= n; moved[name] == 0 {
+			delete(moved, name)
+		}
+	}
+	if !maps.Equal(moved, want) {
+		k.Errorf("counted %v, want %v", moved, want)
+	}
+}
+
+// input is a frame as a program sees it.
+type input struct {
+	frame   []byte
+	mark    uint32
+	gsoSize uint32
+}
+
+// run gives in to the program and returns the verdict, the frame and the mark after it.
+func (k *kit) run(prog *ebpf.Program, in input) (verdict uint32, out []byte, mark uint32) {
+	k.Helper()
+	const markOff, gsoOff = 8, 176 // in struct __sk_buff
+	var ctx, ctxOut [192]byte
+	binary.NativeEndian.PutUint32(ctx[markOff:], in.mark)
+	binary.NativeEndian.PutUint32(ctx[gsoOff:], in.gsoSize)
+	opts := &ebpf.RunOptions{Data: in.frame, DataOut: make([]byte, 8192), Context: &ctx, ContextOut: &ctxOut}
+	verdict, err := prog.Run(opts)
+	if err != nil {
+		k.Fatalf("%s: %v", prog, err)
+	}
+	return verdict, opts.DataOut, binary.NativeEndian.Uint32(ctxOut[markOff:])
+}
+
+// check runs the program on a frame that it leaves as it is.
+func (k *kit) check(prog *ebpf.Program, frame []byte, verdict uint32, reason string) {
+	k.Helper()
+	k.expect(counts{reason: 1}, func() {
+		k.Helper()
+		got, out, _ := k.run(prog, input{frame: frame})
+		if got != verdict {
+			k.Errorf("verdict %d, want %d", int32(got), int32(verdict))
+		}
+		if !bytes.Equal(out, frame) {
+			k.Errorf("frame became\n% x, want\n% x", out, frame)
+		}
+	})
+}
+
+// events takes what is in the ring.
+func (k *kit) events() (evs []any) {
+	k.Helper()
+	k.rd.SetDeadline(time.Now())
+	for {
+		rec, err := k.rd.Read()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return evs
+		}
+		if err != nil {
+			k.Fatal(err)
+		}
+		evs = append(evs, k.event(rec.RawSample))
+	}
+}
+
+func (k *kit) event(raw []byte) any {
+	k.Helper()
+	if binary.NativeEndian.Uint32(raw) != uint32(bpf.LockstepLsEvTypeLS_EV_REC) {
+		var ev bpf.LockstepLsEv
+		if copy(structBytes(&ev), raw) != len(raw) || len(raw) != int(unsafe.Sizeof(ev)) {
+			k.Fatalf("event of %d bytes", len(raw))
+		}
+		return &ev
+	}
+	var ev bpf.LockstepLsEvRec
+	copy(structBytes(&ev), raw)
+	want := int(unsafe.Offsetof(ev.Rec)) + recBase
+	if ev.Rec.Nsum > 0 {
+		want = int(unsafe.Sizeof(ev))
+	}
+	if len(raw) != want {
+		k.Fatalf("record event of %d bytes with %d boundaries", len(raw), ev.Rec.Nsum)
+	}
+	clear(ev.Rec.Bound[ev.Rec.Nsum:])
+	return &ev
+}
+
+// one takes the only event there is.
+func one[T any](k *kit) T {
+	k.Helper()
+	evs := k.events()
+	if len(evs) != 1 {
+		k.Fatalf("%d events, want 1", len(evs))
+	}
+	ev, ok := evs[0].(T)
+	if !ok {
+		k.Fatalf("event is a %T", evs[0])
+	}
+	return ev
+}
+
+func (k *kit) none() {
+	k.Helper()
+	if evs := k.events(); len(evs) != 0 {
+		k.Errorf("unexpected event %+v", evs[0])
+	}
+}
+
+// slot returns the frame in a slot, which must be READY, and frees it.
+func (k *kit) slot(n uint32) []byte {
+	k.Helper()
+	ready := uint32(bpf.LockstepLsSlotStateLS_SLOT_READY)
+	if n&slotGSO != 0 {
+		var s bpf.LockstepLsGslot
+		if err := k.LsGslots.Lookup(n&^slotGSO, &s); err != nil || s.State != ready {
+			k.Fatalf("GSO slot %d: %v, state %d", n&^slotGSO, err, s.State)
+		}
+		frame := bytes.Clone(s.Data[:s.Len])
+		s.State = 0
+		if err := k.LsGslots.Put(n&^slotGSO, &s); err != nil {
+			k.Fatal(err)
+		}
+		return frame
+	}
+	var s bpf.LockstepLsSlot
+	if err := k.LsSlots.Lookup(n, &s); err != nil || s.State != ready {
+		k.Fatalf("slot %d: %v, state %d", n, err, s.State)
+	}
+	frame := bytes.Clone(s.Data[:s.Len])
+	s.State = 0
+	if err := k.LsSlots.Put(n, &s); err != nil {
+		k.Fatal(err)
+	}
+	return frame
+}
+
+// used counts the slots that are not free, of both sizes.
+func (k *kit) used() (n int) {
+	k.Helper()
+	for i := range uint32(nslots) {
+		var s bpf.LockstepLsSlot
+		if err := k.LsSlots.Lookup(i, &s); err != nil {
+			k.Fatal(err)
+		}
+		if s.State != 0 {
+			n++
+		}
+	}
+	for i := range uint32(ngslots) {
+		var s bpf.LockstepLsGslot
+		if err := k.LsGslots.Lookup(i, &s); err != nil {
+			k.Fatal(err)
+		}
+		if s.State != 0 {
+			n++
+		}
+	}
+	return n
+}
+
+func structBytes[T any](p *T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(p)), unsafe.Sizeof(*p))
+}
+
+func (k *kit) sum(pos uint32, b []byte) [2]uint64 { return k.digest.Sum(pos, b) }
+
+// sign puts the tag on r and returns its bytes on the wire.
+func sign(r *bpf.LockstepLsRec, key [2]uint64) []byte {
+	r.Len = uint16(recBase + int(r.Nsum)*16)
+	b := structBytes(r)[:r.Len]
+	r.Tag = siphash.Hash(key[0], key[1], b[8:])
+	return b
+}
+
+// record returns the frame that a program must make of frame, whose TCP header
+// is at l4, to carry want. Lane and number are taken from out, the lane's numbers
+// having to rise one by one.
+func (k *kit) record(want *bpf.LockstepLsRec, out, frame []byte, off int) []byte {
+	k.Helper()
+	want.Version, want.Term, want.Epoch = uint8(bpf.LockstepLsConstLS_ABI_VERSION), term, epoch
+	if len(out) >= off+recBase && bytes.HasPrefix(out[12:], []byte{0x88, 0xb5}) {
+		got := (*bpf.LockstepLsRec)(unsafe.Pointer(&bytes.Clone(append(out[off:len(out):len(out)], make([]byte, 2048)...))[0]))
+		want.Lane, want.LaneNo = got.Lane, got.LaneNo
+		if got.LaneNo != k.lanes[got.Lane]+1 {
+			k.Errorf("lane %d: number %d after %d", got.Lane, got.LaneNo, k.lanes[got.Lane])
+		}
+		k.lanes[got.Lane] = got.LaneNo
+	}
+	return peerFrame(frame, off, sign(want, k.sipTx), peerMAC, ownMAC)
+}
+
+// peerFrame makes frame a peer frame with rec at off.
+func peerFrame(frame []byte, off int, rec []byte, dst, src [6]byte) []byte {
+	b := bytes.Clone(frame)
+	b = append(b, make([]byte, off+len(rec))...)[:off+len(rec)]
+	copy(b, dst[:])
+	copy(b[6:], src[:])
+	binary.BigEndian.PutUint16(b[12:], uint16(bpf.LockstepLsConstLS_ETHERTYPE))
+	binary.LittleEndian.PutUint16(b[14:], uint16(bpf.LockstepLsConstLS_MAGIC))
+	binary.LittleEndian.PutUint16(b[16:], uint16(off))
+	copy(b[off:], rec)
+	return b
+}
+
+// fromPeer is a peer frame as the other host sends it.
+func (k *kit) fromPeer(r *bpf.LockstepLsRec) []byte {
+	return peerFrame(make([]byte, 54), 54, sign(r, k.sipRx), ownMAC, peerMAC)
+}
+
+// flow is a connection between the guest and a remote.
+type flow struct {
+	guest, remote netip.AddrPort
+	vlan          uint16
+}
+
+var flows = map[string]flow{
+	"IPv4": {guest: netip.MustParseAddrPort("192.0.2.1:80"), remote: netip.MustParseAddrPort("198.51.100.9:40000")},
+	"IPv6": {guest: netip.MustParseAddrPort("[2001:db8::1]:80"), remote: netip.MustParseAddrPort("[2001:db8:7::9]:40000")},
+}
+
+func (f flow) tuple() bpf.LockstepLsTuple {
+	return bpf.LockstepLsTuple{
+		Guest: f.guest.Addr().As16(), Remote: f.remote.Addr().As16(),
+		Gport: f.guest.Port(), Rport: f.remote.Port(), Vlan: f.vlan, Proto: 6,
+	}
+}
+
+const (
+	fin = 1 << iota
+	syn
+	rst
+	psh
+	ack
+)
+
+// seg is a TCP segment.
+type seg struct {
+	seq, ack uint32
+	flags    uint8
+	win      uint16
+	opts     []byte // multiple of 4
+	payload  []byte
+	ipOpts   int    // bytes of IPv4 options
+	padding  []byte // behind the IP packet
+}
+
+// end is the position behind the segment.
+func (s seg) end() uint32 {
+	return s.seq + uint32(len(s.payload)) + uint32(s.flags&fin) + uint32(s.flags&syn>>1)
+}
+
+var be = binary.BigEndian
+
+// from is the frame of s from the guest, to the one to it.
+func (f flow) from(s seg) []byte { return f.frame(s, f.guest, f.remote) }
+func (f flow) to(s seg) []byte   { return f.frame(s, f.remote, f.guest) }
+
+func (f flow) frame(s seg, src, dst netip.AddrPort) []byte {
+	tcp := make([]byte, 20, 20+len(s.opts)+len(s.payload))
+	be.PutUint16(tcp, src.Port())
+	be.PutUint16(tcp[2:], dst.Port())
+	be.PutUint32(tcp[4:], s.seq)
+	be.PutUint32(tcp[8:], s.ack)
+	tcp[12], tcp[13] = byte(5+len(s.opts)/4)<<4, s.flags
+	be.PutUint16(tcp[14:], s.win)
+	tcp = append(append(tcp, s.opts...), s.payload...)
+	be.PutUint16(tcp[16:], ^onesSum(pseudo(src.Addr(), dst.Addr(), len(tcp)), tcp))
+
+	frame := append(make([]byte, 0, 134+len(s.payload)), 2, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2)
+	if src.Addr().Is4() {
+		ip := make([]byte, 20+s.ipOpts)
+		for i := range s.ipOpts {
+			ip[20+i] = 1
+		}
+		ip[0], ip[8], ip[9] = byte(0x45+s.ipOpts/4), 64, 6
+		be.PutUint16(ip[2:], uint16(len(ip)+len(tcp)))
+		copy(ip[12:], src.Addr().AsSlice())
+		copy(ip[16:], dst.Addr().AsSlice())
+		be.PutUint16(ip[10:], ^onesSum(0, ip))
+		frame = append(append(frame, 8, 0), ip...)
+	} else {
+		ip := make([]byte, 40)
+		ip[0], ip[6], ip[7] = 0x60, 6, 64
+		be.PutUint16(ip[4:], uint16(len(tcp)))
+		copy(ip[8:], src.Addr().AsSlice())
+		copy(ip[24:], dst.Addr().AsSlice())
+		frame = append(append(frame, 0x86, 0xdd), ip...)
+	}
+	return append(append(frame, tcp...), s.padding...)
+}
+
+// l4 is where the TCP header of f's frames is.
+func (f flow) l4(s seg) int {
+	if f.guest.Addr().Is4() {
+		return 34 + s.ipOpts
+	}
+	return 54
+}
+
+func pseudo(src, dst netip.Addr, n int) uint32 {
+	return uint32(onesSum(onesSumWide(6+uint32(n)), append(src.AsSlice(), dst.AsSlice()...)))
+}
+
+func onesSumWide(v uint32) uint32 { return v>>16 + v&0xffff }
+
+// onesSum is the one's complement sum of b and sum (RFC 1071).
+func onesSum(sum uint32, b []byte) uint16 {
+	for i, c := range b {
+		sum += uint32(c) << (8 * (1 - i&1))
+		sum = onesSumWide(sum)
+	}
+	return uint16(onesSumWide(sum))
+}
+
+// checksumRight: does the TCP checksum of a frame of f hold?
+func (f flow) checksumRight(frame []byte, l4 int) bool {
+	var tcp []byte
+	if f.guest.Addr().Is4() {
+		tcp = frame[l4 : 14+int(be.Uint16(frame[16:]))]
+	} else {
+		tcp = frame[l4 : 54+int(be.Uint16(frame[18:]))]
+	}
+	return onesSum(pseudo(f.guest.Addr(), f.remote.Addr(), len(tcp)), tcp) == 0xffff
+}
+
+// timestamps are the options that Linux sends on every segment.
+func timestamps(val, ecr uint32) []byte {
+	return be.AppendUint32(be.AppendUint32([]byte{1, 1, 8, 10}, val), ecr)
+}
+
+func randBytes(r *rand.Rand, n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return b
+}
+
+// opts40 pads options for a record.
+func opts40(opts []byte) (b [40]byte) {
+	copy(b[:], opts)
+	return b
+}
