@@ -47,6 +47,9 @@ const (
 	evDrained // S: answer to fxDrain: OK, else Cause
 )
 
+// causePeriod is the cause of an attempt that only the period asked for.
+const causePeriod = "period"
+
 type ckptEvent struct {
 	Kind  ckptKind
 	Epoch uint32
@@ -64,7 +67,7 @@ const (
 	fxOpen    ckptOp = iota + 1 // P: replication begins: HOLD, speak
 	fxFreeze                    // P: the cores release nothing from now on
 	fxThaw                      // P: the cores match again
-	fxPrepare                   // P: send Prepare(Epoch)
+	fxPrepare                   // P: send Prepare(Epoch); Cause is why
 	fxAbort                     // send Abort(Epoch), Cause
 	fxAsk                       // P: ask QEMU for a checkpoint
 	fxEpoch                     // P: the kernel is in Epoch
@@ -138,11 +141,13 @@ type ckptPrimary struct {
 	doubt           string // why only a commit may release; "": no doubt
 
 	wanted    bool
+	why       string // the first reason
 	notBefore int64
 	failures  int
 	lastDone  int64
 
 	stage     pStage
+	cause     string // of the attempt
 	last      uint32 // number of the last attempt
 	committed uint32 // epoch that holds
 	deadline  int64
@@ -202,12 +207,12 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 	case evWant:
 		// Before QEMU is asked, the attempt under way serves.
 		if c.cfg.qmp && c.stage != pPrepare {
-			c.wanted = true
+			c.want(ev.Cause)
 		}
 	case evInside:
 		// R14: the epoch is suspect.
 		if !c.cfg.noR14 {
-			c.wanted = true
+			c.want("the PVM spoke while it was stopped")
 		}
 
 	case evHandshake:
@@ -218,13 +223,13 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 		if !ev.OK {
 			c.suspect("the secondary's tables are not whole")
 		}
-		c.wanted = c.wanted || c.doubt != ""
+		c.resolve()
 	case evLinkDown:
 		c.unlinked()
 
 	case evQMPUp:
 		c.qmp, c.pvmStopped = true, !ev.OK
-		c.wanted = c.wanted || c.doubt != ""
+		c.resolve()
 	case evQMPDown:
 		c.qmp = false
 		if c.started {
@@ -250,13 +255,13 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 			c.sStopped = true
 		case ev.Epoch == 0:
 			c.suspect("the SVM stopped unasked")
-			c.wanted = true
+			c.resolve()
 			if c.stage != pIdle {
 				c.fail("the SVM stopped unasked")
 			}
 		case ev.Epoch > c.committed:
 			c.suspect("the SVM stopped for an attempt given up")
-			c.wanted = true
+			c.resolve()
 		}
 	case evPeerResumed:
 		if current {
@@ -311,7 +316,7 @@ func (c *ckptPrimary) resumed(ev ckptEvent) {
 		return
 	}
 	c.suspect("the PVM went on unasked")
-	c.wanted = true
+	c.resolve()
 	if c.stage != pIdle {
 		c.fail("the PVM went on unasked")
 	}
@@ -325,6 +330,20 @@ func (c *ckptPrimary) unlinked() {
 	}
 	if c.stage != pIdle {
 		c.fail("control link lost")
+	}
+}
+
+// want asks for an attempt as soon as one can begin.
+func (c *ckptPrimary) want(why string) {
+	if !c.wanted {
+		c.wanted, c.why = true, why
+	}
+}
+
+// resolve asks for the attempt that ends a doubt, if there is one.
+func (c *ckptPrimary) resolve() {
+	if c.doubt != "" {
+		c.want(c.doubt)
 	}
 }
 
@@ -344,7 +363,8 @@ func (c *ckptPrimary) fail(cause string) {
 	if c.link {
 		c.emit(ckptEffect{Op: fxAbort, Epoch: c.last, Cause: cause})
 	}
-	c.stage, c.wanted = pIdle, true
+	c.stage = pIdle
+	c.want(c.cause)
 	retry := max(c.cfg.minInterval, int64(10*time.Millisecond)) << min(c.failures, 10)
 	c.failures++
 	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
@@ -371,7 +391,7 @@ func (c *ckptPrimary) advance() {
 	}
 	if c.stage == pIdle && c.able() {
 		if c.cfg.period > 0 && c.now >= c.lastDone+c.cfg.period {
-			c.wanted = true
+			c.want(causePeriod)
 		}
 		if c.wanted && c.now >= c.notBefore {
 			c.begin()
@@ -382,12 +402,13 @@ func (c *ckptPrimary) advance() {
 
 func (c *ckptPrimary) begin() {
 	c.last++
-	c.stage, c.deadline, c.wanted = pPrepare, c.now+c.cfg.ready, false
+	c.stage, c.deadline = pPrepare, c.now+c.cfg.ready
+	c.cause, c.wanted, c.why = c.why, false, ""
 	c.notBefore = c.now + c.cfg.minInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
 	c.sStopped, c.sResumed, c.inCOLO = false, false, false
 	c.settle() // first nothing is released any more, then S is told (R13)
-	c.emit(ckptEffect{Op: fxPrepare, Epoch: c.last})
+	c.emit(ckptEffect{Op: fxPrepare, Epoch: c.last, Cause: c.cause})
 }
 
 // settle makes the cores' freeze what it has to be.
@@ -414,7 +435,7 @@ func (c *ckptPrimary) commit() {
 	at := stop + (resume-stop)/2
 	if c.skewed || stop < c.asked-tol || resume < stop || resume > c.now+tol {
 		at, stop, resume = c.asked, c.asked, c.now
-		c.wanted = true
+		c.want("the clock was set during a checkpoint")
 	}
 	c.emit(ckptEffect{Op: fxCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume})
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0

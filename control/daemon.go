@@ -1,0 +1,587 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package control runs one host of a pair: it owns the loop, the clock, QEMU's
+// monitor, the control link and the epochs. What may leave is compare's decision;
+// how it leaves is behind [DataPath].
+//
+// Goroutines: one per NIC (nic.go) drives its data path and its compare core. One
+// controller (this file) owns the checkpoint machine (ckpt.go) and everything
+// else; QEMU's monitor (monitor.go), the control link (peer.go) and the status
+// socket (status.go) have goroutines that only wait, and hand what they get to the
+// controller.
+package control
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	sd "github.com/coreos/go-systemd/v22/daemon"
+
+	"lockstep/compare"
+	"lockstep/control/qmp"
+)
+
+// Role is which guest a host runs.
+type Role string
+
+// Roles.
+const (
+	RolePrimary   Role = "primary"
+	RoleSecondary Role = "secondary"
+)
+
+// Options say what to run. Zero durations mean defaults.
+type Options struct {
+	VM   string
+	Node string // this host's name
+	Peer string // the other's
+	Role Role
+
+	// Control is where the primary listens and the secondary connects: the
+	// primary's control address.
+	Control string
+	TLS     *tls.Config // nil: the control link is not protected
+	QMP     string      // QEMU's socket; "": none, checkpoints are counted but not made
+
+	NICs []DataPath // as many as the peer has, in the same order; closed when Run returns
+	// Fresh tells that the kernel's tables were made at this start, not found
+	// pinned (R23).
+	Fresh bool
+
+	Compare     compare.Config          // primary; Linger and Idle also the secondary's
+	Copies      compare.SecondaryConfig // secondary
+	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
+	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
+
+	StatusSocket string // "": none
+	Log          *slog.Logger
+
+	// Tests shorten these.
+	link       linkTiming
+	qmpTimeout time.Duration
+	qmpPoll    time.Duration
+	ckpt       *ckptConfig
+}
+
+func (o *Options) setDefaults() error {
+	switch {
+	case o.Role != RolePrimary && o.Role != RoleSecondary:
+		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
+	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
+		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
+	}
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	set(&o.MinInterval, 20*time.Millisecond)
+	set(&o.Compare.Linger, 2*time.Second)
+	set(&o.Compare.Idle, 2*time.Hour)
+	set(&o.qmpTimeout, qmpTimeout)
+	set(&o.qmpPoll, qmpPoll)
+	if o.link == (linkTiming{}) {
+		o.link = defaultLinkTiming
+	}
+	if o.ckpt == nil {
+		c := defaultCkptConfig()
+		o.ckpt = &c
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+const (
+	maxHistory   = 32 // requests and attempts kept for status
+	maxRequests  = 256
+	sweepEvery   = time.Second
+	quietRequest = time.Second // between two log lines about requests that nothing serves
+)
+
+// machine is a ckptPrimary or a ckptSecondary.
+type machine interface {
+	Step(now int64, ev ckptEvent) []ckptEffect
+	NextDeadline() int64
+	state() (word, detail string)
+}
+
+// Daemon runs one host. What is not said to be otherwise is the controller's.
+type Daemon struct {
+	opt  Options
+	log  *slog.Logger
+	nics []*nic
+
+	inbox    chan func()
+	requests chan request
+	stopped  chan struct{} // closed when the controller has ended
+	work     sync.WaitGroup
+	ctx      context.Context
+	fatal    error
+
+	machine   machine
+	primary   *ckptPrimary   // one of the two
+	secondary *ckptSecondary // is machine
+	queue     []ckptEvent
+	stepping  bool
+
+	epoch, term uint32
+	digestSeed  [seedLen]byte // P
+	sessions    int           // made so far
+	link        *link         // nil: none
+	linkUp      bool          // its session holds
+	linkSince   time.Time
+	linkErr     string
+	peerAddr    string
+	peerWhole   bool // P: what S said of its tables, until its session is ok
+	stopDrain   context.CancelFunc
+
+	qmp monitor
+
+	requested   atomic.Uint64 // by anyone
+	committed   uint64
+	waiting     []request // causes of the next attempt
+	causes      []Cause
+	attempts    []Checkpoint
+	attemptNow  []request // causes of the attempt under way
+	attemptAt   int64
+	unservedLog time.Time
+	unserved    uint64
+}
+
+// New makes a daemon; Run works.
+func New(o Options) (*Daemon, error) {
+	if err := o.setDefaults(); err != nil {
+		return nil, err
+	}
+	d := &Daemon{
+		opt: o, log: o.Log.With("role", string(o.Role)),
+		inbox: make(chan func(), 64), requests: make(chan request, maxRequests), stopped: make(chan struct{}),
+		linkSince: time.Now(), qmp: monitor{path: o.QMP, info: qmpInfo{since: time.Now()}},
+	}
+	cfg := *o.ckpt
+	cfg.qmp, cfg.period, cfg.minInterval = o.QMP != "", int64(o.Period), int64(o.MinInterval)
+	d.epoch = cfg.firstEpoch
+	d.opt.Compare.Epoch = d.epoch
+	if o.Role == RolePrimary {
+		d.primary = newCkptPrimary(cfg)
+		d.machine = d.primary
+	} else {
+		d.secondary = newCkptSecondary(cfg)
+		d.machine = d.secondary
+	}
+	rand.Read(d.digestSeed[:]) // never fails
+	keys, err := digestKeys(d.digestSeed)
+	if err != nil {
+		return nil, err
+	}
+	for i, dp := range o.NICs {
+		n := newNIC(i, dp, d.log, d.want)
+		n.keys = new(compare.Keys)
+		*n.keys = *keys
+		if d.primary != nil {
+			n.primary = compare.NewPrimary(d.opt.Compare, n.keys)
+			n.core = n.primary
+		} else {
+			n.secondary = compare.NewSecondary(o.Copies, n.keys)
+			n.core = n.secondary
+		}
+		d.nics = append(d.nics, n)
+	}
+	return d, nil
+}
+
+// Run runs a daemon until ctx ends, which is no error, or until it cannot go on.
+func Run(ctx context.Context, o Options) error {
+	d, err := New(o)
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// Run works until ctx ends or the daemon cannot go on. It closes the data paths:
+// the kernel goes on as it was told last.
+func (d *Daemon) Run(ctx context.Context) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	d.ctx = ctx
+	defer func() {
+		for _, n := range d.nics {
+			err = errors.Join(err, n.dp.Close())
+		}
+	}()
+	if d.primary != nil {
+		if err := d.ownKeys(); err != nil {
+			return err
+		}
+	}
+	var control, status net.Listener
+	if d.opt.Role == RolePrimary {
+		if control, err = new(net.ListenConfig).Listen(ctx, "tcp", d.opt.Control); err != nil {
+			return fmt.Errorf("control link: %w", err)
+		}
+		defer control.Close()
+		d.log.Info("control link", "address", control.Addr())
+	}
+	if d.opt.StatusSocket != "" {
+		if status, err = listenStatus(ctx, d.opt.StatusSocket); err != nil {
+			return err
+		}
+		defer status.Close()
+	}
+	if d.opt.TLS == nil {
+		d.log.Warn("the control link is INSECURE: session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only")
+	}
+
+	// Whatever ends first ends the rest.
+	ends := make(chan error, len(d.nics)+4)
+	start := func(f func() error) { d.work.Go(func() { ends <- f() }) }
+	for _, n := range d.nics {
+		start(func() error { return n.run(ctx) })
+	}
+	start(func() error { return d.control(ctx) })
+	if control != nil {
+		start(func() error { return d.accept(ctx, control) })
+	} else {
+		start(func() error { d.connect(ctx); return nil })
+		start(func() error { return d.sweep(ctx) })
+	}
+	if status != nil {
+		start(func() error { return d.serveStatus(ctx, status) })
+	}
+	if d.opt.QMP != "" {
+		start(func() error { d.watchQEMU(ctx); return nil })
+	}
+	notify(d.log, sd.SdNotifyReady)
+	err = <-ends
+	notify(d.log, sd.SdNotifyStopping)
+	cancel()
+	d.work.Wait()
+	for err == nil || errors.Is(err, errStopped) { // a consequence; the cause is behind it
+		select {
+		case e := <-ends:
+			err = cmp.Or(e, err)
+			continue
+		default:
+		}
+		break
+	}
+	return err
+}
+
+func notify(log *slog.Logger, state string) {
+	if _, err := sd.SdNotify(false, state); err != nil {
+		log.Warn("systemd does not listen", "err", err)
+	}
+}
+
+// ownKeys has the kernel digest with this daemon's keys. What it captured with
+// those of an earlier one is repeated by the guest; no record is accepted until
+// there is a session.
+func (d *Daemon) ownKeys() error {
+	var seed [seedLen]byte
+	rand.Read(seed[:])
+	p2s, s2p := signKeys(seed)
+	for _, n := range d.nics {
+		s := Session{Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
+		if err := n.dp.InstallSession(s); err != nil {
+			return fmt.Errorf("nic %d: install keys: %w", n.index, err)
+		}
+		n.since = n.dp.Now()
+	}
+	return nil
+}
+
+// now is the boottime, ns.
+func (d *Daemon) now() int64 { return d.nics[0].dp.Now() }
+
+// post hands f to the controller.
+func (d *Daemon) post(f func()) {
+	select {
+	case d.inbox <- f:
+	case <-d.stopped:
+	}
+}
+
+// ask has the controller run f and waits for it.
+func (d *Daemon) ask(ctx context.Context, f func()) error {
+	done := make(chan struct{})
+	d.post(func() { f(); close(done) })
+	select {
+	case <-done:
+		return nil
+	case <-d.stopped:
+		return errors.New("the daemon is stopping")
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// control is the controller.
+func (d *Daemon) control(ctx context.Context) error {
+	defer close(d.stopped)
+	defer func() {
+		if d.link != nil {
+			d.link.close(context.Canceled)
+		}
+	}()
+	d.step(ckptEvent{Kind: evTick})
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for d.fatal == nil {
+		if next := d.machine.NextDeadline(); next == math.MaxInt64 {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Duration(max(next-d.now(), 0)))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case f := <-d.inbox:
+			f()
+		case r := <-d.requests:
+			d.wanted(r)
+		case <-timer.C:
+			d.step(ckptEvent{Kind: evTick})
+		}
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return d.fatal
+}
+
+// want takes a request for a checkpoint from any goroutine, and never blocks.
+func (d *Daemon) want(r request) {
+	d.requested.Add(1)
+	select {
+	case d.requests <- r:
+	default: // as many wait as are ever told apart
+	}
+}
+
+func (d *Daemon) wanted(r request) {
+	d.note(r)
+	if d.opt.QMP == "" || !d.linkUp {
+		// Nobody to ask. A guest in a bad way asks without end.
+		if d.unserved++; time.Since(d.unservedLog) >= quietRequest {
+			d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", d.unserved, "qmp", d.opt.QMP != "", "peer", d.linkUp)
+			d.unservedLog, d.unserved = time.Now(), 0
+		}
+	}
+	d.step(ckptEvent{Kind: evWant, Cause: r.reason})
+}
+
+// note keeps a request in mind for the attempt that serves it, and for status.
+func (d *Daemon) note(r request) {
+	c := Cause{At: r.at, Reason: r.reason, Flow: r.flow}
+	if r.nic >= 0 {
+		c.NIC = &r.nic
+	}
+	d.causes = keepLast(append(d.causes, c))
+	d.waiting = keepLast(append(d.waiting, r))
+}
+
+func keepLast[T any](s []T) []T {
+	return slices.Delete(s, 0, max(0, len(s)-maxHistory))
+}
+
+// step gives the machine an event and carries out what follows. Events that come
+// of it are taken in their turn.
+func (d *Daemon) step(ev ckptEvent) {
+	d.queue = append(d.queue, ev)
+	if d.stepping {
+		return
+	}
+	d.stepping = true
+	for len(d.queue) > 0 && d.fatal == nil {
+		ev := d.queue[0]
+		d.queue = slices.Delete(d.queue, 0, 1)
+		for _, fx := range d.machine.Step(d.now(), ev) {
+			if err := d.carryOut(fx); err != nil {
+				d.fatal = err
+				break
+			}
+		}
+	}
+	d.stepping = false
+}
+
+// each runs f in every NIC's loop. A NIC that cannot do what it was told is the
+// end: the daemon does not know any more what the kernel does.
+func (d *Daemon) each(what string, f func(*nic) error) error {
+	for _, n := range d.nics {
+		if err := n.do(func() error { return f(n) }); err != nil {
+			return fmt.Errorf("nic %d: %s: %w", n.index, what, err)
+		}
+	}
+	return nil
+}
+
+func (d *Daemon) carryOut(fx ckptEffect) error {
+	switch fx.Op {
+	case fxOpen:
+		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
+		return d.each("hold", func(n *nic) error {
+			return errors.Join(n.dp.SetMode(ModeHold), n.dp.SetSpeakUntil(math.MaxInt64))
+		})
+	case fxFreeze:
+		d.attemptAt = d.now()
+		return d.each("freeze", (*nic).freeze)
+	case fxThaw:
+		return d.each("thaw", (*nic).thaw)
+	case fxPrepare:
+		d.attempt(fx)
+		d.send(message{Type: "prepare", Epoch: fx.Epoch})
+	case fxAbort:
+		d.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+	case fxAsk:
+		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
+			ev := ckptEvent{Kind: evAsked, Epoch: fx.Epoch, OK: true}
+			if err := m.Checkpoint(); err != nil {
+				ev.OK, ev.Cause = false, err.Error()
+			}
+			return ev
+		})
+	case fxEpoch:
+		return d.each("set epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+	case fxCOLO:
+		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
+			mode, err := m.COLO()
+			ev := ckptEvent{Kind: evCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(d.opt.Role)}
+			if err != nil {
+				ev.Cause = err.Error()
+			} else if !ev.OK {
+				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
+			}
+			return ev
+		})
+	case fxCommit:
+		return d.commit(fx)
+	case fxFailed:
+		d.attemptEnds(fx.Cause, fx)
+		d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+
+	case fxPark:
+		return d.each("park", (*nic).park)
+	case fxDrain:
+		d.drain(fx.Epoch)
+	case fxReady:
+		d.send(message{Type: "ready", Epoch: fx.Epoch})
+	case fxReset:
+		d.epoch = fx.Epoch
+		return d.each("begin an epoch", func(n *nic) error { return n.reset(fx.Epoch) })
+	case fxStopped:
+		if fx.Epoch == 0 {
+			d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
+		}
+		d.send(message{Type: "stopped", Epoch: fx.Epoch})
+	case fxRun:
+		return d.each("unpark", (*nic).unpark)
+	case fxResumed:
+		d.committed++
+		d.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+	}
+	return nil
+}
+
+// attempt notes that a checkpoint begins.
+func (d *Daemon) attempt(fx ckptEffect) {
+	if len(d.waiting) == 0 && fx.Cause != causePeriod {
+		// The machine's own wish: it has a doubt to end.
+		d.requested.Add(1)
+		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
+	}
+	d.attemptNow, d.waiting = d.waiting, nil
+	d.attempts = keepLast(append(d.attempts, Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}))
+	d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(d.attemptNow))
+}
+
+func (d *Daemon) attemptEnds(result string, fx ckptEffect) {
+	if len(d.attempts) == 0 {
+		return
+	}
+	a := &d.attempts[len(d.attempts)-1]
+	a.Result = result
+	a.FrozenMS = milliseconds(d.now() - d.attemptAt)
+	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
+	if fx.Op == fxFailed {
+		// What it was for is still to be done.
+		d.waiting = keepLast(append(d.attemptNow, d.waiting...))
+	}
+	d.attemptNow = nil
+}
+
+func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
+
+func (d *Daemon) commit(fx ckptEffect) error {
+	inside := false
+	err := d.each("commit", func(n *nic) error {
+		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
+		inside = inside || in
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	d.epoch = fx.Epoch
+	d.committed++
+	d.attemptEnds("committed", fx)
+	a := d.attempts[len(d.attempts)-1]
+	d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
+	if inside {
+		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
+	}
+	return nil
+}
+
+// drain waits until the SVM has read what its taps hold.
+func (d *Daemon) drain(epoch uint32) {
+	if d.stopDrain != nil {
+		d.stopDrain()
+	}
+	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.ready))
+	d.stopDrain = cancel
+	d.work.Go(func() {
+		defer cancel()
+		ev := ckptEvent{Kind: evDrained, Epoch: epoch, OK: true}
+		for _, n := range d.nics {
+			if err := n.dp.DrainTap(ctx); err != nil {
+				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)
+				break
+			}
+		}
+		d.post(func() { d.step(ev) })
+	})
+}
+
+// sweep ends connections on S that are closed or idle.
+func (d *Daemon) sweep(ctx context.Context) error {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		for _, n := range d.nics {
+			if _, err := n.dp.Sweep(d.opt.Compare.Linger, d.opt.Compare.Idle); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("nic %d: sweep: %w", n.index, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	"lockstep/compare"
+)
+
+// The control link: one TCP connection, which the secondary makes, and JSON
+// lines both ways.
+//
+//	S → P  hello      who I am, what state my tables are in
+//	P → S  session    the term, its keys, the epoch; or refuse, with the reason
+//	S → P  ok         installed
+//	P → S  prepare, abort
+//	S → P  ready, stopped, resumed, abort
+//	both   ping       when nothing else was said for a while
+const (
+	linkVersion = 1
+	maxMessage  = 64 << 10 // a session of 256 NICs takes less
+	maxQueue    = 64       // messages that wait to be written
+	maxNICs     = 256
+)
+
+// message is one line.
+type message struct {
+	Type    string   `json:"type"`
+	Epoch   uint32   `json:"epoch,omitempty"` // prepare, abort, ready, stopped, resumed
+	Cause   string   `json:"cause,omitempty"` // refuse, abort
+	PauseNS int64    `json:"pause_ns,omitempty"`
+	Hello   *hello   `json:"hello,omitempty"`
+	Session *session `json:"session,omitempty"`
+}
+
+// party is what each side tells of itself.
+type party struct {
+	Version int      `json:"version"`
+	VM      string   `json:"vm"`
+	Node    string   `json:"node"`
+	Role    string   `json:"role"`
+	Term    uint32   `json:"term"`
+	QMP     bool     `json:"qmp"`  // configured
+	NICs    []string `json:"nics"` // MAC of each NIC's peer device, in the config's order
+}
+
+type hello struct {
+	party
+	Fresh       bool `json:"fresh"`       // the tables were made at this start
+	Whole       bool `json:"whole"`       // the offsets are those of the SVM as it is
+	Connections int  `json:"connections"` // with an offset
+}
+
+type session struct {
+	party
+	Epoch  uint32 `json:"epoch"`
+	Digest []byte `json:"digest"` // seed of the digest keys
+	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
+	Doubt  bool   `json:"doubt"`  // stay parked until a checkpoint
+}
+
+const seedLen = 32
+
+// digestKeys are the digest keys of a seed.
+func digestKeys(seed [seedLen]byte) (*compare.Keys, error) {
+	return compare.NewKeys(rand.NewChaCha8(seed))
+}
+
+// signKeys are the keys of a seed: P's towards S, S's towards P.
+func signKeys(seed [seedLen]byte) (p2s, s2p [2]uint64) {
+	var b [32]byte
+	rand.NewChaCha8(seed).Read(b[:]) // cannot fail
+	for i := range p2s {
+		p2s[i] = binary.LittleEndian.Uint64(b[8*i:])
+		s2p[i] = binary.LittleEndian.Uint64(b[16+8*i:])
+	}
+	return p2s, s2p
+}
+
+// checkPeer compares what the peer says of itself with what this side knows.
+func checkPeer(own, peer party, peerNode, peerRole string) error {
+	switch {
+	case peer.Version != linkVersion:
+		return fmt.Errorf("control protocol %d here, %d there: run the same version of lockstep on both nodes", linkVersion, peer.Version)
+	case peer.VM != own.VM:
+		return fmt.Errorf("vm %q here, %q there: the config or the address is another pair's", own.VM, peer.VM)
+	case peer.Node != peerNode:
+		return fmt.Errorf("the peer of %q is %q, but %q is there", own.Node, peerNode, peer.Node)
+	case peer.Role != peerRole:
+		return fmt.Errorf("role %q here, %q there: one is to be primary, one secondary", own.Role, peer.Role)
+	case len(peer.NICs) != len(own.NICs):
+		return fmt.Errorf("%d NICs here, %d there", len(own.NICs), len(peer.NICs))
+	case peer.QMP != own.QMP:
+		return errors.New("qmp is configured on one node only: without the other's QEMU no checkpoint can be followed")
+	}
+	for _, mac := range peer.NICs {
+		if a, err := net.ParseMAC(mac); err != nil || len(a) != 6 {
+			return fmt.Errorf("peer device address %q is no MAC address", mac)
+		}
+	}
+	return nil
+}
+
+// timing of the control link; tests shorten it.
+type linkTiming struct {
+	handshake time.Duration // hello to session-ok, each step
+	silence   time.Duration // a link that says nothing for so long is dead
+	retry     time.Duration // between attempts to connect, growing to retryMax
+	retryMax  time.Duration
+}
+
+var defaultLinkTiming = linkTiming{
+	handshake: 5 * time.Second, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: 2 * time.Second,
+}
+
+// link is an established connection to the peer.
+type link struct {
+	conn  net.Conn
+	lines *bufio.Scanner
+	quiet time.Duration
+	out   chan message
+	done  chan struct{}
+	once  sync.Once
+	err   error // why it closed; set before done closes
+}
+
+func newLink(conn net.Conn, quiet time.Duration) *link {
+	l := &link{
+		conn: conn, lines: bufio.NewScanner(conn), quiet: quiet,
+		out: make(chan message, maxQueue), done: make(chan struct{}),
+	}
+	l.lines.Buffer(nil, maxMessage)
+	return l
+}
+
+// read gives the next message that comes within d; pings are left out.
+func (l *link) read(d time.Duration) (message, error) {
+	for {
+		if err := l.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
+			return message{}, err
+		}
+		if !l.lines.Scan() {
+			err := l.lines.Err()
+			if err == nil {
+				err = io.EOF
+			}
+			return message{}, err
+		}
+		var m message
+		if err := json.Unmarshal(l.lines.Bytes(), &m); err != nil {
+			return message{}, fmt.Errorf("not a control message: %w", err)
+		}
+		if m.Type != "ping" {
+			return m, nil
+		}
+	}
+}
+
+// write sends a message at once.
+func (l *link) write(m message) error {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if err := l.conn.SetWriteDeadline(time.Now().Add(l.quiet)); err != nil {
+		return err
+	}
+	_, err = l.conn.Write(append(b, '\n'))
+	return err
+}
+
+// send queues a message. A peer that does not read them loses the link.
+func (l *link) send(m message) {
+	select {
+	case l.out <- m:
+	case <-l.done:
+	default:
+		l.close(errors.New("the peer does not read"))
+	}
+}
+
+// close ends the link; the first reason counts.
+func (l *link) close(err error) {
+	l.once.Do(func() {
+		l.err = err
+		close(l.done)
+		l.conn.Close()
+	})
+}
+
+// pump writes what is queued, and pings, until the link closes.
+func (l *link) pump() {
+	ping := time.NewTicker(l.quiet / 3)
+	defer ping.Stop()
+	for {
+		m := message{Type: "ping"}
+		select {
+		case m = <-l.out:
+		case <-ping.C:
+		case <-l.done:
+			return
+		}
+		if err := l.write(m); err != nil {
+			l.close(err)
+			return
+		}
+	}
+}
+
+// secure makes a TLS connection of conn. Without a config it stays as it is.
+func secure(ctx context.Context, conn net.Conn, c *tls.Config, server bool, timeout time.Duration) (net.Conn, error) {
+	if c == nil {
+		return conn, nil
+	}
+	t := tls.Client(conn, c)
+	if server {
+		t = tls.Server(conn, c)
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := t.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("tls: %w", err)
+	}
+	return t, nil
+}
+
+// backoff waits between attempts, longer each time.
+type backoff struct {
+	first, last, next time.Duration
+}
+
+// wait returns false when ctx ends first.
+func (b *backoff) wait(ctx context.Context) bool {
+	b.next = min(max(2*b.next, b.first), b.last)
+	t := time.NewTimer(b.next)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (b *backoff) reset() { b.next = 0 }

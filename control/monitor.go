@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"lockstep/control/qmp"
+)
+
+const (
+	qmpTimeout  = 2 * time.Second
+	qmpPoll     = 5 * time.Second // a QEMU that says nothing is asked how it is
+	qmpRetry    = 100 * time.Millisecond
+	qmpRetryMax = 2 * time.Second
+)
+
+// qmpInfo is what is known of QEMU.
+type qmpInfo struct {
+	connected bool
+	since     time.Time
+	version   string
+	state     string // QEMU's word
+	colo      string // COLO mode
+	err       string // of the last failure
+}
+
+// monitor keeps a connection to QEMU and hands what comes of it to the
+// controller. All of its fields but path are the controller's.
+type monitor struct {
+	path string
+	conn *qmp.Monitor // nil: not connected
+	info qmpInfo
+}
+
+// watchQEMU connects, tells, reconnects, until ctx ends.
+func (d *Daemon) watchQEMU(ctx context.Context) {
+	again := backoff{first: qmpRetry, last: qmpRetryMax}
+	for ctx.Err() == nil {
+		m, err := qmp.Dial(ctx, d.qmp.path, d.opt.qmpTimeout)
+		if err == nil {
+			again.reset()
+			err = d.watchMonitor(ctx, m)
+		}
+		d.post(func() {
+			if why := err.Error(); d.qmp.info.err != why && ctx.Err() == nil {
+				d.qmp.info.err = why
+				d.log.Warn("no QMP connection", "socket", d.qmp.path, "err", err)
+			}
+		})
+		if !again.wait(ctx) {
+			return
+		}
+	}
+}
+
+// watchMonitor follows one connection to its end.
+func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
+	defer context.AfterFunc(ctx, func() { m.Disconnect() })()
+	defer m.Disconnect()
+	events, err := m.Events(ctx)
+	if err != nil {
+		return err
+	}
+	// Events that come meanwhile wait; at worst they tell again what Status told.
+	running, state, err := m.Status()
+	if err != nil {
+		return err
+	}
+	mode, err := m.COLO()
+	if err != nil {
+		return err
+	}
+	d.post(func() {
+		d.qmp.conn = m
+		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
+		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
+		d.step(ckptEvent{Kind: evQMPUp, OK: running})
+	})
+
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	asking.Go(func() { d.pollMonitor(ctx, m) })
+	for e := range events {
+		at, skew := d.boottime(qmp.Time(e))
+		switch e.Event {
+		case "STOP":
+			d.post(func() { d.qmp.info.state = "paused"; d.step(ckptEvent{Kind: evStop, At: at, Skew: skew}) })
+		case "RESUME":
+			d.post(func() { d.qmp.info.state = "running"; d.step(ckptEvent{Kind: evResume, At: at, Skew: skew}) })
+		default:
+			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
+		}
+	}
+	d.post(func() {
+		d.qmp.conn = nil
+		d.qmp.info.connected, d.qmp.info.since = false, time.Now()
+		d.step(ckptEvent{Kind: evQMPDown})
+	})
+	return m.Err()
+}
+
+// pollMonitor finds out about a QEMU that hangs: the command's deadline closes
+// the connection.
+func (d *Daemon) pollMonitor(ctx context.Context, m *qmp.Monitor) {
+	tick := time.NewTicker(d.opt.qmpPoll)
+	defer tick.Stop()
+	for m.Err() == nil {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		_, state, err := m.Status()
+		if err != nil {
+			continue
+		}
+		mode, err := m.COLO()
+		if err != nil {
+			continue
+		}
+		d.post(func() {
+			if d.qmp.conn == m {
+				d.qmp.info.state, d.qmp.info.colo = state, mode
+			}
+		})
+	}
+}
+
+// askQEMU runs a command beside the controller, which hears of the result.
+func (d *Daemon) askQEMU(ask func(*qmp.Monitor) ckptEvent) {
+	m := d.qmp.conn
+	if m == nil {
+		return // evQMPDown said so
+	}
+	d.work.Go(func() {
+		ev := ask(m)
+		d.post(func() {
+			if d.qmp.conn == m {
+				d.step(ev)
+			}
+		})
+	})
+}
+
+// boottime is QEMU's time on our clock, and the wall clock's lead over it.
+func (d *Daemon) boottime(t time.Time) (at, skew int64) {
+	// The clocks are read one after the other: the closest of a few readings.
+	best := int64(-1)
+	for range 5 {
+		before := d.now()
+		wall := time.Now().UnixNano()
+		if gap := d.now() - before; best < 0 || gap < best {
+			best, skew = gap, wall-before-gap/2
+		}
+	}
+	return t.UnixNano() - skew, skew
+}

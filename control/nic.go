@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"time"
+
+	"lockstep/compare"
+)
+
+const (
+	// maxWait bounds one Poll, for the sake of the arithmetic; commands wake it.
+	maxWait = time.Minute
+	// maxCaptured bounds what is remembered of a freeze. More frames than the
+	// slots of a NIC cannot be captured meanwhile, only pure ACKs can.
+	maxCaptured = 1 << 16
+	// maxCatchUp bounds the reading of what was captured before a commit.
+	maxCatchUp = 100 * time.Millisecond
+	// clockNoise is how far a time that QEMU tells may be off on our clock. Frames
+	// this close to STOP or RESUME are not inside.
+	clockNoise = int64(50 * time.Microsecond)
+)
+
+var errStopped = errors.New("the NIC's loop has ended")
+
+// core is a compare.Primary or a compare.Secondary.
+type core interface {
+	Step(now int64, ev *compare.Event, out []compare.Effect) []compare.Effect
+	NextDeadline() int64
+}
+
+// nic is one guest NIC. Its loop owns the core and drives the data path; others
+// send it commands.
+type nic struct {
+	index int
+	dp    DataPath
+	log   *slog.Logger
+	cmds  chan func()
+	dead  chan struct{} // closed when the loop has ended
+	want  func(request) // a checkpoint is needed; never blocks
+
+	primary   *compare.Primary // one of the two
+	secondary *compare.Secondary
+	core      core
+	keys      *compare.Keys // the core's
+
+	// The loop's own.
+	evs      []compare.Event
+	effs     []compare.Effect
+	since    int64 // P: what was captured earlier has sums of older keys
+	frozen   bool
+	captured []int64 // P: when, while frozen
+	parked   bool    // S
+	applyErr uint64
+	applyLog time.Time
+}
+
+// request is a wish for a checkpoint.
+type request struct {
+	at     time.Time
+	nic    int // -1: not a NIC's
+	flow   string
+	reason string
+}
+
+func newNIC(index int, dp DataPath, log *slog.Logger, want func(request)) *nic {
+	return &nic{
+		index: index, dp: dp, log: log.With("nic", index), want: want,
+		cmds: make(chan func(), 16), dead: make(chan struct{}),
+	}
+}
+
+// do has the loop run f between two polls and returns its error. It is for every
+// goroutine but the loop's.
+func (n *nic) do(f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case n.cmds <- func() { done <- f() }:
+	case <-n.dead:
+		return errStopped
+	}
+	n.dp.Wake()
+	select {
+	case err := <-done:
+		return err
+	case <-n.dead:
+		return errStopped
+	}
+}
+
+// run is the loop. It ends with ctx, or when the data path fails.
+func (n *nic) run(ctx context.Context) error {
+	defer close(n.dead)
+	defer context.AfterFunc(ctx, n.dp.Wake)()
+	for ctx.Err() == nil {
+		n.commands()
+		now := n.dp.Now()
+		wait := maxWait
+		if d := n.core.NextDeadline(); d != math.MaxInt64 {
+			wait = time.Duration(min(max(d-now, 0), int64(maxWait)))
+		}
+		if err := n.poll(wait); err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			return fmt.Errorf("nic %d: %w", n.index, err)
+		}
+		if now := n.dp.Now(); n.core.NextDeadline() <= now {
+			n.step(now, &compare.Event{Kind: compare.EvTick})
+		}
+		n.apply()
+	}
+	return nil
+}
+
+func (n *nic) commands() {
+	for {
+		select {
+		case f := <-n.cmds:
+			f()
+		default:
+			return
+		}
+	}
+}
+
+// poll takes in what the kernel tells within wait. It leaves the effects to apply.
+func (n *nic) poll(wait time.Duration) error {
+	evs, err := n.dp.Poll(wait, n.evs[:0])
+	n.evs = evs
+	if err != nil {
+		return err
+	}
+	now := n.dp.Now()
+	unpark := false
+	for i := range evs {
+		ev := &evs[i]
+		switch ev.Kind {
+		case compare.EvPVM:
+			if ev.Seg.At < n.since {
+				// Its sums are those of keys that are gone. The guest repeats it.
+				if ev.Seg.Slot != compare.NoSlot {
+					n.effs = append(n.effs, compare.Effect{Op: compare.OpFree, Slot: ev.Seg.Slot, Reason: compare.ReasonVoid})
+				}
+				continue
+			}
+			if n.frozen && len(n.captured) < maxCaptured {
+				n.captured = append(n.captured, ev.Seg.At)
+			}
+		case compare.EvPark:
+			unpark = !n.parked
+		}
+		n.step(now, ev)
+	}
+	if unpark {
+		// Parked just before parking ended.
+		n.step(now, &compare.Event{Kind: compare.EvUnpark})
+	}
+	return nil
+}
+
+// step gives the core an event; what it wants done waits for apply.
+func (n *nic) step(now int64, ev *compare.Event) {
+	n.effs = n.core.Step(now, ev, n.effs)
+}
+
+// tell is step and apply.
+func (n *nic) tell(ev compare.Event) {
+	n.step(n.dp.Now(), &ev)
+	n.apply()
+}
+
+// apply carries out the effects so far.
+func (n *nic) apply() {
+	if len(n.effs) == 0 {
+		return
+	}
+	for i := range n.effs {
+		if e := &n.effs[i]; e.Op == compare.OpCheckpoint {
+			n.want(request{at: time.Now(), nic: n.index, flow: e.Tuple.String(), reason: e.Reason.String()})
+		}
+	}
+	// What could not be sent is lost as on any link, and the guests repeat it.
+	if err := n.dp.Apply(n.effs); err != nil {
+		n.applyErr++
+		if now := time.Now(); now.Sub(n.applyLog) >= time.Second {
+			n.applyLog = now
+			n.log.Warn("frames lost on the way out", "err", err, "times", n.applyErr)
+		}
+	}
+	n.effs = n.effs[:0]
+}
+
+// freeze and thaw: nothing leaves meanwhile (R13, R15).
+func (n *nic) freeze() error {
+	n.frozen, n.captured = true, n.captured[:0]
+	n.tell(compare.Event{Kind: compare.EvFreeze})
+	return nil
+}
+
+func (n *nic) thaw() error {
+	n.frozen = false
+	n.tell(compare.Event{Kind: compare.EvThaw})
+	return nil
+}
+
+// commit lets leave what the PVM said before at (R14) and tells whether it said
+// anything between stop and resume.
+func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err error) {
+	// Frames captured before the commit point may still be on their way.
+	began := n.dp.Now()
+	for {
+		if err := n.poll(0); err != nil {
+			return false, err
+		}
+		if len(n.evs) == 0 || newest(n.evs) > resume {
+			break
+		}
+		if n.dp.Now()-began > int64(maxCatchUp) {
+			inside = true // nobody knows
+			break
+		}
+	}
+	inside = inside || len(n.captured) == maxCaptured
+	for _, at := range n.captured {
+		if at > stop+clockNoise && at < resume-clockNoise {
+			inside = true
+		}
+	}
+	n.frozen = false
+	n.tell(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
+	return inside, nil
+}
+
+// newest is the latest capture among evs.
+func newest(evs []compare.Event) int64 {
+	var at int64
+	for i := range evs {
+		if evs[i].Kind == compare.EvPVM {
+			at = max(at, evs[i].Seg.At)
+		}
+	}
+	return at
+}
+
+// park holds back the SVM's input and drops its output (R13).
+func (n *nic) park() error {
+	n.parked = true
+	return n.dp.SetMode(ModePark)
+}
+
+// reset begins an epoch on S: offsets and copies are those of another SVM. Output
+// stays shut.
+func (n *nic) reset(epoch uint32) error {
+	if err := n.dp.SetEpoch(epoch); err != nil {
+		return err
+	}
+	if err := n.dp.ResetOffsets(); err != nil {
+		return err
+	}
+	n.tell(compare.Event{Kind: compare.EvReset})
+	return nil
+}
+
+// unpark lets the SVM's output out and its input in, first what was parked.
+func (n *nic) unpark() error {
+	n.parked = false
+	if err := n.dp.SetMode(ModeRun); err != nil {
+		return err
+	}
+	n.tell(compare.Event{Kind: compare.EvUnpark})
+	return nil
+}
+
+// install begins a session. On S new digest keys make the copies void.
+func (n *nic) install(s Session) error {
+	if n.secondary != nil && *n.keys != s.Digest {
+		n.tell(compare.Event{Kind: compare.EvReset})
+		*n.keys = s.Digest
+	}
+	return n.dp.InstallSession(s)
+}

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"lockstep/compare"
+)
+
+// Status is what a daemon says of itself.
+type Status struct {
+	VM     string `json:"vm"`
+	Node   string `json:"node"`
+	Role   string `json:"role"`             // "primary", "secondary"
+	State  string `json:"state"`            // "start", "replicating", "checkpointing"
+	Detail string `json:"detail,omitempty"` // why it is frozen or parked
+	Epoch  uint32 `json:"epoch"`
+	Term   uint32 `json:"term"`
+
+	Connections     int    `json:"connections"` // S: with an offset
+	HeldPackets     int    `json:"held_packets"`
+	HeldBytes       int    `json:"held_bytes"`
+	ReleasedPackets uint64 `json:"released_packets"`
+	// CheckpointsRequested counts what asked for one: divergences, timeouts,
+	// doubt. The period is not among them. CheckpointsDone counts commits.
+	CheckpointsRequested uint64 `json:"checkpoints_requested"`
+	CheckpointsDone      uint64 `json:"checkpoints_done"`
+
+	Dropped  map[string]uint64        `json:"dropped"`  // frames by reason
+	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason
+	Programs map[string]ProgramStatus `json:"programs"` // by name; of further NICs by name@device
+
+	Peer        PeerStatus   `json:"peer"`
+	QMP         QMPStatus    `json:"qmp"`
+	Causes      []Cause      `json:"causes"`      // the last requests, oldest first
+	Checkpoints []Checkpoint `json:"checkpoints"` // the last attempts, oldest first
+}
+
+// ProgramStatus is where a program is attached.
+type ProgramStatus struct {
+	Device string `json:"device"`
+	Attach string `json:"attach"`
+}
+
+// PeerStatus is the control link's state.
+type PeerStatus struct {
+	Node      string    `json:"node"`
+	Address   string    `json:"address,omitempty"`
+	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since"` // of the present state
+	Error     string    `json:"error,omitempty"`
+	Insecure  bool      `json:"insecure,omitempty"`
+}
+
+// QMPStatus is the state of the connection to this host's QEMU.
+type QMPStatus struct {
+	Configured bool      `json:"configured"`
+	Connected  bool      `json:"connected"`
+	Since      time.Time `json:"since"`
+	QEMU       string    `json:"qemu,omitempty"`  // version
+	State      string    `json:"state,omitempty"` // QEMU's word
+	COLO       string    `json:"colo,omitempty"`  // mode
+	Error      string    `json:"error,omitempty"` // of the last failure
+}
+
+// Cause is a request for a checkpoint.
+type Cause struct {
+	At     time.Time `json:"at"`
+	Reason string    `json:"reason"`
+	NIC    *int      `json:"nic,omitempty"`
+	Flow   string    `json:"flow,omitempty"` // guest>remote
+}
+
+// Checkpoint is an attempt at one.
+type Checkpoint struct {
+	Epoch  uint32    `json:"epoch"`
+	At     time.Time `json:"at"`
+	Cause  string    `json:"cause"`  // the first of its causes
+	Result string    `json:"result"` // "running", "committed", or why it failed
+	// Milliseconds: how long nothing left P, how long either guest stood still.
+	FrozenMS   float64 `json:"frozen_ms"`
+	PVMPauseMS float64 `json:"pvm_pause_ms"`
+	SVMPauseMS float64 `json:"svm_pause_ms"`
+}
+
+// Flow is a connection of the guest. The secondary knows offsets, the primary
+// the rest.
+type Flow struct {
+	NIC         int     `json:"nic"`
+	Guest       string  `json:"guest"`
+	Remote      string  `json:"remote"`
+	VLAN        *uint16 `json:"vlan,omitempty"` // TCI
+	State       string  `json:"state"`
+	Offset      *uint32 `json:"offset,omitempty"`   // ISN_SVM - ISN_PVM
+	Compared    *uint32 `json:"compared,omitempty"` // TCP sequence number, PVM numbering
+	HeldPackets int     `json:"held_packets"`
+	HeldBytes   int     `json:"held_bytes"`
+	Age         float64 `json:"age"` // seconds; on the secondary since the last frame
+}
+
+// notDrops are the kernel's reasons that are not drops: the frame went on, or
+// into a slot, or was a message. Any other counts as a drop, a new one too.
+var notDrops = map[string]bool{
+	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
+	"record_in": true, "record_out": true, "delivered": true, "parked": true,
+}
+
+// Status gathers what the daemon knows.
+func (d *Daemon) Status(ctx context.Context) (Status, error) {
+	var s Status
+	if err := d.ask(ctx, func() { s = d.ownStatus() }); err != nil {
+		return Status{}, err
+	}
+	for _, n := range d.nics {
+		if err := n.status(&s); err != nil {
+			return Status{}, fmt.Errorf("nic %d: %w", n.index, err)
+		}
+	}
+	return s, nil
+}
+
+// ownStatus is the controller's share.
+func (d *Daemon) ownStatus() Status {
+	s := Status{
+		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
+		CheckpointsRequested: d.requested.Load(), CheckpointsDone: d.committed,
+		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]ProgramStatus),
+		Peer: PeerStatus{
+			Node: d.opt.Peer, Address: d.peerAddr, Connected: d.linkUp, Since: d.linkSince,
+			Error: d.linkErr, Insecure: d.opt.TLS == nil,
+		},
+		QMP: QMPStatus{
+			Configured: d.opt.QMP != "", Connected: d.qmp.info.connected, Since: d.qmp.info.since,
+			QEMU: d.qmp.info.version, State: d.qmp.info.state, COLO: d.qmp.info.colo, Error: d.qmp.info.err,
+		},
+		Causes:      append([]Cause{}, d.causes...),
+		Checkpoints: append([]Checkpoint{}, d.attempts...),
+	}
+	s.State, s.Detail = d.machine.state()
+	return s
+}
+
+// status adds a NIC's share.
+func (n *nic) status(s *Status) error {
+	drops := func(d *[compare.ReasonCount]uint64) {
+		for r, count := range d {
+			if count > 0 {
+				s.Dropped[compare.Reason(r).String()] += count
+			}
+		}
+	}
+	err := n.do(func() error {
+		if n.primary != nil {
+			st := n.primary.Stats()
+			s.Connections += st.Connections
+			s.HeldPackets += st.HeldPackets
+			s.HeldBytes += st.HeldBytes
+			s.ReleasedPackets += st.ReleasedPackets
+			drops(&st.Drops)
+			return nil
+		}
+		// What S frees are copies, not frames that got lost.
+		st := n.secondary.Stats()
+		s.HeldPackets += st.Copies + st.Parked
+		s.HeldBytes += st.Bytes
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	counters, err := n.dp.Counters()
+	if err != nil {
+		return err
+	}
+	for reason, count := range counters {
+		s.Counters[reason] += count
+		if !notDrops[reason] && count > 0 {
+			s.Dropped[reason] += count
+		}
+	}
+	if n.secondary != nil {
+		if err := n.dp.Offsets(func(compare.Tuple, Offset) { s.Connections++ }); err != nil {
+			return err
+		}
+	}
+	for _, p := range n.dp.Programs() {
+		name := p.Name
+		if n.index > 0 {
+			name += "@" + p.Device
+		}
+		s.Programs[name] = ProgramStatus{Device: p.Device, Attach: p.Attach}
+	}
+	return nil
+}
+
+// Flows lists the guest's connections.
+func (d *Daemon) Flows(context.Context) ([]Flow, error) {
+	flows := []Flow{}
+	for _, n := range d.nics {
+		more, err := n.flows()
+		if err != nil {
+			return nil, fmt.Errorf("nic %d: %w", n.index, err)
+		}
+		flows = append(flows, more...)
+	}
+	return flows, nil
+}
+
+func (n *nic) flows() ([]Flow, error) {
+	var out []Flow
+	if n.secondary != nil {
+		now := n.dp.Now()
+		err := n.dp.Offsets(func(t compare.Tuple, o Offset) {
+			f := n.flow(&t)
+			f.State, f.Offset, f.Age = o.State, &o.Seq, time.Duration(now-o.Last).Seconds()
+			out = append(out, f)
+		})
+		return out, err
+	}
+	var all []compare.Flow
+	err := n.do(func() error {
+		n.primary.Flows(func(f compare.Flow) bool {
+			all = append(all, f)
+			return true
+		})
+		return nil
+	})
+	for _, c := range all {
+		f := n.flow(&c.Tuple)
+		f.State, f.Compared, f.HeldPackets, f.HeldBytes, f.Age = c.State, &c.Compared, c.Held, c.HeldBytes, c.Age.Seconds()
+		out = append(out, f)
+	}
+	return out, err
+}
+
+func (n *nic) flow(t *compare.Tuple) Flow {
+	f := Flow{
+		NIC:    n.index,
+		Guest:  netip.AddrPortFrom(netip.AddrFrom16(t.Guest).Unmap(), t.GuestPort).String(),
+		Remote: netip.AddrPortFrom(netip.AddrFrom16(t.Remote).Unmap(), t.RemotePort).String(),
+	}
+	if t.VLAN != 0 {
+		f.VLAN = &t.VLAN
+	}
+	return f
+}
+
+const askTimeout = 10 * time.Second
+
+// listenStatus opens the status socket. A dead daemon's is replaced, a living
+// one's is not.
+func listenStatus(ctx context.Context, path string) (net.Listener, error) {
+	if conn, err := new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("a daemon already answers on %s; stop it first", path)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("status socket: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove a dead daemon's status socket: %w", err)
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("status socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("protect the status socket: %w", err)
+	}
+	return l, nil
+}
+
+// serveStatus answers until ctx ends.
+func (d *Daemon) serveStatus(ctx context.Context, l net.Listener) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /status", answer(d.Status))
+	mux.Handle("GET /flows", answer(d.Flows))
+	srv := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: askTimeout,
+		WriteTimeout:      askTimeout,
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelWarn),
+	}
+	defer context.AfterFunc(ctx, func() { srv.Close() })()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("status socket: %w", err)
+	}
+	return nil
+}
+
+func answer[T any](get func(context.Context) (T, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		v, err := get(r.Context())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		_ = enc.Encode(v) // an error here is the asker's
+	})
+}
+
+// ErrNoDaemon means that nothing listens on a status socket.
+var ErrNoDaemon = errors.New("no daemon runs")
+
+// FetchStatus asks the daemon behind the status socket path for its status.
+func FetchStatus(ctx context.Context, path string) (Status, error) {
+	return fetch[Status](ctx, path, "status")
+}
+
+// FetchFlows asks for the guest's connections.
+func FetchFlows(ctx context.Context, path string) ([]Flow, error) {
+	return fetch[[]Flow](ctx, path, "flows")
+}
+
+func fetch[T any](ctx context.Context, path, topic string) (v T, err error) {
+	client := http.Client{
+		Timeout: askTimeout,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}},
+	}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lockstep/"+topic, nil)
+	if err != nil {
+		return v, fmt.Errorf("ask for %s: %w", topic, err)
+	}
+	resp, err := client.Do(req)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return v, fmt.Errorf("%w (%s: %w)", ErrNoDaemon, path, err)
+	}
+	if err != nil {
+		return v, fmt.Errorf("ask for %s: %w", topic, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return v, fmt.Errorf("ask for %s: %w", topic, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return v, fmt.Errorf("the daemon cannot tell its %s: %s", topic, body)
+	}
+	if err := json.Unmarshal(body, &v); err != nil {
+		return v, fmt.Errorf("the daemon's %s make no sense, is it of another version? %w", topic, err)
+	}
+	return v, nil
+}
