@@ -173,24 +173,26 @@ func (p *Primary) tableFull(s *Segment) {
 }
 
 // accept tells whether a record belongs to c's incarnation (R8). A connection
-// that P met in mid-stream adopts that of the first record.
+// that P met in mid-stream adopts that of the newest record, until something has
+// been verified.
 func (p *Primary) accept(c *conn, s *Segment) bool {
 	switch {
 	case p.off(mutR8):
 		return true
-	case !c.incKnown:
-		c.incKnown, c.inherited = true, s.Inherited
-		if !s.Inherited {
-			c.inc, c.hasInc = s.Inc, true
-		}
+	case c.incKnown && s.Inherited == c.inherited && (s.Inherited || s.Inc == c.inc):
 		return true
-	case s.Inherited:
-		return c.inherited
-	default:
+	case c.incKnown && !c.floating:
 		// A connection that was half open at a commit may get an offset, of 0,
 		// afterwards: its records name the incarnation again.
-		return c.hasInc && c.inc == s.Inc
+		return c.hasInc && !s.Inherited && c.inc == s.Inc
+	case c.incKnown:
+		p.forget(c)
+		c.s, c.sSACK, c.sBlockN = side{}, sackSet{}, 0
+		c.svmSaid, c.sFIN, c.sRST = false, mark{}, svmReset{}
 	}
+	c.incKnown, c.inherited = true, s.Inherited
+	c.inc, c.hasInc = s.Inc, !s.Inherited
+	return true
 }
 
 // closed tells whether both sides are through with c.

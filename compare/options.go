@@ -139,11 +139,12 @@ func (s *sackSet) trim(ack uint32) {
 	s.n = n
 }
 
-// has tells whether b is held, below ack or in a block.
+// has tells whether b is held: below ack or in a block.
 func (s *sackSet) has(b block, ack uint32) bool {
 	if !after(b.right, ack) {
 		return true
 	}
+	b.left = maxSeq(b.left, ack)
 	for _, o := range s.b[:s.n] {
 		if !before(b.left, o.left) && !after(b.right, o.right) {
 			return true
