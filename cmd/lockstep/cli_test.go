@@ -11,30 +11,35 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
 	"testing"
+	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"lockstep/compare"
 	"lockstep/control"
 	"lockstep/control/config"
 )
 
 const pairYAML = `vm: web1
 nodes:
-  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}]}
-  beta: {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {device: peerS}}]}
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}], qmp: alpha.qmp}
+  beta: {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {vxlan: {id: 7, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}]}
 tls: {insecure: true}
 run_dir: run
 `
 
-// cli is one call of the program.
+// cli is one call of the program, in a host whose devices all exist.
 type cli struct {
-	dir    string // where pair.yaml and the sockets are
-	getenv func(string) string
-	start  func(startOptions) (daemon, error)
-	unload func(*config.Config, *config.Node, bool) error
+	dir     string // where pair.yaml and the sockets are
+	getenv  func(string) string
+	kernel  kernel
+	control func(context.Context, control.Options) error
+	calls   []string // of the kernel's
 }
 
 func newCLI(t *testing.T) *cli {
@@ -48,12 +53,35 @@ func newCLI(t *testing.T) *cli {
 	c := &cli{
 		dir:    dir,
 		getenv: func(string) string { return "" },
-		start: func(startOptions) (daemon, error) {
-			t.Error("started")
-			return nil, errors.New("not to be started")
+		control: func(context.Context, control.Options) error {
+			t.Error("control runs")
+			return nil
 		},
-		unload: func(*config.Config, *config.Node, bool) error {
-			t.Error("unloaded")
+	}
+	call := func(format string, a ...any) { c.calls = append(c.calls, fmt.Sprintf(format, a...)) }
+	c.kernel = kernel{
+		checkBPFFS: func(dir string) error {
+			call("bpffs %s", dir)
+			return nil
+		},
+		lock: func(_, vm, node string) (func(), error) {
+			call("lock %s %s", vm, node)
+			return func() { call("release") }, nil
+		},
+		device: func(name string) (*net.Interface, error) {
+			call("device %s", name)
+			return &net.Interface{Name: name, MTU: 1400}, nil
+		},
+		ensureVXLAN: func(v *config.VXLAN, mtu int) (string, error) {
+			call("vxlan %d %d", v.ID, mtu)
+			return v.Device(), nil
+		},
+		open: func(o nicOptions) (control.DataPath, bool, error) {
+			call("open %d %s %s", o.index, o.tap, o.peer)
+			return newFakePath(), true, nil
+		},
+		unload: func(_, vm, node string, force bool) error {
+			call("unload %s %s %v", vm, node, force)
 			return nil
 		},
 	}
@@ -68,16 +96,20 @@ func (c *cli) write(t *testing.T, name, content string) {
 	}
 }
 
-// run calls the program; "@" in an argument stands for the folder. Output comes
-// back with "@" too.
-func (c *cli) run(ctx context.Context, args ...string) (code int, stdout, stderr string) {
-	for i := range args {
-		args[i] = strings.ReplaceAll(args[i], "@", c.dir)
-	}
+// run calls the program; "@" in the command line stands for the folder, in the
+// output too.
+func (c *cli) run(ctx context.Context, line string) (code int, stdout, stderr string) {
+	args := strings.Fields(strings.ReplaceAll(line, "@", c.dir))
 	var out, errs bytes.Buffer
-	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, start: c.start, unload: c.unload})
+	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, control: c.control})
 	clean := func(b bytes.Buffer) string { return strings.ReplaceAll(b.String(), c.dir, "@") }
 	return code, clean(out), clean(errs)
+}
+
+// lastLine is what the program says in the end, behind its log.
+func lastLine(s string) string {
+	s = strings.TrimRight(s, "\n")
+	return s[strings.LastIndexByte(s, '\n')+1:]
 }
 
 func TestMistakes(t *testing.T) {
@@ -102,16 +134,19 @@ func TestMistakes(t *testing.T) {
 			"@/twice.yaml:5:7: unknown key \"secure\"; did you mean \"insecure\"?\n"},
 		{"status -c @/pair.yaml --node alpha --jsn", 2, "lockstep: unknown flag: --jsn; `lockstep status --help` lists the flags\n"},
 		{"status -c @/pair.yaml --node alpha now", 2, "lockstep: unknown command \"now\" for \"lockstep status\"; `lockstep status --help` shows the usage\n"},
-		{"status -c @/pair.yaml --node alpha", 3, "lockstep: no daemon runs for web1 on node alpha (@/run/web1-alpha.sock: no such file or directory); start it with `lockstep run`\n"},
-		{"flows -c @/pair.yaml --node beta --json", 3, "lockstep: no daemon runs for web1 on node beta (@/run/web1-beta.sock: no such file or directory); start it with `lockstep run`\n"},
+		{"status -c @/pair.yaml --node alpha", 3, "lockstep: no daemon of web1 runs on node alpha (nobody answers on @/run/web1-alpha.sock); start it with `lockstep run`\n"},
+		{"flows -c @/pair.yaml --node beta --json", 3, "lockstep: no daemon of web1 runs on node beta (nobody answers on @/run/web1-beta.sock); start it with `lockstep run`\n"},
 		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role primary --log-level loud", 2, "lockstep: log level \"loud\" is none of debug, info, warn, error\n"},
 	} {
-		code, stdout, stderr := c.run(t.Context(), strings.Fields(tc.args)...)
+		code, stdout, stderr := c.run(t.Context(), tc.args)
 		if code != tc.code || stderr != tc.want || stdout != "" {
 			t.Errorf("lockstep %s: exit %d, want %d\nstdout %q\nstderr %q\nwant   %q", tc.args, code, tc.code, stdout, stderr, tc.want)
 		}
+	}
+	if len(c.calls) > 0 {
+		t.Errorf("the kernel was asked for %v", c.calls)
 	}
 }
 
@@ -133,125 +168,261 @@ func TestHelpAndVersion(t *testing.T) {
 
 func TestUnload(t *testing.T) {
 	c := newCLI(t)
-	var got string
-	var fail error
-	c.unload = func(cfg *config.Config, n *config.Node, force bool) error {
-		got = fmt.Sprintln(cfg.VM, n.Name, force)
-		return fail
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
+		t.Errorf("exit %d, %s", code, stderr)
 	}
-	if code, _, stderr := c.run(t.Context(), "unload", "-c", "@/pair.yaml", "--node", "beta", "--force"); code != 0 || stderr != "" || got != "web1 beta true\n" {
-		t.Errorf("exit %d, unloaded %q, %s", code, got, stderr)
+	if want := []string{"unload web1 beta true"}; !slices.Equal(c.calls, want) {
+		t.Errorf("%v, want %v", c.calls, want)
 	}
-	fail = errors.New("the daemon lives")
-	if code, _, stderr := c.run(t.Context(), "unload", "-c", "@/pair.yaml", "--node", "alpha"); code != 1 || stderr != "lockstep: the daemon lives\n" || got != "web1 alpha false\n" {
-		t.Errorf("exit %d, unloaded %q, %s", code, got, stderr)
+	c.kernel.unload = func(string, string, string, bool) error { return errors.New("the daemon lives; stop it first") }
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha"); code != 1 || stderr != "lockstep: the daemon lives; stop it first\n" {
+		t.Errorf("exit %d, %s", code, stderr)
 	}
 }
 
-// fakeDaemon runs until its context ends, or fail says otherwise.
-type fakeDaemon struct {
-	running chan struct{}
-	fail    chan error
-	status  Status
-	flows   []Flow
-	mu      sync.Mutex
-	broken  error // what Status and Flows answer
+// What the config says reaches kernel and control.
+func TestRunWiring(t *testing.T) {
+	c := newCLI(t)
+	var got control.Options
+	c.control = func(_ context.Context, o control.Options) error {
+		got = o
+		for _, n := range o.NICs {
+			n.Close()
+		}
+		return nil
+	}
+	for _, tc := range []struct {
+		line  string
+		calls []string
+		want  control.Options
+	}{
+		{"run -c @/pair.yaml --node alpha --role primary",
+			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 alpha", "device tapP", "device peerP", "open 0 tapP peerP", "release"},
+			control.Options{Node: "alpha", Peer: "beta", Role: control.RolePrimary, QMP: c.dir + "/alpha.qmp", StatusSocket: c.dir + "/run/web1-alpha.sock"}},
+		{"run -c @/pair.yaml --node beta --role secondary",
+			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 beta", "device tapS", "vxlan 7 1400", "open 0 tapS lsx7", "release"},
+			control.Options{Node: "beta", Peer: "alpha", Role: control.RoleSecondary, StatusSocket: c.dir + "/run/web1-beta.sock"}},
+	} {
+		c.calls = nil
+		code, _, stderr := c.run(t.Context(), tc.line)
+		if code != 0 || !slices.Equal(c.calls, tc.calls) {
+			t.Errorf("%s: exit %d, %s\ncalls %q\nwant  %q", tc.line, code, stderr, c.calls, tc.calls)
+		}
+		w := tc.want
+		w.VM, w.Control, w.Fresh = "web1", "192.0.2.1:7700", true
+		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
+		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
+		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
+			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
+		}
+	}
 }
 
-func (d *fakeDaemon) Run(ctx context.Context) error {
-	close(d.running)
+// What is refused at the start is refused with its place in the config.
+func TestRunRefused(t *testing.T) {
+	const alpha, beta = "run -c @/pair.yaml --node alpha --role primary", "run -c @/pair.yaml --node beta --role secondary"
+	missing := func(bad string) func(string) (*net.Interface, error) {
+		return func(name string) (*net.Interface, error) {
+			if name == bad {
+				return nil, errors.New("no such network interface")
+			}
+			return &net.Interface{MTU: 1500}, nil
+		}
+	}
+	for _, tc := range []struct {
+		name string
+		line string
+		set  func(*kernel)
+		code int
+		want string
+	}{
+		{"bpffs", alpha, func(k *kernel) { k.checkBPFFS = func(string) error { return errors.New("not a bpffs; mount one") } }, 2,
+			"@/pair.yaml:1:1: not a bpffs; mount one"},
+		{"locked", alpha, func(k *kernel) {
+			k.lock = func(string, string, string) (func(), error) { return nil, errors.New("a daemon runs") }
+		}, 1, "lockstep: a daemon runs"},
+		{"no tap", alpha, func(k *kernel) { k.device = missing("tapP") }, 2,
+			"@/pair.yaml:3:51: there is no device \"tapP\": no such network interface; make it first, with QEMU or `ip tuntap add dev tapP mode tap`"},
+		{"no peer", alpha, func(k *kernel) { k.device = missing("peerP") }, 2,
+			"@/pair.yaml:3:72: there is no device \"peerP\": no such network interface; make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}"},
+		{"small underlay", beta, func(k *kernel) {
+			k.ensureVXLAN = func(*config.VXLAN, int) (string, error) {
+				return "", errors.New("eth1 has MTU 1500; ip link set eth1 mtu 1550")
+			}
+		}, 2, "@/pair.yaml:4:125: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
+		{"managed tap", beta, func(k *kernel) {
+			k.open = func(nicOptions) (control.DataPath, bool, error) {
+				return nil, false, errors.New("tapS is managed by vm db1; unload that")
+			}
+		}, 2, "@/pair.yaml:4:44: tapS is managed by vm db1; unload that"},
+		{"verifier", beta, func(k *kernel) {
+			k.open = func(nicOptions) (control.DataPath, bool, error) {
+				return nil, false, fmt.Errorf("load ls_mirror: %w", &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}})
+			}
+		}, 1, "lockstep: load ls_mirror: : permission denied: last (1 line(s) omitted); --verifier-log prints the whole log"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := newCLI(t)
+			tc.set(&c.kernel)
+			code, _, stderr := c.run(t.Context(), tc.line)
+			if code != tc.code || lastLine(stderr) != tc.want {
+				t.Errorf("exit %d, want %d\n%s\nwant %s", code, tc.code, stderr, tc.want)
+			}
+		})
+	}
+	t.Run("verifier log", func(t *testing.T) {
+		c := newCLI(t)
+		c.kernel.open = func(nicOptions) (control.DataPath, bool, error) {
+			return nil, false, &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}}
+		}
+		if code, _, stderr := c.run(t.Context(), beta+" --verifier-log"); code != 1 || !strings.Contains(stderr, "first\n\tlast\n") {
+			t.Errorf("exit %d\n%s", code, stderr)
+		}
+	})
+}
+
+// A NIC that cannot be opened closes the others.
+func TestRunClosesNICs(t *testing.T) {
+	c := newCLI(t)
+	c.write(t, "two.yaml", strings.NewReplacer(
+		"{device: peerP}}", "{device: peerP}}, {tap: tapQ, peer: {device: peerQ}}",
+		"eth1}}}", "eth1}}}, {tap: tapT, peer: {device: peerT}}").Replace(pairYAML))
+	first := newFakePath()
+	c.kernel.open = func(o nicOptions) (control.DataPath, bool, error) {
+		if o.index == 0 {
+			return first, true, nil
+		}
+		return nil, false, errors.New("no memory")
+	}
+	code, _, stderr := c.run(t.Context(), "run -c @/two.yaml --node alpha --role primary")
+	if want := "@/two.yaml:3:81: no memory"; code != 2 || lastLine(stderr) != want {
+		t.Errorf("exit %d, %q, want 2, %q", code, lastLine(stderr), want)
+	}
 	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case err := <-d.fail:
-		return err
+	case <-first.closed:
+	default:
+		t.Error("the first NIC stays open")
 	}
-}
-
-func (d *fakeDaemon) Status() (Status, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.status, d.broken
-}
-
-func (d *fakeDaemon) Flows() ([]Flow, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.flows, d.broken
 }
 
 func ptr[T any](v T) *T { return &v }
 
-func newFake() *fakeDaemon {
-	d := &fakeDaemon{
-		running: make(chan struct{}),
-		fail:    make(chan error, 1),
-		status: Status{
-			VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Epoch: 7,
-			Connections: 2, HeldPackets: 3, HeldBytes: 4500, ReleasedPackets: 1 << 33,
-			CheckpointsRequested: 5, CheckpointsDone: 4,
-			Dropped: map[string]uint64{"muted": 2, "no_slot": 9, "shut": 0},
-			Programs: []control.Program{
-				{Name: "ls_mirror", Device: "tapP", Attach: "tcx-egress"},
-				{Name: "ls_pri_out", Device: "tapP", Attach: "tcx-ingress"},
-			},
+func TestPrintStatus(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local)
+	s := control.Status{
+		VM: "web1", Node: "alpha", Role: "primary", State: "checkpointing", Detail: "the PVM stopped unasked", Epoch: 7,
+		Connections: 2, HeldPackets: 3, HeldBytes: 4500, ReleasedPackets: 1 << 33,
+		CheckpointsRequested: 5, CheckpointsDone: 4,
+		Dropped: map[string]uint64{"muted": 2, "no_slot": 9, "shut": 0},
+		Programs: map[string]control.ProgramStatus{
+			"ls_mirror":  {Device: "tapP", Attach: "tcx-egress"},
+			"ls_pri_out": {Device: "tapP", Attach: "tcx-ingress"},
 		},
-		flows: []Flow{
-			{Guest: "10.0.0.2:80", Remote: "10.0.0.9:40000", State: "open", Compared: ptr(uint32(0xfffffff0)), HeldPackets: 2, HeldBytes: 2896, Age: 1.25},
-			{Guest: "[fd00::2]:80", Remote: "[fd00::9]:40000", State: "closing", VLAN: ptr(uint16(12)), Offset: ptr(uint32(99))},
-		},
+		Peer:   control.PeerStatus{Node: "beta", Connected: true, Since: at},
+		QMP:    control.QMPStatus{Configured: true, Connected: true, Since: at, State: "running"},
+		Causes: []control.Cause{{At: at, Reason: "payload differs", Flow: "10.0.0.2:80>10.0.0.9:40000"}, {At: at, Reason: "timeout"}},
 	}
-	d.status.Peer.Node, d.status.Peer.Connected = "beta", true
-	return d
-}
-
-// background runs the daemon; the returned function stops it and checks its end.
-func (c *cli) background(t *testing.T, d *fakeDaemon) (stop func() (code int, stderr string)) {
-	t.Helper()
-	c.start = func(startOptions) (daemon, error) { return d, nil }
-	ctx, cancel := context.WithCancel(t.Context())
-	var code int
-	var stderr string
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		code, _, stderr = c.run(ctx, "run", "-c", "@/pair.yaml", "--node", "alpha", "--role", "primary")
-	}()
-	t.Cleanup(func() { cancel(); <-done })
-	select {
-	case <-d.running:
-	case <-done:
-		t.Fatalf("ended: exit %d, %s", code, stderr)
+	var out bytes.Buffer
+	if err := printStatus(&out, s); err != nil {
+		t.Fatal(err)
 	}
-	return func() (int, string) {
-		cancel()
-		<-done
-		return code, stderr
-	}
-}
-
-func TestStatus(t *testing.T) {
-	c := newCLI(t)
-	d := newFake()
-	stop := c.background(t, d)
-
-	code, stdout, stderr := c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha")
-	want := `web1 on alpha:  primary, replicating, epoch 7
-peer:           beta, connected
+	want := `web1 on alpha:  primary, checkpointing, epoch 7: the PVM stopped unasked
+peer:           beta, connected since 2026-01-02 03:04:05
+qemu:           connected since 2026-01-02 03:04:05: running
 connections:    2
 held:           3 packets, 4500 bytes
 released:       8589934592 packets
 checkpoints:    5 requested, 4 done
+last causes:    03:04:05 payload differs 10.0.0.2:80>10.0.0.9:40000
+                03:04:05 timeout 
 dropped:        9 no_slot
                 2 muted
 programs:       ls_mirror   tapP  tcx-egress
                 ls_pri_out  tapP  tcx-ingress
 `
-	if diff := cmp.Diff(want, stdout); code != 0 || stderr != "" || diff != "" {
-		t.Errorf("status: exit %d, stderr %q, -want +got\n%s", code, stderr, diff)
+	if diff := cmp.Diff(want, out.String()); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
 	}
 
-	code, stdout, stderr = c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha", "--json")
+	out.Reset()
+	s.Peer.Connected, s.Dropped, s.QMP = false, nil, control.QMPStatus{}
+	s.Peer.Error = "connection refused"
+	if err := printStatus(&out, s); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"peer:           beta, NOT CONNECTED since 2026-01-02 03:04:05: connection refused\n",
+		"qemu:           no qmp socket in the config\n", "dropped:        nothing\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+}
+
+func TestPrintFlows(t *testing.T) {
+	var out bytes.Buffer
+	err := printFlows(&out, []control.Flow{
+		{Guest: "10.0.0.2:80", Remote: "10.0.0.9:40000", State: "open", Compared: ptr(uint32(0xfffffff0)), HeldPackets: 2, HeldBytes: 2896, Age: 1.25},
+		{Guest: "[fd00::2]:80", Remote: "[fd00::9]:40000", State: "closing", VLAN: ptr(uint16(12)), Offset: ptr(uint32(99))},
+	})
+	want := `GUEST         REMOTE           VLAN  STATE    OFFSET  COMPARED    HELD      AGE
+10.0.0.2:80   10.0.0.9:40000   -     open     -       4294967280  2/2896 B  1.25s
+[fd00::2]:80  [fd00::9]:40000  12    closing  99      -           0/0 B     0s
+`
+	if diff := cmp.Diff(want, out.String()); err != nil || diff != "" {
+		t.Errorf("%v, -want +got\n%s", err, diff)
+	}
+}
+
+// The whole program over a kernel that sees no frame: systemd is told, status
+// and flows answer, and nobody does afterwards.
+func TestDaemon(t *testing.T) {
+	c := newCLI(t)
+	pid := os.Getpid() // a loopback address of our own
+	c.write(t, "pair.yaml", strings.Replace(pairYAML, "192.0.2.1:7700", fmt.Sprintf("127.77.%d.%d:7700", pid>>8&255, pid&255), 1))
+	c.control = control.Run
+	c.getenv = func(key string) string { return map[string]string{"JOURNAL_STREAM": "8:1"}[key] }
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(c.dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer notify.Close()
+	t.Setenv("NOTIFY_SOCKET", notify.LocalAddr().String())
+	heard := func(want string) {
+		t.Helper()
+		b := make([]byte, 100)
+		notify.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if n, err := notify.Read(b); err != nil || string(b[:n]) != want {
+			t.Errorf("systemd heard %q, %v, want %q", b[:n], err, want)
+		}
+	}
+
+	// The unit's own command line.
+	unit, err := os.ReadFile("../../packaging/lockstep@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(unit), "\nExecStart=/usr/bin/lockstep ")
+	line, _, _ := strings.Cut(rest, "\n")
+	if !ok || !strings.Contains(string(unit), "\nType=notify\n") {
+		t.Fatal("the unit has no ExecStart, or is not of Type=notify")
+	}
+	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary").Replace(line)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	type result struct {
+		code   int
+		stderr string
+	}
+	ended := make(chan result, 1)
+	go func() {
+		code, _, stderr := c.run(ctx, line)
+		ended <- result{code, stderr}
+	}()
+	heard("READY=1")
+
+	code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha --json")
 	var fields map[string]any
 	if err := json.Unmarshal([]byte(stdout), &fields); err != nil || code != 0 || stderr != "" {
 		t.Fatalf("status --json: exit %d, stderr %q, %v: %s", code, stderr, err, stdout)
@@ -261,154 +432,69 @@ programs:       ls_mirror   tapP  tcx-egress
 			t.Errorf("status --json lacks %s", key)
 		}
 	}
-
-	code, stdout, stderr = c.run(t.Context(), "flows", "-c", "@/pair.yaml", "--node", "alpha")
-	want = `GUEST         REMOTE           VLAN  STATE    OFFSET  COMPARED    HELD      AGE
-10.0.0.2:80   10.0.0.9:40000   -     open     -       4294967280  2/2896 B  1.25s
-[fd00::2]:80  [fd00::9]:40000  12    closing  99      -           0/0 B     0s
-`
-	if diff := cmp.Diff(want, stdout); code != 0 || stderr != "" || diff != "" {
-		t.Errorf("flows: exit %d, stderr %q, -want +got\n%s", code, stderr, diff)
+	want := map[string]any{"ls_fake": map[string]any{"device": "tapP", "attach": "tcx-ingress"}}
+	if diff := cmp.Diff(want, fields["programs"]); diff != "" {
+		t.Errorf("programs: -want +got\n%s", diff)
 	}
-	code, stdout, _ = c.run(t.Context(), "flows", "-c", "@/pair.yaml", "--node", "alpha", "--json")
-	var flows []Flow
-	if err := json.Unmarshal([]byte(stdout), &flows); code != 0 || err != nil || cmp.Diff(d.flows, flows) != "" {
-		t.Errorf("flows --json: exit %d, %v: %s", code, err, stdout)
+	if code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != 0 || !strings.Contains(stdout, "beta, NOT CONNECTED") {
+		t.Errorf("status: exit %d, %s%s", code, stdout, stderr)
+	}
+	if code, stdout, stderr := c.run(t.Context(), "flows -c @/pair.yaml --node alpha --json"); code != 0 || stdout != "[]\n" {
+		t.Errorf("flows --json: exit %d, %q, %s", code, stdout, stderr)
 	}
 
-	// Nothing dropped, peer gone.
-	d.mu.Lock()
-	d.status.Peer.Connected, d.status.Dropped = false, nil
-	d.mu.Unlock()
-	_, stdout, _ = c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha")
-	for _, want := range []string{"peer:           beta, NOT CONNECTED\n", "dropped:        nothing\n"} {
-		if !strings.Contains(stdout, want) {
-			t.Errorf("status lacks %q:\n%s", want, stdout)
-		}
+	cancel()
+	heard("STOPPING=1")
+	if r := <-ended; r.code != 0 || strings.Contains(r.stderr, "time=") {
+		t.Errorf("%s: exit %d, %s", line, r.code, r.stderr)
 	}
-
-	d.mu.Lock()
-	d.broken = errors.New("map gone")
-	d.mu.Unlock()
-	if code, _, stderr := c.run(t.Context(), "flows", "-c", "@/pair.yaml", "--node", "alpha"); code != 1 || stderr != "lockstep: the daemon refused to tell its flows: map gone\n" {
-		t.Errorf("broken flows: exit %d, %q", code, stderr)
-	}
-
-	if code, stderr := stop(); code != 0 {
-		t.Errorf("stopped daemon: exit %d, %s", code, stderr)
-	}
-	if code, _, _ := c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha"); code != exitNoDaemon {
+	if code, _, _ := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != exitNoDaemon {
 		t.Errorf("status behind the daemon's end: exit %d, want %d", code, exitNoDaemon)
 	}
 }
 
-func TestRunOptions(t *testing.T) {
-	c := newCLI(t)
-	var got startOptions
-	c.start = func(o startOptions) (daemon, error) {
-		got = o
-		return nil, errors.New("no such tap")
-	}
-	code, _, stderr := c.run(t.Context(), "run", "-c", "@/pair.yaml", "--node", "beta", "--role", "secondary", "--verifier-log", "--log-level", "debug")
-	if code != 1 || stderr != "lockstep: no such tap\n" {
-		t.Errorf("exit %d, %q", code, stderr)
-	}
-	if got.self.Name != "beta" || got.other.Name != "alpha" || got.primary || !got.verifierLog || got.config.VM != "web1" {
-		t.Errorf("started with %+v", got)
-	}
-	c.start = func(o startOptions) (daemon, error) {
-		return nil, o.config.Refuse("nodes.beta.nics[0].tap", "device tapS does not exist", "make it first")
-	}
-	code, _, stderr = c.run(t.Context(), "run", "-c", "@/pair.yaml", "--node", "beta", "--role", "secondary")
-	if want := "@/pair.yaml:4:50: device tapS does not exist; make it first\n"; code != 2 || stderr != want {
-		t.Errorf("exit %d, %q, want 2, %q", code, stderr, want)
-	}
+// fakePath is a data path without frames.
+type fakePath struct {
+	wake, closed chan struct{}
 }
 
-func TestDaemonFails(t *testing.T) {
-	c := newCLI(t)
-	d := newFake()
-	d.fail <- errors.New("the tap is gone")
-	c.start = func(startOptions) (daemon, error) { return d, nil }
-	code, _, stderr := c.run(t.Context(), "run", "-c", "@/pair.yaml", "--node", "alpha", "--role", "primary")
-	if code != 1 || !strings.HasSuffix(stderr, "lockstep: the tap is gone\n") {
-		t.Errorf("exit %d, %s", code, stderr)
-	}
+func newFakePath() *fakePath {
+	return &fakePath{wake: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
-// A second daemon leaves the first one's socket alone; a dead one's is replaced.
-func TestSocket(t *testing.T) {
-	c := newCLI(t)
-	stop := c.background(t, newFake())
-	second := newFake()
-	c.start = func(startOptions) (daemon, error) { return second, nil }
-	code, _, stderr := c.run(t.Context(), "run", "-c", "@/pair.yaml", "--node", "alpha", "--role", "primary")
-	if want := "lockstep: a daemon already answers for web1 on node alpha (@/run/web1-alpha.sock); stop it first"; code != 1 || !strings.HasPrefix(stderr, want) {
-		t.Errorf("second daemon: exit %d, %s", code, stderr)
-	}
+func (p *fakePath) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
 	select {
-	case <-second.running:
+	case <-p.wake:
+	case <-time.After(wait):
+	}
+	return evs, nil
+}
+
+func (p *fakePath) Wake() {
+	select {
+	case p.wake <- struct{}{}:
 	default:
-		t.Error("the second daemon was not given back")
-	}
-	if code, _, _ := c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha"); code != 0 {
-		t.Errorf("status of the first daemon: exit %d", code)
-	}
-	stop()
-
-	path := filepath.Join(c.dir, "run", "web1-alpha.sock")
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.SetUnlinkOnClose(false)
-	l.Close()
-	if code, _, stderr := c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha"); code != exitNoDaemon || !strings.Contains(stderr, "connection refused") {
-		t.Errorf("status on a dead socket: exit %d, %s", code, stderr)
-	}
-	stop = c.background(t, newFake())
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("socket: %v, %v", info, err)
-	}
-	if code, _, stderr := c.run(t.Context(), "status", "-c", "@/pair.yaml", "--node", "alpha"); code != 0 {
-		t.Errorf("status: exit %d, %s", code, stderr)
-	}
-	stop()
-}
-
-// The unit's command is one that the program takes, and the program tells
-// systemd when it is ready.
-func TestUnit(t *testing.T) {
-	unit, err := os.ReadFile("../../packaging/lockstep@.service")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(unit), "\nExecStart=/usr/bin/lockstep ")
-	line, _, _ := strings.Cut(rest, "\n")
-	if !ok || !strings.Contains(string(unit), "\nType=notify\n") {
-		t.Fatal("no ExecStart, or no Type=notify")
-	}
-	c := newCLI(t)
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(c.dir, "notify"), Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer notify.Close()
-	t.Setenv("NOTIFY_SOCKET", notify.LocalAddr().String())
-	d := newFake()
-	d.fail <- nil
-	c.start = func(startOptions) (daemon, error) { return d, nil }
-	c.getenv = func(key string) string { return map[string]string{"JOURNAL_STREAM": "8:1"}[key] }
-	args := strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary").Replace(line)
-	code, _, stderr := c.run(t.Context(), strings.Fields(args)...)
-	if code != 0 || strings.Contains(stderr, "time=") || !strings.Contains(stderr, "msg=running") {
-		t.Errorf("%s: exit %d, %s", args, code, stderr)
-	}
-	for _, want := range []string{"READY=1", "STOPPING=1"} {
-		b := make([]byte, 100)
-		n, err := notify.Read(b)
-		if err != nil || string(b[:n]) != want {
-			t.Errorf("systemd heard %q, %v, want %q", b[:n], err, want)
-		}
 	}
 }
+
+func (p *fakePath) Close() error {
+	close(p.closed)
+	return nil
+}
+
+func (p *fakePath) Programs() []control.Program {
+	return []control.Program{{Name: "ls_fake", Device: "tapP", Attach: "tcx-ingress"}}
+}
+
+func (p *fakePath) Now() int64                                        { return time.Now().UnixNano() }
+func (p *fakePath) MAC() net.HardwareAddr                             { return net.HardwareAddr{2, 0, 0, 0, 0, 1} }
+func (p *fakePath) Apply([]compare.Effect) error                      { return nil }
+func (p *fakePath) SetMode(control.Mode) error                        { return nil }
+func (p *fakePath) SetEpoch(uint32) error                             { return nil }
+func (p *fakePath) SetSpeakUntil(int64) error                         { return nil }
+func (p *fakePath) InstallSession(control.Session) error              { return nil }
+func (p *fakePath) ResetOffsets() error                               { return nil }
+func (p *fakePath) Sweep(_, _ time.Duration) (int, error)             { return 0, nil }
+func (p *fakePath) DrainTap(context.Context) error                    { return nil }
+func (p *fakePath) Counters() (map[string]uint64, error)              { return map[string]uint64{}, nil }
+func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return nil }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"lockstep/control"
 	"lockstep/control/config"
 )
 
@@ -88,24 +89,19 @@ func newRun(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if role != "primary" && role != "secondary" {
+			if role != string(control.RolePrimary) && role != string(control.RoleSecondary) {
 				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
 			}
 			var lv slog.Level
 			if err := lv.UnmarshalText([]byte(level)); err != nil {
 				return usageError{fmt.Errorf("log level %q is none of debug, info, warn, error", level)}
 			}
-			o := startOptions{
+			return runDaemon(cmd.Context(), e, runOptions{
 				config: c, self: self, other: other,
-				primary:     role == "primary",
+				primary:     role == string(control.RolePrimary),
 				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
 				verifierLog: verifierLog,
-			}
-			d, err := e.start(o)
-			if err != nil {
-				return err
-			}
-			return serve(cmd.Context(), o, d)
+			})
 		},
 	}
 	t.flags(cmd)
@@ -123,7 +119,7 @@ func newStatus(e env) *cobra.Command {
 		Short: "Show what this host's daemon is doing",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return t.ask(cmd.Context(), "status", asJSON, e.stdout, printStatus)
+			return ask(cmd.Context(), &t, control.FetchStatus, asJSON, e.stdout, printStatus)
 		},
 	}
 	t.flags(cmd)
@@ -139,7 +135,7 @@ func newFlows(e env) *cobra.Command {
 		Short: "List the guest's connections: offset, compared position, what is held, age",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return t.ask(cmd.Context(), "flows", asJSON, e.stdout, printFlows)
+			return ask(cmd.Context(), &t, control.FetchFlows, asJSON, e.stdout, printFlows)
 		},
 	}
 	t.flags(cmd)
@@ -162,7 +158,7 @@ func newUnload(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return e.unload(c, self, force)
+			return e.kernel.unload(c.PinDir, c.VM, self.Name, force)
 		},
 	}
 	t.flags(cmd)

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"lockstep/control"
 	"lockstep/control/config"
 )
 
@@ -30,19 +31,19 @@ type env struct {
 	args           []string // without the program's name
 	stdout, stderr io.Writer
 	getenv         func(string) string
-	start          func(startOptions) (daemon, error)             // wire.go's, or a test's
-	unload         func(*config.Config, *config.Node, bool) error // likewise
+	kernel         kernel
+	control        func(context.Context, control.Options) error // control.Run
 }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, env{
-		args:   os.Args[1:],
-		stdout: os.Stdout,
-		stderr: os.Stderr,
-		getenv: os.Getenv,
-		start:  start,
-		unload: unload,
+		args:    os.Args[1:],
+		stdout:  os.Stdout,
+		stderr:  os.Stderr,
+		getenv:  os.Getenv,
+		kernel:  realKernel,
+		control: control.Run,
 	})
 	stop()
 	os.Exit(code)
@@ -63,12 +64,10 @@ func run(ctx context.Context, e env) int {
 		return exitUsage
 	}
 	fmt.Fprintf(e.stderr, "lockstep: %v\n", err)
-	var usage usageError
-	var none noDaemonError
 	switch {
-	case errors.As(err, &usage):
+	case errors.As(err, new(usageError)):
 		return exitUsage
-	case errors.As(err, &none):
+	case errors.Is(err, control.ErrNoDaemon):
 		return exitNoDaemon
 	}
 	return exitFailed
@@ -78,18 +77,6 @@ func run(ctx context.Context, e env) int {
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
-
-// noDaemonError says that nobody answers on a node's status socket.
-type noDaemonError struct {
-	vm, node, socket string
-	err              error
-}
-
-func (e noDaemonError) Error() string {
-	return fmt.Sprintf("no daemon runs for %s on node %s (%s: %v); start it with `lockstep run`", e.vm, e.node, e.socket, e.err)
-}
-
-func (e noDaemonError) Unwrap() error { return e.err }
 
 // newLogger writes for people, to stderr. The journal has its own clock.
 func newLogger(e env, level slog.Level) *slog.Logger {

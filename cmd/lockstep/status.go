@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -12,92 +11,89 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net"
-	"net/http"
 	"slices"
-	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"lockstep/control"
 )
 
-// askTimeout is longer than any answer takes: a daemon that is later is stuck.
-const askTimeout = 10 * time.Second
-
-// ask gets what the daemon says about topic and prints it.
-func (t *target) ask(ctx context.Context, topic string, asJSON bool, out io.Writer, show func(io.Writer, []byte) error) error {
+// ask gets what the daemon says and prints it.
+func ask[T any](ctx context.Context, t *target, fetch func(context.Context, string) (T, error), asJSON bool, out io.Writer, show func(io.Writer, T) error) error {
 	c, self, _, err := t.load()
 	if err != nil {
 		return err
 	}
 	socket := c.Socket(self.Name)
-	client := http.Client{
-		Timeout: askTimeout,
-		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		}},
-	}
-	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lockstep/"+topic, nil)
-	if err != nil {
-		return fmt.Errorf("ask for %s: %w", topic, err)
-	}
-	resp, err := client.Do(req)
+	v, err := fetch(ctx, socket)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return noDaemonError{vm: c.VM, node: self.Name, socket: socket, err: cause(err)}
+	case errors.Is(err, control.ErrNoDaemon):
+		return noDaemonError{vm: c.VM, node: self.Name, socket: socket}
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s is not yours to read; run this as root", socket)
 	case err != nil:
-		return fmt.Errorf("the daemon behind %s does not answer: %w", socket, cause(err))
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return fmt.Errorf("read the daemon's answer: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("the daemon refused to tell its %s: %s", topic, bytes.TrimSpace(body))
-	}
-	if asJSON {
-		_, err = out.Write(body)
 		return err
 	}
-	return show(out, body)
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	}
+	return show(out, v)
 }
 
-// cause strips what net and http put around a system's error.
-func cause(err error) error {
-	if errno := syscall.Errno(0); errors.As(err, &errno) {
-		return errno
-	}
-	return err
+// noDaemonError is control.ErrNoDaemon with a remedy.
+type noDaemonError struct{ vm, node, socket string }
+
+func (e noDaemonError) Error() string {
+	return fmt.Sprintf("no daemon of %s runs on node %s (nobody answers on %s); start it with `lockstep run`", e.vm, e.node, e.socket)
 }
 
-func printStatus(out io.Writer, body []byte) error {
-	var s Status
-	if err := json.Unmarshal(body, &s); err != nil {
-		return fmt.Errorf("the daemon's answer makes no sense, is it of another version? %w", err)
-	}
+func (noDaemonError) Unwrap() error { return control.ErrNoDaemon }
+
+func printStatus(out io.Writer, s control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "%s on %s:\t%s, %s, epoch %d\n", s.VM, s.Node, s.Role, s.State, s.Epoch)
-	if s.Peer.Connected {
-		fmt.Fprintf(w, "peer:\t%s, connected\n", s.Peer.Node)
+	fmt.Fprintf(w, "%s on %s:\t%s, %s, epoch %d%s\n", s.VM, s.Node, s.Role, s.State, s.Epoch, detail(s.Detail))
+	fmt.Fprintf(w, "peer:\t%s, %s%s\n", s.Peer.Node, connected(s.Peer.Connected, s.Peer.Since), detail(s.Peer.Error))
+	if s.QMP.Configured {
+		fmt.Fprintf(w, "qemu:\t%s%s%s\n", connected(s.QMP.Connected, s.QMP.Since), detail(s.QMP.State), detail(s.QMP.Error))
 	} else {
-		fmt.Fprintf(w, "peer:\t%s, NOT CONNECTED\n", s.Peer.Node)
+		fmt.Fprintf(w, "qemu:\tno qmp socket in the config\n")
 	}
 	fmt.Fprintf(w, "connections:\t%d\n", s.Connections)
 	fmt.Fprintf(w, "held:\t%d packets, %d bytes\n", s.HeldPackets, s.HeldBytes)
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)
 	fmt.Fprintf(w, "checkpoints:\t%d requested, %d done\n", s.CheckpointsRequested, s.CheckpointsDone)
-	printCounts(w, "dropped", s.Dropped)
-	for i, p := range s.Programs {
-		label := ""
-		if i == 0 {
-			label = "programs:"
-		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", label, p.Name, p.Device, p.Attach)
+	label := "last causes:"
+	for _, c := range s.Causes[max(0, len(s.Causes)-3):] {
+		fmt.Fprintf(w, "%s\t%s %s %s\n", label, c.At.Format(time.TimeOnly), c.Reason, c.Flow)
+		label = ""
+	}
+	printCounts(w, "dropped:", s.Dropped)
+	label = "programs:"
+	for _, name := range slices.Sorted(maps.Keys(s.Programs)) {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", label, name, s.Programs[name].Device, s.Programs[name].Attach)
+		label = ""
 	}
 	return w.Flush()
+}
+
+func connected(is bool, since time.Time) string {
+	word := "connected"
+	if !is {
+		word = "NOT CONNECTED"
+	}
+	if !since.IsZero() {
+		word += " since " + since.Format(time.DateTime)
+	}
+	return word
+}
+
+func detail(s string) string {
+	if s == "" {
+		return ""
+	}
+	return ": " + s
 }
 
 // printCounts lists what is not zero, the largest first.
@@ -105,28 +101,17 @@ func printCounts(w io.Writer, label string, counts map[string]uint64) {
 	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
 		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
 	})
-	none := true
-	for _, name := range names {
-		if counts[name] == 0 {
-			continue
-		}
-		if none {
-			fmt.Fprintf(w, "%s:\t%d %s\n", label, counts[name], name)
-		} else {
-			fmt.Fprintf(w, "\t%d %s\n", counts[name], name)
-		}
-		none = false
+	names = slices.DeleteFunc(names, func(n string) bool { return counts[n] == 0 })
+	if len(names) == 0 {
+		fmt.Fprintf(w, "%s\tnothing\n", label)
 	}
-	if none {
-		fmt.Fprintf(w, "%s:\tnothing\n", label)
+	for _, name := range names {
+		fmt.Fprintf(w, "%s\t%d %s\n", label, counts[name], name)
+		label = ""
 	}
 }
 
-func printFlows(out io.Writer, body []byte) error {
-	var flows []Flow
-	if err := json.Unmarshal(body, &flows); err != nil {
-		return fmt.Errorf("the daemon's answer makes no sense, is it of another version? %w", err)
-	}
+func printFlows(out io.Writer, flows []control.Flow) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "GUEST\tREMOTE\tVLAN\tSTATE\tOFFSET\tCOMPARED\tHELD\tAGE")
 	for _, f := range flows {

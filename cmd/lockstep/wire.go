@@ -4,10 +4,19 @@ package main
 
 import (
 	"errors"
+	"net"
 
+	"lockstep/control"
 	"lockstep/control/config"
 )
 
-func start(startOptions) (daemon, error) { return nil, errors.New("no kernel half yet") }
+var errNoLoader = errors.New("this build has no kernel half")
 
-func unload(*config.Config, *config.Node, bool) error { return errors.New("no kernel half yet") }
+var realKernel = kernel{
+	checkBPFFS:  func(string) error { return errNoLoader },
+	lock:        func(string, string, string) (func(), error) { return nil, errNoLoader },
+	device:      net.InterfaceByName,
+	ensureVXLAN: func(*config.VXLAN, int) (string, error) { return "", errNoLoader },
+	open:        func(nicOptions) (control.DataPath, bool, error) { return nil, false, errNoLoader },
+	unload:      func(string, string, string, bool) error { return errNoLoader },
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/cilium/ebpf"
+
+	"lockstep/compare"
+	"lockstep/control"
+	"lockstep/control/config"
+)
+
+// kernel is what the program needs of the kernel: package loader, or a test's.
+type kernel struct {
+	checkBPFFS  func(pinDir string) error
+	lock        func(pinDir, vm, node string) (release func(), err error)
+	device      func(name string) (*net.Interface, error)
+	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
+	unload      func(pinDir, vm, node string, force bool) error
+}
+
+// nicOptions are what a NIC's programs and maps are made with.
+type nicOptions struct {
+	pinDir, vm, node string
+	index            int
+	primary          bool
+	tap, peer        string // devices
+	compare          config.Compare
+	log              *slog.Logger
+}
+
+// runOptions are what `run` was asked for.
+type runOptions struct {
+	config      *config.Config
+	self, other *config.Node
+	primary     bool // the role to begin with
+	log         *slog.Logger
+	verifierLog bool
+}
+
+// runDaemon puts the kernel half in place and hands it to control until ctx
+// ends. Programs and maps stay behind.
+func runDaemon(ctx context.Context, e env, o runOptions) error {
+	c := o.config
+	o.log.Info("lockstep", "version", versionString())
+	if err := e.kernel.checkBPFFS(c.PinDir); err != nil {
+		return c.Refuse("pin_dir", err.Error(), "")
+	}
+	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
+		return c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")
+	}
+	release, err := e.kernel.lock(c.PinDir, c.VM, o.self.Name)
+	if err != nil {
+		return err
+	}
+	defer release()
+
+	nics, err := devices(e.kernel, o)
+	if err != nil {
+		return err
+	}
+	opt := control.Options{
+		VM: c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
+		Control: o.other.Control.String(), // the primary's
+		QMP:     o.self.QMP,
+		Fresh:   true,
+		Compare: compare.Config{
+			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
+		},
+		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval,
+		StatusSocket: c.Socket(o.self.Name),
+		Log:          o.log,
+	}
+	if o.primary {
+		opt.Role, opt.Control = control.RolePrimary, o.self.Control.String()
+	}
+	for _, n := range nics {
+		dp, fresh, err := e.kernel.open(n)
+		if err != nil {
+			for _, dp := range opt.NICs {
+				err = errors.Join(err, dp.Close())
+			}
+			if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
+				if o.verifierLog {
+					fmt.Fprintf(e.stderr, "%+v\n", rejected)
+					return err
+				}
+				return fmt.Errorf("%w; --verifier-log prints the whole log", err)
+			}
+			return c.Refuse(nicKey(o.self, n.index), err.Error(), "")
+		}
+		opt.NICs = append(opt.NICs, dp)
+		opt.Fresh = opt.Fresh && fresh
+	}
+	return e.control(ctx, opt) // closes the NICs
+}
+
+func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }
+
+// devices finds or makes the devices of all NICs before anything is attached to
+// one: a NIC that cannot work must not leave the others shut.
+func devices(k kernel, o runOptions) ([]nicOptions, error) {
+	var nics []nicOptions
+	for i, nic := range o.self.NICs {
+		key := nicKey(o.self, i)
+		tap, err := k.device(nic.Tap)
+		if err != nil {
+			return nil, o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
+				fmt.Sprintf("make it first, with QEMU or `ip tuntap add dev %s mode tap`", nic.Tap))
+		}
+		peer := nic.PeerDevice
+		if v := nic.PeerVXLAN; v != nil {
+			if peer, err = k.ensureVXLAN(v, tap.MTU); err != nil {
+				return nil, o.config.Refuse(key+".peer.vxlan.underlay", err.Error(), "")
+			}
+		} else if _, err := k.device(peer); err != nil {
+			return nil, o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
+				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")
+		}
+		nics = append(nics, nicOptions{
+			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,
+			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare, log: o.log,
+		})
+	}
+	return nics, nil
+}
