@@ -35,13 +35,14 @@ static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
 
 /*
  * Finds a FREE element of an array of n slots of either size, makes it FILLING
- * and returns it. The cursor is this CPU's and goes on where the search ended:
- * a full array costs LS_PROBES looks a frame, and no element is passed over for long.
+ * and returns it. The cursor is this CPU's and goes on behind what it found. When
+ * LS_PROBES looks found nothing, the next search begins anywhere: frames that are
+ * held long may stand in a row.
  */
 static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cursor, __u32 *index)
 {
-	struct ls_slot *s = NULL;
 	__u32 at = *cursor;
+	struct ls_slot *s;
 
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < LS_PROBES; i++) {
@@ -54,13 +55,13 @@ static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cur
 		if (s->state == LS_SLOT_FREE &&
 		    __sync_val_compare_and_swap(&s->state, LS_SLOT_FREE, LS_SLOT_FILLING) ==
 			    LS_SLOT_FREE) {
+			*cursor = at;
 			*index = key;
-			break;
+			return s;
 		}
-		s = NULL;
 	}
-	*cursor = at;
-	return s;
+	*cursor = bpf_get_prandom_u32() % n;
+	return NULL;
 }
 
 /* Copies the frame into a claimed slot with room for cap bytes and publishes it. */

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"runtime"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
 )
@@ -147,6 +149,31 @@ func TestPriOutAnnounce(t *testing.T) {
 	}
 }
 
+// pin keeps the test on one CPU: each has its own cursor in the slots.
+func pin(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread()
+	var old, first unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &old); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; first.Count() == 0; cpu++ {
+		if old.IsSet(cpu) {
+			first.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &first); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.SchedSetaffinity(0, &old); err != nil {
+			t.Error(err)
+			return
+		}
+		runtime.UnlockOSThread()
+	})
+}
+
 func TestPriOutFull(t *testing.T) {
 	f := flows["IPv4"]
 	small := f.from(seg{flags: ack, payload: []byte("x")})
@@ -154,6 +181,7 @@ func TestPriOutFull(t *testing.T) {
 	t.Run("slots", func(t *testing.T) {
 		k := newKit(t)
 		k.setMode(hold)
+		pin(t)
 		for range nslots {
 			k.check(k.LsPriOut, small, drop, "held")
 		}
@@ -172,9 +200,8 @@ func TestPriOutFull(t *testing.T) {
 		}
 		// One slot that is free among more than the search looks at is found soon.
 		k.slot(17)
-		before := k.counters()["held"]
-		for k.counters()["held"] == before {
-			if k.run(k.LsPriOut, input{frame: small}); k.counters()["no_slot"] > 10 {
+		for before := k.counters(); k.moved(before)["held"] == 0; {
+			if k.run(k.LsPriOut, input{frame: small}); k.moved(before)["no_slot"] > 100 {
 				t.Fatal("free slot not found")
 			}
 		}
@@ -207,6 +234,7 @@ func linkFrames() map[string][]byte {
 		ip := append(make([]byte, 20), body...)
 		ip[0], ip[9] = 0x45, proto
 		be.PutUint16(ip[2:], uint16(len(ip)))
+		be.PutUint16(ip[10:], ^onesSum(0, ip[:20]))
 		return eth(0x800, ip...)
 	}
 	ip6 := func(nexthdr byte, body ...byte) []byte {
@@ -247,6 +275,8 @@ func linkFrames() map[string][]byte {
 // fragment sets flags and offset of an IPv4 frame.
 func fragment(frame []byte, off uint16) []byte {
 	be.PutUint16(frame[20:], off)
+	be.PutUint16(frame[24:], 0)
+	be.PutUint16(frame[24:], ^onesSum(0, frame[14:34]))
 	return frame
 }
 

@@ -509,15 +509,15 @@ func TestCopyLost(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
 	f := flows["IPv4"]
+	pin(t)
 	s := seg{seq: 1, flags: ack, payload: []byte("x")}
 	for range nslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	clear(k.lanes)
 	k.lanes = k.lanesNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
-	s.payload = make([]byte, 3600) // more than a GSO slot: none such by PROG_TEST_RUN, but they run out
+	s.payload = make([]byte, 3600) // these take the other slots
 	for range ngslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
@@ -543,6 +543,7 @@ func (k *kit) lanesNow() map[uint16]uint64 {
 }
 
 func TestPark(t *testing.T) {
+	pin(t)
 	k := newKit(t)
 	k.setMode(run)
 	f := k.opened(flows["IPv4"])
