@@ -458,7 +458,7 @@ func (m *ckptModel) story() error {
 // S whose offsets are those of its SVM, a commit covers only what S loaded, and
 // in peace the pair gets well.
 func TestCkptSchedules(t *testing.T) {
-	n := uint64(1000)
+	n := uint64(500)
 	if testing.Short() {
 		n = 100
 	}

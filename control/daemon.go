@@ -269,6 +269,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	err = <-ends
 	notify(d.log, sd.SdNotifyStopping)
 	cancel()
+	for _, n := range d.nics {
+		n.dp.Wake()
+	}
 	d.work.Wait()
 	for err == nil || errors.Is(err, errStopped) { // a consequence; the cause is behind it
 		select {
@@ -553,7 +556,8 @@ func (d *Daemon) drain(epoch uint32) {
 	if d.stopDrain != nil {
 		d.stopDrain()
 	}
-	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.ready))
+	// P waits a little longer than that.
+	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.ready)*4/5)
 	d.stopDrain = cancel
 	d.work.Go(func() {
 		defer cancel()

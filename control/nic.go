@@ -93,10 +93,10 @@ func (n *nic) do(f func() error) error {
 	}
 }
 
-// run is the loop. It ends with ctx, or when the data path fails.
+// run is the loop. It ends when ctx has ended and it is woken, or when the data
+// path fails.
 func (n *nic) run(ctx context.Context) error {
 	defer close(n.dead)
-	defer context.AfterFunc(ctx, n.dp.Wake)()
 	for ctx.Err() == nil {
 		n.commands()
 		now := n.dp.Now()

@@ -296,10 +296,20 @@ func (d *Daemon) serveStatus(ctx context.Context, l net.Listener) error {
 		WriteTimeout:      askTimeout,
 		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelWarn),
 	}
-	defer context.AfterFunc(ctx, func() { srv.Close() })()
-	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	select {
+	case err := <-served:
 		return fmt.Errorf("status socket: %w", err)
+	case <-ctx.Done():
 	}
+	// Whoever is being answered still looks at the data paths.
+	stop, done := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+	defer done()
+	if srv.Shutdown(stop) != nil {
+		srv.Close()
+	}
+	<-served
 	return nil
 }
 

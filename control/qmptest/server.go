@@ -33,7 +33,7 @@ const (
 	Silent        // read commands, never answer; a new connection gets no greeting
 	Slow          // answer every command after Server's Delay
 	Garbage       // answer with a line that is no JSON
-	Huge          // answer with a line of 64 MiB
+	Huge          // answer with a line of 8 MiB
 	Refuse        // answer every command but the handshake with an error
 	HangUp        // close connections at once
 )
@@ -160,7 +160,7 @@ func (s *Server) serve(c *session, fault Fault) {
 			c.write([]byte("\x00\xff{]]\r\n"))
 			continue
 		case Huge:
-			huge := make([]byte, 64<<20)
+			huge := make([]byte, 8<<20)
 			for i := range huge {
 				huge[i] = 'x'
 			}

@@ -1,0 +1,615 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"lockstep/compare"
+	"lockstep/control/qmptest"
+)
+
+// patience is how long a test waits for what has to come.
+const patience = 30 * time.Second
+
+// side is a daemon under test.
+type side struct {
+	t    *testing.T
+	opt  Options
+	path *fakePath
+	stop context.CancelFunc
+	done chan error
+	d    *Daemon
+}
+
+// hosts makes the two sides of a pair, not started, with QEMUs when pair is given.
+func hosts(t *testing.T, pair *qmptest.Pair) (p, s *side) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := ln.Addr().String()
+	ln.Close()
+	base := Options{VM: "web1", Control: address, MinInterval: time.Millisecond, link: defaultLinkTiming}
+	base.link.retry = time.Millisecond
+	base.link.retryMax = 10 * time.Millisecond
+	p, s = &side{t: t, opt: base}, &side{t: t, opt: base}
+	p.opt.Node, p.opt.Peer, p.opt.Role = "alpha", "beta", RolePrimary
+	s.opt.Node, s.opt.Peer, s.opt.Role = "beta", "alpha", RoleSecondary
+	dir := t.TempDir()
+	p.opt.StatusSocket, s.opt.StatusSocket = filepath.Join(dir, "p.sock"), filepath.Join(dir, "s.sock")
+	if pair != nil {
+		p.opt.QMP, s.opt.QMP = pair.Primary.Path(), pair.Secondary.Path()
+	}
+	return p, s
+}
+
+func newPair(t *testing.T) *qmptest.Pair {
+	t.Helper()
+	pair, err := qmptest.NewPair(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pair.Close() })
+	return pair
+}
+
+// start runs the daemon, with a new data path.
+func (s *side) start() *side {
+	s.t.Helper()
+	s.path = newFakePath(1)
+	if s.opt.Role == RoleSecondary {
+		s.path = newFakePath(2)
+	}
+	s.opt.NICs = []DataPath{s.path}
+	s.opt.Log = slog.New(slog.NewTextHandler(logWriter{s.t}, nil)).With("node", s.opt.Node)
+	d, err := New(s.opt)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	s.d, s.stop, s.done = d, stop, make(chan error, 1)
+	go func() { s.done <- d.Run(ctx) }()
+	s.t.Cleanup(s.end)
+	return s
+}
+
+// end stops the daemon and waits for it.
+func (s *side) end() {
+	s.stop()
+	if err, ok := <-s.done; ok {
+		close(s.done)
+		if err != nil {
+			s.t.Errorf("%s: %v", s.opt.Node, err)
+		}
+	}
+}
+
+type logWriter struct{ t *testing.T }
+
+func (w logWriter) Write(b []byte) (int, error) {
+	w.t.Log(strings.TrimSuffix(string(b), "\n"))
+	return len(b), nil
+}
+
+// await asks for the status until it is as wanted.
+func (s *side) await(what string, ok func(Status) bool) Status {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), patience)
+	defer cancel()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	var last Status
+	for {
+		if st, err := FetchStatus(ctx, s.opt.StatusSocket); err == nil {
+			if last = st; ok(st) {
+				return st
+			}
+		} else if !errors.Is(err, ErrNoDaemon) && ctx.Err() == nil {
+			s.t.Fatal(err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			s.t.Fatalf("%s: waited for %s, last status %+v", s.opt.Node, what, last)
+		}
+	}
+}
+
+func (s *side) replicating() Status {
+	s.t.Helper()
+	return s.await("replicating", func(st Status) bool { return st.State == "replicating" && st.Peer.Connected })
+}
+
+// sent lists what left from a mark on.
+func sent(f *fakePath, mark int) []string {
+	var out []string
+	for _, line := range f.since(mark) {
+		if strings.HasPrefix(line, "send ") {
+			out = append(out, line)
+		}
+	}
+	return out
+}
+
+func TestReplication(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.start()
+	if st := p.await("an answer", func(Status) bool { return true }); st.State != "start" || st.Peer.Connected {
+		t.Errorf("before the secondary is there: %+v", st)
+	}
+	s.start()
+	st := p.replicating()
+	s.replicating()
+	p.path.await(t, 0, "session 0", "session 1", "mode hold", "speak")
+	s.path.await(t, 0, "session 1", "mode run")
+
+	// Both hosts have the same keys, each its own way round.
+	a, b := p.path.session, s.path.session
+	if a.TxKey != b.RxKey || a.RxKey != b.TxKey || a.TxKey == a.RxKey || a.Digest != b.Digest || a.Epoch != b.Epoch {
+		t.Error("the sessions do not fit together")
+	}
+	if a.PeerMAC.String() != s.path.mac.String() || b.PeerMAC.String() != p.path.mac.String() {
+		t.Errorf("peer addresses %v, %v", a.PeerMAC, b.PeerMAC)
+	}
+	if st.VM != "web1" || st.Node != "alpha" || st.Role != "primary" || st.Epoch != 1 || st.Term != 1 || st.Peer.Node != "beta" || !st.Peer.Insecure {
+		t.Errorf("status %+v", st)
+	}
+	if st.Dropped["no_slot"] != 2 || len(st.Dropped) != 1 || st.Counters["held"] != 7 || st.Programs["ls_mirror"] != (ProgramStatus{"tap0", "tcx-egress"}) {
+		t.Errorf("counters %v, drops %v, programs %v", st.Counters, st.Dropped, st.Programs)
+	}
+
+	// What both say leaves, no sooner.
+	mark := p.path.mark()
+	p.path.pvm(1000, "hello")
+	p.await("a held frame", func(st Status) bool { return st.HeldPackets == 1 && st.HeldBytes == 5 && st.Connections == 1 })
+	if got := sent(p.path, mark); got != nil {
+		t.Errorf("left alone: %q", got)
+	}
+	p.path.svm(1, 1000, "hello")
+	p.path.await(t, mark, "send 1000+5")
+	p.await("a release", func(st Status) bool { return st.ReleasedPackets == 1 && st.HeldPackets == 0 })
+
+	flows, err := FetchFlows(t.Context(), p.opt.StatusSocket)
+	if err != nil || len(flows) != 1 {
+		t.Fatalf("flows: %+v, %v", flows, err)
+	}
+	if f := flows[0]; f.Guest != "10.0.0.2:80" || f.Remote != "10.0.0.9:40000" || f.Compared == nil || *f.Compared != 1005 || f.Offset != nil {
+		t.Errorf("flow %+v", f)
+	}
+	s.path.mu.Lock()
+	s.path.offsets[testTuple] = Offset{Seq: 77, State: "open", Last: s.path.Now()}
+	s.path.mu.Unlock()
+	flows, err = FetchFlows(t.Context(), s.opt.StatusSocket)
+	if err != nil || len(flows) != 1 || flows[0].Offset == nil || *flows[0].Offset != 77 || flows[0].State != "open" {
+		t.Errorf("flows on S: %+v, %v", flows, err)
+	}
+	if st := s.replicating(); st.Connections != 1 {
+		t.Errorf("S has %d connections, want 1", st.Connections)
+	}
+
+	// Without QMP a divergence is counted; nothing is frozen for it.
+	p.path.pvm(1005, "primary")
+	p.path.svm(1, 1005, "another")
+	st = p.await("a request", func(st Status) bool { return st.CheckpointsRequested == 1 })
+	if st.State != "replicating" || len(st.Causes) != 1 || st.Causes[0].Reason != "payload differs" || st.Causes[0].Flow != testTuple.String() {
+		t.Errorf("after a divergence: %+v", st)
+	}
+}
+
+// A divergence makes a checkpoint: what was held leaves, in order, what was
+// captured behind the commit point does not.
+func TestCheckpoint(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	p.path.pvm(1000, "same")
+	p.path.svm(1, 1000, "same")
+	p.path.await(t, 0, "send 1000+4")
+
+	// The guests go on talking while their checkpoint runs.
+	hold := make(chan struct{})
+	held := make(chan qmptest.Stage)
+	pair.SetHook(func(stage qmptest.Stage) bool {
+		held <- stage
+		<-hold
+		return true
+	})
+	pm, sm := p.path.mark(), s.path.mark()
+	p.path.pvm(1004, "primary")
+	p.path.svm(1, 1004, "another")
+	at := func(want qmptest.Stage, then func()) {
+		t.Helper()
+		if got := <-held; got != want {
+			t.Fatalf("stage %v, want %v", got, want)
+		}
+		then()
+		hold <- struct{}{}
+	}
+	at(qmptest.SecondaryStop, func() {
+		s.path.await(t, sm, "mode park")
+		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 501}})
+		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 502}})
+		p.path.pvm(1011, "more")
+		p.await("a held frame", func(st Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
+	})
+	at(qmptest.PrimaryStop, func() { s.path.await(t, sm, "epoch 2", "reset") })
+	at(qmptest.SecondaryResume, func() { p.path.await(t, pm, "epoch 2") })
+	at(qmptest.PrimaryResume, func() {
+		s.path.await(t, sm, "mode park", "epoch 2", "reset", "mode run", "deliver 501", "deliver 502")
+		// The SVM, a copy of the PVM now, is ahead (R17).
+		p.path.svm(2, 1015, "later")
+		if got := sent(p.path, pm); got != nil {
+			t.Errorf("before the commit: %q", got)
+		}
+	})
+	p.path.await(t, pm, "send 1004+7", "send 1011+4")
+	p.path.pvm(1015, "later")
+	p.path.await(t, pm, "send 1004+7", "send 1011+4", "send 1015+5")
+	st := p.replicating()
+	if st.Epoch != 2 || st.CheckpointsDone != 1 || st.CheckpointsRequested != 1 {
+		t.Errorf("status %+v", st)
+	}
+	if c := st.Checkpoints; len(c) != 1 || c[0].Result != "committed" || c[0].Cause != "payload differs" || c[0].Epoch != 2 ||
+		c[0].PVMPauseMS <= 0 || c[0].SVMPauseMS <= 0 || c[0].FrozenMS < c[0].PVMPauseMS {
+		t.Errorf("checkpoints %+v", c)
+	}
+	if st := s.replicating(); st.Epoch != 2 || st.CheckpointsDone != 1 {
+		t.Errorf("S: %+v", st)
+	}
+	if trace := s.path.since(sm); slices.Contains(trace, "mode shut") || slices.Index(trace, "reset") > slices.Index(trace, "mode run") {
+		t.Errorf("S: %q", trace)
+	}
+}
+
+// R14: a frame captured between STOP and RESUME belongs to no epoch for certain.
+func TestFrameInside(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	first := true
+	pair.SetHook(func(stage qmptest.Stage) bool {
+		if stage == qmptest.PrimaryResume && first {
+			first = false
+			// Far enough from STOP and RESUME that the clocks' noise does not matter.
+			pause(t)
+			p.path.pvm(1000, "while stopped")
+			p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+			pause(t)
+		}
+		return true
+	})
+	p.d.want(request{nic: -1, reason: "test"})
+	st := p.await("a second checkpoint", func(st Status) bool { return st.CheckpointsDone == 2 })
+	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "spoke while it was stopped") {
+		t.Errorf("second checkpoint %+v", last)
+	}
+}
+
+// pause lets the clock move by more than its noise.
+func pause(t *testing.T) {
+	t.Helper()
+	timer := time.NewTimer(5 * time.Duration(clockNoise))
+	<-timer.C
+}
+
+// R15: an operator's stop releases nothing, also not what both guests said.
+func TestUnaskedStop(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	mark := p.path.mark()
+	pair.Primary.Stop()
+	p.await("a freeze", func(st Status) bool { return st.State == "checkpointing" && st.QMP.State == "paused" })
+	p.path.pvm(1000, "same")
+	p.path.svm(1, 1000, "same")
+	p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+	if n := pair.Checkpoints(); n != 0 {
+		t.Errorf("%d checkpoints of a stopped guest", n)
+	}
+	if got := sent(p.path, mark); got != nil {
+		t.Errorf("left: %q", got)
+	}
+	pair.Primary.Resume()
+	st := p.await("our own checkpoint", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+	p.path.await(t, mark, "send 1000+4")
+	if st.Checkpoints[0].Cause != "the PVM stopped unasked" || st.CheckpointsRequested != 1 {
+		t.Errorf("status %+v", st)
+	}
+
+	// The same on S: it parks, and P freezes.
+	sm := s.path.mark()
+	pair.Secondary.Stop()
+	s.path.await(t, sm, "mode park")
+	s.await("void", func(st Status) bool { return st.State == "checkpointing" })
+	pair.Secondary.Resume()
+	p.await("a checkpoint", func(st Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
+	s.path.await(t, sm, "mode park", "mode run")
+}
+
+// The secondary dies and comes back, with whole tables and with fresh ones.
+func TestSecondaryRestart(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	p.path.pvm(1000, "same")
+	p.path.svm(1, 1000, "same")
+	p.path.await(t, 0, "send 1000+4")
+
+	mark := p.path.mark()
+	s.end()
+	st := p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	if st.State != "replicating" || st.Peer.Error == "" || st.Peer.Since.IsZero() {
+		t.Errorf("status %+v", st)
+	}
+	p.path.pvm(1004, "primary")
+	p.path.svm(1, 1004, "another")
+	p.await("a request", func(st Status) bool { return st.CheckpointsRequested == 1 })
+	if n := pair.Checkpoints(); n != 0 {
+		t.Errorf("%d checkpoints without a secondary", n)
+	}
+	if got := sent(p.path, mark); got != nil {
+		t.Errorf("left: %q", got)
+	}
+	s.start()
+	st = p.await("the checkpoint asked for", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+	if st.Term != 2 || !st.Peer.Connected {
+		t.Errorf("status %+v", st)
+	}
+	p.path.await(t, mark, "send 1004+7")
+
+	s.end()
+	s.opt.Fresh = true
+	s.start()
+	st = p.await("a checkpoint for fresh tables", func(st Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
+	if last := st.Checkpoints[len(st.Checkpoints)-1]; !strings.Contains(last.Cause, "not whole") || st.Term != 3 {
+		t.Errorf("status %+v", st)
+	}
+	s.path.await(t, 0, "session 3", "mode park", "reset", "mode run")
+}
+
+// The primary's daemon starts anew; its digest keys are new, its term is not.
+func TestPrimaryRestart(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	old := s.path.session
+	p.end()
+	s.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.start()
+	st := p.replicating()
+	s.path.await(t, 0, "session 2")
+	if st.Term != 2 || s.path.session.Digest == old.Digest || s.path.session.TxKey == old.TxKey {
+		t.Errorf("term %d, or keys kept", st.Term)
+	}
+	// What an earlier daemon's keys have digested is dropped.
+	seg := p.path.segment(1000, []byte("old"))
+	seg.At = 1
+	mark := p.path.mark()
+	p.path.put(compare.Event{Kind: compare.EvPVM, Seg: seg})
+	p.path.await(t, mark, "op 2 slot 1 void")
+}
+
+// A checkpoint that S cannot prepare, or that QEMU does not make, releases nothing
+// and is made later.
+func TestFailedAttempts(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+	s.path.mu.Lock()
+	s.path.drain = func(context.Context) error { return errors.New("3 frames in the tap") }
+	s.path.mu.Unlock()
+	sm, pm := s.path.mark(), p.path.mark()
+	p.path.pvm(1000, "held")
+	p.d.want(request{nic: -1, reason: "test"})
+	p.await("a failed attempt", func(st Status) bool {
+		return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
+	})
+	s.path.await(t, sm, "mode park", "mode run")
+
+	pair.Primary.SetFault(qmptest.Refuse, 0)
+	s.path.mu.Lock()
+	s.path.drain = nil
+	s.path.mu.Unlock()
+	p.await("a refused request", func(st Status) bool {
+		return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, "refused by the test") })
+	})
+	if got := sent(p.path, pm); got != nil {
+		t.Errorf("left: %q", got)
+	}
+	pair.Primary.SetFault(qmptest.None, 0)
+	p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 })
+	p.path.await(t, pm, "send 1000+4")
+}
+
+// COLO mode is over on one side: both guests stop and go on, nothing is committed.
+func TestNotInCOLO(t *testing.T) {
+	for _, who := range []string{"primary", "secondary"} {
+		t.Run(who, func(t *testing.T) {
+			pair := newPair(t)
+			p, s := hosts(t, pair)
+			p.start()
+			s.start()
+			p.replicating()
+			s.replicating()
+			qemu := map[string]*qmptest.Server{"primary": pair.Primary, "secondary": pair.Secondary}[who]
+			qemu.SetCOLO("none")
+			mark := p.path.mark()
+			p.path.pvm(1000, "held")
+			p.d.want(request{nic: -1, reason: "test"})
+			p.await("a failed attempt", func(st Status) bool {
+				return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
+			})
+			if st := p.await("doubt", func(st Status) bool { return st.State == "checkpointing" }); st.CheckpointsDone != 0 {
+				t.Errorf("committed: %+v", st)
+			}
+			if got := sent(p.path, mark); got != nil {
+				t.Errorf("left: %q", got)
+			}
+		})
+	}
+}
+
+// QMP fails in every way there is: the daemon says so, releases nothing meanwhile,
+// and gets well by a checkpoint.
+func TestQMPFaults(t *testing.T) {
+	for name, fault := range map[string]qmptest.Fault{
+		"silent": qmptest.Silent, "garbage": qmptest.Garbage, "huge": qmptest.Huge, "hang up": qmptest.HangUp,
+	} {
+		for _, who := range []string{"primary", "secondary"} {
+			t.Run(name+" "+who, func(t *testing.T) {
+				t.Parallel()
+				pair := newPair(t)
+				p, s := hosts(t, pair)
+				p.opt.qmpTimeout, s.opt.qmpTimeout = 500*time.Millisecond, 500*time.Millisecond
+				p.opt.qmpPoll, s.opt.qmpPoll = 10*time.Millisecond, 10*time.Millisecond
+				p.start()
+				s.start()
+				p.replicating()
+				s.replicating()
+				sick, qemu := p, pair.Primary
+				if who == "secondary" {
+					sick, qemu = s, pair.Secondary
+				}
+				mark := p.path.mark()
+				qemu.SetFault(fault, 0)
+				st := sick.await("a lost monitor", func(st Status) bool { return !st.QMP.Connected && st.QMP.Error != "" })
+				if !st.QMP.Configured {
+					t.Errorf("status %+v", st)
+				}
+				p.await("a freeze", func(st Status) bool { return st.State == "checkpointing" })
+				p.path.pvm(1000, "same")
+				p.path.svm(1, 1000, "same")
+				p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+				if got := sent(p.path, mark); got != nil {
+					t.Errorf("left: %q", got)
+				}
+				qemu.SetFault(qmptest.None, 0)
+				p.await("health", func(st Status) bool { return st.State == "replicating" && st.CheckpointsDone > 0 })
+				s.await("health", func(st Status) bool { return st.State == "replicating" && st.QMP.Connected })
+				p.path.await(t, mark, "send 1000+4")
+			})
+		}
+	}
+}
+
+// A QEMU dies half way through a checkpoint: frozen, whatever the other side does,
+// until one has been seen through.
+func TestHalfACheckpoint(t *testing.T) {
+	for stage := qmptest.PrimaryStop; stage <= qmptest.PrimaryResume; stage++ {
+		t.Run(stage.String(), func(t *testing.T) {
+			pair := newPair(t)
+			p, s := hosts(t, pair)
+			cfg := defaultCkptConfig()
+			cfg.stop, cfg.resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
+			p.opt.ckpt = &cfg
+			p.start()
+			s.start()
+			p.replicating()
+			s.replicating()
+			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
+			mark := p.path.mark()
+			p.path.pvm(1000, "held")
+			p.d.want(request{nic: -1, reason: "test"})
+			p.await("a failed attempt", func(st Status) bool {
+				return len(st.Checkpoints) > 0 && strings.Contains(st.Checkpoints[0].Result, "in time") && st.State == "checkpointing"
+			})
+			if got := sent(p.path, mark); got != nil {
+				t.Errorf("left: %q", got)
+			}
+			// It is got going again, by hand.
+			pair.SetHook(nil)
+			pair.Secondary.Resume()
+			pair.Primary.Resume()
+			p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+			p.path.await(t, mark, "send 1000+4")
+		})
+	}
+}
+
+func TestDataPathFails(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.start()
+	s.start()
+	p.replicating()
+	broken := errors.New("ring gone")
+	p.path.fail(broken)
+	if err := <-p.done; !errors.Is(err, broken) {
+		t.Errorf("ended with %v", err)
+	}
+	close(p.done)
+	if !p.path.closed {
+		t.Error("the data path stayed open")
+	}
+	if _, err := FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("status of a dead daemon: %v", err)
+	}
+}
+
+func TestStatusSocket(t *testing.T) {
+	p, _ := hosts(t, nil)
+	if _, err := FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("before the start: %v", err)
+	}
+	p.start()
+	p.await("an answer", func(Status) bool { return true })
+
+	// A second daemon leaves the first one's socket alone.
+	o := p.opt
+	o.Control = "127.0.0.1:0"
+	o.NICs = []DataPath{newFakePath(3)}
+	if err := Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), "already answers") {
+		t.Errorf("second daemon: %v", err)
+	}
+	p.await("an answer", func(Status) bool { return true })
+	p.end()
+
+	// A dead one's is replaced.
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: p.opt.StatusSocket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	if _, err := FetchFlows(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("dead socket: %v", err)
+	}
+	p.start()
+	p.await("an answer", func(Status) bool { return true })
+
+	for _, o := range []Options{
+		{},
+		{Role: "both", NICs: []DataPath{newFakePath(1)}},
+		{Role: RolePrimary},
+	} {
+		if err := Run(t.Context(), o); err == nil {
+			t.Errorf("options %+v are taken", o)
+		}
+	}
+}
