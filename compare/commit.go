@@ -147,18 +147,26 @@ func (p *Primary) commitConn(c *conn, at int64, out []leaving) []leaving {
 	c.s = p.inherit(c, at)
 	c.sSACK, c.sBlockN = sackSet{}, 0
 	fresh := c.synWait && !p.before(c.synAt, at) // opened in the new epoch
-	for i := range c.held.view() {
-		h := &c.held.view()[i]
-		if p.before(h.at, at) {
-			out = append(out, leaving{c: c, piece: *h})
-			continue
+	held := c.held.view()
+	young := 0
+	for _, h := range held {
+		switch {
+		case p.before(h.at, at):
+			out = append(out, leaving{c: c, piece: h})
+		case p.cfg.KeepYoung:
+			if !h.syn {
+				h.rest = p.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
+			}
+			held[young] = h
+			young++
+		default:
+			if h.fin {
+				c.pFIN = mark{}
+			}
+			p.freePiece(&h, ReasonYoung)
 		}
-		if h.fin {
-			c.pFIN = mark{}
-		}
-		p.freePiece(h, ReasonYoung)
 	}
-	c.held.reset()
+	c.held.remove(young, len(held))
 	if c.rstHeld && p.before(c.rst.at, at) {
 		out = append(out, leaving{c: c, piece: c.rst, rst: true})
 	} else {

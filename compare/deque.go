@@ -39,7 +39,9 @@ func (d *deque[T]) remove(i, j int) {
 	s := d.view()
 	n := i + copy(s[i:], s[j:])
 	clear(s[n:])
-	d.buf = d.buf[:d.head+n]
+	if d.buf = d.buf[:d.head+n]; n == 0 {
+		d.buf, d.head = d.buf[:0], 0
+	}
 }
 
 // reset empties d; a large buffer is given back.

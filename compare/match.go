@@ -227,7 +227,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 		}
 	case c.synSeen && c.inc == s.Seq && (!passive || c.synFlags&ACK == 0 || c.synAck == s.Ack):
 		return c // a repetition, or the answer in a simultaneous open
-	case !c.synSeen && c.hasInc && c.inc == s.Seq:
+	case !c.synSeen && c.pvmSeen && c.hasInc && c.inc == s.Seq:
 		p.drop(s.Slot, ReasonDuplicate)
 		return nil
 	case passive && c.synFlags&ACK != 0 && c.synAck == s.Ack && after(c.released, c.inc) && !c.closed():
@@ -283,9 +283,10 @@ func (p *Primary) svm(s *Segment) {
 	}
 	c := p.conns[s.Tuple]
 	if c == nil {
-		// Late ACKs and FINs of connections that are over come here too.
-		wanted := s.Len > 0 && s.Flags&(SYN|RST) == 0 || s.Flags&RST != 0 && s.Inherited
-		if wanted {
+		// The SVM may be the first to speak on a connection that came with a
+		// checkpoint. Late ACKs and FINs of connections that are over come here too,
+		// so it is forgotten soon if the PVM says nothing.
+		if s.Flags&SYN == 0 && (s.Flags&RST == 0 || s.Inherited) {
 			c = p.create(&s.Tuple)
 		}
 		if c == nil {

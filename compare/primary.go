@@ -21,6 +21,11 @@ type Config struct {
 	ConnPoints int // in one connection; 4096
 	MaxNext    int // records of the next epoch kept until its commit; 4096
 
+	// KeepYoung: held frames captured behind a commit point stay held and are
+	// compared with the SVM of the new epoch. Else they are dropped, and the guest
+	// repeats them.
+	KeepYoung bool
+
 	Epoch uint32 // the one to start in
 }
 

@@ -3,6 +3,8 @@
 package compare
 
 import (
+	"flag"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -10,8 +12,16 @@ import (
 	"pgregory.net/rapid"
 )
 
+func TestMain(m *testing.M) {
+	// A run takes a fraction of a millisecond; the command line may say otherwise.
+	if err := flag.Set("rapid.checks", "2000"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
 func genData(t *rapid.T) []byte {
-	n := rapid.SampledFrom([]int{0, 1, 300, 3000, 12000}).Draw(t, "stream length")
+	n := rapid.SampledFrom([]int{0, 1, 300, 12000, 60000}).Draw(t, "stream length")
 	b := make([]byte, n)
 	x := uint32(rapid.IntRange(1, 1<<20).Draw(t, "stream"))
 	for i := range b {
@@ -28,7 +38,7 @@ func TestSameStreamsLeave(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := newWorld(t, Config{Timeout: time.Hour}, genData(t))
 		w.open()
-		for range rapid.IntRange(0, 120).Draw(t, "acts") {
+		for range w.n(0, 120, "acts") {
 			w.act()
 		}
 		w.settle()
@@ -52,7 +62,7 @@ func TestDifferentStreamsDoNot(t *testing.T) {
 		at := rapid.IntRange(0, len(data)-1).Draw(t, "differs at")
 		w.svm.data[at] ^= byte(rapid.IntRange(1, 255).Draw(t, "by"))
 		w.open()
-		for range rapid.IntRange(0, 120).Draw(t, "acts") {
+		for range w.n(0, 120, "acts") {
 			w.act()
 		}
 		w.settle()
@@ -72,19 +82,19 @@ func TestDifferentStreamsDoNot(t *testing.T) {
 func TestCheckpoints(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		data := genData(t)
-		w := newWorld(t, Config{}, data)
+		w := newWorld(t, Config{KeepYoung: rapid.Bool().Draw(t, "keep young")}, data)
 		differ := func() {
-			for range rapid.IntRange(0, min(2, len(data))).Draw(t, "differences") {
-				w.svm.data[rapid.IntRange(0, len(data)-1).Draw(t, "differs at")] ^= 1
+			for range w.n(0, min(2, len(data)), "differences") {
+				w.svm.data[w.n(0, len(data)-1, "differs at")] ^= 1
 			}
 		}
 		differ()
 		w.open()
-		for range rapid.IntRange(0, 5).Draw(t, "turns") {
-			for range rapid.IntRange(0, 40).Draw(t, "acts") {
+		for range w.n(0, 5, "turns") {
+			for range w.n(0, 40, "acts") {
 				w.act()
 			}
-			switch rapid.IntRange(0, 5).Draw(t, "turn") {
+			switch w.n(0, 5, "turn") {
 			case 0:
 				w.restart()
 			case 1:
