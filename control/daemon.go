@@ -204,9 +204,13 @@ func New(o Options) (*Daemon, error) {
 }
 
 // Run runs a daemon until ctx ends, which is no error, or until it cannot go on.
+// It closes the data paths in any case.
 func Run(ctx context.Context, o Options) error {
 	d, err := New(o)
 	if err != nil {
+		for _, dp := range o.NICs {
+			err = errors.Join(err, dp.Close())
+		}
 		return err
 	}
 	return d.Run(ctx)

@@ -234,8 +234,8 @@ func (d *Daemon) joined(l *link, s *session) error {
 	}
 	d.link, d.term, d.epoch, d.peerAddr = l, s.Term, s.Epoch, l.conn.RemoteAddr().String()
 	d.follow(l, d.opt.link.silence)
+	l.send(message{Type: "ok"}) // before anything that the machine says
 	d.up(!s.Doubt)
-	l.send(message{Type: "ok"})
 	return nil
 }
 
