@@ -112,7 +112,7 @@ struct ls_gslot {
 enum ls_ev_type {
 	LS_EV_PVM = 1,	  /* struct ls_ev: the PVM said this (ls_pri_out) */
 	LS_EV_REC = 2,	  /* struct ls_ev_rec: an authentic peer frame */
-	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM said this, PVM numbering (ls_sec_out) */
+	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM said this, PVM numbering; wakes nobody */
 	LS_EV_PARK = 4,	  /* struct ls_ev: mirrored input parked in a slot (ls_sec_in) */
 	LS_EV_CLIENT = 5, /* struct ls_ev: SYN, FIN or RST from the remote passed the mirror */
 };

@@ -11,7 +11,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 	enum ls_reason why;
 	__u32 off;
 
-	if (!conf || !sc || conf->mode != LS_MODE_HOLD)
+	if (!conf || !sc || mode_of(conf) != LS_MODE_HOLD)
 		return count(LS_R_shut, skb, TCX_DROP);
 	if (!is_peer_frame(skb))
 		return count(LS_R_peer_junk, skb, TCX_DROP);
@@ -19,7 +19,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 	if (!keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 	why = rec_check(skb, sc, conf, keys, LS_DIR_S2P, &off);
-	if (why == LS_R_record_in && rec_tell(sc))
+	if (why == LS_R_record_in && rec_tell(sc, 0))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);
 }

@@ -5,6 +5,11 @@
  * Order: reserve the event, claim a slot, copy, mark it READY, submit. User space
  * gives a slot back by a compare-and-swap READY to FREE. Nothing waits: no event
  * or no slot means that the frame is not kept, and the caller drops and counts.
+ *
+ * A commit without flags wakes a reader only when it has read all before, so it is
+ * no use behind one with BPF_RB_NO_WAKEUP: then the reader sleeps on, and the ring
+ * fills up. Hence on P nothing is committed quietly, discarded events neither. On S
+ * copies are, all else forces the wake-up, and so does one copy in many.
  */
 #ifndef LS_HOLD_H
 #define LS_HOLD_H
@@ -14,7 +19,8 @@
 #include "maps.h"
 #include "parse.h"
 
-#define LS_PROBES 32 /* slots looked at before "none free" */
+#define LS_PROBES 32	 /* slots looked at before "none free" */
+#define LS_QUIET_MAX 128 /* copies without a wake-up; a GSO frame counts for 16 */
 #define LS_CHECKSUM_PARTIAL 3
 
 /* The few fields of the kernel's sk_buff that __sk_buff does not have. */
@@ -142,6 +148,16 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 	if (hdr > 0 && hdr <= LS_HDR_MAX && !bpf_skb_load_bytes(skb, 0, ev->hdr, hdr))
 		ev->hdr_len = hdr;
 	return ev;
+}
+
+/* How to submit a copy: user space needs it when the slots run out, or when P asks. */
+static __always_inline __u64 copy_wakeup(struct ls_scratch *sc, __u32 slot)
+{
+	sc->quiet += slot & LS_SLOT_GSO ? 16 : 1;
+	if (sc->quiet < LS_QUIET_MAX)
+		return BPF_RB_NO_WAKEUP;
+	sc->quiet = 0;
+	return BPF_RB_FORCE_WAKEUP;
 }
 
 #endif

@@ -282,6 +282,24 @@ func TestLiveTruncated(t *testing.T) {
 	l.empty(l.out)
 }
 
+// A frame longer than any slot: its padding makes it so.
+func TestLiveTooLong(t *testing.T) {
+	l := newLab(t)
+	k := l.kit()
+	k.setMode(hold)
+	l.attach(k.LsPriOut, l.tapLink, ebpf.AttachTCXIngress)
+	s := seg{seq: 1, flags: ack, payload: []byte("x")}
+	limit := int(bpf.LockstepLsConstLS_GSLOT_DATA)
+	s.padding = make([]byte, limit-55)
+	k.expect(counts{"held": 1}, func() { l.write(l.tap, vnet{}, flows["IPv4"].from(s)) })
+	if got := k.slot(one[*bpf.LockstepLsEv](k).Slot); len(got) != limit {
+		t.Errorf("%d bytes held, want %d", len(got), limit)
+	}
+	s.padding = append(s.padding, 0)
+	k.expect(counts{"too_long": 1}, func() { l.write(l.tap, vnet{}, flows["IPv4"].from(s)) })
+	k.none()
+}
+
 // An announcement leaves on the peer link, without the VLAN tag, which is in it.
 func TestLiveAnnounce(t *testing.T) {
 	l := newLab(t)

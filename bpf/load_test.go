@@ -4,7 +4,10 @@ package bpf_test
 
 import (
 	"fmt"
+	"strings"
 	"testing"
+
+	"github.com/cilium/ebpf"
 
 	"lockstep/bpf"
 )
@@ -24,6 +27,30 @@ func TestReasonNames(t *testing.T) {
 	}
 	if got := bpf.ReasonName(len(names)); got != fmt.Sprintf("reason_%d", len(names)) {
 		t.Errorf("ReasonName(%d) = %q", len(names), got)
+	}
+}
+
+// Names that the kernel would cut, and maps that bpftool could not show.
+func TestSpec(t *testing.T) {
+	spec, err := bpf.LoadLockstep()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range spec.Programs {
+		if len(name) > 15 || !strings.HasPrefix(name, "ls_") {
+			t.Errorf("program %s", name)
+		}
+	}
+	for name, m := range spec.Maps {
+		if name[0] == '.' {
+			continue
+		}
+		if len(name) > 15 || !strings.HasPrefix(name, "ls_") {
+			t.Errorf("map %s", name)
+		}
+		if m.Type != ebpf.RingBuf && (m.Key == nil || m.Value == nil) {
+			t.Errorf("map %s without types", name)
+		}
 	}
 }
 

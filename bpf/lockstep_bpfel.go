@@ -329,6 +329,8 @@ type LockstepLsScratch struct {
 		B   [4224]uint8
 	}
 	Cursor [2]uint32
+	Quiet  uint32
+	_      [4]byte
 }
 
 type LockstepLsSlot struct {

@@ -153,6 +153,7 @@ struct ls_scratch {
 	struct ls_digest digest;
 	struct ls_piece piece;
 	__u32 cursor[2]; /* where the search for a free slot, GSO slot goes on */
+	__u32 quiet;	 /* copies since user space was woken for one */
 };
 
 struct {
@@ -174,6 +175,12 @@ static __always_inline struct ls_conf *config(void)
 	__u32 key = 0;
 
 	return bpf_map_lookup_elem(&ls_conf, &key);
+}
+
+/* Read once: user space changes it at any moment. */
+static __always_inline __u32 mode_of(const struct ls_conf *conf)
+{
+	return *(const volatile __u32 *)&conf->mode;
 }
 
 /* R20: may a guest's frame leave at this moment? */

@@ -21,14 +21,16 @@ int ls_mirror(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
+	__u32 mode;
 
 	if (skb->mark == ls_mark_rel)
 		return count(LS_R_released, skb, bpf_redirect(ls_tap, BPF_F_INGRESS));
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
-	if (conf->mode == LS_MODE_SOLO)
+	mode = mode_of(conf);
+	if (mode == LS_MODE_SOLO)
 		return count(LS_R_passed, skb, TCX_NEXT);
-	if (conf->mode != LS_MODE_HOLD)
+	if (mode != LS_MODE_HOLD)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	/* Neither guest hears what user space could not be told. */

@@ -30,7 +30,7 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 	if (why == LS_R_held)
 		bpf_ringbuf_submit(ev, 0);
 	else
-		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+		bpf_ringbuf_discard(ev, 0);
 	return why;
 }
 
@@ -69,6 +69,7 @@ int ls_pri_out(struct __sk_buff *skb)
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
 	struct ls_keys *keys;
+	__u32 mode;
 
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
@@ -78,13 +79,14 @@ int ls_pri_out(struct __sk_buff *skb)
 		skb->mark = 0;
 		return count(LS_R_released_out, skb, TCX_NEXT);
 	}
-	if (conf->mode == LS_MODE_SOLO) {
+	mode = mode_of(conf);
+	if (mode == LS_MODE_SOLO) {
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		return count(LS_R_passed, skb, TCX_NEXT);
 	}
 	keys = keys_in_use(conf);
-	if (conf->mode != LS_MODE_HOLD || !keys)
+	if (mode != LS_MODE_HOLD || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	switch (parse(skb, &sc->p, 1)) {

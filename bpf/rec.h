@@ -64,7 +64,7 @@ static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls
 }
 
 /* Hands sc->rec to user space. */
-static __always_inline int rec_tell(struct ls_scratch *sc)
+static __always_inline int rec_tell(struct ls_scratch *sc, __u64 wakeup)
 {
 	const __u64 *from = (const __u64 *)&sc->rec;
 	struct ls_ev_rec *ev;
@@ -88,7 +88,7 @@ static __always_inline int rec_tell(struct ls_scratch *sc)
 	ev->type = LS_EV_REC;
 	ev->pad = 0;
 	ev->at = bpf_ktime_get_boot_ns();
-	bpf_ringbuf_submit(ev, 0);
+	bpf_ringbuf_submit(ev, wakeup);
 	return 0;
 }
 

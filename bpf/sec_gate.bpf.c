@@ -16,7 +16,7 @@ int ls_sec_gate(struct __sk_buff *skb)
 		skb->mark = 0;
 		return count(LS_R_let_in, skb, TCX_NEXT);
 	}
-	if (conf->mode != LS_MODE_SOLO)
+	if (mode_of(conf) != LS_MODE_SOLO)
 		return count(LS_R_gated, skb, TCX_DROP);
 
 	if (parse(skb, &sc->p, 0) == LS_TCP) {

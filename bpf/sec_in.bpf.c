@@ -66,7 +66,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 		return count(why, skb, TCX_DROP);
 	if (sc->rec.type == LS_REC_ANNOUNCE)
 		return sec_announce(skb, sc, conf, keys, off);
-	if (rec_tell(sc))
+	if (rec_tell(sc, BPF_RB_FORCE_WAKEUP))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);
 }
@@ -83,9 +83,9 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	why = slot_keep(skb, sc, &ev->slot);
 	if (why == LS_R_held) {
 		why = LS_R_parked;
-		bpf_ringbuf_submit(ev, 0);
+		bpf_ringbuf_submit(ev, BPF_RB_FORCE_WAKEUP);
 	} else {
-		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+		bpf_ringbuf_discard(ev, BPF_RB_FORCE_WAKEUP);
 	}
 	return count(why, skb, TCX_DROP);
 }
@@ -136,8 +136,12 @@ int ls_sec_in(struct __sk_buff *skb)
 	struct ls_conf *conf = config();
 	struct ls_keys *keys;
 	enum ls_reason why;
+	__u32 mode;
 
-	if (!conf || !sc || (conf->mode != LS_MODE_RUN && conf->mode != LS_MODE_PARK))
+	if (!conf || !sc)
+		return count(LS_R_shut, skb, TCX_DROP);
+	mode = mode_of(conf);
+	if (mode != LS_MODE_RUN && mode != LS_MODE_PARK)
 		return count(LS_R_shut, skb, TCX_DROP);
 	if (is_peer_frame(skb)) {
 		keys = keys_in_use(conf);
@@ -147,7 +151,7 @@ int ls_sec_in(struct __sk_buff *skb)
 	}
 	if (sec_is_host(skb, conf))
 		return count(LS_R_peer_junk, skb, TCX_DROP);
-	if (conf->mode == LS_MODE_PARK)
+	if (mode == LS_MODE_PARK)
 		return sec_park(skb, sc);
 	if (parse(skb, &sc->p, 0) == LS_TCP) {
 		why = sec_translate_in(skb, sc);

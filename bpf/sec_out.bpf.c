@@ -81,10 +81,10 @@ static __always_inline enum ls_reason sec_copy(struct __sk_buff *skb, struct ls_
 	if (inherited)
 		ev->flags |= LS_EV_INHERITED;
 	if (slot_keep(skb, sc, &ev->slot) != LS_R_held) {
-		bpf_ringbuf_discard(ev, BPF_RB_NO_WAKEUP);
+		bpf_ringbuf_discard(ev, BPF_RB_FORCE_WAKEUP);
 		return LS_R_copy_lost;
 	}
-	bpf_ringbuf_submit(ev, BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(ev, copy_wakeup(sc, ev->slot));
 	return LS_R_record_out;
 }
 
@@ -160,13 +160,15 @@ int ls_sec_out(struct __sk_buff *skb)
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
 	struct ls_keys *keys;
+	__u32 mode;
 
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
-	if (conf->mode == LS_MODE_SOLO)
+	mode = mode_of(conf);
+	if (mode == LS_MODE_SOLO)
 		return sec_solo(skb, sc, conf);
 	keys = keys_in_use(conf);
-	if (conf->mode != LS_MODE_RUN || !keys)
+	if (mode != LS_MODE_RUN || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	switch (parse(skb, &sc->p, 1)) {
