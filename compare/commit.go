@@ -135,6 +135,7 @@ func (p *Primary) commit(epoch uint32, at int64) {
 	next := p.next
 	p.next = nil
 	for i := range next {
+		p.eventNo++
 		p.svm(&next[i])
 	}
 }

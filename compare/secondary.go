@@ -78,7 +78,9 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 	case EvAsk:
 		s.answer(&ev.Seg)
 	case EvPark:
-		s.parked = append(s.parked, ev.Seg.Slot)
+		if ev.Seg.Slot != NoSlot {
+			s.parked = append(s.parked, ev.Seg.Slot)
+		}
 	case EvUnpark:
 		for _, slot := range s.parked {
 			s.stats.Delivered++
@@ -106,7 +108,7 @@ func (s *Secondary) keep(seg *Segment) {
 	}
 	start := seg.PayloadStart()
 	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot}
-	if f != nil && seg.Flags&ACK != 0 {
+	if f != nil && seg.ClientAck != 0 { // 0: the remote has said nothing yet
 		// Sorted by start, not by end: what is kept a little longer does no harm.
 		for f.byPos.len() > 0 && !after(f.byPos.view()[0].end, seg.ClientAck) {
 			s.free(f.byPos.view()[0], ReasonAcked)

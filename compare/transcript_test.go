@@ -61,7 +61,7 @@ func (x *transcript) config(c Config) {
 		x.out.Reset()
 	}
 	x.p = NewPrimary(c, x.keys)
-	x.p.mut = x.mut
+	x.p.mutate(x.mut)
 	x.s = NewSecondary(SecondaryConfig{}, x.keys)
 }
 

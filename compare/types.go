@@ -64,7 +64,7 @@ type Segment struct {
 	Inc       uint32 // incarnation: the PVM's ISN
 	Inherited bool   // the connection came with a checkpoint: Inc means nothing
 	Bounds    []Bound
-	ClientAck uint32 // copies: the remote's highest ACK known then
+	ClientAck uint32 // copies: the remote's highest ACK known then; 0: none
 	Epoch     uint32
 }
 
