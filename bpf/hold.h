@@ -47,26 +47,25 @@ static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
  */
 static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cursor, __u32 *index)
 {
-	__u32 at = *cursor;
+	__u32 start = *cursor;
 	struct ls_slot *s;
 
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < LS_PROBES; i++) {
-		__u32 key = at < n ? at : 0;
+	for (__u32 i = 0; i < LS_PROBES; i++) {
+		__u32 key = (start + i) % n;
 
-		at = key + 1;
 		s = bpf_map_lookup_elem(map, &key);
 		if (!s)
 			break;
 		if (s->state == LS_SLOT_FREE &&
 		    __sync_val_compare_and_swap(&s->state, LS_SLOT_FREE, LS_SLOT_FILLING) ==
 			    LS_SLOT_FREE) {
-			*cursor = at;
+			*cursor = key + 1;
 			*index = key;
 			return s;
 		}
 	}
-	*cursor = bpf_get_prandom_u32() % n;
+	*cursor = bpf_get_prandom_u32();
 	return NULL;
 }
 
