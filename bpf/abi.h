@@ -29,8 +29,9 @@ enum ls_const {
 	LS_HDR_MAX = 136, /* L2..L4 header bytes: 14 + 60 + 60, rounded up to words */
 	LS_OPTS_MAX = 40, /* TCP options: 60-byte header at most */
 	LS_BOUND_MAX = 48,
-	LS_REC_BASE = 160,   /* struct ls_rec without boundaries */
-	LS_REC_OFF_MAX = 96, /* highest ls_pre.off: 14 + 60 + 20, rounded up */
+	LS_REC_BASE = 160,     /* struct ls_rec without boundaries */
+	LS_LANE_USER = 0xffff, /* ls_rec.lane of frames that user space sends */
+	LS_REC_OFF_MAX = 96,   /* highest ls_pre.off: 14 + 60 + 20, rounded up */
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
@@ -131,7 +132,8 @@ struct ls_ev {
 	__u32 seq;    /* of the segment's first position (a SYN is one) */
 	__u32 paylen; /* payload bytes */
 	__u32 ack;
-	__u32 cli_ack; /* LS_EV_COPY: highest ack seen from the remote, PVM numbering */
+	__u32 cli_ack; /* LS_EV_COPY: highest ack of the remote, PVM numbering; unknown: seq - 2^30
+			*/
 	__u16 win;
 	__u8 tcp_flags;	     /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
 	__u8 flags;	     /* LS_EV_* */
@@ -183,7 +185,7 @@ struct ls_rec {
 	__u8 dir;
 	__u8 flags;
 	__u16 len;     /* LS_REC_BASE + nsum * 16 */
-	__u16 lane;    /* sender's lane (one per CPU, the top one for user space) */
+	__u16 lane;    /* the sender's CPU, or LS_LANE_USER */
 	__u64 lane_no; /* 1, 2, 3 ... per lane, session and term */
 	__u32 term;
 	__u32 epoch;

@@ -62,6 +62,7 @@ const (
 	LockstepLsConstLS_OPTS_MAX      LockstepLsConst = 40
 	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 48
 	LockstepLsConstLS_REC_BASE      LockstepLsConst = 160
+	LockstepLsConstLS_LANE_USER     LockstepLsConst = 65535
 	LockstepLsConstLS_REC_OFF_MAX   LockstepLsConst = 96
 	LockstepLsConstLS_SLOT_DATA     LockstepLsConst = 1984
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568

@@ -8,8 +8,6 @@
 #include "parse.h"
 #include "siphash.h"
 
-#define LS_REC_TAG 8 /* bytes of struct ls_rec in front of what the tag covers */
-
 static __always_inline int is_peer_frame(struct __sk_buff *skb)
 {
 	return skb->protocol == bpf_htons(LS_ETHERTYPE);

@@ -22,7 +22,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	struct ls_conn *conn;
 	struct ls_half *h;
 
-	/* Without an ack known: nothing within half the sequence space is acked. */
+	/* No ack known: taken for one so old that it acks nothing that is kept. */
 	*cli_ack = p->seq - LS_ACK_SPAN;
 	__builtin_memset(o, 0, sizeof(*o));
 	if ((p->flags & (LS_RST | LS_ACK)) == (LS_RST | LS_ACK) && !p->seq)
