@@ -80,7 +80,7 @@ func TestSumsAdd(t *testing.T) {
 // and flipping it in the same word of two blocks with (s+1)·2^-s. With s = 33,
 // which is no weakening, these are the 2^-33 and 34·2^-33 of the doc.
 func TestCollisionShape(t *testing.T) {
-	const s, trials = 6, 400_000
+	const s, trials = 4, 60_000
 	src := rand.NewChaCha8([32]byte{7})
 	r := rand.New(src)
 	k := new(Keys)
