@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+)
+
+// vxlanOverhead is what VXLAN adds to a guest's frame: outer Ethernet (not
+// counted in the underlay's MTU), IP, UDP, VXLAN, and the inner Ethernet header.
+const (
+	vxlanOverhead4 = 20 + 8 + 8 + 14
+	vxlanOverhead6 = 40 + 8 + 8 + 14
+)
+
+// VXLAN describes a peer device that lockstep makes itself.
+type VXLAN struct {
+	Name          string
+	ID            int
+	Port          int
+	Local, Remote net.IP
+	Underlay      string
+	GuestMTU      int // bytes of IP packet the guest's NIC may send
+}
+
+// EnsureVXLAN makes the device, or takes an existing one that is exactly as
+// wanted, and returns its name.
+func EnsureVXLAN(v VXLAN) (string, error) {
+	under, err := netlink.LinkByName(v.Underlay)
+	if err != nil {
+		return "", fmt.Errorf("vxlan underlay %s: %w", v.Underlay, err)
+	}
+	overhead := vxlanOverhead4
+	if v.Local.To4() == nil {
+		overhead = vxlanOverhead6
+	}
+	if mtu := under.Attrs().MTU; mtu < v.GuestMTU+overhead {
+		return "", fmt.Errorf("vxlan underlay %s has MTU %d, a guest MTU of %d needs %d: ip link set %s mtu %d",
+			v.Underlay, mtu, v.GuestMTU, v.GuestMTU+overhead, v.Underlay, v.GuestMTU+overhead)
+	}
+	want := &netlink.Vxlan{
+		LinkAttrs:    netlink.LinkAttrs{Name: v.Name, MTU: v.GuestMTU},
+		VxlanId:      v.ID,
+		VtepDevIndex: under.Attrs().Index,
+		SrcAddr:      v.Local,
+		Group:        v.Remote,
+		Port:         v.Port,
+		Learning:     false,
+	}
+	if old, err := netlink.LinkByName(v.Name); err == nil {
+		x, ok := old.(*netlink.Vxlan)
+		if !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !x.Group.Equal(v.Remote) || x.VtepDevIndex != want.VtepDevIndex {
+			return "", fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", v.Name, v.Name)
+		}
+		return v.Name, nil
+	}
+	if err := netlink.LinkAdd(want); err != nil {
+		return "", fmt.Errorf("create vxlan %s: %w", v.Name, err)
+	}
+	return v.Name, nil
+}
+
+// RemoveVXLAN removes a device EnsureVXLAN made; none is no error.
+func RemoveVXLAN(name string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			return nil
+		}
+		return fmt.Errorf("remove vxlan %s: %w", name, err)
+	}
+	if err := netlink.LinkDel(l); err != nil {
+		return fmt.Errorf("remove vxlan %s: %w", name, err)
+	}
+	return nil
+}
+
+// preparePeer makes a device fit to be a peer link: everything on it is the
+// other host's, so it takes frames for any address and this host's own stack
+// stays silent on it (its neighbour discovery would reach the SVM as if a
+// client had sent it).
+func preparePeer(l netlink.Link) error {
+	name := l.Attrs().Name
+	// The device may come without IPv6; then there is nothing to silence.
+	sysctl := filepath.Join("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+	if err := os.WriteFile(sysctl, []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("peer device %s: %w", name, err)
+	}
+	if err := netlink.SetPromiscOn(l); err != nil {
+		return fmt.Errorf("peer device %s: set promiscuous: %w", name, err)
+	}
+	if err := netlink.LinkSetARPOff(l); err != nil {
+		return fmt.Errorf("peer device %s: switch ARP off: %w", name, err)
+	}
+	if err := netlink.LinkSetUp(l); err != nil {
+		return fmt.Errorf("peer device %s: set up: %w", name, err)
+	}
+	return nil
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// sendBuffer lets a burst of GSO frames queue in the kernel; what does not fit
+// is a lost frame that the guest sends again.
+const sendBuffer = 64 << 20
+
+// packetConn sends frames on one device, each with a virtio-net header, by
+// sendmmsg.
+type packetConn struct {
+	fd   int
+	msgs []mmsghdr
+	iovs [][2]unix.Iovec
+}
+
+type mmsghdr struct {
+	hdr unix.Msghdr
+	len uint32
+	_   [4]byte
+}
+
+// newPacketConn opens a socket that sends to the device with the given mark
+// (0: none).
+func newPacketConn(ifindex int, mark uint32) (*packetConn, error) {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("packet socket: %w", err)
+	}
+	set := func(level, opt, val int) {
+		if err == nil {
+			err = unix.SetsockoptInt(fd, level, opt, val)
+		}
+	}
+	set(unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1)
+	set(unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sendBuffer)
+	if mark != 0 {
+		set(unix.SOL_SOCKET, unix.SO_MARK, int(mark))
+	}
+	if err == nil {
+		// Protocol 0: the socket receives nothing.
+		err = unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: ifindex})
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("packet socket on device %d: %w", ifindex, err)
+	}
+	return &packetConn{fd: fd}, nil
+}
+
+// queue adds a frame: head holds the virtio-net header and the first bytes,
+// tail (may be empty) the rest. Both must stay unchanged until flush.
+func (c *packetConn) queue(head, tail []byte) {
+	iov := [2]unix.Iovec{{Base: unsafe.SliceData(head)}, {Base: unsafe.SliceData(tail)}}
+	iov[0].SetLen(len(head))
+	iov[1].SetLen(len(tail))
+	c.iovs = append(c.iovs, iov)
+}
+
+// flush sends what was queued, in order, and returns how many frames the
+// kernel refused. A refused frame is lost, the ones behind it are still sent.
+func (c *packetConn) flush() (lost int, err error) {
+	c.msgs = c.msgs[:0]
+	for i := range c.iovs {
+		var m mmsghdr
+		m.hdr.Iov = &c.iovs[i][0]
+		m.hdr.Iovlen = 1
+		if c.iovs[i][1].Len != 0 {
+			m.hdr.Iovlen = 2
+		}
+		c.msgs = append(c.msgs, m)
+	}
+	for rest := c.msgs; len(rest) > 0; {
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(c.fd), uintptr(unsafe.Pointer(&rest[0])), uintptr(len(rest)), unix.MSG_DONTWAIT, 0, 0)
+		switch {
+		case errno == unix.EINTR:
+		case errno != 0:
+			lost++
+			err = errors.Join(err, fmt.Errorf("send frame: %w", errno))
+			rest = rest[1:]
+		default:
+			rest = rest[n:]
+		}
+	}
+	clear(c.iovs)
+	clear(c.msgs)
+	c.iovs = c.iovs[:0]
+	return lost, err
+}
+
+func (c *packetConn) close() error { return unix.Close(c.fd) }

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pins live in pinDir/vm/node/nicN: the maps by name, the links as
+// "link_" + program name. A NIC's folder is filled beside its place and
+// renamed into it, so that a folder that exists is whole.
+
+func nodeDir(pinDir, vm, node string) string { return filepath.Join(pinDir, vm, node) }
+
+func nicDir(pinDir, vm, node string, nic int) string {
+	return filepath.Join(nodeDir(pinDir, vm, node), fmt.Sprintf("nic%d", nic))
+}
+
+// CheckBPFFS makes sure that pins made under pinDir outlive this process: the
+// folder must lie on a bpffs that the init process sees too.
+func CheckBPFFS(pinDir string) error {
+	dir := pinDir
+	for {
+		if _, err := os.Stat(dir); err == nil {
+			break
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("pin_dir %s: %w", pinDir, err)
+		}
+		dir = filepath.Dir(dir)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("pin_dir %s: statfs %s: %w", pinDir, dir, err)
+	}
+	if st.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("pin_dir %s: %s is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf", pinDir, dir)
+	}
+	var s unix.Stat_t
+	if err := unix.Stat(dir, &s); err != nil {
+		return fmt.Errorf("pin_dir %s: stat %s: %w", pinDir, dir, err)
+	}
+	dev := fmt.Sprintf("%d:%d", unix.Major(s.Dev), unix.Minor(s.Dev))
+	f, err := os.Open("/proc/1/mountinfo")
+	if err != nil {
+		// In a PID namespace without a visible init there is nothing to compare with.
+		return nil
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		if fields := strings.Fields(sc.Text()); len(fields) > 2 && fields[2] == dev {
+			return nil
+		}
+	}
+	return fmt.Errorf("pin_dir %s: this bpffs is private to the daemon's mount namespace, its pins would vanish with the process "+
+		"(`ip netns exec` does that); start the daemon with `nsenter --net=...`, or mount a bpffs in a shared mount", pinDir)
+}
+
+// Lock takes the node's lock, held by a daemon as long as it lives.
+func Lock(pinDir, vm, node string) (release func(), err error) {
+	dir := nodeDir(pinDir, vm, node)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create pin folder: %w", err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open pin folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrLocked
+		}
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// ErrLocked says that a daemon of this VM and node lives.
+var ErrLocked = errors.New("a lockstep daemon of this VM and node is running")
+
+// removePins removes everything below dir, and dir. Removing a pinned link
+// detaches its program.
+func removePins(dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
