@@ -8,7 +8,6 @@ import (
 	"lockstep/compare"
 )
 
-// header is a frame's bytes before the TCP header, with the offset of L3.
 const (
 	ethLen      = 14
 	ip4CsumOff  = 10
@@ -28,19 +27,18 @@ const (
 
 // buildHeader writes the virtio-net header and the frame's headers up to the
 // payload into dst and returns what it used. l2l3 is the original Ethernet and
-// IP header; the TCP fields come from e, ports from tcp (the original TCP
-// header's first four bytes); payload bytes of payLen follow behind it in the
+// IP header, tci the VLAN tag (0: none); the TCP fields come from e; payload bytes of payLen follow behind it in the
 // caller's iovec. The checksum is left to the device (partial): the bytes were
 // compared with the SVM's, so there is no old checksum worth keeping.
-func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, payLen int, gso uint16) ([]byte, bool) {
+func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tci uint16, payLen int, gso uint16) ([]byte, bool) {
 	if len(l2l3) < ethLen+minIPHeader || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
 		return nil, false
 	}
 	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
 	dst = append(dst, l2l3[:12]...)
-	if e.Tuple.VLAN != 0 {
+	if tci != 0 {
 		dst = binary.BigEndian.AppendUint16(dst, vlanTag)
-		dst = binary.BigEndian.AppendUint16(dst, e.Tuple.VLAN)
+		dst = binary.BigEndian.AppendUint16(dst, tci)
 	}
 	dst = append(dst, l2l3[12:ethLen]...)
 	l3 := len(dst)

@@ -71,7 +71,6 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		VM: c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
 		QMP:     o.self.QMP,
-		Fresh:   true,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 		},
@@ -98,7 +97,7 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 			return c.Refuse(nicKey(o.self, n.index), err.Error(), "")
 		}
 		opt.NICs = append(opt.NICs, dp)
-		opt.Fresh = opt.Fresh && fresh
+		opt.Fresh = opt.Fresh || fresh // one NIC's lost tables are the pair's
 	}
 	return e.control(ctx, opt) // closes the NICs
 }

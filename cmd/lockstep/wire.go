@@ -3,20 +3,39 @@
 package main
 
 import (
-	"errors"
 	"net"
 
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/loader"
 )
 
-var errNoLoader = errors.New("this build has no kernel half")
-
 var realKernel = kernel{
-	checkBPFFS:  func(string) error { return errNoLoader },
-	lock:        func(string, string, string) (func(), error) { return nil, errNoLoader },
-	device:      net.InterfaceByName,
-	ensureVXLAN: func(*config.VXLAN, int) (string, error) { return "", errNoLoader },
-	open:        func(nicOptions) (control.DataPath, bool, error) { return nil, false, errNoLoader },
-	unload:      func(string, string, string, bool) error { return errNoLoader },
+	checkBPFFS: loader.CheckBPFFS,
+	lock:       loader.Lock,
+	device:     net.InterfaceByName,
+	ensureVXLAN: func(v *config.VXLAN, guestMTU int) (string, error) {
+		return loader.EnsureVXLAN(loader.VXLAN{
+			Name: v.Device(), ID: int(v.ID), Port: int(v.Port),
+			Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
+			Underlay: v.Underlay, GuestMTU: guestMTU,
+		})
+	},
+	open: func(o nicOptions) (control.DataPath, bool, error) {
+		role := loader.Secondary
+		if o.primary {
+			role = loader.Primary
+		}
+		n, err := loader.Open(loader.Options{
+			PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
+			Tap: o.tap, PeerDevice: o.peer,
+			MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
+			Log: o.log,
+		})
+		if err != nil {
+			return nil, false, err // not n: a nil *NIC in an interface is not nil
+		}
+		return n, n.Fresh(), nil // false: tables found pinned (R23)
+	},
+	unload: loader.Unload,
 }

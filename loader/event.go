@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"encoding/binary"
+	"unsafe"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+)
+
+const (
+	evSize  = int(unsafe.Sizeof(bpf.LockstepLsEv{}))
+	recBase = int(unsafe.Offsetof(bpf.LockstepLsEvRec{}.Rec)) + int(bpf.LockstepLsConstLS_REC_BASE)
+)
+
+// event turns ring record i, size bytes long, into an event. It reports whether
+// the record made sense; the slot of one that did not is freed.
+func (n *NIC) event(i, size int, evs []compare.Event) ([]compare.Event, bool) {
+	p := unsafe.Pointer(&n.samples[i])
+	switch typ := bpf.LockstepLsEvType(n.samples[i][0]); {
+	case typ == bpf.LockstepLsEvTypeLS_EV_REC && size >= recBase:
+		return n.record(i, (*bpf.LockstepLsEvRec)(p), evs)
+	case typ != bpf.LockstepLsEvTypeLS_EV_REC && size >= evSize:
+		return n.frameEvent(typ, (*bpf.LockstepLsEv)(p), evs)
+	}
+	return evs, false
+}
+
+// record takes an authentic peer frame.
+func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]compare.Event, bool) {
+	r := &ev.Rec
+	if int(r.Optlen) > len(r.Opts) || int(r.Nsum) > len(r.Bound) {
+		return evs, false
+	}
+	e := compare.Event{Seg: compare.Segment{
+		Tuple: fromTuple(&r.T),
+		Seq:   r.Seq, Ack: r.Ack, Win: r.Win, Flags: compare.Flags(r.TcpFlags), Opts: r.Opts[:r.Optlen],
+		Sum: r.Sum, Slot: compare.NoSlot, Inc: r.Inc, Inherited: r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) != 0,
+		Epoch: r.Epoch, At: int64(ev.At),
+	}}
+	s := &e.Seg
+	s.Len = r.End - r.Seq
+	switch bpf.LockstepLsRecType(r.Type) {
+	case bpf.LockstepLsRecTypeLS_REC_DATA:
+		e.Kind = compare.EvSVM
+		for _, f := range []compare.Flags{compare.SYN, compare.FIN} {
+			if s.Flags&f != 0 {
+				s.Len--
+			}
+		}
+		bounds := n.bounds[i][:0]
+		for b := range r.Bound[:r.Nsum] {
+			bounds = append(bounds, compare.Bound{Pos: s.PayloadStart() + uint32(b+1)*r.Stride, Sum: r.Bound[b]})
+		}
+		n.bounds[i] = bounds
+		s.Bounds = bounds
+	case bpf.LockstepLsRecTypeLS_REC_ANSWER:
+		e.Kind = compare.EvAnswer
+	case bpf.LockstepLsRecTypeLS_REC_ASK:
+		e.Kind = compare.EvAsk
+	default:
+		return evs, false
+	}
+	return append(evs, e), true
+}
+
+// frameEvent takes an event about a frame of the guest or for it.
+func (n *NIC) frameEvent(typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
+	slot := compare.Slot(ev.Slot)
+	hdr := ev.Hdr[:min(int(ev.HdrLen), len(ev.Hdr))]
+	ok := true
+	if slot != compare.NoSlot {
+		m := frameMeta{
+			l4: uint32(ev.L4Off), pay: uint32(ev.PayOff), paylen: ev.Paylen, gso: ev.GsoSize, tci: ev.Tci,
+			partial: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_PARTIAL) != 0, csumStart: ev.CsumStart, csumOff: ev.CsumOffset,
+		}
+		ok = uint64(m.pay)+uint64(m.paylen) <= uint64(len(n.slots.data(slot)))
+		n.meta[slot] = m
+	}
+	e := compare.Event{Seg: compare.Segment{
+		Tuple: fromTuple(&ev.T),
+		Seq:   ev.Seq, Len: ev.Paylen, Ack: ev.Ack, Win: ev.Win, Flags: compare.Flags(ev.TcpFlags),
+		Sum: ev.Sum, Slot: slot, GSO: ev.GsoSize, At: int64(ev.At),
+		Inc: ev.Inc, Inherited: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED) != 0, ClientAck: ev.CliAck,
+	}}
+	s := &e.Seg
+	if l4 := int(ev.L4Off); l4 >= ethLen && l4+tcpHdrLen <= len(hdr) {
+		s.Header = hdr[:l4]
+		if pay := int(ev.PayOff); pay >= l4+tcpHdrLen && pay <= len(hdr) {
+			s.Opts = hdr[l4+tcpHdrLen : pay]
+		}
+	}
+	switch typ {
+	case bpf.LockstepLsEvTypeLS_EV_PVM:
+		e.Kind = compare.EvPVM
+		ok = ok && s.Header != nil
+	case bpf.LockstepLsEvTypeLS_EV_COPY:
+		e.Kind = compare.EvCopy
+	case bpf.LockstepLsEvTypeLS_EV_PARK:
+		e.Kind = compare.EvPark
+	case bpf.LockstepLsEvTypeLS_EV_CLIENT:
+		e.Kind = compare.EvClient
+	default:
+		ok = false
+	}
+	if !ok {
+		if slot != compare.NoSlot {
+			delete(n.meta, slot)
+			n.slots.free(slot)
+		}
+		return evs, false
+	}
+	if slot != compare.NoSlot && typ != bpf.LockstepLsEvTypeLS_EV_PARK {
+		s.Payload = n.slots.data(slot)[ev.PayOff:][:ev.Paylen:ev.Paylen]
+	}
+	return append(evs, e), true
+}
+
+// rawHeader writes the virtio-net header of a frame as it was captured, its
+// MAC addresses and its VLAN tag; data[12:] follows.
+func rawHeader(dst, data []byte, m *frameMeta) []byte {
+	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
+	dst = append(dst, data[:12]...)
+	tag := uint16(0)
+	if m.tci != 0 {
+		dst = binary.BigEndian.AppendUint16(dst, vlanTag)
+		dst = binary.BigEndian.AppendUint16(dst, m.tci)
+		tag = 4
+	}
+	vh := dst[:vnetHdrLen]
+	if m.partial {
+		vh[0] = vnetCsum
+		binary.LittleEndian.PutUint16(vh[6:], m.csumStart+tag)
+		binary.LittleEndian.PutUint16(vh[8:], m.csumOff)
+	}
+	if m.gso != 0 && m.partial {
+		vh[1] = gsoTCPv6
+		if binary.BigEndian.Uint16(data[12:]) == ethIPv4 {
+			vh[1] = gsoTCPv4
+		}
+		binary.LittleEndian.PutUint16(vh[2:], uint16(m.pay)+tag)
+		binary.LittleEndian.PutUint16(vh[4:], m.gso)
+	}
+	return dst
+}
