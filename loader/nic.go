@@ -231,7 +231,7 @@ func (n *NIC) load(o Options) error {
 }
 
 func (n *NIC) attach(role Role, dir string) error {
-	staging := dir + ".new"
+	staging := dir + "-new"
 	if err := removePins(staging); err != nil {
 		return err
 	}

@@ -18,7 +18,12 @@ import (
 // "link_" + program name. A NIC's folder is filled beside its place and
 // renamed into it, so that a folder that exists is whole.
 
-func nodeDir(pinDir, vm, node string) string { return filepath.Join(pinDir, vm, node) }
+// bpffs refuses names with a dot.
+var pinName = strings.NewReplacer("%", "%25", ".", "%2e")
+
+func nodeDir(pinDir, vm, node string) string {
+	return filepath.Join(pinDir, pinName.Replace(vm), pinName.Replace(node))
+}
 
 func nicDir(pinDir, vm, node string, nic int) string {
 	return filepath.Join(nodeDir(pinDir, vm, node), fmt.Sprintf("nic%d", nic))
