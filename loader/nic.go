@@ -616,6 +616,9 @@ func (n *NIC) head() []byte {
 // send queues a frame in the PVM's name. What cannot be built is counted as
 // lost: the guests send it again.
 func (n *NIC) send(e *compare.Effect) {
+	if e.Free && e.Slot != compare.NoSlot {
+		n.frees = append(n.frees, e.Slot)
+	}
 	l2l3, payload := e.Header[:e.HdrLen], []byte(nil)
 	ports := binary.BigEndian.AppendUint16(nil, e.Tuple.GuestPort)
 	ports = binary.BigEndian.AppendUint16(ports, e.Tuple.RemotePort)
@@ -638,9 +641,6 @@ func (n *NIC) send(e *compare.Effect) {
 		n.lost.tap.Add(1)
 	} else {
 		n.toTap.queue(head, payload)
-	}
-	if e.Free && e.Slot != compare.NoSlot {
-		n.frees = append(n.frees, e.Slot)
 	}
 }
 
