@@ -116,7 +116,7 @@ type Flow struct {
 // into a slot, or was a message. Any other counts as a drop, a new one too.
 var notDrops = map[string]bool{
 	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
-	"record_in": true, "record_out": true, "delivered": true, "parked": true,
+	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
 }
 
 // Status gathers what the daemon knows.

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+// The test binary is also lockstep itself and the guests' service, told apart
+// by this variable.
+const actAs = "LOCKSTEP_TEST_ACT_AS"
+
+func TestMain(m *testing.M) {
+	switch as := os.Getenv(actAs); {
+	case as == "lockstep":
+		main()
+	case strings.HasPrefix(as, "guest"):
+		serveGuest(as)
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// Ports of the guests' service.
+const (
+	portEcho   = "7000" // what comes goes back
+	portSource = "7001" // "N\n": N bytes of pattern, then FIN
+	portSink   = "7002" // counts until FIN, answers "OK N\n"
+	portDiffer = "7003" // a line: a line that differs between the guests
+	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
+)
+
+// serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
+func serveGuest(as string) {
+	svm := as == "guest svm"
+	for port, f := range map[string]func(*net.TCPConn){
+		portEcho: func(c *net.TCPConn) { io.Copy(onlyWriter{c}, onlyReader{c}) },
+		portSource: func(c *net.TCPConn) {
+			var n int64
+			if _, err := fmt.Fscanln(c, &n); err == nil {
+				io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, n))
+			}
+		},
+		portSink: func(c *net.TCPConn) {
+			n, _ := io.Copy(io.Discard, c)
+			fmt.Fprintf(c, "OK %d\n", n)
+		},
+		portDiffer: func(c *net.TCPConn) {
+			for r := bufio.NewScanner(c); r.Scan(); {
+				fmt.Fprintln(c, "answer of", as)
+			}
+		},
+		portCut: func(c *net.TCPConn) {
+			var p, s, n int
+			for {
+				if _, err := fmt.Fscanf(c, "%d,%d %d\n", &p, &s, &n); err != nil {
+					return
+				}
+				cut := p
+				if svm {
+					cut = s
+				}
+				b := make([]byte, n)
+				(&pattern{}).Read(b)
+				for ; len(b) > 0; b = b[min(cut, len(b)):] {
+					c.Write(b[:min(cut, len(b))])
+				}
+			}
+		},
+	} {
+		l, err := net.Listen("tcp", ":"+port)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					f(c.(*net.TCPConn))
+				}()
+			}
+		}()
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin) // until the test closes it
+}
+
+// Hide the splice paths, whose segmentation is the kernel's.
+type onlyReader struct{ io.Reader }
+type onlyWriter struct{ io.Writer }
+
+// pattern is an endless stream in which no two places nearby look alike.
+type pattern struct{ pos uint64 }
+
+func (p *pattern) Read(b []byte) (int, error) {
+	for i := range b {
+		x := (p.pos >> 3) * 0x9e3779b97f4a7c15
+		b[i] = byte(x >> (8 * (p.pos & 7)))
+		p.pos++
+	}
+	return len(b), nil
+}
+
+// pair is two daemons over a World.
+type pair struct {
+	*lt.World
+	t      *testing.T
+	config string
+	procs  map[string]*exec.Cmd
+}
+
+// newPair makes a world, starts the guests' services and both daemons and waits
+// until they replicate. qmp gives the nodes' QMP sockets, if any.
+func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
+			t.Fatal("needs root for namespaces and programs")
+		}
+		t.Skip("needs root for namespaces and programs")
+	}
+	w := lt.NewWorld(t, peer)
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd)}
+	peerOf := func(name, local, remote string) string {
+		if peer == lt.Veth {
+			return "{device: peer" + name + "}"
+		}
+		return fmt.Sprintf("{vxlan: {id: 77, port: 4790, local: %s, remote: %s, underlay: under%s}}", local, remote, name)
+	}
+	qmp := func(path string) string {
+		if path == "" {
+			return ""
+		}
+		return ", qmp: " + path
+	}
+	yaml := fmt.Sprintf(`vm: web1
+nodes:
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: %s}]%s}
+  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: %s}]%s}
+tls: {insecure: true}
+pin_dir: bpf/lockstep
+run_dir: run
+%s
+`, peerOf("P", "198.51.100.1", "198.51.100.2"), qmp(qmpP), peerOf("S", "198.51.100.2", "198.51.100.1"), qmp(qmpS), extra)
+	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.serve("pvm", w.PVM)
+	p.serve("svm", w.SVM)
+	p.daemon("alpha", w.HostP, "primary")
+	p.daemon("beta", w.HostS, "secondary")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	return p
+}
+
+func (p *pair) self() string {
+	exe, err := os.Executable()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return exe
+}
+
+func (p *pair) serve(who, ns string) {
+	p.t.Helper()
+	cmd := lt.Command(ns, p.self())
+	cmd.Env = append(os.Environ(), actAs+"=guest "+who)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.procs[who] = cmd
+	p.t.Cleanup(func() {
+		in.Close()
+		cmd.Wait() // it may have been killed by the test
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+		p.t.Fatalf("service of the %s: %q, %v", who, line, err)
+	}
+}
+
+func (p *pair) lockstep(args ...string) *exec.Cmd {
+	cmd := exec.Command(p.self(), args...)
+	cmd.Env = append(os.Environ(), actAs+"=lockstep")
+	return cmd
+}
+
+func (p *pair) daemon(node, ns, role string) {
+	p.t.Helper()
+	var log bytes.Buffer
+	cmd := lt.Command(ns, p.self(), "run", "-c", p.config, "--node", node, "--role", role)
+	cmd.Env = append(os.Environ(), actAs+"=lockstep")
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.procs[node] = cmd
+	p.t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM) // fails when the test killed it
+		cmd.Wait()
+		if p.t.Failed() {
+			p.t.Logf("log of %s:\n%s", node, log.String())
+		}
+		unload := p.lockstep("unload", "-c", p.config, "--node", node)
+		if out, err := unload.CombinedOutput(); err != nil {
+			p.t.Errorf("unload %s: %v\n%s", node, err, out)
+		}
+	})
+}
+
+// kill ends a process at once.
+func (p *pair) kill(name string) {
+	p.t.Helper()
+	if err := p.procs[name].Process.Kill(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.procs[name].Wait()
+}
+
+// status is what `lockstep status --json` prints; nil when no daemon answers.
+func (p *pair) status(node string) *control.Status {
+	p.t.Helper()
+	out, err := p.lockstep("status", "-c", p.config, "--node", node, "--json").Output()
+	if err != nil {
+		return nil
+	}
+	s := new(control.Status)
+	if err := json.Unmarshal(out, s); err != nil {
+		p.t.Fatalf("status of %s: %v\n%s", node, err, out)
+	}
+	return s
+}
+
+// await waits until a node's status is as wanted.
+func (p *pair) await(node string, want func(*control.Status) bool) *control.Status {
+	p.t.Helper()
+	var s *control.Status
+	lt.Eventually(p.t, 20*time.Second, func() (bool, string) {
+		if s = p.status(node); s == nil {
+			return false, "no status of " + node
+		}
+		text, _ := json.Marshal(s)
+		return want(s), string(text)
+	})
+	return s
+}
+
+// dial connects from the client's namespace.
+func (p *pair) dial(host, port, from string) (*net.TCPConn, error) {
+	var (
+		c   net.Conn
+		err error
+	)
+	lt.In(p.t, p.Client, func() {
+		d := net.Dialer{Timeout: 10 * time.Second}
+		if from != "" {
+			d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(host, port))
+	})
+	if err != nil {
+		return nil, err
+	}
+	tc := c.(*net.TCPConn)
+	return tc, tc.SetDeadline(time.Now().Add(60 * time.Second))
+}
+
+func (p *pair) mustDial(host, port string) *net.TCPConn {
+	p.t.Helper()
+	c, err := p.dial(host, port, "")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { c.Close() })
+	return c
+}

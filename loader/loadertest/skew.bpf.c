@@ -1,0 +1,185 @@
+//go:build ignore
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * skew.bpf.c: makes a namespace's TCP look as if another kernel had chosen its
+ * ISNs and timestamps. Two namespaces share the kernel's secrets, so without it
+ * a wrong rewriter would pass every test. Attached to the guest's own end of
+ * its link: what it says gets the skew, what it hears loses it.
+ *
+ * Knows the option layouts that Linux sends, which is what runs in the tests.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <stddef.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define SEQ 1 /* words of the TCP header */
+#define ACKNO 2
+#define FLAGS 3
+#define OPTS 5
+#define WORDS 15
+#define F_SYN 0x00020000
+#define F_ACK 0x00100000
+
+struct key {
+	__u8 remote[16];
+	__u32 ports; /* guest's, then remote's */
+};
+
+struct skew {
+	__u32 isn; /* as the guest chose it */
+	__u32 seq;
+	__u32 ts;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct key);
+	__type(value, struct skew);
+} skews SEC(".maps");
+
+__u64 skewed; /* segments changed */
+__u64 unskewed;
+__u64 wrapping; /* connections whose skewed ISN is just below 2^32 */
+
+struct seg {
+	__u32 l4, words;
+	struct key k;
+	__u32 old[WORDS], new[WORDS];
+};
+
+static __always_inline int parse(struct __sk_buff *skb, struct seg *s, int out)
+{
+	__u8 ip[40] = {}, proto;
+	__u32 ports[1];
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, 20) || ip[0] != 0x45)
+			return -1;
+		proto = ip[9];
+		s->l4 = ETH_HLEN + 20;
+		__builtin_memcpy(s->k.remote, out ? ip + 16 : ip + 12, 4);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, 40))
+			return -1;
+		proto = ip[6];
+		s->l4 = ETH_HLEN + 40;
+		__builtin_memcpy(s->k.remote, out ? ip + 24 : ip + 8, 16);
+	} else {
+		return -1;
+	}
+	if (proto != IPPROTO_TCP || bpf_skb_load_bytes(skb, s->l4, s->old, 20))
+		return -1;
+	s->words = bpf_ntohl(s->old[FLAGS]) >> 28;
+	if (s->words > 5 && s->words <= WORDS) {
+		__u32 n = (s->words - 5) * 4;
+
+		barrier_var(n); /* the verifier forgets the words' range otherwise */
+		if (n < 4 || n > 40 || bpf_skb_load_bytes(skb, s->l4 + 20, s->old + 5, n))
+			return -1;
+	}
+	ports[0] = bpf_ntohl(s->old[0]);
+	s->k.ports = out ? ports[0] : ports[0] << 16 | ports[0] >> 16;
+	__builtin_memcpy(s->new, s->old, sizeof(s->new));
+	return 0;
+}
+
+static __always_inline void add(__u32 *w, __u32 n)
+{
+	*w = bpf_htonl(bpf_ntohl(*w) + n);
+}
+
+static __always_inline int is(const struct seg *s, __u32 i, __u32 word)
+{
+	return i < s->words && bpf_ntohl(s->old[i]) == word;
+}
+
+static __always_inline void store(struct __sk_buff *skb, struct seg *s)
+{
+	__u32 n = s->words * 4;
+	__s64 diff = bpf_csum_diff(s->old, sizeof(s->old), s->new, sizeof(s->new), 0);
+
+	barrier_var(n);
+	if (n < 20 || n > sizeof(s->new))
+		return;
+	bpf_skb_store_bytes(skb, s->l4, s->new, n, 0);
+	bpf_l4_csum_replace(skb, s->l4 + 16, 0, diff, 0);
+}
+
+SEC("tcx/egress") int skew_out(struct __sk_buff *skb)
+{
+	struct seg s = {};
+	struct skew *w, fresh = {};
+	__u32 flags;
+
+	if (parse(skb, &s, 1))
+		return -1;
+	flags = bpf_ntohl(s.old[FLAGS]);
+	w = bpf_map_lookup_elem(&skews, &s.k);
+	if (flags & F_SYN && (!w || w->isn != bpf_ntohl(s.old[SEQ]))) {
+		fresh.isn = bpf_ntohl(s.old[SEQ]);
+		fresh.seq = bpf_get_prandom_u32();
+		fresh.ts = bpf_get_prandom_u32();
+		if (fresh.ts & 1) {
+			fresh.seq = -(bpf_get_prandom_u32() % 100000) - fresh.isn;
+			__sync_fetch_and_add(&wrapping, 1);
+		}
+		bpf_map_update_elem(&skews, &s.k, &fresh, BPF_ANY);
+		w = &fresh;
+	}
+	if (!w)
+		return -1;
+	add(&s.new[SEQ], w->seq);
+	if (is(&s, OPTS, 0x0101080a))
+		add(&s.new[OPTS + 1], w->ts);
+	else if (flags & F_SYN && is(&s, OPTS + 1, 0x0402080a))
+		add(&s.new[OPTS + 2], w->ts);
+	store(skb, &s);
+	__sync_fetch_and_add(&skewed, 1);
+	return -1;
+}
+
+static __always_inline void sack(struct seg *s, __u32 seq, const __u32 at)
+{
+	__u32 head;
+
+	if (at >= s->words)
+		return;
+	head = bpf_ntohl(s->old[at]);
+	if (head >> 8 != 0x010105)
+		return;
+#pragma unroll
+	for (__u32 i = 1; i <= 8; i++)
+		if (at + i < WORDS && i <= ((head & 0xff) - 2) / 4)
+			add(&s->new[at + i], seq);
+}
+
+SEC("tcx/ingress") int skew_in(struct __sk_buff *skb)
+{
+	struct seg s = {};
+	struct skew *w;
+
+	if (parse(skb, &s, 0))
+		return -1;
+	w = bpf_map_lookup_elem(&skews, &s.k);
+	if (!w || !(bpf_ntohl(s.old[FLAGS]) & F_ACK))
+		return -1;
+	add(&s.new[ACKNO], -w->seq);
+	if (is(&s, OPTS, 0x0101080a)) {
+		if (s.old[OPTS + 2])
+			add(&s.new[OPTS + 2], -w->ts);
+		sack(&s, -w->seq, OPTS + 3);
+	} else {
+		if (is(&s, OPTS + 1, 0x0402080a) && s.old[OPTS + 3])
+			add(&s.new[OPTS + 3], -w->ts);
+		sack(&s, -w->seq, OPTS);
+	}
+	store(skb, &s);
+	__sync_fetch_and_add(&unskewed, 1);
+	return -1;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

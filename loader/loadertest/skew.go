@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loadertest
+
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -strip llvm-strip-19 -go-package loadertest -target bpfel -output-stem skew skew skew.bpf.c -- -std=gnu11 -O2 -g -Wall -Werror -mcpu=v3 -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
+
+import (
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+)
+
+// Skew is the skew on one guest's link.
+type Skew struct{ objs skewObjects }
+
+// Counts are the segments changed on their way out and in, and the connections
+// whose skewed ISN lies just below 2^32.
+func (s *Skew) Counts(t testing.TB) (out, in, wrapping uint64) {
+	t.Helper()
+	for v, p := range map[*ebpf.Variable]*uint64{s.objs.Skewed: &out, s.objs.Unskewed: &in, s.objs.Wrapping: &wrapping} {
+		if err := v.Get(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return out, in, wrapping
+}
+
+// AddSkew attaches the skew to a device of namespace ns.
+func AddSkew(t testing.TB, ns, device string) *Skew {
+	t.Helper()
+	s := new(Skew)
+	In(t, ns, func() {
+		if err := loadSkewObjects(&s.objs, nil); err != nil {
+			t.Fatalf("load skew: %v", err)
+		}
+		t.Cleanup(func() { s.objs.Close() })
+		dev, err := netlink.LinkByName(device)
+		if err != nil {
+			t.Fatalf("%s in %s: %v", device, ns, err)
+		}
+		for prog, at := range map[*ebpf.Program]ebpf.AttachType{
+			s.objs.SkewOut: ebpf.AttachTCXEgress, s.objs.SkewIn: ebpf.AttachTCXIngress,
+		} {
+			l, err := link.AttachTCX(link.TCXOptions{Interface: dev.Attrs().Index, Program: prog, Attach: at})
+			if err != nil {
+				t.Fatalf("attach skew: %v", err)
+			}
+			t.Cleanup(func() { l.Close() })
+		}
+	})
+	return s
+}

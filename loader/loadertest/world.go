@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package loadertest makes the surroundings that tests of the data path need:
+// two hosts, two guests and a client as network namespaces, and a skew on the
+// secondary guest's link.
+package loadertest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Addresses of a World.
+const (
+	Guest4, Guest6   = "10.77.0.2", "fd77::2"
+	Client4, Client6 = "10.77.0.1", "fd77::1"
+	clientMAC        = "02:00:00:00:77:01"
+	guestMAC         = "02:00:00:00:77:02"
+)
+
+// ClientAddrs4 are the client's IPv4 addresses: one alone runs out of ports.
+var ClientAddrs4 = []string{Client4, "10.77.0.11", "10.77.0.12", "10.77.0.13"}
+
+// World is one test's namespaces: a client, the two hosts with their bridges,
+// and the two guests with the same addresses.
+type World struct {
+	Client, HostP, HostS, PVM, SVM string // namespace names
+	Dir                            string // for files
+	Pins                           string // a bpffs
+	Skew                           *Skew
+}
+
+// Peer is how the hosts reach each other.
+type Peer int
+
+// Kinds of peer link.
+const (
+	Veth  Peer = iota // devices peerP, peerS
+	VXLAN             // underlay devices underP, underS with 198.51.100.1, .2
+)
+
+var worlds atomic.Int32
+
+// NewWorld makes a World that is gone with the test. It needs root.
+func NewWorld(t testing.TB, peer Peer) *World {
+	t.Helper()
+	id := fmt.Sprintf("ls%x-%d", os.Getpid(), worlds.Add(1))
+	w := &World{Client: id + "c", HostP: id + "p", HostS: id + "s", PVM: id + "g", SVM: id + "h", Dir: t.TempDir()}
+	for _, ns := range []string{w.Client, w.HostP, w.HostS, w.PVM, w.SVM} {
+		Run(t, "ip", "netns", "add", ns)
+		t.Cleanup(func() { Run(t, "ip", "netns", "del", ns) })
+		w.ip(t, ns, "link set lo up")
+		Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0",
+			"net.ipv6.conf.default.router_solicitations=0", "net.ipv6.conf.default.accept_ra=0")
+	}
+	link := func(a, nsA, b, nsB string) {
+		Run(t, "ip", "link", "add", a, "netns", nsA, "type", "veth", "peer", "name", b, "netns", nsB)
+		w.ip(t, nsA, "link set "+a+" up")
+		w.ip(t, nsB, "link set "+b+" up")
+	}
+	for _, host := range []string{w.HostP, w.HostS} {
+		w.ip(t, host, "link add br0 type bridge mcast_snooping 0")
+		w.ip(t, host, "link set br0 up")
+	}
+	link("vc", w.HostP, "eth0", w.Client)
+	link("tapP", w.HostP, "eth0", w.PVM)
+	link("tapS", w.HostS, "eth0", w.SVM)
+	link("ctl", w.HostP, "ctl", w.HostS)
+	w.ip(t, w.HostP, "link set vc master br0")
+	w.ip(t, w.HostP, "link set tapP master br0")
+	w.ip(t, w.HostS, "link set tapS master br0")
+	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
+	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
+	switch peer {
+	case Veth:
+		link("peerP", w.HostP, "peerS", w.HostS)
+	case VXLAN:
+		link("underP", w.HostP, "underS", w.HostS)
+		w.ip(t, w.HostP, "link set underP mtu 1600")
+		w.ip(t, w.HostS, "link set underS mtu 1600")
+		w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev underP")
+		w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev underS")
+	}
+	w.ip(t, w.Client, "link set eth0 address "+clientMAC)
+	for _, a := range ClientAddrs4 {
+		w.ip(t, w.Client, "addr add "+a+"/24 dev eth0")
+	}
+	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
+	for _, guest := range []string{w.PVM, w.SVM} {
+		w.ip(t, guest, "link set eth0 address "+guestMAC)
+		w.ip(t, guest, "addr add "+Guest4+"/24 dev eth0")
+		w.ip(t, guest, "addr add "+Guest6+"/64 dev eth0 nodad")
+	}
+	// Real pairs share neighbour entries by their checkpoints.
+	for _, a := range append([]string{Client6}, ClientAddrs4...) {
+		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+clientMAC+" dev eth0 nud permanent")
+	}
+	w.Pins = filepath.Join(w.Dir, "bpf")
+	if err := os.Mkdir(w.Pins, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", w.Pins, "bpf", 0, ""); err != nil {
+		t.Fatalf("mount bpffs: %v", err)
+	}
+	t.Cleanup(func() {
+		if left, _ := filepath.Glob(filepath.Join(w.Pins, "*/*/*")); len(left) > 0 {
+			t.Errorf("pins left behind: %v", left)
+		}
+		if err := unix.Unmount(w.Pins, 0); err != nil {
+			t.Errorf("unmount bpffs: %v", err)
+		}
+	})
+	w.Skew = AddSkew(t, w.SVM, "eth0")
+	return w
+}
+
+func (w *World) ip(t testing.TB, ns, args string) {
+	t.Helper()
+	Run(t, "ip", append([]string{"-n", ns}, strings.Fields(args)...)...)
+}
+
+// SegmentDifferently makes the SVM cut its output in other places than the PVM.
+func (w *World) SegmentDifferently(t testing.TB) {
+	t.Helper()
+	w.ip(t, w.SVM, "link set eth0 gso_max_size 9000")
+	for _, subnet := range []string{"10.77.0.0/24", "fd77::/64"} {
+		w.ip(t, w.SVM, "route replace "+subnet+" dev eth0 proto kernel mtu lock 1280 advmss "+map[bool]string{true: "1460", false: "1440"}[strings.Contains(subnet, ".")])
+	}
+}
+
+// Run runs a command and fails the test with its output when it fails.
+func Run(t testing.TB, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+}
+
+// In runs f with its goroutine's thread in namespace ns. Sockets that f makes
+// stay there.
+func In(t testing.TB, ns string, f func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer home.Close()
+	target, err := netns.GetFromName(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer target.Close()
+	if err := netns.Set(target); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := netns.Set(home); err != nil {
+			panic(err) // the thread stays in a namespace that is not its own
+		}
+		runtime.UnlockOSThread()
+	}()
+	f()
+}
+
+// Command is a command in namespace ns. Not `ip netns exec`, which hides the
+// bpffs behind a mount namespace of its own.
+func Command(ns, name string, args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"--net=/run/netns/" + ns, name}, args...)...)
+}
+
+// Eventually waits until cond holds and fails the test, with what it says, when
+// it does not within limit.
+func Eventually(t testing.TB, limit time.Duration, cond func() (ok bool, state string)) {
+	t.Helper()
+	deadline := time.NewTimer(limit)
+	defer deadline.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, state := cond()
+		if ok {
+			return
+		}
+		select {
+		case <-deadline.C:
+			t.Fatalf("not within %v: %s", limit, state)
+		case <-tick.C:
+		}
+	}
+}
