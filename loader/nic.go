@@ -147,7 +147,11 @@ func Open(o Options) (_ *NIC, err error) {
 // each hold what the other released.
 func refuseManaged(tap netlink.Link, dir string) error {
 	own := make(map[link.ID]bool)
-	pins, _ := filepath.Glob(filepath.Join(dir, "link_*"))
+	var pins []string
+	for _, d := range []string{dir, stagingDir(dir), leftDir(dir)} {
+		in, _ := filepath.Glob(filepath.Join(d, linkPrefix+"*"))
+		pins = append(pins, in...)
+	}
 	for _, pin := range pins {
 		l, err := link.LoadPinnedLink(pin, nil)
 		if err != nil {
@@ -231,9 +235,12 @@ func (n *NIC) load(o Options) error {
 }
 
 func (n *NIC) attach(role Role, dir string) error {
-	staging := dir + "-new"
-	if err := removePins(staging); err != nil {
-		return err
+	// What a daemon pinned that failed half-way may be all that guards the tap.
+	staging, left := stagingDir(dir), leftDir(dir)
+	if err := os.Rename(staging, left); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := removePins(staging); err != nil { // left holds the older ones
+			return err
+		}
 	}
 	if err := os.MkdirAll(staging, 0o700); err != nil {
 		return fmt.Errorf("create pin folder: %w", err)
@@ -272,7 +279,7 @@ func (n *NIC) attach(role Role, dir string) error {
 			return fmt.Errorf("attach %s to %s: %w", info.Name, a.dev.Attrs().Name, err)
 		}
 		n.links = append(n.links, l)
-		if err := l.Pin(filepath.Join(staging, "link_"+info.Name)); err != nil {
+		if err := l.Pin(filepath.Join(staging, linkPrefix+info.Name)); err != nil {
 			return fmt.Errorf("pin link of %s: %w", info.Name, err)
 		}
 		how := "tcx-ingress"
@@ -282,8 +289,10 @@ func (n *NIC) attach(role Role, dir string) error {
 		n.programs = append(n.programs, control.Program{Name: info.Name, Device: a.dev.Attrs().Name, Attach: how})
 	}
 	// The new programs guard already; the old ones go with their pins.
-	if err := removePins(dir); err != nil {
-		return err
+	for _, old := range []string{dir, left} {
+		if err := removePins(old); err != nil {
+			return err
+		}
 	}
 	if err := os.Rename(staging, dir); err != nil {
 		return fmt.Errorf("put pins in place: %w", err)
@@ -307,7 +316,7 @@ func Unload(pinDir, vm, node string, force bool) error {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	for _, nic := range nics {
-		if err := silence(filepath.Join(nic, "link_ls_sec_out")); err != nil && !force {
+		if err := silence(filepath.Join(nic, linkPrefix+"ls_sec_out")); err != nil && !force {
 			return fmt.Errorf("%w; --force removes the pins all the same", err)
 		}
 	}

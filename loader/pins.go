@@ -11,12 +11,15 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
 // Pins live in pinDir/vm/node/nicN: the maps by name, the links as
 // "link_" + program name. A NIC's folder is filled beside its place and
 // renamed into it, so that a folder that exists is whole.
+
+const linkPrefix = "link_"
 
 // bpffs refuses names with a dot.
 var pinName = strings.NewReplacer("%", "%25", ".", "%2e")
@@ -28,6 +31,11 @@ func nodeDir(pinDir, vm, node string) string {
 func nicDir(pinDir, vm, node string, nic int) string {
 	return filepath.Join(nodeDir(pinDir, vm, node), fmt.Sprintf("nic%d", nic))
 }
+
+// stagingDir is where a NIC's folder is filled; leftDir holds one that an earlier
+// daemon began to fill and did not finish.
+func stagingDir(nicDir string) string { return nicDir + "-new" }
+func leftDir(nicDir string) string    { return nicDir + "-left" }
 
 // CheckBPFFS makes sure that pins made under pinDir outlive this process: the
 // folder must lie on a bpffs that the init process sees too.
@@ -92,9 +100,21 @@ func Lock(pinDir, vm, node string) (release func(), err error) {
 var ErrLocked = errors.New("a lockstep daemon of this VM and node is running")
 
 // removePins removes everything below dir, and dir. Removing a pinned link
-// detaches its program.
+// detaches its program, but at some later time: so detach first, or the next
+// Open may find the tap still guarded by programs nobody has pinned.
 func removePins(dir string) error {
-	if err := os.RemoveAll(dir); err != nil {
+	detach := func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasPrefix(filepath.Base(path), linkPrefix) {
+			return nil // nothing to detach; RemoveAll says what is wrong
+		}
+		if l, err := link.LoadPinnedLink(path, nil); err == nil {
+			// Where this fails, the removal of the pin does it.
+			_ = l.Detach()
+			_ = l.Close()
+		}
+		return nil
+	}
+	if err := errors.Join(filepath.WalkDir(dir, detach), os.RemoveAll(dir)); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	return nil
