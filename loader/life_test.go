@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+	"lockstep/control"
+)
+
+// Pins on a bpffs that init does not see vanish with the process.
+func TestCheckBPFFSPrivate(t *testing.T) {
+	needRoot(t)
+	runtime.LockOSThread() // for ever: the thread takes its mount namespace along
+	check(t, unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS))
+	check(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	wantError(t, CheckBPFFS(mountBPFFS(t)), "private", "nsenter --net=")
+}
+
+func TestWake(t *testing.T) {
+	h := newHosts(t)
+	start := time.Now()
+	h.p.Wake() // before the wait: the next one ends early
+	if evs, err := h.p.Poll(time.Minute, nil); err != nil || len(evs) != 0 {
+		t.Errorf("events %v, %v", evs, err)
+	}
+	woken := make(chan struct{})
+	go func() {
+		defer close(woken)
+		h.p.Wake()
+	}()
+	if evs, err := h.p.Poll(time.Minute, nil); err != nil || len(evs) != 0 {
+		t.Errorf("events %v, %v", evs, err)
+	}
+	<-woken
+	if took := time.Since(start); took > 30*time.Second {
+		t.Errorf("woken after %v", took)
+	}
+	// An event that is there is not lost to a wake.
+	newWire(t, "guestP").send(segment(false, 0, 1, compare.ACK, nil, nil))
+	counts(t, h.p, "held_ack", 1)
+	h.p.Wake()
+	var got int
+	for range 2 {
+		evs, err := h.p.Poll(10*time.Millisecond, nil)
+		check(t, err)
+		got += len(evs)
+	}
+	if got != 1 {
+		t.Errorf("%d events, want the ACK", got)
+	}
+}
+
+func TestDrainTap(t *testing.T) {
+	h := newHosts(t)
+	client, guestS := newWire(t, "client"), newWire(t, "guestS")
+	frame := segment(false, 0, 1, compare.ACK, nil, randomBytes(100))
+	client.send(frame)
+	guestS.recv()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	check(t, h.s.DrainTap(ctx))
+	// A frame that the tap has not counted: the wait ends with its context.
+	h.s.tapBase++
+	ctx, cancel = context.WithCancel(t.Context())
+	cancel()
+	if err := h.s.DrainTap(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("drained: %v", err)
+	}
+}
+
+func TestConnections(t *testing.T) {
+	h := newHosts(t)
+	const second = int64(time.Second)
+	now := h.s.Now()
+	fins := uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_CONN_RFIN)
+	put := func() {
+		t.Helper()
+		for i, c := range []bpf.LockstepLsConn{
+			{Off: 1, TsOff: 2, Inc: 3, Last: uint64(now - 5*second)},
+			{State: fins, Last: uint64(now - 5*second)},
+			{State: uint32(bpf.LockstepLsConnBitLS_CONN_RST), Last: uint64(now)},
+			{State: uint32(bpf.LockstepLsConnBitLS_CONN_GFIN), Last: uint64(now - 100*second)},
+		} {
+			k := askTuple
+			k.RemotePort = uint16(i)
+			key := toTuple(k)
+			check(t, h.s.objs.LsConn.Put(&key, &c))
+		}
+	}
+	offsets := func() map[uint16]control.Offset {
+		m := make(map[uint16]control.Offset)
+		check(t, h.s.Offsets(func(k compare.Tuple, o control.Offset) {
+			if k.Guest != askTuple.Guest || k.VLAN != askTuple.VLAN || k.Proto != protoTCP {
+				t.Errorf("tuple %+v", k)
+			}
+			m[k.RemotePort] = o
+		}))
+		return m
+	}
+	put()
+	got := offsets()
+	if want := (control.Offset{Seq: 1, TS: 2, Incarnation: 3, Last: now - 5*second, State: "open"}); got[0] != want {
+		t.Errorf("offset %+v, want %+v", got[0], want)
+	}
+	if got[1].State != "closing" || got[2].State != "reset" || got[3].State != "closing" {
+		t.Errorf("states %v", got)
+	}
+	// Closed for longer than linger, or idle: gone. One FIN alone is not closed.
+	if n, err := h.s.Sweep(4*time.Second, 60*time.Second); err != nil || n != 2 {
+		t.Errorf("swept %d, %v", n, err)
+	}
+	got = offsets()
+	if _, ok := got[0]; !ok || len(got) != 2 {
+		t.Errorf("left %v, want 0 and 2", got)
+	}
+	put()
+	key, half := toTuple(askTuple), bpf.LockstepLsHalf{}
+	check(t, h.s.objs.LsHalf.Put(&key, &half))
+	check(t, h.s.ResetOffsets())
+	if got := offsets(); len(got) != 0 {
+		t.Errorf("left after reset: %v", got)
+	}
+	if err := h.s.objs.LsHalf.Lookup(&key, &half); err == nil {
+		t.Error("a half-open connection is left after reset")
+	}
+}
