@@ -32,6 +32,8 @@ func TestMain(m *testing.M) {
 		main()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)
+	case strings.HasPrefix(as, "dial "):
+		fetch(strings.TrimPrefix(as, "dial "))
 	default:
 		os.Exit(m.Run())
 	}
