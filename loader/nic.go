@@ -48,7 +48,17 @@ type Options struct {
 	MaxConnections   int
 	Slots, GSOSlots  int // held frames of up to 1984 bytes, and of up to 68 KiB
 	Log              *slog.Logger
+
+	// Mutation switches a rule of the kernel half off ; tests
+	// only: nothing in the config or on the command line reaches it.
+	Mutation Mutation
 }
+
+// Mutation is a rule switched off.
+type Mutation uint32
+
+// MutateR9 has the rewriter ignore announcements and guess.
+const MutateR9 = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.
 const maxHalf = 16384
@@ -203,6 +213,7 @@ func (n *NIC) load(o Options) error {
 		bpf.LockstepVarLsTap: uint32(n.tap.Attrs().Index), bpf.LockstepVarLsPeer: uint32(n.peer.Attrs().Index),
 		bpf.LockstepVarLsMarkRel: rel, bpf.LockstepVarLsMarkIn: in,
 		bpf.LockstepVarLsNslots: uint32(o.Slots), bpf.LockstepVarLsNgslots: uint32(o.GSOSlots),
+		bpf.LockstepVarLsMutate: uint32(o.Mutation),
 	} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -350,9 +361,6 @@ func silence(pin string) error {
 	}
 	return nil
 }
-
-// Fresh tells whether the connection tables began empty.
-func (n *NIC) Fresh() bool { return true }
 
 // Wake implements [control.DataPath].
 func (n *NIC) Wake() {

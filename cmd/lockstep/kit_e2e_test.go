@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"lockstep/control"
+	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -29,6 +30,9 @@ const actAs = "LOCKSTEP_TEST_ACT_AS"
 func TestMain(m *testing.M) {
 	switch as := os.Getenv(actAs); {
 	case as == "lockstep":
+		main()
+	case as == "lockstep without R9":
+		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, loader.MutateR9) }
 		main()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)
@@ -68,6 +72,8 @@ func serveGuest(as string) {
 				fmt.Fprintln(c, "answer of", as)
 			}
 		},
+		portHTTP: serveHTTP,
+		portTLS:  serveTLS,
 		portCut: func(c *net.TCPConn) {
 			var p, s, n int
 			for {
@@ -130,11 +136,17 @@ type pair struct {
 	t      *testing.T
 	config string
 	procs  map[string]*exec.Cmd
+	acts   string // what the daemons run as
 }
 
 // newPair makes a world, starts the guests' services and both daemons and waits
 // until they replicate. qmp gives the nodes' QMP sockets, if any.
 func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+	t.Helper()
+	return newPairOf(t, "lockstep", peer, qmpP, qmpS, extra)
+}
+
+func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
@@ -143,7 +155,7 @@ func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 		t.Skip("needs root for namespaces and programs")
 	}
 	w := lt.NewWorld(t, peer)
-	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd)}
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd), acts: acts}
 	peerOf := func(name, local, remote string) string {
 		if peer == lt.Veth {
 			return "{device: peer" + name + "}"
@@ -188,7 +200,7 @@ func (p *pair) self() string {
 func (p *pair) serve(who, ns string) {
 	p.t.Helper()
 	cmd := lt.Command(ns, p.self())
-	cmd.Env = append(os.Environ(), actAs+"=guest "+who)
+	cmd.Env = append(os.Environ(), actAs+"=guest "+who, "GODEBUG=cryptocustomrand=1")
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		p.t.Fatal(err)
@@ -220,7 +232,7 @@ func (p *pair) daemon(node, ns, role string) {
 	p.t.Helper()
 	var log bytes.Buffer
 	cmd := lt.Command(ns, p.self(), "run", "-c", p.config, "--node", node, "--role", role)
-	cmd.Env = append(os.Environ(), actAs+"=lockstep")
+	cmd.Env = append(os.Environ(), actAs+"="+p.acts)
 	cmd.Stderr = &log
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)

@@ -21,21 +21,24 @@ var realKernel = kernel{
 			Underlay: v.Underlay, GuestMTU: guestMTU,
 		})
 	},
-	open: func(o nicOptions) (control.DataPath, bool, error) {
-		role := loader.Secondary
-		if o.primary {
-			role = loader.Primary
-		}
-		n, err := loader.Open(loader.Options{
-			PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
-			Tap: o.tap, PeerDevice: o.peer,
-			MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
-			Log: o.log,
-		})
-		if err != nil {
-			return nil, false, err // not n: a nil *NIC in an interface is not nil
-		}
-		return n, n.Fresh(), nil // false: tables found pinned (R23)
-	},
+	open:   func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
 	unload: loader.Unload,
+}
+
+// openNIC opens a NIC. The mutation is 0 but in tests.
+func openNIC(o nicOptions, mutation loader.Mutation) (control.DataPath, bool, error) {
+	role := loader.Secondary
+	if o.primary {
+		role = loader.Primary
+	}
+	n, err := loader.Open(loader.Options{
+		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
+		Tap: o.tap, PeerDevice: o.peer,
+		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
+		Log: o.log, Mutation: mutation,
+	})
+	if err != nil {
+		return nil, false, err // not n: a nil *NIC in an interface is not nil
+	}
+	return n, true, nil // tables are always made anew
 }
