@@ -128,45 +128,57 @@ func TestReleaseOfPureAck(t *testing.T) {
 	}
 }
 
+// gsoSegment is the segment size of the GSO frames here.
+const gsoSegment = 1400
+
+// sendGSO sends a frame as a guest does that leaves segments and checksum to the device.
+func sendGSO(t testing.TB, name string, tci uint16, pay []byte) {
+	t.Helper()
+	c, err := newPacketConn(device(t, name).Attrs().Index, 0)
+	check(t, err)
+	defer c.close()
+	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
+	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, tci, len(pay), gsoSegment)
+	if !ok {
+		t.Fatal("refused")
+	}
+	c.queue(head, pay)
+	_, err = c.flush()
+	check(t, err)
+}
+
+// wantSegments receives pay in segments with right checksums.
+func wantSegments(t testing.TB, w *wire, tci uint16, pay []byte) {
+	t.Helper()
+	l4 := ethLen + 20
+	if tci != 0 {
+		l4 += 4
+	}
+	for rest := pay; len(rest) > 0; {
+		f := w.recv()
+		n := min(gsoSegment, len(rest))
+		if len(f) != l4+tcpHdrLen+n || !bytes.Equal(f[l4+tcpHdrLen:], rest[:n]) {
+			t.Fatalf("tag %d: segment of %d bytes with %d to go", tci, len(f), len(rest))
+		}
+		if onesSum(pseudoHeader(f[l4-20:l4], len(f)-l4), f[l4:]) != 0xffff || onesSum(f[l4-20:l4]) != 0xffff {
+			t.Errorf("tag %d: wrong checksum with %d to go", tci, len(rest))
+		}
+		rest = rest[n:]
+	}
+}
+
 func TestReleaseOfGSO(t *testing.T) {
+	h := newHosts(t)
+	client := newWire(t, "client")
 	for _, tci := range []uint16{0, 5} {
-		func() {
-			h := newHosts(t)
-			client := newWire(t, "client")
-			guest, err := newPacketConn(device(t, "guestP").Attrs().Index, 0)
-			check(t, err)
-			defer guest.close()
-			pay := randomBytes(20000)
-			e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
-			head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, tci, len(pay), 1400)
-			if !ok {
-				t.Fatal("refused")
-			}
-			guest.queue(head, pay)
-			if _, err := guest.flush(); err != nil {
-				t.Fatal(err)
-			}
-			s := event(t, h.p, compare.EvPVM)
-			if !bytes.Equal(s.Payload, pay) || s.GSO != 1400 {
-				t.Fatalf("held %d bytes, GSO size %d, want %d, 1400", len(s.Payload), s.GSO, len(pay))
-			}
-			apply(t, h.p, release(s))
-			l4 := ethLen + 20
-			if tci != 0 {
-				l4 += 4
-			}
-			for rest := pay; len(rest) > 0; {
-				f := client.recv()
-				n := min(1400, len(rest))
-				if len(f) != l4+tcpHdrLen+n || !bytes.Equal(f[l4+tcpHdrLen:], rest[:n]) {
-					t.Fatalf("tag %d: segment of %d bytes with %d to go", tci, len(f), len(rest))
-				}
-				if onesSum(pseudoHeader(f[l4-20:l4], len(f)-l4), f[l4:]) != 0xffff || onesSum(f[l4-20:l4]) != 0xffff {
-					t.Errorf("tag %d: wrong checksum with %d to go", tci, len(rest))
-				}
-				rest = rest[n:]
-			}
-		}()
+		pay := randomBytes(20000)
+		sendGSO(t, "guestP", tci, pay)
+		s := event(t, h.p, compare.EvPVM)
+		if !bytes.Equal(s.Payload, pay) || s.GSO != gsoSegment {
+			t.Fatalf("held %d bytes, GSO size %d, want %d, %d", len(s.Payload), s.GSO, len(pay), gsoSegment)
+		}
+		apply(t, h.p, release(s))
+		wantSegments(t, client, tci, pay)
 	}
 }
 
@@ -237,4 +249,18 @@ func TestParkAndDeliver(t *testing.T) {
 		}
 	}
 	counts(t, h.s, "let_in", 2)
+}
+
+// A parked frame whose checksum and segments were left to the device.
+func TestParkAndDeliverGSO(t *testing.T) {
+	h := newHosts(t)
+	guestS := newWire(t, "guestS")
+	noOffload(t, "tapS")
+	check(t, h.s.SetMode(control.ModePark))
+	for _, tci := range []uint16{0, 5} {
+		pay := randomBytes(20000)
+		sendGSO(t, "client", tci, pay)
+		apply(t, h.s, compare.Effect{Op: compare.OpDeliver, Slot: event(t, h.s, compare.EvPark).Slot})
+		wantSegments(t, guestS, tci, pay)
+	}
 }
