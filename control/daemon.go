@@ -48,6 +48,10 @@ type Options struct {
 	Peer string // the other's
 	Role Role
 
+	// ConfigDigest is over what both nodes' configs must agree on; a peer with
+	// another one is refused.
+	ConfigDigest string
+
 	// Control is where the primary listens and the secondary connects: the
 	// primary's control address.
 	Control string

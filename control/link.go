@@ -52,8 +52,9 @@ type party struct {
 	Node    string   `json:"node"`
 	Role    string   `json:"role"`
 	Term    uint32   `json:"term"`
-	QMP     bool     `json:"qmp"`  // configured
-	NICs    []string `json:"nics"` // MAC of each NIC's peer device, in the config's order
+	QMP     bool     `json:"qmp"`    // configured
+	Config  string   `json:"config"` // digest of what both configs must agree on
+	NICs    []string `json:"nics"`   // MAC of each NIC's peer device, in the config's order
 }
 
 type hello struct {
@@ -100,6 +101,8 @@ func checkPeer(own, peer party, peerNode, peerRole string) error {
 		return fmt.Errorf("the peer of %q is %q, but %q is there", own.Node, peerNode, peer.Node)
 	case peer.Role != peerRole:
 		return fmt.Errorf("role %q here, %q there: one is to be primary, one secondary", own.Role, peer.Role)
+	case peer.Config != own.Config:
+		return errors.New("the two nodes' configs differ in what both must agree on (docs/CONFIG.md lists it): give both the same file")
 	case len(peer.NICs) != len(own.NICs):
 		return fmt.Errorf("%d NICs here, %d there", len(own.NICs), len(peer.NICs))
 	case peer.QMP != own.QMP:

@@ -20,7 +20,7 @@ const maxStrangers = 8
 func (d *Daemon) party() party {
 	p := party{
 		Version: linkVersion, VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role),
-		QMP: d.opt.QMP != "",
+		QMP: d.opt.QMP != "", Config: d.opt.ConfigDigest,
 	}
 	for _, n := range d.nics {
 		p.NICs = append(p.NICs, n.dp.MAC().String())

@@ -31,7 +31,7 @@ const (
 // caller's iovec. The checksum is left to the device (partial): the bytes were
 // compared with the SVM's, so there is no old checksum worth keeping.
 func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tci uint16, payLen int, gso uint16) ([]byte, bool) {
-	if len(l2l3) < ethLen+minIPHeader || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
+	if len(l2l3) < ethLen+minIPHeader || int(e.OptLen) > len(e.Opts) || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
 		return nil, false
 	}
 	dst = append(dst[:0], make([]byte, vnetHdrLen)...)

@@ -211,6 +211,11 @@ func TestRunWiring(t *testing.T) {
 		w := tc.want
 		w.VM, w.Control, w.Fresh = "web1", "192.0.2.1:7700", true
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
+		w.Compare.KeepYoung, w.Copies.MaxCopies = true, maxCopies/2
+		if len(got.ConfigDigest) != 64 {
+			t.Errorf("%s: config digest %q, want 32 bytes in hex", tc.line, got.ConfigDigest)
+		}
+		w.ConfigDigest = got.ConfigDigest
 		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
 		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,6 +38,9 @@ type nicOptions struct {
 	log              *slog.Logger
 }
 
+// maxCopies bounds the SVM's output that is kept, where slots would allow more.
+const maxCopies = 8192
+
 // runOptions are what `run` was asked for.
 type runOptions struct {
 	config      *config.Config
@@ -67,13 +71,17 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	if err != nil {
 		return err
 	}
+	digest := c.Hash()
 	opt := control.Options{
-		VM: c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
+		ConfigDigest: hex.EncodeToString(digest[:]),
+		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
 		QMP:     o.self.QMP,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
+			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
+		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
 		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
