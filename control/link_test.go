@@ -59,6 +59,7 @@ func TestRefusals(t *testing.T) {
 		{"nics", func(p *party) { p.NICs = append(p.NICs, "02:00:00:00:00:09") }, "1 NICs here, 2 there"},
 		{"mac", func(p *party) { p.NICs = []string{"nonsense"} }, "no MAC address"},
 		{"qmp", func(p *party) { p.QMP = true }, "qmp is configured on one node only"},
+		{"config", func(p *party) { p.Config = "other" }, "configs differ in what both must agree on"},
 	}
 	p, _ := hosts(t, nil)
 	p.start()
