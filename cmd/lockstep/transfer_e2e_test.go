@@ -27,6 +27,7 @@ func TestTransfer(t *testing.T) {
 			for family, host := range map[string]string{"v4": lt.Guest4, "v6": lt.Guest6} {
 				t.Run(family+"/source", func(t *testing.T) { p.with(t).source(host, 10_000_000) })
 				t.Run(family+"/sink", func(t *testing.T) { p.with(t).sink(host, 10_000_000) })
+				t.Run(family+"/both-ways", func(t *testing.T) { p.with(t).bothWays(host, 10_000_000) })
 				t.Run(family+"/keepalive", func(t *testing.T) { p.with(t).keepAlive(host, 10_000) })
 				t.Run(family+"/cut", func(t *testing.T) { p.with(t).cuts(host) })
 			}
@@ -94,6 +95,20 @@ func (p *pair) sink(host string, n int64) {
 	if want := fmt.Sprintf("OK %d\n", n); err != nil || string(got) != want {
 		p.t.Fatalf("%q, %v; want %q", got, err, want)
 	}
+}
+
+// bothWays sends and receives n bytes at the same time.
+func (p *pair) bothWays(host string, n int64) {
+	p.t.Helper()
+	c := p.mustDial(host, portEcho)
+	var sender sync.WaitGroup
+	sender.Go(func() {
+		if _, err := io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, n)); err != nil {
+			p.t.Error(err)
+		}
+	})
+	defer sender.Wait()
+	p.expectPattern(c, n)
 }
 
 // echo sends one request and reads its echo.
