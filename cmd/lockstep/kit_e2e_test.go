@@ -50,6 +50,7 @@ const (
 	portSink   = "7002" // counts until FIN, answers "OK N\n"
 	portDiffer = "7003" // a line: a line that differs between the guests
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
+	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
 )
 
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
@@ -73,7 +74,20 @@ func serveGuest(as string) {
 			}
 		},
 		portHTTP: serveHTTP,
-		portTLS:  serveTLS,
+		portAhead: func(c *net.TCPConn) {
+			var first string
+			var n int64
+			for {
+				if _, err := fmt.Fscanln(c, &first, &n); err != nil {
+					return
+				}
+				if as != "guest "+first {
+					time.Sleep(150 * time.Millisecond) // being behind is what is tested
+				}
+				io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, n))
+			}
+		},
+		portTLS: serveTLS,
 		portCut: func(c *net.TCPConn) {
 			var p, s, n int
 			for {

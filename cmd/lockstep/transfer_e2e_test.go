@@ -31,6 +31,7 @@ func TestTransfer(t *testing.T) {
 				t.Run(family+"/keepalive", func(t *testing.T) { p.with(t).keepAlive(host, 10_000) })
 				t.Run(family+"/cut", func(t *testing.T) { p.with(t).cuts(host) })
 			}
+			t.Run("ahead", func(t *testing.T) { p.with(t).ahead(lt.Guest4) })
 			t.Run("connections", func(t *testing.T) { p.with(t).connections(10_000, 8) })
 			t.Run("at-once", func(t *testing.T) { p.with(t).atOnce(1000) })
 			s := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
@@ -146,6 +147,18 @@ func (p *pair) cuts(host string) {
 	} {
 		fmt.Fprintf(c, "%d,%d %d\n", x.pvm, x.svm, x.n)
 		p.expectPattern(c, int64(x.n))
+	}
+}
+
+// ahead: one guest is ahead of the other by as much as the window lets it.
+func (p *pair) ahead(host string) {
+	p.t.Helper()
+	c := p.mustDial(host, portAhead)
+	for _, first := range []string{"pvm", "svm"} {
+		for _, n := range []int64{200, 60_000, 1_000_000} {
+			fmt.Fprintln(c, first, n)
+			p.expectPattern(c, n)
+		}
 	}
 }
 
