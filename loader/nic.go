@@ -312,8 +312,8 @@ func (n *NIC) attach(role Role, dir string) error {
 }
 
 // Unload removes what is pinned for a node, programs and maps. The tap of a
-// secondary that was never promoted is set down first: its guest is a second
-// copy and must not be heard. Without force, a folder that is not whole is
+// secondary is set down first: its guest is a second copy and must not be heard.
+// Without force, a folder that is not whole is
 // refused.
 func Unload(pinDir, vm, node string, force bool) error {
 	release, err := Lock(pinDir, vm, node)
@@ -472,9 +472,11 @@ func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
 	return nil
 }
 
+// fins are the state bits of a connection that both ends closed.
+const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_CONN_RFIN)
+
 // connState names a connection's state bits.
 func connState(bits uint32) string {
-	const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_CONN_RFIN)
 	switch {
 	case bits&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0:
 		return "reset"
@@ -486,7 +488,6 @@ func connState(bits uint32) string {
 
 // Sweep implements [control.DataPath].
 func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
-	const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_CONN_RFIN)
 	now := n.Now()
 	old, err := keysOf(n.objs.LsConn, func(c *bpf.LockstepLsConn) bool {
 		limit := idle
