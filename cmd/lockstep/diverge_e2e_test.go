@@ -104,6 +104,8 @@ func TestDivergence(t *testing.T) {
 	seen := p.capture()
 	for round := range 3 {
 		held := make(chan struct{})
+		release := sync.OnceFunc(func() { close(held) })
+		t.Cleanup(release) // the pair does not close while a hook waits
 		q.SetHook(func(s qmptest.Stage) bool {
 			if s == qmptest.SecondaryStop {
 				<-held
@@ -123,7 +125,7 @@ func TestDivergence(t *testing.T) {
 			t.Errorf("round %d: %d answers reached the client before the checkpoint", round, n-round)
 		}
 		q.SetHook(nil)
-		close(held)
+		release()
 		want := "answer of guest pvm\n"
 		got := make([]byte, len(want))
 		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
@@ -278,4 +280,68 @@ func fetch(port string) {
 	}
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
+}
+
+// TestCommitPoint: what the PVM said behind the commit point does not leave with
+// what it said before, but waits for the checkpoint that follows (R14).
+func TestCommitPoint(t *testing.T) {
+	q := qemuPair(t)
+	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), "checkpoint: {period: 1h}")
+	p.await("alpha", ready)
+	seen := p.capture()
+	early, late := p.mustDial(lt.Guest4, portDiffer), p.mustDial(lt.Guest4, portDiffer)
+	p.await("alpha", func(s *control.Status) bool { return s.Connections == 2 && s.HeldPackets == 0 })
+
+	// Long before RESUME, so that its last moments lie behind the middle.
+	q.SetDelay(qmptest.PrimaryResume, time.Second)
+	var (
+		resuming, resume = make(chan struct{}), make(chan struct{})
+		again, goOn      = make(chan struct{}), make(chan struct{})
+		stops, resumes   int
+	)
+	letResume, letGoOn := sync.OnceFunc(func() { close(resume) }), sync.OnceFunc(func() { close(goOn) })
+	t.Cleanup(letResume) // the pair does not close while a hook waits
+	t.Cleanup(letGoOn)
+	q.SetHook(func(s qmptest.Stage) bool {
+		switch s {
+		case qmptest.SecondaryStop:
+			if stops++; stops == 2 {
+				close(again)
+				<-goOn
+			}
+		case qmptest.PrimaryResume:
+			if resumes++; resumes == 1 {
+				close(resuming)
+				<-resume
+			}
+		}
+		return true
+	})
+	await := func(c chan struct{}, what string) {
+		t.Helper()
+		select {
+		case <-c:
+		case <-time.After(20 * time.Second):
+			t.Fatal(what)
+		}
+	}
+	fmt.Fprintln(early, "early")
+	await(resuming, "the checkpoint did not come to the primary's RESUME")
+	held := p.status("alpha").HeldPackets
+	fmt.Fprintln(late, "late")
+	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > held })
+	letResume()
+
+	answer := make([]byte, len("answer of guest pvm\n"))
+	if _, err := io.ReadFull(early, answer); err != nil {
+		t.Fatalf("the early answer: %v", err)
+	}
+	await(again, "no second checkpoint followed")
+	if n := seen.count("answer of"); n != 1 {
+		t.Errorf("%d answers left with the first commit, want the early one", n)
+	}
+	letGoOn()
+	if _, err := io.ReadFull(late, answer); err != nil || string(answer) != "answer of guest pvm\n" {
+		t.Errorf("the late answer: %q, %v", answer, err)
+	}
 }
