@@ -162,6 +162,14 @@ func (p *pair) ahead(host string) {
 	}
 }
 
+// dialNth takes the client's addresses in turn, one in five of IPv6.
+func (p *pair) dialNth(i int) (*net.TCPConn, error) {
+	if i %= len(lt.ClientAddrs4) + 1; i < len(lt.ClientAddrs4) {
+		return p.dial(lt.Guest4, portEcho, lt.ClientAddrs4[i])
+	}
+	return p.dial(lt.Guest6, portEcho, lt.Client6)
+}
+
 // connections makes n connections one after the other, side by side in lanes.
 func (p *pair) connections(n, lanes int) {
 	p.t.Helper()
@@ -169,7 +177,7 @@ func (p *pair) connections(n, lanes int) {
 	for lane := range lanes {
 		wg.Go(func() {
 			for i := range n / lanes {
-				c, err := p.dial(lt.Guest4, portEcho, lt.ClientAddrs4[i%len(lt.ClientAddrs4)])
+				c, err := p.dialNth(i)
 				if err == nil {
 					err = echo(c, i)
 					c.Close()
@@ -188,7 +196,7 @@ func (p *pair) atOnce(n int) {
 	p.t.Helper()
 	conns := make([]net.Conn, n)
 	for i := range conns {
-		c, err := p.dial(lt.Guest4, portEcho, lt.ClientAddrs4[i%len(lt.ClientAddrs4)])
+		c, err := p.dialNth(i)
 		if err != nil {
 			p.t.Fatalf("connection %d: %v", i, err)
 		}
