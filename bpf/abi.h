@@ -20,18 +20,27 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 1,
+	LS_ABI_VERSION = 2,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
 	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-	LS_HDR_MAX = 136, /* L2..L4 header bytes: 14 + 60 + 60, rounded up to words */
+	LS_HDR_MAX = 256, /* L2..L4 header bytes of a TCP segment */
+	LS_L4_MAX = 176,  /* bytes before the TCP header; more: compared as a datagram */
 	LS_OPTS_MAX = 40, /* TCP options: 60-byte header at most */
 	LS_BOUND_MAX = 48,
 	LS_REC_BASE = 160,     /* struct ls_rec without boundaries */
 	LS_LANE_USER = 0xffff, /* ls_rec.lane of frames that user space sends */
-	LS_REC_OFF_MAX = 96,   /* highest ls_pre.off: 14 + 60 + 20, rounded up */
+	LS_LANE_ALL = 0xfffe,  /* NACK: the newest record of every lane, please */
+	LS_LANE_MAX = 1024,    /* lanes of CPUs; windows keep user space's behind them */
+	LS_WINDOW = 1024,      /* lane numbers that may overtake each other */
+	LS_SENT = 2048,	       /* records a lane keeps for NACKs */
+	LS_RESEND_MAX = 16,    /* records sent again for one NACK */
+	LS_REC_OFF_MAX = 280,  /* highest ls_pre.off */
+
+	LS_RULES_MAX = 16,  /* primary-only rules */
+	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the ethertype */
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
@@ -64,15 +73,19 @@ enum ls_slot_state {
 	LS_SLOT_READY = 2,
 };
 
-/* One flow, as seen from the guest: the same key on both hosts. */
+/*
+ * One flow, as seen from the guest: the same key on both hosts. ICMP and ICMPv6
+ * have type and code in gport and rport; fragments and other protocols 0.
+ */
 struct ls_tuple {
 	__u8 guest[16]; /* IPv4 as ::ffff:a.b.c.d */
 	__u8 remote[16];
 	__u16 gport;
 	__u16 rport;
-	__u16 vlan; /* VLAN id; 0: untagged or priority-tagged (PCP differs by direction) */
-	__u8 proto; /* IPPROTO_* */
-	__u8 pad;
+	__u16 vlan;  /* VLAN id; 0: untagged or priority-tagged (PCP differs by direction) */
+	__u16 vlan2; /* of an inner tag (QinQ); 0: none */
+	__u8 proto;  /* IPPROTO_*, LS_PROTO_ETH */
+	__u8 pad[3];
 };
 
 /* Live settings, one element of the mmapable array ls_conf. */
@@ -85,6 +98,28 @@ struct ls_conf {
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
 	__u32 pad;
+	__u64 speak_for; /* R20: T, ns: an echo allows speaking until its time + T */
+	__u64 old_until; /* boottime ns; frames of term - 1 are taken before it (rotation) */
+};
+
+/* What the pinned tables were made for (R23): element of ls_meta. */
+struct ls_meta {
+	__u32 abi; /* LS_ABI_VERSION */
+	__u32 role;
+	__u32 max_conns;
+	__u32 slots;
+	__u32 gso_slots;
+	__u32 pad;
+	__u8 config[32];  /* digest of what both nodes must agree on */
+	__u8 version[64]; /* of the lockstep that made them, 0-terminated */
+};
+
+/* Leaves from the PVM without comparison: 0 matches any. Host order. */
+struct ls_rule {
+	__u16 gport;
+	__u16 rport;
+	__u8 proto;
+	__u8 pad[3];
 };
 
 /* Secrets of one term: SipHash keys by direction, digest keys by lane. */
@@ -121,6 +156,8 @@ enum ls_ev_type {
 enum ls_ev_flag {
 	LS_EV_PARTIAL = 1,   /* frame has a partial checksum: csum_start, csum_offset hold */
 	LS_EV_INHERITED = 2, /* LS_EV_COPY: no offset known, numbers untranslated */
+	LS_EV_DGRAM = 4,     /* not TCP, or not comparable as such: a datagram */
+	LS_EV_8021AD = 8,    /* the VLAN tag in tci is of 802.1ad */
 };
 
 struct ls_ev {
@@ -137,6 +174,8 @@ struct ls_ev {
 	__u16 win;
 	__u8 tcp_flags;	     /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
 	__u8 flags;	     /* LS_EV_* */
+	__u16 frag;	     /* LS_EV_DGRAM: byte offset of a fragment | 1 when more follow */
+	__u16 pad0;
 	__u64 sum[LS_LANES]; /* digest of the payload at its positions */
 	__u16 gso_size;
 	__u16 l3_off;
@@ -156,6 +195,11 @@ enum ls_rec_type {
 	LS_REC_ANNOUNCE = 2, /* P to S: the PVM's SYN or SYN|ACK (R9) */
 	LS_REC_ASK = 3,	     /* P to S: the sum over [seq, end), please (R5) */
 	LS_REC_ANSWER = 4,   /* S to P: the sum over [seq, end) */
+	LS_REC_DGRAM = 5,    /* S to P: a datagram the SVM said: [seq, end), frag, sum */
+	LS_REC_NEIGH = 6,    /* S to P: the SVM asks who has t.remote; its MAC is in opts */
+	LS_REC_NACK = 7,     /* P to S: lane stride's records sum[0]..sum[1] again, please (R6) */
+	LS_REC_ECHO = 8,     /* P to S and back: P's boottime is sum[0] (R20) */
+	LS_REC_MARK = 9,     /* P to S: what follows the PVM has not heard before its STOP (R16) */
 };
 
 enum ls_rec_flag {
@@ -192,15 +236,14 @@ struct ls_rec {
 	struct ls_tuple t;
 	__u32 inc; /* incarnation: the PVM's ISN; 0 with LS_REC_INHERITED */
 	__u32 seq; /* PVM numbering */
-	__u32 end; /* seq + payload + SYN + FIN; ASK, ANSWER: end of range */
+	__u32 end; /* seq + payload + SYN + FIN; ASK, ANSWER, DGRAM: end of range */
 	__u32 ack;
 	__u16 win; /* as in the header, unscaled */
 	__u8 tcp_flags;
 	__u8 optlen;
 	__u32 stride; /* bytes between boundaries, from the payload's start */
 	__u16 nsum;   /* boundaries that follow */
-	__u16 pad0;
-	__u32 pad1;
+	__u16 frag;   /* DGRAM: as in ls_ev */
 	__u64 sum[LS_LANES];		     /* whole payload */
 	__u8 opts[LS_OPTS_MAX];		     /* TCP options, TSval in PVM numbering, rest zero */
 	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
@@ -273,6 +316,29 @@ struct ls_conn {
 	__u64 last;
 };
 
+/* The remote's newest segment (R6), on P: element of the LRU ls_cli. */
+struct ls_cli {
+	__u64 at;  /* boottime ns */
+	__u32 seq; /* behind its payload; SYN and FIN not counted */
+	__u32 ack;
+	__u16 win;
+	__u8 tcp_flags;
+	__u8 flags; /* LS_EV_8021AD */
+	__u16 l4_off;
+	__u16 hdr_len; /* bytes of hdr: everything before the payload */
+	__u16 tci;
+	__u16 pad[3];
+	__u8 hdr[LS_HDR_MAX];
+};
+
+/* Lane numbers received: element of ls_win, by lane, user space's last. */
+struct ls_win {
+	__u32 lock; /* struct bpf_spin_lock */
+	__u32 term; /* of the numbers; another one begins afresh */
+	__u64 top;  /* highest */
+	__u64 bits[LS_WINDOW / 64];
+};
+
 /* Reasons, append-only: Go's labels are generated from these names. */
 #define LS_REASONS(X) \
 	X(released, "released frame turned back into the tap") \
@@ -307,7 +373,18 @@ struct ls_conn {
 	X(conn_full, "connection table full") \
 	X(rewrite_failed, "frame dropped: rewriting failed") \
 	X(released_out, "released frame let out") \
-	X(let_in, "mirrored frame let into the SVM")
+	X(let_in, "mirrored frame let into the SVM") \
+	X(primary_only, "PVM frame passed by a primary-only rule") \
+	X(peer_replay, "peer frame dropped: lane number seen before, or too old") \
+	X(nack_out, "gap in a lane's numbers: records asked for again") \
+	X(nack_in, "request for records taken") \
+	X(resent, "record sent again") \
+	X(resend_gone, "record asked for again, but not kept any more") \
+	X(echo_in, "echo taken: speaking allowed for a while") \
+	X(echo_out, "echo returned to the primary") \
+	X(neigh_out, "SVM's neighbour request handed to the primary") \
+	X(xdp_passed, "peer frame let past XDP") \
+	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,
@@ -322,13 +399,17 @@ struct ls_count {
 };
 
 #define LS_SIZE(type, n) _Static_assert(sizeof(type) == (n), #type)
-LS_SIZE(struct ls_tuple, 40);
-LS_SIZE(struct ls_conf, 40);
+LS_SIZE(struct ls_tuple, 44);
+LS_SIZE(struct ls_conf, 56);
 LS_SIZE(struct ls_slot, 2048);
 LS_SIZE(struct ls_gslot, 69632);
 LS_SIZE(struct ls_rec, LS_REC_BASE + LS_BOUND_MAX * LS_LANES * 8);
-LS_SIZE(struct ls_ev, 256);
+LS_SIZE(struct ls_ev, 384);
 LS_SIZE(struct ls_half, 88);
 LS_SIZE(struct ls_conn, 32);
+LS_SIZE(struct ls_cli, 288);
+LS_SIZE(struct ls_win, 144);
+LS_SIZE(struct ls_meta, 120);
+LS_SIZE(struct ls_rule, 8);
 
 #endif

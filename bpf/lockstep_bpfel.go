@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type LockstepLsCli struct {
+	_        structs.HostLayout
+	At       uint64
+	Seq      uint32
+	Ack      uint32
+	Win      uint16
+	TcpFlags uint8
+	Flags    uint8
+	L4Off    uint16
+	HdrLen   uint16
+	Tci      uint16
+	Pad      [3]uint16
+	Hdr      [256]uint8
+}
+
 type LockstepLsConf struct {
 	_          structs.HostLayout
 	SpeakUntil uint64
@@ -23,6 +38,8 @@ type LockstepLsConf struct {
 	PeerMac    [6]uint8
 	OwnMac     [6]uint8
 	Pad        uint32
+	SpeakFor   uint64
+	OldUntil   uint64
 }
 
 type LockstepLsConn struct {
@@ -55,15 +72,23 @@ const (
 type LockstepLsConst uint32
 
 const (
-	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 1
+	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 2
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
-	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 136
+	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
+	LockstepLsConstLS_L4MAX         LockstepLsConst = 176
 	LockstepLsConstLS_OPTS_MAX      LockstepLsConst = 40
 	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 48
 	LockstepLsConstLS_REC_BASE      LockstepLsConst = 160
 	LockstepLsConstLS_LANE_USER     LockstepLsConst = 65535
-	LockstepLsConstLS_REC_OFF_MAX   LockstepLsConst = 96
+	LockstepLsConstLS_LANE_ALL      LockstepLsConst = 65534
+	LockstepLsConstLS_LANE_MAX      LockstepLsConst = 1024
+	LockstepLsConstLS_WINDOW        LockstepLsConst = 1024
+	LockstepLsConstLS_SENT          LockstepLsConst = 2048
+	LockstepLsConstLS_RESEND_MAX    LockstepLsConst = 16
+	LockstepLsConstLS_REC_OFF_MAX   LockstepLsConst = 280
+	LockstepLsConstLS_RULES_MAX     LockstepLsConst = 16
+	LockstepLsConstLS_PROTO_ETH     LockstepLsConst = 255
 	LockstepLsConstLS_SLOT_DATA     LockstepLsConst = 1984
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568
 	LockstepLsConstLS_SLOT_NONE     LockstepLsConst = 4294967295
@@ -101,6 +126,8 @@ type LockstepLsEv struct {
 	Win        uint16
 	TcpFlags   uint8
 	Flags      uint8
+	Frag       uint16
+	Pad0       uint16
 	Sum        [2]uint64
 	GsoSize    uint16
 	L3Off      uint16
@@ -112,7 +139,7 @@ type LockstepLsEv struct {
 	CsumOffset uint16
 	FrameLen   uint32
 	Pad        uint32
-	Hdr        [136]uint8
+	Hdr        [256]uint8
 }
 
 type LockstepLsEvFlag uint32
@@ -120,6 +147,8 @@ type LockstepLsEvFlag uint32
 const (
 	LockstepLsEvFlagLS_EV_PARTIAL   LockstepLsEvFlag = 1
 	LockstepLsEvFlagLS_EV_INHERITED LockstepLsEvFlag = 2
+	LockstepLsEvFlagLS_EV_DGRAM     LockstepLsEvFlag = 4
+	LockstepLsEvFlagLS_EV_8021AD    LockstepLsEvFlag = 8
 )
 
 type LockstepLsEvRec struct {
@@ -172,6 +201,18 @@ type LockstepLsKeys struct {
 	SipRx [2]uint64
 	Mix   [2]uint64
 	K     [2][1056]uint64
+}
+
+type LockstepLsMeta struct {
+	_        structs.HostLayout
+	Abi      uint32
+	Role     uint32
+	MaxConns uint32
+	Slots    uint32
+	GsoSlots uint32
+	Pad      uint32
+	Config   [32]uint8
+	Version  [64]uint8
 }
 
 type LockstepLsMode uint32
@@ -232,7 +273,18 @@ const (
 	LockstepLsReasonLS_R_rewriteFailed LockstepLsReason = 30
 	LockstepLsReasonLS_R_releasedOut   LockstepLsReason = 31
 	LockstepLsReasonLS_R_letIn         LockstepLsReason = 32
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 33
+	LockstepLsReasonLS_R_primaryOnly   LockstepLsReason = 33
+	LockstepLsReasonLS_R_peerReplay    LockstepLsReason = 34
+	LockstepLsReasonLS_R_nackOut       LockstepLsReason = 35
+	LockstepLsReasonLS_R_nackIn        LockstepLsReason = 36
+	LockstepLsReasonLS_R_resent        LockstepLsReason = 37
+	LockstepLsReasonLS_R_resendGone    LockstepLsReason = 38
+	LockstepLsReasonLS_R_echoIn        LockstepLsReason = 39
+	LockstepLsReasonLS_R_echoOut       LockstepLsReason = 40
+	LockstepLsReasonLS_R_neighOut      LockstepLsReason = 41
+	LockstepLsReasonLS_R_xdpPassed     LockstepLsReason = 42
+	LockstepLsReasonLS_R_xdpDropped    LockstepLsReason = 43
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 44
 )
 
 type LockstepLsRec struct {
@@ -257,8 +309,7 @@ type LockstepLsRec struct {
 	Optlen   uint8
 	Stride   uint32
 	Nsum     uint16
-	Pad0     uint16
-	Pad1     uint32
+	Frag     uint16
 	Sum      [2]uint64
 	Opts     [40]uint8
 	Bound    [48][2]uint64
@@ -277,7 +328,20 @@ const (
 	LockstepLsRecTypeLS_REC_ANNOUNCE LockstepLsRecType = 2
 	LockstepLsRecTypeLS_REC_ASK      LockstepLsRecType = 3
 	LockstepLsRecTypeLS_REC_ANSWER   LockstepLsRecType = 4
+	LockstepLsRecTypeLS_REC_DGRAM    LockstepLsRecType = 5
+	LockstepLsRecTypeLS_REC_NEIGH    LockstepLsRecType = 6
+	LockstepLsRecTypeLS_REC_NACK     LockstepLsRecType = 7
+	LockstepLsRecTypeLS_REC_ECHO     LockstepLsRecType = 8
+	LockstepLsRecTypeLS_REC_MARK     LockstepLsRecType = 9
 )
+
+type LockstepLsRule struct {
+	_     structs.HostLayout
+	Gport uint16
+	Rport uint16
+	Proto uint8
+	Pad   [3]uint8
+}
 
 type LockstepLsScratch struct {
 	_ structs.HostLayout
@@ -295,7 +359,6 @@ type LockstepLsScratch struct {
 		L4Off  uint16
 		PayOff uint16
 		Tci    uint16
-		_      [4]byte
 		Tcp    [64]uint8
 	}
 	Tcp  [64]uint8
@@ -357,21 +420,25 @@ type LockstepLsTuple struct {
 	Gport  uint16
 	Rport  uint16
 	Vlan   uint16
+	Vlan2  uint16
 	Proto  uint8
-	Pad    uint8
+	Pad    [3]uint8
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	LockstepMapLsCli       = "ls_cli"
 	LockstepMapLsConf      = "ls_conf"
 	LockstepMapLsConn      = "ls_conn"
 	LockstepMapLsGslots    = "ls_gslots"
 	LockstepMapLsHalf      = "ls_half"
 	LockstepMapLsKeys      = "ls_keys"
 	LockstepMapLsLane      = "ls_lane"
+	LockstepMapLsMeta      = "ls_meta"
 	LockstepMapLsRing      = "ls_ring"
+	LockstepMapLsRules     = "ls_rules"
 	LockstepMapLsScratch   = "ls_scratch"
 	LockstepMapLsSlots     = "ls_slots"
 	LockstepMapLsStats     = "ls_stats"
@@ -385,6 +452,7 @@ const (
 	LockstepVarLsMarkRel   = "ls_mark_rel"
 	LockstepVarLsMutate    = "ls_mutate"
 	LockstepVarLsNgslots   = "ls_ngslots"
+	LockstepVarLsNrules    = "ls_nrules"
 	LockstepVarLsNslots    = "ls_nslots"
 	LockstepVarLsPeer      = "ls_peer"
 	LockstepVarLsTap       = "ls_tap"
@@ -444,13 +512,16 @@ type LockstepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepMapSpecs struct {
+	LsCli     *ebpf.MapSpec `ebpf:"ls_cli"`
 	LsConf    *ebpf.MapSpec `ebpf:"ls_conf"`
 	LsConn    *ebpf.MapSpec `ebpf:"ls_conn"`
 	LsGslots  *ebpf.MapSpec `ebpf:"ls_gslots"`
 	LsHalf    *ebpf.MapSpec `ebpf:"ls_half"`
 	LsKeys    *ebpf.MapSpec `ebpf:"ls_keys"`
 	LsLane    *ebpf.MapSpec `ebpf:"ls_lane"`
+	LsMeta    *ebpf.MapSpec `ebpf:"ls_meta"`
 	LsRing    *ebpf.MapSpec `ebpf:"ls_ring"`
+	LsRules   *ebpf.MapSpec `ebpf:"ls_rules"`
 	LsScratch *ebpf.MapSpec `ebpf:"ls_scratch"`
 	LsSlots   *ebpf.MapSpec `ebpf:"ls_slots"`
 	LsStats   *ebpf.MapSpec `ebpf:"ls_stats"`
@@ -464,6 +535,7 @@ type LockstepVariableSpecs struct {
 	LsMarkRel *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
 	LsMutate  *ebpf.VariableSpec `ebpf:"ls_mutate"`
 	LsNgslots *ebpf.VariableSpec `ebpf:"ls_ngslots"`
+	LsNrules  *ebpf.VariableSpec `ebpf:"ls_nrules"`
 	LsNslots  *ebpf.VariableSpec `ebpf:"ls_nslots"`
 	LsPeer    *ebpf.VariableSpec `ebpf:"ls_peer"`
 	LsTap     *ebpf.VariableSpec `ebpf:"ls_tap"`
@@ -489,13 +561,16 @@ func (o *LockstepObjects) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepMaps struct {
+	LsCli     *ebpf.Map `ebpf:"ls_cli"`
 	LsConf    *ebpf.Map `ebpf:"ls_conf"`
 	LsConn    *ebpf.Map `ebpf:"ls_conn"`
 	LsGslots  *ebpf.Map `ebpf:"ls_gslots"`
 	LsHalf    *ebpf.Map `ebpf:"ls_half"`
 	LsKeys    *ebpf.Map `ebpf:"ls_keys"`
 	LsLane    *ebpf.Map `ebpf:"ls_lane"`
+	LsMeta    *ebpf.Map `ebpf:"ls_meta"`
 	LsRing    *ebpf.Map `ebpf:"ls_ring"`
+	LsRules   *ebpf.Map `ebpf:"ls_rules"`
 	LsScratch *ebpf.Map `ebpf:"ls_scratch"`
 	LsSlots   *ebpf.Map `ebpf:"ls_slots"`
 	LsStats   *ebpf.Map `ebpf:"ls_stats"`
@@ -503,13 +578,16 @@ type LockstepMaps struct {
 
 func (m *LockstepMaps) Close() error {
 	return _LockstepClose(
+		m.LsCli,
 		m.LsConf,
 		m.LsConn,
 		m.LsGslots,
 		m.LsHalf,
 		m.LsKeys,
 		m.LsLane,
+		m.LsMeta,
 		m.LsRing,
+		m.LsRules,
 		m.LsScratch,
 		m.LsSlots,
 		m.LsStats,
@@ -524,6 +602,7 @@ type LockstepVariables struct {
 	LsMarkRel *ebpf.Variable `ebpf:"ls_mark_rel"`
 	LsMutate  *ebpf.Variable `ebpf:"ls_mutate"`
 	LsNgslots *ebpf.Variable `ebpf:"ls_ngslots"`
+	LsNrules  *ebpf.Variable `ebpf:"ls_nrules"`
 	LsNslots  *ebpf.Variable `ebpf:"ls_nslots"`
 	LsPeer    *ebpf.Variable `ebpf:"ls_peer"`
 	LsTap     *ebpf.Variable `ebpf:"ls_tap"`

@@ -21,6 +21,7 @@ volatile const __u32 ls_mark_rel; /* on P: a released frame */
 volatile const __u32 ls_mark_in;  /* on S: a mirrored frame on its way to the tap */
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
+volatile const __u32 ls_nrules; /* of ls_rules in use */
 volatile const __u32 ls_mutate; /* enum ls_mutation; tests only */
 
 struct {
@@ -81,6 +82,29 @@ struct {
 	__type(key, struct ls_tuple);
 	__type(value, struct ls_half);
 } ls_half SEC(".maps");
+
+/* P: the remote's newest segments. Evicting one costs a chance to heal. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, LS_CONNS);
+	__type(key, struct ls_tuple);
+	__type(value, struct ls_cli);
+} ls_cli SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, LS_RULES_MAX);
+	__type(key, __u32);
+	__type(value, struct ls_rule);
+} ls_rules SEC(".maps");
+
+/* Written by user space alone, when it makes the tables. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ls_meta);
+} ls_meta SEC(".maps");
 
 /* Number of the record this CPU's lane sent last. */
 struct {

@@ -40,7 +40,7 @@ type template struct {
 	ok, pure bool
 	flags    Flags
 	hdrLen   uint8
-	hdr      [88]byte
+	hdr      [176]byte
 	opts     options
 }
 

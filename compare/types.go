@@ -8,8 +8,9 @@ import "net/netip"
 type Tuple struct {
 	Guest, Remote         [16]byte // IPv4 as ::ffff:a.b.c.d
 	GuestPort, RemotePort uint16
-	VLAN                  uint16 // TCI as in the tag; 0: untagged
-	Proto                 uint8  // IPPROTO_*
+	VLAN                  uint16 // VLAN id; 0: untagged
+	VLAN2                 uint16 // of an inner tag (QinQ); 0: none
+	Proto                 uint8  // IPPROTO_*; ProtoEthernet
 }
 
 // Sum is the digest of a byte range of a stream, one element per lane (see
@@ -41,7 +42,12 @@ type Bound struct {
 	Sum Sum
 }
 
-// Segment is one TCP segment. Positions are TCP sequence numbers in PVM
+// ProtoEthernet is the protocol of frames that are not IP: their addresses are
+// MACs (the last six bytes), GuestPort is the ethertype. ICMP has type and code in
+// GuestPort and RemotePort; fragments and other protocols have 0 there.
+const ProtoEthernet = 255
+
+// Segment is one TCP segment or, with Datagram, anything else. Positions are TCP sequence numbers in PVM
 // numbering: a SYN and a FIN take one each.
 type Segment struct {
 	Tuple
@@ -52,6 +58,12 @@ type Segment struct {
 	Flags Flags
 	Opts  []byte // TCP options as in the header; valid during Step only
 	Sum   Sum    // of the payload
+
+	// Datagram: not TCP, or not comparable as such. Seq is the position of the
+	// payload's first byte (0, or a fragment's offset); Ack, Win, Flags, Opts mean
+	// nothing. Frag: a fragment's byte offset | 1 when more follow.
+	Datagram bool
+	Frag     uint16
 
 	// PVM segments and the SVM's copies only.
 	Slot    Slot
@@ -104,8 +116,18 @@ const (
 	EvCopy
 	// EvAsk (S): P asks for the sum over [Seg.Seq, Seg.Seq+Seg.Len).
 	EvAsk
-	// EvPark (S): a frame for the SVM was parked in Seg.Slot. Only Slot and At hold.
+	// EvPark (S): a frame for the SVM was parked in Seg.Slot. Only Slot, At and
+	// Datagram hold.
 	EvPark
+	// EvNeigh (P): the SVM asks who has Seg.Remote, in the name of Seg.Guest, whose
+	// MAC is in Seg.Opts.
+	EvNeigh
+	// EvAdopt (P): a connection that an earlier daemon tracked (R23). Seg.Seq is the
+	// remote's highest ACK: below it nobody repeats anything.
+	EvAdopt
+	// EvMark (S): P's mark of its STOP for Epoch came: what is parked later the PVM
+	// had not heard before (R16).
+	EvMark
 	// EvTick: time passed (see NextDeadline).
 	EvTick
 	// EvFreeze (P): release nothing from now on, but go on collecting (R13, R15).
@@ -155,6 +177,16 @@ const (
 	OpAnswer
 	// OpDeliver: give the frame in Slot to the SVM, then free it (S).
 	OpDeliver
+	// OpForward: send the frame in Slot as it was captured, then free it (P): a
+	// datagram.
+	OpForward
+	// OpNeigh: ask who has Tuple.Remote, in the name of Tuple.Guest, whose MAC is in
+	// Opts (P).
+	OpNeigh
+	// OpRemirror: give S the header of the remote's newest segment again (R6).
+	OpRemirror
+	// OpQuery: ask S for the newest record of every lane (R6).
+	OpQuery
 )
 
 // Reason says why a frame was dropped or a checkpoint is needed.
@@ -173,7 +205,7 @@ type Effect struct {
 	OptLen    uint8
 	Opts      [40]byte
 	HdrLen    uint8
-	Header    [88]byte // L2 and L3 header of a template
+	Header    [176]byte // L2 and L3 header of a template
 	Inc       uint32
 	Inherited bool
 	Sum       Sum
