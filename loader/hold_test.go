@@ -17,7 +17,7 @@ import (
 func segment(v6 bool, tci uint16, seq uint32, flags compare.Flags, opts, payload []byte) []byte {
 	e := compare.Effect{Seq: seq, Ack: 0x11223344, Win: 500, Flags: flags, OptLen: uint8(len(opts))}
 	copy(e.Opts[:], opts)
-	out, ok := buildHeader(newHead(), l2l3(v6, 0), []byte{0x30, 0x39, 0, 80}, &e, tci, len(payload), 0)
+	out, ok := buildHeader(newHead(), l2l3(v6, 0), []byte{0x30, 0x39, 0, 80}, &e, ethVLAN, tci, len(payload), 0)
 	if !ok {
 		panic("a frame of this test cannot be built")
 	}
@@ -138,7 +138,7 @@ func sendGSO(t testing.TB, name string, tci uint16, pay []byte) {
 	check(t, err)
 	defer c.close()
 	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
-	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, tci, len(pay), gsoSegment)
+	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, ethVLAN, tci, len(pay), gsoSegment)
 	if !ok {
 		t.Fatal("refused")
 	}
