@@ -427,7 +427,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
 	atomic.StoreUint32(&n.conf.Term, s.Term)
 	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
-	n.signer.key, n.signer.term, n.signer.epoch, n.signer.laneNext = s.TxKey, s.Term, s.Epoch, 0
+	n.signer.key, n.signer.term, n.signer.epoch = s.TxKey, s.Term, s.Epoch
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
 	return nil
 }
