@@ -243,8 +243,11 @@ static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
 	front.pre.magic = LS_MAGIC;
 	front.pre.off = off;
 
-	if (skb->vlan_present && bpf_skb_vlan_pop(skb)) /* the record's tuple has the VLAN */
-		return -1;
+	/* The record's tuple has the VLANs. A tag in the bytes takes a popped one's place. */
+#pragma clang loop unroll(full)
+	for (int i = 0; i < 2; i++)
+		if (skb->vlan_present && bpf_skb_vlan_pop(skb))
+			return -1;
 	if (bpf_skb_change_tail(skb, off + len, 0))
 		return -1;
 	if (bpf_skb_store_bytes(skb, 0, &front, sizeof(front), 0))
