@@ -210,7 +210,7 @@ type LockstepLsMeta struct {
 	MaxConns uint32
 	Slots    uint32
 	GsoSlots uint32
-	Pad      uint32
+	TapBase  uint32
 	Config   [32]uint8
 	Version  [64]uint8
 }

@@ -506,3 +506,6 @@ func (p *fakePath) Sweep(_, _ time.Duration) (int, error)             { return 0
 func (p *fakePath) DrainTap(context.Context) error                    { return nil }
 func (p *fakePath) Counters() (map[string]uint64, error)              { return map[string]uint64{}, nil }
 func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return nil }
+func (p *fakePath) Adopted() *control.Adopted                         { return nil }
+func (p *fakePath) CheckOrder() (string, bool, error)                 { return "", false, nil }
+func (p *fakePath) SetTap(bool) error                                 { return nil }
