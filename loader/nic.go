@@ -58,6 +58,7 @@ type Options struct {
 	Tap, PeerDevice  string // device names
 	MaxConnections   int
 	Slots, GSOSlots  int      // held frames of up to 1984 bytes, and of up to 68 KiB
+	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
 	Version          string   // of this lockstep
 	Log              *slog.Logger
@@ -179,6 +180,9 @@ func Open(o Options) (_ *NIC, err error) {
 		err = n.adopt(o.Role, dir)
 	} else {
 		err = n.attach(o.Role, dir)
+	}
+	if err == nil {
+		err = n.attachXDP(o, dir)
 	}
 	if err != nil {
 		return nil, err
