@@ -32,7 +32,7 @@ func (f *fuzzInput) pos() uint32 {
 
 func (f *fuzzInput) event(keys *Keys) Event {
 	kinds := []EventKind{EvPVM, EvPVM, EvPVM, EvSVM, EvSVM, EvSVM, EvAnswer, EvClient, EvTick, EvFreeze, EvThaw, EvCommit,
-		EvCopy, EvAsk, EvPark, EvUnpark, EvReset, 0, 99}
+		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, 0, 99}
 	k := f.byte()
 	ev := Event{Kind: kinds[int(k)%len(kinds)], Epoch: uint32(f.byte() % 4)}
 	s := &ev.Seg
@@ -109,7 +109,7 @@ func FuzzStep(f *testing.F) {
 			}
 			var effs []Effect
 			switch ev.Kind {
-			case EvCopy, EvAsk, EvPark, EvUnpark, EvReset:
+			case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset:
 				effs = s.Step(now, &ev, nil)
 			default:
 				effs = p.Step(now, &ev, nil)

@@ -16,7 +16,10 @@ const (
 	mutR8                            // records of any incarnation count
 	mutR14                           // frames captured behind the commit point leave too
 	mutR15                           // freezing does nothing
+	mutR16                           // S: all that was parked is delivered
 	mutDatagram                      // datagrams need not match
 )
 
 func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }
+
+func (s *Secondary) off(m mutation) bool { return s.mut&m != 0 }

@@ -63,7 +63,9 @@ type Primary struct {
 	flows        map[Tuple]*dgramFlow
 	timers       timerHeap // holds every connection and flow
 	opens        map[openKey]*openSet
-	next         []Segment // records of epochs to come (R17)
+	asked        map[neighKey]struct{} // neighbours asked for within neighEvery
+	neighs       deque[neighAsk]       // the same, by time
+	next         []Segment             // records of epochs to come (R17)
 	spare        []*conn
 	spareFlows   []*dgramFlow
 	points       int // of all connections
@@ -118,6 +120,7 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 		cfg: cfg, keys: keys, epoch: cfg.Epoch,
 		conns: make(map[Tuple]*conn),
 		flows: make(map[Tuple]*dgramFlow),
+		asked: make(map[neighKey]struct{}),
 		opens: make(map[openKey]*openSet),
 	}
 }
@@ -137,6 +140,8 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.answer(&ev.Seg)
 	case EvClient:
 		p.client(&ev.Seg)
+	case EvNeigh:
+		p.neigh(&ev.Seg)
 	case EvTick:
 		p.tick()
 	case EvFreeze:

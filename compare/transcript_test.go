@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,7 +31,8 @@ import (
 //	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n] [ago=dur]
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
-//	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park | unpark | reset
+//	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
+//	neigh [remote=n] [vlan2=n] [mac=n]
 //	pvm|svm udp|icmp=TYPE|icmp6=TYPE SEQ..END [id=n] [frag=n] (a datagram; id picks its bytes)
 //	+DURATION      time passes, up to the next deadline, a tick, and so on
 //
@@ -65,6 +67,7 @@ func (x *transcript) config(c Config) {
 	x.p = NewPrimary(c, x.keys)
 	x.p.mutate(x.mut)
 	x.s = NewSecondary(SecondaryConfig{}, x.keys)
+	x.s.mutate(x.mut)
 }
 
 func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
@@ -170,7 +173,7 @@ func (x *transcript) step(title string, ev Event) {
 	}
 	step := x.p.Step
 	switch ev.Kind {
-	case EvCopy, EvAsk, EvPark, EvUnpark, EvReset:
+	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset:
 		step = x.s.Step
 	}
 	effs := step(x.now, &ev, nil)
@@ -232,6 +235,8 @@ func (x *transcript) effect(e *Effect) string {
 		}
 	case OpDeliver:
 		fmt.Fprintf(&b, "deliver%s", slot)
+	case OpNeigh:
+		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
 	case OpForward:
 		fmt.Fprintf(&b, "forward%s", slot)
 	}
@@ -268,7 +273,7 @@ func (x *transcript) parse(line string) Event {
 	kinds := map[string]EventKind{
 		"pvm": EvPVM, "svm": EvSVM, "answer": EvAnswer, "client": EvClient, "freeze": EvFreeze, "thaw": EvThaw,
 		"commit": EvCommit, "solo": EvSolo, "tick": EvTick, "copy": EvCopy, "ask": EvAsk, "park": EvPark,
-		"unpark": EvUnpark, "reset": EvReset,
+		"unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh,
 	}
 	ev := Event{Kind: kinds[f[0]], Epoch: x.p.epoch, At: x.now}
 	if ev.Kind == 0 {
@@ -310,6 +315,12 @@ func (x *transcript) parse(line string) Event {
 			datagram(protoICMP, uint16(x.number(val)), 0)
 		case "icmp6":
 			datagram(protoICMPv6, uint16(x.number(val)), 0)
+		case "mac":
+			s.Opts = []byte{2, 0, 0, 0, 0, byte(x.number(val))}
+		case "remote":
+			s.Remote[15] = byte(x.number(val))
+		case "vlan2":
+			s.VLAN2 = uint16(x.number(val))
 		case "id":
 			id = x.number(val)
 		case "frag":
@@ -437,6 +448,7 @@ func TestMutations(t *testing.T) {
 		{mutR8, "r8_incarnations"},
 		{mutR14, "r14_commit"},
 		{mutR15, "r15_freeze"},
+		{mutR16, "r16_mark"},
 		{mutDatagram, "datagrams"},
 	} {
 		t.Run(m.file, func(t *testing.T) {
