@@ -68,6 +68,9 @@ type Options struct {
 	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
 	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
 
+	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
+	EchoEvery, SpeakFor time.Duration
+
 	StatusSocket string // "": none
 	Log          *slog.Logger
 
@@ -91,6 +94,8 @@ func (o *Options) setDefaults() error {
 		}
 	}
 	set(&o.MinInterval, 20*time.Millisecond)
+	set(&o.EchoEvery, 50*time.Millisecond)
+	set(&o.SpeakFor, 400*time.Millisecond)
 	set(&o.Compare.Linger, 2*time.Second)
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
@@ -447,7 +452,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 	case fxOpen:
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
-			return errors.Join(n.dp.SetMode(ModeHold), n.dp.SetSpeakUntil(math.MaxInt64))
+			return errors.Join(n.dp.SetMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
 	case fxFreeze:
 		d.attemptAt = d.now()
@@ -468,7 +473,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 			return ev
 		})
 	case fxEpoch:
-		return d.each("set epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.Mark()) })
 	case fxCOLO:
 		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
 			mode, err := m.COLO()

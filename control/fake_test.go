@@ -118,8 +118,11 @@ func (f *fakePath) SetMode(m Mode) error {
 	f.mu.Unlock()
 	return f.note("mode %s", [...]string{"shut", "hold", "run", "park", "solo"}[m])
 }
-func (f *fakePath) SetEpoch(e uint32) error      { return f.note("epoch %d", e) }
-func (f *fakePath) SetSpeakUntil(at int64) error { return f.note("speak") }
+func (f *fakePath) SetEpoch(e uint32) error         { return f.note("epoch %d", e) }
+func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
+func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
+func (f *fakePath) Mark() error                     { return f.note("mark") }
+func (f *fakePath) Echo() error                     { return nil }
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s

@@ -79,6 +79,7 @@ type NIC struct {
 	records   [batch]ringbuf.Record
 	samples   [batch]sample
 	bounds    [batch][]compare.Bound
+	tagged    [batch][int(bpf.LockstepLsConstLS_L4MAX) + 4]byte // templates with their tag
 	meta      map[compare.Slot]frameMeta
 
 	toTap, toPeer *packetConn
@@ -99,10 +100,10 @@ type sample [118]uint64
 
 // frameMeta is what the kernel told about a frame in a slot.
 type frameMeta struct {
-	l4, pay, paylen    uint32
-	gso, tci           uint16
-	csumStart, csumOff uint16
-	partial            bool
+	l3, l4, pay, paylen uint32
+	gso, tpid, tci      uint16
+	csumStart, csumOff  uint16
+	partial, udp        bool
 }
 
 type attachment struct {
@@ -205,6 +206,7 @@ func (n *NIC) load(o Options) error {
 	}
 	spec.Maps[bpf.LockstepMapLsConn].MaxEntries = uint32(o.MaxConnections)
 	spec.Maps[bpf.LockstepMapLsHalf].MaxEntries = uint32(min(maxHalf, o.MaxConnections))
+	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
 	spec.Maps[bpf.LockstepMapLsSlots].MaxEntries = uint32(o.Slots)
 	spec.Maps[bpf.LockstepMapLsGslots].MaxEntries = uint32(o.GSOSlots)
 	rel := rand.Uint32() | 1
@@ -402,6 +404,12 @@ func (n *NIC) SetSpeakUntil(t int64) error {
 	return nil
 }
 
+// SetSpeakFor implements [control.DataPath].
+func (n *NIC) SetSpeakFor(d time.Duration) error {
+	atomic.StoreUint64(&n.conf.SpeakFor, uint64(d))
+	return nil
+}
+
 // InstallSession implements [control.DataPath]. Frames of the old term are
 // refused from the moment the term changes.
 func (n *NIC) InstallSession(s control.Session) error {
@@ -419,7 +427,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
 	atomic.StoreUint32(&n.conf.Term, s.Term)
 	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
-	n.signer.key, n.signer.term, n.signer.epoch, n.signer.laneNext = s.TxKey, s.Term, s.Epoch, 0
+	n.signer.key, n.signer.term, n.signer.epoch = s.TxKey, s.Term, s.Epoch
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
 	return nil
 }
@@ -609,9 +617,15 @@ func (n *NIC) Apply(effs []compare.Effect) error {
 		switch e.Op {
 		case compare.OpSend:
 			n.send(e)
-		case compare.OpDeliver:
+		case compare.OpDeliver, compare.OpForward:
 			n.deliver(e.Slot)
 			n.frees = append(n.frees, e.Slot)
+		case compare.OpNeigh:
+			n.toTap.queue(neighRequest(n.head(), e), nil)
+		case compare.OpRemirror:
+			n.remirror(e)
+		case compare.OpQuery:
+			n.toPeer.queue(n.signer.query(n.head()), nil)
 		case compare.OpFree:
 			n.frees = append(n.frees, e.Slot)
 		case compare.OpAsk:
@@ -650,11 +664,7 @@ func (n *NIC) send(e *compare.Effect) {
 		}
 		l2l3, payload = data[:m.l4], data[m.pay+e.From:m.pay+e.To]
 	}
-	tci := e.Tuple.VLAN
-	if m.tci != 0 {
-		tci = m.tci
-	}
-	head, ok := buildHeader(n.head(), l2l3, ports, e, tci, len(payload), m.gso)
+	head, ok := buildHeader(n.head(), l2l3, ports, e, m.tpid, m.tci, len(payload), m.gso)
 	if !ok {
 		n.lost.tap.Add(1)
 	} else {
@@ -662,7 +672,43 @@ func (n *NIC) send(e *compare.Effect) {
 	}
 }
 
-// deliver queues a parked frame for the SVM, as it came.
+// remirror gives S the remote's newest segment again, without its payload (R6).
+func (n *NIC) remirror(e *compare.Effect) {
+	var c bpf.LockstepLsCli
+	key := toTuple(e.Tuple)
+	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
+		return // evicted: a chance to heal less
+	}
+	l4, end := int(c.L4Off), int(c.HdrLen)
+	if compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) != compare.ACK || l4+tcpHdrLen > end || end > len(c.Hdr) {
+		return
+	}
+	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: compare.ACK}
+	ack.OptLen = uint8(copy(ack.Opts[:], c.Hdr[l4+tcpHdrLen:end]))
+	tpid := uint16(ethVLAN)
+	if c.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
+		tpid = ethQinQ
+	}
+	if head, ok := buildHeader(n.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
+		n.toPeer.queue(head, nil)
+	}
+}
+
+// Echo implements [control.DataPath].
+func (n *NIC) Echo() error {
+	n.toPeer.queue(n.signer.echo(n.head(), n.Now()), nil)
+	n.flush()
+	return nil
+}
+
+// Mark implements [control.DataPath].
+func (n *NIC) Mark() error {
+	n.toPeer.queue(n.signer.mark(n.head()), nil)
+	n.flush()
+	return nil
+}
+
+// deliver queues a frame as it came: parked for the SVM, or a datagram of the PVM.
 func (n *NIC) deliver(s compare.Slot) {
 	m, ok := n.meta[s]
 	data := n.slots.frame(s)

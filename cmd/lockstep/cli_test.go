@@ -497,6 +497,9 @@ func (p *fakePath) Apply([]compare.Effect) error                      { return n
 func (p *fakePath) SetMode(control.Mode) error                        { return nil }
 func (p *fakePath) SetEpoch(uint32) error                             { return nil }
 func (p *fakePath) SetSpeakUntil(int64) error                         { return nil }
+func (p *fakePath) SetSpeakFor(time.Duration) error                   { return nil }
+func (p *fakePath) Echo() error                                       { return nil }
+func (p *fakePath) Mark() error                                       { return nil }
 func (p *fakePath) InstallSession(control.Session) error              { return nil }
 func (p *fakePath) ResetOffsets() error                               { return nil }
 func (p *fakePath) Sweep(_, _ time.Duration) (int, error)             { return 0, nil }
