@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package loadertest makes the surroundings that tests of the data path need:
-// two hosts, two guests and a client as network namespaces, and a skew on the
-// secondary guest's link.
+// two hosts, two guests and a client as network namespaces, a skew on the
+// secondary guest's link, and a bad peer link.
 package loadertest
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -35,9 +36,11 @@ var ClientAddrs4 = []string{Client4, "10.77.0.11", "10.77.0.12", "10.77.0.13"}
 // and the two guests with the same addresses.
 type World struct {
 	Client, HostP, HostS, PVM, SVM string // namespace names
+	Mid                            string // the namespace between the hosts' peer devices, if any
 	Dir                            string // for files
 	Pins                           string // a bpffs
 	Skew                           *Skew
+	Impair                         *Impair // of an Impaired world
 }
 
 // Peer is how the hosts reach each other.
@@ -45,8 +48,9 @@ type Peer int
 
 // Kinds of peer link.
 const (
-	Veth  Peer = iota // devices peerP, peerS
-	VXLAN             // underlay devices underP, underS with 198.51.100.1, .2
+	Veth     Peer = iota // devices peerP, peerS
+	VXLAN                // underlay devices underP, underS with 198.51.100.1, .2
+	Impaired             // devices peerP, peerS with a namespace between them
 )
 
 var worlds atomic.Int32
@@ -84,6 +88,21 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	switch peer {
 	case Veth:
 		link("peerP", w.HostP, "peerS", w.HostS)
+	case Impaired:
+		w.Mid = id + "m"
+		Run(t, "ip", "netns", "add", w.Mid)
+		t.Cleanup(func() { Run(t, "ip", "netns", "del", w.Mid) })
+		// It has no voice of its own.
+		Run(t, "nsenter", "--net=/run/netns/"+w.Mid, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+		link("peerP", w.HostP, MidP, w.Mid)
+		link("peerS", w.HostS, MidS, w.Mid)
+		link(slowP, w.Mid, slowS, w.Mid)
+		for _, dev := range []string{MidP, MidS, slowP, slowS} {
+			w.ip(t, w.Mid, "link set "+dev+" mtu 9100")
+		}
+		// As a NIC does: what is lost is segments, not 64 KiB at once.
+		Run(t, "nsenter", "--net=/run/netns/"+w.HostP, "ethtool", "-K", "peerP", "tso", "off", "gso", "off")
+		w.Impair = addImpair(t, w.Mid)
 	case VXLAN:
 		link("underP", w.HostP, "underS", w.HostS)
 		w.ip(t, w.HostP, "link set underP mtu 1600")
@@ -171,6 +190,19 @@ func In(t testing.TB, ns string, f func()) {
 		runtime.UnlockOSThread()
 	}()
 	f()
+}
+
+// Index is a device's number in namespace ns.
+func Index(t testing.TB, ns, device string) (index int) {
+	t.Helper()
+	In(t, ns, func() {
+		dev, err := net.InterfaceByName(device)
+		if err != nil {
+			t.Fatalf("%s in %s: %v", device, ns, err)
+		}
+		index = dev.Index
+	})
+	return index
 }
 
 // Command is a command in namespace ns. Not `ip netns exec`, which hides the
