@@ -56,7 +56,11 @@ enum ls_const {
 
 /* Values of the load-time constant ls_mutate: tests switch one rule off. */
 enum ls_mutation {
-	LS_MUTATE_R9 = 1, /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R9 = 1,     /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R6 = 2,     /* gaps in a lane's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,    /* speak_until is not looked at */
+	LS_MUTATE_REPLAY = 8, /* lane numbers are taken again and again */
+	LS_MUTATE_TAG = 16,   /* tags are not checked */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */

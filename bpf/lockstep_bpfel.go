@@ -228,7 +228,11 @@ const (
 type LockstepLsMutation uint32
 
 const (
-	LockstepLsMutationLS_MUTATE_R9 LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R9     LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R6     LockstepLsMutation = 2
+	LockstepLsMutationLS_MUTATE_R20    LockstepLsMutation = 4
+	LockstepLsMutationLS_MUTATE_REPLAY LockstepLsMutation = 8
+	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
 )
 
 type LockstepLsPre struct {

@@ -71,8 +71,16 @@ type Options struct {
 // Mutation is a rule switched off.
 type Mutation uint32
 
-// MutateR9 has the rewriter ignore announcements and guess.
-const MutateR9 = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
+// MutateR9 has the rewriter ignore announcements and guess. MutateR6 leaves gaps
+// in a lane's numbers alone, MutateR20 lets guests speak for ever, MutateReplay takes
+// records again and again, MutateTag takes forged ones.
+const (
+	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
+	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
+	MutateR20    = Mutation(bpf.LockstepLsMutationLS_MUTATE_R20)
+	MutateReplay = Mutation(bpf.LockstepLsMutationLS_MUTATE_REPLAY)
+	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)
+)
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.
 const maxHalf = 16384
