@@ -4,8 +4,10 @@
  * baseline.bpf.c: mirroring only, what lockstep is measured against. The PVM's
  * output leaves at once, the SVM's is dropped; nothing is held, digested or
  * compared. So that the SVM works as the PVM does, the ACKs that it hears are moved
- * into its numbers and not above what it has said. The maps are shared by both
- * hosts, so nothing has to be announced.
+ * into its numbers and not above what it has said; when it says what the client
+ * has heard of the PVM already, its segment is turned into that ACK. The map is
+ * shared by both hosts, so nothing has to be announced. What the SVM lost is not
+ * repeated for it.
  *
  * Knows IPv4 without options and the TCP option layouts that Linux sends.
  */
@@ -36,7 +38,9 @@ struct numbers {
 
 struct conn {
 	struct numbers pvm, svm;
-	__u32 said; /* end of what the SVM has said, in its numbers */
+	__u32 said;		  /* end of what the SVM has said */
+	__u32 cli_seq, cli_ack;	  /* newest of the client, the ACK in the SVM's numbers */
+	__u32 cli_win, cli_ts[2]; /* TCP header words */
 };
 
 struct {
@@ -118,6 +122,43 @@ SEC("tcx/ingress") int base_pri_out(struct __sk_buff *skb)
 	return TCX_NEXT;
 }
 
+/*
+ * Makes of the SVM's segment the client's ACK of it. The segment's checksum is
+ * partial, which counts as right on this machine, and stays so.
+ */
+static __always_inline int turn(struct __sk_buff *skb, const struct seg *s, const struct conn *c)
+{
+	__u32 tcp[8] = {}, ip[5], len, from, ack = c->cli_ack;
+	__u8 mac[12], back[12];
+
+	if ((__s32)(ack - c->said) > 0)
+		ack = c->said;
+	if (bpf_skb_change_tail(skb, L4 + sizeof(tcp), 0) || bpf_skb_load_bytes(skb, 0, mac, 12) ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN, ip, 20))
+		return TCX_DROP;
+	__builtin_memcpy(back, mac + 6, 6);
+	__builtin_memcpy(back + 6, mac, 6);
+	len = ip[0];
+	ip[0] = bpf_htonl((bpf_ntohl(len) & 0xffff0000) | (20 + sizeof(tcp)));
+	from = ip[3];
+	ip[3] = ip[4];
+	ip[4] = from;
+	tcp[0] = bpf_htonl(bpf_ntohl(s->tcp[0]) << 16 | bpf_ntohl(s->tcp[0]) >> 16);
+	tcp[SEQ] = bpf_htonl(c->cli_seq);
+	tcp[ACKNO] = bpf_htonl(ack);
+	tcp[FLAGS] = c->cli_win;
+	tcp[OPTS] = bpf_htonl(0x0101080a);
+	tcp[OPTS + 1] = c->cli_ts[0];
+	tcp[OPTS + 2] = c->cli_ts[1];
+	bpf_l3_csum_replace(skb, ETH_HLEN + 10, len, ip[0], 4);
+	bpf_skb_store_bytes(skb, 0, back, 12, 0);
+	bpf_skb_store_bytes(skb, ETH_HLEN, ip, 4, 0);
+	bpf_skb_store_bytes(skb, ETH_HLEN + 12, ip + 3, 8, 0);
+	bpf_skb_store_bytes(skb, L4, tcp, 16, 0);
+	bpf_skb_store_bytes(skb, L4 + OPTS * 4, tcp + OPTS, 12, 0);
+	return bpf_redirect(tap_s, 0);
+}
+
 /* Ingress of the SVM's tap. */
 SEC("tcx/ingress") int base_sec_out(struct __sk_buff *skb)
 {
@@ -132,8 +173,12 @@ SEC("tcx/ingress") int base_sec_out(struct __sk_buff *skb)
 		return TCX_DROP;
 	flags = bpf_ntohl(s.tcp[FLAGS]);
 	end = bpf_ntohl(s.tcp[SEQ]) + s.paylen + !!(flags & F_SYN) + !!(flags & F_FIN);
-	if (flags & F_SYN || (__s32)(end - c->said) > 0)
+	if (flags & F_SYN)
+		c->cli_ack = c->said = end;
+	if ((__s32)(end - c->said) > 0)
 		c->said = end;
+	if (s.paylen && (__s32)(c->cli_ack - bpf_ntohl(s.tcp[SEQ])) > 0)
+		return turn(skb, &s, c);
 	return TCX_DROP;
 }
 
@@ -152,6 +197,8 @@ SEC("tcx/ingress") int base_sec_in(struct __sk_buff *skb)
 		return bpf_redirect(tap_s, 0);
 	was[0] = s.tcp[ACKNO];
 	now[0] = bpf_ntohl(was[0]) + c->svm.isn - c->pvm.isn;
+	c->cli_seq = bpf_ntohl(s.tcp[SEQ]) + s.paylen;
+	c->cli_ack = now[0];
 	if ((__s32)(now[0] - c->said) > 0)
 		now[0] = c->said;
 	now[0] = bpf_htonl(now[0]);
@@ -159,6 +206,9 @@ SEC("tcx/ingress") int base_sec_in(struct __sk_buff *skb)
 	if (s.words >= OPTS + 3 && s.tcp[OPTS] == bpf_htonl(0x0101080a)) {
 		now[1] = bpf_htonl(bpf_ntohl(was[1]) + c->svm.ts - c->pvm.ts);
 		bpf_skb_store_bytes(skb, L4 + (OPTS + 2) * 4, &now[1], 4, 0);
+		c->cli_ts[0] = s.tcp[OPTS + 1];
+		c->cli_ts[1] = now[1];
+		c->cli_win = bpf_htonl(0x80100000 | (bpf_ntohl(s.tcp[FLAGS]) & 0xffff));
 	}
 	diff = bpf_csum_diff(was, sizeof(was), now, sizeof(now), 0);
 	bpf_skb_store_bytes(skb, L4 + ACKNO * 4, &now[0], 4, 0);

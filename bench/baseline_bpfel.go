@@ -25,7 +25,11 @@ type baselineConn struct {
 		Isn uint32
 		Ts  uint32
 	}
-	Said uint32
+	Said   uint32
+	CliSeq uint32
+	CliAck uint32
+	CliWin uint32
+	CliTs  [2]uint32
 }
 
 // Names of all BPF objects in the ELF.
