@@ -199,16 +199,25 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
+// sizes are what the config says of the maps.
+type sizes struct{ connections, slots, gsoSlots int }
+
+func (z sizes) set(spec *ebpf.CollectionSpec) {
+	for name, entries := range map[string]int{
+		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections,
+		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+	} {
+		spec.Maps[name].MaxEntries = uint32(entries)
+	}
+}
+
 func (n *NIC) load(o Options) error {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}
-	spec.Maps[bpf.LockstepMapLsConn].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsHalf].MaxEntries = uint32(min(maxHalf, o.MaxConnections))
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsSlots].MaxEntries = uint32(o.Slots)
-	spec.Maps[bpf.LockstepMapLsGslots].MaxEntries = uint32(o.GSOSlots)
+	sizes{connections: o.MaxConnections, slots: o.Slots, gsoSlots: o.GSOSlots}.set(spec)
 	rel := rand.Uint32() | 1
 	in := rel ^ (rand.Uint32()<<1 | 2) // differs, and is odd as well, so not 0
 	for name, v := range map[string]uint32{
