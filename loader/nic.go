@@ -244,24 +244,30 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
-// sized are the programs, with maps of the sizes wanted.
-func sized(o Options) (*ebpf.CollectionSpec, error) {
+// sizes are what the config says of the maps.
+type sizes struct{ connections, slots, gsoSlots int }
+
+// sized are the programs, with maps of these sizes.
+func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	spec.Maps[bpf.LockstepMapLsConn].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsHalf].MaxEntries = uint32(min(maxHalf, o.MaxConnections))
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsSlots].MaxEntries = uint32(o.Slots)
-	spec.Maps[bpf.LockstepMapLsGslots].MaxEntries = uint32(o.GSOSlots)
+	for name, entries := range map[string]int{
+		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections,
+		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+	} {
+		spec.Maps[name].MaxEntries = uint32(entries)
+	}
 	return spec, nil
 }
 
+func (o *Options) sizes() sizes { return sizes{o.MaxConnections, o.Slots, o.GSOSlots} }
+
 // load loads the programs: over old's maps, or, when that is nil, over new ones.
 func (n *NIC) load(o Options, old *tables) error {
-	spec, err := sized(o)
+	spec, err := sized(o.sizes())
 	if err != nil {
 		return err
 	}
