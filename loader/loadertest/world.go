@@ -25,8 +25,8 @@ import (
 const (
 	Guest4, Guest6   = "10.77.0.2", "fd77::2"
 	Client4, Client6 = "10.77.0.1", "fd77::1"
-	clientMAC        = "02:00:00:00:77:01"
-	guestMAC         = "02:00:00:00:77:02"
+	ClientMAC        = "02:00:00:00:77:01"
+	GuestMAC         = "02:00:00:00:77:02"
 )
 
 // ClientAddrs4 are the client's IPv4 addresses: one alone runs out of ports.
@@ -110,19 +110,19 @@ func NewWorld(t testing.TB, peer Peer) *World {
 		w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev underP")
 		w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev underS")
 	}
-	w.ip(t, w.Client, "link set eth0 address "+clientMAC)
+	w.ip(t, w.Client, "link set eth0 address "+ClientMAC)
 	for _, a := range ClientAddrs4 {
 		w.ip(t, w.Client, "addr add "+a+"/24 dev eth0")
 	}
 	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
 	for _, guest := range []string{w.PVM, w.SVM} {
-		w.ip(t, guest, "link set eth0 address "+guestMAC)
+		w.ip(t, guest, "link set eth0 address "+GuestMAC)
 		w.ip(t, guest, "addr add "+Guest4+"/24 dev eth0")
 		w.ip(t, guest, "addr add "+Guest6+"/64 dev eth0 nodad")
 	}
 	// Real pairs share neighbour entries by their checkpoints.
 	for _, a := range append([]string{Client6}, ClientAddrs4...) {
-		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+clientMAC+" dev eth0 nud permanent")
+		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+ClientMAC+" dev eth0 nud permanent")
 	}
 	w.Pins = filepath.Join(w.Dir, "bpf")
 	if err := os.Mkdir(w.Pins, 0o700); err != nil {
