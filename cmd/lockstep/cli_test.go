@@ -216,6 +216,7 @@ func TestRunWiring(t *testing.T) {
 		}
 		w.ConfigDigest = got.ConfigDigest
 		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
+		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatSpeak
 		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
@@ -349,13 +350,14 @@ programs:       ls_mirror   tapP  tcx-egress
 	}
 
 	out.Reset()
-	s.Peer.Connected, s.Dropped, s.QMP = false, nil, control.QMPStatus{}
+	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, control.QMPStatus{}
 	s.Peer.Error = "connection refused"
 	if err := printStatus(&out, s); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
 		"peer:           beta, NOT CONNECTED since 2026-01-02 03:04:05: connection refused\n",
+		"INSECURE:       the control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n",
 		"qemu:           no qmp socket in the config\n", "dropped:        nothing\n",
 	} {
 		if !strings.Contains(out.String(), want) {
