@@ -135,6 +135,10 @@ func TestMistakes(t *testing.T) {
 		{"status -c @/pair.yaml --node alpha now", 2, "lockstep: unknown command \"now\" for \"lockstep status\"; `lockstep status --help` shows the usage\n"},
 		{"status -c @/pair.yaml --node alpha", 3, "lockstep: no daemon of web1 runs on node alpha (nobody answers on @/run/web1-alpha.sock); start it with `lockstep run`\n"},
 		{"flows -c @/pair.yaml --node beta --json", 3, "lockstep: no daemon of web1 runs on node beta (nobody answers on @/run/web1-beta.sock); start it with `lockstep run`\n"},
+		{"keys -d @/certs", 2, "lockstep: which pair? Name its config file with -c\n"},
+		{"keys -c @/pair.yaml", 2, "lockstep: where to? Name the certificates' folder with -d\n"},
+		{"keys -c @/bad.yaml -d @/certs", 2, "@/bad.yaml:1:1: tls is missing; name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear\n" +
+			"@/bad.yaml:5:1: unknown key \"tsl\"; did you mean \"tls\"?\n"},
 		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role primary --log-level loud", 2, "lockstep: log level \"loud\" is none of debug, info, warn, error\n"},
@@ -155,7 +159,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != 0 {
 		t.Errorf("--help: exit %d", code)
 	}
-	for _, cmd := range []string{"run", "status", "flows", "unload", "version"} {
+	for _, cmd := range []string{"run", "status", "flows", "unload", "keys", "version"} {
 		if !strings.Contains(stdout, "\n  "+cmd+" ") {
 			t.Errorf("--help does not list %s", cmd)
 		}
@@ -442,7 +446,7 @@ func TestDaemon(t *testing.T) {
 	if diff := cmp.Diff(want, fields["programs"]); diff != "" {
 		t.Errorf("programs: -want +got\n%s", diff)
 	}
-	if code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != 0 || !strings.Contains(stdout, "beta, NOT CONNECTED") {
+	if code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != 0 || !strings.Contains(stdout, "beta, NOT CONNECTED") || !strings.Contains(stdout, "\nINSECURE: ") {
 		t.Errorf("status: exit %d, %s%s", code, stdout, stderr)
 	}
 	if code, stdout, stderr := c.run(t.Context(), "flows -c @/pair.yaml --node alpha --json"); code != 0 || stdout != "[]\n" {
@@ -451,7 +455,7 @@ func TestDaemon(t *testing.T) {
 
 	cancel()
 	heard("STOPPING=1")
-	if r := <-ended; r.code != 0 || strings.Contains(r.stderr, "time=") {
+	if r := <-ended; r.code != 0 || strings.Contains(r.stderr, "time=") || !strings.Contains(r.stderr, "the control link is INSECURE") {
 		t.Errorf("%s: exit %d, %s", line, r.code, r.stderr)
 	}
 	if code, _, _ := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != exitNoDaemon {
