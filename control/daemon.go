@@ -67,6 +67,7 @@ type Options struct {
 	Copies      compare.SecondaryConfig // secondary
 	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
 	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
+	Rekey       time.Duration           // between rotations of the signing keys; 0: none
 
 	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
 	EchoEvery, SpeakFor time.Duration
@@ -154,7 +155,9 @@ type Daemon struct {
 	linkSince   time.Time
 	linkErr     string
 	peerAddr    string
-	peerWhole   bool // P: what S said of its tables, until its session is ok
+	peerParty   party
+	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way
+	peerWhole   bool          // P: what S said of its tables, until its session is ok
 	stopDrain   context.CancelFunc
 
 	qmp monitor
@@ -256,7 +259,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		defer status.Close()
 	}
 	if d.opt.TLS == nil {
-		d.log.Warn("the control link is INSECURE: session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only")
+		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
 	// Whatever ends first ends the rest.

@@ -87,6 +87,10 @@ type Session struct {
 	PeerMAC      net.HardwareAddr
 	TxKey, RxKey [2]uint64
 	Digest       compare.Keys
+
+	// Rotated: the session goes on under new signing keys. Frames of the term before
+	// are taken for another second, and the epoch stays what it is.
+	Rotated bool
 }
 
 // Offset is the secondary's translation of one connection (R9).

@@ -132,6 +132,9 @@ func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s
 	f.mu.Unlock()
+	if s.Rotated {
+		return f.note("rotated %d", s.Term)
+	}
 	return f.note("session %d", s.Term)
 }
 func (f *fakePath) ResetOffsets() error { return f.note("reset") }

@@ -31,10 +31,15 @@ func openNIC(o nicOptions, mutation loader.Mutation) (control.DataPath, bool, er
 	if o.primary {
 		role = loader.Primary
 	}
+	var rules []loader.Rule
+	for _, r := range o.rules {
+		rules = append(rules, loader.Rule(r))
+	}
 	n, err := loader.Open(loader.Options{
 		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
+		Rules: rules, XDP: o.xdp,
 		Log: o.log, Mutation: mutation,
 	})
 	if err != nil {
