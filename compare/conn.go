@@ -74,6 +74,8 @@ type conn struct {
 	cutAt    int64
 	askAt    int64
 	asks     int
+	query    backoff // R6
+	mirrorAt int64   // before it nothing is mirrored again
 	annAt    int64
 	annDelay int64
 	annLeft  int

@@ -332,6 +332,7 @@ func (p *Primary) svm(s *Segment) {
 	had, next := c.s.ok, c.svmNext()
 	dup := !p.svmACK(c, s) && had && s.Flags&(ACK|SYN|FIN) == ACK && s.Len == 0 &&
 		s.Ack == c.s.ack && !before(s.Seq, next)
+	p.repeated(c, s)
 	if !p.svmData(c, s) {
 		p.stats.Drops[ReasonStray]++
 	}

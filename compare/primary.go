@@ -73,6 +73,7 @@ type Primary struct {
 	said         int // datagrams of the SVM that the PVM has not said, of all flows
 	fullAsked    bool
 	fullAt       int64
+	queryAt      int64 // before it no query is made
 	stats        Stats
 
 	// During Step.
@@ -93,6 +94,7 @@ type Stats struct {
 	ReleasedPackets, SentACKs uint64
 	ReleasedDatagrams         uint64
 	Asks, Announces           uint64
+	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
 	Checkpoints, Drops        [ReasonCount]uint64
 }

@@ -131,8 +131,8 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 		if st.Flows > 0 || st.ReleasedDatagrams > 0 {
 			fmt.Fprintf(&x.out, "flows=%d datagrams=%d\n", st.Flows, st.ReleasedDatagrams)
 		}
-		fmt.Fprintf(&x.out, "connections=%d held=%d/%d released=%d/%d acks=%d asks=%d announces=%d\n", st.Connections,
-			st.HeldPackets, st.HeldBytes, st.ReleasedPackets, st.ReleasedBytes, st.SentACKs, st.Asks, st.Announces)
+		fmt.Fprintf(&x.out, "connections=%d held=%d/%d released=%d/%d acks=%d asks=%d announces=%d queries=%d remirrors=%d\n", st.Connections,
+			st.HeldPackets, st.HeldBytes, st.ReleasedPackets, st.ReleasedBytes, st.SentACKs, st.Asks, st.Announces, st.Queries, st.Remirrors)
 		for r := range ReasonCount {
 			if n := st.Checkpoints[r]; n > 0 {
 				fmt.Fprintf(&x.out, "checkpoint %v: %d\n", r, n)
@@ -237,6 +237,10 @@ func (x *transcript) effect(e *Effect) string {
 		fmt.Fprintf(&b, "deliver%s", slot)
 	case OpNeigh:
 		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
+	case OpRemirror:
+		b.WriteString("remirror")
+	case OpQuery:
+		b.WriteString("query")
 	case OpForward:
 		fmt.Fprintf(&b, "forward%s", slot)
 	}
@@ -444,6 +448,7 @@ func TestMutations(t *testing.T) {
 		{mutR3, "r3_fin"},
 		{mutR4, "r4_repeat"},
 		{mutR5, "r5_cut"},
+		{mutR6, "r6_loss"},
 		{mutR7, "r7_time"},
 		{mutR8, "r8_incarnations"},
 		{mutR14, "r14_commit"},
