@@ -144,7 +144,7 @@ func (p *Primary) commit(epoch uint32, at int64) {
 		}
 		if !c.floating && !c.synWait {
 			p.setBase(c, c.released)
-			c.rooted = true
+			c.rooted, c.adopted = true, false
 		}
 		p.restart(c)
 	}

@@ -61,6 +61,9 @@ func (p *Primary) query() {
 // miss what the remote said, such as the last ACK of its handshake.
 func (p *Primary) unstick(c *conn) {
 	p.query()
+	if c.unverified() {
+		p.emit(OpAdopt, &c.tuple)
+	}
 	if c.held.len() > 0 && !c.synWait && !(c.svmSaid && after(c.svmEnd, c.compared)) {
 		p.remirror(c)
 	}
