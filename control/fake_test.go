@@ -123,7 +123,12 @@ func (f *fakePath) SetMode(m Mode) error {
 	f.mu.Unlock()
 	return f.note("mode %s", [...]string{"shut", "hold", "run", "park", "solo"}[m])
 }
-func (f *fakePath) SetEpoch(e uint32) error      { return f.note("epoch %d", e) }
+func (f *fakePath) SetEpoch(e uint32) error {
+	f.mu.Lock()
+	f.session.Epoch = e
+	f.mu.Unlock()
+	return f.note("epoch %d", e)
+}
 func (f *fakePath) SetSpeakUntil(at int64) error { return f.note("speak") }
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
@@ -267,6 +272,13 @@ func (f *fakePath) CheckOrder() (string, bool, error) {
 
 func (f *fakePath) SetTap(up bool) error {
 	return f.note("tap %s", map[bool]string{true: "up", false: "down"}[up])
+}
+
+// left is what a daemon finds after this one's end.
+func (f *fakePath) left() *Adopted {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &Adopted{Term: f.session.Term, Epoch: f.session.Epoch, Mode: f.mode, Digest: f.session.Digest}
 }
 
 // intrude puts a foreign program in front; "" takes it away.

@@ -49,6 +49,8 @@ type nic struct {
 	core      core
 	keys      *compare.Keys // the core's
 
+	order order // watchOrder's
+
 	// The loop's own.
 	evs      []compare.Event
 	effs     []compare.Effect
@@ -56,6 +58,10 @@ type nic struct {
 	frozen   bool
 	captured []int64 // P: when, while frozen
 	parked   bool    // S
+	mode     Mode    // the one to be in when no foreign program is in front
+	intruder string  // that is; "": none
+	intruded uint64  // times
+	tapDown  bool    // on its account
 	applyErr uint64
 	applyLog time.Time
 }
@@ -248,10 +254,62 @@ func newest(evs []compare.Event) int64 {
 	return at
 }
 
+// setMode sets the mode, at once or when no foreign program is in front any more.
+func (n *nic) setMode(m Mode) error {
+	n.mode = m
+	if n.intruder != "" {
+		return nil
+	}
+	return n.dp.SetMode(m)
+}
+
+// adopt takes over what an earlier daemon's tables tell (R23). The loop does not
+// run yet.
+func (n *nic) adopt(idle time.Duration) {
+	a := n.dp.Adopted()
+	n.mode, n.parked = a.Mode, a.Mode == ModePark
+	if n.primary == nil {
+		return
+	}
+	now := n.dp.Now()
+	for _, r := range a.Remotes {
+		if now-r.At <= int64(idle) {
+			n.step(now, &compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: r.Tuple, Seq: r.Ack, Slot: compare.NoSlot}})
+		}
+	}
+}
+
+// goOn has the kernel go on as the earlier daemon had told it.
+func (n *nic) goOn() error { return n.setMode(n.mode) }
+
+// bar shuts the NIC while a foreign program is in front of ours; at the guest's tap
+// that one could let frames out itself, so there the tap goes down as well. "":
+// none is any more.
+func (n *nic) bar(intruder string, onTap bool) error {
+	var errs []error
+	if intruder != "" && n.intruder == "" {
+		n.intruded++
+		errs = append(errs, n.dp.SetMode(ModeShut))
+	}
+	if onTap != n.tapDown {
+		err := n.dp.SetTap(!onTap)
+		if err == nil {
+			n.tapDown = onTap
+		}
+		errs = append(errs, err)
+	}
+	before := n.intruder
+	n.intruder = intruder
+	if intruder == "" && before != "" {
+		errs = append(errs, n.setMode(n.mode))
+	}
+	return errors.Join(errs...)
+}
+
 // park holds back the SVM's input and drops its output (R13).
 func (n *nic) park() error {
 	n.parked = true
-	return n.dp.SetMode(ModePark)
+	return n.setMode(ModePark)
 }
 
 // reset begins an epoch on S: offsets and copies are those of another SVM. Output
@@ -270,7 +328,7 @@ func (n *nic) reset(epoch uint32) error {
 // unpark lets the SVM's output out and its input in, first what was parked.
 func (n *nic) unpark() error {
 	n.parked = false
-	if err := n.dp.SetMode(ModeRun); err != nil {
+	if err := n.setMode(ModeRun); err != nil {
 		return err
 	}
 	n.tell(compare.Event{Kind: compare.EvUnpark})
