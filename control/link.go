@@ -129,9 +129,18 @@ type linkTiming struct {
 	retryMax  time.Duration
 }
 
+const (
+	handshake = 5 * time.Second
+	retryMax  = 2 * time.Second
+)
+
 var defaultLinkTiming = linkTiming{
-	handshake: 5 * time.Second, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: 2 * time.Second,
+	handshake: handshake, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: retryMax,
 }
+
+// MaxRejoin is how long after a daemon's start a healthy peer's session with it may
+// take: the last wait between two attempts, and one attempt.
+const MaxRejoin = retryMax + handshake
 
 // link is an established connection to the peer.
 type link struct {
