@@ -150,7 +150,7 @@ const (
 type Event struct {
 	Kind  EventKind
 	Seg   Segment
-	Epoch uint32 // EvCommit
+	Epoch uint32 // EvCommit, EvMark, EvReset: the one that begins; 0: none does
 	At    int64  // EvCommit: the commit point, boottime ns
 }
 
@@ -187,6 +187,8 @@ const (
 	OpRemirror
 	// OpQuery: ask S for the newest record of every lane (R6).
 	OpQuery
+	// OpAdopt: tell with EvAdopt what the remote of Tuple has acknowledged by now (P).
+	OpAdopt
 )
 
 // Reason says why a frame was dropped or a checkpoint is needed.
