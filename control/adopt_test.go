@@ -236,3 +236,28 @@ func TestForeignProgram(t *testing.T) {
 	p.path.mu.Unlock()
 	p.path.await(t, mark, "mode shut", "tap down")
 }
+
+// askingCore asks once what a remote has acknowledged.
+type askingCore struct{ adoptCore }
+
+func (c *askingCore) Step(now int64, ev *compare.Event, out []compare.Effect) []compare.Effect {
+	out = c.adoptCore.Step(now, ev, out)
+	if ev.Kind == compare.EvTick {
+		other := testTuple
+		other.RemotePort++
+		return append(out, compare.Effect{Op: compare.OpAdopt, Tuple: testTuple}, compare.Effect{Op: compare.OpAdopt, Tuple: other})
+	}
+	return out
+}
+
+// The core hears what the remote has acknowledged by now, where anybody knows.
+func TestAdoptAgain(t *testing.T) {
+	path := newFakePath(1)
+	path.acked = map[compare.Tuple]uint32{testTuple: 99}
+	c := new(askingCore)
+	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
+	n.tell(compare.Event{Kind: compare.EvTick})
+	if len(c.told) != 2 || c.told[1].Kind != compare.EvAdopt || c.told[1].Seg.Tuple != testTuple || c.told[1].Seg.Seq != 99 {
+		t.Errorf("told %+v", c.told)
+	}
+}

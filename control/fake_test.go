@@ -36,6 +36,7 @@ type fakePath struct {
 	closed  bool
 
 	adopted  *Adopted
+	acked    map[compare.Tuple]uint32
 	intruder string
 	onTap    bool
 	orderErr error
@@ -103,7 +104,7 @@ func (f *fakePath) Apply(effs []compare.Effect) error {
 			f.note("send %d+%d", e.Seq, e.To-e.From)
 		case compare.OpDeliver:
 			f.note("deliver %d", e.Slot)
-		case compare.OpCheckpoint, compare.OpAsk, compare.OpAnnounce:
+		case compare.OpCheckpoint, compare.OpAdopt, compare.OpAsk, compare.OpAnnounce, compare.OpQuery, compare.OpRemirror:
 		default:
 			f.note("op %d slot %d %v", e.Op, e.Slot, e.Reason)
 		}
@@ -272,6 +273,13 @@ func (f *fakePath) CheckOrder() (string, bool, error) {
 
 func (f *fakePath) SetTap(up bool) error {
 	return f.note("tap %s", map[bool]string{true: "up", false: "down"}[up])
+}
+
+func (f *fakePath) Acked(t compare.Tuple) (uint32, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ack, ok := f.acked[t]
+	return ack, ok
 }
 
 // left is what a daemon finds after this one's end.

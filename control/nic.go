@@ -181,14 +181,23 @@ func (n *nic) tell(ev compare.Event) {
 	n.apply()
 }
 
-// apply carries out the effects so far.
+// apply carries out the effects so far, and those of what they ask for.
 func (n *nic) apply() {
-	if len(n.effs) == 0 {
-		return
+	for len(n.effs) > 0 {
+		n.applyOnce()
 	}
+}
+
+func (n *nic) applyOnce() {
+	var acked []compare.Event
 	for i := range n.effs {
-		if e := &n.effs[i]; e.Op == compare.OpCheckpoint {
+		switch e := &n.effs[i]; e.Op {
+		case compare.OpCheckpoint:
 			n.want(request{at: time.Now(), nic: n.index, flow: e.Tuple.String(), reason: e.Reason.String()})
+		case compare.OpAdopt:
+			if ack, ok := n.dp.Acked(e.Tuple); ok {
+				acked = append(acked, adoption(e.Tuple, ack))
+			}
 		}
 	}
 	// What could not be sent is lost as on any link, and the guests repeat it.
@@ -200,6 +209,15 @@ func (n *nic) apply() {
 		}
 	}
 	n.effs = n.effs[:0]
+	for i := range acked {
+		n.step(n.dp.Now(), &acked[i])
+	}
+}
+
+// adoption tells the core what the remote of a connection of an earlier daemon has
+// acknowledged (R23).
+func adoption(t compare.Tuple, ack uint32) compare.Event {
+	return compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: t, Seq: ack, Slot: compare.NoSlot}}
 }
 
 // freeze and thaw: nothing leaves meanwhile (R13, R15).
@@ -274,7 +292,8 @@ func (n *nic) adopt(idle time.Duration) {
 	now := n.dp.Now()
 	for _, r := range a.Remotes {
 		if now-r.At <= int64(idle) {
-			n.step(now, &compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: r.Tuple, Seq: r.Ack, Slot: compare.NoSlot}})
+			ev := adoption(r.Tuple, r.Ack)
+			n.step(now, &ev)
 		}
 	}
 }

@@ -534,3 +534,4 @@ func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return n
 func (p *fakePath) Adopted() *control.Adopted                         { return nil }
 func (p *fakePath) CheckOrder() (string, bool, error)                 { return "", false, nil }
 func (p *fakePath) SetTap(bool) error                                 { return nil }
+func (p *fakePath) Acked(compare.Tuple) (uint32, bool)                { return 0, false }
