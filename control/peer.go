@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -97,7 +98,8 @@ func (d *Daemon) offer(l *link, h hello) {
 	d.link, d.linkUp, d.peerAddr, d.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
 	d.step(ckptEvent{Kind: evHandshake})
 
-	// Connections whose offsets S has lost, or of which this P knows nothing.
+	// Connections whose offsets S has lost, or of which this P knows nothing; or a
+	// checkpoint that one of them has begun an epoch with and the other has not.
 	mine := 0
 	if err := d.each("count connections", func(n *nic) error {
 		mine += n.primary.Stats().Connections
@@ -106,10 +108,12 @@ func (d *Daemon) offer(l *link, h hello) {
 		l.close(err)
 		return
 	}
-	d.peerWhole = h.Whole && !(h.Fresh && mine > 0) && !(d.sessions == 0 && h.Connections > 0)
+	known := d.adopted || d.sessions > 0
+	none := mine == 0 && h.Connections == 0
+	d.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == d.epoch)
 
 	d.term = max(d.term, h.Term) + 1
-	s := session{party: d.party(), Epoch: d.epoch, Digest: d.digestSeed[:]}
+	s := session{party: d.party(), Epoch: d.epoch, Digest: keyBytes(d.nics[0].keys)}
 	s.Term = d.term
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
 	s.Sign = newSeed()
@@ -193,8 +197,8 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	h := hello{Connections: offsets}
 	if err := d.ask(ctx, func() {
-		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), d.opt.Fresh && d.sessions == 0
-		h.Term = d.term
+		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), !d.adopted && d.sessions == 0
+		h.Term, h.Epoch = d.term, d.epoch
 	}); err != nil {
 		return false, err
 	}
@@ -230,12 +234,9 @@ func (d *Daemon) joined(l *link, s *session) error {
 	if s.Term <= d.term {
 		return fmt.Errorf("the primary offers term %d, but term %d is known here: it is out of date", s.Term, d.term)
 	}
-	if len(s.Digest) != seedLen || len(s.Sign) != seedLen {
-		return errors.New("key seeds of a wrong length")
-	}
-	keys, err := digestKeys([seedLen]byte(s.Digest))
-	if err != nil {
-		return err
+	keys := new(compare.Keys)
+	if n, err := binary.Decode(s.Digest, binary.LittleEndian, keys); err != nil || n != len(s.Digest) || len(s.Sign) != seedLen {
+		return errors.New("keys of a wrong length")
 	}
 	d.term, d.epoch, d.peerParty = s.Term, s.Epoch, s.party
 	if err := d.install(keys, s.Sign, false); err != nil {

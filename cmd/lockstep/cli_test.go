@@ -76,6 +76,14 @@ func newCLI(t *testing.T) *cli {
 			call("vxlan %d %d", v.ID, mtu)
 			return v.Device(), nil
 		},
+		removeVXLAN: func(device string) error {
+			call("remove %s", device)
+			return nil
+		},
+		upgradable: func(o nicOptions) (string, error) {
+			call("upgradable %d %s", o.index, o.tap)
+			return "v1.2", nil
+		},
 		open: func(o nicOptions) (control.DataPath, bool, error) {
 			call("open %d %s %s", o.index, o.tap, o.peer)
 			return newFakePath(), true, nil
@@ -159,7 +167,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != 0 {
 		t.Errorf("--help: exit %d", code)
 	}
-	for _, cmd := range []string{"run", "status", "flows", "unload", "keys", "version"} {
+	for _, cmd := range []string{"run", "status", "flows", "upgrade", "unload", "keys", "version"} {
 		if !strings.Contains(stdout, "\n  "+cmd+" ") {
 			t.Errorf("--help does not list %s", cmd)
 		}
@@ -174,12 +182,32 @@ func TestUnload(t *testing.T) {
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
-	if want := []string{"unload web1 beta true"}; !slices.Equal(c.calls, want) {
+	if want := []string{"unload web1 beta true", "remove lsx7"}; !slices.Equal(c.calls, want) {
 		t.Errorf("%v, want %v", c.calls, want)
 	}
 	c.kernel.unload = func(string, string, string, bool) error { return errors.New("the daemon lives; stop it first") }
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha"); code != 1 || stderr != "lockstep: the daemon lives; stop it first\n" {
 		t.Errorf("exit %d, %s", code, stderr)
+	}
+}
+
+func TestUpgrade(t *testing.T) {
+	c := newCLI(t)
+	code, stdout, stderr := c.run(t.Context(), "upgrade -c @/pair.yaml --node alpha")
+	if code != 0 || stderr != "" || !slices.Equal(c.calls, []string{"upgradable 0 tapP"}) {
+		t.Errorf("exit %d, %s, calls %q", code, stderr, c.calls)
+	}
+	for _, want := range []string{"can take over web1 on alpha from lockstep v1.2", "Next: restart the daemon", "at most 7s"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("%q does not say %q", stdout, want)
+		}
+	}
+	c.kernel.upgradable = func(nicOptions) (string, error) {
+		return "", errors.New("pinned by v1.2 with ABI 1; this is v1.3 with ABI 2")
+	}
+	code, stdout, stderr = c.run(t.Context(), "upgrade -c @/pair.yaml --node beta")
+	if code != 1 || stdout != "" || stderr != "lockstep: nic 0: pinned by v1.2 with ABI 1; this is v1.3 with ABI 2\n" {
+		t.Errorf("exit %d, %q, %q", code, stdout, stderr)
 	}
 }
 
@@ -514,3 +542,4 @@ func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return n
 func (p *fakePath) Adopted() *control.Adopted                         { return nil }
 func (p *fakePath) CheckOrder() (string, bool, error)                 { return "", false, nil }
 func (p *fakePath) SetTap(bool) error                                 { return nil }
+func (p *fakePath) Acked(compare.Tuple) (uint32, bool)                { return 0, false }

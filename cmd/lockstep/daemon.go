@@ -25,7 +25,9 @@ type kernel struct {
 	lock        func(pinDir, vm, node string) (release func(), err error)
 	device      func(name string) (*net.Interface, error)
 	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	removeVXLAN func(device string) error
 	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
+	upgradable  func(nicOptions) (from string, err error) // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error
 }
 
@@ -38,6 +40,7 @@ type nicOptions struct {
 	compare          config.Compare
 	rules            []config.Rule
 	xdp              string
+	hash             [32]byte // of the config
 	log              *slog.Logger
 }
 
@@ -159,7 +162,7 @@ func devices(k kernel, o runOptions) ([]nicOptions, error) {
 		nics = append(nics, nicOptions{
 			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,
 			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare,
-			rules: o.config.Compare.PrimaryOnly, xdp: nic.XDP, log: o.log,
+			rules: o.config.Compare.PrimaryOnly, xdp: nic.XDP, hash: o.config.Hash(), log: o.log,
 		})
 	}
 	return nics, nil
