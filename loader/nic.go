@@ -100,6 +100,7 @@ type NIC struct {
 	conf      *confMemory
 	slots     slots
 	ring      *ringbuf.Reader
+	waiter    *waiter
 	records   [batch]ringbuf.Record
 	samples   [batch]sample
 	bounds    [batch][]compare.Bound
@@ -243,24 +244,30 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
-// sized are the programs, with maps of the sizes wanted.
-func sized(o Options) (*ebpf.CollectionSpec, error) {
+// sizes are what the config says of the maps.
+type sizes struct{ connections, slots, gsoSlots int }
+
+// sized are the programs, with maps of these sizes.
+func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	spec.Maps[bpf.LockstepMapLsConn].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsHalf].MaxEntries = uint32(min(maxHalf, o.MaxConnections))
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsSlots].MaxEntries = uint32(o.Slots)
-	spec.Maps[bpf.LockstepMapLsGslots].MaxEntries = uint32(o.GSOSlots)
+	for name, entries := range map[string]int{
+		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections,
+		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+	} {
+		spec.Maps[name].MaxEntries = uint32(entries)
+	}
 	return spec, nil
 }
 
+func (o *Options) sizes() sizes { return sizes{o.MaxConnections, o.Slots, o.GSOSlots} }
+
 // load loads the programs: over old's maps, or, when that is nil, over new ones.
 func (n *NIC) load(o Options, old *tables) error {
-	spec, err := sized(o)
+	spec, err := sized(o.sizes())
 	if err != nil {
 		return err
 	}
@@ -300,6 +307,10 @@ func (n *NIC) load(o Options, old *tables) error {
 	}
 	if n.ring, err = ringbuf.NewReader(n.objs.LsRing); err != nil {
 		return fmt.Errorf("ring: %w", err)
+	}
+	n.ring.SetDeadline(time.Unix(1, 0)) // long ago: waiting is the waiter's
+	if n.waiter, err = newWaiter(n.objs.LsRing.FD()); err != nil {
+		return err
 	}
 	mark := rel
 	n.signer.dir = bpf.LockstepLsDirLS_DIR_P2S
@@ -498,10 +509,7 @@ func silence(pin string) error {
 }
 
 // Wake implements [control.DataPath].
-func (n *NIC) Wake() {
-	// Fails only on a closed ring, which needs no waking.
-	_ = n.ring.Flush()
-}
+func (n *NIC) Wake() { n.waiter.wakeUp() }
 
 // Now implements [control.DataPath].
 func (n *NIC) Now() int64 {
@@ -723,13 +731,17 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 
 // Poll implements [control.DataPath].
 func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
-	n.ring.SetDeadline(time.Now().Add(wait))
-	for i := 0; i < batch && (i == 0 || n.ring.AvailableBytes() > 0); i++ {
+	if n.ring.AvailableBytes() == 0 {
+		if err := n.waiter.wait(wait); err != nil {
+			return evs, err
+		}
+	}
+	for i := 0; i < batch && n.ring.AvailableBytes() > 0; i++ {
 		r := &n.records[i]
 		r.RawSample = bytesOf(&n.samples[i])[:0]
 		if err := n.ring.ReadInto(r); err != nil {
-			if errors.Is(err, ringbuf.ErrFlushed) || errors.Is(err, os.ErrDeadlineExceeded) {
-				break
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break // discarded ones alone
 			}
 			return evs, fmt.Errorf("read ring: %w", err)
 		}
@@ -879,6 +891,9 @@ func (n *NIC) Close() error {
 	var errs []error
 	if n.ring != nil {
 		errs = append(errs, n.ring.Close())
+	}
+	if n.waiter != nil {
+		errs = append(errs, n.waiter.close())
 	}
 	for _, c := range []*packetConn{n.toTap, n.toPeer} {
 		if c != nil {
