@@ -56,7 +56,11 @@ enum ls_const {
 
 /* Values of the load-time constant ls_mutate: tests switch one rule off. */
 enum ls_mutation {
-	LS_MUTATE_R9 = 1, /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R9 = 1,     /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R6 = 2,     /* gaps in a lane's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,    /* speak_until is not looked at */
+	LS_MUTATE_REPLAY = 8, /* lane numbers are taken again and again */
+	LS_MUTATE_TAG = 16,   /* tags are not checked */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
@@ -110,7 +114,7 @@ struct ls_meta {
 	__u32 max_conns;
 	__u32 slots;
 	__u32 gso_slots;
-	__u32 pad;
+	__u32 tap_base; /* frames the tap had counted before ls_sec_gate let one in, mod 2^32 */
 	__u8 config[32];  /* digest of what both nodes must agree on */
 	__u8 version[64]; /* of the lockstep that made them, 0-terminated */
 };

@@ -57,7 +57,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 	} else {
 		count(rec_tell(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
 	}
-	if (gap && sc->rec.lane != LS_LANE_USER)
+	if (gap && sc->rec.lane != LS_LANE_USER && !(ls_mutate & LS_MUTATE_R6))
 		return nack(skb, sc, conf, gap, off);
 	return TCX_DROP;
 }

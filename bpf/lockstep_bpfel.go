@@ -210,7 +210,7 @@ type LockstepLsMeta struct {
 	MaxConns uint32
 	Slots    uint32
 	GsoSlots uint32
-	Pad      uint32
+	TapBase  uint32
 	Config   [32]uint8
 	Version  [64]uint8
 }
@@ -228,7 +228,11 @@ const (
 type LockstepLsMutation uint32
 
 const (
-	LockstepLsMutationLS_MUTATE_R9 LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R9     LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R6     LockstepLsMutation = 2
+	LockstepLsMutationLS_MUTATE_R20    LockstepLsMutation = 4
+	LockstepLsMutationLS_MUTATE_REPLAY LockstepLsMutation = 8
+	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
 )
 
 type LockstepLsPre struct {

@@ -246,7 +246,7 @@ static __always_inline __u32 mode_of(const struct ls_conf *conf)
 /* R20: may a guest's frame leave at this moment? */
 static __always_inline int may_speak(const struct ls_conf *conf)
 {
-	return bpf_ktime_get_boot_ns() < conf->speak_until;
+	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->speak_until;
 }
 
 static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)

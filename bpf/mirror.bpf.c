@@ -5,7 +5,8 @@
 /*
  * Keeps the remote's newest segment: S gets it again when the SVM seems to have
  * missed it (R6), and a daemon that was started again knows by it what the remote
- * has (R23). A SYN begins anew; what others overtook is not news.
+ * has (R23). A SYN begins anew; what others overtook is not news. A SYN's ack says
+ * nothing, and a RST's may be anybody's: whatever follows them is news.
  */
 static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch *sc)
 {
@@ -15,7 +16,8 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 	int fresh = !c;
 
 	if (c && !(p->flags & (LS_SYN | LS_RST)) &&
-	    (!(p->flags & LS_ACK) || seq_after(c->ack, p->ack)))
+	    (!(p->flags & LS_ACK) ||
+	     ((c->tcp_flags & (LS_ACK | LS_RST)) == LS_ACK && seq_after(c->ack, p->ack))))
 		return;
 	if (fresh) {
 		c = &sc->cli;

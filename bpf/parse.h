@@ -16,6 +16,7 @@
 
 #define LS_ETH_LLDP 0x88cc
 #define LS_ETH_RARP 0x8035
+#define LS_LLC_MAX 1500 /* an ethertype up to it is the length of what follows */
 
 enum ls_tcp_flag {
 	LS_FIN = 1,
@@ -241,7 +242,7 @@ static __always_inline int is_vlan(__be16 proto)
 static __always_inline enum ls_class parse(struct __sk_buff *skb, struct ls_pkt *p, int from_guest)
 {
 	int tagged = skb->vlan_present;
-	__u32 l3 = ETH_HLEN;
+	__u32 l3 = ETH_HLEN, len;
 	struct ethhdr eth;
 	__be16 proto, tag[2];
 
@@ -285,7 +286,13 @@ static __always_inline enum ls_class parse(struct __sk_buff *skb, struct ls_pkt 
 	p->t.gport = bpf_ntohs(proto);
 	__builtin_memcpy(p->t.guest + 10, from_guest ? eth.h_source : eth.h_dest, ETH_ALEN);
 	__builtin_memcpy(p->t.remote + 10, from_guest ? eth.h_dest : eth.h_source, ETH_ALEN);
-	return parse_dgram(p, l3, l3, p->len - l3, 0);
+	len = p->len - l3;
+	if (bpf_ntohs(proto) <= LS_LLC_MAX) {
+		if (bpf_ntohs(proto) > len)
+			return LS_BAD;
+		len = bpf_ntohs(proto);
+	}
+	return parse_dgram(p, l3, l3, len, 0);
 }
 
 /* Position of the payload's first byte: a SYN comes before it. */

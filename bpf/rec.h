@@ -40,7 +40,7 @@ static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
 
 	if (!keys)
 		return LS_R_peer_term;
-	if (siphash(r, r->len, keys->sip_rx) != r->tag)
+	if (!(ls_mutate & LS_MUTATE_TAG) && siphash(r, r->len, keys->sip_rx) != r->tag)
 		return LS_R_peer_tag;
 	/*
 	 * The peer may have begun the next epoch a moment before this host did (R17).
@@ -129,7 +129,7 @@ static __always_inline int win_take(const struct ls_rec *r, __u64 *gap)
 	fresh = 1;
 out:
 	bpf_spin_unlock(&w->lock);
-	return fresh;
+	return fresh || ls_mutate & LS_MUTATE_REPLAY;
 }
 
 /* Hands sc->rec to user space. */
@@ -243,8 +243,11 @@ static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
 	front.pre.magic = LS_MAGIC;
 	front.pre.off = off;
 
-	if (skb->vlan_present && bpf_skb_vlan_pop(skb)) /* the record's tuple has the VLAN */
-		return -1;
+	/* The record's tuple has the VLANs. A tag in the bytes takes a popped one's place. */
+#pragma clang loop unroll(full)
+	for (int i = 0; i < 2; i++)
+		if (skb->vlan_present && bpf_skb_vlan_pop(skb))
+			return -1;
 	if (bpf_skb_change_tail(skb, off + len, 0))
 		return -1;
 	if (bpf_skb_store_bytes(skb, 0, &front, sizeof(front), 0))

@@ -3,6 +3,7 @@
 package compare
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -56,7 +57,11 @@ func (p *Primary) freeze() {
 		return
 	}
 	p.frozen = true
-	for _, c := range p.timers {
+	for _, t := range p.timers {
+		c := t.conn
+		if c == nil {
+			continue
+		}
 		c.marks = c.marks[:0]
 		if c.p.ok {
 			c.marks = append(c.marks, ackMark{c.pAt, c.pAt, c.p})
@@ -77,6 +82,9 @@ func (p *Primary) thaw() {
 		}
 		p.restart(c)
 	}
+	for _, f := range p.allFlows() {
+		p.restartFlow(f)
+	}
 	if diverged != nil {
 		// What it was asked for is still needed.
 		p.checkpoint(&diverged.tuple, diverged.why)
@@ -94,21 +102,25 @@ func (p *Primary) restart(c *conn) {
 
 // all gives the connections in the order they were made.
 func (p *Primary) all() []*conn {
-	cs := slices.Clone(p.timers)
-	slices.SortFunc(cs, func(a, b *conn) int {
-		if a.no < b.no {
-			return -1
+	cs := make([]*conn, 0, len(p.conns))
+	for _, t := range p.timers {
+		if t.conn != nil {
+			cs = append(cs, t.conn)
 		}
-		return 1
-	})
+	}
+	slices.SortFunc(cs, func(a, b *conn) int { return cmp.Compare(a.no, b.no) })
 	return cs
 }
 
-// leaving is a held frame that leaves at a commit.
+// leaving is a held frame that leaves at a commit: a piece of c or, where f is
+// set, a datagram.
 type leaving struct {
+	no    uint64
 	c     *conn
 	piece piece
 	rst   bool
+	f     *dgramFlow
+	dgram dgram
 }
 
 // commit begins epoch: the SVM has become a copy of the PVM as it was at at. What
@@ -119,6 +131,10 @@ func (p *Primary) commit(epoch uint32, at int64) {
 	var out []leaving
 	for _, c := range cs {
 		out = p.commitConn(c, at, out)
+	}
+	fs := p.allFlows()
+	for _, f := range fs {
+		out = p.commitFlow(f, at, out)
 	}
 	p.leave(out)
 	for _, c := range cs {
@@ -131,6 +147,9 @@ func (p *Primary) commit(epoch uint32, at int64) {
 			c.rooted = true
 		}
 		p.restart(c)
+	}
+	for _, f := range fs {
+		p.restartFlow(f)
 	}
 	next := p.next
 	p.next = nil
@@ -153,7 +172,7 @@ func (p *Primary) commitConn(c *conn, at int64, out []leaving) []leaving {
 	for _, h := range held {
 		switch {
 		case p.before(h.at, at):
-			out = append(out, leaving{c: c, piece: h})
+			out = append(out, leaving{no: h.no, c: c, piece: h})
 		case p.cfg.KeepYoung:
 			if !h.syn {
 				h.rest = p.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
@@ -169,7 +188,7 @@ func (p *Primary) commitConn(c *conn, at int64, out []leaving) []leaving {
 	}
 	c.held.remove(young, len(held))
 	if c.rstHeld && p.before(c.rst.at, at) {
-		out = append(out, leaving{c: c, piece: c.rst, rst: true})
+		out = append(out, leaving{no: c.rst.no, c: c, piece: c.rst, rst: true})
 	} else {
 		p.freeRST(c, ReasonYoung)
 	}
@@ -232,13 +251,12 @@ func (p *Primary) inherit(c *conn, at int64) side {
 
 // leave sends frames in the order of their capture.
 func (p *Primary) leave(out []leaving) {
-	slices.SortStableFunc(out, func(a, b leaving) int {
-		if a.piece.no < b.piece.no {
-			return -1
-		}
-		return 1
-	})
+	slices.SortStableFunc(out, func(a, b leaving) int { return cmp.Compare(a.no, b.no) })
 	for i := range out {
+		if f := out[i].f; f != nil {
+			p.forward(f, &out[i].dgram)
+			continue
+		}
 		c, h := out[i].c, &out[i].piece
 		if out[i].rst {
 			p.sendRST(c, c.pvmSeen)
@@ -263,14 +281,24 @@ func (p *Primary) goSolo() {
 		c.s = c.p
 		c.synWait = false
 		for _, h := range c.held.view() {
-			out = append(out, leaving{c: c, piece: h})
+			out = append(out, leaving{no: h.no, c: c, piece: h})
 		}
 		c.held.reset()
 		if c.rstHeld {
-			out = append(out, leaving{c: c, piece: c.rst, rst: true})
+			out = append(out, leaving{no: c.rst.no, c: c, piece: c.rst, rst: true})
 		}
 	}
+	fs := p.allFlows()
+	for _, f := range fs {
+		for _, g := range f.held.view() {
+			out = append(out, leaving{no: g.no, f: f, dgram: g})
+		}
+		f.held.reset()
+	}
 	p.leave(out)
+	for _, f := range fs {
+		p.removeFlow(f)
+	}
 	for _, c := range cs {
 		p.acks(c)
 		p.remove(c, ReasonExpired)

@@ -2,10 +2,9 @@
 
 package compare
 
-import "math"
-
 // conn is what P knows of one connection. Positions are the PVM's.
 type conn struct {
+	timer
 	tuple Tuple
 	no    uint64 // of the event that made it; orders connections
 	born  int64
@@ -78,8 +77,6 @@ type conn struct {
 	annAt    int64
 	annDelay int64
 	annLeft  int
-	due      int64
-	heapIdx  int // in Primary.timers; -1: removed
 }
 
 const scaleUnknown = -1
@@ -112,10 +109,10 @@ func (p *Primary) create(t *Tuple) *conn {
 		c = new(conn)
 	}
 	c.tuple = *t
+	c.timer.conn = c
 	p.reset(c)
-	c.due = math.MaxInt64
 	p.conns[c.tuple] = c
-	p.timers.push(c)
+	p.timers.push(&c.timer)
 	return c
 }
 
@@ -125,10 +122,9 @@ func (p *Primary) reset(c *conn) {
 	p.forget(c)
 	p.unlinkOpen(c)
 	*c = conn{
-		tuple: c.tuple, no: p.eventNo, born: p.now, last: p.now,
+		timer: c.timer, tuple: c.tuple, no: p.eventNo, born: p.now, last: p.now,
 		floating: true, scale: scaleUnknown,
 		held: c.held, svm: c.svm, marks: c.marks[:0],
-		due: c.due, heapIdx: c.heapIdx,
 	}
 }
 
@@ -153,7 +149,7 @@ func (p *Primary) remove(c *conn, why Reason) {
 	p.freeHeld(c, why)
 	p.forget(c)
 	p.unlinkOpen(c)
-	p.timers.remove(c)
+	p.timers.remove(&c.timer)
 	delete(p.conns, c.tuple)
 	if len(p.spare) < maxSpare {
 		p.spare = append(p.spare, c)

@@ -3,4 +3,5 @@
 package compare
 
 // mutate turns rules off. Nothing outside the tests can.
-func (p *Primary) mutate(m mutation) { p.mut = m }
+func (p *Primary) mutate(m mutation)   { p.mut = m }
+func (s *Secondary) mutate(m mutation) { s.mut = m }

@@ -32,7 +32,7 @@ func (f *fuzzInput) pos() uint32 {
 
 func (f *fuzzInput) event(keys *Keys) Event {
 	kinds := []EventKind{EvPVM, EvPVM, EvPVM, EvSVM, EvSVM, EvSVM, EvAnswer, EvClient, EvTick, EvFreeze, EvThaw, EvCommit,
-		EvCopy, EvAsk, EvPark, EvUnpark, EvReset, 0, 99}
+		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, 0, 99}
 	k := f.byte()
 	ev := Event{Kind: kinds[int(k)%len(kinds)], Epoch: uint32(f.byte() % 4)}
 	s := &ev.Seg
@@ -60,6 +60,9 @@ func (f *fuzzInput) event(keys *Keys) Event {
 	}
 	s.Inc, s.Inherited, s.Epoch = f.pos(), f.byte()%2 == 0, uint32(f.byte()%4)
 	s.ClientAck = f.pos()
+	if f.byte()%3 == 0 {
+		s.Datagram, s.Frag, s.Proto = true, uint16(f.byte()%2), []uint8{1, 17, 58}[f.byte()%3]
+	}
 	if f.byte()%8 != 0 {
 		s.Header = make([]byte, f.byte()%100)
 	}
@@ -87,7 +90,10 @@ func FuzzStep(f *testing.F) {
 	keys := testKeys(9)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		in := fuzzInput{b}
-		p := NewPrimary(Config{MaxConnections: 2, ConnPoints: 6, MaxNext: 3, KeepYoung: in.byte()%2 == 0}, keys)
+		p := NewPrimary(Config{
+			MaxConnections: 2, ConnPoints: 6, MaxNext: 3, KeepYoung: in.byte()%2 == 0,
+			MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxSaid: 4,
+		}, keys)
 		s := NewSecondary(SecondaryConfig{MaxCopies: 3}, keys)
 		slots := map[Slot]bool{}
 		now := int64(time.Second)
@@ -103,7 +109,7 @@ func FuzzStep(f *testing.F) {
 			}
 			var effs []Effect
 			switch ev.Kind {
-			case EvCopy, EvAsk, EvPark, EvUnpark, EvReset:
+			case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset:
 				effs = s.Step(now, &ev, nil)
 			default:
 				effs = p.Step(now, &ev, nil)
@@ -134,7 +140,7 @@ func FuzzStep(f *testing.F) {
 		for _, k := range []EventKind{EvThaw, EvTick, EvSolo, EvReset, EvUnpark} {
 			step(Event{Kind: k})
 		}
-		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points != 0 || len(p.opens) != 0 {
+		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points != 0 || len(p.opens) != 0 || st.Flows != 0 || p.dgrams != 0 || p.said != 0 || len(p.timers) != 0 {
 			t.Fatalf("left over: slots %v, %d points, %d opens, %+v", slots, p.points, len(p.opens), st)
 		}
 	})

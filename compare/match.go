@@ -172,6 +172,10 @@ func (p *Primary) sendRST(c *conn, atEnd bool) {
 
 // pvm takes in what the PVM said.
 func (p *Primary) pvm(s *Segment) {
+	if s.Datagram {
+		p.pvmDatagram(s)
+		return
+	}
 	if int64(len(s.Payload)) != int64(s.Len) || s.Slot == NoSlot && (s.Len > 0 || s.Flags&(SYN|FIN|RST) != 0) {
 		p.drop(s.Slot, ReasonMalformed)
 		return
@@ -271,6 +275,10 @@ func (p *Primary) pvmRST(c *conn, s *Segment) {
 // svm takes in a record.
 func (p *Primary) svm(s *Segment) {
 	if p.solo || !p.inEpoch(s) {
+		return
+	}
+	if s.Datagram {
+		p.svmDatagram(s)
 		return
 	}
 	if s.Len > reach || s.Flags&(SYN|FIN) == SYN|FIN {

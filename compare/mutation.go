@@ -7,15 +7,19 @@ package compare
 type mutation uint16
 
 const (
-	mutR1  mutation = 1 << iota // sums count as equal
-	mutR2                       // the PVM alone acknowledges
-	mutR3                       // SYN and FIN need not match
-	mutR4                       // repetitions of what has left are dropped
-	mutR5                       // nothing is cut
-	mutR7                       // the clock runs in spite of progress
-	mutR8                       // records of any incarnation count
-	mutR14                      // frames captured behind the commit point leave too
-	mutR15                      // freezing does nothing
+	mutR1       mutation = 1 << iota // sums count as equal
+	mutR2                            // the PVM alone acknowledges
+	mutR3                            // SYN and FIN need not match
+	mutR4                            // repetitions of what has left are dropped
+	mutR5                            // nothing is cut
+	mutR7                            // the clock runs in spite of progress
+	mutR8                            // records of any incarnation count
+	mutR14                           // frames captured behind the commit point leave too
+	mutR15                           // freezing does nothing
+	mutR16                           // S: all that was parked is delivered
+	mutDatagram                      // datagrams need not match
 )
 
 func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }
+
+func (s *Secondary) off(m mutation) bool { return s.mut&m != 0 }

@@ -6,11 +6,11 @@ package compare
 // that only one guest has made are kept by where they go to.
 
 type openKey struct {
-	guest, remote [16]byte
-	rport, vlan   uint16
+	guest, remote      [16]byte
+	rport, vlan, vlan2 uint16
 }
 
-func (t *Tuple) openKey() openKey { return openKey{t.Guest, t.Remote, t.RemotePort, t.VLAN} }
+func (t *Tuple) openKey() openKey { return openKey{t.Guest, t.Remote, t.RemotePort, t.VLAN, t.VLAN2} }
 
 // openSet lists the active opens to one place: SYNs of the PVM that are not
 // matched, and SYNs of the SVM that no PVM SYN came for.

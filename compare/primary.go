@@ -21,6 +21,12 @@ type Config struct {
 	ConnPoints int // in one connection; 4096
 	MaxNext    int // records of the next epoch kept until its commit; 4096
 
+	// Datagrams that one side has said and the other has not.
+	MaxFlows      int // 16384
+	MaxDatagrams  int // held, over all flows; 4096
+	FlowDatagrams int // of each side, in one flow; 1024
+	MaxSaid       int // of the SVM, over all flows; 16384
+
 	// KeepYoung: held frames captured behind a commit point stay held and are
 	// compared with the SVM of the new epoch. Else they are dropped, and the guest
 	// repeats them.
@@ -39,6 +45,10 @@ func (c *Config) setDefaults() {
 	c.MaxPoints = cmp.Or(c.MaxPoints, 1<<20)
 	c.ConnPoints = cmp.Or(c.ConnPoints, 1<<12)
 	c.MaxNext = cmp.Or(c.MaxNext, 1<<12)
+	c.MaxFlows = cmp.Or(c.MaxFlows, 1<<14)
+	c.MaxDatagrams = cmp.Or(c.MaxDatagrams, 1<<12)
+	c.FlowDatagrams = cmp.Or(c.FlowDatagrams, 1<<10)
+	c.MaxSaid = cmp.Or(c.MaxSaid, 1<<14)
 }
 
 // Primary decides what leaves on P. It holds no lock: one goroutine drives it.
@@ -50,11 +60,17 @@ type Primary struct {
 
 	frozen, solo bool
 	conns        map[Tuple]*conn
-	timers       timerHeap // holds every connection
+	flows        map[Tuple]*dgramFlow
+	timers       timerHeap // holds every connection and flow
 	opens        map[openKey]*openSet
-	next         []Segment // records of epochs to come (R17)
+	asked        map[neighKey]struct{} // neighbours asked for within neighEvery
+	neighs       deque[neighAsk]       // the same, by time
+	next         []Segment             // records of epochs to come (R17)
 	spare        []*conn
+	spareFlows   []*dgramFlow
 	points       int // of all connections
+	dgrams       int // held, of all flows
+	said         int // datagrams of the SVM that the PVM has not said, of all flows
 	fullAsked    bool
 	fullAt       int64
 	stats        Stats
@@ -65,21 +81,24 @@ type Primary struct {
 	eventNo uint64
 }
 
-// Stats counts what happened. Connections and Held tell how things are now.
+// Stats counts what happened. Connections, Flows and Held tell how things are now.
 type Stats struct {
 	Connections   int
+	Flows         int // of datagrams
 	HeldPackets   int
 	HeldBytes     int // payload
 	ReleasedBytes uint64
 	// ReleasedPackets counts sent frames that were held, SentACKs those made from
 	// a template.
 	ReleasedPackets, SentACKs uint64
+	ReleasedDatagrams         uint64
 	Asks, Announces           uint64
 	Adopted                   uint64 // connections met in mid-stream
 	Checkpoints, Drops        [ReasonCount]uint64
 }
 
-// Flow describes a connection.
+// Flow describes a connection, or a flow of datagrams that not both guests have
+// said; for that State is "datagram" and positions mean nothing.
 type Flow struct {
 	Tuple     Tuple
 	State     string
@@ -100,6 +119,8 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 	return &Primary{
 		cfg: cfg, keys: keys, epoch: cfg.Epoch,
 		conns: make(map[Tuple]*conn),
+		flows: make(map[Tuple]*dgramFlow),
+		asked: make(map[neighKey]struct{}),
 		opens: make(map[openKey]*openSet),
 	}
 }
@@ -119,6 +140,8 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.answer(&ev.Seg)
 	case EvClient:
 		p.client(&ev.Seg)
+	case EvNeigh:
+		p.neigh(&ev.Seg)
 	case EvTick:
 		p.tick()
 	case EvFreeze:
@@ -156,12 +179,12 @@ func (p *Primary) checkpoint(t *Tuple, why Reason) {
 // Stats gives the counters.
 func (p *Primary) Stats() Stats {
 	s := p.stats
-	s.Connections = len(p.conns)
+	s.Connections, s.Flows = len(p.conns), len(p.flows)
 	return s
 }
 
-// Flows yields the connections in the order they were made, until yield returns
-// false. Ages are as of the last Step.
+// Flows yields the connections in the order they were made, then the flows of
+// datagrams, until yield returns false. Ages are as of the last Step.
 func (p *Primary) Flows(yield func(Flow) bool) {
 	for _, c := range p.all() {
 		f := Flow{
@@ -177,6 +200,11 @@ func (p *Primary) Flows(yield func(Flow) bool) {
 			f.Held++
 		}
 		if !yield(f) {
+			return
+		}
+	}
+	for _, f := range p.allFlows() {
+		if !yield(f.describe(p.now)) {
 			return
 		}
 	}

@@ -35,6 +35,14 @@ const (
 	ReasonBudget    // S: copies over budget
 	ReasonAcked     // S: the remote has acknowledged the copy
 	ReasonVoid      // S: a checkpoint made the copy void
+	// Added later.
+	ReasonDatagram   // checkpoint: a datagram that the SVM did not say
+	ReasonICMPError  // an ICMP error that the SVM did not say
+	ReasonCrowded    // no room for a datagram or its record
+	ReasonUnmatched  // a datagram of the SVM that the PVM did not say
+	ReasonNeigh      // a neighbour request of the SVM that was passed on just now, or one too many
+	ReasonHalfOpen   // a half-open connection had to make room (R11)
+	ReasonBeforeMark // S: a datagram that the SVM has heard as the PVM (R16)
 	ReasonCount
 )
 
@@ -44,6 +52,8 @@ var reasonNames = [ReasonCount]string{
 	"duplicate", "malformed", "stray", "superseded", "incarnation", "syn cookie", "old epoch",
 	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
 	"unmatched rst", "forgotten", "over budget", "acked", "void",
+	"datagram differs", "icmp error", "too many datagrams", "unmatched svm datagram", "neighbour requests",
+	"half-open evicted", "before mark",
 }
 
 func (r Reason) String() string {

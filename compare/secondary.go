@@ -31,9 +31,33 @@ type Secondary struct {
 	flows  map[Tuple]*copies
 	oldest *frameCopy // all copies, in the order they came
 	newest *frameCopy
-	parked []Slot
+	parked []parkedFrame
+	mark   parkMark
+	loaded parkReset
+	mut    mutation
 	stats  SecondaryStats
 	out    []Effect
+}
+
+// parkedFrame is input that the SVM has not got.
+type parkedFrame struct {
+	slot     Slot
+	datagram bool
+}
+
+// parkMark is P's newest mark: what is in the queue from at on, the PVM had not
+// heard when it stopped for epoch.
+type parkMark struct {
+	ok    bool
+	epoch uint32
+	at    int
+}
+
+// parkReset says that since the queue was last delivered the SVM became a copy of
+// the PVM, for epoch.
+type parkReset struct {
+	ok    bool
+	epoch uint32
 }
 
 // copies are those of one incarnation of a connection, by position.
@@ -79,21 +103,47 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 		s.answer(&ev.Seg)
 	case EvPark:
 		if ev.Seg.Slot != NoSlot {
-			s.parked = append(s.parked, ev.Seg.Slot)
+			s.parked = append(s.parked, parkedFrame{ev.Seg.Slot, ev.Seg.Datagram})
+		}
+	case EvMark:
+		// Of several marks of one attempt the first is at the right place. An
+		// attempt that failed left its mark behind: the PVM went on.
+		if !s.mark.ok || after(ev.Epoch, s.mark.epoch) {
+			s.mark = parkMark{true, ev.Epoch, len(s.parked)}
 		}
 	case EvUnpark:
-		for _, slot := range s.parked {
-			s.stats.Delivered++
-			s.out = append(s.out, Effect{Op: OpDeliver, Slot: slot, Free: true})
-		}
-		s.parked = s.parked[:0]
+		s.unpark()
 	case EvReset:
+		s.loaded = parkReset{true, ev.Epoch}
 		for s.oldest != nil {
 			s.free(s.oldest, ReasonVoid)
 		}
 	}
 	out, s.out = s.out, nil
 	return out
+}
+
+// unpark delivers what was parked, in order (R16). If the SVM has become a copy of
+// the PVM meanwhile, it has heard what came before the PVM stopped: TCP does not
+// mind hearing it twice, others might, so of those only what is behind the mark is
+// delivered. A mark that was lost, or is of another epoch than the one that began,
+// marks nothing: then all datagrams are dropped, as a network may.
+func (s *Secondary) unpark() {
+	from := 0
+	if s.loaded.ok {
+		if from = len(s.parked); s.mark.ok && s.mark.epoch == s.loaded.epoch {
+			from = s.mark.at
+		}
+	}
+	for i, f := range s.parked {
+		if f.datagram && i < from && !s.off(mutR16) {
+			s.drop(f.slot, ReasonBeforeMark)
+			continue
+		}
+		s.stats.Delivered++
+		s.out = append(s.out, Effect{Op: OpDeliver, Slot: f.slot, Free: true})
+	}
+	s.parked, s.mark, s.loaded = s.parked[:0], parkMark{}, parkReset{}
 }
 
 // keep takes a copy in. Its ClientAck frees the copies that nobody can ask for

@@ -17,11 +17,19 @@ const (
 	announceAgain = 8 // times after a commit
 )
 
-// timerHeap is a binary heap of all connections by due, each of which has one
-// entry for its earliest timer. An entry may be early: a timer that moved later
-// is only noticed when the entry comes up, so that what happens at every packet
-// costs nothing.
-type timerHeap []*conn
+// timer is the entry of a connection, or of a flow of datagrams, in a timerHeap.
+type timer struct {
+	due     int64
+	heapIdx int // -1: removed
+	conn    *conn
+	flow    *dgramFlow
+}
+
+// timerHeap is a binary heap of all connections and flows by due, each of which
+// has one entry for its earliest timer. An entry may be early: a timer that moved
+// later is only noticed when the entry comes up, so that what happens at every
+// packet costs nothing.
+type timerHeap []*timer
 
 func (h timerHeap) swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
@@ -51,28 +59,27 @@ func (h timerHeap) down(i int) {
 	}
 }
 
-func (h *timerHeap) push(c *conn) {
-	c.heapIdx = len(*h)
-	*h = append(*h, c)
-	h.up(c.heapIdx)
+func (h *timerHeap) push(t *timer) {
+	t.due, t.heapIdx = math.MaxInt64, len(*h)
+	*h = append(*h, t)
 }
 
-func (h *timerHeap) remove(c *conn) {
-	i, last := c.heapIdx, len(*h)-1
+func (h *timerHeap) remove(t *timer) {
+	i, last := t.heapIdx, len(*h)-1
 	h.swap(i, last)
 	(*h)[last] = nil
 	*h = (*h)[:last]
-	c.heapIdx = -1
+	t.heapIdx = -1
 	if i < last {
 		h.up(i)
 		h.down(i)
 	}
 }
 
-func (h timerHeap) set(c *conn, due int64) {
-	c.due = due
-	h.up(c.heapIdx)
-	h.down(c.heapIdx)
+func (h timerHeap) set(t *timer, due int64) {
+	t.due = due
+	h.up(t.heapIdx)
+	h.down(t.heapIdx)
 }
 
 // NextDeadline is the boottime, in ns, at which Step wants an [EvTick] if
@@ -87,7 +94,11 @@ func (p *Primary) NextDeadline() int64 {
 // tick runs what is due.
 func (p *Primary) tick() {
 	for len(p.timers) > 0 && p.timers[0].due <= p.now {
-		p.fire(p.timers[0])
+		if t := p.timers[0]; t.flow != nil {
+			p.fireFlow(t.flow)
+		} else {
+			p.fire(t.conn)
+		}
 	}
 }
 
@@ -128,7 +139,7 @@ func (p *Primary) arm(c *conn) {
 	if d := p.deadline(c); d <= p.now {
 		p.fire(c)
 	} else if d < c.due {
-		p.timers.set(c, d)
+		p.timers.set(&c.timer, d)
 	}
 }
 
@@ -153,7 +164,7 @@ func (p *Primary) fire(c *conn) {
 			return
 		}
 	}
-	p.timers.set(c, p.deadline(c))
+	p.timers.set(&c.timer, p.deadline(c))
 }
 
 // stalled: R7's clock ran out. It tells whether c was removed.

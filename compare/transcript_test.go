@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,7 +21,8 @@ import (
 // Transcripts live in testdata/primary and testdata/secondary; -rewrite writes
 // what happens now into them. Their commands:
 //
-//	config [timeout=1s] [cut=1ms] [max=n] [points=n] [next=n] [copies=n] [keep-young]
+//	config [timeout=1s] [cut=1ms] [max=n] [points=n] [next=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
+//	       [copies=n] [keep-young]
 //	run            one event per line; lines with effects come back, effects below
 //	flows | stats
 //
@@ -29,13 +31,15 @@ import (
 //	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n] [ago=dur]
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
-//	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park | unpark | reset
+//	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
+//	neigh [remote=n] [vlan2=n] [mac=n]
+//	pvm|svm udp|icmp=TYPE|icmp6=TYPE SEQ..END [id=n] [frag=n] (a datagram; id picks its bytes)
 //	+DURATION      time passes, up to the next deadline, a tick, and so on
 //
 // FLAGS are letters of SFRPA. Payload bytes follow from their position, so both
 // guests say the same, but at the positions of x=. All of SEQ..END is payload:
 // positions of SYN and FIN lie outside. port=n, rport=n pick another connection;
-// a segment with payload, SYN, FIN or RST takes the next slot, which is printed
+// a segment with payload, SYN, FIN or RST and a datagram take the next slot, which is printed
 // as #n, and every slot must be freed once, which is checked at the end.
 type transcript struct {
 	t     testing.TB
@@ -63,6 +67,7 @@ func (x *transcript) config(c Config) {
 	x.p = NewPrimary(c, x.keys)
 	x.p.mutate(x.mut)
 	x.s = NewSecondary(SecondaryConfig{}, x.keys)
+	x.s.mutate(x.mut)
 }
 
 func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
@@ -88,6 +93,14 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				c.ConnPoints = int(x.number(v))
 			case "next":
 				c.MaxNext = int(x.number(v))
+			case "dgrams":
+				c.MaxDatagrams = int(x.number(v))
+			case "flow-dgrams":
+				c.FlowDatagrams = int(x.number(v))
+			case "flows":
+				c.MaxFlows = int(x.number(v))
+			case "said":
+				c.MaxSaid = int(x.number(v))
 			case "copies":
 				x.s.cfg.MaxCopies = int(x.number(v))
 				return ""
@@ -106,11 +119,18 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 			if f.Inherited {
 				inc = "inherited"
 			}
+			if f.State == "datagram" {
+				fmt.Fprintf(&x.out, "%v proto=%d %s held=%d/%d %v\n", f.Tuple, f.Tuple.Proto, f.State, f.Held, f.HeldBytes, f.Why)
+				continue
+			}
 			fmt.Fprintf(&x.out, "%v %s %s compared=%d released=%d held=%d/%d\n",
 				f.Tuple, f.State, inc, f.Compared, f.Released, f.Held, f.HeldBytes)
 		}
 	case "stats":
 		st := x.p.Stats()
+		if st.Flows > 0 || st.ReleasedDatagrams > 0 {
+			fmt.Fprintf(&x.out, "flows=%d datagrams=%d\n", st.Flows, st.ReleasedDatagrams)
+		}
 		fmt.Fprintf(&x.out, "connections=%d held=%d/%d released=%d/%d acks=%d asks=%d announces=%d\n", st.Connections,
 			st.HeldPackets, st.HeldBytes, st.ReleasedPackets, st.ReleasedBytes, st.SentACKs, st.Asks, st.Announces)
 		for r := range ReasonCount {
@@ -144,7 +164,7 @@ func (x *transcript) line(line string) {
 
 func (x *transcript) step(title string, ev Event) {
 	if ev.Kind == EvPVM || ev.Kind == EvCopy || ev.Kind == EvPark {
-		if s := &ev.Seg; s.Len > 0 || s.Flags&(SYN|FIN|RST) != 0 || ev.Kind == EvPark {
+		if s := &ev.Seg; s.Len > 0 || s.Datagram || s.Flags&(SYN|FIN|RST) != 0 || ev.Kind == EvPark {
 			x.next++
 			s.Slot = x.next
 			x.slots[s.Slot] = true
@@ -153,7 +173,7 @@ func (x *transcript) step(title string, ev Event) {
 	}
 	step := x.p.Step
 	switch ev.Kind {
-	case EvCopy, EvAsk, EvPark, EvUnpark, EvReset:
+	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset:
 		step = x.s.Step
 	}
 	effs := step(x.now, &ev, nil)
@@ -215,6 +235,10 @@ func (x *transcript) effect(e *Effect) string {
 		}
 	case OpDeliver:
 		fmt.Fprintf(&b, "deliver%s", slot)
+	case OpNeigh:
+		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
+	case OpForward:
+		fmt.Fprintf(&b, "forward%s", slot)
 	}
 	return b.String()
 }
@@ -249,7 +273,7 @@ func (x *transcript) parse(line string) Event {
 	kinds := map[string]EventKind{
 		"pvm": EvPVM, "svm": EvSVM, "answer": EvAnswer, "client": EvClient, "freeze": EvFreeze, "thaw": EvThaw,
 		"commit": EvCommit, "solo": EvSolo, "tick": EvTick, "copy": EvCopy, "ask": EvAsk, "park": EvPark,
-		"unpark": EvUnpark, "reset": EvReset,
+		"unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh,
 	}
 	ev := Event{Kind: kinds[f[0]], Epoch: x.p.epoch, At: x.now}
 	if ev.Kind == 0 {
@@ -261,7 +285,10 @@ func (x *transcript) parse(line string) Event {
 	s.Guest[15], s.Guest[10], s.Guest[11] = 1, 0xff, 0xff
 	s.Remote[15], s.Remote[10], s.Remote[11] = 2, 0xff, 0xff
 	var differ []uint32
-	var stride uint32
+	var stride, id uint32
+	datagram := func(proto uint8, guest, remote uint16) {
+		s.Datagram, s.Proto, s.GuestPort, s.RemotePort = true, proto, guest, remote
+	}
 	for _, a := range f[1:] {
 		key, val, _ := strings.Cut(a, "=")
 		switch key {
@@ -282,6 +309,22 @@ func (x *transcript) parse(line string) Event {
 			ev.Epoch = s.Epoch
 		case "una":
 			s.ClientAck = x.number(val)
+		case "udp":
+			datagram(17, 53, 5000)
+		case "icmp":
+			datagram(protoICMP, uint16(x.number(val)), 0)
+		case "icmp6":
+			datagram(protoICMPv6, uint16(x.number(val)), 0)
+		case "mac":
+			s.Opts = []byte{2, 0, 0, 0, 0, byte(x.number(val))}
+		case "remote":
+			s.Remote[15] = byte(x.number(val))
+		case "vlan2":
+			s.VLAN2 = uint16(x.number(val))
+		case "id":
+			id = x.number(val)
+		case "frag":
+			s.Frag = uint16(x.number(val))
 		case "port":
 			s.GuestPort = uint16(x.number(val))
 		case "rport":
@@ -322,7 +365,7 @@ func (x *transcript) parse(line string) Event {
 		}
 	}
 	start := s.PayloadStart()
-	b := x.payload(start, s.Len, differ)
+	b := x.payload(start+id<<16, s.Len, differ)
 	s.Sum = x.keys.Sum(start, b)
 	switch ev.Kind {
 	case EvPVM, EvCopy:
@@ -356,8 +399,8 @@ func (x *transcript) done() {
 	x.step("end", Event{Kind: EvSolo})
 	x.step("end", Event{Kind: EvUnpark})
 	x.step("end", Event{Kind: EvReset})
-	if len(x.slots) > 0 || x.p.stats.HeldPackets != 0 || x.p.stats.HeldBytes != 0 || x.p.points != 0 {
-		x.t.Errorf("left over: slots %v, %d points, %+v", x.slots, x.p.points, x.p.Stats())
+	if len(x.slots) > 0 || x.p.stats.HeldPackets != 0 || x.p.stats.HeldBytes != 0 || x.p.points != 0 || x.p.dgrams != 0 || x.p.said != 0 {
+		x.t.Errorf("left over: slots %v, %d points, %d datagrams, %d said, %+v", x.slots, x.p.points, x.p.dgrams, x.p.said, x.p.Stats())
 	}
 	if strings.Contains(x.out.String(), "NOT HELD") {
 		x.t.Error(x.out.String())
@@ -405,6 +448,8 @@ func TestMutations(t *testing.T) {
 		{mutR8, "r8_incarnations"},
 		{mutR14, "r14_commit"},
 		{mutR15, "r15_freeze"},
+		{mutR16, "r16_mark"},
+		{mutDatagram, "datagrams"},
 	} {
 		t.Run(m.file, func(t *testing.T) {
 			path := filepath.Join("testdata/transcripts", m.file)

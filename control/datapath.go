@@ -25,7 +25,8 @@ const (
 // DataPath is the kernel half of one guest NIC.
 //
 // One goroutine polls it, applies effects and changes modes. Wake, Now,
-// DrainTap, Sweep, Counters, Offsets, Programs and MAC are called from others.
+// DrainTap, Sweep, Counters, Offsets, Programs, MAC, Adopted and CheckOrder are
+// called from others.
 type DataPath interface {
 	// Poll appends events to evs: what is there, or, when nothing is, what
 	// comes within wait. Wake ends the wait early, or the next one when none is
@@ -53,6 +54,30 @@ type DataPath interface {
 	Offsets(func(compare.Tuple, Offset)) error                 // S: connections with their offset, for `flows`
 	Programs() []Program                                       // name, device, attach mode
 	Close() error                                              // leaves pins
+
+	// Adopted is what an earlier daemon left in the kernel and this one goes on
+	// from (R23); nil: the tables were made at this start. Programs are shut then.
+	Adopted() *Adopted
+	// CheckOrder names a foreign program that sees frames before ours does; "":
+	// there is none. tap: it does so at the guest's tap. SetTap sets that up or
+	// down.
+	CheckOrder() (intruder string, tap bool, err error)
+	SetTap(up bool) error
+}
+
+// Adopted is what was found pinned.
+type Adopted struct {
+	Term, Epoch uint32
+	Mode        Mode
+	Digest      compare.Keys // what the kernel digests with
+	Remotes     []Remote     // P: of TCP connections that were neither reset nor being opened
+}
+
+// Remote is the client's end of a connection.
+type Remote struct {
+	compare.Tuple
+	Ack uint32 // highest, PVM numbering
+	At  int64  // boottime ns of its newest segment
 }
 
 // Session is what both hosts agree on for one term. Keys are this host's view:

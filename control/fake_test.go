@@ -34,6 +34,11 @@ type fakePath struct {
 	offsets map[compare.Tuple]Offset
 	failure error
 	closed  bool
+
+	adopted  *Adopted
+	intruder string
+	onTap    bool
+	orderErr error
 }
 
 func newFakePath(last byte) *fakePath {
@@ -249,4 +254,27 @@ func (f *fakePath) svm(epoch, seq uint32, b string) {
 	s := f.segment(seq, []byte(b))
 	s.Slot, s.Payload, s.Inherited, s.Epoch = compare.NoSlot, nil, true, epoch
 	f.put(compare.Event{Kind: compare.EvSVM, Seg: s})
+}
+
+func (f *fakePath) Adopted() *Adopted {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.adopted
+}
+
+func (f *fakePath) CheckOrder() (string, bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.intruder, f.onTap, f.orderErr
+}
+
+func (f *fakePath) SetTap(up bool) error {
+	return f.note("tap %s", map[bool]string{true: "up", false: "down"}[up])
+}
+
+// intrude puts a foreign program in front; "" takes it away.
+func (f *fakePath) intrude(name string, onTap bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.intruder, f.onTap = name, onTap
 }

@@ -72,14 +72,14 @@ func (d *Daemon) accept(ctx context.Context, ln net.Listener) error {
 // controller (P).
 func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := secure(ctx, raw, d.opt.TLS, true, d.opt.link.handshake)
+	conn, err := d.secure(ctx, raw)
 	if err != nil {
 		return err
 	}
 	l := newLink(conn, d.opt.link.silence)
 	m, err := l.read(d.opt.link.handshake)
 	if err != nil {
-		return err
+		return d.explain(err)
 	}
 	if m.Type != "hello" || m.Hello == nil {
 		return fmt.Errorf("%q in place of hello", m.Type)
@@ -171,7 +171,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	defer raw.Close()
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := secure(ctx, raw, d.opt.TLS, false, d.opt.link.handshake)
+	conn, err := d.secure(ctx, raw)
 	if err != nil {
 		return false, err
 	}
@@ -190,12 +190,12 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	l := newLink(conn, d.opt.link.silence)
 	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
-		return false, err
+		return false, d.explain(err)
 	}
 	m, err := l.read(d.opt.link.handshake)
 	switch {
 	case err != nil:
-		return false, err
+		return false, d.explain(err)
 	case m.Type == "refuse":
 		return false, fmt.Errorf("the primary refused: %s", m.Cause)
 	case m.Type != "session" || m.Session == nil:

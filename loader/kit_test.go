@@ -172,6 +172,7 @@ type hosts struct {
 	pins string
 	p, s *NIC
 	at   map[*NIC]control.Session
+	dead map[*NIC]bool
 }
 
 func options(pins, node string, role Role) Options {
@@ -205,7 +206,7 @@ func devices(t testing.TB) {
 func newHosts(t testing.TB) *hosts {
 	t.Helper()
 	devices(t)
-	h := &hosts{TB: t, pins: mountBPFFS(t)}
+	h := &hosts{TB: t, pins: mountBPFFS(t), dead: make(map[*NIC]bool)}
 	h.p, h.s = h.open(options(h.pins, "a.lab", Primary)), h.open(options(h.pins, "b.lab", Secondary))
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{1}))
 	check(t, err)
@@ -228,11 +229,20 @@ func (h *hosts) open(o Options) *NIC {
 	n, err := Open(o)
 	check(h, err)
 	h.Cleanup(func() {
-		if err := n.Close(); err != nil {
-			h.Error(err)
+		if !h.dead[n] {
+			h.die(n)
 		}
 	})
 	return n
+}
+
+// die is what becomes of a NIC when its daemon does.
+func (h *hosts) die(n *NIC) {
+	h.Helper()
+	h.dead[n] = true
+	if err := n.Close(); err != nil {
+		h.Error(err)
+	}
 }
 
 // event polls for one event of the kind.

@@ -113,6 +113,16 @@ func (s slots) frame(id compare.Slot) []byte {
 	return e[slotHeader:][:min(int(n), len(e)-slotHeader)]
 }
 
+// freeAll gives every slot back. Nobody else may use slots meanwhile.
+func (s slots) freeAll() {
+	for i := range len(s.small) / slotSize {
+		s.free(compare.Slot(i))
+	}
+	for i := range len(s.gso) / gsoSize {
+		s.free(compare.Slot(i) | compare.Slot(bpf.LockstepLsConstLS_SLOT_GSO))
+	}
+}
+
 // free gives the slot back to the kernel. The exchange orders our reads of the
 // frame before the kernel's next writes.
 func (s slots) free(id compare.Slot) {

@@ -70,6 +70,11 @@ func entries(t testing.TB, dir string) []string {
 	return names
 }
 
+func up(t testing.TB, name string) bool {
+	t.Helper()
+	return device(t, name).Attrs().Flags&net.FlagUp != 0
+}
+
 func TestOpenPrimary(t *testing.T) {
 	devices(t)
 	pins := mountBPFFS(t)
@@ -137,7 +142,7 @@ func TestOpenPrimary(t *testing.T) {
 	if _, err := os.Stat(nodeDir(pins, o.VM, o.Node)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("pins are left: %v", err)
 	}
-	if device(t, "tapP").Attrs().Flags&net.FlagUp == 0 {
+	if !up(t, "tapP") {
 		t.Error("the primary's tap was set down")
 	}
 }
@@ -201,7 +206,7 @@ func TestUnloadSecondary(t *testing.T) {
 	release()
 
 	check(t, Unload(pins, o.VM, o.Node, false))
-	if device(t, "tapS").Attrs().Flags&net.FlagUp != 0 {
+	if up(t, "tapS") {
 		t.Error("the secondary's tap is still up")
 	}
 	wantAttached(t, "tapS")

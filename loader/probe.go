@@ -59,11 +59,10 @@ func CheckTCX() error {
 
 // CheckPrograms loads all programs with small maps, and lets them go.
 func CheckPrograms() error {
-	spec, err := bpf.LoadLockstep()
+	spec, err := sized(sizes{connections: 1, slots: 16, gsoSlots: 1})
 	if err != nil {
-		return fmt.Errorf("read programs: %w", err)
+		return err
 	}
-	sizes{connections: 1, slots: 16, gsoSlots: 1}.set(spec)
 	spec.Maps[bpf.LockstepMapLsRing].MaxEntries = uint32(os.Getpagesize())
 	c, err := ebpf.NewCollection(spec)
 	if err != nil {

@@ -127,10 +127,9 @@ func TestMistakes(t *testing.T) {
 		{"status -c @/pair.yaml", 2, "lockstep: which of the hosts in @/pair.yaml is this one? Name it with --node\n"},
 		{"status -c @/pair.yaml --node gamma", 2, "lockstep: @/pair.yaml has no node \"gamma\"; it has \"alpha\" and \"beta\"\n"},
 		{"status -c @/none.yaml --node alpha", 2, "lockstep: read config: open @/none.yaml: no such file or directory\n"},
-		{"status -c @/bad.yaml --node alpha", 2, "@/bad.yaml:1:1: tls is missing; write `tls: {insecure: true}` to let the control link's session keys travel in the clear\n" +
+		{"status -c @/bad.yaml --node alpha", 2, "@/bad.yaml:1:1: tls is missing; name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear\n" +
 			"@/bad.yaml:5:1: unknown key \"tsl\"; did you mean \"tls\"?\n"},
 		{"run -c @/twice.yaml --node alpha --role primary", 2, "@/twice.yaml:3:51: \"no tap\" cannot be a network device's name; a name has 1 to 15 characters, no blanks, '/' or ':'\n" +
-			"@/twice.yaml:5:6: tls.insecure is missing; write `tls: {insecure: true}`: the control link knows no certificates\n" +
 			"@/twice.yaml:5:7: unknown key \"secure\"; did you mean \"insecure\"?\n"},
 		{"status -c @/pair.yaml --node alpha --jsn", 2, "lockstep: unknown flag: --jsn; `lockstep status --help` lists the flags\n"},
 		{"status -c @/pair.yaml --node alpha now", 2, "lockstep: unknown command \"now\" for \"lockstep status\"; `lockstep status --help` shows the usage\n"},
@@ -506,3 +505,6 @@ func (p *fakePath) Sweep(_, _ time.Duration) (int, error)             { return 0
 func (p *fakePath) DrainTap(context.Context) error                    { return nil }
 func (p *fakePath) Counters() (map[string]uint64, error)              { return map[string]uint64{}, nil }
 func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return nil }
+func (p *fakePath) Adopted() *control.Adopted                         { return nil }
+func (p *fakePath) CheckOrder() (string, bool, error)                 { return "", false, nil }
+func (p *fakePath) SetTap(bool) error                                 { return nil }

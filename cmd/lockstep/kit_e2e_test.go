@@ -171,7 +171,7 @@ func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string
 	w := lt.NewWorld(t, peer)
 	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd), acts: acts}
 	peerOf := func(name, local, remote string) string {
-		if peer == lt.Veth {
+		if peer != lt.VXLAN {
 			return "{device: peer" + name + "}"
 		}
 		return fmt.Sprintf("{vxlan: {id: 77, port: 4790, local: %s, remote: %s, underlay: under%s}}", local, remote, name)

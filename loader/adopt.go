@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"github.com/vishvananda/netlink"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+	"lockstep/control"
+)
+
+// tables are the maps that a daemon left pinned, and what they were made for.
+type tables struct {
+	meta bpf.LockstepLsMeta
+	maps map[string]*ebpf.Map
+}
+
+func (t *tables) close() {
+	if t != nil {
+		for _, m := range t.maps {
+			m.Close()
+		}
+	}
+}
+
+// inherited tells whether a map goes from one daemon to the next. What programs
+// work on does not, nor do the object's data sections.
+func inherited(name string) bool {
+	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch
+}
+
+// findTables opens what is pinned in dir for a NIC with these options. nil: there is
+// nothing to go on from. Tables of a guest that is gone are nothing: its tap is,
+// and who is behind another one under the same name has none of its connections.
+func findTables(dir string, o Options, tap netlink.Link) (*tables, error) {
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	guarded := 0
+	for _, name := range []string{priOut, secOut} {
+		at, err := deviceOf(filepath.Join(dir, linkPrefix+name))
+		if err != nil {
+			return nil, err
+		}
+		guarded = max(guarded, at)
+	}
+	switch guarded {
+	case tap.Attrs().Index:
+		return openTables(dir, o)
+	case 0:
+		o.Log.Info("tables made anew: the tap that they were for is gone", "nic", o.NIC, "tap", o.Tap)
+		return nil, nil
+	}
+	return nil, fmt.Errorf("tap %s is device %d, but the pinned programs guard device %d; run `lockstep unload` with the old config first",
+		o.Tap, tap.Attrs().Index, guarded)
+}
+
+// deviceOf is the index of the device that a pinned link holds a program at; 0: of
+// none, or there is no such link.
+func deviceOf(pin string) (int, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("pinned link %s: %w", pin, err)
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return 0, fmt.Errorf("pinned link %s: %w", pin, err)
+	}
+	if tcx := info.TCX(); tcx != nil {
+		return int(tcx.Ifindex), nil
+	}
+	return 0, nil
+}
+
+// openTables opens the maps in dir, unless they are of another lockstep or for
+// something else than the options say.
+func openTables(dir string, o Options) (_ *tables, err error) {
+	spec, err := sized(o.sizes())
+	if err != nil {
+		return nil, err
+	}
+	t := &tables{maps: make(map[string]*ebpf.Map)}
+	defer func() {
+		if err != nil {
+			t.close()
+		}
+	}()
+	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsMeta), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("what is pinned in %s is of a lockstep that did not write down what it is for; "+
+			"run that one again, or stop it and run `lockstep unload`, %s", dir, unloadLoses)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsMeta, err)
+	}
+	t.maps[bpf.LockstepMapLsMeta] = meta
+	// Another ABI may have another size.
+	raw := make([]byte, meta.ValueSize())
+	if err := meta.Lookup(uint32(0), raw); err != nil {
+		return nil, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsMeta, err)
+	}
+	copy(bytesOf(&t.meta), raw)
+	own := metaOf(o)
+	differ := differences(&t.meta, &own)
+	for name, m := range spec.Maps {
+		if !inherited(name) || name == bpf.LockstepMapLsMeta || len(differ) > 0 {
+			continue
+		}
+		pinned, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			differ = append(differ, difference{"no map " + name, "map " + name})
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("pinned map %s: %w", name, err)
+		}
+		t.maps[name] = pinned
+		if err := m.Compatible(pinned); err != nil {
+			differ = append(differ, difference{"map " + name, fmt.Sprintf("another map %s (%v)", name, err)})
+		}
+	}
+	if len(differ) > 0 {
+		return nil, refusal(&t.meta, &own, differ)
+	}
+	return t, nil
+}
+
+// metaOf is what tables are made for.
+func metaOf(o Options) bpf.LockstepLsMeta {
+	m := bpf.LockstepLsMeta{
+		Abi: uint32(bpf.LockstepLsConstLS_ABI_VERSION), Role: uint32(o.Role),
+		MaxConns: uint32(o.MaxConnections), Slots: uint32(o.Slots), GsoSlots: uint32(o.GSOSlots), Config: o.ConfigHash,
+	}
+	copy(m.Version[:len(m.Version)-1], o.Version)
+	return m
+}
+
+// difference is the same thing as the tables have it and as it is wanted.
+type difference struct{ pinned, own string }
+
+func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
+	numbers := func(name string, a, b uint32) {
+		if a != b {
+			out = append(out, difference{fmt.Sprintf("%s %d", name, a), fmt.Sprintf("%s %d", name, b)})
+		}
+	}
+	numbers("ABI", pinned.Abi, own.Abi)
+	if len(out) > 0 {
+		return out // who knows where the rest is
+	}
+	if pinned.Role != own.Role && own.Role != 0 {
+		out = append(out, difference{"role " + Role(pinned.Role).String(), "role " + Role(own.Role).String()})
+	}
+	numbers("max_connections", pinned.MaxConns, own.MaxConns)
+	numbers("slots", pinned.Slots, own.Slots)
+	numbers("gso_slots", pinned.GsoSlots, own.GsoSlots)
+	if pinned.Config != own.Config {
+		out = append(out, difference{fmt.Sprintf("config %x", pinned.Config[:4]), fmt.Sprintf("config %x", own.Config[:4])})
+	}
+	return out
+}
+
+const unloadLoses = "which loses the connections' translation: without a checkpoint they break"
+
+// refusal names both sides.
+func refusal(pinned, own *bpf.LockstepLsMeta, differ []difference) error {
+	var theirs, ours []string
+	for _, d := range differ {
+		theirs, ours = append(theirs, d.pinned), append(ours, d.own)
+	}
+	return fmt.Errorf("pinned by lockstep %s with %s; this is lockstep %s with %s: run lockstep %[1]s with the config it had, "+
+		"or stop it and run `lockstep unload`, %[5]s",
+		versionOf(pinned), strings.Join(theirs, ", "), versionOf(own), strings.Join(ours, ", "), unloadLoses)
+}
+
+func versionOf(m *bpf.LockstepLsMeta) string {
+	v, _, _ := bytes.Cut(m.Version[:], []byte{0})
+	return string(v)
+}
+
+// loadOver loads the programs into objs and returns the maps that are pinned.
+// With old they are its maps, which stay old's to close.
+func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects) (map[string]*ebpf.Map, error) {
+	var opts ebpf.CollectionOptions
+	if old != nil {
+		opts.MapReplacements = old.maps
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, opts)
+	if err != nil {
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	defer coll.Close() // of what objs does not take
+	maps := make(map[string]*ebpf.Map)
+	for name, m := range coll.Maps {
+		if inherited(name) {
+			maps[name] = m
+		}
+	}
+	if err := coll.Assign(objs); err != nil {
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	return maps, nil
+}
+
+// CheckUpgrade tells whether Open with these options would go on from what is
+// pinned, down to the kernel's taking the programs, and changes nothing. Role 0
+// is the one that the tables were made for. It returns the version that made them.
+func CheckUpgrade(o Options) (version string, err error) {
+	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
+	if _, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("nothing to take over: %w", err)
+	}
+	old, err := openTables(dir, o)
+	if err != nil {
+		return "", err
+	}
+	defer old.close()
+	spec, err := sized(o.sizes())
+	if err != nil {
+		return "", err
+	}
+	var objs bpf.LockstepObjects
+	if _, err := loadOver(spec, old, &objs); err != nil {
+		return "", err
+	}
+	return versionOf(&old.meta), objs.Close()
+}
+
+// adopt puts the new programs in the place of those that a dead daemon left in
+// dir, over the same maps. Those ran on meanwhile, and what they held or told is
+// lost: the guests repeat it. Programs are shut when adopt returns.
+func (n *NIC) adopt(role Role, dir string) error {
+	found, err := n.found(role)
+	if err != nil {
+		return err
+	}
+	atomic.StoreUint32(&n.conf.Mode, uint32(control.ModeShut))
+	for _, a := range n.attachments(role) {
+		if err := n.replace(a, dir); err != nil {
+			return err
+		}
+	}
+	// Who looked at the mode before may still be filling slots.
+	if err := grace(); err != nil {
+		return err
+	}
+	if err := n.discard(); err != nil {
+		return err
+	}
+	n.slots.freeAll()
+	for _, leftover := range []string{stagingDir(dir), leftDir(dir)} {
+		if err := removePins(leftover); err != nil {
+			return err
+		}
+	}
+	n.adopted = found
+	return nil
+}
+
+// found is what the dead daemon had come to.
+func (n *NIC) found(role Role) (*control.Adopted, error) {
+	var k bpf.LockstepLsKeys
+	if err := n.objs.LsKeys.Lookup(n.conf.KeyIndex, &k); err != nil {
+		return nil, fmt.Errorf("read pinned keys: %w", err)
+	}
+	a := &control.Adopted{Term: n.conf.Term, Epoch: n.conf.Epoch, Mode: control.Mode(n.conf.Mode)}
+	a.Digest.Mix = k.Mix
+	for lane := range k.K {
+		copy(a.Digest.K[lane][:], k.K[lane][:])
+	}
+	n.signer.key, n.signer.term, n.signer.epoch = k.SipTx, a.Term, a.Epoch
+	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
+	if role != Primary {
+		return a, nil
+	}
+	var (
+		t bpf.LockstepLsTuple
+		c bpf.LockstepLsCli
+	)
+	it := n.objs.LsCli.Iterate()
+	for it.Next(&t, &c) {
+		// An ACK tells what the remote has; nobody goes on behind a RST.
+		if f := compare.Flags(c.TcpFlags); t.Proto == protoTCP && f&(compare.ACK|compare.RST) == compare.ACK {
+			a.Remotes = append(a.Remotes, control.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
+		}
+	}
+	// Programs insert meanwhile: an aborted walk is a short one.
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, fmt.Errorf("list remotes: %w", err)
+	}
+	return a, nil
+}
+
+// replace updates the pinned link of a, so that its chain is never without one of
+// the two programs. A link whose device is gone is made anew.
+func (n *NIC) replace(a attachment, dir string) error {
+	pin := filepath.Join(dir, linkPrefix+a.name)
+	at, err := deviceOf(pin)
+	if err != nil {
+		return err
+	}
+	if at != a.dev.Attrs().Index {
+		// The peer device, then: another tap never comes here.
+		if err := removePins(pin); err != nil {
+			return err
+		}
+		return n.guard(a, dir)
+	}
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return fmt.Errorf("pinned link %s: %w", pin, err)
+	}
+	if err := n.guarded(a, l); err != nil {
+		return err
+	}
+	if err := l.Update(a.prog); err != nil {
+		return fmt.Errorf("put the new %s in the old one's place: %w", a.name, err)
+	}
+	return nil
+}
+
+// grace returns when every run of a program that was under way has ended. The
+// kernel waits for just that before a change in a map of maps returns
+// (maybe_wait_bpf_programs, seen in 6.18); membarrier(2) would not on a
+// kernel with nohz_full.
+func grace() error {
+	inner := &ebpf.MapSpec{Name: "ls_grace_in", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}
+	in, err := ebpf.NewMap(inner)
+	if err != nil {
+		return fmt.Errorf("wait for programs: %w", err)
+	}
+	defer in.Close()
+	out, err := ebpf.NewMap(&ebpf.MapSpec{Name: "ls_grace", Type: ebpf.ArrayOfMaps, KeySize: 4, ValueSize: 4, MaxEntries: 1, InnerMap: inner})
+	if err != nil {
+		return fmt.Errorf("wait for programs: %w", err)
+	}
+	defer out.Close()
+	if err := out.Put(uint32(0), in); err != nil {
+		return fmt.Errorf("wait for programs: %w", err)
+	}
+	return nil
+}
+
+// discard reads the ring empty.
+func (n *NIC) discard() error {
+	n.ring.SetDeadline(time.Now())
+	r := ringbuf.Record{RawSample: bytesOf(&n.samples[0])[:0]}
+	for {
+		err := n.ring.ReadInto(&r)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read ring: %w", err)
+		}
+	}
+}
+
+// Adopted implements [control.DataPath].
+func (n *NIC) Adopted() *control.Adopted { return n.adopted }

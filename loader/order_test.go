@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+
+	"lockstep/compare"
+)
+
+// Verdicts of a tcx program.
+const (
+	tcxNext = -1
+	tcxPass = 0
+	tcxDrop = 2
+)
+
+// foreign attaches a program that is not ours and does nothing but give a verdict. It
+// returns the program's id and what takes it away.
+func foreign(t testing.TB, dev string, at ebpf.AttachType, where link.Anchor, verdict int32) (ebpf.ProgramID, func()) {
+	t.Helper()
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "foreign", Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, verdict), asm.Return()},
+	})
+	check(t, err)
+	info, err := prog.Info()
+	check(t, err)
+	id, _ := info.ID()
+	l, err := link.AttachTCX(link.TCXOptions{Interface: device(t, dev).Attrs().Index, Program: prog, Attach: at, Anchor: where})
+	check(t, errors.Join(err, prog.Close()))
+	return id, func() {
+		t.Helper()
+		check(t, l.Close())
+	}
+}
+
+func wantOrder(t testing.TB, n *NIC, intruder string, tap bool) {
+	t.Helper()
+	got, onTap, err := n.CheckOrder()
+	if got != intruder || onTap != tap || err != nil {
+		t.Errorf("order: %q, at the tap: %v, %v; want %q, %v", got, onTap, err, intruder, tap)
+	}
+}
+
+func TestCheckOrder(t *testing.T) {
+	h := newHosts(t)
+	wantOrder(t, h.p, "", false)
+	wantOrder(t, h.s, "", false)
+
+	for _, c := range []struct {
+		n         *NIC
+		ours, dev string
+		at        ebpf.AttachType
+		tap       bool
+	}{
+		{h.p, "ls_pri_out", "tapP", ebpf.AttachTCXIngress, true},
+		{h.p, "ls_mirror", "tapP", ebpf.AttachTCXEgress, true},
+		{h.p, "ls_digest_rx", "peerP", ebpf.AttachTCXIngress, false},
+		{h.s, "ls_sec_gate", "tapS", ebpf.AttachTCXEgress, true},
+		{h.s, "ls_sec_out", "tapS", ebpf.AttachTCXIngress, true},
+		{h.s, "ls_sec_in", "peerS", ebpf.AttachTCXIngress, false},
+	} {
+		_, leave := foreign(t, c.dev, c.at, link.Tail(), tcxNext)
+		wantOrder(t, c.n, "", false)
+		id, away := foreign(t, c.dev, c.at, link.Head(), tcxNext)
+		wantOrder(t, c.n, fmt.Sprintf("program foreign (id %d) is in front of %s on %s (%s)", id, c.ours, c.dev, hook(c.at)), c.tap)
+		away()
+		wantOrder(t, c.n, "", false)
+		leave()
+	}
+
+	// The one at the tap counts for more.
+	_, away1 := foreign(t, "peerP", ebpf.AttachTCXIngress, link.Head(), tcxNext)
+	_, away2 := foreign(t, "tapP", ebpf.AttachTCXEgress, link.Head(), tcxNext)
+	if got, tap, err := h.p.CheckOrder(); !tap || err != nil {
+		t.Errorf("order: %q, at the tap: %v, %v", got, tap, err)
+	}
+	away1()
+	away2()
+
+	check(t, h.s.guards[0].link.Detach())
+	wantOrder(t, h.s, "ls_sec_gate is not attached to tapS any more", true)
+	check(t, netlink.LinkDel(device(t, "tapP")))
+	if _, tap, err := h.p.CheckOrder(); err == nil || !tap {
+		t.Errorf("order of a tap that is gone: %v, %v", tap, err)
+	}
+}
+
+// A firewall behind ours works on what leaves; one in front would let everything
+// out, which the tap's being down prevents.
+func TestForeignPrograms(t *testing.T) {
+	h := newHosts(t)
+	guest, client := newWire(t, "guestP"), newWire(t, "client")
+	say := func(seq uint32) []byte {
+		f := segment(false, 0, seq, compare.ACK|compare.PSH, nil, randomBytes(10))
+		guest.send(f)
+		return f
+	}
+	_, away := foreign(t, "tapP", ebpf.AttachTCXIngress, link.Tail(), tcxDrop)
+	say(1000)
+	apply(t, h.p, release(event(t, h.p, compare.EvPVM)))
+	counts(t, h.p, "released_out", 1)
+	away()
+
+	_, away = foreign(t, "tapP", ebpf.AttachTCXIngress, link.Head(), tcxPass)
+	leaks := say(2000)
+	if got := client.recv(); string(got) != string(leaks) {
+		// The dropped one would have come first.
+		t.Fatalf("came % x, want what the program in front let out", got)
+	}
+	check(t, h.p.SetTap(false))
+	say(3000)
+	away()
+	check(t, h.p.SetTap(true))
+	want := say(4000)
+	apply(t, h.p, release(event(t, h.p, compare.EvPVM)))
+	if got := client.recv(); string(got) != string(want) {
+		t.Errorf("came % x, want % x", got, want)
+	}
+}
