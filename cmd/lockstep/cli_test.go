@@ -38,6 +38,7 @@ type cli struct {
 	dir     string // where pair.yaml and the sockets are
 	getenv  func(string) string
 	kernel  kernel
+	machine machine
 	control func(context.Context, control.Options) error
 	calls   []string // of the kernel's
 }
@@ -101,7 +102,7 @@ func (c *cli) write(t *testing.T, name, content string) {
 func (c *cli) run(ctx context.Context, line string) (code int, stdout, stderr string) {
 	args := strings.Fields(strings.ReplaceAll(line, "@", c.dir))
 	var out, errs bytes.Buffer
-	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, control: c.control})
+	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, machine: c.machine, control: c.control})
 	clean := func(b bytes.Buffer) string { return strings.ReplaceAll(b.String(), c.dir, "@") }
 	return code, clean(out), clean(errs)
 }
@@ -155,7 +156,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != 0 {
 		t.Errorf("--help: exit %d", code)
 	}
-	for _, cmd := range []string{"run", "status", "flows", "unload", "version"} {
+	for _, cmd := range []string{"run", "status", "flows", "unload", "doctor", "version"} {
 		if !strings.Contains(stdout, "\n  "+cmd+" ") {
 			t.Errorf("--help does not list %s", cmd)
 		}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"lockstep/control"
 	"lockstep/control/config"
 	"lockstep/loader"
 )
@@ -226,7 +227,7 @@ func (d *doctor) host(ctx context.Context, c *config.Config) {
 	}
 	d.qemu(ctx)
 	d.device("kvm", "/dev/kvm", "modprobe kvm_intel or kvm_amd, and switch virtualisation on in the firmware", "guests are emulated, and slow")
-	d.device("vhost-net", "/dev/vhost-net", "modprobe vhost_net", "optional: QEMU moves the guest's frames itself, and slower")
+	d.device("vhost-net", "/dev/vhost-net", "modprobe vhost_net", "QEMU moves the guest's frames itself, and more slowly")
 }
 
 func (d *doctor) device(name, path, fix, without string) {
@@ -339,9 +340,7 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 			"%s's address %s is not this host's", self.Name, addr)
 	}
 	d.peer(ctx, other)
-	if c.TLS.Insecure {
-		d.warn("tls", "", "insecure: who can read the control link can forge the secondary's records")
-	}
+	d.certificates(c, self, other)
 	if err := d.m.writable(c.RunDir); err != nil {
 		d.missing("run_dir", fmt.Sprintf("mkdir -p %s; or name another run_dir", c.RunDir), "%v", err)
 	} else {
@@ -364,6 +363,25 @@ func (d *doctor) peer(ctx context.Context, other *config.Node) {
 	default:
 		d.missing("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
 			"%s's host does not answer: %v", other.Name, err)
+	}
+}
+
+func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
+	if c.TLS.Insecure {
+		d.warn("tls", "name certificates under tls, and make them with `lockstep keys`", "insecure: who can read the control link can forge the secondary's records")
+		return
+	}
+	files := control.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
+	files.CA, files.Cert, files.Key = c.TLS.Files(self.Name)
+	_, err := files.TLS()
+	bad := (*control.CertError)(nil)
+	switch {
+	case errors.As(err, &bad):
+		d.missing("tls", bad.Fix, "tls.%s: %s", bad.What, bad.Reason)
+	case err != nil:
+		d.missing("tls", "", "%v", err)
+	default:
+		d.ok("tls", "%s is this node's, signed and in time", files.Cert)
 	}
 }
 
@@ -408,12 +426,18 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 		}
 		return // a VXLAN device has no native XDP
 	}
-	if native, err := d.m.nativeXDP(dev); err != nil {
-		d.ok(name("xdp"), "not known, and not needed: %v", err)
-	} else if native {
+	native, err := d.m.nativeXDP(dev)
+	switch {
+	case nic.XDP == config.XDPOff:
+		d.ok(name("xdp"), "switched off in the config")
+	case native:
 		d.ok(name("xdp"), "%s's driver runs it: forged frames are dropped early", dev)
-	} else {
-		d.ok(name("xdp"), "%s's driver has none, and none is needed", dev)
+	case nic.XDP == config.XDPOn && err == nil:
+		d.missing(name("xdp"), "peer.xdp: auto", "%s's driver runs no XDP, and the config insists on it", dev)
+	case err != nil:
+		d.ok(name("xdp"), "not known, and not needed: %v", err)
+	default:
+		d.ok(name("xdp"), "%s's driver runs none, and none is needed", dev)
 	}
 }
 
