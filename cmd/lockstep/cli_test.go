@@ -38,6 +38,7 @@ type cli struct {
 	dir     string // where pair.yaml and the sockets are
 	getenv  func(string) string
 	kernel  kernel
+	machine machine
 	control func(context.Context, control.Options) error
 	calls   []string // of the kernel's
 }
@@ -109,7 +110,7 @@ func (c *cli) write(t *testing.T, name, content string) {
 func (c *cli) run(ctx context.Context, line string) (code int, stdout, stderr string) {
 	args := strings.Fields(strings.ReplaceAll(line, "@", c.dir))
 	var out, errs bytes.Buffer
-	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, control: c.control})
+	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, machine: c.machine, control: c.control})
 	clean := func(b bytes.Buffer) string { return strings.ReplaceAll(b.String(), c.dir, "@") }
 	return code, clean(out), clean(errs)
 }
@@ -167,7 +168,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != 0 {
 		t.Errorf("--help: exit %d", code)
 	}
-	for _, cmd := range []string{"run", "status", "flows", "upgrade", "unload", "keys", "version"} {
+	for _, cmd := range []string{"run", "status", "flows", "upgrade", "unload", "doctor", "keys", "version"} {
 		if !strings.Contains(stdout, "\n  "+cmd+" ") {
 			t.Errorf("--help does not list %s", cmd)
 		}

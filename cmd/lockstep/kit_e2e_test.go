@@ -163,6 +163,19 @@ func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 
 func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
+	p := newWorldPair(t, acts, peer, qmpP, qmpS, extra)
+	p.serve("pvm", p.PVM)
+	p.serve("svm", p.SVM)
+	p.daemon("alpha", p.HostP, "primary")
+	p.daemon("beta", p.HostS, "secondary")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	return p
+}
+
+// newWorldPair makes the world and the config, and starts nothing.
+func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
 			t.Fatal("needs root for namespaces and programs")
@@ -202,12 +215,6 @@ run_dir: run
 	if out, err := p.lockstep("keys", "-c", p.config, "-d", filepath.Join(w.Dir, "certs")).CombinedOutput(); err != nil {
 		t.Fatalf("keys: %v\n%s", err, out)
 	}
-	p.serve("pvm", w.PVM)
-	p.serve("svm", w.SVM)
-	p.daemon("alpha", w.HostP, "primary")
-	p.daemon("beta", w.HostS, "secondary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
 	return p
 }
 
