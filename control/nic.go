@@ -19,6 +19,8 @@ const (
 	// maxCaptured bounds what is remembered of a freeze. More frames than the
 	// slots of a NIC cannot be captured meanwhile, only pure ACKs can.
 	maxCaptured = 1 << 16
+	// maxUnpark bounds the batches that are read before input flows again.
+	maxUnpark = 64
 	// maxCatchUp bounds the reading of what was captured before a commit.
 	maxCatchUp = 100 * time.Millisecond
 	// clockNoise is how far a time that QEMU tells may be off on our clock. Frames
@@ -369,12 +371,21 @@ func (n *nic) reset(epoch uint32) error {
 	if err := n.dp.ResetOffsets(); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvReset})
+	n.tell(compare.Event{Kind: compare.EvReset, Epoch: epoch})
 	return nil
 }
 
 // unpark lets the SVM's output out and its input in, first what was parked.
 func (n *nic) unpark() error {
+	// P's mark, and what was parked behind it, may still be in the ring.
+	for range maxUnpark {
+		if err := n.poll(0); err != nil {
+			return err
+		}
+		if len(n.evs) == 0 {
+			break
+		}
+	}
 	n.parked = false
 	if err := n.setMode(ModeRun); err != nil {
 		return err
