@@ -48,7 +48,7 @@
 //
 // A frame may leave only if the SVM could take over right after it. Everything is
 // bounded, and what a bound drops (points, records, repeated frames, datagrams, a
-// connection; half-open ones first, R11, halfopen.go)
-// can only keep something from leaving: then the guests repeat it, S is asked, or
-// R7's clock asks for a checkpoint.
+// connection, half-open ones first: R11, halfopen.go) can only keep something from
+// leaving: then the guests repeat it, S is asked, or R7's clock asks for a
+// checkpoint.
 package compare
