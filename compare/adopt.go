@@ -12,18 +12,17 @@ func (p *Primary) adopt(s *Segment) {
 		return
 	}
 	c := p.conns[s.Tuple]
-	switch {
-	case c == nil:
+	if c == nil {
 		if c = p.create(&s.Tuple); c == nil {
 			p.stats.Drops[ReasonTableFull]++
 			return
 		}
+	}
+	switch {
+	case c.floating && (c.held.len() == 0 || near(c.held.view()[0].start, s.Seq)):
 		p.stats.Adopted++
 		c.pvmSeen, c.established, c.adopted, c.floating = true, true, true, false
-		p.setBase(c, s.Seq)
-		c.low, c.released = s.Seq, s.Seq
-		p.wait(c)
-		return
+		c.released = s.Seq
 	case !c.adopted || !after(s.Seq, c.compared) || !near(s.Seq, c.compared):
 		return
 	}

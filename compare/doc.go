@@ -6,7 +6,7 @@
 //
 // [Primary] compares what the PVM said with what the SVM's records say; [Secondary]
 // keeps copies of what the SVM said and answers questions about them. Both speak in
-// events and effects of this package. Rules are numbered as in the design, R1 to R22.
+// events and effects of this package. Rules are numbered as in the design, R1 to R23.
 //
 // # How a stream is compared
 //
@@ -28,12 +28,27 @@
 // Everything that leaves acknowledges no more than both guests have (R2, ack.go).
 // R7's clock, questions to S, announcements and the end of connections are timers
 // (timers.go). A new SYN starts afresh (R8, match.go: pvmSYN), and a commit makes
-// what the PVM said last the common past (R8, R14, R17, commit.go).
+// what the PVM said last the common past (R8, R14, R17, commit.go). A daemon that
+// starts again takes connections over from what their remotes acknowledged (R23,
+// adopt.go).
+//
+// # Datagrams
+//
+// All that is not TCP has no positions that order it. Per flow the datagrams of both
+// guests are multisets (datagram.go): one leaves when the SVM has said as many equal
+// ones, in the PVM's order. Only the timeout finds a difference.
+//
+// # Loss on the peer link
+//
+// While something waits, P asks for the newest records, and gives S the remote's
+// newest header again where the SVM seems to miss it (R6, loss.go). What one question
+// does not heal a later one does, ever more seldom.
 //
 // # What is safe to lose
 //
 // A frame may leave only if the SVM could take over right after it. Everything is
-// bounded, and what a bound drops (points, records, repeated frames, a connection)
-// can only keep something from leaving: then the guests repeat it, S is asked, or
-// R7's clock asks for a checkpoint.
+// bounded, and what a bound drops (points, records, repeated frames, datagrams, a
+// connection, half-open ones first: R11, halfopen.go) can only keep something from
+// leaving: then the guests repeat it, S is asked, or R7's clock asks for a
+// checkpoint.
 package compare

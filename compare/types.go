@@ -150,7 +150,7 @@ const (
 type Event struct {
 	Kind  EventKind
 	Seg   Segment
-	Epoch uint32 // EvCommit, EvMark, EvReset: the one that begins; 0: none does
+	Epoch uint32 // EvCommit, EvMark, EvReset: the one that begins
 	At    int64  // EvCommit: the commit point, boottime ns
 }
 
