@@ -36,11 +36,12 @@ enum ls_const {
 	LS_LANE_MAX = 1024,    /* lanes of CPUs; windows keep user space's behind them */
 	LS_WINDOW = 1024,      /* lane numbers that may overtake each other */
 	LS_SENT = 2048,	       /* records a lane keeps for NACKs */
-	LS_RESEND_MAX = 16,    /* records sent again for one NACK */
-	LS_REC_OFF_MAX = 280,  /* highest ls_pre.off */
+	LS_RESEND_MAX = 64,   /* records sent again for one NACK; lanes looked at for LS_LANE_ALL */
+	LS_REC_OFF_MAX = 280, /* highest ls_pre.off */
 
 	LS_RULES_MAX = 16,  /* primary-only rules */
-	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the ethertype */
+	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the
+			       ethertype */
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
@@ -55,7 +56,11 @@ enum ls_const {
 
 /* Values of the load-time constant ls_mutate: tests switch one rule off. */
 enum ls_mutation {
-	LS_MUTATE_R9 = 1, /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R9 = 1,     /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R6 = 2,     /* gaps in a lane's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,    /* speak_until is not looked at */
+	LS_MUTATE_REPLAY = 8, /* lane numbers are taken again and again */
+	LS_MUTATE_TAG = 16,   /* tags are not checked */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
@@ -172,9 +177,9 @@ struct ls_ev {
 	__u32 cli_ack; /* LS_EV_COPY: highest ack of the remote, PVM numbering; unknown: seq - 2^30
 			*/
 	__u16 win;
-	__u8 tcp_flags;	     /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
-	__u8 flags;	     /* LS_EV_* */
-	__u16 frag;	     /* LS_EV_DGRAM: byte offset of a fragment | 1 when more follow */
+	__u8 tcp_flags; /* FIN 1 SYN 2 RST 4 PSH 8 ACK 16 URG 32 ECE 64 CWR 128 */
+	__u8 flags;	/* LS_EV_* */
+	__u16 frag;	/* LS_EV_DGRAM: byte offset of a fragment | 1 when more follow */
 	__u16 pad0;
 	__u64 sum[LS_LANES]; /* digest of the payload at its positions */
 	__u16 gso_size;
@@ -241,11 +246,11 @@ struct ls_rec {
 	__u16 win; /* as in the header, unscaled */
 	__u8 tcp_flags;
 	__u8 optlen;
-	__u32 stride; /* bytes between boundaries, from the payload's start */
-	__u16 nsum;   /* boundaries that follow */
-	__u16 frag;   /* DGRAM: as in ls_ev */
-	__u64 sum[LS_LANES];		     /* whole payload */
-	__u8 opts[LS_OPTS_MAX];		     /* TCP options, TSval in PVM numbering, rest zero */
+	__u32 stride;		/* bytes between boundaries, from the payload's start */
+	__u16 nsum;		/* boundaries that follow */
+	__u16 frag;		/* DGRAM: as in ls_ev */
+	__u64 sum[LS_LANES];	/* whole payload */
+	__u8 opts[LS_OPTS_MAX]; /* TCP options, TSval in PVM numbering, rest zero */
 	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
 };
 
@@ -331,14 +336,6 @@ struct ls_cli {
 	__u8 hdr[LS_HDR_MAX];
 };
 
-/* Lane numbers received: element of ls_win, by lane, user space's last. */
-struct ls_win {
-	__u32 lock; /* struct bpf_spin_lock */
-	__u32 term; /* of the numbers; another one begins afresh */
-	__u64 top;  /* highest */
-	__u64 bits[LS_WINDOW / 64];
-};
-
 /* Reasons, append-only: Go's labels are generated from these names. */
 #define LS_REASONS(X) \
 	X(released, "released frame turned back into the tap") \
@@ -408,7 +405,6 @@ LS_SIZE(struct ls_ev, 384);
 LS_SIZE(struct ls_half, 88);
 LS_SIZE(struct ls_conn, 32);
 LS_SIZE(struct ls_cli, 288);
-LS_SIZE(struct ls_win, 144);
 LS_SIZE(struct ls_meta, 120);
 LS_SIZE(struct ls_rule, 8);
 

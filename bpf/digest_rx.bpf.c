@@ -2,24 +2,62 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* digest_rx.bpf.c: ingress of the peer device on P: what S says of its guest. */
 
+/* R20: an echo shows that S had not begun to take over at the time it tells. */
+static __always_inline void echo_taken(struct ls_conf *conf, __u64 asked)
+{
+	__u64 until = asked + conf->speak_for, old = conf->speak_until;
+
+	/* One try: another CPU's echo is as good, and only user space mutes or frees. */
+	if (until > old)
+		__sync_val_compare_and_swap(&conf->speak_until, old, until);
+}
+
+/* Turns the frame into a request for the lane's records from first on (R6). */
+static __always_inline int nack(struct __sk_buff *skb, struct ls_scratch *sc,
+				const struct ls_conf *conf, __u64 first, __u32 off)
+{
+	struct ls_keys *keys = keys_in_use(conf);
+	__u64 last = sc->rec.lane_no - 1;
+	__u32 lane = sc->rec.lane;
+	int verdict;
+
+	if (!keys)
+		return TCX_DROP;
+	rec_begin(&sc->rec, conf, LS_REC_NACK, LS_DIR_P2S);
+	sc->rec.stride = lane;
+	sc->rec.sum[0] = first;
+	sc->rec.sum[1] = last;
+	verdict = rec_send(skb, sc, conf, keys, off);
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_nack_out, skb, verdict);
+}
+
 SEC("tcx/ingress")
 int ls_digest_rx(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
-	struct ls_keys *keys;
 	enum ls_reason why;
-	__u32 off;
+	__u32 off = 0;
+	__u64 gap;
 
 	if (!conf || !sc || mode_of(conf) != LS_MODE_HOLD)
 		return count(LS_R_shut, skb, TCX_DROP);
 	if (!is_peer_frame(skb))
 		return count(LS_R_peer_junk, skb, TCX_DROP);
-	keys = keys_in_use(conf);
-	if (!keys)
-		return count(LS_R_shut, skb, TCX_DROP);
-	why = rec_check(skb, sc, conf, keys, LS_DIR_S2P, &off);
-	if (why == LS_R_record_in && rec_tell(sc, 0))
-		why = LS_R_no_ring;
-	return count(why, skb, TCX_DROP);
+	why = rec_check(skb, sc, conf, LS_DIR_S2P, &off);
+	if (why != LS_R_record_in)
+		return count(why, skb, TCX_DROP);
+	if (!win_take(&sc->rec, &gap))
+		return count(LS_R_peer_replay, skb, TCX_DROP);
+	if (sc->rec.type == LS_REC_ECHO) {
+		echo_taken(conf, sc->rec.sum[0]);
+		count(LS_R_echo_in, skb, 0);
+	} else {
+		count(rec_tell(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
+	}
+	if (gap && sc->rec.lane != LS_LANE_USER && !(ls_mutate & LS_MUTATE_R6))
+		return nack(skb, sc, conf, gap, off);
+	return TCX_DROP;
 }

@@ -20,6 +20,7 @@
 #include "parse.h"
 
 #define LS_PROBES 32	 /* slots looked at before "none free" */
+#define LS_DGRAM_SHARE 4 /* one slot in so many is for datagrams */
 #define LS_QUIET_MAX 128 /* copies without a wake-up; a GSO frame counts for 16 */
 #define LS_CHECKSUM_PARTIAL 3
 
@@ -41,18 +42,27 @@ static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
 
 /*
  * Finds a FREE element of an array of n slots of either size, makes it FILLING
- * and returns it. The cursor is this CPU's and goes on behind what it found. When
- * LS_PROBES looks found nothing, the next search begins anywhere: frames that are
- * held long may stand in a row.
+ * and returns it. Datagrams have the first quarter and TCP the rest, so that
+ * neither starves the other. The cursor is this CPU's and this class's and goes on
+ * behind what it found. When LS_PROBES looks found nothing, the next search begins
+ * anywhere: frames that are held long may stand in a row.
  */
-static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cursor, __u32 *index)
+static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, int dgram, __u32 *cursor,
+						  __u32 *index)
 {
-	__u32 start = *cursor;
+	__u32 first = 0, share = n / LS_DGRAM_SHARE, start = *cursor;
 	struct ls_slot *s;
+
+	if (dgram) {
+		n = share ? share : 1;
+	} else {
+		first = share;
+		n -= share;
+	}
 
 #pragma clang loop unroll(disable)
 	for (__u32 i = 0; i < LS_PROBES; i++) {
-		__u32 key = (start + i) % n;
+		__u32 key = first + (start + i) % n;
 
 		s = bpf_map_lookup_elem(map, &key);
 		if (!s)
@@ -60,7 +70,7 @@ static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, __u32 *cur
 		if (s->state == LS_SLOT_FREE &&
 		    __sync_val_compare_and_swap(&s->state, LS_SLOT_FREE, LS_SLOT_FILLING) ==
 			    LS_SLOT_FREE) {
-			*cursor = key + 1;
+			*cursor = key - first + 1;
 			*index = key;
 			return s;
 		}
@@ -85,12 +95,13 @@ static __always_inline int slot_fill(struct __sk_buff *skb, struct ls_slot *s, _
 static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls_scratch *sc,
 						__u32 *slot)
 {
+	int dgram = !!sc->p.dgram;
 	__u32 len = skb->len;
 	struct ls_slot *s;
 	__u32 index = 0;
 
 	if (len <= LS_SLOT_DATA) {
-		s = slot_claim(&ls_slots, ls_nslots, &sc->cursor[0], &index);
+		s = slot_claim(&ls_slots, ls_nslots, dgram, &sc->cursor[dgram], &index);
 		if (!s || !slot_fill(skb, s, len, LS_SLOT_DATA))
 			return LS_R_no_slot;
 		*slot = index;
@@ -98,7 +109,7 @@ static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls
 	}
 	if (len > LS_GSLOT_DATA)
 		return LS_R_too_long;
-	s = slot_claim(&ls_gslots, ls_ngslots, &sc->cursor[1], &index);
+	s = slot_claim(&ls_gslots, ls_ngslots, dgram, &sc->cursor[2 + dgram], &index);
 	if (!s || !slot_fill(skb, s, len, LS_GSLOT_DATA))
 		return LS_R_no_slot;
 	*slot = index | LS_SLOT_GSO;
@@ -118,7 +129,7 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 
 	if (!ev)
 		return NULL;
-	__builtin_memset(ev, 0, sizeof(*ev));
+	__builtin_memset(ev, 0, offsetof(struct ls_ev, hdr)); /* of hdr only hdr_len bytes count */
 	ev->type = type;
 	ev->slot = LS_SLOT_NONE;
 	ev->at = bpf_ktime_get_boot_ns();
@@ -133,16 +144,21 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 	ev->l4_off = p->l4_off;
 	ev->pay_off = p->pay_off;
 	ev->tci = p->tci;
+	ev->frag = p->frag;
 	ev->frame_len = p->len;
+	if (p->dgram)
+		ev->flags |= LS_EV_DGRAM;
+	if (p->tci && skb->vlan_proto == bpf_htons(ETH_P_8021AD))
+		ev->flags |= LS_EV_8021AD;
 
 	kskb = bpf_cast_to_kern_ctx(skb);
 	if (BPF_CORE_READ_BITFIELD(kskb, ip_summed) == LS_CHECKSUM_PARTIAL) {
-		ev->flags = LS_EV_PARTIAL;
+		ev->flags |= LS_EV_PARTIAL;
 		ev->csum_start = kskb->csum_start - (kskb->data - kskb->head);
 		ev->csum_offset = kskb->csum_offset;
 	}
 
-	hdr = p->pay_off;
+	hdr = p->dgram ? 0 : p->pay_off; /* a datagram leaves as it stands in its slot */
 	barrier_var(hdr);
 	if (hdr > 0 && hdr <= LS_HDR_MAX && !bpf_skb_load_bytes(skb, 0, ev->hdr, hdr))
 		ev->hdr_len = hdr;

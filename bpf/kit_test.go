@@ -37,8 +37,13 @@ const (
 	term    = 7
 	epoch   = 40
 
-	nslots  = 40
-	ngslots = 4
+	nslots     = 40
+	ngslots    = 4
+	tcpSlots   = nslots - nslots/4
+	tcpGslots  = ngslots - ngslots/4
+	userLane   = uint16(bpf.LockstepLsConstLS_LANE_USER)
+	laneMax    = uint16(bpf.LockstepLsConstLS_LANE_MAX)
+	abiVersion = uint8(bpf.LockstepLsConstLS_ABI_VERSION)
 
 	recBase = int(bpf.LockstepLsConstLS_REC_BASE)
 	slotGSO = uint32(bpf.LockstepLsConstLS_SLOT_GSO)
@@ -68,6 +73,7 @@ type kit struct {
 	sipTx  [2]uint64
 	sipRx  [2]uint64
 	lanes  map[uint16]uint64 // highest lane number seen
+	sent   map[uint16]uint64 // highest lane number that the other host sent
 	live   bool              // frames go through devices
 }
 
@@ -86,10 +92,13 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 			t.Fatal(err)
 		}
 	}
+	if m, ok := mutations[os.Getenv(mutationEnv)]; ok {
+		variable("ls_mutate", uint32(m.value))(spec)
+	}
 	for _, f := range tune {
 		f(spec)
 	}
-	k := &kit{TB: t, lanes: make(map[uint16]uint64)}
+	k := &kit{TB: t, lanes: make(map[uint16]uint64), sent: make(map[uint16]uint64)}
 	if err := spec.LoadAndAssign(&k.LockstepObjects, nil); err != nil {
 		t.Fatalf("%+v", err)
 	}
@@ -359,7 +368,7 @@ func sign(r *bpf.LockstepLsRec, key [2]uint64) []byte {
 // having to rise one by one.
 func (k *kit) record(want *bpf.LockstepLsRec, out, frame []byte, off int) []byte {
 	k.Helper()
-	want.Version, want.Term, want.Epoch = uint8(bpf.LockstepLsConstLS_ABI_VERSION), term, epoch
+	want.Version, want.Term, want.Epoch = abiVersion, term, epoch
 	if len(out) >= off+recBase && bytes.HasPrefix(out[12:], []byte{0x88, 0xb5}) {
 		got := (*bpf.LockstepLsRec)(unsafe.Pointer(&bytes.Clone(append(out[off:len(out):len(out)], make([]byte, 2048)...))[0]))
 		want.Lane, want.LaneNo = got.Lane, got.LaneNo
@@ -384,8 +393,19 @@ func peerFrame(frame []byte, off int, rec []byte, dst, src [6]byte) []byte {
 	return b
 }
 
-// fromPeer is a peer frame as the other host sends it.
-func (k *kit) fromPeer(r *bpf.LockstepLsRec) []byte {
+// number gives r the next number of the other host's lane.
+func (k *kit) number(r *bpf.LockstepLsRec, lane uint16) *bpf.LockstepLsRec {
+	k.sent[lane]++
+	r.Lane, r.LaneNo = lane, k.sent[lane]
+	return r
+}
+
+// fromPeer is a peer frame as the other host's user space sends it: nobody asks for
+// those it left out.
+func (k *kit) fromPeer(r *bpf.LockstepLsRec) []byte { return k.wire(k.number(r, userLane)) }
+
+// wire is the peer frame of r, signed as it is by the other host.
+func (k *kit) wire(r *bpf.LockstepLsRec) []byte {
 	return peerFrame(make([]byte, 54), 54, sign(r, k.sipRx), ownMAC, peerMAC)
 }
 

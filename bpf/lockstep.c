@@ -24,6 +24,7 @@
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"
 #include "digest_rx.bpf.c"
+#include "peer_xdp.bpf.c"
 #include "sec_in.bpf.c"
 #include "sec_out.bpf.c"
 #include "sec_gate.bpf.c"

@@ -85,7 +85,7 @@ const (
 	LockstepLsConstLS_LANE_MAX      LockstepLsConst = 1024
 	LockstepLsConstLS_WINDOW        LockstepLsConst = 1024
 	LockstepLsConstLS_SENT          LockstepLsConst = 2048
-	LockstepLsConstLS_RESEND_MAX    LockstepLsConst = 16
+	LockstepLsConstLS_RESEND_MAX    LockstepLsConst = 64
 	LockstepLsConstLS_REC_OFF_MAX   LockstepLsConst = 280
 	LockstepLsConstLS_RULES_MAX     LockstepLsConst = 16
 	LockstepLsConstLS_PROTO_ETH     LockstepLsConst = 255
@@ -228,7 +228,11 @@ const (
 type LockstepLsMutation uint32
 
 const (
-	LockstepLsMutationLS_MUTATE_R9 LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R9     LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R6     LockstepLsMutation = 2
+	LockstepLsMutationLS_MUTATE_R20    LockstepLsMutation = 4
+	LockstepLsMutationLS_MUTATE_REPLAY LockstepLsMutation = 8
+	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
 )
 
 type LockstepLsPre struct {
@@ -359,6 +363,11 @@ type LockstepLsScratch struct {
 		L4Off  uint16
 		PayOff uint16
 		Tci    uint16
+		Frag   uint16
+		Dgram  uint8
+		Asks   uint8
+		Mac    [6]uint8
+		_      [6]byte
 		Tcp    [64]uint8
 	}
 	Tcp  [64]uint8
@@ -392,9 +401,16 @@ type LockstepLsScratch struct {
 		Sum [2]uint64
 		B   [4224]uint8
 	}
-	Cursor [2]uint32
+	Cli    LockstepLsCli
+	Cursor [4]uint32
 	Quiet  uint32
 	_      [4]byte
+}
+
+type LockstepLsSent struct {
+	_   structs.HostLayout
+	No  uint64
+	Rec [160]uint8
 }
 
 type LockstepLsSlot struct {
@@ -425,6 +441,17 @@ type LockstepLsTuple struct {
 	Pad    [3]uint8
 }
 
+type LockstepLsWindow struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Term uint32
+	Top  uint64
+	Bits [16]uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -440,10 +467,13 @@ const (
 	LockstepMapLsRing      = "ls_ring"
 	LockstepMapLsRules     = "ls_rules"
 	LockstepMapLsScratch   = "ls_scratch"
+	LockstepMapLsSent      = "ls_sent"
 	LockstepMapLsSlots     = "ls_slots"
 	LockstepMapLsStats     = "ls_stats"
+	LockstepMapLsWin       = "ls_win"
 	LockstepProgLsDigestRx = "ls_digest_rx"
 	LockstepProgLsMirror   = "ls_mirror"
+	LockstepProgLsPeerXdp  = "ls_peer_xdp"
 	LockstepProgLsPriOut   = "ls_pri_out"
 	LockstepProgLsSecGate  = "ls_sec_gate"
 	LockstepProgLsSecIn    = "ls_sec_in"
@@ -502,6 +532,7 @@ type LockstepSpecs struct {
 type LockstepProgramSpecs struct {
 	LsDigestRx *ebpf.ProgramSpec `ebpf:"ls_digest_rx"`
 	LsMirror   *ebpf.ProgramSpec `ebpf:"ls_mirror"`
+	LsPeerXdp  *ebpf.ProgramSpec `ebpf:"ls_peer_xdp"`
 	LsPriOut   *ebpf.ProgramSpec `ebpf:"ls_pri_out"`
 	LsSecGate  *ebpf.ProgramSpec `ebpf:"ls_sec_gate"`
 	LsSecIn    *ebpf.ProgramSpec `ebpf:"ls_sec_in"`
@@ -523,8 +554,10 @@ type LockstepMapSpecs struct {
 	LsRing    *ebpf.MapSpec `ebpf:"ls_ring"`
 	LsRules   *ebpf.MapSpec `ebpf:"ls_rules"`
 	LsScratch *ebpf.MapSpec `ebpf:"ls_scratch"`
+	LsSent    *ebpf.MapSpec `ebpf:"ls_sent"`
 	LsSlots   *ebpf.MapSpec `ebpf:"ls_slots"`
 	LsStats   *ebpf.MapSpec `ebpf:"ls_stats"`
+	LsWin     *ebpf.MapSpec `ebpf:"ls_win"`
 }
 
 // LockstepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -572,8 +605,10 @@ type LockstepMaps struct {
 	LsRing    *ebpf.Map `ebpf:"ls_ring"`
 	LsRules   *ebpf.Map `ebpf:"ls_rules"`
 	LsScratch *ebpf.Map `ebpf:"ls_scratch"`
+	LsSent    *ebpf.Map `ebpf:"ls_sent"`
 	LsSlots   *ebpf.Map `ebpf:"ls_slots"`
 	LsStats   *ebpf.Map `ebpf:"ls_stats"`
+	LsWin     *ebpf.Map `ebpf:"ls_win"`
 }
 
 func (m *LockstepMaps) Close() error {
@@ -589,8 +624,10 @@ func (m *LockstepMaps) Close() error {
 		m.LsRing,
 		m.LsRules,
 		m.LsScratch,
+		m.LsSent,
 		m.LsSlots,
 		m.LsStats,
+		m.LsWin,
 	)
 }
 
@@ -614,6 +651,7 @@ type LockstepVariables struct {
 type LockstepPrograms struct {
 	LsDigestRx *ebpf.Program `ebpf:"ls_digest_rx"`
 	LsMirror   *ebpf.Program `ebpf:"ls_mirror"`
+	LsPeerXdp  *ebpf.Program `ebpf:"ls_peer_xdp"`
 	LsPriOut   *ebpf.Program `ebpf:"ls_pri_out"`
 	LsSecGate  *ebpf.Program `ebpf:"ls_sec_gate"`
 	LsSecIn    *ebpf.Program `ebpf:"ls_sec_in"`
@@ -624,6 +662,7 @@ func (p *LockstepPrograms) Close() error {
 	return _LockstepClose(
 		p.LsDigestRx,
 		p.LsMirror,
+		p.LsPeerXdp,
 		p.LsPriOut,
 		p.LsSecGate,
 		p.LsSecIn,

@@ -106,6 +106,34 @@ struct {
 	__type(value, struct ls_meta);
 } ls_meta SEC(".maps");
 
+/* Lane numbers received, by lane; user space's lane is the last element. */
+struct ls_window {
+	struct bpf_spin_lock lock;
+	__u32 term; /* of the numbers; a later one begins afresh */
+	__u64 top;  /* highest */
+	__u64 bits[LS_WINDOW / 64];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, LS_LANE_MAX + 1);
+	__type(key, __u32);
+	__type(value, struct ls_window);
+} ls_win SEC(".maps");
+
+/* What a lane sent last, by its number modulo LS_SENT (R6). */
+struct ls_sent {
+	__u64 no; /* 0: none, or being written */
+	__u8 rec[LS_REC_BASE];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, LS_SENT);
+	__type(key, __u32);
+	__type(value, struct ls_sent);
+} ls_sent SEC(".maps");
+
 /* Number of the record this CPU's lane sent last. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -114,7 +142,10 @@ struct {
 	__type(value, __u64);
 } ls_lane SEC(".maps");
 
-/* A parsed frame. Numbers are host-order; translate() keeps them and tcp[] current. */
+/*
+ * A parsed frame. Numbers are host-order; translate() keeps them and tcp[] current.
+ * Of a datagram seq is the position that its digest begins at.
+ */
 struct ls_pkt {
 	struct ls_tuple t;
 	__u32 len; /* frame bytes */
@@ -128,6 +159,10 @@ struct ls_pkt {
 	__u16 l4_off;
 	__u16 pay_off;
 	__u16 tci;
+	__u16 frag;  /* byte offset of a fragment | 1 when more follow */
+	__u8 dgram;  /* not TCP, or not comparable as such */
+	__u8 asks;   /* ARP request or neighbour solicitation: t.guest asks who has t.remote */
+	__u8 mac[6]; /* of the sender */
 	__u8 tcp[64] __attribute__((aligned(8))); /* TCP header and options, rest 0 */
 };
 
@@ -176,7 +211,8 @@ struct ls_scratch {
 	struct ls_walk walk;
 	struct ls_digest digest;
 	struct ls_piece piece;
-	__u32 cursor[2]; /* where the search for a free slot, GSO slot goes on */
+	struct ls_cli cli;
+	__u32 cursor[4]; /* where the search for a free slot goes on, by size and class */
 	__u32 quiet;	 /* copies since user space was woken for one */
 };
 
@@ -210,13 +246,26 @@ static __always_inline __u32 mode_of(const struct ls_conf *conf)
 /* R20: may a guest's frame leave at this moment? */
 static __always_inline int may_speak(const struct ls_conf *conf)
 {
-	return bpf_ktime_get_boot_ns() < conf->speak_until;
+	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->speak_until;
 }
 
 static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)
 {
 	__u32 key = conf->key_index;
 
+	return bpf_map_lookup_elem(&ls_keys, &key);
+}
+
+/* Keys of a peer frame's term: for a while after a rotation also those before. */
+static __always_inline struct ls_keys *keys_of_term(const struct ls_conf *conf, __u32 term)
+{
+	__u32 key = conf->key_index;
+
+	if (term != conf->term) {
+		if (term != conf->term - 1 || bpf_ktime_get_boot_ns() >= conf->old_until)
+			return NULL;
+		key ^= 1;
+	}
 	return bpf_map_lookup_elem(&ls_keys, &key);
 }
 

@@ -2,12 +2,53 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* mirror.bpf.c: egress of the PVM's tap: what the guest is about to receive. */
 
-/* SYN, FIN and RST of the remote begin and end what user space tracks. */
-static __always_inline int mirror_tell(struct __sk_buff *skb, struct ls_pkt *p)
+/*
+ * Keeps the remote's newest segment: S gets it again when the SVM seems to have
+ * missed it (R6), and a daemon that was started again knows by it what the remote
+ * has (R23). A SYN begins anew; what others overtook is not news. A SYN's ack says
+ * nothing, and a RST's may be anybody's: whatever follows them is news.
+ */
+static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch *sc)
 {
+	struct ls_pkt *p = &sc->p;
+	struct ls_cli *c = bpf_map_lookup_elem(&ls_cli, &p->t);
+	__u32 hdr = p->pay_off;
+	int fresh = !c;
+
+	if (c && !(p->flags & (LS_SYN | LS_RST)) &&
+	    (!(p->flags & LS_ACK) ||
+	     ((c->tcp_flags & (LS_ACK | LS_RST)) == LS_ACK && seq_after(c->ack, p->ack))))
+		return;
+	if (fresh) {
+		c = &sc->cli;
+		__builtin_memset(c, 0, sizeof(*c));
+	}
+	c->at = bpf_ktime_get_boot_ns();
+	c->seq = pay_pos(p) + p->paylen;
+	c->ack = p->ack;
+	c->win = p->win;
+	c->tcp_flags = p->flags;
+	c->flags = p->tci && skb->vlan_proto == bpf_htons(ETH_P_8021AD) ? LS_EV_8021AD : 0;
+	c->l4_off = p->l4_off;
+	c->tci = p->tci;
+	c->hdr_len = 0;
+	barrier_var(hdr);
+	if (hdr > 0 && hdr <= LS_HDR_MAX && !bpf_skb_load_bytes(skb, 0, c->hdr, hdr))
+		c->hdr_len = hdr;
+	if (fresh)
+		bpf_map_update_elem(&ls_cli, &p->t, c, BPF_NOEXIST);
+}
+
+/* SYN, FIN and RST of the remote begin and end what user space tracks. */
+static __always_inline int mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
 
-	if (parse(skb, p, 0) != LS_TCP || !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
+	if (parse(skb, p, 0) != LS_TCP)
+		return 0;
+	mirror_note(skb, sc);
+	if (!(p->flags & (LS_SYN | LS_FIN | LS_RST)))
 		return 0;
 	ev = ev_new(skb, p, LS_EV_CLIENT);
 	if (!ev)
@@ -34,7 +75,7 @@ int ls_mirror(struct __sk_buff *skb)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	/* Neither guest hears what user space could not be told. */
-	if (mirror_tell(skb, &sc->p))
+	if (mirror_tell(skb, sc))
 		return count(LS_R_no_ring, skb, TCX_DROP);
 	/* A clone that was lost heals by the remote's retransmission. */
 	if (bpf_clone_redirect(skb, ls_peer, 0))

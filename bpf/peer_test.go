@@ -18,18 +18,24 @@ const (
 	announce = uint8(bpf.LockstepLsRecTypeLS_REC_ANNOUNCE)
 	ask      = uint8(bpf.LockstepLsRecTypeLS_REC_ASK)
 	answer   = uint8(bpf.LockstepLsRecTypeLS_REC_ANSWER)
+	dgram    = uint8(bpf.LockstepLsRecTypeLS_REC_DGRAM)
+	neigh    = uint8(bpf.LockstepLsRecTypeLS_REC_NEIGH)
+	nack     = uint8(bpf.LockstepLsRecTypeLS_REC_NACK)
+	echo     = uint8(bpf.LockstepLsRecTypeLS_REC_ECHO)
+	mark     = uint8(bpf.LockstepLsRecTypeLS_REC_MARK)
 	p2s      = uint8(bpf.LockstepLsDirLS_DIR_P2S)
 	s2p      = uint8(bpf.LockstepLsDirLS_DIR_S2P)
 
 	inherited = uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED)
 	boundMax  = int(bpf.LockstepLsConstLS_BOUND_MAX)
+	recOffMax = int(bpf.LockstepLsConstLS_REC_OFF_MAX)
 )
 
 // randRec is a record that the other host could have sent, with nsum boundaries.
 func randRec(r *rand.Rand, typ, dir uint8, nsum int) *bpf.LockstepLsRec {
 	rec := new(bpf.LockstepLsRec)
 	copy(structBytes(rec), randBytes(r, recBase+nsum*16))
-	rec.Version, rec.Type, rec.Dir = uint8(bpf.LockstepLsConstLS_ABI_VERSION), typ, dir
+	rec.Version, rec.Type, rec.Dir = abiVersion, typ, dir
 	rec.Term, rec.Epoch = term, epoch
 	rec.Nsum, rec.Optlen = uint16(nsum), uint8(r.IntN(41))
 	return rec
@@ -45,9 +51,9 @@ func TestRecordIn(t *testing.T) {
 		dir   uint8
 		types []uint8
 	}{
-		{"ls_digest_rx", hold, s2p, []uint8{data, answer}},
-		{"ls_sec_in", run, p2s, []uint8{ask}},
-		{"ls_sec_in", park, p2s, []uint8{ask}},
+		{"ls_digest_rx", hold, s2p, []uint8{data, answer, dgram, neigh}},
+		{"ls_sec_in", run, p2s, []uint8{ask, mark}},
+		{"ls_sec_in", park, p2s, []uint8{ask, mark}},
 	}
 	for _, p := range progs {
 		prog := k.LsDigestRx
@@ -59,7 +65,8 @@ func TestRecordIn(t *testing.T) {
 			for nsum := range boundMax + 1 {
 				rec := randRec(r, typ, p.dir, nsum)
 				rec.Epoch += uint32(nsum & 1) // the next epoch may have begun there
-				off := 18 + 2*r.IntN(40)
+				k.number(rec, []uint16{0, laneMax - 1, userLane}[nsum%3])
+				off := 18 + 2*r.IntN((recOffMax-18)/2+1)
 				frame := peerFrame(make([]byte, off), off, sign(rec, k.sipRx), ownMAC, peerMAC)
 				frame = append(frame, make([]byte, nsum%3)...) // padding
 				k.check(prog, frame, drop, "record_in")
@@ -81,8 +88,8 @@ func TestRecordRefused(t *testing.T) {
 		dir, typ uint8
 		bad      []uint8 // types of the other direction
 	}{
-		{"ls_digest_rx", hold, s2p, data, []uint8{announce, ask, 0, 5, 255}},
-		{"ls_sec_in", run, p2s, ask, []uint8{data, answer, 0, 5, 255}},
+		{"ls_digest_rx", hold, s2p, data, []uint8{announce, ask, nack, mark, 0, 10, 31, 32 + data, 255}},
+		{"ls_sec_in", run, p2s, ask, []uint8{data, answer, dgram, neigh, 0, 10, 31, 32 + ask, 255}},
 	} {
 		t.Run(p.name, func(t *testing.T) {
 			k.TB = t
@@ -131,7 +138,7 @@ func TestRecordRefused(t *testing.T) {
 			}
 			lie("peer_junk", func(b []byte) { b[14]++ })
 			lie("peer_junk", func(b []byte) { b[15]++ })
-			for _, off := range []int{0, 14, 17, 97, 0x1234, 0xffff} {
+			for _, off := range []int{0, 14, 17, recOffMax + 1, 0x1234, 0xffff} {
 				lie("peer_junk", func(b []byte) { b[16], b[17] = byte(off), byte(off>>8) })
 			}
 			lie("peer_short", func(b []byte) { be.PutUint16(b[54+12:], 0) })
@@ -147,9 +154,9 @@ func TestRecordRefused(t *testing.T) {
 			k.conf.KeyIndex ^= 1
 			k.setConf()
 			for full := k.counters()["no_ring"]; k.counters()["no_ring"] == full; {
-				k.run(prog, input{frame: frame})
+				k.run(prog, input{frame: k.fromPeer(good)})
 			}
-			k.check(prog, frame, drop, "no_ring")
+			k.check(prog, k.fromPeer(good), drop, "no_ring")
 			k.events()
 		})
 	}
@@ -164,7 +171,9 @@ func refusal(i int) string {
 		return "peer_type"
 	case 12, 13: // len
 		return "peer_short"
-	case 91, 96, 97: // optlen, nsum
+	case 24, 25, 26, 27:
+		return "peer_term"
+	case 95, 100, 101: // optlen, nsum
 		return "peer_short"
 	}
 	return "peer_tag"
@@ -172,7 +181,7 @@ func refusal(i int) string {
 
 // strict: 0 for bytes that another valid value must not take the place of.
 func strict(i int) int {
-	if i == 9 || i == 91 {
+	if i == 9 || i == 95 {
 		return 0
 	}
 	return 1

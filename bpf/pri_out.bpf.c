@@ -92,12 +92,16 @@ int ls_pri_out(struct __sk_buff *skb)
 	switch (parse(skb, &sc->p, 1)) {
 	case LS_TCP:
 		return pri_tcp(skb, sc, conf, keys);
+	case LS_DGRAM:
+		if (!rule_matches(&sc->p))
+			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
+		if (!may_speak(conf))
+			return count(LS_R_muted, skb, TCX_DROP);
+		return count(LS_R_primary_only, skb, TCX_NEXT);
 	case LS_LINK:
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		return count(LS_R_passed, skb, TCX_NEXT);
-	case LS_OTHER:
-		return count(LS_R_unsupported, skb, TCX_DROP);
 	default:
 		return count(LS_R_malformed, skb, TCX_DROP);
 	}

@@ -13,52 +13,123 @@ static __always_inline int is_peer_frame(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(LS_ETHERTYPE);
 }
 
+/* Is the record in sc->rec one that the peer, which sends in direction dir, may say? */
+static __always_inline enum ls_reason rec_form(const struct ls_rec *r, enum ls_dir dir)
+{
+	const __u32 p2s = 1 << LS_REC_ANNOUNCE | 1 << LS_REC_ASK | 1 << LS_REC_NACK |
+			  1 << LS_REC_ECHO | 1 << LS_REC_MARK;
+	const __u32 s2p = 1 << LS_REC_DATA | 1 << LS_REC_ANSWER | 1 << LS_REC_DGRAM |
+			  1 << LS_REC_NEIGH | 1 << LS_REC_ECHO;
+	__u32 may = dir == LS_DIR_P2S ? p2s : s2p;
+
+	if (r->version != LS_ABI_VERSION)
+		return LS_R_peer_version;
+	if (r->dir != dir || r->type > LS_REC_MARK || !(may >> r->type & 1))
+		return LS_R_peer_type;
+	if (r->nsum > LS_BOUND_MAX || r->optlen > LS_OPTS_MAX ||
+	    r->len != LS_REC_BASE + r->nsum * sizeof(r->bound[0]))
+		return LS_R_peer_short;
+	return LS_R_record_in;
+}
+
+/* Is it authentic, of this session and epoch? */
+static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
+						    const struct ls_conf *conf)
+{
+	const struct ls_keys *keys = keys_of_term(conf, r->term);
+
+	if (!keys)
+		return LS_R_peer_term;
+	if (!(ls_mutate & LS_MUTATE_TAG) && siphash(r, r->len, keys->sip_rx) != r->tag)
+		return LS_R_peer_tag;
+	/*
+	 * The peer may have begun the next epoch a moment before this host did (R17).
+	 * Echoes and requests for records are of no epoch.
+	 */
+	if (r->epoch != conf->epoch && r->epoch != conf->epoch + 1 && r->type != LS_REC_ECHO &&
+	    r->type != LS_REC_NACK)
+		return LS_R_peer_epoch;
+	return LS_R_record_in;
+}
+
 /*
  * Copies the record of a peer frame to sc->rec and checks it. Returns
  * LS_R_record_in, or why it is refused. *off is where the record stands.
  */
 static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls_scratch *sc,
-						const struct ls_conf *conf,
-						const struct ls_keys *keys, enum ls_dir dir,
+						const struct ls_conf *conf, enum ls_dir dir,
 						__u32 *off)
 {
 	struct ls_rec *r = &sc->rec;
+	enum ls_reason why;
 	struct ls_pre pre;
 	__u32 len, at;
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &pre, sizeof(pre)))
 		return LS_R_peer_short;
-	if (pre.magic != LS_MAGIC)
-		return LS_R_peer_junk;
 	at = pre.off;
-	if (at < ETH_HLEN + sizeof(pre) || at > LS_REC_OFF_MAX)
+	if (pre.magic != LS_MAGIC || at < ETH_HLEN + sizeof(pre) || at > LS_REC_OFF_MAX)
 		return LS_R_peer_junk;
 	if (bpf_skb_load_bytes(skb, at, r, LS_REC_BASE))
 		return LS_R_peer_short;
-	if (r->version != LS_ABI_VERSION)
-		return LS_R_peer_version;
-	if (r->dir != dir)
-		return LS_R_peer_type;
-	if (dir == LS_DIR_P2S && r->type != LS_REC_ANNOUNCE && r->type != LS_REC_ASK)
-		return LS_R_peer_type;
-	if (dir == LS_DIR_S2P && r->type != LS_REC_DATA && r->type != LS_REC_ANSWER)
-		return LS_R_peer_type;
+	why = rec_form(r, dir);
+	if (why != LS_R_record_in)
+		return why;
 	len = r->nsum * sizeof(r->bound[0]);
-	if (r->nsum > LS_BOUND_MAX || r->len != LS_REC_BASE + len || r->optlen > LS_OPTS_MAX)
-		return LS_R_peer_short;
 	barrier_var(len);
 	if (len > 0 && len <= sizeof(r->bound) &&
 	    bpf_skb_load_bytes(skb, at + LS_REC_BASE, r->bound, len))
 		return LS_R_peer_short;
-	if (siphash(r, LS_REC_BASE + len, keys->sip_rx) != r->tag)
-		return LS_R_peer_tag;
-	if (r->term != conf->term)
-		return LS_R_peer_term;
-	/* The peer may have begun the next epoch a moment before this host did (R17). */
-	if (r->epoch != conf->epoch && r->epoch != conf->epoch + 1)
-		return LS_R_peer_epoch;
 	*off = at;
-	return LS_R_record_in;
+	return rec_authentic(r, conf);
+}
+
+/*
+ * Notes the lane number of sc->rec, which is authentic. Returns 0 when it was seen
+ * before or is too old to tell. *gap is the first number that was left out before
+ * it, 0 for none. A term's first number is taken as it comes, and once a lane has
+ * seen a term the ones before are over: nobody replays them after a rotation.
+ */
+static __always_inline int win_take(const struct ls_rec *r, __u64 *gap)
+{
+	__u32 lane = r->lane == LS_LANE_USER ? LS_LANE_MAX : r->lane;
+	__u64 no = r->lane_no, word = no / 64, bit = 1ull << (no & 63);
+	const __u64 words = LS_WINDOW / 64;
+	struct ls_window *w;
+	int fresh = 0;
+	__u64 from;
+
+	*gap = 0;
+	if (lane > LS_LANE_MAX || (lane == LS_LANE_MAX && r->lane != LS_LANE_USER))
+		return 0;
+	w = bpf_map_lookup_elem(&ls_win, &lane);
+	if (!w)
+		return 0;
+	bpf_spin_lock(&w->lock);
+	if (w->term != r->term) {
+		if ((__s32)(r->term - w->term) < 0 && w->term)
+			goto out;
+		w->term = r->term;
+		w->top = no;
+		__builtin_memset(w->bits, 0, sizeof(w->bits));
+	} else if (no > w->top) {
+		from = w->top / 64;
+		if (no != w->top + 1)
+			*gap = w->top + 1;
+		for (__u64 i = 1; i <= words; i++) {
+			if (from + i > word)
+				break;
+			w->bits[(from + i) % words] = 0;
+		}
+		w->top = no;
+	} else if (word + words <= w->top / 64 || w->bits[word % words] & bit) {
+		goto out;
+	}
+	w->bits[word % words] |= bit;
+	fresh = 1;
+out:
+	bpf_spin_unlock(&w->lock);
+	return fresh || ls_mutate & LS_MUTATE_REPLAY;
 }
 
 /* Hands sc->rec to user space. */
@@ -119,29 +190,43 @@ static __always_inline void rec_segment(struct ls_scratch *sc)
 	__builtin_memcpy(r->opts, p->tcp + LS_TCP_MIN, LS_OPTS_MAX);
 }
 
-/* Numbers and signs sc->rec. */
-static __always_inline int rec_sign(struct ls_rec *r, const struct ls_keys *keys)
+/* Numbers sc->rec. S keeps what it numbers for a while, without the boundaries (R6). */
+static __always_inline int rec_number(struct ls_rec *r)
 {
-	__u32 key = 0, len = LS_REC_BASE + r->nsum * sizeof(r->bound[0]);
+	__u32 key = 0, lane = bpf_get_smp_processor_id();
 	__u64 *no = bpf_map_lookup_elem(&ls_lane, &key);
+	struct ls_sent *sent;
 
-	if (!no)
+	if (!no || lane >= LS_LANE_MAX)
 		return -1;
-	r->len = len;
-	r->lane = bpf_get_smp_processor_id();
+	r->lane = lane;
 	r->lane_no = ++*no;
-	r->tag = siphash(r, len, keys->sip_tx);
+	if (r->dir != LS_DIR_S2P)
+		return 0;
+	key = r->lane_no % LS_SENT;
+	sent = bpf_map_lookup_elem(&ls_sent, &key);
+	if (!sent)
+		return -1;
+	/* Read by other CPUs: 0 first, the number last. */
+	__sync_lock_test_and_set(&sent->no, 0);
+	__builtin_memcpy(sent->rec, r, LS_REC_BASE);
+	__sync_lock_test_and_set(&sent->no, r->lane_no);
 	return 0;
 }
 
+static __always_inline void rec_sign(struct ls_rec *r, const struct ls_keys *keys)
+{
+	r->len = LS_REC_BASE + r->nsum * sizeof(r->bound[0]);
+	r->tag = siphash(r, r->len, keys->sip_tx);
+}
+
 /*
- * Makes the frame a peer frame with sc->rec at off and sends it to the peer. What
- * stands between ls_pre and the record stays: a partial checksum is still written
- * there by the device that completes it. Returns a verdict, or 0 when it failed.
+ * Makes the frame a peer frame with sc->rec, which is signed, at off. What stands
+ * between ls_pre and the record stays: a partial checksum is still written there by
+ * the device that completes it.
  */
-static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc,
-				    const struct ls_conf *conf, const struct ls_keys *keys,
-				    __u32 off)
+static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
+				   const struct ls_conf *conf, __u32 off)
 {
 	struct {
 		__u8 dst[ETH_ALEN];
@@ -150,7 +235,7 @@ static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc
 		struct ls_pre pre;
 	} front;
 	struct ls_rec *r = &sc->rec;
-	__u32 len;
+	__u32 len = r->len;
 
 	__builtin_memcpy(front.dst, conf->peer_mac, ETH_ALEN);
 	__builtin_memcpy(front.src, conf->own_mac, ETH_ALEN);
@@ -158,25 +243,43 @@ static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc
 	front.pre.magic = LS_MAGIC;
 	front.pre.off = off;
 
-	if (rec_sign(r, keys))
-		return 0;
-	len = r->len;
-	if (skb->vlan_present && bpf_skb_vlan_pop(skb)) /* the record's tuple has the VLAN */
-		return 0;
+	/* The record's tuple has the VLANs. A tag in the bytes takes a popped one's place. */
+#pragma clang loop unroll(full)
+	for (int i = 0; i < 2; i++)
+		if (skb->vlan_present && bpf_skb_vlan_pop(skb))
+			return -1;
 	if (bpf_skb_change_tail(skb, off + len, 0))
-		return 0;
+		return -1;
 	if (bpf_skb_store_bytes(skb, 0, &front, sizeof(front), 0))
-		return 0;
+		return -1;
 	barrier_var(len);
 	if (len < LS_REC_BASE || len > sizeof(*r) || bpf_skb_store_bytes(skb, off, r, len, 0))
+		return -1;
+	return 0;
+}
+
+/*
+ * Numbers and signs sc->rec, makes the frame a peer frame with it and sends it to
+ * the peer. Returns a verdict, or 0 when it failed.
+ */
+static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc,
+				    const struct ls_conf *conf, const struct ls_keys *keys,
+				    __u32 off)
+{
+	if (rec_number(&sc->rec))
+		return 0;
+	rec_sign(&sc->rec, keys);
+	if (rec_put(skb, sc, conf, off))
 		return 0;
 	return bpf_redirect(ls_peer, 0);
 }
 
-/* Where a record stands in a frame that was sc->p: behind the fixed TCP header, even. */
+/* Where a record stands in a frame that was sc->p: behind any checksum, even. */
 static __always_inline __u32 rec_off(const struct ls_pkt *p)
 {
-	return (p->l4_off + LS_TCP_MIN + 1) & ~1u;
+	__u32 off = (p->l4_off + LS_TCP_MIN + 1) & ~1u;
+
+	return off < LS_REC_OFF_MAX ? off : LS_REC_OFF_MAX;
 }
 
 #endif

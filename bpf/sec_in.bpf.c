@@ -55,17 +55,110 @@ static __always_inline int sec_announce(struct __sk_buff *skb, struct ls_scratch
 	return count(LS_R_record_out, skb, verdict);
 }
 
+struct ls_resend {
+	struct __sk_buff *skb;
+	struct ls_scratch *sc;
+	const struct ls_conf *conf;
+	const struct ls_keys *keys;
+	__u64 no; /* next number; with all lanes: next lane */
+	__u64 last;
+	__u32 lane;
+	__u32 off;
+};
+
+/* Sends a lane's record again, as it was but for the boundaries. */
+static long resend_step(__u32 i, struct ls_resend *q)
+{
+	int all = q->lane == LS_LANE_ALL;
+	__u32 zero = 0, key, lane = all ? i : q->lane;
+	struct ls_rec *r = &q->sc->rec;
+	__u64 no = q->no + i, *newest;
+	struct ls_sent *sent;
+
+	if (all) {
+		newest = bpf_map_lookup_percpu_elem(&ls_lane, &zero, lane);
+		if (!newest) /* no such CPU */
+			return 1;
+		no = *newest;
+		if (!no)
+			return 0;
+	} else if (no > q->last) {
+		return 1;
+	}
+	key = no % LS_SENT;
+	sent = bpf_map_lookup_percpu_elem(&ls_sent, &key, lane);
+	if (!sent)
+		return 1;
+	/* Its lane may write over it meanwhile: the number tells. */
+	if (__sync_fetch_and_add(&sent->no, 0) != no)
+		return count(LS_R_resend_gone, q->skb, 0);
+	__builtin_memcpy(r, sent->rec, LS_REC_BASE);
+	if (__sync_fetch_and_add(&sent->no, 0) != no || r->term != q->conf->term)
+		return count(LS_R_resend_gone, q->skb, 0);
+	r->nsum = 0;
+	r->stride = 0;
+	rec_sign(r, q->keys);
+	if (rec_put(q->skb, q->sc, q->conf, q->off) || bpf_clone_redirect(q->skb, ls_peer, 0))
+		return count(LS_R_rewrite_failed, q->skb, 1);
+	return count(LS_R_resent, q->skb, 0);
+}
+
+static __always_inline int sec_resend(struct __sk_buff *skb, struct ls_scratch *sc,
+				      const struct ls_conf *conf, const struct ls_keys *keys,
+				      __u32 off)
+{
+	struct ls_resend q = {
+		.skb = skb,
+		.sc = sc,
+		.conf = conf,
+		.keys = keys,
+		.lane = sc->rec.stride,
+		.no = sc->rec.sum[0],
+		.last = sc->rec.sum[1],
+		.off = off,
+	};
+
+	count(LS_R_nack_in, skb, 0);
+	bpf_loop(LS_RESEND_MAX, resend_step, &q, 0);
+	return TCX_DROP;
+}
+
+/* R20: S is not taking over at the time that P tells. */
+static __always_inline int sec_echo(struct __sk_buff *skb, struct ls_scratch *sc,
+				    const struct ls_conf *conf, const struct ls_keys *keys,
+				    __u32 off)
+{
+	__u64 asked = sc->rec.sum[0];
+	int verdict;
+
+	rec_begin(&sc->rec, conf, LS_REC_ECHO, LS_DIR_S2P);
+	sc->rec.sum[0] = asked;
+	verdict = rec_send(skb, sc, conf, keys, off);
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_echo_out, skb, verdict);
+}
+
 static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scratch *sc,
 					  const struct ls_conf *conf, const struct ls_keys *keys)
 {
 	enum ls_reason why;
 	__u32 off = 0;
+	__u64 gap;
 
-	why = rec_check(skb, sc, conf, keys, LS_DIR_P2S, &off);
+	why = rec_check(skb, sc, conf, LS_DIR_P2S, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	if (sc->rec.type == LS_REC_ANNOUNCE)
+	if (!win_take(&sc->rec, &gap))
+		return count(LS_R_peer_replay, skb, TCX_DROP);
+	switch (sc->rec.type) {
+	case LS_REC_ANNOUNCE:
 		return sec_announce(skb, sc, conf, keys, off);
+	case LS_REC_NACK:
+		return sec_resend(skb, sc, conf, keys, off);
+	case LS_REC_ECHO:
+		return sec_echo(skb, sc, conf, keys, off);
+	}
 	if (rec_tell(sc, BPF_RB_FORCE_WAKEUP))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);

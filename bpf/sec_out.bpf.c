@@ -2,6 +2,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* sec_out.bpf.c: ingress of the SVM's tap: what the SVM says becomes a record. */
 
+/* A solicitation's record stands behind its checksum; extension headers are rare. */
+#define LS_NEIGH_OFF 128
+
 /* Where a segment's numbers come from. */
 enum ls_known {
 	LS_KNOWN,     /* offset known */
@@ -132,6 +135,46 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, verdict);
 }
 
+static __always_inline int sec_dgram(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	struct ls_pkt *p = &sc->p;
+	struct ls_rec *r = &sc->rec;
+	int verdict;
+
+	rec_begin(r, conf, LS_REC_DGRAM, LS_DIR_S2P);
+	r->t = p->t;
+	r->seq = p->seq;
+	r->end = p->seq + p->paylen;
+	r->frag = p->frag;
+	if (digest(skb, sc, keys, 0) < 0)
+		return count(LS_R_malformed, skb, TCX_DROP);
+	r->sum[0] = sc->digest.sum[0];
+	r->sum[1] = sc->digest.sum[1];
+	verdict = rec_send(skb, sc, conf, keys, rec_off(p));
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_record_out, skb, verdict);
+}
+
+/* P asks in the guest's name, and both guests hear the answer. */
+static __always_inline int sec_neigh(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	struct ls_pkt *p = &sc->p;
+	struct ls_rec *r = &sc->rec;
+	int verdict;
+
+	rec_begin(r, conf, LS_REC_NEIGH, LS_DIR_S2P);
+	r->t = p->t;
+	r->optlen = ETH_ALEN;
+	__builtin_memcpy(r->opts, p->mac, ETH_ALEN);
+	verdict = rec_send(skb, sc, conf, keys, LS_NEIGH_OFF);
+	if (!verdict)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(LS_R_neigh_out, skb, verdict);
+}
+
 /* Alone after a takeover: the SVM speaks with the PVM's numbers for what the PVM began. */
 static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf)
@@ -174,9 +217,15 @@ int ls_sec_out(struct __sk_buff *skb)
 	switch (parse(skb, &sc->p, 1)) {
 	case LS_TCP:
 		return sec_tcp(skb, sc, conf, keys);
-	case LS_BAD:
-		return count(LS_R_malformed, skb, TCX_DROP);
-	default:
+	case LS_DGRAM:
+		if (rule_matches(&sc->p))
+			return count(LS_R_svm_only, skb, TCX_DROP);
+		return sec_dgram(skb, sc, conf, keys);
+	case LS_LINK:
+		if (sc->p.asks)
+			return sec_neigh(skb, sc, conf, keys);
 		return count(LS_R_svm_only, skb, TCX_DROP);
+	default:
+		return count(LS_R_malformed, skb, TCX_DROP);
 	}
 }

@@ -34,7 +34,7 @@ func withTS(val, ecr uint32) []byte { return append(bytes.Clone(mss), timestamps
 // announcement is what P sends of the PVM's SYN s.
 func (k *kit) announcement(f flow, s seg) []byte {
 	return k.fromPeer(&bpf.LockstepLsRec{
-		Version: uint8(bpf.LockstepLsConstLS_ABI_VERSION), Type: announce, Dir: p2s, Term: term, Epoch: epoch,
+		Version: abiVersion, Type: announce, Dir: p2s, Term: term, Epoch: epoch,
 		T: f.tuple(), Inc: s.seq, Seq: s.seq, End: s.end(), Ack: s.ack, Win: s.win, TcpFlags: s.flags,
 		Optlen: uint8(len(s.opts)), Opts: opts40(s.opts),
 	})
@@ -511,14 +511,14 @@ func TestCopyLost(t *testing.T) {
 	f := flows["IPv4"]
 	pin(t)
 	s := seg{seq: 1, flags: ack, payload: []byte("x")}
-	for range nslots {
+	for range tcpSlots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
 	k.lanes = k.lanesNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
 	s.payload = make([]byte, 3600) // these take the other slots
-	for range ngslots {
+	for range tcpGslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
@@ -573,7 +573,7 @@ func TestPark(t *testing.T) {
 	k.announce(g, pvmSynAck, 0, nil)
 
 	k.check(k.LsSecOut, f.from(seg{flags: ack}), drop, "shut")
-	for range nslots {
+	for range tcpSlots {
 		k.check(k.LsSecIn, frame, drop, "parked")
 	}
 	k.check(k.LsSecIn, frame, drop, "no_slot")
@@ -583,7 +583,7 @@ func TestPark(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		for range nslots {
+		for range tcpSlots {
 			k.run(k.LsSecIn, input{frame: frame})
 		}
 	}
@@ -597,8 +597,16 @@ func TestSecOutModes(t *testing.T) {
 		k.check(k.LsSecOut, frame, drop, "shut")
 	}
 	k.setMode(run)
-	for _, frame := range linkFrames() {
-		k.check(k.LsSecOut, frame, drop, "svm_only")
+	for name, frame := range linkFrames() {
+		if name[:3] == "no:" {
+			k.expect(counts{"record_out": 1}, func() {
+				if v, _, _ := k.run(k.LsSecOut, input{frame: frame}); v != redirect {
+					t.Errorf("%s: verdict %d", name, int32(v))
+				}
+			})
+		} else {
+			k.check(k.LsSecOut, frame, drop, "svm_only")
+		}
 		k.expect(counts{"delivered": 1}, func() {
 			if k.conf.Mode != uint32(run) || bytes.HasPrefix(frame[12:], []byte{0x88, 0xb5}) {
 				frame = flows["IPv4"].to(seg{})

@@ -5,17 +5,22 @@
 
 #include "maps.h"
 
-/* Counts one frame, with the bytes it has now, and returns the verdict. */
-static __always_inline int count(enum ls_reason reason, struct __sk_buff *skb, int verdict)
+static __always_inline int count_bytes(enum ls_reason reason, __u64 bytes, int verdict)
 {
 	__u32 key = reason;
 	struct ls_count *c = bpf_map_lookup_elem(&ls_stats, &key);
 
 	if (c) {
 		c->packets++;
-		c->bytes += skb->len;
+		c->bytes += bytes;
 	}
 	return verdict;
+}
+
+/* Counts one frame, with the bytes it has now, and returns the verdict. */
+static __always_inline int count(enum ls_reason reason, struct __sk_buff *skb, int verdict)
+{
+	return count_bytes(reason, skb->len, verdict);
 }
 
 #endif

@@ -67,6 +67,10 @@ type Options struct {
 	Copies      compare.SecondaryConfig // secondary
 	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
 	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
+	Rekey       time.Duration           // between rotations of the signing keys; 0: none
+
+	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
+	EchoEvery, SpeakFor time.Duration
 
 	StatusSocket string // "": none
 	Log          *slog.Logger
@@ -92,6 +96,8 @@ func (o *Options) setDefaults() error {
 		}
 	}
 	set(&o.MinInterval, 20*time.Millisecond)
+	set(&o.EchoEvery, 50*time.Millisecond)
+	set(&o.SpeakFor, 400*time.Millisecond)
 	set(&o.Compare.Linger, 2*time.Second)
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
@@ -151,7 +157,9 @@ type Daemon struct {
 	linkSince   time.Time
 	linkErr     string
 	peerAddr    string
-	peerWhole   bool // P: what S said of its tables, until its session is ok
+	peerParty   party
+	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way
+	peerWhole   bool          // P: what S said of its tables, until its session is ok
 	stopDrain   context.CancelFunc
 
 	qmp monitor
@@ -289,7 +297,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		defer status.Close()
 	}
 	if d.opt.TLS == nil {
-		d.log.Warn("the control link is INSECURE: session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only")
+		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
 	for _, n := range d.nics {
@@ -495,7 +503,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 	case fxOpen:
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
-			return errors.Join(n.setMode(ModeHold), n.dp.SetSpeakUntil(math.MaxInt64))
+			return errors.Join(n.setMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
 	case fxFreeze:
 		d.attemptAt = d.now()
@@ -516,7 +524,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 			return ev
 		})
 	case fxEpoch:
-		return d.each("set epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.Mark()) })
 	case fxCOLO:
 		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
 			mode, err := m.COLO()

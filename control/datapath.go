@@ -42,6 +42,9 @@ type DataPath interface {
 	SetMode(Mode) error
 	SetEpoch(uint32) error
 	SetSpeakUntil(int64) error                                 // R20; MaxInt64: for ever
+	SetSpeakFor(time.Duration) error                           // P: what an echo allows, from the time it tells (R20)
+	Echo() error                                               // P: asks S's kernel for an echo (R20)
+	Mark() error                                               // P: tells S where the PVM's STOP lies among its input (R16)
 	InstallSession(Session) error                              // keys, term, epoch, MACs
 	ResetOffsets() error                                       // S: empties ls_conn, ls_half
 	Sweep(linger, idle time.Duration) (removed int, err error) // S: removes closed and idle connections
@@ -87,6 +90,10 @@ type Session struct {
 	PeerMAC      net.HardwareAddr
 	TxKey, RxKey [2]uint64
 	Digest       compare.Keys
+
+	// Rotated: the session goes on under new signing keys. Frames of the term before
+	// are taken for another second, and the epoch stays what it is.
+	Rotated bool
 }
 
 // Offset is the secondary's translation of one connection (R9).

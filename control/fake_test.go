@@ -130,11 +130,17 @@ func (f *fakePath) SetEpoch(e uint32) error {
 	f.mu.Unlock()
 	return f.note("epoch %d", e)
 }
-func (f *fakePath) SetSpeakUntil(at int64) error { return f.note("speak") }
+func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
+func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
+func (f *fakePath) Mark() error                     { return f.note("mark") }
+func (f *fakePath) Echo() error                     { return nil }
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s
 	f.mu.Unlock()
+	if s.Rotated {
+		return f.note("rotated %d", s.Term)
+	}
 	return f.note("session %d", s.Term)
 }
 func (f *fakePath) ResetOffsets() error { return f.note("reset") }

@@ -5,7 +5,6 @@ package control
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -27,6 +26,7 @@ import (
 //	S → P  ok         installed
 //	P → S  prepare, abort
 //	S → P  ready, stopped, resumed, abort
+//	P → S  rekey      the next term and its signing keys; S answers ok
 //	both   ping       when nothing else was said for a while
 const (
 	linkVersion = 2
@@ -43,6 +43,7 @@ type message struct {
 	PauseNS int64    `json:"pause_ns,omitempty"`
 	Hello   *hello   `json:"hello,omitempty"`
 	Session *session `json:"session,omitempty"`
+	Rekey   *rekey   `json:"rekey,omitempty"`
 }
 
 // party is what each side tells of itself.
@@ -71,6 +72,11 @@ type session struct {
 	Digest []byte `json:"digest"` // digest keys, compare.Keys' words, little-endian: they outlive a daemon
 	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
 	Doubt  bool   `json:"doubt"`  // stay parked until a checkpoint
+}
+
+type rekey struct {
+	Term uint32 `json:"term"`
+	Sign []byte `json:"sign"` // as in session
 }
 
 const seedLen = 32
@@ -159,8 +165,19 @@ func newLink(conn net.Conn, quiet time.Duration) *link {
 		out: make(chan message, maxQueue), done: make(chan struct{}),
 	}
 	l.lines.Buffer(nil, maxMessage)
+	l.lines.Split(func(b []byte, atEOF bool) (int, []byte, error) {
+		if len(b) > 0 && b[0] == tlsHandshake {
+			return 0, nil, errSpeaksTLS // a greeting without a line's end: it would be waited for
+		}
+		return bufio.ScanLines(b, atEOF)
+	})
 	return l
 }
+
+// tlsHandshake begins a TLS connection; no control message begins so.
+const tlsHandshake = 22
+
+var errSpeaksTLS = errors.New("it speaks TLS")
 
 // read gives the next message that comes within d; pings are left out.
 func (l *link) read(d time.Duration) (message, error) {
@@ -234,23 +251,6 @@ func (l *link) pump() {
 			return
 		}
 	}
-}
-
-// secure makes a TLS connection of conn. Without a config it stays as it is.
-func secure(ctx context.Context, conn net.Conn, c *tls.Config, server bool, timeout time.Duration) (net.Conn, error) {
-	if c == nil {
-		return conn, nil
-	}
-	t := tls.Client(conn, c)
-	if server {
-		t = tls.Server(conn, c)
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	if err := t.HandshakeContext(ctx); err != nil {
-		return nil, fmt.Errorf("tls: %w", err)
-	}
-	return t, nil
 }
 
 // backoff waits between attempts, longer each time.

@@ -5,14 +5,7 @@ package control
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"fmt"
-	"math/big"
 	"net"
 	"strings"
 	"testing"
@@ -230,73 +223,6 @@ func TestMessageFits(t *testing.T) {
 	if err != nil || len(m.Session.NICs) != maxNICs || <-sent != nil {
 		t.Errorf("%v", err)
 	}
-}
-
-func TestTLS(t *testing.T) {
-	ca, caKey := certificate(t, "ca", nil, nil)
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
-	config := func(name string) *tls.Config {
-		cert, key := certificate(t, name, ca, caKey)
-		return &tls.Config{
-			Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Raw}, PrivateKey: key}},
-			RootCAs:      pool, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, ServerName: "alpha", MinVersion: tls.VersionTLS13,
-		}
-	}
-	p, s := hosts(t, nil)
-	p.opt.TLS, s.opt.TLS = config("alpha"), config("beta")
-	p.start()
-	s.start()
-	if st := p.replicating(); st.Peer.Insecure {
-		t.Error("insecure with TLS")
-	}
-	s.end()
-	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
-
-	// Not in the clear, nor without a certificate.
-	l := dialLink(t, p.opt.Control)
-	h := goodHello()
-	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
-		t.Fatal(err)
-	}
-	if m, err := l.read(patience); err == nil {
-		t.Errorf("in the clear: %+v", m)
-	}
-	s.opt.TLS = s.opt.TLS.Clone()
-	s.opt.TLS.Certificates = nil
-	s.start()
-	s.await("a refusal", func(st Status) bool { return strings.Contains(st.Peer.Error, "tls:") })
-	if st := p.await("nobody", func(st Status) bool { return !st.Peer.Connected }); st.Term != 1 {
-		t.Errorf("status %+v", st)
-	}
-}
-
-// certificate makes one signed by parent, or by itself.
-func certificate(t *testing.T, name string, parent *x509.Certificate, parentKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	if parent == nil {
-		parent, parentKey = tmpl, key
-		tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, true, x509.KeyUsageCertSign
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, &key.PublicKey, parentKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cert, key
 }
 
 // FuzzMessage: no line brings the reader down.

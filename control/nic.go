@@ -52,18 +52,19 @@ type nic struct {
 	order order // watchOrder's
 
 	// The loop's own.
-	evs      []compare.Event
-	effs     []compare.Effect
-	since    int64 // P: what was captured earlier has sums of older keys
-	frozen   bool
-	captured []int64 // P: when, while frozen
-	parked   bool    // S
-	mode     Mode    // the one to be in when no foreign program is in front
-	intruder string  // that is; "": none
-	intruded uint64  // times
-	tapDown  bool    // on its account
-	applyErr uint64
-	applyLog time.Time
+	evs               []compare.Event
+	effs              []compare.Effect
+	since             int64 // P: what was captured earlier has sums of older keys
+	frozen            bool
+	captured          []int64 // P: when, while frozen
+	parked            bool    // S
+	mode              Mode    // the one to be in when no foreign program is in front
+	intruder          string  // that is; "": none
+	intruded          uint64  // times
+	tapDown           bool    // on its account
+	applyErr          uint64
+	applyLog          time.Time
+	echoEvery, echoAt int64 // P: time between echoes, ns (0: none yet), and when the next is due
 }
 
 // request is a wish for a checkpoint.
@@ -107,7 +108,7 @@ func (n *nic) run(ctx context.Context) error {
 		n.commands()
 		now := n.dp.Now()
 		wait := maxWait
-		if d := n.core.NextDeadline(); d != math.MaxInt64 {
+		if d := n.deadline(); d != math.MaxInt64 {
 			wait = time.Duration(min(max(d-now, 0), int64(maxWait)))
 		}
 		if err := n.poll(wait); err != nil {
@@ -120,8 +121,36 @@ func (n *nic) run(ctx context.Context) error {
 			n.step(now, &compare.Event{Kind: compare.EvTick})
 		}
 		n.apply()
+		if err := n.echo(); err != nil {
+			return fmt.Errorf("nic %d: %w", n.index, err)
+		}
 	}
 	return nil
+}
+
+// deadline is when the loop has to go on though nothing comes, boottime ns.
+func (n *nic) deadline() int64 {
+	d := n.core.NextDeadline()
+	if n.echoEvery > 0 {
+		d = min(d, n.echoAt)
+	}
+	return d
+}
+
+// startEchoes has P ask S's kernel for echoes from now on (R20). They come from
+// this loop: when it does not turn, nothing is released, and the PVM falls silent.
+func (n *nic) startEchoes(every, speakFor time.Duration) error {
+	n.echoEvery, n.echoAt = int64(every), n.dp.Now()
+	return n.dp.SetSpeakFor(speakFor)
+}
+
+func (n *nic) echo() error {
+	now := n.dp.Now()
+	if n.echoEvery == 0 || now < n.echoAt {
+		return nil
+	}
+	n.echoAt = now + n.echoEvery
+	return n.dp.Echo()
 }
 
 func (n *nic) commands() {

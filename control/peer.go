@@ -73,14 +73,14 @@ func (d *Daemon) accept(ctx context.Context, ln net.Listener) error {
 // controller (P).
 func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := secure(ctx, raw, d.opt.TLS, true, d.opt.link.handshake)
+	conn, err := d.secure(ctx, raw)
 	if err != nil {
 		return err
 	}
 	l := newLink(conn, d.opt.link.silence)
 	m, err := l.read(d.opt.link.handshake)
 	if err != nil {
-		return err
+		return d.explain(err)
 	}
 	if m.Type != "hello" || m.Hello == nil {
 		return fmt.Errorf("%q in place of hello", m.Type)
@@ -95,7 +95,7 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
 func (d *Daemon) offer(l *link, h hello) {
 	d.unlink(d.link, errors.New("the secondary connected anew"))
-	d.link, d.linkUp, d.peerAddr = l, false, l.conn.RemoteAddr().String()
+	d.link, d.linkUp, d.peerAddr, d.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
 	d.step(ckptEvent{Kind: evHandshake})
 
 	// Connections whose offsets S has lost, or of which this P knows nothing; or a
@@ -116,11 +116,8 @@ func (d *Daemon) offer(l *link, h hello) {
 	s := session{party: d.party(), Epoch: d.epoch, Digest: keyBytes(d.nics[0].keys)}
 	s.Term = d.term
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
-	var sign [seedLen]byte
-	rand.Read(sign[:])
-	s.Sign = sign[:]
-	p2s, s2p := signKeys(sign)
-	if err := d.install(h.party, Session{Term: d.term, Epoch: d.epoch, TxKey: p2s, RxKey: s2p, Digest: *d.nics[0].keys}); err != nil {
+	s.Sign = newSeed()
+	if err := d.install(d.nics[0].keys, s.Sign, false); err != nil {
 		d.fatal = err
 		return
 	}
@@ -128,10 +125,23 @@ func (d *Daemon) offer(l *link, h hello) {
 	l.send(message{Type: "session", Session: &s})
 }
 
-// install gives every NIC its session.
-func (d *Daemon) install(peer party, s Session) error {
+// newSeed is the secret of one term.
+func newSeed() []byte {
+	seed := make([]byte, seedLen)
+	rand.Read(seed) // never fails
+	return seed
+}
+
+// install gives every NIC the session of the present term and epoch; sign is the
+// seed of its signing keys.
+func (d *Daemon) install(digest *compare.Keys, sign []byte, rotated bool) error {
+	s := Session{Term: d.term, Epoch: d.epoch, Digest: *digest, Rotated: rotated}
+	s.TxKey, s.RxKey = signKeys([seedLen]byte(sign))
+	if d.secondary != nil {
+		s.TxKey, s.RxKey = s.RxKey, s.TxKey
+	}
 	for i, n := range d.nics {
-		mac, err := net.ParseMAC(peer.NICs[i])
+		mac, err := net.ParseMAC(d.peerParty.NICs[i])
 		if err != nil {
 			return fmt.Errorf("nic %d: %w", i, err)
 		}
@@ -175,7 +185,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	defer raw.Close()
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := secure(ctx, raw, d.opt.TLS, false, d.opt.link.handshake)
+	conn, err := d.secure(ctx, raw)
 	if err != nil {
 		return false, err
 	}
@@ -194,12 +204,12 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	l := newLink(conn, d.opt.link.silence)
 	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
-		return false, err
+		return false, d.explain(err)
 	}
 	m, err := l.read(d.opt.link.handshake)
 	switch {
 	case err != nil:
-		return false, err
+		return false, d.explain(err)
 	case m.Type == "refuse":
 		return false, fmt.Errorf("the primary refused: %s", m.Cause)
 	case m.Type != "session" || m.Session == nil:
@@ -228,12 +238,12 @@ func (d *Daemon) joined(l *link, s *session) error {
 	if n, err := binary.Decode(s.Digest, binary.LittleEndian, keys); err != nil || n != len(s.Digest) || len(s.Sign) != seedLen {
 		return errors.New("keys of a wrong length")
 	}
-	p2s, s2p := signKeys([seedLen]byte(s.Sign))
-	if err := d.install(s.party, Session{Term: s.Term, Epoch: s.Epoch, TxKey: s2p, RxKey: p2s, Digest: *keys}); err != nil {
+	d.term, d.epoch, d.peerParty = s.Term, s.Epoch, s.party
+	if err := d.install(keys, s.Sign, false); err != nil {
 		d.fatal = err
 		return err
 	}
-	d.link, d.term, d.epoch, d.peerAddr = l, s.Term, s.Epoch, l.conn.RemoteAddr().String()
+	d.link, d.peerAddr = l, l.conn.RemoteAddr().String()
 	d.follow(l, d.opt.link.silence)
 	l.send(message{Type: "ok"}) // before anything that the machine says
 	d.up(!s.Doubt)
@@ -246,6 +256,79 @@ func (d *Daemon) up(ok bool) {
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
 	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
+}
+
+// rotateEvery begins a rotation now and then, while l lasts (P).
+func (d *Daemon) rotateEvery(l *link) {
+	tick := time.NewTicker(d.opt.Rekey)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.post(func() {
+				if d.link == l && d.linkUp && d.rotation == nil {
+					d.rotate(l)
+				}
+			})
+		case <-l.done:
+			return
+		}
+	}
+}
+
+// rotate begins the next term, with new signing keys, over the living link (P).
+// Nothing is frozen, and no checkpoint is asked for.
+//
+// P begins, and S follows when the message comes, some 100 µs later. Meanwhile P
+// takes S's frames of the old term, for a second; what P itself signs already with
+// the new keys S refuses. That is a loss like any on the peer link, and its
+// repetition heals it. Were S first, its records of the new term would be lost
+// instead, of which there are many more.
+//
+// The digest keys stay: held frames and unmatched records have sums of them, and
+// there is no making those anew.
+//
+// Without an answer the link is lost, and the session after it has keys of its own.
+// Nothing of them is ever on a disk.
+func (d *Daemon) rotate(l *link) {
+	d.term++
+	sign := newSeed()
+	if err := d.install(d.nics[0].keys, sign, true); err != nil {
+		d.fatal = err
+		return
+	}
+	answered := make(chan struct{})
+	d.rotation = answered
+	d.work.Go(func() {
+		late := time.NewTimer(d.opt.link.handshake)
+		defer late.Stop()
+		select {
+		case <-answered:
+		case <-l.done:
+		case <-late.C:
+			d.post(func() {
+				if d.rotation == answered {
+					d.unlink(l, errors.New("the secondary did not answer to new keys in time"))
+				}
+			})
+		}
+	})
+	l.send(message{Type: "rekey", Rekey: &rekey{Term: d.term, Sign: sign}})
+}
+
+// rotated follows P to the next term (S).
+func (d *Daemon) rotated(l *link, k *rekey) {
+	if k == nil || k.Term != d.term+1 || len(k.Sign) != seedLen {
+		d.unlink(l, fmt.Errorf("new keys that do not follow those of term %d", d.term))
+		return
+	}
+	d.term = k.Term
+	if err := d.install(d.nics[0].keys, k.Sign, true); err != nil {
+		d.fatal = err
+		return
+	}
+	l.send(message{Type: "ok"})
+	d.log.Info("keys rotated", "term", d.term)
 }
 
 // follow hands what comes on l to the controller, until l closes. The first
@@ -277,7 +360,7 @@ func (d *Daemon) unlink(l *link, why error) {
 		return
 	}
 	l.close(why)
-	d.link, d.linkUp, d.linkSince, d.linkErr = nil, false, time.Now(), why.Error()
+	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
 	d.step(ckptEvent{Kind: evLinkDown})
 }
@@ -298,6 +381,17 @@ func (d *Daemon) received(l *link, m message) {
 	switch {
 	case d.primary != nil && m.Type == "ok" && !d.linkUp:
 		d.up(d.peerWhole)
+		if d.opt.Rekey > 0 {
+			d.work.Go(func() { d.rotateEvery(l) })
+		}
+		return
+	case d.rotation != nil && m.Type == "ok":
+		close(d.rotation)
+		d.rotation = nil
+		d.log.Info("keys rotated", "term", d.term)
+		return
+	case d.secondary != nil && m.Type == "rekey" && d.linkUp:
+		d.rotated(l, m.Rekey)
 		return
 	case !known || !d.linkUp:
 		d.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type))

@@ -93,7 +93,7 @@ func deviceOf(pin string) (int, error) {
 // openTables opens the maps in dir, unless they are of another lockstep or for
 // something else than the options say.
 func openTables(dir string, o Options) (_ *tables, err error) {
-	spec, err := sized(o)
+	spec, err := sized(o.sizes())
 	if err != nil {
 		return nil, err
 	}
@@ -233,7 +233,7 @@ func CheckUpgrade(o Options) (version string, err error) {
 		return "", err
 	}
 	defer old.close()
-	spec, err := sized(o)
+	spec, err := sized(o.sizes())
 	if err != nil {
 		return "", err
 	}

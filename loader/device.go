@@ -30,6 +30,14 @@ type VXLAN struct {
 	GuestMTU      int // bytes of IP packet the guest's NIC may send
 }
 
+// UnderlayMTU is the least MTU of the underlay, in bytes.
+func (v *VXLAN) UnderlayMTU() int {
+	if v.Local.To4() == nil {
+		return v.GuestMTU + vxlanOverhead6
+	}
+	return v.GuestMTU + vxlanOverhead4
+}
+
 // EnsureVXLAN makes the device, or takes an existing one that is exactly as
 // wanted, and returns its name.
 func EnsureVXLAN(v VXLAN) (string, error) {
@@ -37,13 +45,9 @@ func EnsureVXLAN(v VXLAN) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("vxlan underlay %s: %w", v.Underlay, err)
 	}
-	overhead := vxlanOverhead4
-	if v.Local.To4() == nil {
-		overhead = vxlanOverhead6
-	}
-	if mtu := under.Attrs().MTU; mtu < v.GuestMTU+overhead {
+	if mtu, need := under.Attrs().MTU, v.UnderlayMTU(); mtu < need {
 		return "", fmt.Errorf("vxlan underlay %s has MTU %d, a guest MTU of %d needs %d: ip link set %s mtu %d",
-			v.Underlay, mtu, v.GuestMTU, v.GuestMTU+overhead, v.Underlay, v.GuestMTU+overhead)
+			v.Underlay, mtu, v.GuestMTU, need, v.Underlay, need)
 	}
 	want := &netlink.Vxlan{
 		LinkAttrs:    netlink.LinkAttrs{Name: v.Name, MTU: v.GuestMTU},

@@ -23,7 +23,7 @@ func (n *NIC) event(i, size int, evs []compare.Event) ([]compare.Event, bool) {
 	case typ == bpf.LockstepLsEvTypeLS_EV_REC && size >= recBase:
 		return n.record(i, (*bpf.LockstepLsEvRec)(p), evs)
 	case typ != bpf.LockstepLsEvTypeLS_EV_REC && size >= evSize:
-		return n.frameEvent(typ, (*bpf.LockstepLsEv)(p), evs)
+		return n.frameEvent(i, typ, (*bpf.LockstepLsEv)(p), evs)
 	}
 	return evs, false
 }
@@ -56,6 +56,13 @@ func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]com
 		}
 		n.bounds[i] = bounds
 		s.Bounds = bounds
+	case bpf.LockstepLsRecTypeLS_REC_DGRAM:
+		e.Kind = compare.EvSVM
+		s.Datagram, s.Frag = true, r.Frag
+	case bpf.LockstepLsRecTypeLS_REC_NEIGH:
+		e.Kind = compare.EvNeigh
+	case bpf.LockstepLsRecTypeLS_REC_MARK:
+		e.Kind, e.Epoch = compare.EvMark, r.Epoch
 	case bpf.LockstepLsRecTypeLS_REC_ANSWER:
 		e.Kind = compare.EvAnswer
 	case bpf.LockstepLsRecTypeLS_REC_ASK:
@@ -67,13 +74,14 @@ func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]com
 }
 
 // frameEvent takes an event about a frame of the guest or for it.
-func (n *NIC) frameEvent(typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
+func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
 	slot := compare.Slot(ev.Slot)
 	hdr := ev.Hdr[:min(int(ev.HdrLen), len(ev.Hdr))]
 	ok := true
 	if slot != compare.NoSlot {
 		m := frameMeta{
-			l4: uint32(ev.L4Off), pay: uint32(ev.PayOff), paylen: ev.Paylen, gso: ev.GsoSize, tci: ev.Tci,
+			l3: uint32(ev.L3Off), l4: uint32(ev.L4Off), pay: uint32(ev.PayOff), paylen: ev.Paylen, gso: ev.GsoSize,
+			tpid: tpid(ev), tci: ev.Tci, udp: ev.T.Proto == protoUDP,
 			partial: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_PARTIAL) != 0, csumStart: ev.CsumStart, csumOff: ev.CsumOffset,
 		}
 		ok = uint64(m.pay)+uint64(m.paylen) <= uint64(len(n.slots.data(slot)))
@@ -84,10 +92,14 @@ func (n *NIC) frameEvent(typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []c
 		Seq:   ev.Seq, Len: ev.Paylen, Ack: ev.Ack, Win: ev.Win, Flags: compare.Flags(ev.TcpFlags),
 		Sum: ev.Sum, Slot: slot, GSO: ev.GsoSize, At: int64(ev.At),
 		Inc: ev.Inc, Inherited: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED) != 0, ClientAck: ev.CliAck,
+		Datagram: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_DGRAM) != 0, Frag: ev.Frag,
 	}}
 	s := &e.Seg
 	if l4 := int(ev.L4Off); l4 >= ethLen && l4+tcpHdrLen <= len(hdr) {
 		s.Header = hdr[:l4]
+		if ev.Tci != 0 { // a template has its tag in its bytes
+			s.Header = append(appendTag(append(n.tagged[i][:0], hdr[:12]...), tpid(ev), ev.Tci), hdr[12:l4]...)
+		}
 		if pay := int(ev.PayOff); pay >= l4+tcpHdrLen && pay <= len(hdr) {
 			s.Opts = hdr[l4+tcpHdrLen : pay]
 		}
@@ -95,7 +107,7 @@ func (n *NIC) frameEvent(typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []c
 	switch typ {
 	case bpf.LockstepLsEvTypeLS_EV_PVM:
 		e.Kind = compare.EvPVM
-		ok = ok && s.Header != nil
+		ok = ok && (s.Header != nil || s.Datagram)
 	case bpf.LockstepLsEvTypeLS_EV_COPY:
 		e.Kind = compare.EvCopy
 	case bpf.LockstepLsEvTypeLS_EV_PARK:
@@ -112,10 +124,22 @@ func (n *NIC) frameEvent(typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []c
 		}
 		return evs, false
 	}
-	if slot != compare.NoSlot && typ != bpf.LockstepLsEvTypeLS_EV_PARK {
+	if slot != compare.NoSlot && !s.Datagram && typ != bpf.LockstepLsEvTypeLS_EV_PARK {
 		s.Payload = n.slots.data(slot)[ev.PayOff:][:ev.Paylen:ev.Paylen]
 	}
 	return append(evs, e), true
+}
+
+// tpid is the ethertype of the VLAN tag beside the frame.
+func tpid(ev *bpf.LockstepLsEv) uint16 {
+	if ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
+		return ethQinQ
+	}
+	return ethVLAN
+}
+
+func appendTag(dst []byte, tpid, tci uint16) []byte {
+	return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(dst, tpid), tci)
 }
 
 // rawHeader writes the virtio-net header of a frame as it was captured, its
@@ -125,8 +149,7 @@ func rawHeader(dst, data []byte, m *frameMeta) []byte {
 	dst = append(dst, data[:12]...)
 	tag := uint16(0)
 	if m.tci != 0 {
-		dst = binary.BigEndian.AppendUint16(dst, vlanTag)
-		dst = binary.BigEndian.AppendUint16(dst, m.tci)
+		dst = appendTag(dst, m.tpid, m.tci)
 		tag = 4
 	}
 	vh := dst[:vnetHdrLen]
@@ -136,9 +159,13 @@ func rawHeader(dst, data []byte, m *frameMeta) []byte {
 		binary.LittleEndian.PutUint16(vh[8:], m.csumOff)
 	}
 	if m.gso != 0 && m.partial {
-		vh[1] = gsoTCPv6
-		if binary.BigEndian.Uint16(data[12:]) == ethIPv4 {
+		switch {
+		case m.udp:
+			vh[1] = gsoUDP
+		case data[m.l3]>>4 == 4:
 			vh[1] = gsoTCPv4
+		default:
+			vh[1] = gsoTCPv6
 		}
 		binary.LittleEndian.PutUint16(vh[2:], uint16(m.pay)+tag)
 		binary.LittleEndian.PutUint16(vh[4:], m.gso)

@@ -4,6 +4,7 @@ package loader
 
 import (
 	"encoding/binary"
+	"net/netip"
 
 	"lockstep/compare"
 )
@@ -13,36 +14,54 @@ const (
 	ip4CsumOff  = 10
 	tcpHdrLen   = 20
 	tcpCsumOff  = 16
-	maxHeader   = 256 // Ethernet, tag, IP and TCP headers as built here
+	maxHeader   = 320 // virtio-net, Ethernet, tags, IP and TCP headers as built here
 	vnetHdrLen  = 10  // struct virtio_net_hdr
 	vnetCsum    = 1   // VIRTIO_NET_HDR_F_NEEDS_CSUM
 	gsoTCPv4    = 1   // VIRTIO_NET_HDR_GSO_TCPV4
 	gsoTCPv6    = 4   // VIRTIO_NET_HDR_GSO_TCPV6
-	ethIPv4     = 0x0800
+	gsoUDP      = 5   // VIRTIO_NET_HDR_GSO_UDP_L4
+	ethARP      = 0x0806
+	ethVLAN     = 0x8100
 	ethIPv6     = 0x86dd
+	ethQinQ     = 0x88a8
 	protoTCP    = 6
-	vlanTag     = 0x8100
+	protoUDP    = 17
+	protoICMPv6 = 58
 	minIPHeader = 20
 )
 
+// l3Offset is where the IP header of a frame begins: behind at most two tags.
+func l3Offset(frame []byte) int {
+	l3 := ethLen
+	for range 2 {
+		if len(frame) < l3+4 {
+			break
+		}
+		if t := binary.BigEndian.Uint16(frame[l3-2:]); t != ethVLAN && t != ethQinQ {
+			break
+		}
+		l3 += 4
+	}
+	return l3
+}
+
 // buildHeader writes the virtio-net header and the frame's headers up to the
-// payload into dst and returns what it used. l2l3 is the original Ethernet and
-// IP header, tci the VLAN tag (0: none); the TCP fields come from e; payload bytes of payLen follow behind it in the
-// caller's iovec. The checksum is left to the device (partial): the bytes were
-// compared with the SVM's, so there is no old checksum worth keeping.
-func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tci uint16, payLen int, gso uint16) ([]byte, bool) {
-	if len(l2l3) < ethLen+minIPHeader || int(e.OptLen) > len(e.Opts) || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
+// payload into dst and returns what it used. l2l3 is the original Ethernet and IP
+// header, tci the VLAN tag that stood beside it with its ethertype (0: none); the
+// TCP fields come from e; payload bytes of payLen follow behind it in the caller's
+// iovec. The checksum is left to the device (partial): the bytes were compared with
+// the SVM's, so there is no old checksum worth keeping.
+func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tpid, tci uint16, payLen int, gso uint16) ([]byte, bool) {
+	if len(l2l3) < l3Offset(l2l3)+minIPHeader || int(e.OptLen) > len(e.Opts) || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
 		return nil, false
 	}
 	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
 	dst = append(dst, l2l3[:12]...)
 	if tci != 0 {
-		dst = binary.BigEndian.AppendUint16(dst, vlanTag)
-		dst = binary.BigEndian.AppendUint16(dst, tci)
+		dst = appendTag(dst, tpid, tci)
 	}
-	dst = append(dst, l2l3[12:ethLen]...)
-	l3 := len(dst)
-	dst = append(dst, l2l3[ethLen:]...)
+	dst = append(dst, l2l3[12:]...)
+	l3 := vnetHdrLen + l3Offset(dst[vnetHdrLen:])
 	l4 := len(dst)
 	dst = append(dst, ports[:4]...)
 	dst = binary.BigEndian.AppendUint32(dst, e.Seq)
@@ -102,4 +121,43 @@ func fold(s uint32) uint16 {
 		s = s&0xffff + s>>16
 	}
 	return uint16(s)
+}
+
+// neighRequest writes an ARP request or a neighbour solicitation in the guest's
+// name, with its virtio-net header: who has e.Tuple.Remote? The guest's MAC is in
+// e.Opts.
+func neighRequest(dst []byte, e *compare.Effect) []byte {
+	t := &e.Tuple
+	mac, target := e.Opts[:6], t.Remote[:]
+	guest, v4 := t.Guest[12:], netip.AddrFrom16(t.Guest).Is4In6()
+	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
+	if v4 {
+		dst = append(dst, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)
+	} else {
+		dst = append(dst, 0x33, 0x33, 0xff, target[13], target[14], target[15])
+	}
+	dst = append(dst, mac...)
+	for _, id := range []uint16{t.VLAN, t.VLAN2} {
+		if id != 0 {
+			dst = appendTag(dst, ethVLAN, id)
+		}
+	}
+	if v4 {
+		dst = binary.BigEndian.AppendUint16(dst, ethARP)
+		dst = append(dst, 0, 1, 8, 0, 6, 4, 0, 1) // Ethernet, IPv4, their lengths, request
+		dst = append(append(dst, mac...), guest...)
+		return append(append(dst, 0, 0, 0, 0, 0, 0), target[12:]...)
+	}
+	dst = binary.BigEndian.AppendUint16(dst, ethIPv6)
+	ip := len(dst)
+	dst = append(dst, 0x60, 0, 0, 0, 0, 32, protoICMPv6, 255)
+	dst = append(dst, t.Guest[:]...)
+	dst = append(dst, 0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, target[13], target[14], target[15])
+	icmp := len(dst)
+	dst = append(dst, 135, 0, 0, 0, 0, 0, 0, 0)
+	dst = append(append(dst, target...), 1, 1) // source link-layer address
+	dst = append(dst, mac...)
+	sum := sum16(sum16(32+protoICMPv6, dst[ip+8:icmp]), dst[icmp:])
+	binary.BigEndian.PutUint16(dst[icmp+2:], ^fold(sum))
+	return dst
 }

@@ -28,7 +28,7 @@ func l2l3(v6 bool, ipOpts int) []byte {
 		b = append(b, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
 		return append(b, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2)
 	}
-	b = binary.BigEndian.AppendUint16(b, ethIPv4)
+	b = binary.BigEndian.AppendUint16(b, 0x0800)
 	b = append(b, byte(0x45+ipOpts/4), 0, 0xff, 0xff, 0x12, 0x34, 0x40, 0, 64, protoTCP, 0xff, 0xff, 10, 0, 0, 1, 10, 0, 0, 2)
 	return append(b, bytes.Repeat([]byte{1}, ipOpts)...) // NOPs
 }
@@ -98,7 +98,7 @@ func TestBuildHeader(t *testing.T) {
 			clear(e.Opts[c.optLen:])
 			in := l2l3(c.v6, c.ipOpts)
 			before := bytes.Clone(in)
-			out, ok := buildHeader(newHead(), in, []byte{0x30, 0x39, 0, 80}, &e, c.tci, c.payLen, c.gso)
+			out, ok := buildHeader(newHead(), in, []byte{0x30, 0x39, 0, 80}, &e, ethVLAN, c.tci, c.payLen, c.gso)
 			if !ok {
 				t.Fatal("refused")
 			}
@@ -168,7 +168,7 @@ func TestBuildHeaderRefuses(t *testing.T) {
 		"nothing":        {newHead(), nil},
 		"no room at all": {nil, l2l3(false, 0)},
 	} {
-		if _, ok := buildHeader(c.head, c.l2l3, []byte{0, 1, 0, 2}, &compare.Effect{}, 0, 0, 0); ok {
+		if _, ok := buildHeader(c.head, c.l2l3, []byte{0, 1, 0, 2}, &compare.Effect{}, ethVLAN, 0, 0, 0); ok {
 			t.Errorf("%s: taken", name)
 		}
 	}
@@ -187,7 +187,7 @@ func TestBuildHeaderChecksum(t *testing.T) {
 		}
 		payload := rapid.SliceOfN(rapid.Byte(), 0, 1500).Draw(t, "payload")
 		ports := rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "ports")
-		out, ok := buildHeader(newHead(), in, ports, &e, rapid.Uint16().Draw(t, "tci"), len(payload), 0)
+		out, ok := buildHeader(newHead(), in, ports, &e, ethVLAN, rapid.Uint16().Draw(t, "tci"), len(payload), 0)
 		if !ok {
 			t.Fatal("refused")
 		}

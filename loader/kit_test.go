@@ -156,7 +156,7 @@ func (w *wire) recv() []byte {
 	for _, m := range msgs {
 		// struct tpacket_auxdata: status, len, snaplen; mac, net, vlan_tci, vlan_tpid.
 		if m.Header.Type == unix.PACKET_AUXDATA && binary.NativeEndian.Uint32(m.Data)&unix.TP_STATUS_VLAN_VALID != 0 {
-			tagged := binary.BigEndian.AppendUint16(bytes.Clone(frame[:12]), vlanTag)
+			tagged := binary.BigEndian.AppendUint16(bytes.Clone(frame[:12]), ethVLAN)
 			tagged = binary.BigEndian.AppendUint16(tagged, binary.NativeEndian.Uint16(m.Data[16:]))
 			frame = append(tagged, frame[12:]...)
 		}

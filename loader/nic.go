@@ -58,6 +58,8 @@ type Options struct {
 	Tap, PeerDevice  string // device names
 	MaxConnections   int
 	Slots, GSOSlots  int      // held frames of up to 1984 bytes, and of up to 68 KiB
+	Rules            []Rule   // of datagrams that leave uncompared
+	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
 	Version          string   // of this lockstep
 	Log              *slog.Logger
@@ -67,11 +69,25 @@ type Options struct {
 	Mutation Mutation
 }
 
+// Rule lets datagrams of the PVM leave uncompared. A port of 0 is any.
+type Rule struct {
+	Proto                 uint8
+	GuestPort, RemotePort uint16
+}
+
 // Mutation is a rule switched off.
 type Mutation uint32
 
-// MutateR9 has the rewriter ignore announcements and guess.
-const MutateR9 = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
+// MutateR9 has the rewriter ignore announcements and guess. MutateR6 leaves gaps
+// in a lane's numbers alone, MutateR20 lets guests speak for ever, MutateReplay takes
+// records again and again, MutateTag takes forged ones.
+const (
+	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
+	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
+	MutateR20    = Mutation(bpf.LockstepLsMutationLS_MUTATE_R20)
+	MutateReplay = Mutation(bpf.LockstepLsMutationLS_MUTATE_REPLAY)
+	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)
+)
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.
 const maxHalf = 16384
@@ -91,9 +107,11 @@ type NIC struct {
 	conf      *confMemory
 	slots     slots
 	ring      *ringbuf.Reader
+	waiter    *waiter
 	records   [batch]ringbuf.Record
 	samples   [batch]sample
 	bounds    [batch][]compare.Bound
+	tagged    [batch][int(bpf.LockstepLsConstLS_L4MAX) + 4]byte // templates with their tag
 	meta      map[compare.Slot]frameMeta
 
 	toTap, toPeer *packetConn
@@ -114,10 +132,10 @@ type sample [118]uint64
 
 // frameMeta is what the kernel told about a frame in a slot.
 type frameMeta struct {
-	l4, pay, paylen    uint32
-	gso, tci           uint16
-	csumStart, csumOff uint16
-	partial            bool
+	l3, l4, pay, paylen uint32
+	gso, tpid, tci      uint16
+	csumStart, csumOff  uint16
+	partial, udp        bool
 }
 
 // attachment is where a program belongs.
@@ -179,6 +197,9 @@ func Open(o Options) (_ *NIC, err error) {
 	} else {
 		err = n.attach(o.Role, dir)
 	}
+	if err == nil {
+		err = n.attachXDP(o, dir)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -230,23 +251,30 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
-// sized are the programs, with maps of the sizes wanted.
-func sized(o Options) (*ebpf.CollectionSpec, error) {
+// sizes are what the config says of the maps.
+type sizes struct{ connections, slots, gsoSlots int }
+
+// sized are the programs, with maps of these sizes.
+func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	spec.Maps[bpf.LockstepMapLsConn].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsCli].MaxEntries = uint32(o.MaxConnections)
-	spec.Maps[bpf.LockstepMapLsHalf].MaxEntries = uint32(min(maxHalf, o.MaxConnections))
-	spec.Maps[bpf.LockstepMapLsSlots].MaxEntries = uint32(o.Slots)
-	spec.Maps[bpf.LockstepMapLsGslots].MaxEntries = uint32(o.GSOSlots)
+	for name, entries := range map[string]int{
+		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections,
+		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+	} {
+		spec.Maps[name].MaxEntries = uint32(entries)
+	}
 	return spec, nil
 }
 
+func (o *Options) sizes() sizes { return sizes{o.MaxConnections, o.Slots, o.GSOSlots} }
+
 // load loads the programs: over old's maps, or, when that is nil, over new ones.
 func (n *NIC) load(o Options, old *tables) error {
-	spec, err := sized(o)
+	spec, err := sized(o.sizes())
 	if err != nil {
 		return err
 	}
@@ -256,7 +284,7 @@ func (n *NIC) load(o Options, old *tables) error {
 		bpf.LockstepVarLsTap: uint32(n.tap.Attrs().Index), bpf.LockstepVarLsPeer: uint32(n.peer.Attrs().Index),
 		bpf.LockstepVarLsMarkRel: rel, bpf.LockstepVarLsMarkIn: in,
 		bpf.LockstepVarLsNslots: uint32(o.Slots), bpf.LockstepVarLsNgslots: uint32(o.GSOSlots),
-		bpf.LockstepVarLsMutate: uint32(o.Mutation),
+		bpf.LockstepVarLsNrules: uint32(len(o.Rules)), bpf.LockstepVarLsMutate: uint32(o.Mutation),
 	} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -264,6 +292,12 @@ func (n *NIC) load(o Options, old *tables) error {
 	}
 	if n.maps, err = loadOver(spec, old, &n.objs); err != nil {
 		return err
+	}
+	for i, r := range o.Rules {
+		rule := bpf.LockstepLsRule{Gport: r.GuestPort, Rport: r.RemotePort, Proto: r.Proto}
+		if err := n.objs.LsRules.Put(uint32(i), &rule); err != nil {
+			return fmt.Errorf("rule %d: %w", i, err)
+		}
 	}
 	var meta bpf.LockstepLsMeta
 	if old != nil {
@@ -286,6 +320,10 @@ func (n *NIC) load(o Options, old *tables) error {
 	}
 	if n.ring, err = ringbuf.NewReader(n.objs.LsRing); err != nil {
 		return fmt.Errorf("ring: %w", err)
+	}
+	n.ring.SetDeadline(time.Unix(1, 0)) // long ago: waiting is the waiter's
+	if n.waiter, err = newWaiter(n.objs.LsRing.FD()); err != nil {
+		return err
 	}
 	mark := rel
 	n.signer.dir = bpf.LockstepLsDirLS_DIR_P2S
@@ -484,10 +522,7 @@ func silence(pin string) error {
 }
 
 // Wake implements [control.DataPath].
-func (n *NIC) Wake() {
-	// Fails only on a closed ring, which needs no waking.
-	_ = n.ring.Flush()
-}
+func (n *NIC) Wake() { n.waiter.wakeUp() }
 
 // Now implements [control.DataPath].
 func (n *NIC) Now() int64 {
@@ -523,8 +558,18 @@ func (n *NIC) SetSpeakUntil(t int64) error {
 	return nil
 }
 
+// SetSpeakFor implements [control.DataPath].
+func (n *NIC) SetSpeakFor(d time.Duration) error {
+	atomic.StoreUint64(&n.conf.SpeakFor, uint64(d))
+	return nil
+}
+
+// rotation is how long frames of the term before are taken once keys rotated:
+// those on their way, and what the peer signs until it has the new keys too.
+const rotation = time.Second
+
 // InstallSession implements [control.DataPath]. Frames of the old term are
-// refused from the moment the term changes.
+// refused from the moment the term changes, but for a rotation's.
 func (n *NIC) InstallSession(s control.Session) error {
 	k := bpf.LockstepLsKeys{SipTx: s.TxKey, SipRx: s.RxKey, Mix: s.Digest.Mix}
 	for lane := range k.K {
@@ -537,11 +582,22 @@ func (n *NIC) InstallSession(s control.Session) error {
 	}
 	copy(n.conf.PeerMac[:], s.PeerMAC)
 	copy(n.conf.OwnMac[:], n.signer.own)
+	oldUntil := uint64(0)
+	if s.Rotated {
+		oldUntil = uint64(n.Now() + int64(rotation))
+	}
+	// Before the term: no frame of the old one is refused between the two. Until the
+	// term changes, term - 1 would be verified with the new keys, and so refused.
+	atomic.StoreUint64(&n.conf.OldUntil, oldUntil)
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
 	atomic.StoreUint32(&n.conf.Term, s.Term)
-	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
-	n.signer.key, n.signer.term, n.signer.epoch, n.signer.laneNext = s.TxKey, s.Term, s.Epoch, 0
+	n.signer.key, n.signer.term = s.TxKey, s.Term
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
+	if s.Rotated {
+		return nil // the epoch may be changing at this very moment (R13)
+	}
+	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
+	n.signer.epoch = s.Epoch
 	return nil
 }
 
@@ -703,13 +759,17 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 
 // Poll implements [control.DataPath].
 func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
-	n.ring.SetDeadline(time.Now().Add(wait))
-	for i := 0; i < batch && (i == 0 || n.ring.AvailableBytes() > 0); i++ {
+	if n.ring.AvailableBytes() == 0 {
+		if err := n.waiter.wait(wait); err != nil {
+			return evs, err
+		}
+	}
+	for i := 0; i < batch && n.ring.AvailableBytes() > 0; i++ {
 		r := &n.records[i]
 		r.RawSample = bytesOf(&n.samples[i])[:0]
 		if err := n.ring.ReadInto(r); err != nil {
-			if errors.Is(err, ringbuf.ErrFlushed) || errors.Is(err, os.ErrDeadlineExceeded) {
-				break
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break // discarded ones alone
 			}
 			return evs, fmt.Errorf("read ring: %w", err)
 		}
@@ -731,9 +791,15 @@ func (n *NIC) Apply(effs []compare.Effect) error {
 		switch e.Op {
 		case compare.OpSend:
 			n.send(e)
-		case compare.OpDeliver:
+		case compare.OpDeliver, compare.OpForward:
 			n.deliver(e.Slot)
 			n.frees = append(n.frees, e.Slot)
+		case compare.OpNeigh:
+			n.toTap.queue(neighRequest(n.head(), e), nil)
+		case compare.OpRemirror:
+			n.remirror(e)
+		case compare.OpQuery:
+			n.toPeer.queue(n.signer.query(n.head()), nil)
 		case compare.OpFree:
 			n.frees = append(n.frees, e.Slot)
 		case compare.OpAsk:
@@ -772,11 +838,7 @@ func (n *NIC) send(e *compare.Effect) {
 		}
 		l2l3, payload = data[:m.l4], data[m.pay+e.From:m.pay+e.To]
 	}
-	tci := e.Tuple.VLAN
-	if m.tci != 0 {
-		tci = m.tci
-	}
-	head, ok := buildHeader(n.head(), l2l3, ports, e, tci, len(payload), m.gso)
+	head, ok := buildHeader(n.head(), l2l3, ports, e, m.tpid, m.tci, len(payload), m.gso)
 	if !ok {
 		n.lost.tap.Add(1)
 	} else {
@@ -784,7 +846,43 @@ func (n *NIC) send(e *compare.Effect) {
 	}
 }
 
-// deliver queues a parked frame for the SVM, as it came.
+// remirror gives S the remote's newest segment again, without its payload (R6).
+func (n *NIC) remirror(e *compare.Effect) {
+	var c bpf.LockstepLsCli
+	key := toTuple(e.Tuple)
+	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
+		return // evicted: a chance to heal less
+	}
+	l4, end := int(c.L4Off), int(c.HdrLen)
+	if compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) != compare.ACK || l4+tcpHdrLen > end || end > len(c.Hdr) {
+		return
+	}
+	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: compare.ACK}
+	ack.OptLen = uint8(copy(ack.Opts[:], c.Hdr[l4+tcpHdrLen:end]))
+	tpid := uint16(ethVLAN)
+	if c.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
+		tpid = ethQinQ
+	}
+	if head, ok := buildHeader(n.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
+		n.toPeer.queue(head, nil)
+	}
+}
+
+// Echo implements [control.DataPath].
+func (n *NIC) Echo() error {
+	n.toPeer.queue(n.signer.echo(n.head(), n.Now()), nil)
+	n.flush()
+	return nil
+}
+
+// Mark implements [control.DataPath].
+func (n *NIC) Mark() error {
+	n.toPeer.queue(n.signer.mark(n.head()), nil)
+	n.flush()
+	return nil
+}
+
+// deliver queues a frame as it came: parked for the SVM, or a datagram of the PVM.
 func (n *NIC) deliver(s compare.Slot) {
 	m, ok := n.meta[s]
 	data := n.slots.frame(s)
@@ -821,6 +919,9 @@ func (n *NIC) Close() error {
 	var errs []error
 	if n.ring != nil {
 		errs = append(errs, n.ring.Close())
+	}
+	if n.waiter != nil {
+		errs = append(errs, n.waiter.close())
 	}
 	for _, c := range []*packetConn{n.toTap, n.toPeer} {
 		if c != nil {

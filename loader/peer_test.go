@@ -64,11 +64,11 @@ func TestPeerFramesRefused(t *testing.T) {
 	wrongKey = h.at[h.s]
 	wrongKey.TxKey[0]++
 	check(t, h.s.InstallSession(wrongKey))
+	check(t, h.p.InstallSession(h.at[h.p]))
 	apply(t, h.s, answer)
 	counts(t, h.p, "peer_tag", 1)
 
 	// An epoch ahead by one is taken, by two or behind is not.
-	check(t, h.p.InstallSession(h.at[h.p]))
 	check(t, h.p.SetEpoch(42))
 	apply(t, h.p, ask)
 	check(t, h.p.SetEpoch(39))

@@ -232,7 +232,7 @@ func (k *kernel) announcement(t rapid.TB, a *rewriter.Record) []byte {
 const recBase = 160 // LS_REC_BASE
 
 // record takes a record frame apart. between is what stands before the record.
-func (k *kernel) record(t rapid.TB, frame []byte) (r bpf.LockstepLsRec, between []byte) {
+func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r bpf.LockstepLsRec, between []byte) {
 	t.Helper()
 	if len(frame) < preAt+4 || !bytes.Equal(frame[:preAt], slices.Concat(peerMAC[:], ownMAC[:], []byte{0x88, 0xb5})) ||
 		le.Uint16(frame[preAt:]) != uint16(bpf.LockstepLsConstLS_MAGIC) {
@@ -249,7 +249,7 @@ func (k *kernel) record(t rapid.TB, frame []byte) (r bpf.LockstepLsRec, between 
 	_, err := binary.Decode(append(slices.Clone(b), make([]byte, binary.Size(r))...), le, &r)
 	must(t, err)
 	if int(r.Len) != len(b) || r.Version != uint8(bpf.LockstepLsConstLS_ABI_VERSION) || r.Term != term || r.Epoch != epoch ||
-		r.Type != uint8(bpf.LockstepLsRecTypeLS_REC_DATA) || r.Dir != uint8(bpf.LockstepLsDirLS_DIR_S2P) || r.Nsum != 0 {
+		r.Type != uint8(typ) || r.Dir != uint8(bpf.LockstepLsDirLS_DIR_S2P) || r.Nsum != 0 {
 		t.Fatalf("record of %d bytes: %+v", len(b), r)
 	}
 	if last := k.lanes[r.Lane]; r.LaneNo != last+1 && last != 0 {
@@ -398,7 +398,7 @@ func (d *duel) outbound(frame []byte) {
 	s := d.pass("outbound", d.k.LsSecOut, frame)
 	switch s.Parse(d.changed) {
 	case rewriter.ClassOther:
-		d.judge(drop, "svm_only")
+		d.uncompared(frame)
 		return
 	case rewriter.ClassMalformed:
 		d.judge(drop, "malformed")
@@ -430,10 +430,29 @@ func (d *duel) outbound(frame []byte) {
 	d.sameBytes("copy", d.k.kept(d.T, ev.Slot), d.changed)
 }
 
+// uncompared: what is not TCP to the model is a datagram to the kernel, or link
+// business. It becomes one record, and no connection hears of it.
+func (d *duel) uncompared(frame []byte) {
+	d.Helper()
+	switch {
+	case frame[12] == 8 && frame[13] == 0 && frame[23] == 2: // IGMP
+		d.judge(drop, "svm_only")
+		return
+	case frame[12] == 8 && frame[13] == 6, frame[12] == 0x86 && frame[20] == 58:
+		d.judge(redirect, "neigh_out")
+		d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_NEIGH, d.out)
+	default:
+		d.judge(redirect, "record_out")
+		r, _ := d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_DGRAM, d.out)
+		d.expect("flags of a datagram", r.Flags|r.TcpFlags|r.Optlen, uint8(0))
+	}
+	d.expect("copies", len(d.k.events(d.T)), 0)
+}
+
 // sameRecord holds the record frame that the kernel made against want.
 func (d *duel) sameRecord(want *rewriter.Record, payload []byte) (between []byte) {
 	d.Helper()
-	r, between := d.k.record(d.T, d.out)
+	r, between := d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_DATA, d.out)
 	got := rewriter.Record{
 		Tuple: modelTuple(r.T), Inherited: r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) != 0,
 		Inc: r.Inc, Seq: r.Seq, End: r.End, Ack: r.Ack, Win: r.Win, Flags: rewriter.Flags(r.TcpFlags),
@@ -536,6 +555,46 @@ func (d *duel) segment(toGuest bool) seg {
 	return s
 }
 
+// other makes a frame of a segment that is not TCP any more, or that no TCP header
+// can be found in: it is the flow's, and must not touch its connection.
+func (d *duel) other(toGuest bool) []byte {
+	s := d.segment(toGuest)
+	frame := s.bytes()
+	ip := frame[etherHeader:]
+	if !s.flow.v6 {
+		switch rapid.IntRange(0, 3).Draw(d.T, "other") {
+		case 0:
+			ip[9] = rapid.SampledFrom([]byte{1, 2, 17, 47, 50, 132}).Draw(d.T, "protocol")
+		case 1: // of a fragment, the first too
+			be.PutUint16(ip[6:], rapid.Uint16Range(1, 0x3fff).Draw(d.T, "fragment"))
+		case 2:
+			arp := slices.Concat([]byte{0, 1, 8, 0, 6, 4, 0, 1}, frame[6:12], ip[12:16], make([]byte, 6), []byte{198, 51, 100, 1})
+			frame = append(append(frame[:12:12], 8, 6), arp...)
+		case 3:
+			be.PutUint16(frame[12:], rapid.Uint16Range(0x600, 0x7ff).Draw(d.T, "ethertype"))
+		}
+		return frame
+	}
+	tcp := slices.Clone(ip[40:])
+	proto := rapid.SampledFrom([]byte{0, 43, 44, 60, 17, 47, 58}).Draw(d.T, "protocol")
+	ip[6] = proto
+	var chain []byte
+	switch proto {
+	case 0, 60: // more headers than are walked
+		chain = bytes.Repeat([]byte{60, 0, 1, 4, 0, 0, 0, 0}, 9)
+		chain[64] = 6
+	case 43:
+		chain = []byte{6, 0, 4, 0, 0, 0, 0, 0}
+	case 44:
+		chain = []byte{6, 0, 0, 0, 1, 2, 3, 4}
+		be.PutUint16(chain[2:], 8*rapid.Uint16Range(0, 20).Draw(d.T, "offset")|1)
+	case 58:
+		tcp = append([]byte{135, 0, 0, 0, 0, 0, 0, 0}, make([]byte, 16)...)
+	}
+	be.PutUint16(ip[4:], uint16(len(chain)+len(tcp)))
+	return slices.Concat(frame[:etherHeader+40], chain, tcp)
+}
+
 // damaged spoils a frame now and then.
 func (d *duel) damaged(frame []byte) []byte {
 	switch rapid.IntRange(0, 19).Draw(d.T, "damage") {
@@ -543,8 +602,7 @@ func (d *duel) damaged(frame []byte) []byte {
 		const shortest = etherHeader + 40 // PROG_TEST_RUN wants an IP header whole
 		return frame[:rapid.IntRange(shortest, len(frame)).Draw(d.T, "cut")]
 	case 1:
-		// Not the protocol: what other protocols are is no matter of the rewriter.
-		at := rapid.IntRange(12, len(frame)-1).Filter(func(at int) bool { return at != 20 && at != 23 }).Draw(d.T, "at")
+		at := rapid.IntRange(12, len(frame)-1).Draw(d.T, "at")
 		frame[at] ^= 1 << rapid.IntRange(0, 7).Draw(d.T, "bit")
 	}
 	return frame
@@ -585,11 +643,17 @@ func (d *duel) open() {
 }
 
 func (d *duel) step() {
-	switch rapid.SampledFrom([]string{"in", "in", "out", "out", "out", "announce", "open", "alone", "checkpoint", "idle"}).Draw(d.T, "step") {
+	switch rapid.SampledFrom([]string{"in", "in", "out", "out", "out", "other", "announce", "open", "alone", "checkpoint", "idle"}).Draw(d.T, "step") {
 	case "in":
 		d.inbound(d.damaged(d.segment(true).bytes()))
 	case "out":
 		d.outbound(d.damaged(d.segment(false).bytes()))
+	case "other":
+		if rapid.Bool().Draw(d.T, "to guest") {
+			d.inbound(d.other(true))
+		} else {
+			d.outbound(d.other(false))
+		}
 	case "announce":
 		flags := rapid.SampledFrom([]rewriter.Flags{syn, syn | ackF, syn | ackF}).Draw(d.T, "flags")
 		d.announceSyn(rapid.SampledFrom(d.flows).Draw(d.T, "flow"), flags)

@@ -37,11 +37,15 @@ func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 	if o.primary {
 		role = loader.Primary
 	}
+	var rules []loader.Rule
+	for _, r := range o.rules {
+		rules = append(rules, loader.Rule(r))
+	}
 	return loader.Options{
 		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
-		ConfigHash: o.hash, Version: versionString(),
+		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
 		Log: o.log, Mutation: mutation,
 	}
 }

@@ -29,6 +29,12 @@ const (
 	DefaultSlots          = 16384
 	DefaultGSOSlots       = 1024
 
+	DefaultRekey = time.Hour
+
+	DefaultHeartbeatInterval = 50 * time.Millisecond
+	DefaultHeartbeatTimeout  = 500 * time.Millisecond
+	DefaultHeartbeatSpeak    = 400 * time.Millisecond
+
 	DefaultPeriod      = 20 * time.Second
 	DefaultMinInterval = 20 * time.Millisecond
 )
@@ -46,6 +52,7 @@ type Config struct {
 	TLS        TLS
 	PinDir     string // in a bpffs
 	RunDir     string // of the status sockets
+	Heartbeat  Heartbeat
 	Compare    Compare
 	Checkpoint Checkpoint
 
@@ -65,7 +72,15 @@ type NIC struct {
 	Tap        string
 	PeerDevice string // an L2 device that exists
 	PeerVXLAN  *VXLAN // or one that lockstep makes
+	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff
 }
+
+// What NIC.XDP may say.
+const (
+	XDPAuto = "auto" // where the device's driver runs it itself
+	XDPOn   = "on"   // or do not start
+	XDPOff  = "off"
+)
 
 // VXLAN is a peer link that lockstep makes.
 type VXLAN struct {
@@ -78,9 +93,30 @@ type VXLAN struct {
 // Device is the name of the device that lockstep makes.
 func (v *VXLAN) Device() string { return fmt.Sprintf("lsx%d", v.ID) }
 
-// TLS says how the control link is protected.
+// TLS says how the control link is protected: with three files, or not at all.
 type TLS struct {
-	Insecure bool // it is not
+	Insecure      bool          // it is not
+	CA, Cert, Key string        // may contain {node}: see Files
+	Rekey         time.Duration // between two rotations of the session's keys
+}
+
+// Files are a node's CA, certificate and private key.
+func (t *TLS) Files(node string) (ca, cert, key string) {
+	of := func(s string) string { return strings.ReplaceAll(s, "{node}", node) }
+	return of(t.CA), of(t.Cert), of(t.Key)
+}
+
+// Heartbeat times the echoes between the kernels (R20).
+type Heartbeat struct {
+	Interval time.Duration // between two echoes
+	Timeout  time.Duration // of a silent peer, before it counts as dead
+	Speak    time.Duration // an echo lets the PVM speak for so long: T of R20
+}
+
+// Rule names datagrams that leave from the PVM uncompared.
+type Rule struct {
+	Proto                 uint8  // IPPROTO_*, not TCP
+	GuestPort, RemotePort uint16 // UDP only; 0: any
 }
 
 // Compare bounds the comparison.
@@ -90,6 +126,7 @@ type Compare struct {
 	MaxConnections int
 	Slots          int // held frames, per NIC
 	GSOSlots       int // held GSO frames, per NIC
+	PrimaryOnly    []Rule
 }
 
 // Checkpoint paces the checkpoints.
@@ -131,6 +168,8 @@ func Parse(file string, data []byte) (*Config, error) {
 			Slots:          DefaultSlots,
 			GSOSlots:       DefaultGSOSlots,
 		},
+		TLS:        TLS{Rekey: DefaultRekey},
+		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
 		at:         r.at,
 	}
@@ -182,13 +221,14 @@ func (c *Config) pos(key string) Pos {
 }
 
 // Hash is over what both daemons must agree on: the guest, the two nodes'
-// names, control addresses and peer links, and the rules. Paths, taps, sockets
-// and slot counts are each host's own.
+// names, control addresses and peer links, and the rules. Paths, taps, sockets,
+// certificates and slot counts are each host's own.
 func (c *Config) Hash() [32]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "lockstep config 1\nvm %s\ntls %+v\ncompare %d %d %d\ncheckpoint %d %d\n",
-		c.VM, c.TLS,
-		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections,
+	fmt.Fprintf(h, "lockstep config 2\nvm %s\ninsecure %v\nheartbeat %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d\n",
+		c.VM, c.TLS.Insecure,
+		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak,
+		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly,
 		c.Checkpoint.Period, c.Checkpoint.MinInterval)
 	a, b := &c.Nodes[0], &c.Nodes[1]
 	if a.Name > b.Name { // the file's order means nothing

@@ -18,11 +18,16 @@ import (
 
 const example = `vm: web1
 nodes:
-  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}], qmp: run/alpha.qmp}
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP, xdp: on}}], qmp: run/alpha.qmp}
   beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {vxlan: {id: 77, port: 4790, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}], qmp: run/beta.qmp}
-tls: {insecure: true}            # certificates come with the next issue
+tls:
+  ca: certs/ca.pem
+  cert: certs/{node}.pem
+  key: "certs/{node}.key"
+  rekey: 2h
+heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms}
 pin_dir: /sys/fs/bpf/lockstep
-compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300}
+compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
 checkpoint: {period: 4s, min_interval: 5ms}
 `
 
@@ -51,14 +56,16 @@ func TestParse(t *testing.T) {
 		VM:   "web1",
 		Nodes: [2]Node{
 			{Name: "alpha", Control: netip.MustParseAddrPort("192.0.2.1:7700"), QMP: "etc/run/alpha.qmp",
-				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP"}}},
+				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP", XDP: "on"}}},
 			{Name: "beta", Control: netip.MustParseAddrPort("192.0.2.2:7700"), QMP: "etc/run/beta.qmp",
-				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}}}},
+				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto"}}},
 		},
-		TLS:        TLS{Insecure: true},
-		PinDir:     "/sys/fs/bpf/lockstep",
-		RunDir:     "/run/lockstep",
-		Compare:    Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300},
+		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour},
+		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Speak: 200 * time.Millisecond},
+		PinDir:    "/sys/fs/bpf/lockstep",
+		RunDir:    "/run/lockstep",
+		Compare: Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300,
+			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}},
 		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond},
 	}
 	if d := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Config{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
@@ -67,6 +74,9 @@ func TestParse(t *testing.T) {
 	if got, want := got.Socket("alpha"), "/run/lockstep/web1-alpha.sock"; got != want {
 		t.Errorf("socket %s, want %s", got, want)
 	}
+	if ca, cert, key := got.TLS.Files("beta"); ca != "etc/certs/ca.pem" || cert != "etc/certs/beta.pem" || key != "etc/certs/beta.key" {
+		t.Errorf("certificates of beta: %s, %s, %s", ca, cert, key)
+	}
 }
 
 func TestDefaults(t *testing.T) {
@@ -74,8 +84,14 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots}); c.Compare != want {
-		t.Errorf("compare %+v, want %+v", c.Compare, want)
+	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil}, c.Compare); d != "" {
+		t.Errorf("compare: -want +got\n%s", d)
+	}
+	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak}); c.Heartbeat != want {
+		t.Errorf("heartbeat %+v, want %+v", c.Heartbeat, want)
+	}
+	if want := (TLS{Insecure: true, Rekey: DefaultRekey}); c.TLS != want || c.Nodes[0].NICs[0].XDP != XDPAuto {
+		t.Errorf("tls %+v, want %+v; xdp %q", c.TLS, want, c.Nodes[0].NICs[0].XDP)
 	}
 	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval}); c.Checkpoint != want {
 		t.Errorf("checkpoint %+v, want %+v", c.Checkpoint, want)
@@ -226,6 +242,9 @@ func TestHash(t *testing.T) {
 		"tap":            replace("tapP", "tap7"),
 		"qmp":            replace("run/alpha.qmp", "alpha.qmp"),
 		"slots":          replace("slots: 200", "slots: 400"),
+		"certificate":    replace("certs/{node}.pem", "/etc/beta.pem"),
+		"rekey":          replace("rekey: 2h", "rekey: 3h"),
+		"xdp":            replace("xdp: on", "xdp: off"),
 	} {
 		if hash(s) != base {
 			t.Errorf("another %s gives another hash", name)
@@ -238,6 +257,12 @@ func TestHash(t *testing.T) {
 		"vxlan":   replace("id: 77", "id: 78"),
 		"timeout": replace("timeout: 2s", "timeout: 3s"),
 		"period":  replace("period: 4s", "period: 6s"),
+		"beat":    replace("interval: 20ms", "interval: 21ms"),
+		"silence": replace("timeout: 300ms", "timeout: 301ms"),
+		"speak":   replace("speak: 200ms", "speak: 201ms"),
+		"rule":    replace("remote_port: 123", "guest_port: 123"),
+		"rules":   replace("{proto: 47}, ", ""),
+		"tls":     replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"),
 	} {
 		if hash(s) == base {
 			t.Errorf("another %s gives the same hash", name)

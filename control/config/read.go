@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	maxNICs = 16
+	maxNICs  = 16
+	maxRules = 16 // of compare.primary_only
 	// maxSocket is what sun_path holds, its final zero left out.
 	maxSocket = 107
 )
@@ -107,9 +108,16 @@ func (r *reader) config(root ast.Node, c *Config) {
 	r.mapping(top, []field{
 		{"vm", "it names the guest in pins, sockets and logs", r.name(&c.VM)},
 		{"nodes", "it says where the two hosts are", func(v value) { r.nodes(v, c) }},
-		{"tls", "write `tls: {insecure: true}` to let the control link's session keys travel in the clear", func(v value) { r.tls(v, &c.TLS) }},
+		{"tls", needTLS, func(v value) { r.tls(v, &c.TLS) }},
 		{"pin_dir", "", r.path(&c.PinDir)},
 		{"run_dir", "", r.path(&c.RunDir)},
+		{"heartbeat", "", func(v value) {
+			r.mapping(v, []field{
+				{"interval", "", r.duration(&c.Heartbeat.Interval, time.Millisecond, 10*time.Second)},
+				{"timeout", "", r.duration(&c.Heartbeat.Timeout, 3*time.Millisecond, time.Minute)},
+				{"speak", "", r.duration(&c.Heartbeat.Speak, 3*time.Millisecond, time.Minute)},
+			})
+		}},
 		{"compare", "", func(v value) {
 			r.mapping(v, []field{
 				{"timeout", "", r.duration(&c.Compare.Timeout, time.Millisecond, time.Hour)},
@@ -117,6 +125,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 				{"max_connections", "", r.integer(&c.Compare.MaxConnections, 1, 1<<20)},
 				{"slots", "", r.integer(&c.Compare.Slots, 16, 1<<20)},
 				{"gso_slots", "", r.integer(&c.Compare.GSOSlots, 1, 1<<16)},
+				{"primary_only", "", func(v value) { r.rules(v, &c.Compare.PrimaryOnly) }},
 			})
 		}},
 		{"checkpoint", "", func(v value) {
@@ -128,13 +137,103 @@ func (r *reader) config(root ast.Node, c *Config) {
 	})
 }
 
+const needTLS = "name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear"
+
 func (r *reader) tls(v value, t *TLS) {
-	r.mapping(v, []field{{"insecure", "write `tls: {insecure: true}`: the control link knows no certificates", func(v value) {
-		r.boolean(&t.Insecure)(v)
-		if b, ok := v.node.(*ast.BoolNode); ok && !b.Value {
-			r.refuse(v.pos, "insecure is false, and the control link knows no certificates", "write true to let session keys travel in the clear")
+	before := len(r.errs)
+	r.mapping(v, []field{
+		{"insecure", "", r.boolean(&t.Insecure)},
+		{"ca", "", r.path(&t.CA)},
+		{"cert", "", r.path(&t.Cert)},
+		{"key", "", r.path(&t.Key)},
+		{"rekey", "", r.duration(&t.Rekey, time.Second, 24*time.Hour)},
+	})
+	if len(r.errs) > before {
+		return
+	}
+	var named, missing []string
+	for _, f := range []struct{ key, path string }{{"ca", t.CA}, {"cert", t.Cert}, {"key", t.Key}} {
+		if f.path == "" {
+			missing = append(missing, f.key)
+		} else {
+			named = append(named, f.key)
 		}
-	}}})
+	}
+	switch {
+	case t.Insecure && len(named) > 0:
+		r.refuse(v.pos, "tls has both insecure: true and "+strings.Join(named, ", "), "keep the files for a protected link, or insecure: true for one in the clear")
+	case !t.Insecure && len(named) == 0:
+		r.refuse(v.pos, "tls names no files", needTLS)
+	case !t.Insecure && len(missing) > 0:
+		r.refuse(v.pos, "tls lacks "+strings.Join(missing, " and "), "ca, cert and key go together; `lockstep keys` makes all three")
+	}
+}
+
+func (r *reader) rules(v value, rules *[]Rule) {
+	seq, ok := v.node.(*ast.SequenceNode)
+	if !ok {
+		r.wrongType(v, "a list like [{proto: udp, remote_port: 123}]")
+		return
+	}
+	if len(seq.Values) > maxRules {
+		r.refuse(v.pos, fmt.Sprintf("primary_only has %d rules, and there is room for %d", len(seq.Values), maxRules), "")
+		return
+	}
+	for i, e := range seq.Values {
+		var (
+			rule          Rule
+			guest, remote int
+		)
+		v := r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos)
+		before := len(r.errs)
+		r.mapping(v, []field{
+			{"proto", "it says what leaves uncompared: udp, icmp, icmpv6 or an IP protocol's number", r.proto(&rule.Proto)},
+			{"guest_port", "", r.integer(&guest, 1, math.MaxUint16)},
+			{"remote_port", "", r.integer(&remote, 1, math.MaxUint16)},
+		})
+		if len(r.errs) > before {
+			continue
+		}
+		if rule.Proto != protoUDP && (guest != 0 || remote != 0) {
+			r.refuse(v.pos, fmt.Sprintf("IP protocol %d has no ports here", rule.Proto), "remove them, or write proto: udp")
+		}
+		rule.GuestPort, rule.RemotePort = uint16(guest), uint16(remote)
+		*rules = append(*rules, rule)
+	}
+}
+
+const (
+	protoTCP, protoUDP = 6, 17
+	// maxProto: 255 is what is not IP to the kernel half.
+	maxProto = 254
+)
+
+func (r *reader) proto(to *uint8) func(value) {
+	return func(v value) {
+		n := protoTCP
+		const want = "udp, icmp, icmpv6 or an IP protocol's number"
+		switch s := v.node.(type) {
+		case *ast.StringNode:
+			var ok bool
+			if n, ok = map[string]int{"icmp": 1, "tcp": protoTCP, "udp": protoUDP, "icmpv6": 58}[s.Value]; !ok {
+				r.refuse(v.pos, fmt.Sprintf("proto %q is not known here", s.Value), "write "+want)
+				return
+			}
+		case *ast.IntegerNode:
+			before := len(r.errs)
+			if r.integer(&n, 0, maxProto)(v); len(r.errs) > before {
+				return
+			}
+		default:
+			r.wrongType(v, want)
+			return
+		}
+		if n == protoTCP {
+			r.refuse(v.pos, "TCP cannot be primary-only: the SVM could not go on with a connection whose bytes it never said", "remove the rule")
+			return
+		}
+		*to = uint8(n)
+	}
 }
 
 func (r *reader) nodes(v value, c *Config) {
@@ -169,7 +268,7 @@ func (r *reader) nics(v value, nics *[]NIC) {
 		return
 	}
 	for i, e := range seq.Values {
-		var nic NIC
+		nic := NIC{XDP: XDPAuto}
 		r.mapping(r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos), []field{
 			{"tap", "it is the guest's device in this host", r.device(&nic.Tap)},
 			{"peer", "it is the link to the other host: {device: NAME} or {vxlan: {...}}", func(v value) { r.peer(v, &nic) }},
@@ -182,6 +281,7 @@ func (r *reader) peer(v value, nic *NIC) {
 	before := len(r.errs)
 	r.mapping(v, []field{
 		{"device", "", r.device(&nic.PeerDevice)},
+		{"xdp", "", r.word(&nic.XDP, XDPAuto, XDPOn, XDPOff)},
 		{"vxlan", "", func(v value) {
 			x := &VXLAN{Port: DefaultVXLANPort}
 			nic.PeerVXLAN = x
@@ -259,6 +359,11 @@ func (r *reader) relations(c *Config) {
 		differ("port", y.Port, x.Port)
 		differ("local", y.Local, x.Remote)
 		differ("remote", y.Remote, x.Local)
+	}
+	if h := c.Heartbeat; h.Speak > h.Timeout {
+		r.refuse(at("heartbeat.speak"), fmt.Sprintf("speak %v is above timeout %v", h.Speak, h.Timeout), "a host that counts as dead must have fallen silent; lower it")
+	} else if h.Interval > h.Speak/3 {
+		r.refuse(at("heartbeat.interval"), fmt.Sprintf("interval %v is above a third of speak %v", h.Interval, h.Speak), "one lost echo must not silence the guest; lower it or raise speak")
 	}
 	if c.Compare.CutDelay >= c.Compare.Timeout {
 		r.refuse(at("compare.cut_delay"), fmt.Sprintf("cut_delay %v is not below timeout %v", c.Compare.CutDelay, c.Compare.Timeout), "a cut that waits for the timeout never happens; lower it")
@@ -406,6 +511,18 @@ func (r *reader) text(v value, want string, use func(string)) {
 		return
 	}
 	use(s.Value)
+}
+
+// word takes one of some words.
+func (r *reader) word(to *string, known ...string) func(value) {
+	return func(v value) {
+		want := "one of " + strings.Join(known, ", ")
+		r.text(v, want, func(s string) {
+			if *to = s; !slices.Contains(known, s) {
+				r.refuse(v.pos, fmt.Sprintf("%s is %q", v.path[strings.LastIndexByte(v.path, '.')+1:], s), "it must be "+want)
+			}
+		})
+	}
 }
 
 // Names become file names in a bpffs, where a dot is refused.

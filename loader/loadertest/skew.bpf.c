@@ -11,6 +11,7 @@
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
+#include <linux/in6.h>
 #include <stddef.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -53,14 +54,14 @@ struct seg {
 
 static __always_inline int parse(struct __sk_buff *skb, struct seg *s, int out)
 {
-	__u8 ip[40] = {}, proto;
+	__u8 ip[40] = {}, ext[2], proto;
 	__u32 ports[1];
 
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, 20) || ip[0] != 0x45)
+		if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, 20))
 			return -1;
 		proto = ip[9];
-		s->l4 = ETH_HLEN + 20;
+		s->l4 = ETH_HLEN + (ip[0] & 15) * 4;
 		__builtin_memcpy(s->k.remote, out ? ip + 16 : ip + 12, 4);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		if (bpf_skb_load_bytes(skb, ETH_HLEN, ip, 40))
@@ -68,6 +69,12 @@ static __always_inline int parse(struct __sk_buff *skb, struct seg *s, int out)
 		proto = ip[6];
 		s->l4 = ETH_HLEN + 40;
 		__builtin_memcpy(s->k.remote, out ? ip + 24 : ip + 8, 16);
+		if (proto == IPPROTO_HOPOPTS || proto == IPPROTO_DSTOPTS) {
+			if (bpf_skb_load_bytes(skb, s->l4, ext, sizeof(ext)))
+				return -1;
+			proto = ext[0];
+			s->l4 += (ext[1] + 1) * 8;
+		}
 	} else {
 		return -1;
 	}

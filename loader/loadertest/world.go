@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package loadertest makes the surroundings that tests of the data path need:
-// two hosts, two guests and a client as network namespaces, and a skew on the
-// secondary guest's link.
+// two hosts, two guests and a client as network namespaces, a skew on the
+// secondary guest's link, and a bad peer link.
 package loadertest
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,8 +25,8 @@ import (
 const (
 	Guest4, Guest6   = "10.77.0.2", "fd77::2"
 	Client4, Client6 = "10.77.0.1", "fd77::1"
-	clientMAC        = "02:00:00:00:77:01"
-	guestMAC         = "02:00:00:00:77:02"
+	ClientMAC        = "02:00:00:00:77:01"
+	GuestMAC         = "02:00:00:00:77:02"
 )
 
 // ClientAddrs4 are the client's IPv4 addresses: one alone runs out of ports.
@@ -35,9 +36,11 @@ var ClientAddrs4 = []string{Client4, "10.77.0.11", "10.77.0.12", "10.77.0.13"}
 // and the two guests with the same addresses.
 type World struct {
 	Client, HostP, HostS, PVM, SVM string // namespace names
+	Mid                            string // the namespace between the hosts' peer devices, if any
 	Dir                            string // for files
 	Pins                           string // a bpffs
 	Skew                           *Skew
+	Impair                         *Impair // of an Impaired world
 }
 
 // Peer is how the hosts reach each other.
@@ -45,8 +48,9 @@ type Peer int
 
 // Kinds of peer link.
 const (
-	Veth  Peer = iota // devices peerP, peerS
-	VXLAN             // underlay devices underP, underS with 198.51.100.1, .2
+	Veth     Peer = iota // devices peerP, peerS
+	VXLAN                // underlay devices underP, underS with 198.51.100.1, .2
+	Impaired             // devices peerP, peerS with a namespace between them
 )
 
 var worlds atomic.Int32
@@ -84,6 +88,21 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	switch peer {
 	case Veth:
 		link("peerP", w.HostP, "peerS", w.HostS)
+	case Impaired:
+		w.Mid = id + "m"
+		Run(t, "ip", "netns", "add", w.Mid)
+		t.Cleanup(func() { Run(t, "ip", "netns", "del", w.Mid) })
+		// It has no voice of its own.
+		Run(t, "nsenter", "--net=/run/netns/"+w.Mid, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+		link("peerP", w.HostP, MidP, w.Mid)
+		link("peerS", w.HostS, MidS, w.Mid)
+		link(slowP, w.Mid, slowS, w.Mid)
+		for _, dev := range []string{MidP, MidS, slowP, slowS} {
+			w.ip(t, w.Mid, "link set "+dev+" mtu 9100")
+		}
+		// As a NIC does: what is lost is segments, not 64 KiB at once.
+		Run(t, "nsenter", "--net=/run/netns/"+w.HostP, "ethtool", "-K", "peerP", "tso", "off", "gso", "off")
+		w.Impair = addImpair(t, w.Mid)
 	case VXLAN:
 		link("underP", w.HostP, "underS", w.HostS)
 		w.ip(t, w.HostP, "link set underP mtu 1600")
@@ -91,19 +110,20 @@ func NewWorld(t testing.TB, peer Peer) *World {
 		w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev underP")
 		w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev underS")
 	}
-	w.ip(t, w.Client, "link set eth0 address "+clientMAC)
+	w.ip(t, w.Client, "link set eth0 address "+ClientMAC)
 	for _, a := range ClientAddrs4 {
 		w.ip(t, w.Client, "addr add "+a+"/24 dev eth0")
 	}
 	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
 	for _, guest := range []string{w.PVM, w.SVM} {
-		w.ip(t, guest, "link set eth0 address "+guestMAC)
+		w.ip(t, guest, "link set eth0 down") // or the link-local address is of another MAC
+		w.ip(t, guest, "link set eth0 address "+GuestMAC+" up")
 		w.ip(t, guest, "addr add "+Guest4+"/24 dev eth0")
 		w.ip(t, guest, "addr add "+Guest6+"/64 dev eth0 nodad")
 	}
 	// Real pairs share neighbour entries by their checkpoints.
 	for _, a := range append([]string{Client6}, ClientAddrs4...) {
-		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+clientMAC+" dev eth0 nud permanent")
+		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+ClientMAC+" dev eth0 nud permanent")
 	}
 	w.Pins = filepath.Join(w.Dir, "bpf")
 	if err := os.Mkdir(w.Pins, 0o700); err != nil {
@@ -171,6 +191,19 @@ func In(t testing.TB, ns string, f func()) {
 		runtime.UnlockOSThread()
 	}()
 	f()
+}
+
+// Index is a device's number in namespace ns.
+func Index(t testing.TB, ns, device string) (index int) {
+	t.Helper()
+	In(t, ns, func() {
+		dev, err := net.InterfaceByName(device)
+		if err != nil {
+			t.Fatalf("%s in %s: %v", device, ns, err)
+		}
+		index = dev.Index
+	})
+	return index
 }
 
 // Command is a command in namespace ns. Not `ip netns exec`, which hides the
