@@ -144,7 +144,7 @@ func (p *Primary) commit(epoch uint32, at int64) {
 		}
 		if !c.floating && !c.synWait {
 			p.setBase(c, c.released)
-			c.rooted = true
+			c.rooted, c.adopted = true, false
 		}
 		p.restart(c)
 	}
@@ -197,7 +197,7 @@ func (p *Primary) commitConn(c *conn, at int64, out []leaving) []leaving {
 	c.diverged, c.why = false, ReasonNone
 	c.sSYN, c.sSYNSame = false, false
 	c.svmSaid, c.sFIN, c.sRST, c.openOnSVM = false, mark{}, svmReset{}, false
-	c.cutAt, c.askAt, c.asks, c.waiting = 0, 0, 0, false
+	c.cutAt, c.askAt, c.asks, c.query, c.waiting = 0, 0, 0, backoff{}, false
 	c.marks = c.marks[:0]
 	if fresh {
 		p.setBase(c, c.inc+1)

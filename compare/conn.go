@@ -38,13 +38,15 @@ type conn struct {
 	sSYNWin   uint16
 	openOnSVM bool // the SVM opened this tuple itself, without an offset
 	openLink  openLink
+	half      halfLink
 
 	// compared: below it PVM and SVM agree. released: highest position sent, the
 	// FIN included. Between them lies what R5 has not cut yet. low: what lies
 	// below it is unknown, unless rooted, where all the past is common.
 	compared, released, low uint32
 	floating, rooted        bool
-	sum                     Sum // at compared, from the base of svm's points
+	adopted                 bool // from an earlier daemon: the remote has all below low
+	sum                     Sum  // at compared, from the base of svm's points
 	svm                     knowledge
 	pvmSaid, svmSaid        bool   // pvmEnd, svmEnd hold
 	pvmEnd, svmEnd          uint32 // highest end of the data of each
@@ -74,6 +76,8 @@ type conn struct {
 	cutAt    int64
 	askAt    int64
 	asks     int
+	query    backoff // R6
+	mirrorAt int64   // before it nothing is mirrored again
 	annAt    int64
 	annDelay int64
 	annLeft  int
@@ -121,6 +125,7 @@ func (p *Primary) create(t *Tuple) *conn {
 func (p *Primary) reset(c *conn) {
 	p.forget(c)
 	p.unlinkOpen(c)
+	p.unlinkHalf(c)
 	*c = conn{
 		timer: c.timer, tuple: c.tuple, no: p.eventNo, born: p.now, last: p.now,
 		floating: true, scale: scaleUnknown,
@@ -149,6 +154,7 @@ func (p *Primary) remove(c *conn, why Reason) {
 	p.freeHeld(c, why)
 	p.forget(c)
 	p.unlinkOpen(c)
+	p.unlinkHalf(c)
 	p.timers.remove(&c.timer)
 	delete(p.conns, c.tuple)
 	if len(p.spare) < maxSpare {
@@ -169,7 +175,7 @@ func (p *Primary) tableFull(s *Segment) {
 }
 
 // accept tells whether a record belongs to c's incarnation (R8). A connection
-// that P met in mid-stream adopts that of the newest record, until something has
+// that P met in mid-stream takes over that of the newest record, until something has
 // been verified.
 func (p *Primary) accept(c *conn, s *Segment) bool {
 	switch {
@@ -177,12 +183,15 @@ func (p *Primary) accept(c *conn, s *Segment) bool {
 		return true
 	case c.incKnown && s.Inherited == c.inherited && (s.Inherited || s.Inc == c.inc):
 		return true
-	case c.incKnown && !c.floating:
+	case c.incKnown && !c.floating && !c.unverified():
 		// A connection that was half open at a commit may get an offset, of 0,
 		// afterwards: its records name the incarnation again.
 		return c.hasInc && !s.Inherited && c.inc == s.Inc
 	case c.incKnown:
 		p.forget(c)
+		if !c.floating {
+			p.setBase(c, c.compared)
+		}
 		c.s, c.sSACK, c.sBlockN = side{}, sackSet{}, 0
 		c.svmSaid, c.sFIN, c.sRST = false, mark{}, svmReset{}
 	}
@@ -190,6 +199,9 @@ func (p *Primary) accept(c *conn, s *Segment) bool {
 	c.inc, c.hasInc = s.Inc, !s.Inherited
 	return true
 }
+
+// unverified: c was adopted, and nothing of it has been compared yet.
+func (c *conn) unverified() bool { return c.adopted && c.compared == c.low }
 
 // closed tells whether both sides are through with c.
 func (c *conn) closed() bool {

@@ -47,7 +47,8 @@ type dgramFlow struct {
 	born    int64
 	held    deque[dgram]
 	said    deque[saidDgram]
-	askedAt int64 // when a checkpoint was asked for; 0: it was not
+	query   backoff // R6
+	askedAt int64   // when a checkpoint was asked for; 0: it was not
 }
 
 func (p *Primary) createFlow(t *Tuple) *dgramFlow {
@@ -208,6 +209,7 @@ func (p *Primary) releaseFlow(f *dgramFlow) {
 			return
 		}
 		f.held.drop(1)
+		f.query = backoff{}
 	}
 }
 
@@ -238,6 +240,9 @@ func (p *Primary) waitFlow(f *dgramFlow) {
 		p.removeFlow(f)
 		return
 	}
+	if f.held.len() > 0 {
+		f.query.run(p.now)
+	}
 	if d := p.flowDeadline(f); d <= p.now {
 		p.fireFlow(f)
 	} else if d < f.due {
@@ -253,6 +258,9 @@ func (p *Primary) flowDeadline(f *dgramFlow) int64 {
 	}
 	if f.held.len() > 0 {
 		d = max(f.held.view()[0].since, f.askedAt) + int64(p.cfg.Timeout)
+		if f.query.at != 0 {
+			d = min(d, f.query.at)
+		}
 	}
 	if f.said.len() > 0 {
 		d = min(d, f.said.view()[0].since+int64(p.cfg.Timeout))
@@ -274,7 +282,13 @@ func (p *Primary) fireFlow(f *dgramFlow) {
 			f.askedAt = p.now
 			p.checkpoint(&f.tuple, ReasonDatagram)
 		}
-		if f.held.len() == 0 && f.said.len() == 0 {
+		switch {
+		case f.held.len() > 0:
+			f.query.run(p.now)
+			if f.query.due(p.now) {
+				p.query()
+			}
+		case f.said.len() == 0:
 			p.removeFlow(f)
 			return
 		}
@@ -302,7 +316,7 @@ func (p *Primary) commitFlow(f *dgramFlow, at int64, out []leaving) []leaving {
 	}
 	f.held.remove(young, len(held))
 	p.forgetSaid(f)
-	f.askedAt = 0
+	f.askedAt, f.query = 0, backoff{}
 	return out
 }
 

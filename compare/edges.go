@@ -182,18 +182,17 @@ func (p *Primary) root(c *conn) {
 	if c.compared == base && c.svm.points.len() > 0 {
 		return
 	}
-	for _, pt := range c.svm.points.view() {
-		if pt.pos == c.compared {
-			continue
-		}
-		e := edge{c.compared, pt.pos, pt.sum.minus(c.sum)}
-		if before(pt.pos, c.compared) {
-			e = edge{pt.pos, c.compared, c.sum.minus(pt.sum)}
-		}
-		p.addLoose(c, e)
-	}
-	p.setBase(c, base)
+	p.rebase(c, base)
 	c.low, c.released = base, base
+}
+
+// rebase makes pos the base. What is known stays so, from there or as loose edges.
+func (p *Primary) rebase(c *conn, pos uint32) {
+	pts := c.svm.points.view()
+	for i := 1; i < len(pts); i++ {
+		p.addLoose(c, edge{pts[i-1].pos, pts[i].pos, pts[i].sum.minus(pts[i-1].sum)})
+	}
+	p.setBase(c, pos)
 	p.relearn(c)
 }
 

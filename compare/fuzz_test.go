@@ -32,7 +32,7 @@ func (f *fuzzInput) pos() uint32 {
 
 func (f *fuzzInput) event(keys *Keys) Event {
 	kinds := []EventKind{EvPVM, EvPVM, EvPVM, EvSVM, EvSVM, EvSVM, EvAnswer, EvClient, EvTick, EvFreeze, EvThaw, EvCommit,
-		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, 0, 99}
+		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, EvAdopt, 0, 99}
 	k := f.byte()
 	ev := Event{Kind: kinds[int(k)%len(kinds)], Epoch: uint32(f.byte() % 4)}
 	s := &ev.Seg
@@ -92,7 +92,7 @@ func FuzzStep(f *testing.F) {
 		in := fuzzInput{b}
 		p := NewPrimary(Config{
 			MaxConnections: 2, ConnPoints: 6, MaxNext: 3, KeepYoung: in.byte()%2 == 0,
-			MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxSaid: 4,
+			MaxHalfOpen: int(in.byte() % 4), MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxSaid: 4,
 		}, keys)
 		s := NewSecondary(SecondaryConfig{MaxCopies: 3}, keys)
 		slots := map[Slot]bool{}
@@ -140,7 +140,7 @@ func FuzzStep(f *testing.F) {
 		for _, k := range []EventKind{EvThaw, EvTick, EvSolo, EvReset, EvUnpark} {
 			step(Event{Kind: k})
 		}
-		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points != 0 || len(p.opens) != 0 || st.Flows != 0 || p.dgrams != 0 || p.said != 0 || len(p.timers) != 0 {
+		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points != 0 || len(p.opens) != 0 || st.Flows != 0 || p.dgrams != 0 || p.said != 0 || len(p.timers) != 0 || p.half != (halfOpen{}) {
 			t.Fatalf("left over: slots %v, %d points, %d opens, %+v", slots, p.points, len(p.opens), st)
 		}
 	})

@@ -174,6 +174,11 @@ func (p *Primary) mayRepeat(c *conn, h *piece) Reason {
 		return ReasonDuplicate
 	case !c.canACK(h.flags):
 		return ReasonNoACK
+	case !c.rooted && c.adopted && before(h.start, c.low):
+		// The remote has it, and the PVM missed that ACK: ask without the bytes, which
+		// nobody has compared.
+		h.payload, h.end, h.fin = nil, h.base, false
+		return ReasonNone
 	case !c.rooted && before(h.start, c.low):
 		// The connection was met in mid-stream: nobody has compared this.
 		p.diverge(c, ReasonUnknownPast)

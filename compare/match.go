@@ -202,7 +202,7 @@ func (p *Primary) pvm(s *Segment) {
 			return
 		}
 	case c == nil:
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.createEvicting(&s.Tuple); c == nil {
 			p.tableFull(s)
 			return
 		}
@@ -214,7 +214,10 @@ func (p *Primary) pvm(s *Segment) {
 	} else {
 		p.hold(c, s)
 	}
-	c.established = c.established || s.Flags&SYN == 0
+	if s.Flags&SYN == 0 {
+		c.established = true
+		p.unlinkHalf(c)
+	}
 	p.pump(c)
 }
 
@@ -225,7 +228,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	opened := false // by the SVM too
 	switch {
 	case c == nil:
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.createEvicting(&s.Tuple); c == nil {
 			p.tableFull(s)
 			return nil
 		}
@@ -258,6 +261,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 		c.scale = int8(scale)
 	}
 	p.startAnnouncing(c, math.MaxInt)
+	p.linkHalf(c)
 	if !passive {
 		p.pvmOpened(c, opened)
 	}
@@ -332,6 +336,7 @@ func (p *Primary) svm(s *Segment) {
 	had, next := c.s.ok, c.svmNext()
 	dup := !p.svmACK(c, s) && had && s.Flags&(ACK|SYN|FIN) == ACK && s.Len == 0 &&
 		s.Ack == c.s.ack && !before(s.Seq, next)
+	p.repeated(c, s)
 	if !p.svmData(c, s) {
 		p.stats.Drops[ReasonStray]++
 	}

@@ -12,6 +12,7 @@ const (
 	mutR3                            // SYN and FIN need not match
 	mutR4                            // repetitions of what has left are dropped
 	mutR5                            // nothing is cut
+	mutR6                            // nothing is done about loss on the peer link
 	mutR7                            // the clock runs in spite of progress
 	mutR8                            // records of any incarnation count
 	mutR14                           // frames captured behind the commit point leave too

@@ -14,6 +14,7 @@ type Config struct {
 
 	MaxConnections int           // 65536
 	Linger         time.Duration // what a closed connection is kept for; 2 s
+	MaxHalfOpen    int           // connections that are not established; 16384
 	HalfOpen       time.Duration // what a connection may take to open; 60 s
 	Idle           time.Duration // 2 h
 
@@ -40,6 +41,7 @@ func (c *Config) setDefaults() {
 	c.CutDelay = cmp.Or(c.CutDelay, time.Millisecond)
 	c.MaxConnections = cmp.Or(c.MaxConnections, 1<<16)
 	c.Linger = cmp.Or(c.Linger, 2*time.Second)
+	c.MaxHalfOpen = cmp.Or(c.MaxHalfOpen, 1<<14)
 	c.HalfOpen = cmp.Or(c.HalfOpen, time.Minute)
 	c.Idle = cmp.Or(c.Idle, 2*time.Hour)
 	c.MaxPoints = cmp.Or(c.MaxPoints, 1<<20)
@@ -66,6 +68,7 @@ type Primary struct {
 	asked        map[neighKey]struct{} // neighbours asked for within neighEvery
 	neighs       deque[neighAsk]       // the same, by time
 	next         []Segment             // records of epochs to come (R17)
+	half         halfOpen
 	spare        []*conn
 	spareFlows   []*dgramFlow
 	points       int // of all connections
@@ -73,6 +76,7 @@ type Primary struct {
 	said         int // datagrams of the SVM that the PVM has not said, of all flows
 	fullAsked    bool
 	fullAt       int64
+	queryAt      int64 // before it no query is made
 	stats        Stats
 
 	// During Step.
@@ -93,7 +97,9 @@ type Stats struct {
 	ReleasedPackets, SentACKs uint64
 	ReleasedDatagrams         uint64
 	Asks, Announces           uint64
+	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
+	Evicted                   uint64 // half-open connections that made room (R11)
 	Checkpoints, Drops        [ReasonCount]uint64
 }
 
@@ -140,6 +146,8 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.answer(&ev.Seg)
 	case EvClient:
 		p.client(&ev.Seg)
+	case EvAdopt:
+		p.adopt(&ev.Seg)
 	case EvNeigh:
 		p.neigh(&ev.Seg)
 	case EvTick:

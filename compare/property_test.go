@@ -76,6 +76,31 @@ func TestDifferentStreamsDoNot(t *testing.T) {
 	})
 }
 
+// TestRestart: a daemon that starts again in mid-stream takes over the connection:
+// nobody asks for a checkpoint, and all leaves.
+func TestRestart(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld(t, Config{Timeout: time.Hour}, genData(t))
+		w.adopts = true
+		w.open()
+		for range w.n(1, 3, "restarts") {
+			for range w.n(0, 60, "acts") {
+				w.act()
+			}
+			w.restart()
+		}
+		for range w.n(0, 60, "acts") {
+			w.act()
+		}
+		w.settle()
+		w.mustBeWhole()
+		if len(w.reasons) > 0 {
+			t.Fatalf("checkpoints: %v", w.reasons)
+		}
+		w.end()
+	})
+}
+
 // TestCheckpoints: whatever the guests disagree on, after a commit they agree, and
 // all leaves in the end; nothing leaves before. P may forget everything meanwhile,
 // and a connection may be followed by another one of the same tuple.
@@ -89,6 +114,7 @@ func TestCheckpoints(t *testing.T) {
 			}
 		}
 		differ()
+		w.adopts = rapid.Bool().Draw(t, "adopts")
 		w.open()
 		for range w.n(0, 5, "turns") {
 			for range w.n(0, 40, "acts") {

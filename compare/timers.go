@@ -109,7 +109,7 @@ func (p *Primary) deadline(c *conn) int64 {
 		return math.MaxInt64
 	}
 	d := p.endOfLife(c)
-	for _, at := range [...]int64{c.cutAt, c.askAt, c.annAt} {
+	for _, at := range [...]int64{c.cutAt, c.askAt, c.annAt, c.query.at} {
 		if at != 0 {
 			d = min(d, at)
 		}
@@ -155,6 +155,9 @@ func (p *Primary) fire(c *conn) {
 		}
 		if due(c.askAt) {
 			p.ask(c)
+		}
+		if c.query.due(p.now) && c.stuck() {
+			p.unstick(c)
 		}
 		if c.waiting && c.progress+int64(p.cfg.Timeout) <= p.now && p.stalled(c) {
 			return
@@ -258,6 +261,11 @@ func (p *Primary) wait(c *conn) {
 		c.progress = p.now
 	}
 	c.waiting = w
+	if c.stuck() {
+		c.query.run(p.now)
+	} else {
+		c.query = backoff{}
+	}
 	if _, soon, ok := p.askEnd(c); !ok {
 		c.askAt, c.asks = 0, 0
 	} else if c.asks == 0 {
@@ -274,6 +282,7 @@ func (p *Primary) wait(c *conn) {
 
 // moved notes that the compared point or A moved.
 func (p *Primary) moved(c *conn) {
+	c.query = backoff{}
 	if !p.off(mutR7) {
 		c.progress = p.now
 	}

@@ -21,7 +21,7 @@ import (
 // Transcripts live in testdata/primary and testdata/secondary; -rewrite writes
 // what happens now into them. Their commands:
 //
-//	config [timeout=1s] [cut=1ms] [max=n] [points=n] [next=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
+//	config [timeout=1s] [cut=1ms] [max=n] [half=n] [points=n] [next=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
 //	       [copies=n] [keep-young]
 //	run            one event per line; lines with effects come back, effects below
 //	flows | stats
@@ -32,7 +32,7 @@ import (
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
 //	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
-//	neigh [remote=n] [vlan2=n] [mac=n]
+//	neigh [remote=n] [vlan2=n] [mac=n] | adopt SEQ
 //	pvm|svm udp|icmp=TYPE|icmp6=TYPE SEQ..END [id=n] [frag=n] (a datagram; id picks its bytes)
 //	+DURATION      time passes, up to the next deadline, a tick, and so on
 //
@@ -89,6 +89,8 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				c.CutDelay = x.duration(v)
 			case "max":
 				c.MaxConnections = int(x.number(v))
+			case "half":
+				c.MaxHalfOpen = int(x.number(v))
 			case "points":
 				c.ConnPoints = int(x.number(v))
 			case "next":
@@ -131,8 +133,8 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 		if st.Flows > 0 || st.ReleasedDatagrams > 0 {
 			fmt.Fprintf(&x.out, "flows=%d datagrams=%d\n", st.Flows, st.ReleasedDatagrams)
 		}
-		fmt.Fprintf(&x.out, "connections=%d held=%d/%d released=%d/%d acks=%d asks=%d announces=%d\n", st.Connections,
-			st.HeldPackets, st.HeldBytes, st.ReleasedPackets, st.ReleasedBytes, st.SentACKs, st.Asks, st.Announces)
+		fmt.Fprintf(&x.out, "connections=%d held=%d/%d released=%d/%d acks=%d asks=%d announces=%d queries=%d remirrors=%d\n", st.Connections,
+			st.HeldPackets, st.HeldBytes, st.ReleasedPackets, st.ReleasedBytes, st.SentACKs, st.Asks, st.Announces, st.Queries, st.Remirrors)
 		for r := range ReasonCount {
 			if n := st.Checkpoints[r]; n > 0 {
 				fmt.Fprintf(&x.out, "checkpoint %v: %d\n", r, n)
@@ -237,6 +239,12 @@ func (x *transcript) effect(e *Effect) string {
 		fmt.Fprintf(&b, "deliver%s", slot)
 	case OpNeigh:
 		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
+	case OpRemirror:
+		b.WriteString("remirror")
+	case OpAdopt:
+		b.WriteString("adopt")
+	case OpQuery:
+		b.WriteString("query")
 	case OpForward:
 		fmt.Fprintf(&b, "forward%s", slot)
 	}
@@ -273,7 +281,7 @@ func (x *transcript) parse(line string) Event {
 	kinds := map[string]EventKind{
 		"pvm": EvPVM, "svm": EvSVM, "answer": EvAnswer, "client": EvClient, "freeze": EvFreeze, "thaw": EvThaw,
 		"commit": EvCommit, "solo": EvSolo, "tick": EvTick, "copy": EvCopy, "ask": EvAsk, "park": EvPark,
-		"unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh,
+		"adopt": EvAdopt, "unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh,
 	}
 	ev := Event{Kind: kinds[f[0]], Epoch: x.p.epoch, At: x.now}
 	if ev.Kind == 0 {
@@ -444,6 +452,7 @@ func TestMutations(t *testing.T) {
 		{mutR3, "r3_fin"},
 		{mutR4, "r4_repeat"},
 		{mutR5, "r5_cut"},
+		{mutR6, "r6_loss"},
 		{mutR7, "r7_time"},
 		{mutR8, "r8_incarnations"},
 		{mutR14, "r14_commit"},

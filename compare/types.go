@@ -187,6 +187,8 @@ const (
 	OpRemirror
 	// OpQuery: ask S for the newest record of every lane (R6).
 	OpQuery
+	// OpAdopt: tell with EvAdopt what the remote of Tuple has acknowledged by now (P).
+	OpAdopt
 )
 
 // Reason says why a frame was dropped or a checkpoint is needed.

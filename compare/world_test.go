@@ -44,6 +44,7 @@ type world struct {
 	reasons []Reason // of checkpoints
 	epoch   uint32
 	inherit bool // the SVM's connection came with a checkpoint
+	adopts  bool // a restarted P hears of the connections that there are (R23)
 }
 
 // guest is what one guest said so far.
@@ -122,6 +123,8 @@ func (w *world) effect(e *Effect) {
 		w.free(e.Slot)
 	case OpCheckpoint:
 		w.reasons = append(w.reasons, e.Reason)
+	case OpAdopt:
+		w.adopt(w.next())
 	case OpAsk:
 		if e.To == 0 || e.To > 1<<24 {
 			w.fatalf("ask for %d bytes", e.To)
@@ -444,14 +447,25 @@ func (w *world) act() {
 	}
 }
 
+// next is the offset of what the remote waits for.
+func (w *world) next() int {
+	if i := slices.Index(w.got, false); i >= 0 {
+		return i
+	}
+	return len(w.got)
+}
+
+// adopt tells P of the connection, with what the remote has acknowledged.
+func (w *world) adopt(off int) {
+	una := w.isn + 1 + uint32(off)
+	if w.gotFIN && off == len(w.got) {
+		una++
+	}
+	w.step(Event{Kind: EvAdopt, Seg: Segment{Tuple: w.tup, Seq: una}})
+}
+
 // settle lets both guests say all they have to, as often as it takes.
 func (w *world) settle() {
-	next := func() int {
-		if i := slices.Index(w.got, false); i >= 0 {
-			return i
-		}
-		return len(w.got)
-	}
 	for range 400 {
 		for len(w.late) > 0 {
 			w.arrive()
@@ -460,7 +474,7 @@ func (w *world) settle() {
 			return
 		}
 		w.tick(100 * time.Millisecond)
-		from := next()
+		from := w.next()
 		if from == len(w.got) && w.gotFIN {
 			return
 		}
@@ -507,13 +521,16 @@ func (w *world) checkpoint() {
 }
 
 // restart makes P forget all it knew, as a daemon does that starts again (R23).
-// What was on its way to it is lost too.
+// What was on its way to it is lost too. The remote's last ACKs may be on their way.
 func (w *world) restart() {
 	w.late = nil
 	w.p = NewPrimary(w.cfg, w.keys)
 	w.p.epoch = w.epoch
 	clear(w.slots)
 	w.lastAck, w.lastTS = 0, 0
+	if w.adopts && w.gotSYN {
+		w.adopt(w.n(max(0, w.next()-3000), w.next(), "acknowledged"))
+	}
 }
 
 // whole tells whether the remote has got everything.

@@ -153,13 +153,27 @@ type pair struct {
 }
 
 // newPair makes a world, starts the guests' services and both daemons and waits
-// until they replicate. qmp gives the nodes' QMP sockets, if any.
+// until they replicate. qmp gives the nodes' QMP sockets, if any. The control link
+// has certificates unless extra has a tls key.
 func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	return newPairOf(t, "lockstep", peer, qmpP, qmpS, extra)
 }
 
 func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+	t.Helper()
+	p := newWorldPair(t, acts, peer, qmpP, qmpS, extra)
+	p.serve("pvm", p.PVM)
+	p.serve("svm", p.SVM)
+	p.daemon("alpha", p.HostP, "primary")
+	p.daemon("beta", p.HostS, "secondary")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	return p
+}
+
+// newWorldPair makes the world and the config, and starts nothing.
+func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
@@ -181,24 +195,25 @@ func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string
 		}
 		return ", qmp: " + path
 	}
+	tls := "tls: {ca: certs/ca.pem, cert: 'certs/{node}.pem', key: 'certs/{node}.key'}"
+	if strings.Contains(extra, "tls:") {
+		tls = ""
+	}
 	yaml := fmt.Sprintf(`vm: web1
 nodes:
   alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: %s}]%s}
   beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: %s}]%s}
-tls: {insecure: true}
 pin_dir: bpf/lockstep
 run_dir: run
 %s
-`, peerOf("P", "198.51.100.1", "198.51.100.2"), qmp(qmpP), peerOf("S", "198.51.100.2", "198.51.100.1"), qmp(qmpS), extra)
+%s
+`, peerOf("P", "198.51.100.1", "198.51.100.2"), qmp(qmpP), peerOf("S", "198.51.100.2", "198.51.100.1"), qmp(qmpS), tls, extra)
 	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.serve("pvm", w.PVM)
-	p.serve("svm", w.SVM)
-	p.daemon("alpha", w.HostP, "primary")
-	p.daemon("beta", w.HostS, "secondary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	if out, err := p.lockstep("keys", "-c", p.config, "-d", filepath.Join(w.Dir, "certs")).CombinedOutput(); err != nil {
+		t.Fatalf("keys: %v\n%s", err, out)
+	}
 	return p
 }
 

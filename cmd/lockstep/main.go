@@ -32,6 +32,7 @@ type env struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	kernel         kernel
+	machine        machine
 	control        func(context.Context, control.Options) error // control.Run
 }
 
@@ -43,6 +44,7 @@ func main() {
 		stderr:  os.Stderr,
 		getenv:  os.Getenv,
 		kernel:  realKernel,
+		machine: realMachine,
 		control: control.Run,
 	})
 	stop()

@@ -1,0 +1,463 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"lockstep/control"
+	"lockstep/control/config"
+	"lockstep/loader"
+)
+
+// machine is what the doctor looks at: the host it runs on, or a test's.
+type machine struct {
+	arch         string // Go's name
+	release      func() (string, error)
+	capabilities func() (missing []string, err error)
+	exists       func(path string) bool
+	writable     func(dir string) error // or what is above it
+	tcx          func() error
+	programs     func() error
+	vxlan        func() error
+	nativeXDP    func(device string) (bool, error)
+	synchronised func() (bool, error) // CLOCK_REALTIME
+	addresses    func() ([]netip.Addr, error)
+	route        func(v *config.VXLAN) error // to the other end, from this one
+	dial         func(ctx context.Context, addr netip.AddrPort) error
+	command      func(ctx context.Context, name string, args ...string) (output string, err error)
+}
+
+// States of a check.
+const (
+	stateOK      = "ok"
+	stateWarning = "warning" // it works without, or not always
+	stateMissing = "missing" // it does not work
+)
+
+// check is one thing looked at.
+type check struct {
+	Name  string `json:"name"`
+	State string `json:"state"`
+	Found string `json:"found"`
+	Fix   string `json:"fix,omitempty"` // what mends it
+}
+
+// checkup is what `doctor --json` prints.
+type checkup struct {
+	CanRun bool    `json:"can_run"`
+	Checks []check `json:"checks"`
+}
+
+// doctor looks at one host, for one node of a config if there is one.
+type doctor struct {
+	m      machine
+	k      kernel
+	root   bool // all capabilities are there
+	checks []check
+}
+
+func (d *doctor) ok(name, found string, a ...any) {
+	d.checks = append(d.checks, check{Name: name, State: stateOK, Found: fmt.Sprintf(found, a...)})
+}
+
+func (d *doctor) warn(name, fix, found string, a ...any) {
+	d.checks = append(d.checks, check{name, stateWarning, fmt.Sprintf(found, a...), fix})
+}
+
+func (d *doctor) missing(name, fix, found string, a ...any) {
+	d.checks = append(d.checks, check{name, stateMissing, fmt.Sprintf(found, a...), fix})
+}
+
+// try reports what an attempt gave, which only root can make.
+func (d *doctor) try(name, fix, found string, attempt func() error) {
+	if !d.root {
+		d.warn(name, asRoot, "not tried: that needs root")
+		return
+	}
+	if err := attempt(); err != nil {
+		d.missing(name, fix, "%v", err)
+		return
+	}
+	d.ok(name, "%s", found)
+}
+
+const asRoot = "run it as root: sudo lockstep doctor"
+
+// patience bounds everything that may not answer.
+const patience = 2 * time.Second
+
+func newDoctor(e env) *cobra.Command {
+	var t target
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor [-c pair.yaml [--node NAME]]",
+		Short: "Tell what this host lacks to run lockstep, and what mends it",
+		Long: "doctor looks at this host, and with -c at what the config says of it. It changes\n" +
+			"nothing. It exits with 0 when lockstep can run here, with 1 when it cannot.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var c *config.Config
+			if t.file == "" && t.node != "" {
+				return usageError{errors.New("--node names a host of a config file; name the file with -c")}
+			}
+			if t.file != "" {
+				var err error
+				if c, err = config.Load(t.file); err != nil {
+					return usageError{err}
+				}
+				if t.node != "" {
+					if _, _, err := c.Node(t.node); err != nil {
+						return usageError{err}
+					}
+				}
+			}
+			d := &doctor{m: e.machine, k: e.kernel}
+			d.host(cmd.Context(), c)
+			if c != nil {
+				d.pair(cmd.Context(), c, t.node)
+			}
+			return d.report(e.stdout, asJSON)
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+// report prints the checks, and is an error when lockstep cannot run.
+func (d *doctor) report(out io.Writer, asJSON bool) error {
+	n := 0
+	for _, c := range d.checks {
+		if c.State == stateMissing {
+			n++
+		}
+	}
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		if err := enc.Encode(checkup{CanRun: n == 0, Checks: d.checks}); err != nil {
+			return err
+		}
+	} else {
+		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+		for _, c := range d.checks {
+			fmt.Fprintf(w, "%s\t%s\t%s\n", c.State, c.Name, c.Found)
+			if c.Fix != "" {
+				fmt.Fprintf(w, "\t\tto mend it: %s\n", c.Fix)
+			}
+		}
+		if err := w.Flush(); err != nil {
+			return err
+		}
+	}
+	switch n {
+	case 0:
+		return nil
+	case 1:
+		return errors.New("cannot run here: 1 thing is missing")
+	}
+	return fmt.Errorf("cannot run here: %d things are missing", n)
+}
+
+const newerKernel = "install Linux 6.6 or later; Debian 12: apt install -t bookworm-backports linux-image-amd64"
+
+// host looks at the machine itself.
+func (d *doctor) host(ctx context.Context, c *config.Config) {
+	if lacks, err := d.m.capabilities(); err != nil {
+		d.missing("privileges", asRoot, "%v", err)
+	} else if len(lacks) > 0 {
+		d.missing("privileges", asRoot, "this user has no %s", strings.Join(lacks, ", "))
+	} else {
+		d.root = true
+		d.ok("privileges", "enough to load programs and to use the devices")
+	}
+	if release, err := d.m.release(); err != nil {
+		d.warn("kernel", "", "%v", err)
+	} else if major, minor := kernelVersion(release); major < 6 || major == 6 && minor < 6 {
+		d.missing("kernel", newerKernel, "Linux %s has no tcx, which came with 6.6", release)
+	} else {
+		d.ok("kernel", "Linux %s", release)
+	}
+	d.try("tcx", newerKernel, "programs attach", d.m.tcx)
+	const btf = "/sys/kernel/btf/vmlinux"
+	if d.m.exists(btf) {
+		d.ok("btf", "%s", btf)
+	} else {
+		d.missing("btf", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y, as distributions' are", "there is no %s", btf)
+	}
+	d.try("programs", "run `lockstep run --verifier-log` for the kernel's own words, and report them with `uname -a`",
+		"the kernel takes them all", d.m.programs)
+	d.ok("compiler", "none is needed: the programs are inside lockstep")
+	d.try("vxlan", "modprobe vxlan (CONFIG_VXLAN); or give each NIC a peer device of its own", "devices can be made", d.m.vxlan)
+	pins := config.DefaultPinDir
+	if c != nil {
+		pins = c.PinDir
+	}
+	if err := d.k.checkBPFFS(pins); err != nil {
+		found, fix, _ := strings.Cut(err.Error(), "; ")
+		d.missing("bpffs", fix, "%s", found)
+	} else {
+		d.ok("bpffs", "pins under %s outlive the daemon", pins)
+	}
+	if sync, err := d.m.synchronised(); err != nil {
+		d.warn("clock", "", "%v", err)
+	} else if !sync {
+		d.warn("clock", "timedatectl set-ntp true, or apt install chrony", "nothing keeps it right: the two hosts' logs will not match")
+	} else {
+		d.ok("clock", "synchronised")
+	}
+	d.qemu(ctx)
+	d.device("kvm", "/dev/kvm", "modprobe kvm_intel or kvm_amd, and switch virtualisation on in the firmware", "guests are emulated, and slow")
+	d.device("vhost-net", "/dev/vhost-net", "modprobe vhost_net", "QEMU moves the guest's frames itself, and more slowly")
+}
+
+func (d *doctor) device(name, path, fix, without string) {
+	if d.m.exists(path) {
+		d.ok(name, "%s", path)
+	} else {
+		d.warn(name, fix, "there is no %s: %s", path, without)
+	}
+}
+
+// kernelVersion reads the first two numbers of "6.18.44-cloud".
+func kernelVersion(release string) (major, minor int) {
+	_, _ = fmt.Sscanf(release, "%d.%d", &major, &minor) // 0 where there is none
+	return major, minor
+}
+
+// qemus are QEMU's names of this program's architectures, and Debian's packages.
+var qemus = map[string][2]string{
+	"amd64": {"x86_64", "x86"}, "arm64": {"aarch64", "arm"}, "riscv64": {"riscv64", "misc"},
+}
+
+var qemuVersion = regexp.MustCompile(`version (\d+)\.(\d+)\.(\d+)`)
+
+const goodQEMU = "install 10.0.13 or later of 10.0, 10.2, or a release from 7.2 to 9.2"
+
+func (d *doctor) qemu(ctx context.Context) {
+	arch := qemus[d.m.arch]
+	name, install := "qemu-system-"+arch[0], "apt install qemu-system-"+arch[1]+"; or put QEMU into the PATH"
+	out, err := d.m.command(ctx, name, "--version")
+	v := qemuVersion.FindStringSubmatch(out)
+	switch {
+	case err != nil:
+		d.missing("qemu", install, "%v", err)
+		return
+	case v == nil:
+		d.missing("qemu", install, "%s names no version: %q", name, out)
+		return
+	}
+	number := strings.Join(v[1:], ".")
+	if why, state := colo(v[1:]); state != stateOK {
+		d.checks = append(d.checks, check{"qemu", state, fmt.Sprintf("%s %s: %s", name, number, why), goodQEMU})
+	} else {
+		d.ok("qemu", "%s %s: COLO works", name, number)
+	}
+	// Since 8.1 QEMU has COLO only where it has the replication driver.
+	out, err = d.m.command(ctx, name, "-drive", "format=help")
+	if err != nil {
+		d.warn("colo", "", "%s does not list its block drivers: %v", name, err)
+	} else if !slices.Contains(strings.Fields(out), "replication") {
+		d.missing("colo", "use a build of QEMU without --disable-replication", "%s was built without replication, and so without COLO", name)
+	} else {
+		d.ok("colo", "compiled in")
+	}
+	if _, err := d.m.command(ctx, "qemu-img", "--version"); err != nil {
+		d.warn("qemu-img", "apt install qemu-utils", "%v: the secondary's disk cannot be prepared here", err)
+	} else {
+		d.ok("qemu-img", "there")
+	}
+}
+
+// colo says how well COLO works in a release of QEMU.
+func colo(v []string) (why, state string) {
+	var n [3]int
+	for i := range n {
+		n[i], _ = strconv.Atoi(v[i]) // digits, by the expression
+	}
+	at := func(major, minor, micro int) int { return slices.Compare(n[:], []int{major, minor, micro}) }
+	switch {
+	case at(7, 2, 0) < 0:
+		return "older than 7.2, the first that lockstep is made for", stateMissing
+	case at(10, 0, 0) >= 0 && at(10, 0, 13) < 0:
+		return "COLO is broken in 10.0 before 10.0.13", stateMissing
+	case at(10, 1, 0) >= 0 && at(10, 2, 0) < 0:
+		return "COLO is broken in 10.1", stateMissing
+	case at(11, 0, 0) >= 0:
+		return "newer than 10.x, the last that lockstep is made for", stateWarning
+	}
+	return "", stateOK
+}
+
+// pair looks at what the config says of this host.
+func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
+	addrs, err := d.m.addresses()
+	if err != nil {
+		d.missing("control", "", "addresses of this host: %v", err)
+		return
+	}
+	has := func(a netip.Addr) bool { return slices.Contains(addrs, a) }
+	if node == "" { // the one whose address this host has
+		a, b := &c.Nodes[0], &c.Nodes[1]
+		if has(a.Control.Addr()) == has(b.Control.Addr()) {
+			d.missing("control", "name this host with --node", "which of %s and %s is this host? Of their control addresses %s and %s it has %s",
+				a.Name, b.Name, a.Control.Addr(), b.Control.Addr(), map[bool]string{true: "both", false: "neither"}[has(a.Control.Addr())])
+			return
+		}
+		node = a.Name
+		if has(b.Control.Addr()) {
+			node = b.Name
+		}
+	}
+	self, other, _ := c.Node(node) // it is one of the two
+	addr := self.Control.Addr()
+	switch {
+	case has(addr):
+		d.ok("control", "this host is %s: it has %s", self.Name, addr)
+	case has(other.Control.Addr()):
+		d.missing("control", "--node "+other.Name, "%s's address %s is not this host's, but %s's is", self.Name, addr, other.Name)
+	default:
+		d.missing("control", fmt.Sprintf("ip addr add %s/24 dev DEVICE; or correct nodes.%s.control", addr, self.Name),
+			"%s's address %s is not this host's", self.Name, addr)
+	}
+	d.peer(ctx, other)
+	d.certificates(c, self, other)
+	if err := d.m.writable(c.RunDir); err != nil {
+		d.missing("run_dir", fmt.Sprintf("mkdir -p %s; or name another run_dir", c.RunDir), "%v", err)
+	} else {
+		d.ok("run_dir", "%s", c.RunDir)
+	}
+	for i, nic := range self.NICs {
+		d.nic(i, &nic)
+	}
+}
+
+// peer tries the other host's control address, where only a primary listens.
+func (d *doctor) peer(ctx context.Context, other *config.Node) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	switch err := d.m.dial(ctx, other.Control); {
+	case err == nil:
+		d.ok("peer", "%s's daemon listens on %s", other.Name, other.Control)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		d.ok("peer", "%s's host answers; no daemon listens on %s, which only the primary's does", other.Name, other.Control)
+	default:
+		d.missing("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
+			"%s's host does not answer: %v", other.Name, err)
+	}
+}
+
+func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
+	if c.TLS.Insecure {
+		d.warn("tls", "name certificates under tls, and make them with `lockstep keys`", "insecure: who can read the control link can forge the secondary's records")
+		return
+	}
+	files := control.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
+	files.CA, files.Cert, files.Key = c.TLS.Files(self.Name)
+	_, err := files.TLS()
+	bad := (*control.CertError)(nil)
+	switch {
+	case errors.As(err, &bad):
+		d.missing("tls", bad.Fix, "tls.%s: %s", bad.What, bad.Reason)
+	case err != nil:
+		d.missing("tls", "", "%v", err)
+	default:
+		d.ok("tls", "%s is this node's, signed and in time", files.Cert)
+	}
+}
+
+func (d *doctor) nic(i int, nic *config.NIC) {
+	name := func(what string) string { return fmt.Sprintf("nics[%d].%s", i, what) }
+	tap, err := d.k.device(nic.Tap)
+	if err != nil {
+		d.missing(name("tap"), fmt.Sprintf("ip tuntap add dev %s mode tap; or start QEMU, which makes it", nic.Tap), "there is no device %s: %v", nic.Tap, err)
+		return // what is right for the others depends on it
+	}
+	d.ok(name("tap"), "%s, MTU %d", nic.Tap, tap.MTU)
+
+	key, dev, need := name("peer"), nic.PeerDevice, tap.MTU
+	v := nic.PeerVXLAN
+	if v != nil {
+		key, dev = name("underlay"), v.Underlay
+		need = (&loader.VXLAN{Local: v.Local.AsSlice(), GuestMTU: tap.MTU}).UnderlayMTU()
+	}
+	l, err := d.k.device(dev)
+	switch {
+	case err != nil && v != nil:
+		d.missing(key, "name the device that has "+v.Local.String()+": ip -br addr", "there is no device %s: %v", dev, err)
+		return
+	case err != nil:
+		d.missing(key, "make the device first; or have lockstep make a VXLAN: peer: {vxlan: {...}}", "there is no device %s: %v", dev, err)
+		return
+	case l.MTU < need && v != nil:
+		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, and VXLAN frames of the guest need %d", dev, l.MTU, need)
+	case l.MTU < need:
+		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, less than the tap's %d", dev, l.MTU, need)
+	case l.Flags&net.FlagUp == 0 && v != nil: // lockstep sets up a peer device itself
+		d.missing(key, fmt.Sprintf("ip link set %s up", dev), "%s is down", dev)
+	default:
+		d.ok(key, "%s, MTU %d", dev, l.MTU)
+	}
+	if v != nil {
+		if err := d.m.route(v); err != nil {
+			d.missing(name("route"), fmt.Sprintf("ip addr add %s/24 dev %s, or ip route add %s dev %s", v.Local, dev, v.Remote, dev),
+				"no way from %s to %s by %s: %v", v.Local, v.Remote, dev, err)
+		} else {
+			d.ok(name("route"), "from %s to %s by %s", v.Local, v.Remote, dev)
+		}
+		return // a VXLAN device has no native XDP
+	}
+	native, err := d.m.nativeXDP(dev)
+	switch {
+	case nic.XDP == config.XDPOff:
+		d.ok(name("xdp"), "switched off in the config")
+	case native:
+		d.ok(name("xdp"), "%s's driver runs it: forged frames are dropped early", dev)
+	case nic.XDP == config.XDPOn && err == nil:
+		d.missing(name("xdp"), "peer.xdp: auto", "%s's driver runs no XDP, and the config insists on it", dev)
+	case err != nil:
+		d.ok(name("xdp"), "not known, and not needed: %v", err)
+	default:
+		d.ok(name("xdp"), "%s's driver runs none, and none is needed", dev)
+	}
+}
+
+// writable looks for what is there of a folder's path, and whether the rest can
+// be made.
+func writable(dir string) error {
+	for at := dir; ; at = filepath.Dir(at) {
+		st, err := os.Stat(at)
+		if errors.Is(err, os.ErrNotExist) && at != filepath.Dir(at) {
+			continue
+		}
+		if err == nil && !st.IsDir() {
+			err = fmt.Errorf("%s is not a folder", at)
+		}
+		if err == nil {
+			const write = 2 // W_OK
+			if err = syscall.Access(at, write); err != nil {
+				err = fmt.Errorf("%s cannot be written: %w", at, err)
+			}
+		}
+		return err
+	}
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"lockstep/control/config"
+	"lockstep/loader"
+)
+
+var realMachine = machine{
+	arch:         runtime.GOARCH,
+	release:      release,
+	capabilities: missingCapabilities,
+	exists: func(path string) bool {
+		_, err := os.Stat(path)
+		return err == nil
+	},
+	writable:     writable,
+	tcx:          loader.CheckTCX,
+	programs:     loader.CheckPrograms,
+	vxlan:        loader.CheckVXLAN,
+	nativeXDP:    loader.NativeXDP,
+	synchronised: synchronised,
+	addresses:    addresses,
+	route: func(v *config.VXLAN) error {
+		_, err := netlink.RouteGetWithOptions(v.Remote.AsSlice(), &netlink.RouteGetOptions{Oif: v.Underlay, SrcAddr: v.Local.AsSlice()})
+		return err
+	},
+	dial: func(ctx context.Context, addr netip.AddrPort) error {
+		c, err := new(net.Dialer).DialContext(ctx, "tcp", addr.String())
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	},
+	command: command,
+}
+
+// command runs a program and returns what it printed, however it ended: QEMU's
+// lists come with either exit code.
+func command(ctx context.Context, name string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*patience) // a first start may read much from disk
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if ended := (*exec.ExitError)(nil); errors.As(err, &ended) && ended.Exited() {
+		err = nil
+	}
+	return string(out), err
+}
+
+func release() (string, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "", fmt.Errorf("uname: %w", err)
+	}
+	return unix.ByteSliceToString(u.Release[:]), nil
+}
+
+// needed are the capabilities without which the daemon does not start.
+var needed = map[int]string{
+	unix.CAP_NET_ADMIN: "CAP_NET_ADMIN", unix.CAP_NET_RAW: "CAP_NET_RAW", unix.CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
+	unix.CAP_PERFMON: "CAP_PERFMON", unix.CAP_BPF: "CAP_BPF",
+}
+
+func missingCapabilities() (missing []string, err error) {
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&head, &data[0]); err != nil {
+		return nil, fmt.Errorf("capabilities: %w", err)
+	}
+	for c := range unix.CAP_LAST_CAP + 1 {
+		if name := needed[c]; name != "" && data[c/32].Effective&(1<<(c%32)) == 0 {
+			missing = append(missing, name)
+		}
+	}
+	return missing, nil
+}
+
+func synchronised() (bool, error) {
+	var t unix.Timex
+	state, err := unix.Adjtimex(&t)
+	if err != nil {
+		return false, fmt.Errorf("adjtimex: %w", err)
+	}
+	return state != unix.TIME_ERROR && t.Status&unix.STA_UNSYNC == 0, nil
+}
+
+// addresses lists this host's own.
+func addresses() ([]netip.Addr, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var list []netip.Addr
+	for _, a := range all {
+		text, _, _ := strings.Cut(a.String(), "/")
+		if ip, err := netip.ParseAddr(text); err == nil {
+			list = append(list, ip.Unmap().WithZone(""))
+		}
+	}
+	return list, nil
+}

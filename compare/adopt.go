@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+// adopt takes over a connection of an earlier daemon (R23). What the remote has
+// acknowledged had left, so both guests said it: the comparison goes on from there.
+// What was held and what had left but is not acknowledged the PVM repeats, unless the
+// remote's ACK came since; so the caller may be asked to adopt again, with a higher
+// position (see OpAdopt).
+func (p *Primary) adopt(s *Segment) {
+	if p.solo || s.Datagram {
+		return
+	}
+	c := p.conns[s.Tuple]
+	switch {
+	case c == nil:
+		if c = p.create(&s.Tuple); c == nil {
+			p.stats.Drops[ReasonTableFull]++
+			return
+		}
+		p.stats.Adopted++
+		c.pvmSeen, c.established, c.adopted, c.floating = true, true, true, false
+		p.setBase(c, s.Seq)
+		c.low, c.released = s.Seq, s.Seq
+		p.wait(c)
+		return
+	case !c.adopted || !after(s.Seq, c.compared) || !near(s.Seq, c.compared):
+		return
+	}
+	p.acked(c, s.Seq)
+	p.pump(c)
+}
+
+// acked moves c's base up to una: nobody needs to compare what is below.
+func (p *Primary) acked(c *conn, una uint32) {
+	n, held := 0, c.held.view()
+	for n < len(held) && !after(held[n].end, una) {
+		p.freePiece(&held[n], ReasonAcked)
+		n++
+	}
+	c.held.drop(n)
+	for i := range c.held.view() {
+		h := &c.held.view()[i]
+		if h.start = maxSeq(h.start, una); !h.syn {
+			h.rest = p.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
+		}
+	}
+	p.rebase(c, una)
+	c.low, c.released = una, maxSeq(c.released, una)
+	c.cutAt = 0
+	p.moved(c)
+}

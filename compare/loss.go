@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+import "time"
+
+// What heals loss on the peer link before a guest's timer has to (R6): a lost record
+// is the newest of its lane or leaves a gap that the caller asks for, so the newest
+// of all lanes are asked for when something waits. A frame of the remote that the SVM
+// did not get shows in what it repeats or does not say.
+
+const (
+	queryEvery    = 5 * time.Millisecond
+	remirrorEvery = 5 * time.Millisecond
+)
+
+// backoff times what is tried again, ever more seldom: after 5, 10, 20 … ms, maxAsks
+// times at most.
+type backoff struct {
+	at int64 // 0: off
+	n  int   // tries
+}
+
+// run starts the clock if it does not run and has not run out.
+func (b *backoff) run(now int64) {
+	if b.at == 0 && b.n == 0 {
+		b.at = now + int64(askAgain)
+	}
+}
+
+// due tells whether it is time for a try, and sets the next one.
+func (b *backoff) due(now int64) bool {
+	if b.at == 0 || b.at > now {
+		return false
+	}
+	if b.n++; b.n == maxAsks {
+		b.at = 0
+	} else {
+		b.at = now + int64(askAgain)<<b.n
+	}
+	return true
+}
+
+// stuck tells whether something of the PVM waits for the SVM.
+func (c *conn) stuck() bool {
+	return c.pvmSeen && !c.diverged && !c.closed() &&
+		(c.held.len() > 0 || c.rstHeld || c.p.ok && (!c.s.ok || after(c.p.ack, c.s.ack)))
+}
+
+// query asks for the newest records. All lanes and connections share one limit.
+func (p *Primary) query() {
+	if p.now < p.queryAt || p.off(mutR6) {
+		return
+	}
+	p.queryAt = p.now + int64(queryEvery)
+	p.stats.Queries++
+	p.emit(OpQuery, &Tuple{})
+}
+
+// unstick does what may help c. An SVM that says nothing where the PVM spoke may
+// miss what the remote said, such as the last ACK of its handshake.
+func (p *Primary) unstick(c *conn) {
+	p.query()
+	if c.adopted {
+		p.emit(OpAdopt, &c.tuple)
+	}
+	if c.held.len() > 0 && !c.synWait && !(c.svmSaid && after(c.svmEnd, c.compared)) {
+		p.remirror(c)
+	}
+}
+
+// remirror gives S the remote's newest header again.
+func (p *Primary) remirror(c *conn) {
+	if p.now < c.mirrorAt || p.off(mutR6) {
+		return
+	}
+	c.mirrorAt = p.now + int64(remirrorEvery)
+	p.stats.Remirrors++
+	p.emit(OpRemirror, &c.tuple)
+}
+
+// repeated looks at a record before its sums are taken in: if it says only what is
+// compared already, the SVM misses the remote's ACK.
+func (p *Primary) repeated(c *conn, s *Segment) {
+	if s.Len == 0 && s.Flags&(SYN|FIN) == 0 || p.frozen || c.diverged || c.floating || c.synWait {
+		return
+	}
+	if end := s.End(); !after(end, c.compared) && near(end, c.compared) {
+		p.remirror(c)
+	}
+}
