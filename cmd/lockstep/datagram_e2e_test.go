@@ -378,14 +378,7 @@ func TestOneSided(t *testing.T) {
 
 // TestJumbo: frames of 9000 bytes, whole.
 func TestJumbo(t *testing.T) {
-	p := newPair(t, lt.Veth, "", "", "")
-	for ns, devices := range map[string][]string{
-		p.Client: {"eth0"}, p.HostP: {"vc", "tapP", "peerP", "br0"}, p.HostS: {"tapS", "peerS", "br0"}, p.PVM: {"eth0"}, p.SVM: {"eth0"},
-	} {
-		for _, dev := range devices {
-			lt.Run(t, "ip", "-n", ns, "link", "set", dev, "mtu", "9000")
-		}
-	}
+	p := newPair(t, lt.Jumbo, "", "", "")
 	p.serveUDP(p.PVM, "udp", portUDP, nil, echoUDP)
 	p.serveUDP(p.SVM, "udp", portUDP, nil, echoUDP)
 	seen := lt.OpenWire(t, p.Client, "eth0")

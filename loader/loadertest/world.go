@@ -51,6 +51,7 @@ const (
 	Veth     Peer = iota // devices peerP, peerS
 	VXLAN                // underlay devices underP, underS with 198.51.100.1, .2
 	Impaired             // devices peerP, peerS with a namespace between them
+	Jumbo                // as Veth; every device takes 9000 bytes
 )
 
 var worlds atomic.Int32
@@ -86,7 +87,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
 	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
 	switch peer {
-	case Veth:
+	case Veth, Jumbo:
 		link("peerP", w.HostP, "peerS", w.HostS)
 	case Impaired:
 		w.Mid = id + "m"
@@ -124,6 +125,15 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	// Real pairs share neighbour entries by their checkpoints.
 	for _, a := range append([]string{Client6}, ClientAddrs4...) {
 		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+ClientMAC+" dev eth0 nud permanent")
+	}
+	if peer == Jumbo {
+		for ns, devices := range map[string]string{
+			w.Client: "eth0", w.HostP: "vc tapP peerP br0", w.HostS: "tapS peerS br0", w.PVM: "eth0", w.SVM: "eth0",
+		} {
+			for dev := range strings.FieldsSeq(devices) {
+				w.ip(t, ns, "link set "+dev+" mtu 9000")
+			}
+		}
 	}
 	w.Pins = filepath.Join(w.Dir, "bpf")
 	if err := os.Mkdir(w.Pins, 0o700); err != nil {
