@@ -76,6 +76,7 @@ type NIC struct {
 	conf      *confMemory
 	slots     slots
 	ring      *ringbuf.Reader
+	waiter    *waiter
 	records   [batch]ringbuf.Record
 	samples   [batch]sample
 	bounds    [batch][]compare.Bound
@@ -231,6 +232,10 @@ func (n *NIC) load(o Options) error {
 	if n.ring, err = ringbuf.NewReader(n.objs.LsRing); err != nil {
 		return fmt.Errorf("ring: %w", err)
 	}
+	n.ring.SetDeadline(time.Unix(1, 0)) // long ago: waiting is the waiter's
+	if n.waiter, err = newWaiter(n.objs.LsRing.FD()); err != nil {
+		return err
+	}
 	mark := rel
 	n.signer.dir = bpf.LockstepLsDirLS_DIR_P2S
 	if o.Role == Secondary {
@@ -363,10 +368,7 @@ func silence(pin string) error {
 }
 
 // Wake implements [control.DataPath].
-func (n *NIC) Wake() {
-	// Fails only on a closed ring, which needs no waking.
-	_ = n.ring.Flush()
-}
+func (n *NIC) Wake() { n.waiter.wakeUp() }
 
 // Now implements [control.DataPath].
 func (n *NIC) Now() int64 {
@@ -581,13 +583,17 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 
 // Poll implements [control.DataPath].
 func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
-	n.ring.SetDeadline(time.Now().Add(wait))
-	for i := 0; i < batch && (i == 0 || n.ring.AvailableBytes() > 0); i++ {
+	if n.ring.AvailableBytes() == 0 {
+		if err := n.waiter.wait(wait); err != nil {
+			return evs, err
+		}
+	}
+	for i := 0; i < batch && n.ring.AvailableBytes() > 0; i++ {
 		r := &n.records[i]
 		r.RawSample = bytesOf(&n.samples[i])[:0]
 		if err := n.ring.ReadInto(r); err != nil {
-			if errors.Is(err, ringbuf.ErrFlushed) || errors.Is(err, os.ErrDeadlineExceeded) {
-				break
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break // discarded ones alone
 			}
 			return evs, fmt.Errorf("read ring: %w", err)
 		}
@@ -699,6 +705,9 @@ func (n *NIC) Close() error {
 	var errs []error
 	if n.ring != nil {
 		errs = append(errs, n.ring.Close())
+	}
+	if n.waiter != nil {
+		errs = append(errs, n.waiter.close())
 	}
 	for _, c := range []*packetConn{n.toTap, n.toPeer} {
 		if c != nil {
