@@ -92,8 +92,7 @@ func process() {
 // prepare sets a connection up: it fails when it stands still for that long.
 func prepare(fd int, seconds int64) error {
 	stuck := unix.Timeval{Sec: seconds}
-	return errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &stuck),
+	return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &stuck),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &stuck))
 }
 
