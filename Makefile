@@ -56,6 +56,12 @@ lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
 test: deps lint check-generated build ## everything CI checks
 	$(GO) test -count=1 -p 1 -timeout 20m ./...
 
+# Figures, not a test: it fails only when something does not work. Quietest on an
+# idle machine.
+.PHONY: bench-smoke
+bench-smoke: build ## as root: latency, throughput and CPU against mirroring alone
+	@LOCKSTEP_BENCH=$(CURDIR)/bin/lockstep $(GO) test -count=1 -v -run '^TestSmoke$$' ./bench
+
 .PHONY: clean
 clean:
 	rm -rf bin
