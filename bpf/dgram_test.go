@@ -293,3 +293,33 @@ func TestSlotSharesFew(t *testing.T) {
 		}
 	}
 }
+
+// The outer of two tags stands beside the bytes: both are in the tuple, and the peer
+// frame has neither.
+func TestLiveQinQ(t *testing.T) {
+	l := newLab(t)
+	k := l.kit()
+	l.attach(k.LsSecOut, l.tapLink, ebpf.AttachTCXIngress)
+	k.setMode(run)
+	for _, s := range samples(true) {
+		if s.name != "UDP" && s.name != "UDPv6" && s.name != "ARP request" {
+			continue
+		}
+		want, reason, off := s.dgramRecord(), "record_out", s.recOff()+4
+		if s.class == isAsk {
+			want, reason, off = &bpf.LockstepLsRec{Type: neigh, Dir: s2p, T: s.tuple(), Optlen: 6, Opts: opts40(guestMAC)}, "neigh_out", 128
+		} else {
+			want.Sum = k.sum(s.pos, s.payload())
+		}
+		want.T.Vlan, want.T.Vlan2 = 100, 5
+		var got []byte
+		k.expect(counts{reason: 1}, func() {
+			l.write(l.tap, vnet{}, tagged(tagged(s.frame, 0xa005), 0x6064))
+			_, got = l.read(l.far)
+		})
+		if want := k.record(want, got, s.frame, off); !bytes.Equal(got, want) {
+			t.Errorf("%s: record\n% x, want\n% x", s.name, got, want)
+		}
+	}
+	k.none()
+}

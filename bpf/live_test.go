@@ -149,11 +149,18 @@ func (l *lab) attach(prog *ebpf.Program, dev netlink.Link, where ebpf.AttachType
 }
 
 // kit loads the programs for the lab's devices.
-func (l *lab) kit() *kit {
+func (l *lab) kit(tune ...func(*ebpf.CollectionSpec)) *kit {
 	l.Helper()
-	k := newKit(l.TB, variable("ls_tap", uint32(l.tapLink.Attrs().Index)), variable("ls_peer", uint32(l.peerLink.Attrs().Index)))
+	k := newKit(l.TB, append(tune, variable("ls_tap", uint32(l.tapLink.Attrs().Index)), variable("ls_peer", uint32(l.peerLink.Attrs().Index)))...)
 	k.live = true
 	return k
+}
+
+// jumbo lets the peer link carry frames of any sample's size.
+func (l *lab) jumbo() {
+	l.Helper()
+	l.must(netlink.LinkSetMTU(l.peerLink, 9000))
+	l.must(netlink.LinkSetMTU(l.farDev, 9000))
 }
 
 // write gives a frame to a socket or to the tap as its guest.

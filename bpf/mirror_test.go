@@ -54,6 +54,7 @@ func (k *kit) sameCli(t bpf.LockstepLsTuple, want *bpf.LockstepLsCli) {
 // and nothing else is told.
 func TestLiveMirrorSamples(t *testing.T) {
 	l := newLab(t)
+	l.jumbo()
 	k := l.kit()
 	for _, s := range samples(false) {
 		for _, m := range []bpf.LockstepLsMode{shut, run, park} {

@@ -22,7 +22,7 @@ var mutations = map[string]struct {
 	"R6":     {bpf.LockstepLsMutationLS_MUTATE_R6, []string{"TestNack", "TestEchoIn"}},
 	"R20":    {bpf.LockstepLsMutationLS_MUTATE_R20, []string{"TestPriOutSamples", "TestPriOutReleased", "TestSoloSamples"}},
 	"REPLAY": {bpf.LockstepLsMutationLS_MUTATE_REPLAY, []string{"TestWindow", "TestWindowRandom", "TestRotation", "TestEchoOut"}},
-	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation"}},
+	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz"}},
 }
 
 // Without its rule each of these tests fails: it would see the rule broken.
