@@ -56,6 +56,10 @@ lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
 test: deps lint check-generated build ## everything CI checks
 	$(GO) test -count=1 -p 1 -timeout 20m ./...
 
+.PHONY: soak
+soak: ## 100 000 connections held open
+	LOCKSTEP_SOAK=1 $(GO) test -count=1 -timeout 60m -v -run TestHeldOpen ./cmd/lockstep
+
 .PHONY: clean
 clean:
 	rm -rf bin
