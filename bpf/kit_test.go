@@ -92,6 +92,9 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 			t.Fatal(err)
 		}
 	}
+	if m, ok := mutations[os.Getenv(mutationEnv)]; ok {
+		variable("ls_mutate", uint32(m.value))(spec)
+	}
 	for _, f := range tune {
 		f(spec)
 	}

@@ -11,6 +11,7 @@ import (
 const (
 	blockBytes = 4096
 	blockWords = blockBytes / 4
+	low        = 1<<32 - 1 // of a 64-bit word
 )
 
 // Keys are the secrets of the stream digest, of one session and term. The
@@ -114,12 +115,13 @@ func (k *Keys) block(off uint32, b []byte) (d0, d1 uint64) {
 		i++
 	}
 	k0, k1 := k.K[0][i:], k.K[1][i:]
-	for len(b) >= 8 && len(k0) >= 2 && len(k1) >= 2 {
-		v := binary.LittleEndian.Uint64(b)
-		lo, hi := v&0xffffffff, v>>32
-		d0 += lo*k0[0] + hi*k0[1]
-		d1 += lo*k1[0] + hi*k1[1]
-		b, k0, k1 = b[8:], k0[2:], k1[2:]
+	for len(b) >= 16 && len(k0) >= 4 && len(k1) >= 4 {
+		// Through arrays, so that bounds are checked once.
+		w, x, y := (*[16]byte)(b), (*[4]uint64)(k0), (*[4]uint64)(k1)
+		v, u := binary.LittleEndian.Uint64(w[:8]), binary.LittleEndian.Uint64(w[8:])
+		d0 += v&low*x[0] + v>>32*x[1] + u&low*x[2] + u>>32*x[3]
+		d1 += v&low*y[0] + v>>32*y[1] + u&low*y[2] + u>>32*y[3]
+		b, k0, k1 = b[16:], k0[4:], k1[4:]
 	}
 	for len(b) > 0 {
 		n := min(4, len(b))

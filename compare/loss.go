@@ -61,7 +61,7 @@ func (p *Primary) query() {
 // miss what the remote said, such as the last ACK of its handshake.
 func (p *Primary) unstick(c *conn) {
 	p.query()
-	if c.unverified() {
+	if c.adopted {
 		p.emit(OpAdopt, &c.tuple)
 	}
 	if c.held.len() > 0 && !c.synWait && !(c.svmSaid && after(c.svmEnd, c.compared)) {

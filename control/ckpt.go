@@ -464,6 +464,7 @@ type ckptSecondary struct {
 	epoch      uint32 // of the attempt
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	link, qmp  bool
+	adopted    bool // the offsets are older than this daemon
 	park       bool // P was in doubt when the session began
 	void       bool // offsets are not to be trusted
 	svmStopped bool
@@ -472,6 +473,21 @@ type ckptSecondary struct {
 }
 
 func newCkptSecondary(cfg ckptConfig) *ckptSecondary { return &ckptSecondary{cfg: cfg} }
+
+// adopt goes on from the tables of an earlier daemon, which left the kernel in a
+// mode (R23). In any but RUN it died in mid checkpoint, or before it knew.
+func (c *ckptSecondary) adopt(m Mode) {
+	c.adopted = true
+	if m != ModeRun {
+		c.missed()
+	}
+}
+
+// missed: before the first session the SVM stopped, or may have. Only offsets that
+// are there can be wrong. Without QMP there are no STOPs, and no way back.
+func (c *ckptSecondary) missed() {
+	c.void = c.void || c.adopted && c.cfg.qmp
+}
 
 func (c *ckptSecondary) state() (word, detail string) {
 	switch c.stage {
@@ -508,9 +524,14 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		}
 	case evQMPUp:
 		c.qmp, c.svmStopped = true, !ev.OK
+		if c.stage == sOff && !ev.OK {
+			c.missed()
+		}
 	case evQMPDown:
 		c.qmp = false
-		if c.stage != sOff {
+		if c.stage == sOff {
+			c.missed()
+		} else {
 			c.doubt()
 		}
 
@@ -539,6 +560,7 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		c.svmStopped = true
 		switch c.stage {
 		case sOff:
+			c.missed()
 		case sParked:
 			// The order counts: the epoch and the offsets are right before
 			// output opens again, which it does at fxRun.

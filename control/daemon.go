@@ -59,14 +59,15 @@ type Options struct {
 	QMP     string      // QEMU's socket; "": none, checkpoints are counted but not made
 
 	NICs []DataPath // as many as the peer has, in the same order; closed when Run returns
-	// Fresh tells that the kernel's tables were made at this start, not found
-	// pinned (R23).
+	// Fresh tells that a NIC's tables were made at this start, not found pinned
+	// (R23).
 	Fresh bool
 
 	Compare     compare.Config          // primary; Linger and Idle also the secondary's
 	Copies      compare.SecondaryConfig // secondary
 	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
 	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
+	Rekey       time.Duration           // between rotations of the signing keys; 0: none
 
 	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
 	EchoEvery, SpeakFor time.Duration
@@ -78,6 +79,7 @@ type Options struct {
 	link       linkTiming
 	qmpTimeout time.Duration
 	qmpPoll    time.Duration
+	orderEvery time.Duration
 	ckpt       *ckptConfig
 }
 
@@ -100,6 +102,7 @@ func (o *Options) setDefaults() error {
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
 	set(&o.qmpPoll, qmpPoll)
+	set(&o.orderEvery, orderEvery)
 	if o.link == (linkTiming{}) {
 		o.link = defaultLinkTiming
 	}
@@ -147,14 +150,16 @@ type Daemon struct {
 	stepping  bool
 
 	epoch, term uint32
-	digestSeed  [seedLen]byte // P
-	sessions    int           // made so far
-	link        *link         // nil: none
-	linkUp      bool          // its session holds
+	adopted     bool  // all NICs go on from one daemon's tables
+	sessions    int   // made so far
+	link        *link // nil: none
+	linkUp      bool  // its session holds
 	linkSince   time.Time
 	linkErr     string
 	peerAddr    string
-	peerWhole   bool // P: what S said of its tables, until its session is ok
+	peerParty   party
+	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way
+	peerWhole   bool          // P: what S said of its tables, until its session is ok
 	stopDrain   context.CancelFunc
 
 	qmp monitor
@@ -182,6 +187,15 @@ func New(o Options) (*Daemon, error) {
 	}
 	cfg := *o.ckpt
 	cfg.qmp, cfg.period, cfg.minInterval = o.QMP != "", int64(o.Period), int64(o.MinInterval)
+	keys, err := compare.NewKeys(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	found := d.found()
+	if found != nil {
+		*keys = found.Digest
+	}
+	cfg.firstEpoch = max(cfg.firstEpoch, d.epoch)
 	d.epoch = cfg.firstEpoch
 	d.opt.Compare.Epoch = d.epoch
 	if o.Role == RolePrimary {
@@ -189,12 +203,10 @@ func New(o Options) (*Daemon, error) {
 		d.machine = d.primary
 	} else {
 		d.secondary = newCkptSecondary(cfg)
+		if found != nil {
+			d.secondary.adopt(found.Mode)
+		}
 		d.machine = d.secondary
-	}
-	rand.Read(d.digestSeed[:]) // never fails
-	keys, err := digestKeys(d.digestSeed)
-	if err != nil {
-		return nil, err
 	}
 	for i, dp := range o.NICs {
 		n := newNIC(i, dp, d.log, d.want)
@@ -210,6 +222,30 @@ func New(o Options) (*Daemon, error) {
 		d.nics = append(d.nics, n)
 	}
 	return d, nil
+}
+
+// found is what the NICs' tables tell of the daemon before this one (R23); nil:
+// there is no going on from them. Their term and epoch count in any case: a number
+// is not used twice.
+func (d *Daemon) found() *Adopted {
+	first := d.opt.NICs[0].Adopted()
+	whole := !d.opt.Fresh
+	for _, dp := range d.opt.NICs {
+		a := dp.Adopted()
+		if a == nil {
+			whole = false
+			continue
+		}
+		d.term, d.epoch = max(d.term, a.Term), max(d.epoch, a.Epoch)
+		// It may have died between one NIC and the next, or before there were keys:
+		// digests under zeros are all the same.
+		whole = whole && a.Epoch == first.Epoch && a.Mode == first.Mode && a.Digest == first.Digest && a.Digest != (compare.Keys{})
+	}
+	d.adopted = whole
+	if !whole {
+		return nil
+	}
+	return first
 }
 
 // Run runs a daemon until ctx ends, which is no error, or until it cannot go on.
@@ -236,7 +272,12 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 			err = errors.Join(err, n.dp.Close())
 		}
 	}()
-	if d.primary != nil {
+	switch {
+	case d.adopted:
+		for _, n := range d.nics {
+			n.adopt(d.opt.Compare.Idle)
+		}
+	case d.primary != nil:
 		if err := d.ownKeys(); err != nil {
 			return err
 		}
@@ -256,16 +297,22 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		defer status.Close()
 	}
 	if d.opt.TLS == nil {
-		d.log.Warn("the control link is INSECURE: session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only")
+		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
+	}
+
+	for _, n := range d.nics {
+		// Before anything opens. What goes wrong is tried again.
+		_ = n.checkOrder(func(f func() error) error { return f() })
 	}
 
 	// Whatever ends first ends the rest.
-	ends := make(chan error, len(d.nics)+4)
+	ends := make(chan error, len(d.nics)+6)
 	start := func(f func() error) { d.work.Go(func() { ends <- f() }) }
 	for _, n := range d.nics {
 		start(func() error { return n.run(ctx) })
 	}
 	start(func() error { return d.control(ctx) })
+	start(func() error { d.watchOrder(ctx); return nil })
 	if control != nil {
 		start(func() error { return d.accept(ctx, control) })
 	} else {
@@ -312,7 +359,7 @@ func (d *Daemon) ownKeys() error {
 	rand.Read(seed[:])
 	p2s, s2p := signKeys(seed)
 	for _, n := range d.nics {
-		s := Session{Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
+		s := Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
 		if err := n.dp.InstallSession(s); err != nil {
 			return fmt.Errorf("nic %d: install keys: %w", n.index, err)
 		}
@@ -355,6 +402,10 @@ func (d *Daemon) control(ctx context.Context) error {
 		}
 	}()
 	d.step(ckptEvent{Kind: evTick})
+	if d.adopted && d.fatal == nil {
+		// P matches nothing before it has a session; the kernel goes on as it did.
+		d.fatal = d.each("go on", (*nic).goOn)
+	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
@@ -452,7 +503,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 	case fxOpen:
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
-			return errors.Join(n.dp.SetMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
+			return errors.Join(n.setMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
 	case fxFreeze:
 		d.attemptAt = d.now()

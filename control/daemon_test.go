@@ -25,6 +25,9 @@ type side struct {
 	t    *testing.T
 	opt  Options
 	path *fakePath
+	// change alters what a daemon finds.
+	change func(*Adopted)
+
 	stop context.CancelFunc
 	done chan error
 	d    *Daemon
@@ -63,12 +66,21 @@ func newPair(t *testing.T) *qmptest.Pair {
 	return pair
 }
 
-// start runs the daemon, with a new data path.
+// start runs the daemon, with a new data path, over the tables of the daemon before
+// it unless they are to be fresh.
 func (s *side) start() *side {
 	s.t.Helper()
+	old := s.path
 	s.path = newFakePath(1)
 	if s.opt.Role == RoleSecondary {
 		s.path = newFakePath(2)
+	}
+	if old != nil && !s.opt.Fresh {
+		s.path.adopted = old.left()
+		s.path.session = Session{Epoch: s.path.adopted.Epoch, Digest: s.path.adopted.Digest}
+		if s.change != nil {
+			s.change(s.path.adopted)
+		}
 	}
 	s.opt.NICs = []DataPath{s.path}
 	s.opt.Log = slog.New(slog.NewTextHandler(logWriter{s.t}, nil)).With("node", s.opt.Node)
@@ -389,7 +401,8 @@ func TestSecondaryRestart(t *testing.T) {
 	s.path.await(t, 0, "session 3", "mode park", "reset", "mode run")
 }
 
-// The primary's daemon starts anew; its digest keys are new, its term is not.
+// The primary's daemon starts anew, without tables; its digest keys are new, its
+// term is not.
 func TestPrimaryRestart(t *testing.T) {
 	p, s := hosts(t, nil)
 	p.start()
@@ -399,6 +412,7 @@ func TestPrimaryRestart(t *testing.T) {
 	old := s.path.session
 	p.end()
 	s.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.opt.Fresh = true
 	p.start()
 	st := p.replicating()
 	s.path.await(t, 0, "session 2")

@@ -35,8 +35,8 @@ type DataPath interface {
 	// freed.
 	Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error)
 	Wake()
-	// Apply carries out effects in order (OpCheckpoint is the caller's and
-	// ignored).
+	// Apply carries out effects in order (OpCheckpoint and OpAdopt are the
+	// caller's and ignored).
 	Apply(effs []compare.Effect) error
 	Now() int64 // boottime ns
 	SetMode(Mode) error
@@ -63,6 +63,9 @@ type DataPath interface {
 	// down.
 	CheckOrder() (intruder string, tap bool, err error)
 	SetTap(up bool) error
+	// Acked is what the remote of a TCP connection has acknowledged (P); false:
+	// nobody knows. The NIC's goroutine calls it.
+	Acked(compare.Tuple) (ack uint32, ok bool)
 }
 
 // Adopted is what was found pinned.
@@ -87,6 +90,10 @@ type Session struct {
 	PeerMAC      net.HardwareAddr
 	TxKey, RxKey [2]uint64
 	Digest       compare.Keys
+
+	// Rotated: the session goes on under new signing keys. Frames of the term before
+	// are taken for another second, and the epoch stays what it is.
+	Rotated bool
 }
 
 // Offset is the secondary's translation of one connection (R9).

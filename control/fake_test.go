@@ -36,6 +36,7 @@ type fakePath struct {
 	closed  bool
 
 	adopted  *Adopted
+	acked    map[compare.Tuple]uint32
 	intruder string
 	onTap    bool
 	orderErr error
@@ -103,7 +104,7 @@ func (f *fakePath) Apply(effs []compare.Effect) error {
 			f.note("send %d+%d", e.Seq, e.To-e.From)
 		case compare.OpDeliver:
 			f.note("deliver %d", e.Slot)
-		case compare.OpCheckpoint, compare.OpAsk, compare.OpAnnounce:
+		case compare.OpCheckpoint, compare.OpAdopt, compare.OpAsk, compare.OpAnnounce, compare.OpQuery, compare.OpRemirror:
 		default:
 			f.note("op %d slot %d %v", e.Op, e.Slot, e.Reason)
 		}
@@ -123,7 +124,12 @@ func (f *fakePath) SetMode(m Mode) error {
 	f.mu.Unlock()
 	return f.note("mode %s", [...]string{"shut", "hold", "run", "park", "solo"}[m])
 }
-func (f *fakePath) SetEpoch(e uint32) error         { return f.note("epoch %d", e) }
+func (f *fakePath) SetEpoch(e uint32) error {
+	f.mu.Lock()
+	f.session.Epoch = e
+	f.mu.Unlock()
+	return f.note("epoch %d", e)
+}
 func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
 func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
 func (f *fakePath) Mark() error                     { return f.note("mark") }
@@ -132,6 +138,9 @@ func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s
 	f.mu.Unlock()
+	if s.Rotated {
+		return f.note("rotated %d", s.Term)
+	}
 	return f.note("session %d", s.Term)
 }
 func (f *fakePath) ResetOffsets() error { return f.note("reset") }
@@ -270,6 +279,20 @@ func (f *fakePath) CheckOrder() (string, bool, error) {
 
 func (f *fakePath) SetTap(up bool) error {
 	return f.note("tap %s", map[bool]string{true: "up", false: "down"}[up])
+}
+
+func (f *fakePath) Acked(t compare.Tuple) (uint32, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ack, ok := f.acked[t]
+	return ack, ok
+}
+
+// left is what a daemon finds after this one's end.
+func (f *fakePath) left() *Adopted {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &Adopted{Term: f.session.Term, Epoch: f.session.Epoch, Mode: f.mode, Digest: f.session.Digest}
 }
 
 // intrude puts a foreign program in front; "" takes it away.

@@ -30,7 +30,7 @@ import (
 //	both   ping       when nothing else was said for a while
 const (
 	linkVersion = 2
-	maxMessage  = 64 << 10 // a session of 256 NICs takes less
+	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
 	maxQueue    = 64       // messages that wait to be written
 	maxNICs     = 256
 )
@@ -60,15 +60,16 @@ type party struct {
 
 type hello struct {
 	party
-	Fresh       bool `json:"fresh"`       // the tables were made at this start
-	Whole       bool `json:"whole"`       // the offsets are those of the SVM as it is
-	Connections int  `json:"connections"` // with an offset
+	Fresh       bool   `json:"fresh"`       // the tables were made at this start
+	Whole       bool   `json:"whole"`       // the offsets are those of the SVM as it is
+	Epoch       uint32 `json:"epoch"`       // the one that S is in
+	Connections int    `json:"connections"` // with an offset
 }
 
 type session struct {
 	party
 	Epoch  uint32 `json:"epoch"`
-	Digest []byte `json:"digest"` // seed of the digest keys
+	Digest []byte `json:"digest"` // digest keys, compare.Keys' words, little-endian: they outlive a daemon
 	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
 	Doubt  bool   `json:"doubt"`  // stay parked until a checkpoint
 }
@@ -80,9 +81,13 @@ type rekey struct {
 
 const seedLen = 32
 
-// digestKeys are the digest keys of a seed.
-func digestKeys(seed [seedLen]byte) (*compare.Keys, error) {
-	return compare.NewKeys(rand.NewChaCha8(seed))
+// keyBytes are digest keys as a session carries them.
+func keyBytes(k *compare.Keys) []byte {
+	b, err := binary.Append(nil, binary.LittleEndian, k)
+	if err != nil {
+		panic(err) // a struct of words has a size
+	}
+	return b
 }
 
 // signKeys are the keys of a seed: P's towards S, S's towards P.
@@ -130,9 +135,18 @@ type linkTiming struct {
 	retryMax  time.Duration
 }
 
+const (
+	handshake = 5 * time.Second
+	retryMax  = 2 * time.Second
+)
+
 var defaultLinkTiming = linkTiming{
-	handshake: 5 * time.Second, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: 2 * time.Second,
+	handshake: handshake, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: retryMax,
 }
+
+// MaxRejoin is how long after a daemon's start a healthy peer's session with it may
+// take: the last wait between two attempts, and one attempt.
+const MaxRejoin = retryMax + handshake
 
 // link is an established connection to the peer.
 type link struct {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"lockstep/compare"
 )
 
 // dialLink connects to a primary, as a secondary or somebody else would.
@@ -45,7 +47,7 @@ func TestRefusals(t *testing.T) {
 		change func(*party)
 		want   string
 	}{
-		{"version", func(p *party) { p.Version++ }, "control protocol 2 here, 3 there"},
+		{"version", func(p *party) { p.Version = 1 }, "control protocol 2 here, 1 there"},
 		{"vm", func(p *party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
 		{"node", func(p *party) { p.Node = "gamma" }, `but "gamma" is there`},
 		{"role", func(p *party) { p.Role = "boss" }, `"boss" there: one is to be primary`},
@@ -83,7 +85,7 @@ func TestRefusals(t *testing.T) {
 	s.opt.Control = p.opt.Control
 	s.start()
 	good := party{Version: linkVersion, VM: "web1", Node: "alpha", Role: "primary", Term: 5, NICs: []string{"02:00:00:00:00:01"}}
-	seed := make([]byte, seedLen)
+	seed, keys := make([]byte, seedLen), keyBytes(new(compare.Keys))
 	offer := func(m message) *link {
 		t.Helper()
 		conn, err := ln.Accept()
@@ -104,14 +106,14 @@ func TestRefusals(t *testing.T) {
 		q := good
 		q.NICs = append([]string(nil), good.NICs...)
 		tt.change(&q)
-		offer(message{Type: "session", Session: &session{party: q, Epoch: 1, Digest: seed, Sign: seed}})
+		offer(message{Type: "session", Session: &session{party: q, Epoch: 1, Digest: keys, Sign: seed}})
 		s.await(tt.want, func(st Status) bool { return strings.Contains(st.Peer.Error, tt.want) })
 	}
 	old := good
 	old.Term = 0
 	for want, m := range map[string]message{
-		"out of date":          {Type: "session", Session: &session{party: old, Digest: seed, Sign: seed}},
-		"wrong length":         {Type: "session", Session: &session{party: good, Digest: seed[1:], Sign: seed}},
+		"out of date":          {Type: "session", Session: &session{party: old, Digest: keys, Sign: seed}},
+		"wrong length":         {Type: "session", Session: &session{party: good, Digest: keys[1:], Sign: seed}},
 		"refused: not you":     {Type: "refuse", Cause: "not you"},
 		"in place of session":  {Type: "session"},
 		`"prepare" in place o`: {Type: "prepare", Epoch: 1},
@@ -122,7 +124,7 @@ func TestRefusals(t *testing.T) {
 	if st := s.await("start", func(st Status) bool { return st.State == "start" }); st.Peer.Connected {
 		t.Errorf("status %+v", st)
 	}
-	l := offer(message{Type: "session", Session: &session{party: good, Epoch: 1, Digest: seed, Sign: seed}})
+	l := offer(message{Type: "session", Session: &session{party: good, Epoch: 1, Digest: keys, Sign: seed}})
 	if m, err := l.read(patience); err != nil || m.Type != "ok" {
 		t.Errorf("got %+v, %v, want ok", m, err)
 	}
@@ -173,7 +175,7 @@ func TestSilentPeer(t *testing.T) {
 			t.Fatal(err)
 		}
 		m, err := l.read(patience)
-		if err != nil || m.Type != "session" || len(m.Session.Digest) != seedLen {
+		if err != nil || m.Type != "session" || m.Session.Digest == nil {
 			t.Fatalf("session: %+v, %v", m, err)
 		}
 		return l
@@ -198,18 +200,8 @@ func TestSilentPeer(t *testing.T) {
 	p.await("a lost peer", func(st Status) bool { return strings.Contains(st.Peer.Error, `"prepare" makes no sense`) })
 }
 
-func TestKeysFromSeeds(t *testing.T) {
-	var a, b [seedLen]byte
-	b[0] = 1
-	ka, err := digestKeys(a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	kb, _ := digestKeys(b)
-	again, _ := digestKeys(a)
-	if *ka != *again || *ka == *kb {
-		t.Error("digest keys do not follow the seed")
-	}
+func TestSignKeys(t *testing.T) {
+	var a [seedLen]byte
 	p2s, s2p := signKeys(a)
 	if q, r := signKeys(a); q != p2s || r != s2p || p2s == s2p {
 		t.Error("signing keys do not follow the seed")
@@ -218,7 +210,7 @@ func TestKeysFromSeeds(t *testing.T) {
 
 // A session of as many NICs as are allowed fits into a line.
 func TestMessageFits(t *testing.T) {
-	s := session{Digest: make([]byte, seedLen), Sign: make([]byte, seedLen)}
+	s := session{Digest: keyBytes(new(compare.Keys)), Sign: make([]byte, seedLen)}
 	for range maxNICs {
 		s.NICs = append(s.NICs, "02:00:00:00:00:01")
 	}

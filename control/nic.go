@@ -49,6 +49,8 @@ type nic struct {
 	core      core
 	keys      *compare.Keys // the core's
 
+	order order // watchOrder's
+
 	// The loop's own.
 	evs               []compare.Event
 	effs              []compare.Effect
@@ -56,9 +58,13 @@ type nic struct {
 	frozen            bool
 	captured          []int64 // P: when, while frozen
 	parked            bool    // S
-	echoEvery, echoAt int64   // P: time between echoes, ns (0: none yet), and when the next is due
+	mode              Mode    // the one to be in when no foreign program is in front
+	intruder          string  // that is; "": none
+	intruded          uint64  // times
+	tapDown           bool    // on its account
 	applyErr          uint64
 	applyLog          time.Time
+	echoEvery, echoAt int64 // P: time between echoes, ns (0: none yet), and when the next is due
 }
 
 // request is a wish for a checkpoint.
@@ -204,14 +210,23 @@ func (n *nic) tell(ev compare.Event) {
 	n.apply()
 }
 
-// apply carries out the effects so far.
+// apply carries out the effects so far, and those of what they ask for.
 func (n *nic) apply() {
-	if len(n.effs) == 0 {
-		return
+	for len(n.effs) > 0 {
+		n.applyOnce()
 	}
+}
+
+func (n *nic) applyOnce() {
+	var acked []compare.Event
 	for i := range n.effs {
-		if e := &n.effs[i]; e.Op == compare.OpCheckpoint {
+		switch e := &n.effs[i]; e.Op {
+		case compare.OpCheckpoint:
 			n.want(request{at: time.Now(), nic: n.index, flow: e.Tuple.String(), reason: e.Reason.String()})
+		case compare.OpAdopt:
+			if ack, ok := n.dp.Acked(e.Tuple); ok {
+				acked = append(acked, adoption(e.Tuple, ack))
+			}
 		}
 	}
 	// What could not be sent is lost as on any link, and the guests repeat it.
@@ -223,6 +238,15 @@ func (n *nic) apply() {
 		}
 	}
 	n.effs = n.effs[:0]
+	for i := range acked {
+		n.step(n.dp.Now(), &acked[i])
+	}
+}
+
+// adoption tells the core what the remote of a connection of an earlier daemon has
+// acknowledged (R23).
+func adoption(t compare.Tuple, ack uint32) compare.Event {
+	return compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: t, Seq: ack, Slot: compare.NoSlot}}
 }
 
 // freeze and thaw: nothing leaves meanwhile (R13, R15).
@@ -277,10 +301,63 @@ func newest(evs []compare.Event) int64 {
 	return at
 }
 
+// setMode sets the mode, at once or when no foreign program is in front any more.
+func (n *nic) setMode(m Mode) error {
+	n.mode = m
+	if n.intruder != "" {
+		return nil
+	}
+	return n.dp.SetMode(m)
+}
+
+// adopt takes over what an earlier daemon's tables tell (R23). The loop does not
+// run yet.
+func (n *nic) adopt(idle time.Duration) {
+	a := n.dp.Adopted()
+	n.mode, n.parked = a.Mode, a.Mode == ModePark
+	if n.primary == nil {
+		return
+	}
+	now := n.dp.Now()
+	for _, r := range a.Remotes {
+		if now-r.At <= int64(idle) {
+			ev := adoption(r.Tuple, r.Ack)
+			n.step(now, &ev)
+		}
+	}
+}
+
+// goOn has the kernel go on as the earlier daemon had told it.
+func (n *nic) goOn() error { return n.setMode(n.mode) }
+
+// bar shuts the NIC while a foreign program is in front of ours; at the guest's tap
+// that one could let frames out itself, so there the tap goes down as well. "":
+// none is any more.
+func (n *nic) bar(intruder string, onTap bool) error {
+	var errs []error
+	if intruder != "" && n.intruder == "" {
+		n.intruded++
+		errs = append(errs, n.dp.SetMode(ModeShut))
+	}
+	if onTap != n.tapDown {
+		err := n.dp.SetTap(!onTap)
+		if err == nil {
+			n.tapDown = onTap
+		}
+		errs = append(errs, err)
+	}
+	before := n.intruder
+	n.intruder = intruder
+	if intruder == "" && before != "" {
+		errs = append(errs, n.setMode(n.mode))
+	}
+	return errors.Join(errs...)
+}
+
 // park holds back the SVM's input and drops its output (R13).
 func (n *nic) park() error {
 	n.parked = true
-	return n.dp.SetMode(ModePark)
+	return n.setMode(ModePark)
 }
 
 // reset begins an epoch on S: offsets and copies are those of another SVM. Output
@@ -299,7 +376,7 @@ func (n *nic) reset(epoch uint32) error {
 // unpark lets the SVM's output out and its input in, first what was parked.
 func (n *nic) unpark() error {
 	n.parked = false
-	if err := n.dp.SetMode(ModeRun); err != nil {
+	if err := n.setMode(ModeRun); err != nil {
 		return err
 	}
 	n.tell(compare.Event{Kind: compare.EvUnpark})

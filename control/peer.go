@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -94,10 +95,11 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
 func (d *Daemon) offer(l *link, h hello) {
 	d.unlink(d.link, errors.New("the secondary connected anew"))
-	d.link, d.linkUp, d.peerAddr = l, false, l.conn.RemoteAddr().String()
+	d.link, d.linkUp, d.peerAddr, d.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
 	d.step(ckptEvent{Kind: evHandshake})
 
-	// Connections whose offsets S has lost, or of which this P knows nothing.
+	// Connections whose offsets S has lost, or of which this P knows nothing; or a
+	// checkpoint that one of them has begun an epoch with and the other has not.
 	mine := 0
 	if err := d.each("count connections", func(n *nic) error {
 		mine += n.primary.Stats().Connections
@@ -106,17 +108,16 @@ func (d *Daemon) offer(l *link, h hello) {
 		l.close(err)
 		return
 	}
-	d.peerWhole = h.Whole && !(h.Fresh && mine > 0) && !(d.sessions == 0 && h.Connections > 0)
+	known := d.adopted || d.sessions > 0
+	none := mine == 0 && h.Connections == 0
+	d.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == d.epoch)
 
 	d.term = max(d.term, h.Term) + 1
-	s := session{party: d.party(), Epoch: d.epoch, Digest: d.digestSeed[:]}
+	s := session{party: d.party(), Epoch: d.epoch, Digest: keyBytes(d.nics[0].keys)}
 	s.Term = d.term
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
-	var sign [seedLen]byte
-	rand.Read(sign[:])
-	s.Sign = sign[:]
-	p2s, s2p := signKeys(sign)
-	if err := d.install(h.party, Session{Term: d.term, Epoch: d.epoch, TxKey: p2s, RxKey: s2p, Digest: *d.nics[0].keys}); err != nil {
+	s.Sign = newSeed()
+	if err := d.install(d.nics[0].keys, s.Sign, false); err != nil {
 		d.fatal = err
 		return
 	}
@@ -124,10 +125,23 @@ func (d *Daemon) offer(l *link, h hello) {
 	l.send(message{Type: "session", Session: &s})
 }
 
-// install gives every NIC its session.
-func (d *Daemon) install(peer party, s Session) error {
+// newSeed is the secret of one term.
+func newSeed() []byte {
+	seed := make([]byte, seedLen)
+	rand.Read(seed) // never fails
+	return seed
+}
+
+// install gives every NIC the session of the present term and epoch; sign is the
+// seed of its signing keys.
+func (d *Daemon) install(digest *compare.Keys, sign []byte, rotated bool) error {
+	s := Session{Term: d.term, Epoch: d.epoch, Digest: *digest, Rotated: rotated}
+	s.TxKey, s.RxKey = signKeys([seedLen]byte(sign))
+	if d.secondary != nil {
+		s.TxKey, s.RxKey = s.RxKey, s.TxKey
+	}
 	for i, n := range d.nics {
-		mac, err := net.ParseMAC(peer.NICs[i])
+		mac, err := net.ParseMAC(d.peerParty.NICs[i])
 		if err != nil {
 			return fmt.Errorf("nic %d: %w", i, err)
 		}
@@ -183,8 +197,8 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	h := hello{Connections: offsets}
 	if err := d.ask(ctx, func() {
-		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), d.opt.Fresh && d.sessions == 0
-		h.Term = d.term
+		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), !d.adopted && d.sessions == 0
+		h.Term, h.Epoch = d.term, d.epoch
 	}); err != nil {
 		return false, err
 	}
@@ -220,19 +234,16 @@ func (d *Daemon) joined(l *link, s *session) error {
 	if s.Term <= d.term {
 		return fmt.Errorf("the primary offers term %d, but term %d is known here: it is out of date", s.Term, d.term)
 	}
-	if len(s.Digest) != seedLen || len(s.Sign) != seedLen {
-		return errors.New("key seeds of a wrong length")
+	keys := new(compare.Keys)
+	if n, err := binary.Decode(s.Digest, binary.LittleEndian, keys); err != nil || n != len(s.Digest) || len(s.Sign) != seedLen {
+		return errors.New("keys of a wrong length")
 	}
-	keys, err := digestKeys([seedLen]byte(s.Digest))
-	if err != nil {
-		return err
-	}
-	p2s, s2p := signKeys([seedLen]byte(s.Sign))
-	if err := d.install(s.party, Session{Term: s.Term, Epoch: s.Epoch, TxKey: s2p, RxKey: p2s, Digest: *keys}); err != nil {
+	d.term, d.epoch, d.peerParty = s.Term, s.Epoch, s.party
+	if err := d.install(keys, s.Sign, false); err != nil {
 		d.fatal = err
 		return err
 	}
-	d.link, d.term, d.epoch, d.peerAddr = l, s.Term, s.Epoch, l.conn.RemoteAddr().String()
+	d.link, d.peerAddr = l, l.conn.RemoteAddr().String()
 	d.follow(l, d.opt.link.silence)
 	l.send(message{Type: "ok"}) // before anything that the machine says
 	d.up(!s.Doubt)
@@ -245,6 +256,79 @@ func (d *Daemon) up(ok bool) {
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
 	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
+}
+
+// rotateEvery begins a rotation now and then, while l lasts (P).
+func (d *Daemon) rotateEvery(l *link) {
+	tick := time.NewTicker(d.opt.Rekey)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.post(func() {
+				if d.link == l && d.linkUp && d.rotation == nil {
+					d.rotate(l)
+				}
+			})
+		case <-l.done:
+			return
+		}
+	}
+}
+
+// rotate begins the next term, with new signing keys, over the living link (P).
+// Nothing is frozen, and no checkpoint is asked for.
+//
+// P begins, and S follows when the message comes, some 100 µs later. Meanwhile P
+// takes S's frames of the old term, for a second; what P itself signs already with
+// the new keys S refuses. That is a loss like any on the peer link, and its
+// repetition heals it. Were S first, its records of the new term would be lost
+// instead, of which there are many more.
+//
+// The digest keys stay: held frames and unmatched records have sums of them, and
+// there is no making those anew.
+//
+// Without an answer the link is lost, and the session after it has keys of its own.
+// Nothing of them is ever on a disk.
+func (d *Daemon) rotate(l *link) {
+	d.term++
+	sign := newSeed()
+	if err := d.install(d.nics[0].keys, sign, true); err != nil {
+		d.fatal = err
+		return
+	}
+	answered := make(chan struct{})
+	d.rotation = answered
+	d.work.Go(func() {
+		late := time.NewTimer(d.opt.link.handshake)
+		defer late.Stop()
+		select {
+		case <-answered:
+		case <-l.done:
+		case <-late.C:
+			d.post(func() {
+				if d.rotation == answered {
+					d.unlink(l, errors.New("the secondary did not answer to new keys in time"))
+				}
+			})
+		}
+	})
+	l.send(message{Type: "rekey", Rekey: &rekey{Term: d.term, Sign: sign}})
+}
+
+// rotated follows P to the next term (S).
+func (d *Daemon) rotated(l *link, k *rekey) {
+	if k == nil || k.Term != d.term+1 || len(k.Sign) != seedLen {
+		d.unlink(l, fmt.Errorf("new keys that do not follow those of term %d", d.term))
+		return
+	}
+	d.term = k.Term
+	if err := d.install(d.nics[0].keys, k.Sign, true); err != nil {
+		d.fatal = err
+		return
+	}
+	l.send(message{Type: "ok"})
+	d.log.Info("keys rotated", "term", d.term)
 }
 
 // follow hands what comes on l to the controller, until l closes. The first
@@ -276,7 +360,7 @@ func (d *Daemon) unlink(l *link, why error) {
 		return
 	}
 	l.close(why)
-	d.link, d.linkUp, d.linkSince, d.linkErr = nil, false, time.Now(), why.Error()
+	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
 	d.step(ckptEvent{Kind: evLinkDown})
 }
@@ -297,6 +381,17 @@ func (d *Daemon) received(l *link, m message) {
 	switch {
 	case d.primary != nil && m.Type == "ok" && !d.linkUp:
 		d.up(d.peerWhole)
+		if d.opt.Rekey > 0 {
+			d.work.Go(func() { d.rotateEvery(l) })
+		}
+		return
+	case d.rotation != nil && m.Type == "ok":
+		close(d.rotation)
+		d.rotation = nil
+		d.log.Info("keys rotated", "term", d.term)
+		return
+	case d.secondary != nil && m.Type == "rekey" && d.linkUp:
+		d.rotated(l, m.Rekey)
 		return
 	case !known || !d.linkUp:
 		d.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type))

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -27,7 +28,7 @@ type Status struct {
 	Node   string `json:"node"`
 	Role   string `json:"role"`             // "primary", "secondary"
 	State  string `json:"state"`            // "start", "replicating", "checkpointing"
-	Detail string `json:"detail,omitempty"` // why it is frozen or parked
+	Detail string `json:"detail,omitempty"` // why it is frozen, parked or shut
 	Epoch  uint32 `json:"epoch"`
 	Term   uint32 `json:"term"`
 
@@ -117,6 +118,8 @@ type Flow struct {
 var notDrops = map[string]bool{
 	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
 	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
+	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
+	"xdp_passed": true,
 }
 
 // Status gathers what the daemon knows.
@@ -164,6 +167,12 @@ func (n *nic) status(s *Status) error {
 		}
 	}
 	err := n.do(func() error {
+		if n.intruder != "" {
+			s.Detail = strings.TrimPrefix(s.Detail+"; "+n.intruder+": shut until that is mended", "; ")
+		}
+		if n.intruded > 0 {
+			s.Counters["intruded"] += n.intruded
+		}
 		if n.primary != nil {
 			st := n.primary.Stats()
 			s.Connections += st.Connections

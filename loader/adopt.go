@@ -297,8 +297,7 @@ func (n *NIC) found(role Role) (*control.Adopted, error) {
 	)
 	it := n.objs.LsCli.Iterate()
 	for it.Next(&t, &c) {
-		// An ACK tells what the remote has; nobody goes on behind a RST.
-		if f := compare.Flags(c.TcpFlags); t.Proto == protoTCP && f&(compare.ACK|compare.RST) == compare.ACK {
+		if t.Proto == protoTCP && tells(&c) {
 			a.Remotes = append(a.Remotes, control.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
 		}
 	}
@@ -372,6 +371,21 @@ func (n *NIC) discard() error {
 			return fmt.Errorf("read ring: %w", err)
 		}
 	}
+}
+
+// tells: an ACK tells what the remote has; nobody goes on behind a RST.
+func tells(c *bpf.LockstepLsCli) bool {
+	return compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) == compare.ACK
+}
+
+// Acked implements [control.DataPath].
+func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
+	key := toTuple(t)
+	var c bpf.LockstepLsCli
+	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
+		return 0, false // evicted, or never there
+	}
+	return c.Ack, tells(&c)
 }
 
 // Adopted implements [control.DataPath].

@@ -92,6 +92,13 @@ func TestAdoptPrimary(t *testing.T) {
 	if len(acks) != 2 || acks[1] != 77 || acks[2] != 78 {
 		t.Errorf("remotes %v, want those of ports 1 and 2", acks)
 	}
+	for port, want := range map[uint16]uint32{1: 77, 2: 78, 3: 0, 4: 0, 9: 0} {
+		tuple := askTuple
+		tuple.RemotePort = port
+		if ack, ok := n.Acked(tuple); ok != (want != 0) || ok && ack != want {
+			t.Errorf("port %d acknowledged %d, %v; want %d", port, ack, ok, want)
+		}
+	}
 	if n.conf.Mode != uint32(control.ModeShut) {
 		t.Errorf("mode %d, want shut", n.conf.Mode)
 	}

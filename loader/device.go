@@ -80,6 +80,9 @@ func RemoveVXLAN(name string) error {
 		}
 		return fmt.Errorf("remove vxlan %s: %w", name, err)
 	}
+	if l.Type() != "vxlan" {
+		return fmt.Errorf("remove vxlan %s: it is a %s, which lockstep did not make", name, l.Type())
+	}
 	if err := netlink.LinkDel(l); err != nil {
 		return fmt.Errorf("remove vxlan %s: %w", name, err)
 	}

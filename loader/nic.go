@@ -58,6 +58,7 @@ type Options struct {
 	Tap, PeerDevice  string // device names
 	MaxConnections   int
 	Slots, GSOSlots  int      // held frames of up to 1984 bytes, and of up to 68 KiB
+	Rules            []Rule   // of datagrams that leave uncompared
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
 	Version          string   // of this lockstep
@@ -66,6 +67,12 @@ type Options struct {
 	// Mutation switches a rule of the kernel half off ; tests
 	// only: nothing in the config or on the command line reaches it.
 	Mutation Mutation
+}
+
+// Rule lets datagrams of the PVM leave uncompared. A port of 0 is any.
+type Rule struct {
+	Proto                 uint8
+	GuestPort, RemotePort uint16
 }
 
 // Mutation is a rule switched off.
@@ -277,7 +284,7 @@ func (n *NIC) load(o Options, old *tables) error {
 		bpf.LockstepVarLsTap: uint32(n.tap.Attrs().Index), bpf.LockstepVarLsPeer: uint32(n.peer.Attrs().Index),
 		bpf.LockstepVarLsMarkRel: rel, bpf.LockstepVarLsMarkIn: in,
 		bpf.LockstepVarLsNslots: uint32(o.Slots), bpf.LockstepVarLsNgslots: uint32(o.GSOSlots),
-		bpf.LockstepVarLsMutate: uint32(o.Mutation),
+		bpf.LockstepVarLsNrules: uint32(len(o.Rules)), bpf.LockstepVarLsMutate: uint32(o.Mutation),
 	} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -285,6 +292,12 @@ func (n *NIC) load(o Options, old *tables) error {
 	}
 	if n.maps, err = loadOver(spec, old, &n.objs); err != nil {
 		return err
+	}
+	for i, r := range o.Rules {
+		rule := bpf.LockstepLsRule{Gport: r.GuestPort, Rport: r.RemotePort, Proto: r.Proto}
+		if err := n.objs.LsRules.Put(uint32(i), &rule); err != nil {
+			return fmt.Errorf("rule %d: %w", i, err)
+		}
 	}
 	var meta bpf.LockstepLsMeta
 	if old != nil {
@@ -551,8 +564,12 @@ func (n *NIC) SetSpeakFor(d time.Duration) error {
 	return nil
 }
 
+// rotation is how long frames of the term before are taken once keys rotated:
+// those on their way, and what the peer signs until it has the new keys too.
+const rotation = time.Second
+
 // InstallSession implements [control.DataPath]. Frames of the old term are
-// refused from the moment the term changes.
+// refused from the moment the term changes, but for a rotation's.
 func (n *NIC) InstallSession(s control.Session) error {
 	k := bpf.LockstepLsKeys{SipTx: s.TxKey, SipRx: s.RxKey, Mix: s.Digest.Mix}
 	for lane := range k.K {
@@ -565,11 +582,22 @@ func (n *NIC) InstallSession(s control.Session) error {
 	}
 	copy(n.conf.PeerMac[:], s.PeerMAC)
 	copy(n.conf.OwnMac[:], n.signer.own)
+	oldUntil := uint64(0)
+	if s.Rotated {
+		oldUntil = uint64(n.Now() + int64(rotation))
+	}
+	// Before the term: no frame of the old one is refused between the two. Until the
+	// term changes, term - 1 would be verified with the new keys, and so refused.
+	atomic.StoreUint64(&n.conf.OldUntil, oldUntil)
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
 	atomic.StoreUint32(&n.conf.Term, s.Term)
-	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
-	n.signer.key, n.signer.term, n.signer.epoch = s.TxKey, s.Term, s.Epoch
+	n.signer.key, n.signer.term = s.TxKey, s.Term
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
+	if s.Rotated {
+		return nil // the epoch may be changing at this very moment (R13)
+	}
+	atomic.StoreUint32(&n.conf.Epoch, s.Epoch)
+	n.signer.epoch = s.Epoch
 	return nil
 }
 

@@ -77,6 +77,14 @@ func newCLI(t *testing.T) *cli {
 			call("vxlan %d %d", v.ID, mtu)
 			return v.Device(), nil
 		},
+		removeVXLAN: func(device string) error {
+			call("remove %s", device)
+			return nil
+		},
+		upgradable: func(o nicOptions) (string, error) {
+			call("upgradable %d %s", o.index, o.tap)
+			return "v1.2", nil
+		},
 		open: func(o nicOptions) (control.DataPath, bool, error) {
 			call("open %d %s %s", o.index, o.tap, o.peer)
 			return newFakePath(), true, nil
@@ -136,6 +144,10 @@ func TestMistakes(t *testing.T) {
 		{"status -c @/pair.yaml --node alpha now", 2, "lockstep: unknown command \"now\" for \"lockstep status\"; `lockstep status --help` shows the usage\n"},
 		{"status -c @/pair.yaml --node alpha", 3, "lockstep: no daemon of web1 runs on node alpha (nobody answers on @/run/web1-alpha.sock); start it with `lockstep run`\n"},
 		{"flows -c @/pair.yaml --node beta --json", 3, "lockstep: no daemon of web1 runs on node beta (nobody answers on @/run/web1-beta.sock); start it with `lockstep run`\n"},
+		{"keys -d @/certs", 2, "lockstep: which pair? Name its config file with -c\n"},
+		{"keys -c @/pair.yaml", 2, "lockstep: where to? Name the certificates' folder with -d\n"},
+		{"keys -c @/bad.yaml -d @/certs", 2, "@/bad.yaml:1:1: tls is missing; name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear\n" +
+			"@/bad.yaml:5:1: unknown key \"tsl\"; did you mean \"tls\"?\n"},
 		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role says which guest this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role primary --log-level loud", 2, "lockstep: log level \"loud\" is none of debug, info, warn, error\n"},
@@ -156,7 +168,7 @@ func TestHelpAndVersion(t *testing.T) {
 	if code != 0 {
 		t.Errorf("--help: exit %d", code)
 	}
-	for _, cmd := range []string{"run", "status", "flows", "unload", "doctor", "version"} {
+	for _, cmd := range []string{"run", "status", "flows", "upgrade", "unload", "doctor", "keys", "version"} {
 		if !strings.Contains(stdout, "\n  "+cmd+" ") {
 			t.Errorf("--help does not list %s", cmd)
 		}
@@ -171,12 +183,32 @@ func TestUnload(t *testing.T) {
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
-	if want := []string{"unload web1 beta true"}; !slices.Equal(c.calls, want) {
+	if want := []string{"unload web1 beta true", "remove lsx7"}; !slices.Equal(c.calls, want) {
 		t.Errorf("%v, want %v", c.calls, want)
 	}
 	c.kernel.unload = func(string, string, string, bool) error { return errors.New("the daemon lives; stop it first") }
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha"); code != 1 || stderr != "lockstep: the daemon lives; stop it first\n" {
 		t.Errorf("exit %d, %s", code, stderr)
+	}
+}
+
+func TestUpgrade(t *testing.T) {
+	c := newCLI(t)
+	code, stdout, stderr := c.run(t.Context(), "upgrade -c @/pair.yaml --node alpha")
+	if code != 0 || stderr != "" || !slices.Equal(c.calls, []string{"upgradable 0 tapP"}) {
+		t.Errorf("exit %d, %s, calls %q", code, stderr, c.calls)
+	}
+	for _, want := range []string{"can take over web1 on alpha from lockstep v1.2", "Next: restart the daemon", "at most 7s"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("%q does not say %q", stdout, want)
+		}
+	}
+	c.kernel.upgradable = func(nicOptions) (string, error) {
+		return "", errors.New("pinned by v1.2 with ABI 1; this is v1.3 with ABI 2")
+	}
+	code, stdout, stderr = c.run(t.Context(), "upgrade -c @/pair.yaml --node beta")
+	if code != 1 || stdout != "" || stderr != "lockstep: nic 0: pinned by v1.2 with ABI 1; this is v1.3 with ABI 2\n" {
+		t.Errorf("exit %d, %q, %q", code, stdout, stderr)
 	}
 }
 
@@ -217,6 +249,7 @@ func TestRunWiring(t *testing.T) {
 		}
 		w.ConfigDigest = got.ConfigDigest
 		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
+		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatSpeak
 		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
@@ -350,13 +383,14 @@ programs:       ls_mirror   tapP  tcx-egress
 	}
 
 	out.Reset()
-	s.Peer.Connected, s.Dropped, s.QMP = false, nil, control.QMPStatus{}
+	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, control.QMPStatus{}
 	s.Peer.Error = "connection refused"
 	if err := printStatus(&out, s); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
 		"peer:           beta, NOT CONNECTED since 2026-01-02 03:04:05: connection refused\n",
+		"INSECURE:       the control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n",
 		"qemu:           no qmp socket in the config\n", "dropped:        nothing\n",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -441,7 +475,7 @@ func TestDaemon(t *testing.T) {
 	if diff := cmp.Diff(want, fields["programs"]); diff != "" {
 		t.Errorf("programs: -want +got\n%s", diff)
 	}
-	if code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != 0 || !strings.Contains(stdout, "beta, NOT CONNECTED") {
+	if code, stdout, stderr := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != 0 || !strings.Contains(stdout, "beta, NOT CONNECTED") || !strings.Contains(stdout, "\nINSECURE: ") {
 		t.Errorf("status: exit %d, %s%s", code, stdout, stderr)
 	}
 	if code, stdout, stderr := c.run(t.Context(), "flows -c @/pair.yaml --node alpha --json"); code != 0 || stdout != "[]\n" {
@@ -450,7 +484,7 @@ func TestDaemon(t *testing.T) {
 
 	cancel()
 	heard("STOPPING=1")
-	if r := <-ended; r.code != 0 || strings.Contains(r.stderr, "time=") {
+	if r := <-ended; r.code != 0 || strings.Contains(r.stderr, "time=") || !strings.Contains(r.stderr, "the control link is INSECURE") {
 		t.Errorf("%s: exit %d, %s", line, r.code, r.stderr)
 	}
 	if code, _, _ := c.run(t.Context(), "status -c @/pair.yaml --node alpha"); code != exitNoDaemon {
@@ -509,3 +543,4 @@ func (p *fakePath) Offsets(func(compare.Tuple, control.Offset)) error { return n
 func (p *fakePath) Adopted() *control.Adopted                         { return nil }
 func (p *fakePath) CheckOrder() (string, bool, error)                 { return "", false, nil }
 func (p *fakePath) SetTap(bool) error                                 { return nil }
+func (p *fakePath) Acked(compare.Tuple) (uint32, bool)                { return 0, false }

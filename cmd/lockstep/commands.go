@@ -34,7 +34,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newUnload(e), newDoctor(e), newVersion(e))
+	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newUpgrade(e), newUnload(e), newDoctor(e), newKeys(e), newVersion(e))
 	for _, cmd := range append(root.Commands(), root) {
 		args := cmd.Args
 		cmd.Args = func(cmd *cobra.Command, a []string) error {
@@ -143,6 +143,40 @@ func newFlows(e env) *cobra.Command {
 	return cmd
 }
 
+func newUpgrade(e env) *cobra.Command {
+	var t target
+	cmd := &cobra.Command{
+		Use:   "upgrade -c pair.yaml --node NAME",
+		Short: "Check whether this lockstep can take over from the daemon that runs",
+		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
+			"has pinned: that it has the same ABI and sizes, the same config, and that the kernel\n" +
+			"takes its programs over them. It changes nothing and says what to do next.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, _, err := t.load()
+			if err != nil {
+				return err
+			}
+			from := ""
+			for i, nic := range self.NICs {
+				if from, err = e.kernel.upgradable(nicOptions{
+					pinDir: c.PinDir, vm: c.VM, node: self.Name, index: i, tap: nic.Tap, compare: c.Compare, hash: c.Hash(),
+				}); err != nil {
+					return fmt.Errorf("nic %d: %w", i, err)
+				}
+			}
+			_, err = fmt.Fprintf(e.stdout, "lockstep %s can take over %s on %s from lockstep %s.\n"+
+				"Next: restart the daemon with this binary, in the same role. No checkpoint is needed.\n"+
+				"Until the new daemon has its session, at most %v after it started while the peer is well,\n"+
+				"the guest hears its clients but is not heard; what is lost both guests repeat.\n",
+				versionString(), c.VM, self.Name, from, control.MaxRejoin)
+			return err
+		},
+	}
+	t.flags(cmd)
+	return cmd
+}
+
 func newUnload(e env) *cobra.Command {
 	var t target
 	var force bool
@@ -151,18 +185,30 @@ func newUnload(e env) *cobra.Command {
 		Short: "Remove the pinned programs and maps of a daemon that is gone",
 		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
 			"the peer devices, its maps go, and the guest's frames flow uncompared from then on.\n" +
-			"It refuses while the daemon lives.",
+			"It refuses while the daemon lives, and on a secondary that took over, whose guest is\n" +
+			"the one that clients talk to. The tap of any other secondary is set down: its guest\n" +
+			"is a second copy and must not be heard. Run it in the daemon's network namespace.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, _, err := t.load()
 			if err != nil {
 				return err
 			}
-			return e.kernel.unload(c.PinDir, c.VM, self.Name, force)
+			if err := e.kernel.unload(c.PinDir, c.VM, self.Name, force); err != nil {
+				return err
+			}
+			for _, nic := range self.NICs {
+				if v := nic.PeerVXLAN; v != nil {
+					if err := e.kernel.removeVXLAN(v.Device()); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
 		},
 	}
 	t.flags(cmd)
-	cmd.Flags().BoolVar(&force, "force", false, "remove also what is not whole or not of this version")
+	cmd.Flags().BoolVar(&force, "force", false, "remove also what is not whole, not of this version, or of a secondary that took over")
 	return cmd
 }
 

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -24,7 +25,9 @@ type kernel struct {
 	lock        func(pinDir, vm, node string) (release func(), err error)
 	device      func(name string) (*net.Interface, error)
 	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	removeVXLAN func(device string) error
 	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
+	upgradable  func(nicOptions) (from string, err error) // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error
 }
 
@@ -35,6 +38,9 @@ type nicOptions struct {
 	primary          bool
 	tap, peer        string // devices
 	compare          config.Compare
+	rules            []config.Rule
+	xdp              string
+	hash             [32]byte // of the config
 	log              *slog.Logger
 }
 
@@ -61,6 +67,10 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
 		return c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")
 	}
+	protected, err := certificates(o)
+	if err != nil {
+		return err
+	}
 	release, err := e.kernel.lock(c.PinDir, c.VM, o.self.Name)
 	if err != nil {
 		return err
@@ -76,6 +86,7 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		ConfigDigest: hex.EncodeToString(digest[:]),
 		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
+		TLS:     protected,
 		QMP:     o.self.QMP,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
@@ -83,6 +94,7 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		},
 		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
 		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval,
+		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Speak,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
 	}
@@ -110,6 +122,21 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	return e.control(ctx, opt) // closes the NICs
 }
 
+// certificates protect the control link; nil where the config wants it insecure.
+func certificates(o runOptions) (*tls.Config, error) {
+	c := o.config
+	if c.TLS.Insecure {
+		return nil, nil
+	}
+	files := control.Certificates{VM: c.VM, Node: o.self.Name, Peer: o.other.Name}
+	files.CA, files.Cert, files.Key = c.TLS.Files(o.self.Name)
+	cfg, err := files.TLS()
+	if wrong := (*control.CertError)(nil); errors.As(err, &wrong) {
+		return nil, c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
+	}
+	return cfg, err
+}
+
 func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }
 
 // devices finds or makes the devices of all NICs before anything is attached to
@@ -134,7 +161,8 @@ func devices(k kernel, o runOptions) ([]nicOptions, error) {
 		}
 		nics = append(nics, nicOptions{
 			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,
-			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare, log: o.log,
+			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare,
+			rules: o.config.Compare.PrimaryOnly, xdp: nic.XDP, hash: o.config.Hash(), log: o.log,
 		})
 	}
 	return nics, nil

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"io"
 	"net"
 	"strings"
@@ -12,13 +13,15 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// listen serves TCP in a guest's namespace until the test ends.
-func (p *pair) listen(ns, port string, f func(*net.TCPConn)) {
+// listen serves TCP in a guest's namespace until the test ends. The network is
+// "tcp", or one that goes with the option of the listening socket.
+func (p *pair) listen(ns, network, port string, opt sockopt, f func(*net.TCPConn)) {
 	p.t.Helper()
 	var l net.Listener
 	lt.In(p.t, ns, func() {
 		var err error
-		if l, err = net.Listen("tcp", ":"+port); err != nil {
+		c := net.ListenConfig{Control: opt}
+		if l, err = c.Listen(context.Background(), network, ":"+port); err != nil {
 			p.t.Fatal(err)
 		}
 	})
@@ -75,7 +78,7 @@ func TestServerFirst(t *testing.T) {
 		{"mysql", "3306", "I\x00\x00\x00\x0a8.0.36\x00\x08\x00\x00\x00abcdefgh\x00\xff\xff\xff\x02\x00\xff\xdf\x15\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00ijklmnopqrst\x00mysql_native\x00"},
 	} {
 		for _, guest := range []string{p.PVM, p.SVM} {
-			p.listen(guest, x.port, func(c *net.TCPConn) {
+			p.listen(guest, "tcp", x.port, nil, func(c *net.TCPConn) {
 				io.WriteString(c, x.greeting)
 				io.Copy(onlyWriter{c}, onlyReader{c})
 			})

@@ -165,7 +165,8 @@ type pair struct {
 }
 
 // newPair makes a world, starts the guests' services and both daemons and waits
-// until they replicate. qmp gives the nodes' QMP sockets, if any.
+// until they replicate. qmp gives the nodes' QMP sockets, if any. The control link
+// has certificates unless extra has a tls key.
 func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	return newPairOf(t, "lockstep", peer, qmpP, qmpS, extra)
@@ -206,17 +207,24 @@ func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra str
 		}
 		return ", qmp: " + path
 	}
+	tls := "tls: {ca: certs/ca.pem, cert: 'certs/{node}.pem', key: 'certs/{node}.key'}"
+	if strings.Contains(extra, "tls:") {
+		tls = ""
+	}
 	yaml := fmt.Sprintf(`vm: web1
 nodes:
   alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: %s}]%s}
   beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: %s}]%s}
-tls: {insecure: true}
 pin_dir: bpf/lockstep
 run_dir: run
 %s
-`, peerOf("P", "198.51.100.1", "198.51.100.2"), qmp(qmpP), peerOf("S", "198.51.100.2", "198.51.100.1"), qmp(qmpS), extra)
+%s
+`, peerOf("P", "198.51.100.1", "198.51.100.2"), qmp(qmpP), peerOf("S", "198.51.100.2", "198.51.100.1"), qmp(qmpS), tls, extra)
 	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if out, err := p.lockstep("keys", "-c", p.config, "-d", filepath.Join(w.Dir, "certs")).CombinedOutput(); err != nil {
+		t.Fatalf("keys: %v\n%s", err, out)
 	}
 	return p
 }
@@ -276,7 +284,8 @@ func (p *pair) daemon(node, ns, role string) {
 		if p.t.Failed() {
 			p.t.Logf("log of %s:\n%s", node, log.String())
 		}
-		unload := p.lockstep("unload", "-c", p.config, "--node", node)
+		unload := lt.Command(ns, p.self(), "unload", "-c", p.config, "--node", node)
+		unload.Env = append(os.Environ(), actAs+"=lockstep")
 		if out, err := unload.CombinedOutput(); err != nil {
 			p.t.Errorf("unload %s: %v\n%s", node, err, out)
 		}

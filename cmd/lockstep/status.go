@@ -55,6 +55,9 @@ func printStatus(out io.Writer, s control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "%s on %s:\t%s, %s, epoch %d%s\n", s.VM, s.Node, s.Role, s.State, s.Epoch, detail(s.Detail))
 	fmt.Fprintf(w, "peer:\t%s, %s%s\n", s.Peer.Node, connected(s.Peer.Connected, s.Peer.Since), detail(s.Peer.Error))
+	if s.Peer.Insecure {
+		fmt.Fprintf(w, "INSECURE:\tthe control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n")
+	}
 	if s.QMP.Configured {
 		fmt.Fprintf(w, "qemu:\t%s%s%s\n", connected(s.QMP.Connected, s.QMP.Since), detail(s.QMP.State), detail(s.QMP.Error))
 	} else {

@@ -21,24 +21,39 @@ var realKernel = kernel{
 			Underlay: v.Underlay, GuestMTU: guestMTU,
 		})
 	},
-	open:   func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
+	removeVXLAN: loader.RemoveVXLAN,
+	open:        func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
+	upgradable: func(o nicOptions) (string, error) {
+		l := loaderOptions(o, 0)
+		l.Role = 0
+		return loader.CheckUpgrade(l)
+	},
 	unload: loader.Unload,
 }
 
-// openNIC opens a NIC. The mutation is 0 but in tests.
-func openNIC(o nicOptions, mutation loader.Mutation) (control.DataPath, bool, error) {
+// loaderOptions are a NIC's. The mutation is 0 but in tests.
+func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 	role := loader.Secondary
 	if o.primary {
 		role = loader.Primary
 	}
-	n, err := loader.Open(loader.Options{
+	var rules []loader.Rule
+	for _, r := range o.rules {
+		rules = append(rules, loader.Rule(r))
+	}
+	return loader.Options{
 		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
+		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
 		Log: o.log, Mutation: mutation,
-	})
+	}
+}
+
+func openNIC(o nicOptions, mutation loader.Mutation) (dp control.DataPath, fresh bool, err error) {
+	n, err := loader.Open(loaderOptions(o, mutation))
 	if err != nil {
 		return nil, false, err // not n: a nil *NIC in an interface is not nil
 	}
-	return n, true, nil // tables are always made anew
+	return n, n.Adopted() == nil, nil
 }

@@ -116,7 +116,8 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	}
 	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
 	for _, guest := range []string{w.PVM, w.SVM} {
-		w.ip(t, guest, "link set eth0 address "+GuestMAC)
+		w.ip(t, guest, "link set eth0 down") // or the link-local address is of another MAC
+		w.ip(t, guest, "link set eth0 address "+GuestMAC+" up")
 		w.ip(t, guest, "addr add "+Guest4+"/24 dev eth0")
 		w.ip(t, guest, "addr add "+Guest6+"/64 dev eth0 nodad")
 	}

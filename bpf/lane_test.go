@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf_test
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"lockstep/bpf"
+)
+
+const window = uint64(bpf.LockstepLsConstLS_WINDOW)
+
+// numbered is a record of lane's number no, of S to P.
+func numbered(lane uint16, no uint64) *bpf.LockstepLsRec {
+	return &bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, Lane: lane, LaneNo: no}
+}
+
+// asked gives P the frame of r and expects it to be taken and a NACK of [first, last].
+func (k *kit) asked(r *bpf.LockstepLsRec, first, last uint64) {
+	k.Helper()
+	frame := k.wire(r)
+	var verdict uint32
+	var out []byte
+	k.expect(counts{"record_in": 1, "nack_out": 1}, func() { verdict, out, _ = k.run(k.LsDigestRx, input{frame: frame}) })
+	want := k.record(&bpf.LockstepLsRec{Type: nack, Dir: p2s, Stride: uint32(r.Lane), Sum: [2]uint64{first, last}}, out, frame, 54)
+	if verdict != redirect || !bytes.Equal(out, want) {
+		k.Errorf("verdict %d, NACK\n% x, want\n% x", int32(verdict), out, want)
+	}
+	one[*bpf.LockstepLsEvRec](k)
+}
+
+// R6: whoever leaves numbers out is asked for them, once, in place of the frame that
+// showed the gap. User space numbers its own and repeats by itself.
+func TestNack(t *testing.T) {
+	k := newKit(t)
+	k.setMode(hold)
+	taken := func(lane uint16, no uint64) {
+		t.Helper()
+		k.check(k.LsDigestRx, k.wire(numbered(lane, no)), drop, "record_in")
+		one[*bpf.LockstepLsEvRec](k)
+	}
+	for _, lane := range []uint16{0, 1, laneMax - 1} {
+		taken(lane, 5) // a term's first number is as good as any
+		taken(lane, 6)
+		k.asked(numbered(lane, 8), 7, 7)
+		taken(lane, 9)
+		taken(lane, 7) // sent again
+		k.asked(numbered(lane, 200), 10, 199)
+		k.asked(numbered(lane, 200+5*window), 201, 199+5*window)
+	}
+	taken(userLane, 1)
+	taken(userLane, 9)
+
+	// A full ring loses the record; what is missing before it is asked for all the same.
+	for no := uint64(10); k.counters()["no_ring"] == 0; no++ {
+		k.run(k.LsDigestRx, input{frame: k.wire(numbered(userLane, no))})
+	}
+	k.expect(counts{"no_ring": 1, "nack_out": 1}, func() { k.run(k.LsDigestRx, input{frame: k.wire(numbered(0, 1<<40))}) })
+}
+
+// Every number is taken once, in any order within the window.
+func TestWindow(t *testing.T) {
+	k := newKit(t)
+	k.setMode(hold)
+	give := func(lane uint16, no uint64, want string) {
+		t.Helper()
+		moved := k.counters()
+		v, _, _ := k.run(k.LsDigestRx, input{frame: k.wire(numbered(lane, no))})
+		now := k.moved(moved)
+		delete(now, "nack_out")
+		if now.total() != 1 || now[want] != 1 {
+			t.Errorf("lane %d, number %d: counted %v, want %s", lane, no, now, want)
+		}
+		if want != "record_in" && v != drop {
+			t.Errorf("lane %d, number %d: verdict %d", lane, no, int32(v))
+		}
+		if evs := k.events(); len(evs) != int(now["record_in"]) {
+			t.Errorf("lane %d, number %d: %d events", lane, no, len(evs))
+		}
+	}
+	for _, lane := range []uint16{0, laneMax - 1, userLane} {
+		top := uint64(5000)
+		give(lane, top, "record_in")
+		give(lane, top, "peer_replay")
+		oldest := (top/64 - window/64 + 1) * 64 // words are forgotten whole
+		give(lane, oldest-1, "peer_replay")
+		give(lane, oldest, "record_in")
+		give(lane, oldest, "peer_replay")
+		give(lane, 0, "peer_replay")
+		for no := top - 1; no > top-200; no-- {
+			give(lane, no, "record_in")
+			give(lane, no, "peer_replay")
+		}
+		// Words are used again, without what they said before.
+		for _, step := range []uint64{1, 63, 64, 65, window - 64, window - 1, window, window + 1, 3*window + 7, 1 << 40} {
+			top += step
+			give(lane, top, "record_in")
+			for back := uint64(1); back < window-64 && back < step; back += 61 {
+				give(lane, top-back, "record_in")
+				give(lane, top-back, "peer_replay")
+			}
+			give(lane, top, "peer_replay")
+			give(lane, top-window-64, "peer_replay")
+		}
+		give(lane, math.MaxUint64, "record_in")
+		give(lane, math.MaxUint64, "peer_replay")
+	}
+	for _, lane := range []uint16{laneMax, laneMax + 1, userLane - 1} {
+		give(lane, 1, "peer_replay")
+		give(lane, 2, "peer_replay")
+	}
+}
+
+// Numbers at random, against a set.
+func TestWindowRandom(t *testing.T) {
+	k := newKit(t)
+	k.setMode(hold)
+	r := rand.New(rand.NewPCG(31, 32))
+	seen := make(map[uint64]bool)
+	var top uint64
+	for range 4000 {
+		no := 1 + max(top, window) - window + r.Uint64N(window+100)
+		if r.IntN(50) == 0 {
+			no = top + r.Uint64N(3*window)
+		}
+		fresh := !seen[no] && (top == 0 || no/64+window/64 > top/64)
+		before := k.counters()
+		k.run(k.LsDigestRx, input{frame: k.wire(numbered(3, no))})
+		if got := k.moved(before)["record_in"] == 1; got != fresh {
+			t.Fatalf("number %d after %d: taken %v, want %v", no, top, got, fresh)
+		}
+		if seen[no] = true; no > top {
+			top = no
+		}
+		k.events()
+	}
+}
+
+func bootNow(t *testing.T) uint64 {
+	t.Helper()
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		t.Fatal(err)
+	}
+	return uint64(ts.Nano())
+}
+
+// Keys change: the old term is taken for a while, by its own keys, until its lane
+// has seen the new one.
+func TestRotation(t *testing.T) {
+	k := newKit(t)
+	k.conf.Mode = uint32(hold)
+	var keys bpf.LockstepLsKeys
+	if err := k.LsKeys.Lookup(uint32(1), &keys); err != nil {
+		t.Fatal(err)
+	}
+	old := [2]uint64{77, 78}
+	keys.SipRx = old
+	if err := k.LsKeys.Put(uint32(0), &keys); err != nil {
+		t.Fatal(err)
+	}
+	give := func(lane uint16, no uint64, ofTerm uint32, key [2]uint64, reason string) {
+		t.Helper()
+		rec := numbered(lane, no)
+		rec.Term = ofTerm
+		k.check(k.LsDigestRx, peerFrame(make([]byte, 54), 54, sign(rec, key), ownMAC, peerMAC), drop, reason)
+		k.events()
+	}
+	hour := uint64(time.Hour)
+	k.setConf()
+	give(0, 1, term-1, old, "peer_term")
+	k.conf.OldUntil = bootNow(t) + hour
+	k.setConf()
+	give(0, 1, term-1, old, "record_in")
+	give(0, 1, term-1, old, "peer_replay")
+	give(0, 2, term-1, k.sipRx, "peer_tag")
+	give(0, 2, term, old, "peer_tag")
+	give(0, 2, term-2, old, "peer_term")
+	give(0, 2, term+1, k.sipRx, "peer_term")
+	give(1, 9, term-1, old, "record_in")
+	give(0, 1, term, k.sipRx, "record_in") // begins afresh
+	give(0, 2, term, k.sipRx, "record_in")
+	give(0, 3, term-1, old, "peer_replay") // over, for this lane
+	give(1, 10, term-1, old, "record_in")
+	k.conf.OldUntil = bootNow(t)
+	k.setConf()
+	give(1, 11, term-1, old, "peer_term")
+	give(1, 11, term, k.sipRx, "record_in")
+}
+
+// R20: an echo lets speak until the time it tells plus T, and never shortens that.
+func TestEchoIn(t *testing.T) {
+	k := newKit(t)
+	k.conf.Mode, k.conf.SpeakFor, k.conf.SpeakUntil = uint32(hold), 50, 0
+	k.setConf()
+	until := func() uint64 {
+		t.Helper()
+		var c bpf.LockstepLsConf
+		if err := k.LsConf.Lookup(uint32(0), &c); err != nil {
+			t.Fatal(err)
+		}
+		if k.conf.SpeakUntil = c.SpeakUntil; c != k.conf {
+			t.Errorf("settings %+v, want %+v", c, k.conf)
+		}
+		return c.SpeakUntil
+	}
+	rec := func(asked uint64) *bpf.LockstepLsRec {
+		r := k.number(numbered(0, 0), 0)
+		r.Type, r.Sum = echo, [2]uint64{asked, 0}
+		return r
+	}
+	for _, c := range []struct{ asked, want uint64 }{{1000, 1050}, {999, 1050}, {1001, 1051}, {0, 1051}, {1 << 60, 1<<60 + 50}, {1000, 1<<60 + 50}} {
+		k.check(k.LsDigestRx, k.wire(rec(c.asked)), drop, "echo_in")
+		if got := until(); got != c.want {
+			t.Errorf("speak_until %d, want %d", got, c.want)
+		}
+	}
+	refuse := func(reason string, change func(r *bpf.LockstepLsRec)) {
+		t.Helper()
+		r := rec(1 << 61)
+		change(r)
+		k.sent[0]--
+		k.check(k.LsDigestRx, k.wire(r), drop, reason)
+		if got := until(); got != 1<<60+50 {
+			t.Errorf("%s: speak_until %d", reason, got)
+		}
+	}
+	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term-- })
+	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term++ })
+	refuse("peer_type", func(r *bpf.LockstepLsRec) { r.Dir = p2s })
+	refuse("peer_replay", func(r *bpf.LockstepLsRec) { r.LaneNo-- })
+	r := rec(1 << 61)
+	r.Epoch += 1000 // echoes are of no epoch
+	k.check(k.LsDigestRx, k.wire(r), drop, "echo_in")
+	if got := until(); got != 1<<61+50 {
+		t.Errorf("speak_until %d", got)
+	}
+	k.conf.SpeakUntil = math.MaxUint64 // solo
+	k.setConf()
+	k.check(k.LsDigestRx, k.wire(rec(1<<61)), drop, "echo_in")
+	if until() != math.MaxUint64 {
+		t.Error("an echo took the right to speak away")
+	}
+	// An echo behind a gap is taken, and the gap asked for.
+	k.sent[0]++
+	k.expect(counts{"echo_in": 1, "nack_out": 1}, func() { k.run(k.LsDigestRx, input{frame: k.wire(rec(1))}) })
+	k.none()
+}
+
+// S returns echoes while it is not quiet.
+func TestEchoOut(t *testing.T) {
+	k := newKit(t)
+	rec := func() *bpf.LockstepLsRec {
+		return &bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, Term: term, Epoch: epoch, Sum: [2]uint64{1 << 50, 5}}
+	}
+	for _, mode := range []bpf.LockstepLsMode{run, park} {
+		k.setMode(mode)
+		for _, ofEpoch := range []uint32{epoch, epoch - 9, epoch + 9} {
+			r := rec()
+			r.Epoch = ofEpoch
+			frame := k.fromPeer(r)
+			var verdict uint32
+			var out []byte
+			k.expect(counts{"echo_out": 1}, func() { verdict, out, _ = k.run(k.LsSecIn, input{frame: frame}) })
+			want := k.record(&bpf.LockstepLsRec{Type: echo, Dir: s2p, Sum: [2]uint64{1 << 50}}, out, frame, 54)
+			if verdict != redirect || !bytes.Equal(out, want) {
+				t.Errorf("verdict %d, echo\n% x, want\n% x", int32(verdict), out, want)
+			}
+			k.check(k.LsSecIn, frame, drop, "peer_replay")
+		}
+		other := rec()
+		other.Term++
+		k.check(k.LsSecIn, k.fromPeer(other), drop, "peer_term")
+	}
+	for _, mode := range []bpf.LockstepLsMode{shut, hold, solo} {
+		k.setMode(mode)
+		k.check(k.LsSecIn, k.fromPeer(rec()), drop, "shut")
+	}
+	k.none()
+}
+
+// The primary's MARK and the secondary's NEIGH reach user space as they are.
+func TestTold(t *testing.T) {
+	k := newKit(t)
+	r := rand.New(rand.NewPCG(33, 34))
+	k.setMode(park)
+	rec := randRec(r, mark, p2s, 0)
+	k.check(k.LsSecIn, k.fromPeer(rec), drop, "record_in")
+	if diff := cmp.Diff(rec, &one[*bpf.LockstepLsEvRec](k).Rec); diff != "" {
+		t.Error(diff)
+	}
+	k.setMode(hold)
+	rec = randRec(r, neigh, s2p, 0)
+	k.check(k.LsDigestRx, k.fromPeer(rec), drop, "record_in")
+	if diff := cmp.Diff(rec, &one[*bpf.LockstepLsEvRec](k).Rec); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// R6: S sends what it kept again, as it was but for the boundaries; what is gone it
+// says to be gone.
+func TestLiveResend(t *testing.T) {
+	l := newLab(t)
+	k := l.kit()
+	k.setMode(run)
+	pin(t)
+	f := flows["IPv4"]
+	var sent []*bpf.LockstepLsRec
+	lane := uint16(0)
+	say := func(n, gso int) {
+		t.Helper()
+		s := seg{seq: uint32(1000 * len(sent)), ack: 5, flags: ack, win: 6, opts: timestamps(1, 2), payload: make([]byte, n)}
+		_, out, _ := k.run(k.LsSecOut, input{frame: f.from(s), gsoSize: uint32(gso)})
+		rec := segRecord(f, s, 0)
+		rec.Flags, rec.Sum = inherited, k.sum(s.seq, s.payload)
+		rec.Version, rec.Term, rec.Epoch, rec.LaneNo = abiVersion, term, epoch, uint64(len(sent)+1)
+		lane = uint16(out[74+14]) | uint16(out[74+15])<<8
+		rec.Lane = lane
+		sent = append(sent, rec)
+		for _, e := range k.events() {
+			k.slot(e.(*bpf.LockstepLsEv).Slot)
+		}
+	}
+	request := func(lane uint16, first, last uint64) []byte {
+		return k.fromPeer(&bpf.LockstepLsRec{
+			Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch + 7, Stride: uint32(lane), Sum: [2]uint64{first, last},
+		})
+	}
+	again := func(frame []byte, want counts, recs ...*bpf.LockstepLsRec) {
+		t.Helper()
+		want["nack_in"] = 1
+		if len(recs) > 0 {
+			want["resent"] = uint64(len(recs))
+		}
+		k.expect(want, func() {
+			if v, _, _ := k.run(k.LsSecIn, input{frame: frame}); v != drop {
+				t.Errorf("verdict %d", int32(v))
+			}
+		})
+		for _, rec := range recs {
+			rec := *rec
+			_, got := l.read(l.far)
+			if want := peerFrame(frame, 54, sign(&rec, k.sipTx), peerMAC, ownMAC)[:54+recBase]; !bytes.Equal(got, want) {
+				t.Errorf("record %d again\n% x, want\n% x", rec.LaneNo, got, want)
+			}
+		}
+		l.empty(l.far)
+	}
+	for i := range 10 {
+		say(100*i, 0)
+	}
+	say(3000, 100) // with boundaries
+	again(request(lane, 3, 5), counts{}, sent[2:5]...)
+	again(request(lane, 11, 11), counts{}, sent[10])
+	again(request(lane, 11, 13), counts{"resend_gone": 2}, sent[10]) // not said yet
+	again(request(lane, 6, 5), counts{})
+	again(request(lane, 0, 0), counts{"resend_gone": 1}) // not a number
+	again(request(uint16(bpf.LockstepLsConstLS_LANE_ALL), 0, 0), counts{}, sent[10])
+	again(request(laneMax-1, 1, 2), counts{}) // no such CPU
+
+	kept := int(bpf.LockstepLsConstLS_SENT)
+	for len(sent) < kept+3 {
+		say(0, 0)
+	}
+	again(request(lane, 2, 4), counts{"resend_gone": 2}, sent[3])
+	most := int(bpf.LockstepLsConstLS_RESEND_MAX)
+	again(request(lane, 100, uint64(kept)), counts{}, sent[99:99+most]...)
+	k.conf.Term++ // of an older term nothing is sent
+	k.setConf()
+	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, Term: term + 1, Stride: uint32(lane), Sum: [2]uint64{100, 101}}
+	again(k.fromPeer(r), counts{"resend_gone": 2})
+}
+
+// Every field of every kind of record, changed once behind the signer's back.
+func TestAuthentic(t *testing.T) {
+	k := newKit(t)
+	r := rand.New(rand.NewPCG(35, 36))
+	fields := []struct {
+		name   string
+		at     int
+		reason string
+	}{
+		{"tag", 0, "peer_tag"}, {"version", 8, "peer_version"}, {"type", 9, "peer_type"}, {"dir", 10, "peer_type"},
+		{"flags", 11, "peer_tag"}, {"len", 12, "peer_short"}, {"lane", 14, "peer_tag"}, {"lane_no", 16, "peer_tag"},
+		{"term", 24, "peer_term"}, {"epoch", 28, "peer_tag"}, {"guest", 32, "peer_tag"}, {"remote", 48, "peer_tag"},
+		{"gport", 64, "peer_tag"}, {"rport", 66, "peer_tag"}, {"vlan", 68, "peer_tag"}, {"vlan2", 70, "peer_tag"},
+		{"proto", 72, "peer_tag"}, {"tuple's padding", 73, "peer_tag"}, {"inc", 76, "peer_tag"}, {"seq", 80, "peer_tag"},
+		{"end", 84, "peer_tag"}, {"ack", 88, "peer_tag"}, {"win", 92, "peer_tag"}, {"tcp_flags", 94, "peer_tag"},
+		{"optlen", 95, "peer_short"}, {"stride", 96, "peer_tag"}, {"nsum", 100, "peer_short"}, {"frag", 102, "peer_tag"},
+		{"sum", 104, "peer_tag"}, {"other sum", 112, "peer_tag"}, {"opts", 120, "peer_tag"}, {"opts' end", 159, "peer_tag"},
+		{"bound", 160, "peer_tag"}, {"last bound", 160 + 31, "peer_tag"},
+	}
+	for _, c := range []struct {
+		typ, dir uint8
+		taken    string
+	}{
+		{data, s2p, "record_in"}, {answer, s2p, "record_in"}, {dgram, s2p, "record_in"}, {neigh, s2p, "record_in"}, {echo, s2p, "echo_in"},
+		{announce, p2s, "record_in"}, {ask, p2s, "record_in"}, {mark, p2s, "record_in"}, {nack, p2s, "nack_in"}, {echo, p2s, "echo_out"},
+	} {
+		t.Run(fmt.Sprintf("type %d, direction %d", c.typ, c.dir), func(t *testing.T) {
+			k.TB = t
+			prog := k.LsSecIn
+			k.setMode(run)
+			if c.dir == s2p {
+				prog = k.LsDigestRx
+				k.setMode(hold)
+			}
+			rec := randRec(r, c.typ, c.dir, 2)
+			if c.typ == nack {
+				rec.Stride, rec.Sum = 0, [2]uint64{1, 0}
+			}
+			frame := k.fromPeer(rec)
+			for _, f := range fields {
+				b := bytes.Clone(frame)
+				if b[54+f.at] ^= 0x80; f.name == "flags" {
+					b[54+f.at] ^= 0x81
+				}
+				k.check(prog, b, drop, f.reason)
+				if t.Failed() {
+					t.Fatal(f.name)
+				}
+			}
+			k.none()
+			k.expect(counts{c.taken: 1}, func() { k.run(prog, input{frame: frame}) })
+			k.events()
+		})
+	}
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"lockstep/compare"
+)
+
+// TestAdopt: either daemon, or both, die and come back over their tables. Whether a
+// checkpoint is asked for depends on what they find.
+func TestAdopt(t *testing.T) {
+	tests := []struct {
+		name           string
+		p, s           bool // dies
+		conns          int  // with an offset, on S
+		freshP, freshS bool
+		pFinds, sFinds func(*Adopted)
+		whole          bool
+	}{
+		{name: "primary", p: true, conns: 3, whole: true},
+		{name: "secondary", s: true, conns: 3, whole: true},
+		{name: "both", p: true, s: true, conns: 3, whole: true},
+		{name: "primary without tables", p: true, conns: 3, freshP: true},
+		{name: "primary without tables, no connections", p: true, freshP: true, whole: true},
+		{name: "primary without keys", p: true, conns: 3, pFinds: func(a *Adopted) { a.Digest = compare.Keys{} }},
+		{name: "primary in another epoch", p: true, conns: 3, pFinds: func(a *Adopted) { a.Epoch++ }},
+		{name: "secondary in another epoch", s: true, conns: 3, sFinds: func(a *Adopted) { a.Epoch++ }},
+		{name: "secondary parked", s: true, conns: 3, sFinds: func(a *Adopted) { a.Mode = ModePark }},
+		{name: "secondary shut", s: true, sFinds: func(a *Adopted) { a.Mode = ModeShut }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			pair := newPair(t)
+			p, s := hosts(t, pair)
+			p.start()
+			s.start()
+			p.replicating()
+			s.replicating()
+			p.d.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
+			p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+			s.await("the epoch", func(st Status) bool { return st.Epoch == 2 && st.State == "replicating" })
+			before := p.path.session.Digest
+
+			if tt.p {
+				p.end()
+				s.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+			}
+			if tt.s {
+				s.end()
+				if !tt.p {
+					p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+				}
+			}
+			p.change, s.change = tt.pFinds, tt.sFinds
+			p.opt.Fresh, s.opt.Fresh = tt.freshP, tt.freshS
+			offsets := func() {
+				s.path.mu.Lock()
+				defer s.path.mu.Unlock()
+				for i := range tt.conns {
+					tuple := testTuple
+					tuple.RemotePort += uint16(i)
+					s.path.offsets[tuple] = Offset{Seq: 1}
+				}
+			}
+			if !tt.s {
+				offsets()
+			}
+			if tt.p {
+				p.start()
+			}
+			if tt.s {
+				s.start()
+				offsets()
+			}
+			p.await("a session", func(st Status) bool { return st.Peer.Connected && st.Term == 2 })
+			if !tt.whole {
+				st := p.await("a checkpoint", func(st Status) bool {
+					return st.State == "replicating" && slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool {
+						return strings.Contains(c.Cause, "not whole") && c.Result == "committed"
+					})
+				})
+				if st.Term != 2 {
+					t.Errorf("status %+v", st)
+				}
+				return
+			}
+			st := p.replicating()
+			s.replicating()
+			if n := pair.Checkpoints(); n != 1 {
+				t.Errorf("%d checkpoints, of which 1 was asked for by the test: %+v", n, st.Checkpoints)
+			}
+			if p.path.session.Digest != s.path.session.Digest {
+				t.Error("the digest keys do not fit together")
+			}
+			if tt.freshP {
+				return
+			}
+			if st.Epoch != 2 || p.path.session.Digest != before {
+				t.Errorf("epoch %d, the keys kept: %v; want 2 and kept", st.Epoch, p.path.session.Digest == before)
+			}
+			mark := p.path.mark()
+			p.path.pvm(1000, "same")
+			p.path.svm(2, 1000, "same")
+			p.path.await(t, mark, "send 1000+4")
+		})
+	}
+}
+
+// An adopted P goes on holding before there is a session, and hears nothing leave;
+// its keys stay in the kernel.
+func TestAdoptAlone(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.start()
+	s.start()
+	p.replicating()
+	s.end()
+	p.end()
+	p.start()
+	p.path.await(t, 0, "mode hold")
+	p.path.pvm(1000, "same")
+	p.path.svm(1, 1000, "same")
+	p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 && st.State == "start" })
+	if trace := p.path.since(0); len(sent(p.path, 0)) != 0 || slices.ContainsFunc(trace, func(l string) bool { return strings.HasPrefix(l, "session") }) {
+		t.Errorf("without a session: %q", trace)
+	}
+	s.start()
+	s.path.await(t, 0, "mode run")
+	p.path.await(t, 0, "session 2", "send 1000+4")
+}
+
+// The SVM stops while its daemon goes on from old offsets and has no session yet.
+func TestAdoptedSecondaryMissesAStop(t *testing.T) {
+	cfg := defaultCkptConfig()
+	for _, qmp := range []bool{true, false} {
+		for name, evs := range map[string][]ckptEvent{
+			"stop": {{Kind: evQMPUp, OK: true}, {Kind: evStop}, {Kind: evResume}}, "stopped": {{Kind: evQMPUp}},
+			"lost": {{Kind: evQMPUp, OK: true}, {Kind: evQMPDown}, {Kind: evQMPUp, OK: true}},
+		} {
+			cfg.qmp = qmp
+			c := newCkptSecondary(cfg)
+			c.adopt(ModeRun)
+			if !c.whole() {
+				t.Errorf("%s: not whole from the start", name)
+			}
+			for _, ev := range evs {
+				c.Step(0, ev)
+			}
+			if c.whole() == qmp {
+				t.Errorf("%s, qmp %v: whole is %v", name, qmp, c.whole())
+			}
+			fresh := newCkptSecondary(cfg)
+			for _, ev := range evs {
+				fresh.Step(0, ev)
+			}
+			if !fresh.whole() {
+				t.Errorf("%s: empty tables are not whole", name)
+			}
+		}
+	}
+}
+
+// adoptCore notes what it is told.
+type adoptCore struct {
+	core
+	told []compare.Event
+}
+
+func (c *adoptCore) Step(_ int64, ev *compare.Event, out []compare.Effect) []compare.Effect {
+	c.told = append(c.told, *ev)
+	return out
+}
+
+// The core hears of the connections that are young enough.
+func TestAdoptedRemotes(t *testing.T) {
+	path := newFakePath(1)
+	now := path.Now()
+	young, old := testTuple, testTuple
+	old.RemotePort++
+	path.adopted = &Adopted{Mode: ModeHold, Remotes: []Remote{
+		{Tuple: young, Ack: 77, At: now - int64(time.Minute)}, {Tuple: old, Ack: 78, At: now - int64(time.Hour)},
+	}}
+	c := new(adoptCore)
+	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
+	n.adopt(30 * time.Minute)
+	if len(c.told) != 1 || c.told[0].Kind != compare.EvAdopt || c.told[0].Seg.Tuple != young || c.told[0].Seg.Seq != 77 || c.told[0].Seg.Slot != compare.NoSlot {
+		t.Errorf("told %+v", c.told)
+	}
+}
+
+// A foreign program in front shuts the NIC, at the tap the tap as well; when it is
+// gone, the mode is the one that was wanted last.
+func TestForeignProgram(t *testing.T) {
+	pair := newPair(t)
+	p, s := hosts(t, pair)
+	p.opt.orderEvery, s.opt.orderEvery = time.Millisecond, time.Millisecond
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+
+	mark := p.path.mark()
+	p.path.intrude("program foreign (id 7) is in front of ls_pri_out on tap0", true)
+	p.path.await(t, mark, "mode shut", "tap down")
+	st := p.await("the reason", func(st Status) bool { return strings.Contains(st.Detail, "program foreign (id 7)") })
+	if st.Counters["intruded"] != 1 {
+		t.Errorf("counters %v", st.Counters)
+	}
+	p.path.intrude("", false)
+	p.path.await(t, mark, "mode shut", "tap down", "tap up", "mode hold")
+	p.await("no reason", func(st Status) bool { return st.Detail == "" && st.Counters["intruded"] == 1 })
+
+	// On the peer device the tap stays up. A checkpoint parks S and unparks it; the
+	// kernel hears nothing of it.
+	sm := s.path.mark()
+	s.path.intrude("program foreign (id 8) is in front of ls_sec_in on peer0", false)
+	s.path.await(t, sm, "mode shut")
+	p.d.want(request{nic: -1, reason: "test"})
+	p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 })
+	if trace := s.path.since(sm); slices.Contains(trace, "mode park") || slices.Contains(trace, "mode run") || slices.Contains(trace, "tap down") {
+		t.Errorf("with a program in front: %q", trace)
+	}
+	s.path.intrude("", false)
+	s.path.await(t, sm, "mode shut", "mode run")
+
+	// Whose order cannot be told is not trusted.
+	mark = p.path.mark()
+	p.path.mu.Lock()
+	p.path.orderErr = errors.New("no such device")
+	p.path.mu.Unlock()
+	p.path.await(t, mark, "mode shut", "tap down")
+}
+
+// askingCore asks once what a remote has acknowledged.
+type askingCore struct{ adoptCore }
+
+func (c *askingCore) Step(now int64, ev *compare.Event, out []compare.Effect) []compare.Effect {
+	out = c.adoptCore.Step(now, ev, out)
+	if ev.Kind == compare.EvTick {
+		other := testTuple
+		other.RemotePort++
+		return append(out, compare.Effect{Op: compare.OpAdopt, Tuple: testTuple}, compare.Effect{Op: compare.OpAdopt, Tuple: other})
+	}
+	return out
+}
+
+// The core hears what the remote has acknowledged by now, where anybody knows.
+func TestAdoptAgain(t *testing.T) {
+	path := newFakePath(1)
+	path.acked = map[compare.Tuple]uint32{testTuple: 99}
+	c := new(askingCore)
+	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
+	n.tell(compare.Event{Kind: compare.EvTick})
+	if len(c.told) != 2 || c.told[1].Kind != compare.EvAdopt || c.told[1].Seg.Tuple != testTuple || c.told[1].Seg.Seq != 99 {
+		t.Errorf("told %+v", c.told)
+	}
+}
