@@ -4,7 +4,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -270,10 +269,14 @@ func (p *pair) lockstep(args ...string) *exec.Cmd {
 
 func (p *pair) daemon(node, ns, role string) {
 	p.t.Helper()
-	var log bytes.Buffer
+	log, err := os.OpenFile(p.logFile(node), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer log.Close()
 	cmd := lt.Command(ns, p.self(), "run", "-c", p.config, "--node", node, "--role", role)
 	cmd.Env = append(os.Environ(), actAs+"="+p.acts)
-	cmd.Stderr = &log
+	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
@@ -282,7 +285,7 @@ func (p *pair) daemon(node, ns, role string) {
 		cmd.Process.Signal(syscall.SIGTERM) // fails when the test killed it
 		cmd.Wait()
 		if p.t.Failed() {
-			p.t.Logf("log of %s:\n%s", node, log.String())
+			p.t.Logf("log of %s:\n%s", node, p.log(node))
 		}
 		unload := lt.Command(ns, p.self(), "unload", "-c", p.config, "--node", node)
 		unload.Env = append(os.Environ(), actAs+"=lockstep")
@@ -290,6 +293,18 @@ func (p *pair) daemon(node, ns, role string) {
 			p.t.Errorf("unload %s: %v\n%s", node, err, out)
 		}
 	})
+}
+
+func (p *pair) logFile(node string) string { return filepath.Join(p.Dir, node+".log") }
+
+// log is what a node's daemons have logged.
+func (p *pair) log(node string) string {
+	p.t.Helper()
+	b, err := os.ReadFile(p.logFile(node))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return string(b)
 }
 
 // kill ends a process at once.
