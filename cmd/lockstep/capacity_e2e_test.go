@@ -68,8 +68,10 @@ func (p *pair) settle(g *pacing, limit time.Duration) {
 		})
 	}
 	before := p.status("alpha")
-	p.keepAlive(lt.Guest4, 200)
-	p.source(lt.Guest4, 1_000_000)
+	p.t.Run("afterwards", func(t *testing.T) { // which closes its connections
+		p.with(t).keepAlive(lt.Guest4, 200)
+		p.with(t).source(lt.Guest4, 1_000_000)
+	})
 	after := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
 	if n := after.CheckpointsRequested - before.CheckpointsRequested; n != 0 {
 		p.t.Errorf("%d checkpoints requested afterwards: %+v", n, after.Causes)
@@ -83,6 +85,11 @@ func TestFullTable(t *testing.T) {
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), fmt.Sprintf("%scompare: {max_connections: %d}", unasked, limit))
 	p.await("alpha", ready)
+	// A checkpoint of this kit copies no guest, so what the guests' stacks still have
+	// to say about these connections stays apart: let them give up soon.
+	for _, ns := range []string{p.Client, p.PVM, p.SVM} {
+		lt.Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv4.tcp_retries2=3", "net.ipv4.tcp_orphan_retries=1", "net.ipv4.tcp_fin_timeout=1")
+	}
 	var (
 		g       pacing
 		mu      sync.Mutex
@@ -119,7 +126,7 @@ func TestFullTable(t *testing.T) {
 // TestFullSlots: held frames stay within their slots; what finds none is dropped
 // and repeated, so the transfer ends right and costs no checkpoint.
 func TestFullSlots(t *testing.T) {
-	const slots, gsoSlots = 64, 4
+	const slots, gsoSlots = 64, 8
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(),
 		fmt.Sprintf("%scompare: {timeout: 1m, slots: %d, gso_slots: %d}", unasked, slots, gsoSlots))
@@ -132,8 +139,8 @@ func TestFullSlots(t *testing.T) {
 		}
 		return s.Dropped["no_slot"] > 0
 	}
-	const n = 3_000_000
-	conns := make([]*net.TCPConn, 8)
+	const n = 1_000_000
+	conns := make([]*net.TCPConn, 4)
 	for i := range conns {
 		conns[i] = p.mustDial(lt.Guest4, portSource)
 	}
@@ -228,9 +235,11 @@ func TestHalfOpenFlood(t *testing.T) {
 			t.Fatalf("after %d SYNs the open connection: %v", i+step, err)
 		}
 	}
-	s := p.await("alpha", func(s *control.Status) bool { return s.Dropped["half-open evicted"] > 0 })
-	t.Logf("flooded: %d connections, %d evicted, %d checkpoints requested, %d done: %v",
-		s.Connections, s.Dropped["half-open evicted"], s.CheckpointsRequested, s.CheckpointsDone, s.Causes)
+	s := p.await("alpha", func(s *control.Status) bool { return s.HalfOpenEvicted > 0 })
+	t.Logf("flooded: %d connections, %d evicted, dropped %v", s.Connections, s.HalfOpenEvicted, s.Dropped)
+	if s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
 	if sec := p.status("beta"); sec.Connections > limit {
 		t.Errorf("S tracks %d connections, more than %d", sec.Connections, limit)
 	}
@@ -240,7 +249,8 @@ func TestHalfOpenFlood(t *testing.T) {
 }
 
 // TestFullRing: with P's daemon stopped the ring fills up; frames that cannot be
-// told of are dropped and counted, and the doubt costs checkpoints at their pace.
+// told of are dropped for both guests and counted, and what checkpoints that costs
+// come at their pace.
 func TestFullRing(t *testing.T) {
 	const ring = 16 << 20
 	const n = ring / 300 // an event is larger
@@ -260,7 +270,7 @@ func TestFullRing(t *testing.T) {
 	}
 	s := p.await("alpha", func(s *control.Status) bool {
 		g.look(t, s)
-		return s.Dropped["no_ring"] > 0 && s.CheckpointsDone > 0 && s.State == "replicating"
+		return s.Dropped["no_ring"] > 0 && s.State == "replicating"
 	})
 	t.Logf("ring full: %d connections, %d frames dropped, %d checkpoints requested, %d done",
 		s.Connections, s.Dropped["no_ring"], s.CheckpointsRequested, s.CheckpointsDone)
