@@ -36,6 +36,7 @@ type Status struct {
 	HeldPackets     int    `json:"held_packets"`
 	HeldBytes       int    `json:"held_bytes"`
 	ReleasedPackets uint64 `json:"released_packets"`
+	HalfOpenEvicted uint64 `json:"half_open_evicted"` // connections that made room (R11)
 	// CheckpointsRequested counts what asked for one: divergences, timeouts,
 	// doubt. The period is not among them. CheckpointsDone counts commits.
 	CheckpointsRequested uint64 `json:"checkpoints_requested"`
@@ -179,6 +180,7 @@ func (n *nic) status(s *Status) error {
 			s.HeldPackets += st.HeldPackets
 			s.HeldBytes += st.HeldBytes
 			s.ReleasedPackets += st.ReleasedPackets
+			s.HalfOpenEvicted += st.Evicted
 			drops(&st.Drops)
 			return nil
 		}

@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+// How the pairs here pace their checkpoints.
+const (
+	leastInterval = 250 * time.Millisecond
+	unasked       = "checkpoint: {period: 1h, min_interval: 250ms}\n"
+)
+
+// pacing watches that checkpoints begin at least leastInterval apart. The status
+// holds only the last ones, so it is looked at often.
+type pacing struct {
+	last  time.Time
+	epoch uint32
+}
+
+func (g *pacing) look(t *testing.T, s *control.Status) {
+	t.Helper()
+	for _, c := range s.Checkpoints {
+		if !c.At.After(g.last) {
+			continue
+		}
+		// A clock step of a millisecond is not a checkpoint too many.
+		if gap := c.At.Sub(g.last); !g.last.IsZero() && gap < leastInterval-5*time.Millisecond {
+			t.Errorf("checkpoints of epochs %d and %d began %v apart, want at least %v", g.epoch, c.Epoch, gap, leastInterval)
+		}
+		g.last, g.epoch = c.At, c.Epoch
+	}
+}
+
+// settle waits until nothing is tracked, held or frozen, and checks that the pair
+// then works as before, without a checkpoint.
+func (p *pair) settle(g *pacing, limit time.Duration) {
+	p.t.Helper()
+	var s *control.Status
+	for _, node := range []string{"alpha", "beta"} {
+		lt.Eventually(p.t, limit, func() (bool, string) {
+			if s = p.status(node); s == nil {
+				return false, "no status of " + node
+			}
+			if node == "alpha" {
+				g.look(p.t, s)
+			}
+			s.Counters = nil
+			text, _ := json.Marshal(s)
+			return s.Connections == 0 && (node == "beta" || s.HeldPackets == 0 && s.HeldBytes == 0 && s.State == "replicating"), string(text)
+		})
+	}
+	before := p.status("alpha")
+	p.t.Run("afterwards", func(t *testing.T) { // which closes its connections
+		p.with(t).keepAlive(lt.Guest4, 200)
+		p.with(t).source(lt.Guest4, 1_000_000)
+	})
+	after := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
+	if n := after.CheckpointsRequested - before.CheckpointsRequested; n != 0 {
+		p.t.Errorf("%d checkpoints requested afterwards: %+v", n, after.Causes)
+	}
+}
+
+// TestFullTable: more connections than the tables hold are refused, counted, and
+// ask for checkpoints no faster than they may come.
+func TestFullTable(t *testing.T) {
+	const limit = 64
+	q := qemuPair(t)
+	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), fmt.Sprintf("%scompare: {max_connections: %d}", unasked, limit))
+	p.await("alpha", ready)
+	// A checkpoint of this kit copies no guest, so what the guests' stacks still have
+	// to say about these connections stays apart: let them give up soon.
+	for _, ns := range []string{p.Client, p.PVM, p.SVM} {
+		lt.Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv4.tcp_retries2=3", "net.ipv4.tcp_orphan_retries=1", "net.ipv4.tcp_fin_timeout=1")
+	}
+	var (
+		g       pacing
+		mu      sync.Mutex
+		conns   []net.Conn
+		dialing sync.WaitGroup
+	)
+	for i := range 3 * limit {
+		dialing.Go(func() {
+			if c, err := p.dialNth(i); err == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				conns = append(conns, c)
+			}
+		})
+	}
+	s := p.await("alpha", func(s *control.Status) bool {
+		g.look(t, s)
+		if s.Connections > limit {
+			t.Fatalf("P tracks %d connections, more than %d", s.Connections, limit)
+		}
+		return s.Dropped["table full"] > 0 && s.CheckpointsDone > 0
+	})
+	t.Logf("table full: %d connections, %d dropped, %d checkpoints", s.Connections, s.Dropped["table full"], s.CheckpointsDone)
+	if sec := p.status("beta"); sec.Connections > limit {
+		t.Errorf("S tracks %d connections, more than %d", sec.Connections, limit)
+	}
+	dialing.Wait()
+	for _, c := range conns {
+		c.Close()
+	}
+	p.settle(&g, time.Minute)
+}
+
+// TestFullSlots: held frames stay within their slots; what finds none is dropped
+// and repeated, so the transfer ends right and costs no checkpoint.
+func TestFullSlots(t *testing.T) {
+	const slots, gsoSlots = 64, 8
+	q := qemuPair(t)
+	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(),
+		fmt.Sprintf("%scompare: {timeout: 1m, slots: %d, gso_slots: %d}", unasked, slots, gsoSlots))
+	p.await("alpha", ready)
+	var g pacing
+	full := func(s *control.Status) bool {
+		g.look(t, s)
+		if most := slots*2048 + gsoSlots*69632; s.HeldBytes > most || s.HeldPackets > slots+gsoSlots {
+			t.Fatalf("%d packets, %d bytes held, more than all slots (%d)", s.HeldPackets, s.HeldBytes, most)
+		}
+		return s.Dropped["no_slot"] > 0
+	}
+	const n = 1_000_000
+	conns := make([]*net.TCPConn, 4)
+	for i := range conns {
+		conns[i] = p.mustDial(lt.Guest4, portSource)
+	}
+	p.await("beta", func(s *control.Status) bool { return s.Connections == len(conns) })
+	lt.Run(t, "ip", "-n", p.HostS, "link", "set", "tapS", "down")
+	for _, c := range conns {
+		fmt.Fprintln(c, n)
+	}
+	s := p.await("alpha", full)
+	t.Logf("slots full: %d packets, %d bytes held, %d dropped", s.HeldPackets, s.HeldBytes, s.Dropped["no_slot"])
+	lt.Run(t, "ip", "-n", p.HostS, "link", "set", "tapS", "up")
+	for _, c := range conns {
+		p.expectPattern(c, n)
+		c.Close()
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+	p.settle(&g, time.Minute)
+}
+
+// syn is a SYN, or a segment with other flags, from an address that nobody has.
+func syn(from netip.AddrPort, seq uint32, flags byte) []byte {
+	tcp := make([]byte, 24)
+	binary.BigEndian.PutUint16(tcp, from.Port())
+	port, _ := strconv.Atoi(portEcho)
+	binary.BigEndian.PutUint16(tcp[2:], uint16(port))
+	binary.BigEndian.PutUint32(tcp[4:], seq)
+	tcp[12], tcp[13] = 6<<4, flags
+	binary.BigEndian.PutUint16(tcp[14:], 64240)
+	copy(tcp[20:], []byte{2, 4, 1460 >> 8, 1460 & 0xff}) // MSS
+	src, dst := from.Addr().AsSlice(), netip.MustParseAddr(lt.Guest4).AsSlice()
+	pseudo := append(append(append([]byte{}, src...), dst...), 0, unix.IPPROTO_TCP, 0, byte(len(tcp)))
+	binary.BigEndian.PutUint16(tcp[16:], ^uint16(ones(ones(0, pseudo), tcp)))
+	ip := ip4(unix.IPPROTO_TCP, 0, 0, tcp)
+	copy(ip[12:], src)
+	copy(ip[16:], dst)
+	ip[10], ip[11] = 0, 0
+	binary.BigEndian.PutUint16(ip[10:], ^uint16(ones(0, ip[:20])))
+	f := eth(unix.ETH_P_IP, ip)
+	copy(f, append(append([]byte{}, f[6:12]...), f[:6]...)) // towards the guest
+	return f
+}
+
+// flood sends n SYNs from as many addresses and ports, none of which answers.
+func (p *pair) flood(w *lt.Wire, first, n int, flags byte, seqAdd uint32) {
+	p.t.Helper()
+	for i := first; i < first+n; i++ {
+		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 78, byte(i >> 8), byte(i)}), uint16(1024+i%60000))
+		w.Send(p.t, syn(from, uint32(i)*2654435761+seqAdd, flags))
+	}
+}
+
+// floodable lets the guests send answers to the flood's addresses, to the client.
+func (p *pair) floodable() *lt.Wire {
+	p.t.Helper()
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.Run(p.t, "ip", "-n", guest, "route", "add", "10.78.0.0/16", "via", lt.Client4)
+	}
+	return lt.OpenWire(p.t, p.Client, "eth0")
+}
+
+const (
+	flagSYN = 2
+	flagRST = 4
+)
+
+// TestHalfOpenFlood: tens of thousands of SYNs that nobody means cost other
+// half-open connections only: not the table, not those that are open.
+func TestHalfOpenFlood(t *testing.T) {
+	const limit, n = 1024, 30_000
+	q := qemuPair(t)
+	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), fmt.Sprintf("%scompare: {max_connections: %d, slots: 512}", unasked, limit))
+	p.await("alpha", ready)
+	w := p.floodable()
+	meant := p.mustDial(lt.Guest4, portEcho)
+	var g pacing
+	look := func() *control.Status {
+		t.Helper()
+		s := p.await("alpha", func(s *control.Status) bool { return true })
+		g.look(t, s)
+		if s.Connections > limit || s.HeldPackets > 512+1024 {
+			t.Fatalf("%d connections, %d packets held: more than the tables take", s.Connections, s.HeldPackets)
+		}
+		return s
+	}
+	const step = 2000
+	for i := 0; i < n; i += step {
+		p.flood(w, i, step, flagSYN, 0)
+		look()
+		if err := echo(meant, i); err != nil {
+			t.Fatalf("after %d SYNs the open connection: %v", i+step, err)
+		}
+	}
+	s := p.await("alpha", func(s *control.Status) bool { return s.HalfOpenEvicted > 0 })
+	t.Logf("flooded: %d connections, %d evicted, dropped %v", s.Connections, s.HalfOpenEvicted, s.Dropped)
+	if s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+	if sec := p.status("beta"); sec.Connections > limit {
+		t.Errorf("S tracks %d connections, more than %d", sec.Connections, limit)
+	}
+	meant.Close()
+	p.flood(w, 0, n, flagRST, 1) // the flood takes itself back
+	p.settle(&g, 2*time.Minute)
+}
+
+// TestFullRing: with P's daemon stopped the ring fills up; frames that cannot be
+// told of are dropped for both guests and counted, and what checkpoints that costs
+// come at their pace.
+func TestFullRing(t *testing.T) {
+	const ring = 16 << 20
+	const n = ring / 300 // an event is larger
+	q := qemuPair(t)
+	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), unasked+"compare: {slots: 512}")
+	p.await("alpha", ready)
+	w := p.floodable()
+	var g pacing
+	daemon := p.procs["alpha"].Process
+	if err := daemon.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { daemon.Signal(syscall.SIGCONT) })
+	p.flood(w, 0, n, flagSYN, 0)
+	if err := daemon.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	s := p.await("alpha", func(s *control.Status) bool {
+		g.look(t, s)
+		return s.Dropped["no_ring"] > 0 && s.State == "replicating"
+	})
+	t.Logf("ring full: %d connections, %d frames dropped, %d checkpoints requested, %d done",
+		s.Connections, s.Dropped["no_ring"], s.CheckpointsRequested, s.CheckpointsDone)
+	p.flood(w, 0, n, flagRST, 1)
+	p.settle(&g, 2*time.Minute)
+}
+
+// resident is a process' memory.
+func resident(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "\nVmRSS:")
+	line, _, _ := strings.Cut(rest, "\n")
+	return strings.TrimSpace(line)
+}
+
+// TestHeldOpen: thousands of connections open at once, LOCKSTEP_SOAK=1 makes them
+// 100 000, each echoing once at the start and once at the end.
+func TestHeldOpen(t *testing.T) {
+	n := 5000
+	if os.Getenv("LOCKSTEP_SOAK") == "1" {
+		n = 100_000
+	}
+	// The guests' services inherit it.
+	files := unix.Rlimit{Cur: uint64(n + 5000), Max: uint64(n + 5000)}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if old.Max < files.Max {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+			t.Fatalf("allow %d open files: %v", files.Max, err)
+		}
+		t.Cleanup(func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &old) })
+	}
+	p := newPair(t, lt.Veth, "", "", fmt.Sprintf("compare: {timeout: 10s, max_connections: %d}", n+1000))
+	from := lt.ClientAddrs4
+	for i := range 6 { // 28 000 ports each
+		a := fmt.Sprintf("10.77.0.%d", 100+i)
+		lt.Run(t, "ip", "-n", p.Client, "addr", "add", a+"/24", "dev", "eth0")
+		lt.Run(t, "ip", "-n", p.SVM, "neigh", "replace", a, "lladdr", lt.ClientMAC, "dev", "eth0", "nud", "permanent")
+		from = append(from, a)
+	}
+	conns := make([]*net.TCPConn, n)
+	each := func(what string, f func(i int) error) {
+		t.Helper()
+		const lanes = 16
+		began := time.Now()
+		var work sync.WaitGroup
+		for lane := range lanes {
+			work.Go(func() {
+				for i := lane; i < n; i += lanes {
+					if err := f(i); err != nil {
+						t.Errorf("%s connection %d: %v", what, i, err)
+						return
+					}
+				}
+			})
+		}
+		work.Wait()
+		t.Logf("%s %d connections: %v", what, n, time.Since(began).Round(time.Millisecond))
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	t.Cleanup(func() {
+		for _, c := range conns {
+			if c != nil {
+				c.Close()
+			}
+		}
+	})
+	say := func(i int) error {
+		if err := conns[i].SetDeadline(time.Now().Add(time.Minute)); err != nil {
+			return err
+		}
+		return echo(conns[i], i)
+	}
+	each("opened", func(i int) (err error) {
+		if conns[i], err = p.dial(lt.Guest4, portHold, from[i%len(from)]); err != nil {
+			return err
+		}
+		return say(i)
+	})
+	for _, node := range []string{"alpha", "beta"} {
+		s := p.await(node, func(s *control.Status) bool { return s.Connections == n && (node == "beta" || s.HeldPackets == 0) })
+		t.Logf("%s holds %d connections: %s resident, %d copies", node, s.Connections, resident(t, p.procs[node].Process.Pid), s.HeldPackets)
+	}
+	each("heard of", say)
+	each("closed", func(i int) error { return conns[i].Close() })
+	for _, node := range []string{"alpha", "beta"} {
+		lt.Eventually(t, time.Minute, func() (bool, string) {
+			s := p.status(node)
+			if s == nil {
+				return false, "no status of " + node
+			}
+			return s.Connections == 0 && (node == "beta" || s.HeldPackets == 0), fmt.Sprintf("%s: %d connections, %d held", node, s.Connections, s.HeldPackets)
+		})
+		t.Logf("%s afterwards: %s resident", node, resident(t, p.procs[node].Process.Pid))
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+}
