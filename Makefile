@@ -61,6 +61,7 @@ test: deps lint check-generated build ## everything CI checks
 .PHONY: bench-smoke
 bench-smoke: build ## as root: latency, throughput and CPU against mirroring alone
 	@LOCKSTEP_BENCH=$(CURDIR)/bin/lockstep $(GO) test -count=1 -v -run '^TestSmoke$$' ./bench
+
 .PHONY: soak
 soak: ## 100 000 connections held open
 	LOCKSTEP_SOAK=1 $(GO) test -count=1 -timeout 60m -v -run TestHeldOpen ./cmd/lockstep

@@ -80,12 +80,14 @@ func (p *Primary) remirror(c *conn) {
 }
 
 // repeated looks at a record before its sums are taken in: if it says only what is
-// compared already, the SVM misses the remote's ACK.
+// compared already, the SVM misses the remote's ACK or window. A probe of its window,
+// or a keep-alive, is an ACK from below the compared point: nobody else answers it,
+// for what the SVM says does not leave.
 func (p *Primary) repeated(c *conn, s *Segment) {
-	if s.Len == 0 && s.Flags&(SYN|FIN) == 0 || p.frozen || c.diverged || c.floating || c.synWait {
+	if p.frozen || c.diverged || c.floating || c.synWait || !near(s.Seq, c.compared) {
 		return
 	}
-	if end := s.End(); !after(end, c.compared) && near(end, c.compared) {
+	if end := s.End(); before(s.Seq, c.compared) && !after(end, c.compared) {
 		p.remirror(c)
 	}
 }
