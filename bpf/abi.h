@@ -114,7 +114,7 @@ struct ls_meta {
 	__u32 max_conns;
 	__u32 slots;
 	__u32 gso_slots;
-	__u32 tap_base; /* frames the tap had counted before ls_sec_gate let one in, mod 2^32 */
+	__u32 tap_base;	  /* frames the tap had counted before ls_sec_gate let one in, mod 2^32 */
 	__u8 config[32];  /* digest of what both nodes must agree on */
 	__u8 version[64]; /* of the lockstep that made them, 0-terminated */
 };
