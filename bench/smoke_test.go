@@ -177,7 +177,9 @@ run_dir: run
 			if err := cmd.Wait(); err != nil || t.Failed() {
 				t.Errorf("%s: %v; its log:\n%s", d.node, err, log.String())
 			}
-			lt.Run(t, bin, "unload", "-c", config, "--node", d.node)
+			if out, err := lt.Command(d.ns, bin, "unload", "-c", config, "--node", d.node).CombinedOutput(); err != nil {
+				t.Errorf("unload %s: %v\n%s", d.node, err, out)
+			}
 		})
 	}
 	for _, node := range []string{"alpha", "beta"} {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package bpf is lockstep's kernel half: six tcx programs, the maps they share
-// and the Go view of both, generated from abi.h.
+// Package bpf is lockstep's kernel half: six tcx programs and one of XDP, the maps
+// they share and the Go view of both, generated from abi.h.
 package bpf
 
 import (
