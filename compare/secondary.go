@@ -214,7 +214,9 @@ func (f *copies) covers(k *frameCopy) bool {
 func (s *Secondary) answer(seg *Segment) {
 	s.stats.Asked++
 	f := s.flows[seg.Tuple]
-	if f == nil || f.inherited != seg.Inherited || !f.inherited && f.inc != seg.Inc {
+	// A P that adopted the connection asks without an incarnation (R23), and judges
+	// the one that the answer names as it does a record's.
+	if f == nil || !seg.Inherited && (f.inherited || f.inc != seg.Inc) {
 		return
 	}
 	var sum Sum

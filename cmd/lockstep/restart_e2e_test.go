@@ -101,12 +101,15 @@ func (r gatedReader) Read(b []byte) (int, error) {
 
 // TestRestartInTransfer: daemons die with kill -9 in the middle of transfers both
 // ways; all bytes arrive, right, and whole tables need no checkpoint.
+// The timeout is long: while a daemon is away the guests' retransmission timers grow,
+// beyond the default one's second, and the checkpoint that R7 then asks for would be
+// one of these QEMUs, which copy no state.
 func TestRestartInTransfer(t *testing.T) {
 	const size = 20_000_000
 	for _, who := range []string{"primary", "secondary", "both"} {
 		t.Run(who, func(t *testing.T) {
 			q := qemuPair(t)
-			p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), "checkpoint: {period: 1h}")
+			p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), "checkpoint: {period: 1h}\ncompare: {timeout: 10s}")
 			p.await("alpha", ready)
 			nodes := map[string][]hosted{"primary": {p.alpha()}, "secondary": {p.beta()}, "both": {p.alpha(), p.beta()}}[who]
 
