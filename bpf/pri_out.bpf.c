@@ -27,7 +27,8 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 		ev->sum[1] = sc->digest.sum[1];
 		why = slot_keep(skb, sc, &ev->slot);
 	}
-	if (why == LS_R_held)
+	/* Of a segment that found no slot user space is told: it may hold what comes behind. */
+	if (why == LS_R_held || (why == LS_R_no_slot && !sc->p.dgram))
 		bpf_ringbuf_submit(ev, 0);
 	else
 		bpf_ringbuf_discard(ev, 0);

@@ -105,6 +105,24 @@ func (p *Primary) hold(c *conn, s *Segment) {
 	}
 }
 
+// noRoom: the kernel had no slot for s and dropped it. What the connection holds
+// behind s can leave only after s, and may be what takes the slots: it makes room, and
+// the guest repeats it all. Else its repetitions of s would find no slot for ever.
+func (p *Primary) noRoom(s *Segment) {
+	p.stats.Drops[ReasonNoRoom]++
+	c := p.conns[s.Tuple]
+	if c == nil || p.frozen || c.diverged || before(s.Seq, c.compared) {
+		return
+	}
+	held := c.held.view()
+	i := sort.Search(len(held), func(i int) bool { return !before(held[i].start, s.Seq) })
+	for j := i; j < len(held); j++ {
+		p.freePiece(&held[j], ReasonNoRoom)
+	}
+	c.held.remove(i, len(held))
+	p.pump(c)
+}
+
 // closeAt notes where the PVM's data and stream end, and refuses what
 // contradicts an earlier FIN.
 func (c *conn) closeAt(h *piece) bool {

@@ -176,7 +176,11 @@ func (p *Primary) pvm(s *Segment) {
 		p.pvmDatagram(s)
 		return
 	}
-	if int64(len(s.Payload)) != int64(s.Len) || s.Slot == NoSlot && (s.Len > 0 || s.Flags&(SYN|FIN|RST) != 0) {
+	if s.Slot == NoSlot && len(s.Payload) == 0 && (s.Len > 0 || s.Flags&(SYN|FIN|RST) != 0) {
+		p.noRoom(s)
+		return
+	}
+	if int64(len(s.Payload)) != int64(s.Len) || s.Slot == NoSlot && s.Len > 0 {
 		p.drop(s.Slot, ReasonMalformed)
 		return
 	}

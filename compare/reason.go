@@ -43,6 +43,7 @@ const (
 	ReasonNeigh      // a neighbour request of the SVM that was passed on just now, or one too many
 	ReasonHalfOpen   // a half-open connection had to make room (R11)
 	ReasonBeforeMark // S: a datagram that the SVM has heard as the PVM (R16)
+	ReasonNoRoom     // the kernel had no slot for it, or for what it stands behind
 	ReasonCount
 )
 
@@ -53,7 +54,7 @@ var reasonNames = [ReasonCount]string{
 	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
 	"unmatched rst", "forgotten", "over budget", "acked", "void",
 	"datagram differs", "icmp error", "too many datagrams", "unmatched svm datagram", "neighbour requests",
-	"half-open evicted", "before mark",
+	"half-open evicted", "before mark", "no room",
 }
 
 func (r Reason) String() string {

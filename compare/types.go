@@ -102,7 +102,8 @@ type EventKind uint8
 
 // Events of the primary side (P), of the secondary side (S) or of both.
 const (
-	// EvPVM (P): the PVM said Seg.
+	// EvPVM (P): the PVM said Seg. Without a slot and payload although it has some: it
+	// was dropped for want of a slot.
 	EvPVM EventKind = iota + 1
 	// EvSVM (P): a record: the SVM said Seg.
 	EvSVM

@@ -43,7 +43,7 @@ func TestRotatedSession(t *testing.T) {
 	fresh := next
 	fresh.Term, fresh.Rotated, fresh.Epoch = 9, false, 50
 	check(t, h.p.InstallSession(fresh))
-	if c.OldUntil != 0 || c.Term != 9 || c.Epoch != 50 || h.p.signer.laneNext != 0 {
+	if c.OldUntil != 0 || c.Term != 9 || c.Epoch != 50 || h.p.signer.laneNext != lane {
 		t.Errorf("old frames until %d, term %d, epoch %d, lane %d", c.OldUntil, c.Term, c.Epoch, h.p.signer.laneNext)
 	}
 }
