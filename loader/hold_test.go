@@ -193,6 +193,9 @@ func TestFree(t *testing.T) {
 	}
 	guest.send(frame)
 	counts(t, h.p, "no_slot", 1)
+	if s := event(t, h.p, compare.EvPVM); s.Slot != compare.NoSlot || s.Payload != nil || s.Len != 100 {
+		t.Errorf("of a frame without a slot came %+v", s)
+	}
 	apply(t, h.p, compare.Effect{Op: compare.OpFree, Slot: held[3]})
 	if slotState(h.p, held[3]) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.meta) != 5 {
 		t.Errorf("slot %d is not free", held[3])
