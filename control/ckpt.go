@@ -32,6 +32,8 @@ const (
 	evCOLO              // answer to fxCOLO: OK when the mode is this side's, else Cause
 	evLinkUp            // a session holds. P: OK when S's tables are whole. S: OK unless P is in doubt
 	evLinkDown          // the control link or its handshake failed
+	evPair              // OK: COLO runs, replication may begin; else it is over, and nobody waits for a commit
+	evQuiet             // S: it is about to take over: of this machine only the offsets' age is asked
 
 	evHandshake   // P: a session is being made
 	evWant        // P: a checkpoint is needed
@@ -78,7 +80,8 @@ const (
 	fxPark    // S: park input, drop output
 	fxDrain   // S: wait for the tap to empty
 	fxReady   // S: send Ready(Epoch)
-	fxReset   // S: Epoch begins, offsets and copies are void
+	fxBegin   // S: the kernel is in Epoch
+	fxReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void
 	fxStopped // S: send Stopped(Epoch)
 	fxRun     // S: deliver again, what was parked first; records go out
 	fxResumed // S: send Resumed(Epoch) with the SVM's pause
@@ -100,6 +103,7 @@ type ckptConfig struct {
 	stop           int64 // request to P's STOP
 	resume         int64 // P's STOP to the commit
 	maxRetry       int64 // longest wait after failed attempts
+	unpaired       bool  // evPair tells when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
 	firstEpoch     uint32
 	clockTolerance int64
@@ -134,6 +138,7 @@ type ckptPrimary struct {
 	out []ckptEffect
 
 	link, handshake bool
+	paired          bool // COLO runs between the two QEMUs, or none is configured
 	qmp             bool
 	pvmStopped      bool
 	started         bool
@@ -162,7 +167,7 @@ type ckptPrimary struct {
 }
 
 func newCkptPrimary(cfg ckptConfig) *ckptPrimary {
-	return &ckptPrimary{cfg: cfg, last: cfg.firstEpoch, committed: cfg.firstEpoch}
+	return &ckptPrimary{cfg: cfg, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
 }
 
 // state is DESIGN §7's word, and what to add to it.
@@ -206,7 +211,7 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 	switch ev.Kind {
 	case evWant:
 		// Before QEMU is asked, the attempt under way serves.
-		if c.cfg.qmp && c.stage != pPrepare {
+		if c.cfg.qmp && c.paired && c.stage != pPrepare {
 			c.want(ev.Cause)
 		}
 	case evInside:
@@ -226,6 +231,16 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 		c.resolve()
 	case evLinkDown:
 		c.unlinked()
+
+	case evPair:
+		if !ev.OK {
+			*c = ckptPrimary{
+				cfg: c.cfg, out: c.out, now: c.now, last: c.last, committed: c.committed,
+				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped,
+			}
+			break
+		}
+		c.paired = true
 
 	case evQMPUp:
 		c.qmp, c.pvmStopped = true, !ev.OK
@@ -350,7 +365,7 @@ func (c *ckptPrimary) resolve() {
 // suspect freezes until the next commit. Without QMP no commit will ever come:
 // then there are no STOPs to be seen either, and compare alone decides.
 func (c *ckptPrimary) suspect(why string) {
-	if c.cfg.qmp && c.doubt == "" {
+	if c.cfg.qmp && c.paired && c.doubt == "" {
 		c.doubt = why
 	}
 }
@@ -385,7 +400,7 @@ func (c *ckptPrimary) advance() {
 	if c.stage == pVerify && c.inCOLO && (c.sStopped && c.sResumed || c.cfg.noR14) {
 		c.commit()
 	}
-	if !c.started && c.link && !c.handshake && (c.qmp || !c.cfg.qmp) {
+	if !c.started && c.paired && c.link && !c.handshake && (c.qmp || !c.cfg.qmp) {
 		c.started, c.lastDone = true, c.now
 		c.emit(ckptEffect{Op: fxOpen})
 	}
@@ -413,7 +428,7 @@ func (c *ckptPrimary) begin() {
 
 // settle makes the cores' freeze what it has to be.
 func (c *ckptPrimary) settle() {
-	frozen := !c.started || c.handshake || c.stage != pIdle || c.doubt != ""
+	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "")
 	if frozen == c.frozen {
 		return
 	}
@@ -467,6 +482,7 @@ type ckptSecondary struct {
 	adopted    bool // the offsets are older than this daemon
 	park       bool // P was in doubt when the session began
 	void       bool // offsets are not to be trusted
+	quiet      bool // taking over
 	svmStopped bool
 	svmStop    int64
 	svmResume  int64
@@ -511,7 +527,13 @@ func (c *ckptSecondary) emit(op ckptOp, epoch uint32) {
 // Step takes one event in. The effects are valid until the next Step.
 func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 	c.out = c.out[:0]
+	if c.quiet {
+		c.hush(ev)
+		return c.out
+	}
 	switch ev.Kind {
+	case evQuiet:
+		c.quiet = true
 	case evLinkUp:
 		c.link, c.park, c.next = true, !ev.OK, 0
 		if c.stage != sOff {
@@ -562,10 +584,10 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		case sOff:
 			c.missed()
 		case sParked:
-			// The order counts: the epoch and the offsets are right before
-			// output opens again, which it does at fxRun.
+			// The epoch is right before P's mark of it comes. The offsets stay: P
+			// may die now, and the SVM goes on as it was.
 			c.stage, c.svmStop, c.void = sStopped, ev.At, false
-			c.emit(fxReset, c.epoch)
+			c.emit(fxBegin, c.epoch)
 			c.emit(fxStopped, c.epoch)
 		default:
 			c.doubt()
@@ -574,7 +596,9 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		c.svmStopped = false
 		switch c.stage {
 		case sStopped:
+			// The order counts: the offsets are right before output opens.
 			c.stage, c.svmResume = sRun, ev.At
+			c.emit(fxReset, c.epoch)
 			c.emit(fxRun, c.epoch)
 			c.emit(fxCOLO, c.epoch)
 		case sRun, sParking, sParked:
@@ -597,6 +621,21 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		c.prepare()
 	}
 	return c.out
+}
+
+// hush follows QEMU alone: a checkpoint that was under way when P died is loaded if
+// the SVM goes on before anybody told it that P is gone.
+func (c *ckptSecondary) hush(ev ckptEvent) {
+	switch ev.Kind {
+	case evStop:
+		c.svmStopped = true
+	case evResume:
+		c.svmStopped = false
+		if c.stage == sStopped {
+			c.stage = sRun
+			c.emit(fxReset, c.epoch)
+		}
+	}
 }
 
 // whole tells whether the offsets are those of the SVM as it is. In mid

@@ -189,7 +189,9 @@ func (m *ckptModel) stepS(ev ckptEvent, tx int) {
 			if m.running {
 				m.failf("offsets reset while output was open")
 			}
-			m.sEpoch, m.offsets = f.Epoch, tx
+			m.offsets = tx
+		case fxBegin:
+			m.sEpoch = f.Epoch
 		case fxStopped:
 			m.toP(ckptEvent{Kind: evPeerStopped, Epoch: f.Epoch})
 		case fxRun:

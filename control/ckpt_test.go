@@ -15,12 +15,12 @@ var kindNames = map[ckptKind]string{
 	evTick: "tick", evQMPUp: "qmp-up", evQMPDown: "qmp-down", evStop: "stop", evResume: "resume", evCOLO: "colo",
 	evLinkUp: "link-up", evLinkDown: "link-down", evHandshake: "handshake", evWant: "want", evReady: "ready",
 	evPeerStopped: "peer-stopped", evPeerResumed: "peer-resumed", evPeerAbort: "peer-abort", evAsked: "asked",
-	evInside: "inside", evPrepare: "prepare", evAbort: "abort", evDrained: "drained",
+	evPair: "pair", evQuiet: "quiet", evInside: "inside", evPrepare: "prepare", evAbort: "abort", evDrained: "drained",
 }
 
 var opNames = map[ckptOp]string{
 	fxOpen: "Open", fxFreeze: "Freeze", fxThaw: "Thaw", fxPrepare: "Prepare", fxAbort: "Abort", fxAsk: "Ask", fxEpoch: "Epoch",
-	fxCOLO: "COLO?", fxCommit: "Commit", fxFailed: "Failed", fxPark: "Park", fxDrain: "Drain", fxReady: "Ready", fxReset: "Reset",
+	fxCOLO: "COLO?", fxCommit: "Commit", fxFailed: "Failed", fxPark: "Park", fxDrain: "Drain", fxReady: "Ready", fxBegin: "Begin", fxReset: "Reset",
 	fxStopped: "Stopped", fxRun: "Run", fxResumed: "Resumed",
 }
 
@@ -66,6 +66,7 @@ func TestCkptTranscripts(t *testing.T) {
 				cfg := defaultCkptConfig()
 				cfg.qmp = !d.HasArg("noqmp")
 				cfg.minInterval = int64(20 * time.Millisecond)
+				cfg.unpaired = d.HasArg("unpaired")
 				cfg.noR14, cfg.noR15 = d.HasArg("no-r14"), d.HasArg("no-r15")
 				if d.HasArg("period") {
 					var s string

@@ -548,9 +548,11 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 		d.drain(fx.Epoch)
 	case fxReady:
 		d.send(message{Type: "ready", Epoch: fx.Epoch})
-	case fxReset:
+	case fxBegin:
 		d.epoch = fx.Epoch
-		return d.each("begin an epoch", func(n *nic) error { return n.reset(fx.Epoch) })
+		return d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+	case fxReset:
+		return d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
 	case fxStopped:
 		if fx.Epoch == 0 {
 			d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")

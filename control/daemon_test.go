@@ -257,7 +257,7 @@ func TestCheckpoint(t *testing.T) {
 		p.path.pvm(1011, "more")
 		p.await("a held frame", func(st Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
 	})
-	at(qmptest.PrimaryStop, func() { s.path.await(t, sm, "epoch 2", "reset") })
+	at(qmptest.PrimaryStop, func() { s.path.await(t, sm, "epoch 2") })
 	at(qmptest.SecondaryResume, func() { p.path.await(t, pm, "epoch 2") })
 	at(qmptest.PrimaryResume, func() {
 		s.path.await(t, sm, "mode park", "epoch 2", "reset", "mode run", "deliver 501", "deliver 502")

@@ -362,12 +362,9 @@ func (n *nic) park() error {
 	return n.setMode(ModePark)
 }
 
-// reset begins an epoch on S: offsets and copies are those of another SVM. Output
-// stays shut.
+// reset follows a checkpoint that was loaded (S): offsets and copies are those of
+// another SVM. Output stays shut.
 func (n *nic) reset(epoch uint32) error {
-	if err := n.dp.SetEpoch(epoch); err != nil {
-		return err
-	}
 	if err := n.dp.ResetOffsets(); err != nil {
 		return err
 	}
