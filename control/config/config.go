@@ -9,17 +9,20 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
 
 // Defaults of optional keys; docs/CONFIG.md lists them.
 const (
-	DefaultPinDir = "/sys/fs/bpf/lockstep"
-	DefaultRunDir = "/run/lockstep"
+	DefaultPinDir   = "/sys/fs/bpf/lockstep"
+	DefaultRunDir   = "/run/lockstep"
+	DefaultStateDir = "/var/lib/lockstep"
 
 	DefaultVXLANPort = 4790
 
@@ -37,6 +40,22 @@ const (
 
 	DefaultPeriod      = 20 * time.Second
 	DefaultMinInterval = 20 * time.Millisecond
+
+	DefaultBinary   = "qemu-system-x86_64"
+	DefaultMachine  = "pc"
+	DefaultAccel    = "kvm"
+	DefaultCPU      = "host"
+	DefaultCPUTCG   = "max" // where accel is tcg, which has no host CPU
+	DefaultMemory   = 4 << 30
+	DefaultSMP      = 2
+	DefaultNICModel = "virtio-net-pci"
+
+	DefaultMigrationPort = 9998
+	DefaultNBDPort       = 9999
+
+	DefaultEtcdTimeout = 2 * time.Second
+	DefaultFileTimeout = 5 * time.Second
+	DefaultExecTimeout = time.Minute
 )
 
 // maxFile bounds what is parsed: the YAML parser's time grows faster than its
@@ -51,10 +70,14 @@ type Config struct {
 	Nodes      [2]Node // in the file's order
 	TLS        TLS
 	PinDir     string // in a bpffs
-	RunDir     string // of the status sockets
+	RunDir     string // of the status sockets, and the sockets of QEMUs that lockstep starts
+	StateDir   string // of role, term and journal: they outlive a boot
 	Heartbeat  Heartbeat
 	Compare    Compare
 	Checkpoint Checkpoint
+	QEMU       *QEMU // nil: not described, so only attached to
+	Migration  Migration
+	Arbiter    Arbiter
 
 	at map[string]Pos // key path → where its value is written
 }
@@ -65,6 +88,7 @@ type Node struct {
 	Control netip.AddrPort // the control link's address on this host
 	NICs    []NIC          // as many as the other node has, in the guest's order
 	QMP     string         // socket of this host's QEMU; "": none
+	Starts  bool           // lockstep starts this host's QEMU, with its socket at QMP
 }
 
 // NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
@@ -102,9 +126,10 @@ type TLS struct {
 
 // Files are a node's CA, certificate and private key.
 func (t *TLS) Files(node string) (ca, cert, key string) {
-	of := func(s string) string { return strings.ReplaceAll(s, "{node}", node) }
-	return of(t.CA), of(t.Cert), of(t.Key)
+	return forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)
 }
+
+func forNode(s, node string) string { return strings.ReplaceAll(s, "{node}", node) }
 
 // Heartbeat times the echoes between the kernels (R20).
 type Heartbeat struct {
@@ -133,6 +158,89 @@ type Compare struct {
 type Checkpoint struct {
 	Period      time.Duration // between checkpoints that nothing asked for
 	MinInterval time.Duration // between any two
+	TargetPause time.Duration // the period follows the measured pause, up to Period; 0: it does not
+}
+
+// QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only
+// MACs and Disks mean anything.
+type QEMU struct {
+	Binary   string // a path, or a name to look up in PATH
+	Machine  string
+	Accel    string // "kvm" or "tcg", and QEMU's options behind a comma
+	CPU      string
+	Memory   int64 // bytes, whole MiB
+	SMP      int
+	Kernel   string // "": the guest boots from its disks
+	Initrd   string
+	Append   string
+	Disks    []Disk
+	NICModel string
+	MACs     []net.HardwareAddr // one per NIC, the same on both nodes
+	Extra    []string           // further arguments
+}
+
+// Disk is replicated from the primary's image to the secondary's.
+type Disk struct {
+	ID         string // of the drive, the same on both nodes
+	Image      string
+	OverlayDir string // of the secondary's active and hidden overlays
+}
+
+// On is the guest on a node: {node} in paths, append and extra is replaced.
+func (q *QEMU) On(node string) QEMU {
+	n := *q
+	n.Kernel, n.Initrd, n.Append = forNode(q.Kernel, node), forNode(q.Initrd, node), forNode(q.Append, node)
+	n.Disks, n.Extra = slices.Clone(q.Disks), slices.Clone(q.Extra)
+	for i := range n.Disks {
+		d := &n.Disks[i]
+		d.Image, d.OverlayDir = forNode(d.Image, node), forNode(d.OverlayDir, node)
+	}
+	for i := range n.Extra {
+		n.Extra[i] = forNode(n.Extra[i], node)
+	}
+	return n
+}
+
+// MAC is the address of a guest's NIC where the config gives none. A guest's
+// NICs differ in the last byte, so never collide.
+func MAC(vm string, nic int) net.HardwareAddr {
+	h := sha256.Sum256([]byte("lockstep mac " + vm))
+	return net.HardwareAddr{0x52, 0x54, 0x00, h[0], h[1], h[2] + byte(nic)}
+}
+
+// Migration says where the secondary's QEMU waits for the primary's, on the
+// secondary's control address.
+type Migration struct {
+	Port    uint16
+	Unix    string // a socket instead of Port, where both QEMUs are on one host
+	NBDPort uint16 // of the disks
+}
+
+// What Arbiter.Type may say.
+const (
+	ArbiterEtcd = "etcd"
+	ArbiterFile = "file"
+	ArbiterExec = "exec"
+	ArbiterNone = "none"
+)
+
+// Arbiter decides who may speak alone (R21).
+type Arbiter struct {
+	Type      string        // "": there is none, so nobody takes over by itself
+	Endpoints []string      // etcd: host:port of each member
+	TLS       *TLSFiles     // etcd; nil: in the clear
+	Path      string        // file: the record, absolute, on storage that both hosts share
+	Command   []string      // exec: the fencing command
+	Timeout   time.Duration // of one request
+}
+
+// TLSFiles protect a client's connection. Cert and Key may be empty: then the
+// server asks for none.
+type TLSFiles struct{ CA, Cert, Key string }
+
+// On are a node's files: {node} is replaced.
+func (t *TLSFiles) On(node string) TLSFiles {
+	return TLSFiles{forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)}
 }
 
 // Load reads and checks a file. An error that is about its content is an
@@ -158,9 +266,10 @@ func Parse(file string, data []byte) (*Config, error) {
 		return nil, r.errs
 	}
 	c := &Config{
-		File:   file,
-		PinDir: DefaultPinDir,
-		RunDir: DefaultRunDir,
+		File:     file,
+		PinDir:   DefaultPinDir,
+		RunDir:   DefaultRunDir,
+		StateDir: DefaultStateDir,
 		Compare: Compare{
 			Timeout:        DefaultTimeout,
 			CutDelay:       DefaultCutDelay,
@@ -171,9 +280,11 @@ func Parse(file string, data []byte) (*Config, error) {
 		TLS:        TLS{Rekey: DefaultRekey},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
+		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort},
 		at:         r.at,
 	}
 	r.config(root, c)
+	c.derive()
 	// Relations between values mean something only where each value is right.
 	if len(r.errs) == 0 {
 		r.relations(c)
@@ -183,6 +294,35 @@ func Parse(file string, data []byte) (*Config, error) {
 		return nil, r.errs
 	}
 	return c, nil
+}
+
+// derive fills in defaults that come from other values.
+func (c *Config) derive() {
+	q := c.QEMU
+	if q == nil {
+		return
+	}
+	for i := range c.Nodes {
+		if n := &c.Nodes[i]; n.QMP == "" {
+			n.Starts, n.QMP = true, filepath.Join(c.RunDir, c.VM+"-"+n.Name+".qmp") // shorter than Socket's
+		}
+	}
+	if q.CPU == "" {
+		q.CPU = DefaultCPU
+		if accel, _, _ := strings.Cut(q.Accel, ","); accel == "tcg" {
+			q.CPU = DefaultCPUTCG
+		}
+	}
+	for i := range q.Disks {
+		if q.Disks[i].OverlayDir == "" {
+			q.Disks[i].OverlayDir = c.RunDir
+		}
+	}
+	if q.MACs == nil {
+		for i := range c.Nodes[0].NICs {
+			q.MACs = append(q.MACs, MAC(c.VM, i))
+		}
+	}
 }
 
 // Node returns the named node and the other one.
@@ -220,16 +360,17 @@ func (c *Config) pos(key string) Pos {
 	}
 }
 
-// Hash is over what both daemons must agree on: the guest, the two nodes'
-// names, control addresses and peer links, and the rules. Paths, taps, sockets,
-// certificates and slot counts are each host's own.
+// Hash is over what both daemons must agree on: the guest and its machine, the
+// two nodes' names, control addresses and peer links, the ports, the arbiter and
+// the rules. Paths, taps, sockets, certificates, timeouts of requests and slot
+// counts are each host's own.
 func (c *Config) Hash() [32]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "lockstep config 2\nvm %s\ninsecure %v\nheartbeat %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d\n",
+	fmt.Fprintf(h, "lockstep config 3\nvm %s\ninsecure %v\nheartbeat %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d %d\n",
 		c.VM, c.TLS.Insecure,
 		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak,
 		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly,
-		c.Checkpoint.Period, c.Checkpoint.MinInterval)
+		c.Checkpoint.Period, c.Checkpoint.MinInterval, c.Checkpoint.TargetPause)
 	a, b := &c.Nodes[0], &c.Nodes[1]
 	if a.Name > b.Name { // the file's order means nothing
 		a, b = b, a
@@ -242,5 +383,15 @@ func (c *Config) Hash() [32]byte {
 			}
 		}
 	}
+	// Where the paths of two copies of the file lead is each host's own.
+	fmt.Fprintf(h, "migration %d %v %d\n", c.Migration.Port, c.Migration.Unix != "", c.Migration.NBDPort)
+	if q := c.QEMU; q != nil {
+		fmt.Fprintf(h, "qemu %q %q %q %d %d %q %s\n", q.Machine, q.Accel, q.CPU, q.Memory, q.SMP, q.NICModel, q.MACs)
+		for _, d := range q.Disks {
+			fmt.Fprintf(h, "disk %s\n", d.ID)
+		}
+	}
+	endpoints := slices.Sorted(slices.Values(c.Arbiter.Endpoints))
+	fmt.Fprintf(h, "arbiter %s %q %v %q %q\n", c.Arbiter.Type, endpoints, c.Arbiter.TLS != nil, c.Arbiter.Path, c.Arbiter.Command)
 	return [32]byte(h.Sum(nil))
 }

@@ -4,6 +4,7 @@ package config
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -28,7 +29,25 @@ tls:
 heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms}
 pin_dir: /sys/fs/bpf/lockstep
 compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
-checkpoint: {period: 4s, min_interval: 5ms}
+checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms}
+run_dir: /tmp/run
+state_dir: state
+qemu:
+  binary: /opt/qemu
+  machine: q35
+  accel: tcg,thread=single
+  cpu: qemu64
+  memory: 512M
+  smp: 1
+  kernel: boot/vmlinuz
+  initrd: "boot/{node}.img"
+  append: "console=ttyS0 host={node}"
+  disks: [{id: disk0, image: "{node}/a.qcow2", overlay_dir: "/dev/shm/{node}"}, {id: disk1, image: /vms/b.qcow2}]
+  nic_model: e1000
+  macs: ["52:54:00:00:00:07"]
+  extra: [-display, none, -name, "on {node}"]
+migration: {port: 9001, nbd_port: 9002}
+arbiter: {type: etcd, endpoints: ["192.0.2.9:2379", "etcd.example:2379"], tls: {ca: certs/etcd.pem, cert: "certs/{node}-etcd.pem", key: "certs/{node}-etcd.key"}}
 `
 
 const short = `vm: web1
@@ -63,19 +82,43 @@ func TestParse(t *testing.T) {
 		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour},
 		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Speak: 200 * time.Millisecond},
 		PinDir:    "/sys/fs/bpf/lockstep",
-		RunDir:    "/run/lockstep",
+		RunDir:    "/tmp/run",
+		StateDir:  "etc/state",
 		Compare: Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300,
 			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}},
-		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond},
+		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
+		QEMU: &QEMU{
+			Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
+			Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
+			Disks:    []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
+			NICModel: "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
+		},
+		Migration: Migration{Port: 9001, NBDPort: 9002},
+		Arbiter: Arbiter{Type: "etcd", Endpoints: []string{"192.0.2.9:2379", "etcd.example:2379"}, Timeout: 2 * time.Second,
+			TLS: &TLSFiles{"etc/certs/etcd.pem", "etc/certs/{node}-etcd.pem", "etc/certs/{node}-etcd.key"}},
 	}
 	if d := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Config{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
 		t.Errorf("-want +got\n%s", d)
 	}
-	if got, want := got.Socket("alpha"), "/run/lockstep/web1-alpha.sock"; got != want {
+	if got, want := got.Socket("alpha"), "/tmp/run/web1-alpha.sock"; got != want {
 		t.Errorf("socket %s, want %s", got, want)
 	}
 	if ca, cert, key := got.TLS.Files("beta"); ca != "etc/certs/ca.pem" || cert != "etc/certs/beta.pem" || key != "etc/certs/beta.key" {
 		t.Errorf("certificates of beta: %s, %s, %s", ca, cert, key)
+	}
+	if got, want := got.Arbiter.TLS.On("beta"), (TLSFiles{"etc/certs/etcd.pem", "etc/certs/beta-etcd.pem", "etc/certs/beta-etcd.key"}); got != want {
+		t.Errorf("certificates of beta for etcd: %v", got)
+	}
+	on := got.QEMU.On("beta")
+	wantOn := *want.QEMU
+	wantOn.Initrd, wantOn.Append = "etc/boot/beta.img", "console=ttyS0 host=beta"
+	wantOn.Disks = []Disk{{"disk0", "etc/beta/a.qcow2", "/dev/shm/beta"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}}
+	wantOn.Extra = []string{"-display", "none", "-name", "on beta"}
+	if d := cmp.Diff(wantOn, on); d != "" {
+		t.Errorf("the guest on beta: -want +got\n%s", d)
+	}
+	if d := cmp.Diff(want.QEMU, got.QEMU); d != "" {
+		t.Errorf("On changed what it was called on: -want +got\n%s", d)
 	}
 }
 
@@ -93,27 +136,97 @@ func TestDefaults(t *testing.T) {
 	if want := (TLS{Insecure: true, Rekey: DefaultRekey}); c.TLS != want || c.Nodes[0].NICs[0].XDP != XDPAuto {
 		t.Errorf("tls %+v, want %+v; xdp %q", c.TLS, want, c.Nodes[0].NICs[0].XDP)
 	}
-	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval}); c.Checkpoint != want {
+	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval, 0}); c.Checkpoint != want {
 		t.Errorf("checkpoint %+v, want %+v", c.Checkpoint, want)
 	}
-	if c.PinDir != DefaultPinDir || c.RunDir != DefaultRunDir || c.Nodes[0].QMP != "" {
-		t.Errorf("pin_dir %q, run_dir %q, qmp %q", c.PinDir, c.RunDir, c.Nodes[0].QMP)
+	if c.PinDir != DefaultPinDir || c.RunDir != DefaultRunDir || c.StateDir != DefaultStateDir {
+		t.Errorf("pin_dir %q, run_dir %q, state_dir %q", c.PinDir, c.RunDir, c.StateDir)
+	}
+	if c.QEMU != nil || c.Nodes[0].QMP != "" || c.Nodes[0].Starts || c.Arbiter.Type != "" {
+		t.Errorf("qemu %+v, alpha %+v, arbiter %+v", c.QEMU, c.Nodes[0], c.Arbiter)
+	}
+	if want := (Migration{9998, "", 9999}); c.Migration != want {
+		t.Errorf("migration %+v, want %+v", c.Migration, want)
 	}
 }
 
-// The documented example must be a valid one.
+func TestGuestDefaults(t *testing.T) {
+	parse := func(more string) *Config {
+		t.Helper()
+		c, err := Parse("pair.yaml", []byte(short+more))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	c := parse("run_dir: /r\nqemu: {disks: [{id: d, image: d.qcow2}]}\n")
+	want := &QEMU{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci",
+		Disks: []Disk{{"d", "d.qcow2", "/r"}}, MACs: []net.HardwareAddr{MAC("web1", 0)}}
+	if d := cmp.Diff(want, c.QEMU); d != "" {
+		t.Errorf("-want +got\n%s", d)
+	}
+	if n := c.Nodes[1]; !n.Starts || n.QMP != "/r/web1-beta.qmp" {
+		t.Errorf("beta: starts %v, qmp %q", n.Starts, n.QMP)
+	}
+	// Whoever names a socket has started QEMU.
+	attached := strings.Replace(short, "192.0.2.2:7700", "192.0.2.2:7700\n    qmp: /q", 1)
+	c, err := Parse("pair.yaml", []byte(attached+"qemu: {}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, b := c.Nodes[0], c.Nodes[1]; !a.Starts || b.Starts || b.QMP != "/q" {
+		t.Errorf("alpha %+v, beta %+v", a, b)
+	}
+	if c := parse("qemu: {accel: tcg}\n"); c.QEMU.CPU != "max" {
+		t.Errorf("under TCG the CPU is %q", c.QEMU.CPU)
+	}
+	for typ, timeout := range map[string]time.Duration{
+		"etcd, endpoints: [\"192.0.2.9:2379\"], tls: {}": 2 * time.Second,
+		"file, path: /shared/web1":                       5 * time.Second,
+		"exec, command: [fence-host, -x]":                time.Minute,
+		"exec, command: [/bin/fence-host], timeout: 3s":  3 * time.Second,
+		"none": 0,
+	} {
+		if c := parse("arbiter: {type: " + typ + "}\n"); c.Arbiter.Timeout != timeout || c.Arbiter.TLS != nil {
+			t.Errorf("%s: %+v", typ, c.Arbiter)
+		}
+	}
+}
+
+// MACs are part of a guest's state: an upgrade must not change them.
+func TestMAC(t *testing.T) {
+	if got := MAC("web1", 0).String(); got != "52:54:00:39:72:73" {
+		t.Errorf("NIC 0 of web1 is %s", got)
+	}
+	seen := make(map[string]bool)
+	for _, vm := range []string{"web1", "web2"} {
+		for i := range maxNICs {
+			m := MAC(vm, i)
+			if seen[m.String()] {
+				t.Errorf("%s is there twice", m)
+			}
+			seen[m.String()] = true
+		}
+	}
+}
+
+// The documented examples must be valid ones.
 func TestDocumentedExample(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/CONFIG.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, ok := strings.Cut(string(doc), "```yaml\n")
-	body, _, ok2 := strings.Cut(rest, "```")
-	if !ok || !ok2 {
-		t.Fatal("docs/CONFIG.md shows no yaml")
+	parts := strings.Split(string(doc), "```")
+	if len(parts) != 5 {
+		t.Fatalf("docs/CONFIG.md is in %d parts; a whole file and a qemu section make 5", len(parts))
 	}
-	if _, err := Parse("pair.yaml", []byte(body)); err != nil {
-		t.Error(err)
+	whole, qemu := strings.TrimPrefix(parts[1], "yaml\n"), strings.TrimPrefix(parts[3], "yaml\n")
+	c, err := Parse("pair.yaml", []byte(whole+qemu))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := MAC(c.VM, 0).String(); c.QEMU.MACs[0].String() != want {
+		t.Errorf("the MAC address that is the default is %s", want)
 	}
 }
 
@@ -245,6 +358,15 @@ func TestHash(t *testing.T) {
 		"certificate":    replace("certs/{node}.pem", "/etc/beta.pem"),
 		"rekey":          replace("rekey: 2h", "rekey: 3h"),
 		"xdp":            replace("xdp: on", "xdp: off"),
+		"state_dir":      replace("state_dir: state", "state_dir: other"),
+		"binary":         replace("/opt/qemu", "/opt/qemu7"),
+		"kernel":         replace("boot/vmlinuz", "vmlinuz"),
+		"image":          replace("/vms/b.qcow2", "/vms/c.qcow2"),
+		"overlay_dir":    replace("/dev/shm", "/tmp"),
+		"argument":       replace("-display, none", "-display, gtk"),
+		"order of etcds": replace(`"192.0.2.9:2379", "etcd.example:2379"`, `"etcd.example:2379", "192.0.2.9:2379"`),
+		"etcd's CA":      replace("certs/etcd.pem", "etcd.pem"),
+		"patience":       replace("{type: etcd,", "{type: etcd, timeout: 1s,"),
 	} {
 		if hash(s) != base {
 			t.Errorf("another %s gives another hash", name)
@@ -262,6 +384,20 @@ func TestHash(t *testing.T) {
 		"speak":   replace("speak: 200ms", "speak: 201ms"),
 		"rule":    replace("remote_port: 123", "guest_port: 123"),
 		"rules":   replace("{proto: 47}, ", ""),
+		"pause":   replace("target_pause: 20ms", "target_pause: 21ms"),
+		"port":    replace("port: 9001", "port: 9003"),
+		"nbd":     replace("nbd_port: 9002", "nbd_port: 9003"),
+		"unix":    replace("{port: 9001,", "{port: 9001, unix: sock,"),
+		"mac":     replace("00:00:07", "00:00:08"),
+		"disk":    replace("id: disk1", "id: disk2"),
+		"disks":   replace(", {id: disk1, image: /vms/b.qcow2}", ""),
+		"memory":  replace("512M", "513M"),
+		"machine": replace("q35", "pc"),
+		"etcd":    replace("192.0.2.9", "192.0.2.8"),
+		"arbiter": replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: none}\n"),
+		"exec":    replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: exec, command: [x]}\n"),
+		"file":    replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: file, path: /x}\n"),
+		"secrecy": replace(example[strings.Index(example, ", tls: {ca: certs/etcd"):], "}\n"),
 		"tls":     replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"),
 	} {
 		if hash(s) == base {

@@ -3,13 +3,16 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,6 +25,8 @@ import (
 const (
 	maxNICs  = 16
 	maxRules = 16 // of compare.primary_only
+	maxDisks = 16
+	maxWords = 256 // of qemu.extra and arbiter.command
 	// maxSocket is what sun_path holds, its final zero left out.
 	maxSocket = 107
 )
@@ -111,6 +116,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 		{"tls", needTLS, func(v value) { r.tls(v, &c.TLS) }},
 		{"pin_dir", "", r.path(&c.PinDir)},
 		{"run_dir", "", r.path(&c.RunDir)},
+		{"state_dir", "", r.path(&c.StateDir)},
 		{"heartbeat", "", func(v value) {
 			r.mapping(v, []field{
 				{"interval", "", r.duration(&c.Heartbeat.Interval, time.Millisecond, 10*time.Second)},
@@ -132,8 +138,12 @@ func (r *reader) config(root ast.Node, c *Config) {
 			r.mapping(v, []field{
 				{"period", "", r.duration(&c.Checkpoint.Period, time.Millisecond, 24*time.Hour)},
 				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, 0, time.Hour)},
+				{"target_pause", "", r.duration(&c.Checkpoint.TargetPause, 0, 10*time.Second)},
 			})
 		}},
+		{"qemu", "", func(v value) { r.qemu(v, c) }},
+		{"migration", "", func(v value) { r.migration(v, &c.Migration) }},
+		{"arbiter", "", func(v value) { r.arbiter(v, &c.Arbiter) }},
 	})
 }
 
@@ -166,6 +176,253 @@ func (r *reader) tls(v value, t *TLS) {
 		r.refuse(v.pos, "tls names no files", needTLS)
 	case !t.Insecure && len(missing) > 0:
 		r.refuse(v.pos, "tls lacks "+strings.Join(missing, " and "), "ca, cert and key go together; `lockstep keys` makes all three")
+	}
+}
+
+func (r *reader) qemu(v value, c *Config) {
+	q := &QEMU{
+		Binary: DefaultBinary, Machine: DefaultMachine, Accel: DefaultAccel,
+		Memory: DefaultMemory, SMP: DefaultSMP, NICModel: DefaultNICModel,
+	}
+	c.QEMU = q
+	r.mapping(v, []field{
+		{"binary", "", r.program(&q.Binary)},
+		{"machine", "", r.option(&q.Machine, `a machine of QEMU like "pc" or "q35"`)},
+		{"accel", "", func(v value) {
+			r.option(&q.Accel, "kvm or tcg")(v)
+			if kind, _, _ := strings.Cut(q.Accel, ","); q.Accel != "" && kind != "kvm" && kind != "tcg" {
+				r.refuse(v.pos, fmt.Sprintf("accel is %q", q.Accel), "it must be kvm or tcg; QEMU's options may follow behind a comma")
+			}
+		}},
+		{"cpu", "", r.option(&q.CPU, `a CPU model of QEMU like "host"`)},
+		{"memory", "", r.memory(&q.Memory)},
+		{"smp", "", r.integer(&q.SMP, 1, 1024)},
+		{"kernel", "", r.path(&q.Kernel)},
+		{"initrd", "", r.path(&q.Initrd)},
+		{"append", "", func(v value) { r.text(v, "the kernel's command line", func(s string) { q.Append = s }) }},
+		{"disks", "", func(v value) {
+			r.list(v, "a list like [{id: colo-disk0, image: web1.qcow2}]", maxDisks, func(v value) {
+				var d Disk
+				r.mapping(v, []field{
+					{"id", "it names the drive on both nodes", r.diskID(&d.ID)},
+					{"image", "it is the disk's file", r.path(&d.Image)},
+					{"overlay_dir", "", r.path(&d.OverlayDir)},
+				})
+				q.Disks = append(q.Disks, d)
+			})
+		}},
+		{"nic_model", "", r.option(&q.NICModel, `a NIC of QEMU like "virtio-net-pci"`)},
+		{"macs", "", func(v value) {
+			r.list(v, `a list like ["52:54:00:12:34:56"]`, maxNICs, func(v value) { r.mac(v, &q.MACs) })
+		}},
+		{"extra", "", func(v value) {
+			r.list(v, `a list of arguments like ["-display", "none"]`, maxWords, func(v value) {
+				r.text(v, "one argument (put numbers in quotes)", func(s string) { q.Extra = append(q.Extra, s) })
+			})
+		}},
+	})
+}
+
+func (r *reader) migration(v value, m *Migration) {
+	port, nbd := int(m.Port), int(m.NBDPort)
+	r.mapping(v, []field{
+		{"port", "", r.integer(&port, 1, math.MaxUint16)},
+		{"unix", "", r.socket(&m.Unix)},
+		{"nbd_port", "", r.integer(&nbd, 1, math.MaxUint16)},
+	})
+	m.Port, m.NBDPort = uint16(port), uint16(nbd)
+}
+
+const arbiterTypes = "etcd, file, exec or none"
+
+func (r *reader) arbiter(v value, a *Arbiter) {
+	before := len(r.errs)
+	r.mapping(v, []field{
+		{"type", "it says who decides which host may speak alone: " + arbiterTypes, r.word(&a.Type, ArbiterEtcd, ArbiterFile, ArbiterExec, ArbiterNone)},
+		{"endpoints", "", func(v value) {
+			r.list(v, `a list like ["192.0.2.9:2379"]`, 16, func(v value) { r.endpoint(v, &a.Endpoints) })
+		}},
+		{"tls", "", func(v value) { r.arbiterTLS(v, a) }},
+		{"path", "", func(v value) {
+			r.text(v, "an absolute path", func(s string) {
+				switch {
+				case strings.Contains(s, "{node}"):
+					r.refuse(v.pos, "path contains {node}, which makes two records of one", "both hosts must use the same file, on storage they share")
+				case !filepath.IsAbs(s) || strings.ContainsRune(s, 0):
+					r.refuse(v.pos, fmt.Sprintf("path %q is not absolute", s), "both hosts must use the same file, on storage they share")
+				default:
+					a.Path = filepath.Clean(s)
+				}
+			})
+		}},
+		{"command", "", func(v value) {
+			r.list(v, `a list like ["fence-host", "--ipmi"]`, maxWords, func(v value) {
+				word := ""
+				if len(a.Command) == 0 {
+					r.program(&word)(v)
+				} else {
+					r.text(v, "one argument (put numbers in quotes)", func(s string) { word = s })
+				}
+				a.Command = append(a.Command, word)
+			})
+		}},
+		{"timeout", "", r.duration(&a.Timeout, 10*time.Millisecond, 10*time.Minute)},
+	})
+	if len(r.errs) > before {
+		return
+	}
+	for _, k := range []struct {
+		key, of string
+		there   bool
+		why     string
+	}{
+		{"endpoints", ArbiterEtcd, len(a.Endpoints) > 0, "they are etcd's members"},
+		{"tls", ArbiterEtcd, a.TLS != nil, ""},
+		{"path", ArbiterFile, a.Path != "", "it is the record's file, on storage that both hosts share"},
+		{"command", ArbiterExec, len(a.Command) > 0, "it is the program that fences the other host"},
+	} {
+		switch _, written := r.at[v.path+"."+k.key]; {
+		case written && k.of != a.Type:
+			r.refuse(r.at[v.path+"."+k.key], fmt.Sprintf("%s does not go with type %s", k.key, a.Type), fmt.Sprintf("remove it, or write type: %s", k.of))
+		case k.of == a.Type && !k.there && k.why != "":
+			r.refuse(v.pos, fmt.Sprintf("%s.%s is missing", v.path, k.key), k.why)
+		}
+	}
+	if a.Timeout == 0 {
+		a.Timeout = map[string]time.Duration{ArbiterEtcd: DefaultEtcdTimeout, ArbiterFile: DefaultFileTimeout, ArbiterExec: DefaultExecTimeout}[a.Type]
+	}
+}
+
+// arbiterTLS: without any file it is as if the key were absent.
+func (r *reader) arbiterTLS(v value, a *Arbiter) {
+	var t TLSFiles
+	before := len(r.errs)
+	r.mapping(v, []field{
+		{"ca", "", r.path(&t.CA)},
+		{"cert", "", r.path(&t.Cert)},
+		{"key", "", r.path(&t.Key)},
+	})
+	switch {
+	case len(r.errs) > before || t == (TLSFiles{}):
+	case t.CA == "":
+		r.refuse(v.pos, "tls lacks ca", "it is the CA that signed the etcd servers' certificates")
+	case (t.Cert == "") != (t.Key == ""):
+		r.refuse(v.pos, "tls has one of cert and key", "they go together; leave both out where etcd asks for no client certificate")
+	default:
+		a.TLS = &t
+	}
+}
+
+func (r *reader) endpoint(v value, to *[]string) {
+	const want = `a host and a port like "192.0.2.9:2379"`
+	r.text(v, want, func(s string) {
+		host, port, err := net.SplitHostPort(s)
+		n, perr := strconv.ParseUint(port, 10, 16)
+		if err != nil || perr != nil || n == 0 || host == "" || strings.ContainsFunc(host, func(c rune) bool { return c <= ' ' || c == '/' || c > '~' }) {
+			r.refuse(v.pos, fmt.Sprintf("%q cannot be an endpoint", s), "it must be "+want+"; whether TLS is used, arbiter.tls says")
+			return
+		}
+		if slices.Contains(*to, s) {
+			r.refuse(v.pos, fmt.Sprintf("endpoint %q is there twice", s), "keep one of the two")
+		}
+		*to = append(*to, s)
+	})
+}
+
+func (r *reader) mac(v value, to *[]net.HardwareAddr) {
+	const want = `a unicast MAC address like "52:54:00:12:34:56"`
+	r.text(v, want, func(s string) {
+		m, err := net.ParseMAC(s)
+		if err != nil || len(m) != 6 || m[0]&1 != 0 || bytes.Equal(m, make([]byte, 6)) {
+			r.refuse(v.pos, fmt.Sprintf("%q cannot be a guest's MAC address", s), "it must be "+want)
+			return
+		}
+		if slices.ContainsFunc(*to, func(o net.HardwareAddr) bool { return bytes.Equal(o, m) }) {
+			r.refuse(v.pos, fmt.Sprintf("MAC address %s is there twice", m), "give each NIC its own")
+		}
+		*to = append(*to, m)
+	})
+}
+
+// QEMU's names begin with a letter, have at most 31 characters, and lockstep
+// puts a word of its own around them.
+var diskRE = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_-]{0,19}$`)
+
+func (r *reader) diskID(to *string) func(value) {
+	return func(v value) {
+		r.text(v, `a name like "colo-disk0"`, func(s string) {
+			if *to = s; !diskRE.MatchString(s) {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be a disk's id", s), "use a letter, then up to 19 letters, digits, '-' and '_'")
+			}
+		})
+	}
+}
+
+// list reads a sequence of at most limit values.
+func (r *reader) list(v value, want string, limit int, each func(value)) {
+	seq, ok := v.node.(*ast.SequenceNode)
+	if !ok {
+		r.wrongType(v, want)
+		return
+	}
+	if len(seq.Values) > limit {
+		r.refuse(v.pos, fmt.Sprintf("%s has %d entries, and there is room for %d", v.path[strings.LastIndexByte(v.path, '.')+1:], len(seq.Values), limit), "")
+		return
+	}
+	for i, e := range seq.Values {
+		each(r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos))
+	}
+}
+
+// option is one word for QEMU's command line.
+func (r *reader) option(to *string, want string) func(value) {
+	return func(v value) {
+		r.text(v, want, func(s string) {
+			if *to = s; s == "" || strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' }) {
+				r.refuse(v.pos, fmt.Sprintf("%s is %q", v.path[strings.LastIndexByte(v.path, '.')+1:], s), "it must be "+want)
+			}
+		})
+	}
+}
+
+// program takes what can be run wherever the config file is.
+func (r *reader) program(to *string) func(value) {
+	return func(v value) {
+		const want = "a program's name, looked up in PATH, or its absolute path"
+		r.text(v, want, func(s string) {
+			if *to = s; s == "" || strings.ContainsRune(s, 0) || strings.ContainsRune(s, '/') && !filepath.IsAbs(s) {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be a program", s), "write "+want)
+			}
+		})
+	}
+}
+
+// maxMemory of a guest, in MiB: more is a mistake.
+const maxMemory = 64 << 20
+
+func (r *reader) memory(to *int64) func(value) {
+	return func(v value) {
+		const want = "a size like 512M or 4G"
+		if n, ok := v.node.(*ast.IntegerNode); ok {
+			r.refuse(v.pos, "memory is a bare number", fmt.Sprintf("give it a unit: %sM or %sG", n.Token.Value, n.Token.Value))
+			return
+		}
+		r.text(v, want, func(s string) {
+			n, mib := int64(0), int64(0)
+			if s != "" {
+				mib = map[byte]int64{'M': 1, 'G': 1 << 10, 'T': 1 << 20}[s[len(s)-1]]
+				u, err := strconv.ParseUint(s[:len(s)-1], 10, 32)
+				if err != nil {
+					mib = 0
+				}
+				n = int64(u)
+			}
+			if mib == 0 || n == 0 || n > maxMemory/mib {
+				r.refuse(v.pos, fmt.Sprintf("memory is %q", s), fmt.Sprintf("it must be %s, at most %dT", want, maxMemory>>20))
+				return
+			}
+			*to = n * mib << 20
+		})
 	}
 }
 
@@ -360,6 +617,7 @@ func (r *reader) relations(c *Config) {
 		differ("local", y.Local, x.Remote)
 		differ("remote", y.Remote, x.Local)
 	}
+	r.guest(c)
 	if h := c.Heartbeat; h.Speak > h.Timeout {
 		r.refuse(at("heartbeat.speak"), fmt.Sprintf("speak %v is above timeout %v", h.Speak, h.Timeout), "a host that counts as dead must have fallen silent; lower it")
 	} else if h.Interval > h.Speak/3 {
@@ -370,6 +628,54 @@ func (r *reader) relations(c *Config) {
 	}
 	if c.Checkpoint.MinInterval > c.Checkpoint.Period {
 		r.refuse(at("checkpoint.min_interval"), fmt.Sprintf("min_interval %v is above period %v", c.Checkpoint.MinInterval, c.Checkpoint.Period), "lower it or raise the period")
+	}
+}
+
+// guest checks how the guest is run and moved.
+func (r *reader) guest(c *Config) {
+	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
+	m := &c.Migration
+	if m.Port == m.NBDPort && m.Unix == "" {
+		r.refuse(at("migration"), fmt.Sprintf("port and nbd_port are both %d", m.Port), "give each its own")
+	}
+	for _, n := range c.Nodes {
+		if n.QMP == "" {
+			continue // nothing migrates
+		}
+		for _, p := range []struct {
+			key  string
+			port uint16
+		}{{"port", m.Port}, {"nbd_port", m.NBDPort}} {
+			if p.port == n.Control.Port() && (p.key != "port" || m.Unix == "") {
+				r.refuse(at("migration.%s", p.key), fmt.Sprintf("%s is %d, which %s uses for the control link", p.key, p.port, n.Name), "give each its own")
+			}
+		}
+	}
+	q := c.QEMU
+	if q == nil {
+		return
+	}
+	if accel, _, _ := strings.Cut(q.Accel, ","); accel == "tcg" && strings.HasPrefix(q.CPU+",", "host,") {
+		r.refuse(at("qemu.cpu"), "cpu host needs accel kvm", "write another CPU model, or remove the key for max")
+	}
+	if q.Kernel == "" && q.Initrd != "" {
+		r.refuse(at("qemu.initrd"), "initrd needs kernel", "name the kernel, or remove initrd")
+	}
+	if q.Kernel == "" && q.Append != "" {
+		r.refuse(at("qemu.append"), "append needs kernel", "name the kernel, or remove append")
+	}
+	if nics := len(c.Nodes[0].NICs); len(q.MACs) != nics {
+		r.refuse(at("qemu.macs"), fmt.Sprintf("macs has %s, and the guest has %s", count(len(q.MACs), "entry", "entries"), count(nics, "NIC", "NICs")), "give one per NIC, or remove the key")
+	}
+	for i, d := range q.Disks {
+		for j, o := range q.Disks[:i] {
+			if d.ID == o.ID {
+				r.refuse(at("qemu.disks[%d].id", i), fmt.Sprintf("id %q is already that of disks[%d]", d.ID, j), "give each disk its own")
+			}
+			if d.Image == o.Image {
+				r.refuse(at("qemu.disks[%d].image", i), fmt.Sprintf("image %q is already that of disks[%d]", d.Image, j), "give each disk its own")
+			}
+		}
 	}
 }
 
