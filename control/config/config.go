@@ -229,7 +229,7 @@ type Arbiter struct {
 	Type      string        // "": there is none, so nobody takes over by itself
 	Endpoints []string      // etcd: host:port of each member
 	TLS       *TLSFiles     // etcd; nil: in the clear
-	Path      string        // file: the record, absolute, on storage that both hosts share
+	Path      string        // file: a directory, absolute, on storage that both hosts share
 	Command   []string      // exec: the fencing command
 	Timeout   time.Duration // of one request
 }

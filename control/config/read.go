@@ -247,9 +247,9 @@ func (r *reader) arbiter(v value, a *Arbiter) {
 			r.text(v, "an absolute path", func(s string) {
 				switch {
 				case strings.Contains(s, "{node}"):
-					r.refuse(v.pos, "path contains {node}, which makes two records of one", "both hosts must use the same file, on storage they share")
+					r.refuse(v.pos, "path contains {node}, which makes two records of one", "both hosts must use the same directory, on storage they share")
 				case !filepath.IsAbs(s) || strings.ContainsRune(s, 0):
-					r.refuse(v.pos, fmt.Sprintf("path %q is not absolute", s), "both hosts must use the same file, on storage they share")
+					r.refuse(v.pos, fmt.Sprintf("path %q is not absolute", s), "both hosts must use the same directory, on storage they share")
 				default:
 					a.Path = filepath.Clean(s)
 				}
@@ -278,7 +278,7 @@ func (r *reader) arbiter(v value, a *Arbiter) {
 	}{
 		{"endpoints", ArbiterEtcd, len(a.Endpoints) > 0, "they are etcd's members"},
 		{"tls", ArbiterEtcd, a.TLS != nil, ""},
-		{"path", ArbiterFile, a.Path != "", "it is the record's file, on storage that both hosts share"},
+		{"path", ArbiterFile, a.Path != "", "it is a directory for the records, on storage that both hosts share"},
 		{"command", ArbiterExec, len(a.Command) > 0, "it is the program that fences the other host"},
 	} {
 		switch _, written := r.at[v.path+"."+k.key]; {

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package arbiter
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// execArbiter asks a command, which fences the other host and keeps the record
+// (docs/ARBITER.md):
+//
+//	COMMAND... read PAIR
+//	COMMAND... swap PAIR TERM OLD NEW OTHER
+//
+// It prints the record in force then, "TERM SPEAKER" or "0", and exits with 0.
+// Anything else is an unknown outcome.
+type execArbiter struct {
+	pair, self, other string
+	command           []string
+	timeout           time.Duration
+
+	open *[2]Record // old and next of a Swap of unknown outcome
+}
+
+func (e *execArbiter) Close() error { return nil }
+
+func (e *execArbiter) Read(ctx context.Context) (Record, error) {
+	return e.run(ctx, "read", e.pair)
+}
+
+func (e *execArbiter) Swap(ctx context.Context, old, next Record) (now Record, swapped bool, err error) {
+	if err := checkSwap(old, next); err != nil {
+		return Record{}, false, err
+	}
+	if next.Speaker != e.self {
+		return Record{}, false, fmt.Errorf("arbiter exec: %s cannot fence in the name of %s", e.self, next.Speaker)
+	}
+	if e.open != nil && *e.open != [2]Record{old, next} {
+		return Record{}, false, fmt.Errorf("arbiter exec: the outcome of the change to %s is still unknown; settle it first", e.open[1])
+	}
+	e.open = &[2]Record{old, next}
+	was := "-"
+	if old.Speaker != "" {
+		was = old.Speaker
+	}
+	now, err = e.run(ctx, "swap", e.pair, strconv.FormatUint(next.Term, 10), was, next.Speaker, e.other)
+	if err == nil {
+		err = checkNow(old, now)
+	}
+	if err != nil {
+		return Record{}, false, err
+	}
+	e.open = nil
+	return now, now == next, nil
+}
+
+// Settle repeats what has no answer yet: what the command set in motion cannot be
+// called back, and it is to do the same for the same term.
+func (e *execArbiter) Settle(ctx context.Context) (Record, error) {
+	if e.open == nil {
+		return e.Read(ctx)
+	}
+	now, _, err := e.Swap(ctx, e.open[0], e.open[1])
+	return now, err
+}
+
+func (e *execArbiter) run(ctx context.Context, args ...string) (Record, error) {
+	ctx, done := context.WithTimeout(ctx, e.timeout)
+	defer done()
+	var stdout, stderr tail
+	cmd := exec.CommandContext(ctx, e.command[0], append(e.command[1:len(e.command):len(e.command)], args...)...)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its children too
+	cmd.WaitDelay = time.Second                                                          // one that left the group may hold the pipes
+	err := cmd.Run()
+	fail := func(err error) (Record, error) {
+		said := ""
+		if s := strings.TrimSpace(stderr.String()); s != "" {
+			said = "; it said: " + s
+		}
+		return Record{}, fmt.Errorf("arbiter exec: %s %s: %w%s", e.command[0], args[0], err, said)
+	}
+	if ctx.Err() != nil {
+		return fail(fmt.Errorf("no answer in time, ended: %w", ctx.Err()))
+	}
+	if err != nil {
+		return fail(err)
+	}
+	r, err := parseAnswer(stdout.String())
+	if err != nil {
+		return fail(err)
+	}
+	return r, nil
+}
+
+// parseAnswer takes one line "TERM SPEAKER", or "0".
+func parseAnswer(s string) (r Record, err error) {
+	bad := fmt.Errorf(`it printed %q; the record in force was to be there, as "TERM SPEAKER" or "0"`, s)
+	line, rest, _ := strings.Cut(s, "\n")
+	words := strings.Fields(line)
+	if rest != "" || len(words) == 0 || len(words) > 2 {
+		return Record{}, bad
+	}
+	if r.Term, err = strconv.ParseUint(words[0], 10, 64); err != nil || (r.Term == 0) != (len(words) == 1) {
+		return Record{}, bad
+	}
+	if len(words) == 2 {
+		r.Speaker = words[1]
+	}
+	return r, nil
+}
+
+// tail keeps the last bytes of what is written to it.
+type tail struct{ bytes.Buffer }
+
+func (t *tail) Write(p []byte) (int, error) {
+	n := len(p)
+	t.Buffer.Write(p[max(0, n-maxRecord):])
+	t.Next(max(0, t.Len()-maxRecord))
+	return n, nil
+}

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package arbiter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"lockstep/control/config"
+)
+
+// file keeps each record in a file of its own, <vm>.<number>, in a directory
+// that both hosts share; the highest number counts. A record is written beside
+// its place and then linked to the next number, which the file system gives to
+// one of several: what was delayed finds its number taken. Locks would not do:
+// over NFS one ends with its lease, and a rename that waited comes after it.
+type file struct {
+	dir, vm, node string
+	timeout       time.Duration
+	busy          chan struct{} // one operation at a time, also one given up
+
+	beforeLink func() // a test's
+	noBump     bool   // a test's mutation: Settle only reads
+}
+
+// keptRecords are left for people to read, and for a listing that is behind.
+const keptRecords = 64
+
+func openFile(vm, node string, a *config.Arbiter) (*file, error) {
+	return &file{dir: a.Path, vm: vm, node: node, timeout: a.Timeout, busy: make(chan struct{}, 1)}, nil
+}
+
+func (f *file) Close() error { return nil }
+
+func (f *file) Read(ctx context.Context) (Record, error) {
+	return f.do(ctx, "read", func(context.Context) (Record, error) {
+		tmp, err := f.temp()
+		if err != nil {
+			return Record{}, err
+		}
+		tmp.Close()
+		defer os.Remove(tmp.Name())
+		now, _, err := f.newest()
+		if err != nil {
+			return Record{}, err
+		}
+		return now, f.syncDir() // who acts on a record must not be the only one to know it
+	})
+}
+
+func (f *file) Swap(ctx context.Context, old, next Record) (Record, bool, error) {
+	if err := checkSwap(old, next); err != nil {
+		return Record{}, false, err
+	}
+	now, err := f.do(ctx, "change", func(ctx context.Context) (Record, error) {
+		return f.append(ctx, func(now Record) (Record, bool) { return next, now == old })
+	})
+	if err == nil {
+		err = checkNow(old, now)
+	}
+	if err != nil {
+		return Record{}, false, err
+	}
+	return now, now == next, nil
+}
+
+// Settle takes the number that an earlier Swap may still want.
+func (f *file) Settle(ctx context.Context) (Record, error) {
+	if f.noBump {
+		return f.Read(ctx)
+	}
+	return f.do(ctx, "settle", func(ctx context.Context) (Record, error) {
+		now, err := f.append(ctx, func(now Record) (Record, bool) { return now, true })
+		if err != nil {
+			return Record{}, err
+		}
+		left, _ := filepath.Glob(filepath.Join(f.dir, f.tempName("*"))) // of processes that ended
+		for _, l := range left {
+			os.Remove(l)
+		}
+		return now, nil
+	})
+}
+
+// do runs op until ctx ends. Storage that does not answer cannot be given up on:
+// op goes on in the background, and later operations wait for it.
+func (f *file) do(ctx context.Context, what string, op func(context.Context) (Record, error)) (Record, error) {
+	ctx, done := context.WithTimeout(ctx, f.timeout)
+	fail := func(err error) (Record, error) {
+		return Record{}, fmt.Errorf("arbiter file: %s the record of %s in %s: %w", what, f.vm, f.dir, err)
+	}
+	select {
+	case f.busy <- struct{}{}:
+	case <-ctx.Done():
+		done()
+		return fail(fmt.Errorf("an earlier request still waits for the storage: %w", ctx.Err()))
+	}
+	type result struct {
+		now Record
+		err error
+	}
+	ended := make(chan result, 1)
+	go func() {
+		now, err := op(ctx)
+		<-f.busy
+		ended <- result{now, err}
+		done()
+	}()
+	<-ctx.Done() // also at op's end
+	select {
+	case r := <-ended:
+		if errors.Is(r.err, fs.ErrNotExist) {
+			r.err = fmt.Errorf("%w; is the storage mounted? lockstep does not make the directory, so as not to make it elsewhere", r.err)
+		}
+		if r.err != nil {
+			return fail(r.err)
+		}
+		return r.now, nil
+	default:
+		return fail(ctx.Err())
+	}
+}
+
+// append adds the record that pick wants to follow the newest, and returns the
+// newest then: pick's, or what was there if pick wants none.
+func (f *file) append(ctx context.Context, pick func(now Record) (next Record, want bool)) (Record, error) {
+	tmp, err := f.temp()
+	if err != nil {
+		return Record{}, err
+	}
+	defer os.Remove(tmp.Name())
+	defer tmp.Close()
+	for {
+		now, number, err := f.newest()
+		if err != nil {
+			return Record{}, err
+		}
+		next, want := pick(now)
+		if !want {
+			return now, f.syncDir()
+		}
+		if err := tmp.Truncate(0); err != nil {
+			return Record{}, err
+		}
+		if _, err := tmp.WriteAt(next.encode(), 0); err != nil {
+			return Record{}, err
+		}
+		if err := tmp.Sync(); err != nil {
+			return Record{}, err
+		}
+		if err := ctx.Err(); err != nil { // whoever asked has been told that this is unknown
+			return Record{}, err
+		}
+		if f.beforeLink != nil {
+			f.beforeLink()
+		}
+		err = os.Link(tmp.Name(), f.name(number+1))
+		if errors.Is(err, fs.ErrExist) {
+			continue // by another, or by a link of ours whose answer was lost: pick sees which
+		}
+		if err != nil {
+			return Record{}, err
+		}
+		if err := f.syncDir(); err != nil {
+			return Record{}, err
+		}
+		// A number so old that it was free again is not the newest.
+		if now, number, err = f.newest(); err != nil {
+			return Record{}, err
+		}
+		f.clean(number)
+		return now, nil
+	}
+}
+
+func (f *file) name(number uint64) string {
+	return filepath.Join(f.dir, fmt.Sprintf("%s.%020d", f.vm, number))
+}
+
+func (f *file) tempName(end string) string { return "." + f.vm + "." + f.node + "." + end }
+
+// temp makes a file to write to. It also changes the directory, after which an
+// NFS client does not list it from its cache.
+func (f *file) temp() (*os.File, error) { return os.CreateTemp(f.dir, f.tempName("*")) }
+
+func (f *file) numbers() (all []uint64, err error) {
+	entries, err := os.ReadDir(f.dir)
+	for _, e := range entries {
+		if s, ok := strings.CutPrefix(e.Name(), f.vm+"."); ok {
+			if n, err := strconv.ParseUint(s, 10, 64); err == nil {
+				all = append(all, n)
+			}
+		}
+	}
+	return all, err
+}
+
+// newest returns the record in force, and its number: 0 where there is none.
+func (f *file) newest() (Record, uint64, error) {
+	all, err := f.numbers()
+	if err != nil {
+		return Record{}, 0, err
+	}
+	number := uint64(0)
+	for _, n := range all {
+		number = max(number, n)
+	}
+	if number == 0 {
+		return Record{}, 0, nil
+	}
+	b, err := os.ReadFile(f.name(number))
+	if err != nil {
+		return Record{}, 0, err
+	}
+	r, err := decode(b)
+	if err != nil {
+		return Record{}, 0, fmt.Errorf("%s: %w; remove it if the record before it is right", f.name(number), err)
+	}
+	return r, number, nil
+}
+
+func (f *file) clean(newest uint64) {
+	all, _ := f.numbers()
+	for _, n := range all {
+		if n+keptRecords <= newest {
+			os.Remove(f.name(n))
+		}
+	}
+}
+
+func (f *file) syncDir() error {
+	d, err := os.Open(f.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
