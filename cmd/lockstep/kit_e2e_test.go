@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -159,6 +160,7 @@ type pair struct {
 	*lt.World
 	t      *testing.T
 	config string
+	own    map[string]string // a node's config file, where it is not config
 	procs  map[string]*exec.Cmd
 	acts   string // what the daemons run as
 }
@@ -174,13 +176,20 @@ func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	p := newWorldPair(t, acts, peer, qmpP, qmpS, extra)
+	p.start()
+	return p
+}
+
+// start starts the guests' services and both daemons and waits until they
+// replicate.
+func (p *pair) start() {
+	p.t.Helper()
 	p.serve("pvm", p.PVM)
 	p.serve("svm", p.SVM)
 	p.daemon("alpha", p.HostP, "primary")
 	p.daemon("beta", p.HostS, "secondary")
 	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
 	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
-	return p
 }
 
 // newWorldPair makes the world and the config, and starts nothing.
@@ -193,7 +202,7 @@ func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra str
 		t.Skip("needs root for namespaces and programs")
 	}
 	w := lt.NewWorld(t, peer)
-	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd), acts: acts}
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), acts: acts}
 	peerOf := func(name, local, remote string) string {
 		if peer != lt.VXLAN {
 			return "{device: peer" + name + "}"
@@ -274,7 +283,7 @@ func (p *pair) daemon(node, ns, role string) {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := lt.Command(ns, p.self(), "run", "-c", p.config, "--node", node, "--role", role)
+	cmd := lt.Command(ns, p.self(), "run", "-c", cmp.Or(p.own[node], p.config), "--node", node, "--role", role)
 	cmd.Env = append(os.Environ(), actAs+"="+p.acts)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
