@@ -338,7 +338,7 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 			}
 		}
 	})
-	m.after(int64(time.Second), func() { every(int64(100+rng.IntN(900))*int64(time.Millisecond), m.trouble) })
+	m.after(int64(time.Second), func() { every(int64(100+rng.IntN(7000))*int64(time.Millisecond), m.trouble) })
 	for m.now < lifeRun && m.fault == "" {
 		i := 0
 		for k := range m.queue {
