@@ -52,8 +52,7 @@ type lifeHost struct {
 	mode    Mode
 	until   int64 // P's kernel: speaks before it
 	echoed  int64 // this host's clock
-	kept    [2]uint64
-	covered bool // on disk
+	covered bool  // on disk
 }
 
 const lifeRun = int64(20 * time.Second)

@@ -36,6 +36,10 @@ func TestMain(m *testing.M) {
 		main()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)
+	case strings.HasPrefix(as, "held "):
+		serveHeld(strings.TrimPrefix(as, "held "))
+	case strings.HasPrefix(as, "hold "):
+		holdOpen(strings.TrimPrefix(as, "hold "))
 	case strings.HasPrefix(as, "dial "):
 		fetch(strings.TrimPrefix(as, "dial "))
 	default:
@@ -51,7 +55,6 @@ const (
 	portDiffer = "7003" // a line: a line that differs between the guests
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
-	portHold   = "7011" // as portEcho, in little memory
 )
 
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
@@ -86,16 +89,6 @@ func serveGuest(as string) {
 					time.Sleep(150 * time.Millisecond) // being behind is what is tested
 				}
 				io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, n))
-			}
-		},
-		portHold: func(c *net.TCPConn) {
-			b := make([]byte, 64)
-			for {
-				n, err := c.Read(b)
-				if err != nil {
-					return
-				}
-				c.Write(b[:n])
 			}
 		},
 		portTLS: serveTLS,
