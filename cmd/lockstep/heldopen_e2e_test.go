@@ -58,7 +58,7 @@ func serveHeld(port string) {
 
 // holdOpen opens as many connections, from these addresses in turn, as its words
 // say: "N ADDRESS PORT ADDRESS,ADDRESS...". For each line of input it echoes on all
-// of them and says so; at the input's end it closes them.
+// of them and says so; at the input's end it closes them, as many at a time as it has lanes.
 func holdOpen(words string) {
 	var n int
 	var host, port, list string
@@ -100,7 +100,16 @@ func holdOpen(words string) {
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		each("heard", say)
 	}
-	each("closed", func(i int) error { return conns[i].Close() })
+	each("closed", func(i int) error {
+		// Each lane waits for the guest's FIN: a close of all at once is another test.
+		if err := conns[i].(*net.TCPConn).CloseWrite(); err != nil {
+			return err
+		}
+		if _, err := io.ReadAll(conns[i]); err != nil {
+			return err
+		}
+		return conns[i].Close()
+	})
 }
 
 // worker is this test binary acting as something that talks by lines.
