@@ -368,6 +368,9 @@ func (p *Primary) svmData(c *conn, s *Segment) bool {
 	if !c.floating && (!near(start, c.compared) || !near(end, c.compared)) {
 		return false
 	}
+	if s.Len > 0 && !after(start, c.compared) && after(end, c.compared) {
+		c.asks = 0 // S has a copy again, if it had lost the first
+	}
 	if s.Len > 0 || s.Flags&FIN != 0 {
 		if !c.svmSaid || after(end, c.svmEnd) {
 			c.svmSaid, c.svmEnd = true, end

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -35,6 +36,10 @@ func TestMain(m *testing.M) {
 		main()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)
+	case strings.HasPrefix(as, "held "):
+		serveHeld(strings.TrimPrefix(as, "held "))
+	case strings.HasPrefix(as, "hold "):
+		holdOpen(strings.TrimPrefix(as, "hold "))
 	case strings.HasPrefix(as, "dial "):
 		fetch(strings.TrimPrefix(as, "dial "))
 	default:
@@ -50,7 +55,6 @@ const (
 	portDiffer = "7003" // a line: a line that differs between the guests
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
-	portHold   = "7011" // as portEcho, in little memory
 )
 
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
@@ -85,16 +89,6 @@ func serveGuest(as string) {
 					time.Sleep(150 * time.Millisecond) // being behind is what is tested
 				}
 				io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, n))
-			}
-		},
-		portHold: func(c *net.TCPConn) {
-			b := make([]byte, 64)
-			for {
-				n, err := c.Read(b)
-				if err != nil {
-					return
-				}
-				c.Write(b[:n])
 			}
 		},
 		portTLS: serveTLS,
@@ -159,6 +153,7 @@ type pair struct {
 	*lt.World
 	t      *testing.T
 	config string
+	own    map[string]string // a node's config file, where it is not config
 	procs  map[string]*exec.Cmd
 	acts   string // what the daemons run as
 }
@@ -174,13 +169,20 @@ func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	p := newWorldPair(t, acts, peer, qmpP, qmpS, extra)
+	p.start()
+	return p
+}
+
+// start starts the guests' services and both daemons and waits until they
+// replicate.
+func (p *pair) start() {
+	p.t.Helper()
 	p.serve("pvm", p.PVM)
 	p.serve("svm", p.SVM)
 	p.daemon("alpha", p.HostP, "primary")
 	p.daemon("beta", p.HostS, "secondary")
 	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
 	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
-	return p
 }
 
 // newWorldPair makes the world and the config, and starts nothing.
@@ -193,7 +195,7 @@ func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra str
 		t.Skip("needs root for namespaces and programs")
 	}
 	w := lt.NewWorld(t, peer)
-	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), procs: make(map[string]*exec.Cmd), acts: acts}
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), acts: acts}
 	peerOf := func(name, local, remote string) string {
 		if peer != lt.VXLAN {
 			return "{device: peer" + name + "}"
@@ -274,7 +276,7 @@ func (p *pair) daemon(node, ns, role string) {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := lt.Command(ns, p.self(), "run", "-c", p.config, "--node", node, "--role", role)
+	cmd := lt.Command(ns, p.self(), "run", "-c", cmp.Or(p.own[node], p.config), "--node", node, "--role", role)
 	cmd.Env = append(os.Environ(), actAs+"="+p.acts)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {

@@ -63,7 +63,7 @@ var guestFrames = []struct {
 // from both guests leaves once, as the PVM sent it, tags and all; what one of them
 // says alone does not.
 func TestFrames(t *testing.T) {
-	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 2s}")
 	pvm, svm, seen := lt.OpenWire(t, p.PVM, "eth0"), lt.OpenWire(t, p.SVM, "eth0"), lt.OpenWire(t, p.Client, "eth0")
 	once := func(t *testing.T, want []byte, text string) {
 		t.Helper()

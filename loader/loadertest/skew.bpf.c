@@ -37,7 +37,7 @@ struct skew {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 262144);
 	__type(key, struct key);
 	__type(value, struct skew);
 } skews SEC(".maps");

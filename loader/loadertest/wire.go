@@ -5,6 +5,8 @@ package loadertest
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -121,8 +123,14 @@ func withTag(frame, oob []byte) []byte {
 // Send sends a frame from the Wire's device.
 func (w *Wire) Send(t testing.TB, frame []byte) {
 	t.Helper()
-	if err := unix.Sendto(w.fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: w.index}); err != nil {
-		t.Fatalf("send a frame of %d bytes: %v", len(frame), err)
+	for {
+		switch err := unix.Sendto(w.fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: w.index}); {
+		case err == nil:
+			return
+		case !errors.Is(err, unix.ENOBUFS): // the receiver's queue is full; it drains
+			t.Fatalf("send a frame of %d bytes: %v", len(frame), err)
+		}
+		runtime.Gosched()
 	}
 }
 

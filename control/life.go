@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"math"
+	"time"
+)
+
+// The machines of a pair's life (DESIGN §7, R18-R21): who may speak, who is dead,
+// who takes over. They are pure, as the checkpoint machines are: events and times
+// come in, effects go out in the order in which they have to be carried out. One
+// sentence rules them: a host speaks alone only after it has won the arbiter, and
+// an outcome that is not known is not won.
+//
+//	P: start ⇄ sync → pair ── the secondary is gone ──▶ claim ── won ──▶ solo → sync → pair
+//	   from any but start: lost, or the own QEMU dead ──▶ out
+//	S: wait → pair ── P is gone, and it is covered ──▶ claim ── won ──▶ wait for T ──▶ QEMU ──▶ solo
+//	   lost, or the own QEMU dead ──▶ out
+//
+// The speaker's record in the arbiter is {term, speaker}. A claim swaps exactly the
+// record that the pair began with, so a host that was left behind cannot win.
+
+// lifeKind is the kind of an event.
+type lifeKind uint8
+
+// Events of both sides, of P, of S.
+const (
+	lvTick     lifeKind = iota + 1
+	lvLinkUp            // a session holds. P: OK when S's QEMU is in COLO mode with P's already. S: Term is the pair's
+	lvLinkDown          // OK: the peer's kernel ended it, so its host lives; else it fell silent
+	lvHeard             // the peer said something on the control link
+	lvPeerDead          // the peer says that its QEMU is dead and, if it was P, its gate shut
+	lvQEMUDead          // this side's QEMU is dead
+	lvCOLOExit          // this side's QEMU lost the other's
+	lvClaimed           // answer to lxClaim, when it is known: OK when won; Term is the record's
+
+	lvSynced    // P: answer to lxSync
+	lvCommitted // P: a checkpoint was committed in HOLD
+
+	lvCovered  // S: P confirmed the first commit (R18)
+	lvTakeOver // S: an operator says that P is to count as dead
+	lvAwake    // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
+	lvQEMU     // S: answer to lxQEMU
+)
+
+type lifeEvent struct {
+	Kind   lifeKind
+	OK     bool
+	Term   uint64 // of the arbiter
+	Echoed int64  // boottime ns of the last echo that passed; 0: none yet
+}
+
+// lifeOp is the kind of an effect.
+type lifeOp uint8
+
+// Effects.
+const (
+	lxClaim lifeOp = iota + 1 // swap the record {Term, the pair's speaker} for {Term+1, this host}, until the outcome is known
+	lxShut                    // shut the gates: nothing leaves, no echo is returned
+	lxSolo                    // speak alone, for ever: what is held leaves first
+	lxDead                    // tell the peer: this side's QEMU is dead, its gate shut
+	lxOut                     // this host has no say any more: stop the guest, look at the arbiter again
+
+	lxSync    // P: make QEMU replicate
+	lxPair    // P: HOLD, and a checkpoint to cover it
+	lxUnpair  // P: replication is over
+	lxCovered // P: tell S that it may take over
+
+	lxQuiet // S: R21 (i), and the checkpoint machine stands by
+	lxQEMU  // S: R21 (iv)
+)
+
+type lifeEffect struct {
+	Op   lifeOp
+	Term uint64
+}
+
+// lifeConfig has durations in ns.
+type lifeConfig struct {
+	timeout int64 // silence of a peer that counts as dead
+	speak   int64 // T of R20
+	rejoin  int64 // for a daemon that ended on a living host to come back
+	settle  int64 // S: for a checkpoint to show whether it was loaded
+
+	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
+	// does not wait for P's last echo to run out.
+	noR18, noClaim, noWait bool
+}
+
+func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
+	return lifeConfig{
+		timeout: int64(timeout), speak: int64(speak),
+		rejoin: int64(max(MaxRejoin, timeout)), settle: int64(50 * time.Millisecond),
+	}
+}
+
+// drifted is T(1+ρ): the two hosts' clocks may run 1 % apart.
+func (c *lifeConfig) drifted() int64 { return c.speak + c.speak/100 }
+
+// signs is what a side knows of the other's life.
+type signs struct {
+	link   bool
+	lives  bool  // the link was ended by a living host
+	heard  int64 // when the control link last said anything
+	echoed int64
+}
+
+func (s *signs) take(now int64, ev lifeEvent) {
+	s.echoed = max(s.echoed, ev.Echoed)
+	switch ev.Kind {
+	case lvLinkUp:
+		s.link, s.lives, s.heard = true, false, now
+	case lvHeard:
+		s.heard = now
+	case lvLinkDown:
+		s.link, s.lives = false, ev.OK
+	}
+}
+
+// lpState is where P is.
+type lpState uint8
+
+const (
+	lpStart lpState = iota // the guest has not run, or is not to be heard
+	lpSolo
+	lpSync
+	lpPair
+	lpClaim
+	lpOut
+)
+
+// lifePrimary is the machine of the host whose guest clients hear.
+type lifePrimary struct {
+	cfg     lifeConfig
+	out     []lifeEffect
+	state   lpState
+	term    uint64 // of the record that names this host
+	solo    bool   // what to go back to when synchronising fails
+	covered bool   // S may take over
+	paired  int64  // since when
+	signs
+}
+
+// newLifePrimary begins with the record of term, which names this host. state is
+// lpStart, or what a daemon before this one left: lpSolo, or lpPair and whether S
+// was told that it is covered (R23).
+func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, now int64) *lifePrimary {
+	return &lifePrimary{cfg: cfg, term: term, state: state, solo: state == lpSolo, covered: covered, paired: now, signs: signs{heard: now}}
+}
+
+func (l *lifePrimary) emit(op lifeOp) { l.out = append(l.out, lifeEffect{op, l.term}) }
+
+// gone is when S counts as dead if nothing changes, and whether only its kernel's
+// echoes can put that off.
+func (l *lifePrimary) gone() int64 {
+	echo := max(l.echoed, l.paired) + l.cfg.timeout
+	if l.link {
+		return echo // the PVM is mute without them
+	}
+	// Its kernel goes on recording while the daemon is started again.
+	return max(l.heard+l.cfg.timeout, min(echo, l.heard+l.cfg.rejoin))
+}
+
+// NextDeadline is when lvTick is due next, boottime ns; math.MaxInt64: never.
+func (l *lifePrimary) NextDeadline() int64 {
+	if l.state == lpPair {
+		return l.gone()
+	}
+	return math.MaxInt64
+}
+
+// Step takes one event in. The effects are valid until the next Step.
+func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
+	l.out = l.out[:0]
+	l.take(now, ev)
+	switch ev.Kind {
+	case lvLinkUp:
+		switch {
+		case l.state == lpPair && !ev.OK:
+			l.alone() // another SVM than the one that followed
+		case l.state != lpStart && l.state != lpSolo:
+		case ev.OK:
+			l.pair(now)
+		default:
+			l.state = lpSync
+			l.emit(lxSync)
+		}
+	case lvLinkDown:
+		if l.state == lpSync {
+			l.back()
+		}
+	case lvSynced:
+		switch {
+		case l.state != lpSync:
+		case ev.OK:
+			l.pair(now)
+		default:
+			l.back()
+		}
+	case lvCommitted:
+		if l.state == lpPair && !l.covered {
+			// Noted before it is said: whatever S hears, P has counted with.
+			l.covered = true
+			l.emit(lxCovered)
+		}
+	case lvPeerDead, lvCOLOExit:
+		switch l.state {
+		case lpPair:
+			l.alone()
+		case lpSync:
+			l.back()
+		}
+	case lvQEMUDead:
+		l.quit()
+	case lvClaimed:
+		l.claimed(ev)
+	}
+	if l.state == lpPair && now >= l.gone() {
+		l.alone()
+	}
+	return l.out
+}
+
+func (l *lifePrimary) pair(now int64) {
+	l.state, l.paired, l.covered = lpPair, now, false
+	l.emit(lxPair)
+}
+
+// back: no pair came of it.
+func (l *lifePrimary) back() {
+	l.state = lpStart
+	if l.solo {
+		l.state = lpSolo
+	}
+}
+
+// alone goes on without S. One that was never covered cannot have taken over, so
+// nobody need be asked.
+func (l *lifePrimary) alone() {
+	if l.covered && !l.cfg.noClaim {
+		l.state = lpClaim
+		l.emit(lxClaim)
+		return
+	}
+	l.speak()
+}
+
+func (l *lifePrimary) speak() {
+	l.state, l.solo, l.covered = lpSolo, true, false
+	l.emit(lxUnpair)
+	l.emit(lxSolo)
+}
+
+func (l *lifePrimary) claimed(ev lifeEvent) {
+	if l.state != lpClaim {
+		return
+	}
+	if !ev.OK {
+		l.quit()
+		return
+	}
+	l.term = ev.Term
+	l.speak()
+}
+
+// quit: this guest is not to be heard again.
+func (l *lifePrimary) quit() {
+	if l.state == lpOut {
+		return
+	}
+	l.state = lpOut
+	// The order counts: S believes lxDead.
+	l.emit(lxShut)
+	if l.link {
+		l.emit(lxDead)
+	}
+	l.emit(lxUnpair)
+	l.emit(lxOut)
+}
+
+// lsState is where S is.
+type lsState uint8
+
+const (
+	lsWait  lsState = iota // no pair yet
+	lsPair                 // the SVM follows
+	lsClaim                // QUIET, and the arbiter is asked
+	lsEcho                 // won; P may still speak on the last echo
+	lsLoad                 // a checkpoint that was under way shows whether it was loaded
+	lsQEMU                 // QEMU is being told
+	lsSolo
+	lsOut
+)
+
+// lifeSecondary is the machine of the host whose guest follows.
+type lifeSecondary struct {
+	cfg      lifeConfig
+	out      []lifeEffect
+	state    lsState
+	term     uint64 // of the pair
+	covered  bool
+	coloExit bool
+	shut     bool // P said that its gate is shut
+	awake    bool
+	loadBy   int64
+	signs
+}
+
+// newLifeSecondary begins anew, or with what a daemon before this one was told for
+// term, if the SVM is still the one it was told of (R23).
+func newLifeSecondary(cfg lifeConfig, term uint64, covered bool, now int64) *lifeSecondary {
+	l := &lifeSecondary{cfg: cfg, term: term, covered: covered, signs: signs{heard: now}}
+	if covered {
+		l.state = lsPair
+	}
+	return l
+}
+
+func (l *lifeSecondary) emit(op lifeOp) { l.out = append(l.out, lifeEffect{op, l.term}) }
+
+// gone is when P counts as dead if nothing changes.
+func (l *lifeSecondary) gone() int64 {
+	if l.link || !l.covered && !l.cfg.noR18 {
+		return math.MaxInt64
+	}
+	limit := l.cfg.timeout
+	if l.lives && !l.coloExit {
+		limit = l.cfg.rejoin // its daemon is started again, its QEMU runs
+	}
+	return max(l.heard, l.echoed) + limit
+}
+
+// silent is when P cannot speak any more (R21 iii).
+func (l *lifeSecondary) silent() int64 {
+	if l.shut || l.echoed == 0 || l.cfg.noWait {
+		return 0
+	}
+	return l.echoed + l.cfg.drifted()
+}
+
+// NextDeadline is when lvTick is due next, boottime ns; math.MaxInt64: never.
+func (l *lifeSecondary) NextDeadline() int64 {
+	switch l.state {
+	case lsPair:
+		return l.gone()
+	case lsEcho:
+		return l.silent()
+	case lsLoad:
+		return l.loadBy
+	}
+	return math.MaxInt64
+}
+
+// Step takes one event in. The effects are valid until the next Step.
+func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
+	l.out = l.out[:0]
+	l.take(now, ev)
+	switch ev.Kind {
+	case lvLinkUp:
+		if l.state > lsPair {
+			break
+		}
+		if ev.Term != l.term {
+			l.term, l.covered = ev.Term, false
+		}
+		l.state, l.coloExit = lsPair, false
+	case lvCovered:
+		if l.state == lsPair && l.link && ev.Term == l.term {
+			l.covered = true
+		}
+	case lvPeerDead:
+		if l.state == lsPair && (l.covered || l.cfg.noR18) {
+			l.shut = true
+			l.takeOver()
+		}
+	case lvTakeOver:
+		if l.state == lsPair && l.covered {
+			l.takeOver()
+		}
+	case lvCOLOExit:
+		l.coloExit, l.awake = true, true
+	case lvAwake:
+		l.awake = true
+	case lvQEMUDead:
+		l.quit()
+	case lvClaimed:
+		switch {
+		case l.state != lsClaim:
+		case ev.OK:
+			l.state, l.term = lsEcho, ev.Term
+		default:
+			l.quit()
+		}
+	case lvQEMU:
+		switch {
+		case l.state != lsQEMU:
+		case ev.OK:
+			l.state = lsSolo
+			l.emit(lxSolo)
+		default:
+			l.quit()
+		}
+	}
+	l.advance(now)
+	return l.out
+}
+
+// advance does what time allows.
+func (l *lifeSecondary) advance(now int64) {
+	if l.state == lsPair && now >= l.gone() {
+		l.takeOver()
+	}
+	if l.state == lsEcho && now >= l.silent() {
+		l.state, l.loadBy = lsLoad, now+l.cfg.settle
+	}
+	if l.state == lsLoad && (l.awake || now >= l.loadBy) {
+		l.state = lsQEMU
+		l.emit(lxQEMU)
+	}
+}
+
+// takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.
+func (l *lifeSecondary) takeOver() {
+	l.state, l.awake = lsClaim, l.coloExit
+	l.emit(lxQuiet)
+	l.emit(lxClaim)
+}
+
+// quit: this guest is not to be heard, and follows nobody.
+func (l *lifeSecondary) quit() {
+	if l.state == lsOut {
+		return
+	}
+	l.state, l.covered = lsOut, false
+	l.emit(lxShut)
+	if l.link {
+		l.emit(lxDead)
+	}
+	l.emit(lxOut)
+}
