@@ -319,6 +319,22 @@ func TestRunRefused(t *testing.T) {
 	})
 }
 
+// What the config may say and this version does not do is refused, not ignored.
+func TestRunNotYet(t *testing.T) {
+	for _, tc := range []struct{ more, want string }{
+		{"qemu: {memory: 1G}\n", "this version starts no QEMU; start it yourself and name its socket with nodes.beta.qmp"},
+		{"arbiter: {type: none}\n", "this version does not fail over by itself; leave arbiter out until it does"},
+		{"checkpoint: {target_pause: 20ms}\n", "this version's period is fixed; leave it out"},
+	} {
+		c := newCLI(t)
+		c.write(t, "pair.yaml", pairYAML+tc.more)
+		code, _, stderr := c.run(t.Context(), "run -c @/pair.yaml --node beta --role secondary")
+		if code != exitUsage || !strings.HasSuffix(lastLine(stderr), ": "+tc.want) {
+			t.Errorf("%s: exit %d, %s\nwant %s", tc.more, code, stderr, tc.want)
+		}
+	}
+}
+
 // A NIC that cannot be opened closes the others.
 func TestRunClosesNICs(t *testing.T) {
 	c := newCLI(t)

@@ -61,6 +61,9 @@ type runOptions struct {
 func runDaemon(ctx context.Context, e env, o runOptions) error {
 	c := o.config
 	o.log.Info("lockstep", "version", versionString())
+	if err := notYet(o); err != nil {
+		return err
+	}
 	if err := e.kernel.checkBPFFS(c.PinDir); err != nil {
 		return c.Refuse("pin_dir", err.Error(), "")
 	}
@@ -120,6 +123,20 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		opt.Fresh = opt.Fresh || fresh // one NIC's lost tables are the pair's
 	}
 	return e.control(ctx, opt) // closes the NICs
+}
+
+// notYet refuses what the config may say and this version does not do: a pair that
+// is believed to fail over, and does not, is worse than none.
+func notYet(o runOptions) error {
+	switch c := o.config; {
+	case o.self.Starts:
+		return c.Refuse("qemu", "this version starts no QEMU", fmt.Sprintf("start it yourself and name its socket with nodes.%s.qmp", o.self.Name))
+	case c.Arbiter.Type != "":
+		return c.Refuse("arbiter", "this version does not fail over by itself", "leave arbiter out until it does")
+	case c.Checkpoint.TargetPause != 0:
+		return c.Refuse("checkpoint.target_pause", "this version's period is fixed", "leave it out")
+	}
+	return nil
 }
 
 // certificates protect the control link; nil where the config wants it insecure.
