@@ -6,9 +6,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestImpair: the bad link does what its counters say, and the same again for
@@ -21,6 +24,26 @@ func TestImpair(t *testing.T) {
 		t.Skip("needs root for namespaces and programs")
 	}
 	w := NewWorld(t, Impaired)
+	// A frame of the hosts' own would take a place in the sequence.
+	for _, ns := range []string{w.HostP, w.HostS} {
+		Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+	}
+	// Frames sent on two CPUs may overtake each other before the program sees them.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var home, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &home); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if home.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.SchedSetaffinity(0, &home)
 	const n, ethertype = 2000, 0x88b6
 	frame := func(i int) []byte {
 		f := make([]byte, 60)
