@@ -95,6 +95,8 @@ func onDisk(disk string, block int64, word string) (string, error) {
 
 const guestAddr = "10.77.0.2"
 
+var guestMAC = net.HardwareAddr{0x52, 0x54, 0, 0x77, 0, 2}
+
 // world is two hosts, on each of which a guest is reached over its tap.
 type world struct {
 	t              *testing.T
@@ -130,6 +132,8 @@ func newWorld(t *testing.T, disks int) *world {
 		// The guest knows its client by the same MAC on both hosts.
 		ip(in + "link set tap0 address 02:00:00:00:77:01 up")
 		ip(in + "addr add 10.77.0.1/24 dev tap0")
+		// While there is no guest, nobody finds out that there is none.
+		ip(in + "neigh replace " + guestAddr + " lladdr " + guestMAC.String() + " dev tap0 nud permanent")
 		for i := range disks {
 			qemutest.Disk(t, w.image(host, i), diskSize, false)
 		}
@@ -167,7 +171,7 @@ func (w *world) spec(host string) *qemu.Spec {
 		VM: "web1", Node: host, Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
 		Memory: qemutest.Memory, SMP: 1,
 		Kernel: w.kernel, Initrd: w.initrd, Append: qemutest.Append([]string{guestAddr + "/24"}),
-		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: net.HardwareAddr{0x52, 0x54, 0, 0x77, 0, 2}}},
+		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
 		Extra: []string{"-serial", "file:" + w.serial(host)},
 		Env:   []string{w.preload},
 		QMP:   filepath.Join(w.dir, host+".qmp"), Dir: w.dir,
@@ -402,4 +406,102 @@ func TestProcess(t *testing.T) {
 	if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), "no-such-device") {
 		t.Errorf("QEMU's own words are missing: %v", err)
 	}
+}
+
+func (g *guest) mustRead(disk string, block int, want string) {
+	g.w.t.Helper()
+	g.mustAsk(fmt.Sprintf("read %s %d", disk, block), want+" <nil>")
+}
+
+func (g *guest) mustWrite(disk string, block int, word string) {
+	g.w.t.Helper()
+	g.mustAsk(fmt.Sprintf("write %s %d %s", disk, block, word), "wrote <nil>")
+}
+
+// awaitMerged waits until a guest that took over has no overlays any more.
+func (g *guest) awaitMerged() {
+	g.w.t.Helper()
+	lt.Eventually(g.w.t, time.Minute, func() (bool, string) {
+		ok, err := qemu.Merged(g.m, g.spec.Disks)
+		return ok, fmt.Sprint("not merged ", err)
+	})
+}
+
+// Two disks through both failovers and the replication to a new secondary behind
+// each: what was on the disks at the checkpoint is there, and what the dead primary
+// wrote behind it is not, because the SVM's memory does not know of it.
+func TestDisks(t *testing.T) {
+	w := newWorld(t, 2)
+	a := w.start("a", false)
+	seen := make(map[string]qemu.Progress)
+	copied := qemu.Options{Resync: true, Progress: func(p qemu.Progress) { seen[p.What] = p }}
+
+	// The images are the same: both are empty.
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	for _, disk := range []string{"vda", "vdb"} {
+		a.mustWrite(disk, 1, disk+"-one")
+		a.mustWrite(disk, 2, disk+"-both")
+	}
+	a.checkpoint()
+	a.mustWrite("vda", 1, "lost")
+	a.mustWrite("vda", 3, "lost")
+	a.kill()
+	b.takeOver()
+	for _, disk := range []string{"vda", "vdb"} {
+		b.mustRead(disk, 1, disk+"-one")
+		b.mustRead(disk, 2, disk+"-both")
+	}
+	b.mustRead("vda", 3, "")
+	b.mustWrite("vda", 4, "alone")
+
+	// The promoted secondary has a new one, whose image holds the lost writes.
+	a = b.replicate("a", copied)
+	for i := range w.disks {
+		id := a.spec.Disks[i].ID
+		if p := seen[id]; p.Total < diskSize || p.Done != p.Total {
+			t.Errorf("progress of %s ends with %+v", id, p)
+		}
+	}
+	b.mustWrite("vdb", 5, "again")
+	b.checkpoint()
+	b.mustWrite("vdb", 5, "lost")
+	b.kill()
+	a.takeOver()
+	a.mustRead("vda", 1, "vda-one")
+	a.mustRead("vda", 3, "")
+	a.mustRead("vda", 4, "alone")
+	a.mustRead("vdb", 5, "again")
+
+	// The secondary dies; the primary keeps all it wrote, and has a new one.
+	b = a.replicate("b", copied)
+	a.mustWrite("vda", 6, "six")
+	b.kill()
+	a.mustWrite("vda", 7, "seven") // before anybody noticed
+	a.takeOver()
+	a.mustWrite("vda", 8, "eight")
+	b = a.replicate("b", copied)
+	a.checkpoint()
+	a.kill()
+	b.takeOver()
+	b.mustRead("vda", 6, "six")
+	b.mustRead("vda", 7, "seven")
+	b.mustRead("vda", 8, "eight")
+	b.mustRead("vdb", 2, "vdb-both")
+	b.mustWrite("vdb", 9, "nine")
+
+	// Behind the merge the images alone are the disks.
+	b.awaitMerged()
+	if err := qemu.Quit(b.m); err != nil {
+		t.Error(err)
+	}
+	<-b.p.Done()
+	b = w.start("b", false)
+	if err := qemu.Cont(b.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("b"), "ready")
+	b.mustRead("vda", 8, "eight")
+	b.mustRead("vda", 1, "vda-one")
+	b.mustRead("vdb", 9, "nine")
 }
