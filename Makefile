@@ -9,7 +9,7 @@ CLANG_MAJOR := 19
 
 # What the tests need beyond Go, as Debian 12 names it.
 PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
-	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 \
+	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
 	dnsmasq-base iputils-ping etcd-server
 
 # Committed output of bpf2go, and the C it comes from.
@@ -24,8 +24,9 @@ build: ## static bin/lockstep, with Go alone
 	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lockstep ./cmd/lockstep
 
 .PHONY: deps
-deps: ## install what the tests need (Debian, as root)
+deps: ## install what the tests and their guests need (Debian, as root)
 	@.ci/deps $(PACKAGES)
+	@.ci/guest bin/guest
 
 .PHONY: generate
 generate: ## rebuild the BPF objects and their Go views

@@ -83,6 +83,14 @@ func TestQEMU(t *testing.T) {
 		t.Error(err)
 	}
 
+	var links []qmp.Link
+	if err := m.Yank(func(l qmp.Link) bool { links = append(links, l); return false }); err != nil {
+		t.Error(err)
+	}
+	if len(links) != 1 || links[0].Type != "chardev" { // the monitor's own socket
+		t.Errorf("connections that could be cut: %+v", links)
+	}
+
 	events, _ := m.Events(ctx)
 	before := time.Now()
 	var times []time.Time

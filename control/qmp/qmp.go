@@ -21,6 +21,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -73,10 +74,12 @@ type Monitor struct {
 
 	run sync.Mutex // one command at a time
 
+	oob bool // QEMU takes commands out of band
+
 	mu      sync.Mutex
-	err     error      // why it closed
-	lastID  uint64     // of commands sent
-	waiting chan reply // of command lastID; nil: none
+	err     error                 // why it closed
+	lastID  uint64                // of commands sent
+	waiting map[uint64]chan reply // by the commands' IDs
 }
 
 var _ qmp.Monitor = (*Monitor)(nil)
@@ -96,7 +99,7 @@ func Dial(ctx context.Context, path string, timeout time.Duration) (*Monitor, er
 	if err != nil {
 		return nil, fmt.Errorf("qmp: %w", err)
 	}
-	m := &Monitor{conn: conn, timeout: timeout, events: make(chan Event, maxEvents)}
+	m := &Monitor{conn: conn, timeout: timeout, events: make(chan Event, maxEvents), waiting: make(map[uint64]chan reply)}
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(nil, maxLine)
 
@@ -108,7 +111,11 @@ func Dial(ctx context.Context, path string, timeout time.Duration) (*Monitor, er
 		return nil, fmt.Errorf("qmp greeting: %w", m.Err())
 	}
 	go m.read(lines)
-	if err := m.Execute("qmp_capabilities", nil, nil); err != nil {
+	var enable any
+	if m.oob {
+		enable = map[string][]string{"enable": {"oob"}}
+	}
+	if err := m.Execute("qmp_capabilities", enable, nil); err != nil {
 		m.Disconnect()
 		return nil, err
 	}
@@ -121,7 +128,8 @@ func (m *Monitor) greeting(lines *bufio.Scanner) error {
 	}
 	var hello struct {
 		QMP *struct {
-			Version qmp.Version `json:"version"`
+			Version      qmp.Version `json:"version"`
+			Capabilities []string
 		}
 	}
 	if err := json.Unmarshal(lines.Bytes(), &hello); err != nil {
@@ -131,6 +139,7 @@ func (m *Monitor) greeting(lines *bufio.Scanner) error {
 		return errors.New("not QMP")
 	}
 	m.version = hello.QMP.Version
+	m.oob = slices.Contains(hello.QMP.Capabilities, "oob")
 	return nil
 }
 
@@ -184,15 +193,15 @@ func (m *Monitor) line(b []byte) error {
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.waiting == nil || l.ID == nil || *l.ID != m.lastID {
+	if l.ID == nil || m.waiting[*l.ID] == nil {
 		return errors.New("a reply to nothing that was asked")
 	}
 	r := reply{line: bytes.Clone(b)}
 	if l.Error != nil {
 		r.err = &Error{Class: l.Error.Class, Description: l.Error.Desc}
 	}
-	m.waiting <- r
-	m.waiting = nil
+	m.waiting[*l.ID] <- r
+	delete(m.waiting, *l.ID)
 	return nil
 }
 
@@ -205,10 +214,10 @@ func (m *Monitor) fail(err error) {
 	}
 	m.err = err
 	m.conn.Close()
-	if m.waiting != nil {
-		close(m.waiting)
-		m.waiting = nil
+	for _, w := range m.waiting {
+		close(w)
 	}
+	clear(m.waiting)
 }
 
 // Err tells why the connection closed; nil while it is open.
@@ -221,58 +230,92 @@ func (m *Monitor) Err() error {
 // Execute runs a command and decodes what it returned into result, when that
 // is not nil.
 func (m *Monitor) Execute(command string, args, result any) error {
-	out, err := m.command(command, args)
+	return m.ExecuteWithin(m.timeout, command, args, result)
+}
+
+// ExecuteWithin is Execute with a timeout of its own, for a command that may
+// wait for the guest's I/O.
+func (m *Monitor) ExecuteWithin(timeout time.Duration, command string, args, result any) error {
+	out, err := m.command(timeout, command, args)
 	if err != nil {
 		return err
 	}
+	return decode(command, out, result)
+}
+
+func decode(command string, line []byte, result any) error {
 	if result == nil {
 		return nil
 	}
 	r := struct{ Return any }{result}
-	if err := json.Unmarshal(out, &r); err != nil {
+	if err := json.Unmarshal(line, &r); err != nil {
 		return fmt.Errorf("qmp %s: reply: %w", command, err)
 	}
 	return nil
 }
 
+// request is a command as it is sent.
+type request struct {
+	Execute string `json:"execute,omitempty"`
+	ExecOOB string `json:"exec-oob,omitempty"`
+	Args    any    `json:"arguments,omitempty"`
+	ID      uint64 `json:"id"`
+}
+
 // command returns the whole line of the reply.
-func (m *Monitor) command(command string, args any) ([]byte, error) {
+func (m *Monitor) command(timeout time.Duration, command string, args any) ([]byte, error) {
 	m.run.Lock()
 	defer m.run.Unlock()
+	return m.send(timeout, command, request{Execute: command, Args: args})
+}
 
+// outOfBand runs a command that allows it beside the one that is under way, even
+// if that hangs.
+func (m *Monitor) outOfBand(command string, args, result any) error {
+	if !m.oob {
+		return m.Execute(command, args, result)
+	}
+	out, err := m.send(m.timeout, command, request{ExecOOB: command, Args: args})
+	if err != nil {
+		return err
+	}
+	return decode(command, out, result)
+}
+
+func (m *Monitor) send(timeout time.Duration, command string, r request) ([]byte, error) {
 	m.mu.Lock()
 	if m.err != nil {
 		defer m.mu.Unlock()
 		return nil, fmt.Errorf("qmp %s: %w", command, m.err)
 	}
 	m.lastID++
-	id := m.lastID
+	r.ID = m.lastID
 	answer := make(chan reply, 1)
-	m.waiting = answer
+	m.waiting[r.ID] = answer
 	m.mu.Unlock()
 
-	b, err := json.Marshal(struct {
-		qmp.Command
-		ID uint64 `json:"id"`
-	}{qmp.Command{Execute: command, Args: args}, id})
+	b, err := json.Marshal(r)
 	if err != nil {
+		m.mu.Lock()
+		delete(m.waiting, r.ID)
+		m.mu.Unlock()
 		return nil, fmt.Errorf("qmp %s: arguments: %w", command, err)
 	}
 	// The timer guards the write as well: closing the socket ends it.
-	expired := time.AfterFunc(m.timeout, func() { m.fail(ErrTimeout) })
+	expired := time.AfterFunc(timeout, func() { m.fail(ErrTimeout) })
 	defer expired.Stop()
 	if _, err := m.conn.Write(append(b, '\n')); err != nil {
 		m.fail(err)
 	}
-	r, ok := <-answer
+	got, ok := <-answer
 	if !ok {
 		return nil, fmt.Errorf("qmp %s: %w", command, m.Err())
 	}
-	if r.err != nil {
-		r.err.Command = command
-		return nil, r.err
+	if got.err != nil {
+		got.err.Command = command
+		return nil, got.err
 	}
-	return r.line, nil
+	return got.line, nil
 }
 
 // Run is go-qemu's way in: a whole command as JSON, the whole reply out.
@@ -285,9 +328,9 @@ func (m *Monitor) Run(command []byte) ([]byte, error) {
 		return nil, fmt.Errorf("qmp command: %w", err)
 	}
 	if c.Arguments == nil {
-		return m.command(c.Execute, nil)
+		return m.command(m.timeout, c.Execute, nil)
 	}
-	return m.command(c.Execute, c.Arguments)
+	return m.command(m.timeout, c.Execute, c.Arguments)
 }
 
 // Connect is part of go-qemu's interface; Dial did it.
@@ -327,4 +370,34 @@ func (m *Monitor) COLO() (mode string, err error) {
 func (m *Monitor) Checkpoint() error {
 	delay := int64(noPeriod)
 	return raw.NewMonitor(m).MigrateSetParameters(&raw.MigrateSetParameters{XCheckpointDelay: &delay})
+}
+
+// Link is a connection of QEMU's that [Monitor.Yank] can cut.
+type Link struct {
+	Type string `json:"type"`                // "migration", "block-node", "chardev"
+	Node string `json:"node-name,omitempty"` // a block-node's
+	ID   string `json:"id,omitempty"`        // a chardev's
+}
+
+// Yank cuts those of QEMU's connections that which picks. What waits for the
+// other end fails then, so it frees a QEMU that hangs because the other host is
+// gone. It works beside a command that hangs.
+func (m *Monitor) Yank(which func(Link) bool) error {
+	var err error
+	for range 3 { // one may close between the two commands
+		var links []Link
+		if err := m.outOfBand("query-yank", nil, &links); err != nil {
+			return err
+		}
+		links = slices.DeleteFunc(links, func(l Link) bool { return !which(l) })
+		if len(links) == 0 {
+			return nil
+		}
+		err = m.outOfBand("yank", map[string][]Link{"instances": links}, nil)
+		var refused *Error
+		if !errors.As(err, &refused) {
+			break
+		}
+	}
+	return err
 }

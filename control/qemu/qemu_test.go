@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control/qemu"
+	"lockstep/control/qemu/qemutest"
+	"lockstep/control/qmp"
+	lt "lockstep/loader/loadertest"
+)
+
+// In a guest the test binary is the service.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_GUEST") == "" {
+		os.Exit(m.Run())
+	}
+	serve()
+}
+
+// serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK".
+// A value is in the guest's memory, blocks are on its disks and in no cache.
+func serve() {
+	l, err := net.Listen("tcp", ":7000")
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("ready")
+	var value atomic.Value
+	value.Store("nothing")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			os.Exit(1)
+		}
+		go func() {
+			defer c.Close()
+			for r := bufio.NewScanner(c); r.Scan(); {
+				var disk, word string
+				var block int64
+				switch f := strings.Fields(r.Text()); f[0] {
+				case "set":
+					value.Store(f[1])
+					fmt.Fprintln(c, "ok")
+				case "get":
+					fmt.Fprintln(c, value.Load())
+				case "write":
+					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block, &word)
+					_, err := onDisk(disk, block, word)
+					fmt.Fprintln(c, "wrote", err)
+				case "read":
+					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block)
+					word, err := onDisk(disk, block, "")
+					fmt.Fprintln(c, word, err)
+				}
+			}
+		}()
+	}
+}
+
+// onDisk writes a word into a block of 4 KiB, or reads it.
+func onDisk(disk string, block int64, word string) (string, error) {
+	fd, err := unix.Open("/dev/"+disk, unix.O_RDWR|unix.O_DIRECT|unix.O_SYNC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	const size = 4096
+	b := make([]byte, 2*size)
+	b = b[size-int(uintptr(unsafe.Pointer(&b[0]))%size):][:size] // O_DIRECT wants it aligned
+	if word == "" {
+		_, err := unix.Pread(fd, b, block*size)
+		return strings.TrimRight(string(b), "\x00"), err
+	}
+	copy(b, word)
+	_, err = unix.Pwrite(fd, b, block*size)
+	return word, err
+}
+
+const guestAddr = "10.77.0.2"
+
+var guestMAC = net.HardwareAddr{0x52, 0x54, 0, 0x77, 0, 2}
+
+// world is two hosts, on each of which a guest is reached over its tap.
+type world struct {
+	t              *testing.T
+	dir            string
+	kernel, initrd string
+	preload        string
+	disks          int
+	n              int // QEMUs started
+}
+
+const diskSize = 32 << 20
+
+func newWorld(t *testing.T, disks int) *world {
+	if os.Geteuid() != 0 {
+		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
+			t.Fatal("needs root for taps")
+		}
+		t.Skip("needs root for taps")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, dir: t.TempDir(), disks: disks, preload: qemutest.Preload(t)}
+	w.kernel, w.initrd = qemutest.Image(t, qemutest.Guest{Service: self, Env: []string{"TEST_GUEST=1"}})
+	ip := func(args string) { lt.Run(t, "ip", strings.Fields(args)...) }
+	for _, host := range []string{"a", "b"} {
+		lt.Run(t, "ip", "netns", "add", w.ns(host))
+		t.Cleanup(func() { lt.Run(t, "ip", "netns", "del", w.ns(host)) })
+		in := "-n " + w.ns(host) + " "
+		ip(in + "link set lo up")
+		ip(in + "tuntap add tap0 mode tap")
+		// The guest knows its client by the same MAC on both hosts.
+		ip(in + "link set tap0 address 02:00:00:00:77:01 up")
+		ip(in + "addr add 10.77.0.1/24 dev tap0")
+		// While there is no guest, nobody finds out that there is none.
+		ip(in + "neigh replace " + guestAddr + " lladdr " + guestMAC.String() + " dev tap0 nud permanent")
+		for i := range disks {
+			qemutest.Disk(t, w.image(host, i), diskSize, false)
+		}
+	}
+	ip("link add ctl netns " + w.ns("a") + " type veth peer name ctl netns " + w.ns("b"))
+	for i, host := range []string{"a", "b"} {
+		ip(fmt.Sprintf("-n %s addr add 192.0.2.%d/24 dev ctl", w.ns(host), i+1))
+		ip("-n " + w.ns(host) + " link set ctl up")
+	}
+	return w
+}
+
+func (w *world) ns(host string) string { return fmt.Sprintf("lsq%x%s", os.Getpid(), host) }
+
+func (w *world) image(host string, i int) string {
+	return filepath.Join(w.dir, fmt.Sprintf("%s%d.qcow2", host, i))
+}
+
+// guest is one QEMU on one host.
+type guest struct {
+	w    *world
+	host string
+	spec *qemu.Spec
+	in   *qemu.Incoming
+	p    *qemu.Process
+	m    *qmp.Monitor
+	caps qemu.Caps
+
+	resumes atomic.Int32
+}
+
+func (w *world) spec(host string) *qemu.Spec {
+	w.n++
+	s := &qemu.Spec{
+		VM: "web1", Node: host, Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
+		Memory: qemutest.Memory, SMP: 1,
+		Kernel: w.kernel, Initrd: w.initrd, Append: qemutest.Append([]string{guestAddr + "/24"}),
+		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
+		Extra: []string{"-serial", "file:" + w.serial(host)},
+		Env:   []string{w.preload},
+		QMP:   filepath.Join(w.dir, host+".qmp"), Dir: w.dir,
+	}
+	for i := range w.disks {
+		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: filepath.Join(w.dir, "overlays, "+host)})
+	}
+	return s
+}
+
+func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".serial") }
+
+// incoming is where a host's secondary waits.
+func (w *world) incoming(host string) *qemu.Incoming {
+	addr := map[string]string{"a": "192.0.2.1", "b": "192.0.2.2"}[host]
+	return &qemu.Incoming{Migration: "unix:" + filepath.Join(w.dir, host+".mig"), NBD: netip.AddrPortFrom(netip.MustParseAddr(addr), 9999)}
+}
+
+// start starts a primary, or with in a secondary.
+func (w *world) start(host string, secondary bool) *guest {
+	t := w.t
+	t.Helper()
+	g := &guest{w: w, host: host, spec: w.spec(host)}
+	if secondary {
+		g.in = w.incoming(host)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	lt.In(t, w.ns(host), func() {
+		sizes, err := g.spec.DiskSizes()
+		if err == nil {
+			err = g.spec.Check(g.in, sizes)
+		}
+		if err == nil {
+			g.p, err = qemu.Start(ctx, g.spec, g.in)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", host, err)
+		}
+	})
+	t.Cleanup(func() {
+		if t.Failed() {
+			b, _ := os.ReadFile(w.serial(host))
+			t.Logf("QEMU on %s: %s\nconsole: %s", host, qemu.Log(g.spec), b)
+		}
+		g.kill()
+		g.p.Release()
+	})
+	g.dial()
+	return g
+}
+
+func (g *guest) dial() {
+	t := g.w.t
+	t.Helper()
+	var err error
+	if g.m, err = qmp.Dial(t.Context(), g.spec.QMP, 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.m.Disconnect() })
+	events, err := g.m.Events(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for e := range events {
+			if e.Event == "RESUME" {
+				g.resumes.Add(1)
+			}
+		}
+	}()
+	if g.caps, err = qemu.Probe(g.m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (g *guest) kill() {
+	g.w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := g.p.Kill(ctx); err != nil {
+		g.w.t.Error(err)
+	}
+}
+
+// replicate starts a secondary on host and replicates g to it.
+func (g *guest) replicate(host string, o qemu.Options) *guest {
+	t := g.w.t
+	t.Helper()
+	s := g.w.start(host, true)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	for range 2 { // once more changes nothing
+		if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
+			t.Fatal(err)
+		}
+	}
+	began := time.Now()
+	for range 2 {
+		if err := qemu.Replicate(ctx, g.m, g.caps, g.spec.Disks, *s.in, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%s replicates to %s after %v", g.host, host, time.Since(began).Round(time.Millisecond))
+	return s
+}
+
+// checkpoint makes one and waits for it.
+func (g *guest) checkpoint() {
+	t := g.w.t
+	t.Helper()
+	before := g.resumes.Load()
+	if err := g.m.Checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	lt.Eventually(t, time.Minute, func() (bool, string) {
+		return g.resumes.Load() > before, "no RESUME behind the order for a checkpoint"
+	})
+}
+
+// takeOver is the failover of a survivor.
+func (g *guest) takeOver() {
+	t := g.w.t
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	began := time.Now()
+	for range 2 {
+		failover := qemu.PrimaryFailover
+		if g.in != nil {
+			failover = qemu.SecondaryFailover
+		}
+		if err := failover(ctx, g.m, g.spec.Disks); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.in = nil // from here on it is the primary
+	t.Logf("%s is alone after %v", g.host, time.Since(began).Round(time.Millisecond))
+}
+
+// ask sends a line to the guest over its host's tap.
+func (g *guest) ask(line string) (string, error) {
+	var answer string
+	var err error
+	lt.In(g.w.t, g.w.ns(g.host), func() {
+		var c net.Conn
+		if c, err = net.DialTimeout("tcp", guestAddr+":7000", 20*time.Second); err != nil {
+			return
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprintln(c, line)
+		answer, err = bufio.NewReader(c).ReadString('\n')
+	})
+	return strings.TrimSuffix(answer, "\n"), err
+}
+
+func (g *guest) mustAsk(line, want string) {
+	g.w.t.Helper()
+	if got, err := g.ask(line); err != nil || got != want {
+		g.w.t.Fatalf("%s: %q answers %q, %v; want %q", g.host, line, got, err, want)
+	}
+}
+
+// Memory without disks: what the guest knew at the checkpoint it knows behind any
+// failover, and a survivor replicates again, to either host.
+func TestDiskless(t *testing.T) {
+	w := newWorld(t, 0)
+	a := w.start("a", false)
+	if running, state, err := a.m.Status(); err != nil || running {
+		t.Fatalf("a primary starts %s, %v", state, err)
+	}
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("set one", "ok")
+	a.checkpoint()
+	a.mustAsk("set two", "ok")
+
+	b.kill()
+	a.takeOver()
+	a.mustAsk("get", "two")
+
+	b = a.replicate("b", qemu.Options{})
+	a.checkpoint()
+	a.mustAsk("set three", "ok") // the secondary's guest never hears of it
+	a.kill()
+	b.takeOver()
+	b.mustAsk("get", "two")
+
+	a = b.replicate("a", qemu.Options{})
+	b.mustAsk("set four", "ok")
+	b.checkpoint()
+	b.kill()
+	a.takeOver()
+	a.mustAsk("get", "four")
+}
+
+// A process is found again by whoever comes later, and only when it is the one.
+func TestProcess(t *testing.T) {
+	w := newWorld(t, 0)
+	g := w.start("a", false)
+	found, err := qemu.Find(g.spec)
+	if err != nil || found.Pid() != g.p.Pid() || !found.Alive() {
+		t.Fatalf("found %+v, %v", found, err)
+	}
+	lt.In(t, w.ns("a"), func() {
+		if _, err := qemu.Start(t.Context(), g.spec, nil); err == nil || !strings.Contains(err.Error(), "runs on this host already") {
+			t.Errorf("started twice: %v", err)
+		}
+	})
+	g.kill()
+	<-found.Done()
+	if found.Alive() || g.p.Alive() {
+		t.Error("alive behind its death")
+	}
+	found.Release()
+	if _, err := qemu.Find(g.spec); !errors.Is(err, qemu.ErrNotRunning) {
+		t.Errorf("the dead was found: %v", err)
+	}
+	// The number may be another process's by now.
+	pid := filepath.Join(g.spec.Dir, g.spec.VM+"-"+g.spec.Node+".pid")
+	for _, is := range []string{fmt.Sprint(os.Getpid()), "", "x", "-1", "999999999"} {
+		if err := os.WriteFile(pid, []byte(is+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := qemu.Find(g.spec); !errors.Is(err, qemu.ErrNotRunning) {
+			t.Errorf("pid file %q: %v", is, err)
+		}
+	}
+	bad := *g.spec
+	bad.Extra = []string{"-device", "no-such-device"}
+	if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), "no-such-device") {
+		t.Errorf("QEMU's own words are missing: %v", err)
+	}
+}
+
+func (g *guest) mustRead(disk string, block int, want string) {
+	g.w.t.Helper()
+	g.mustAsk(fmt.Sprintf("read %s %d", disk, block), want+" <nil>")
+}
+
+func (g *guest) mustWrite(disk string, block int, word string) {
+	g.w.t.Helper()
+	g.mustAsk(fmt.Sprintf("write %s %d %s", disk, block, word), "wrote <nil>")
+}
+
+// awaitMerged waits until a guest that took over has no overlays any more.
+func (g *guest) awaitMerged() {
+	g.w.t.Helper()
+	lt.Eventually(g.w.t, time.Minute, func() (bool, string) {
+		ok, err := qemu.Merged(g.m, g.spec.Disks)
+		return ok, fmt.Sprint("not merged ", err)
+	})
+}
+
+// Two disks through both failovers and the replication to a new secondary behind
+// each: what was on the disks at the checkpoint is there, and what the dead primary
+// wrote behind it is not, because the SVM's memory does not know of it.
+func TestDisks(t *testing.T) {
+	w := newWorld(t, 2)
+	a := w.start("a", false)
+	seen := make(map[string]qemu.Progress)
+	copied := qemu.Options{Resync: true, Progress: func(p qemu.Progress) { seen[p.What] = p }}
+
+	// The images are the same: both are empty.
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	for _, disk := range []string{"vda", "vdb"} {
+		a.mustWrite(disk, 1, disk+"-one")
+		a.mustWrite(disk, 2, disk+"-both")
+	}
+	a.checkpoint()
+	a.mustWrite("vda", 1, "lost")
+	a.mustWrite("vda", 3, "lost")
+	a.kill()
+	b.takeOver()
+	for _, disk := range []string{"vda", "vdb"} {
+		b.mustRead(disk, 1, disk+"-one")
+		b.mustRead(disk, 2, disk+"-both")
+	}
+	b.mustRead("vda", 3, "")
+	b.mustWrite("vda", 4, "alone")
+
+	// The promoted secondary has a new one, whose image holds the lost writes.
+	a = b.replicate("a", copied)
+	for i := range w.disks {
+		id := a.spec.Disks[i].ID
+		if p := seen[id]; p.Total < diskSize || p.Done != p.Total {
+			t.Errorf("progress of %s ends with %+v", id, p)
+		}
+	}
+	b.mustWrite("vdb", 5, "again")
+	b.checkpoint()
+	b.mustWrite("vdb", 5, "lost")
+	b.kill()
+	a.takeOver()
+	a.mustRead("vda", 1, "vda-one")
+	a.mustRead("vda", 3, "")
+	a.mustRead("vda", 4, "alone")
+	a.mustRead("vdb", 5, "again")
+
+	// The secondary dies; the primary keeps all it wrote, and has a new one.
+	b = a.replicate("b", copied)
+	a.mustWrite("vda", 6, "six")
+	b.kill()
+	a.mustWrite("vda", 7, "seven") // before anybody noticed
+	a.takeOver()
+	a.mustWrite("vda", 8, "eight")
+	b = a.replicate("b", copied)
+	a.checkpoint()
+	a.kill()
+	b.takeOver()
+	b.mustRead("vda", 6, "six")
+	b.mustRead("vda", 7, "seven")
+	b.mustRead("vda", 8, "eight")
+	b.mustRead("vdb", 2, "vdb-both")
+	b.mustWrite("vdb", 9, "nine")
+
+	// Behind the merge the images alone are the disks.
+	b.awaitMerged()
+	if err := qemu.Quit(b.m); err != nil {
+		t.Error(err)
+	}
+	<-b.p.Done()
+	b = w.start("b", false)
+	if err := qemu.Cont(b.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("b"), "ready")
+	b.mustRead("vda", 8, "eight")
+	b.mustRead("vda", 1, "vda-one")
+	b.mustRead("vdb", 9, "nine")
+}
