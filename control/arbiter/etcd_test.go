@@ -281,7 +281,7 @@ func TestEtcdStoppedInSwap(t *testing.T) {
 	p := arbitertest.NewProxy(t, e)
 	beta, patient := openEtcds(t, "beta", short, p.Addr()), openEtcds(t, "beta", long, p.Addr())
 	alpha := openEtcds(t, "alpha", long, p.Addr())
-	for range 10 {
+	for range 5 {
 		old := settle(t, alpha)
 		from, to := Record{old.Term + 1, "alpha"}, Record{old.Term + 2, "beta"}
 		if now, ok := swap(t, alpha, old, from); !ok {

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Words of Status.Role and Status.State. A metric has each of them, as 0 or 1, so
+// that a change ends no series.
+var (
+	statusRoles  = []string{"primary", "secondary"}
+	statusStates = []string{"start", "replicating", "checkpointing", "failover", "solo", "resync"}
+)
+
+// metric is one value of a Status, or several that differ by labels.
+type metric struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+	get  func(s *Status, put func(v float64, labels ...string))
+}
+
+// statusCollector tells a Status, anew at each scrape.
+type statusCollector struct {
+	status  func() *Status
+	up      *prometheus.Desc
+	metrics []metric
+}
+
+// NewStatusCollector makes metrics of what status returns: nil when the daemon
+// cannot tell. It is called at each scrape. vm and node are on every metric.
+func NewStatusCollector(vm, node string, status func() *Status) prometheus.Collector {
+	c := &statusCollector{status: status}
+	describe := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(prometheus.BuildFQName("lockstep", "", name), help, labels, prometheus.Labels{"vm": vm, "node": node})
+	}
+	add := func(kind prometheus.ValueType, name, help string, get func(*Status, func(float64, ...string)), labels ...string) {
+		c.metrics = append(c.metrics, metric{describe(name, help, labels...), kind, get})
+	}
+	one := func(get func(*Status) float64) func(*Status, func(float64, ...string)) {
+		return func(s *Status, put func(float64, ...string)) { put(get(s)) }
+	}
+	gauge := func(name, help string, get func(*Status) float64) { add(prometheus.GaugeValue, name, help, one(get)) }
+	counter := func(name, help string, get func(*Status) float64) {
+		add(prometheus.CounterValue, name, help, one(get))
+	}
+	byReason := func(name, help string, get func(*Status) map[string]uint64) {
+		add(prometheus.CounterValue, name, help, func(s *Status, put func(float64, ...string)) {
+			for reason, n := range get(s) {
+				put(float64(n), reason)
+			}
+		}, "reason")
+	}
+	oneOf := func(name, help string, known []string, get func(*Status) string) {
+		add(prometheus.GaugeValue, name, help, func(s *Status, put func(float64, ...string)) {
+			now := get(s)
+			for _, word := range known {
+				put(truth(word == now), word)
+			}
+			if !slices.Contains(known, now) {
+				put(1, now)
+			}
+		}, name)
+	}
+	// last is of the newest checkpoint that has ended.
+	last := func(name, help string, get func(*Checkpoint) float64) {
+		add(prometheus.GaugeValue, name, help, func(s *Status, put func(float64, ...string)) {
+			for i := len(s.Checkpoints) - 1; i >= 0; i-- {
+				if c := &s.Checkpoints[i]; c.Result != "running" {
+					put(get(c))
+					return
+				}
+			}
+		})
+	}
+
+	c.up = describe("up", "Whether the daemon can tell its status: 1 or 0.")
+	oneOf("role", "This node's part in the pair: 1 for the present one.", statusRoles, func(s *Status) string { return s.Role })
+	oneOf("state", "The pair's state as this node sees it: 1 for the present one.", statusStates, func(s *Status) string { return s.State })
+	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.", func(s *Status) float64 { return truth(s.Detail != "") })
+	gauge("epoch", "Number of the last checkpoint's epoch.", func(s *Status) float64 { return float64(s.Epoch) })
+	gauge("session_term", "Number of the session between the two daemons.", func(s *Status) float64 { return float64(s.Term) })
+	gauge("connections", "Connections that are tracked; on the secondary those with an offset.", func(s *Status) float64 { return float64(s.Connections) })
+	gauge("held_packets", "Packets that wait for their match; on the secondary copies and parked ones.", func(s *Status) float64 { return float64(s.HeldPackets) })
+	gauge("held_bytes", "Bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })
+	counter("released_packets_total", "Packets that left after their match.", func(s *Status) float64 { return float64(s.ReleasedPackets) })
+	counter("half_open_evicted_total", "Half-open connections that made room for others.", func(s *Status) float64 { return float64(s.HalfOpenEvicted) })
+	counter("checkpoints_requested_total", "Requests for a checkpoint by divergence, timeout or doubt.", func(s *Status) float64 { return float64(s.CheckpointsRequested) })
+	counter("checkpoints_committed_total", "Checkpoints that were committed.", func(s *Status) float64 { return float64(s.CheckpointsDone) })
+	last("last_checkpoint_timestamp_seconds", "Unix time at which the last checkpoint that has ended was begun.", func(c *Checkpoint) float64 { return float64(c.At.UnixMilli()) / 1e3 })
+	last("last_checkpoint_committed", "Whether the last checkpoint that has ended was committed: 1 or 0.", func(c *Checkpoint) float64 { return truth(c.Result == "committed") })
+	last("last_checkpoint_frozen_seconds", "How long the last checkpoint that has ended kept the primary's output back.", func(c *Checkpoint) float64 { return c.FrozenMS / 1e3 })
+	last("last_checkpoint_primary_pause_seconds", "How long the last checkpoint that has ended halted the primary guest.", func(c *Checkpoint) float64 { return c.PVMPauseMS / 1e3 })
+	last("last_checkpoint_secondary_pause_seconds", "How long the last checkpoint that has ended halted the secondary guest.", func(c *Checkpoint) float64 { return c.SVMPauseMS / 1e3 })
+	byReason("dropped_frames_total", "Frames that were dropped, by reason.", func(s *Status) map[string]uint64 { return s.Dropped })
+	byReason("frames_total", "Verdicts of the kernel half, by reason; one frame may have several.", func(s *Status) map[string]uint64 { return s.Counters })
+	add(prometheus.GaugeValue, "program_attached", "Programs that are attached: 1.", func(s *Status, put func(float64, ...string)) {
+		for name, p := range s.Programs {
+			program, _, _ := strings.Cut(name, "@")
+			put(1, program, p.Device, p.Attach)
+		}
+	}, "program", "device", "attach")
+	gauge("peer_connected", "Whether the control link holds: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Connected) })
+	gauge("peer_insecure", "Whether the control link is in the clear: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Insecure) })
+	gauge("qmp_configured", "Whether there is a QEMU to talk to: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Configured) })
+	gauge("qmp_connected", "Whether QEMU's QMP socket is connected: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Connected) })
+	add(prometheus.GaugeValue, "qemu_info", "QEMU's version, its word for its state, and its COLO mode: 1.", func(s *Status, put func(float64, ...string)) {
+		if s.QMP.Configured {
+			put(1, s.QMP.QEMU, s.QMP.State, s.QMP.COLO)
+		}
+	}, "version", "state", "colo")
+	return c
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// Describe implements [prometheus.Collector].
+func (c *statusCollector) Describe(out chan<- *prometheus.Desc) {
+	out <- c.up
+	for _, m := range c.metrics {
+		out <- m.desc
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
+	s := c.status()
+	out <- prometheus.MustNewConstMetric(c.up, prometheus.GaugeValue, truth(s != nil))
+	if s == nil {
+		return
+	}
+	for _, m := range c.metrics {
+		m.get(s, func(v float64, labels ...string) {
+			for i := range labels { // QEMU's words may be anything
+				labels[i] = strings.ToValidUTF8(labels[i], "?")
+			}
+			out <- prometheus.MustNewConstMetric(m.desc, m.kind, v, labels...)
+		})
+	}
+}
+
+// MetricsHandler serves [NewStatusCollector]'s metrics, and those of the process,
+// in the formats that Prometheus scrapes.
+func MetricsHandler(vm, node string, status func() *Status) http.Handler {
+	r := prometheus.NewRegistry()
+	r.MustRegister(NewStatusCollector(vm, node, status), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"io"
+	"net/http/httptest"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+func fullStatus() *Status {
+	return &Status{
+		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3,
+		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
+		Dropped:  map[string]uint64{"no_slot": 18, "bad_tag": 19},
+		Counters: map[string]uint64{"held": 20, "no_slot": 18},
+		Programs: map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
+		Peer:     PeerStatus{Node: "beta", Connected: true},
+		QMP:      QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
+		Checkpoints: []Checkpoint{
+			{Epoch: 6, Result: "QEMU went away"},
+			{Epoch: 7, At: time.Unix(1700000000, 250e6), Result: "committed", FrozenMS: 30, PVMPauseMS: 20, SVMPauseMS: 10.5},
+			{Epoch: 8, Result: "running", FrozenMS: 99},
+		},
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	status := fullStatus()
+	c := NewStatusCollector("web1", "alpha", func() *Status { return status })
+	problems, err := testutil.CollectAndLint(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+	const want = `
+# HELP lockstep_checkpoints_committed_total Checkpoints that were committed.
+# TYPE lockstep_checkpoints_committed_total counter
+lockstep_checkpoints_committed_total{node="alpha",vm="web1"} 17
+# HELP lockstep_checkpoints_requested_total Requests for a checkpoint by divergence, timeout or doubt.
+# TYPE lockstep_checkpoints_requested_total counter
+lockstep_checkpoints_requested_total{node="alpha",vm="web1"} 16
+# HELP lockstep_connections Connections that are tracked; on the secondary those with an offset.
+# TYPE lockstep_connections gauge
+lockstep_connections{node="alpha",vm="web1"} 11
+# HELP lockstep_dropped_frames_total Frames that were dropped, by reason.
+# TYPE lockstep_dropped_frames_total counter
+lockstep_dropped_frames_total{node="alpha",reason="bad_tag",vm="web1"} 19
+lockstep_dropped_frames_total{node="alpha",reason="no_slot",vm="web1"} 18
+# HELP lockstep_epoch Number of the last checkpoint's epoch.
+# TYPE lockstep_epoch gauge
+lockstep_epoch{node="alpha",vm="web1"} 7
+# HELP lockstep_frames_total Verdicts of the kernel half, by reason; one frame may have several.
+# TYPE lockstep_frames_total counter
+lockstep_frames_total{node="alpha",reason="held",vm="web1"} 20
+lockstep_frames_total{node="alpha",reason="no_slot",vm="web1"} 18
+# HELP lockstep_half_open_evicted_total Half-open connections that made room for others.
+# TYPE lockstep_half_open_evicted_total counter
+lockstep_half_open_evicted_total{node="alpha",vm="web1"} 15
+# HELP lockstep_held_bytes Bytes of the packets that are held.
+# TYPE lockstep_held_bytes gauge
+lockstep_held_bytes{node="alpha",vm="web1"} 13
+# HELP lockstep_held_packets Packets that wait for their match; on the secondary copies and parked ones.
+# TYPE lockstep_held_packets gauge
+lockstep_held_packets{node="alpha",vm="web1"} 12
+# HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.
+# TYPE lockstep_impaired gauge
+lockstep_impaired{node="alpha",vm="web1"} 1
+# HELP lockstep_last_checkpoint_committed Whether the last checkpoint that has ended was committed: 1 or 0.
+# TYPE lockstep_last_checkpoint_committed gauge
+lockstep_last_checkpoint_committed{node="alpha",vm="web1"} 1
+# HELP lockstep_last_checkpoint_frozen_seconds How long the last checkpoint that has ended kept the primary's output back.
+# TYPE lockstep_last_checkpoint_frozen_seconds gauge
+lockstep_last_checkpoint_frozen_seconds{node="alpha",vm="web1"} 0.03
+# HELP lockstep_last_checkpoint_primary_pause_seconds How long the last checkpoint that has ended halted the primary guest.
+# TYPE lockstep_last_checkpoint_primary_pause_seconds gauge
+lockstep_last_checkpoint_primary_pause_seconds{node="alpha",vm="web1"} 0.02
+# HELP lockstep_last_checkpoint_secondary_pause_seconds How long the last checkpoint that has ended halted the secondary guest.
+# TYPE lockstep_last_checkpoint_secondary_pause_seconds gauge
+lockstep_last_checkpoint_secondary_pause_seconds{node="alpha",vm="web1"} 0.0105
+# HELP lockstep_last_checkpoint_timestamp_seconds Unix time at which the last checkpoint that has ended was begun.
+# TYPE lockstep_last_checkpoint_timestamp_seconds gauge
+lockstep_last_checkpoint_timestamp_seconds{node="alpha",vm="web1"} 1.70000000025e+09
+# HELP lockstep_peer_connected Whether the control link holds: 1 or 0.
+# TYPE lockstep_peer_connected gauge
+lockstep_peer_connected{node="alpha",vm="web1"} 1
+# HELP lockstep_peer_insecure Whether the control link is in the clear: 1 or 0.
+# TYPE lockstep_peer_insecure gauge
+lockstep_peer_insecure{node="alpha",vm="web1"} 0
+# HELP lockstep_program_attached Programs that are attached: 1.
+# TYPE lockstep_program_attached gauge
+lockstep_program_attached{attach="tcx egress",device="tapP",node="alpha",program="ls_mirror",vm="web1"} 1
+lockstep_program_attached{attach="tcx egress",device="tapQ",node="alpha",program="ls_mirror",vm="web1"} 1
+# HELP lockstep_qemu_info QEMU's version, its word for its state, and its COLO mode: 1.
+# TYPE lockstep_qemu_info gauge
+lockstep_qemu_info{colo="primary",node="alpha",state="colo",version="7.2.22",vm="web1"} 1
+# HELP lockstep_qmp_configured Whether there is a QEMU to talk to: 1 or 0.
+# TYPE lockstep_qmp_configured gauge
+lockstep_qmp_configured{node="alpha",vm="web1"} 1
+# HELP lockstep_qmp_connected Whether QEMU's QMP socket is connected: 1 or 0.
+# TYPE lockstep_qmp_connected gauge
+lockstep_qmp_connected{node="alpha",vm="web1"} 1
+# HELP lockstep_released_packets_total Packets that left after their match.
+# TYPE lockstep_released_packets_total counter
+lockstep_released_packets_total{node="alpha",vm="web1"} 14
+# HELP lockstep_role This node's part in the pair: 1 for the present one.
+# TYPE lockstep_role gauge
+lockstep_role{node="alpha",role="primary",vm="web1"} 1
+lockstep_role{node="alpha",role="secondary",vm="web1"} 0
+# HELP lockstep_session_term Number of the session between the two daemons.
+# TYPE lockstep_session_term gauge
+lockstep_session_term{node="alpha",vm="web1"} 3
+# HELP lockstep_state The pair's state as this node sees it: 1 for the present one.
+# TYPE lockstep_state gauge
+lockstep_state{node="alpha",state="checkpointing",vm="web1"} 0
+lockstep_state{node="alpha",state="failover",vm="web1"} 0
+lockstep_state{node="alpha",state="replicating",vm="web1"} 1
+lockstep_state{node="alpha",state="resync",vm="web1"} 0
+lockstep_state{node="alpha",state="solo",vm="web1"} 0
+lockstep_state{node="alpha",state="start",vm="web1"} 0
+# HELP lockstep_up Whether the daemon can tell its status: 1 or 0.
+# TYPE lockstep_up gauge
+lockstep_up{node="alpha",vm="web1"} 1
+`
+	if err := testutil.CollectAndCompare(c, strings.NewReader(want)); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whatever a Status holds, the scrape is valid.
+func TestMetricsOddStatus(t *testing.T) {
+	for name, s := range map[string]*Status{
+		"none":  nil,
+		"empty": {},
+		"odd": {
+			Role: "observer", State: "a later version's", QMP: QMPStatus{Configured: true, QEMU: "\xff\n\"", State: "\x00"},
+			Dropped: map[string]uint64{"": 1<<64 - 1}, Checkpoints: []Checkpoint{{Result: "running"}},
+		},
+	} {
+		c := NewStatusCollector("web1", "alpha", func() *Status { return s })
+		r := prometheus.NewPedanticRegistry()
+		if err := r.Register(c); err != nil {
+			t.Fatal(err)
+		}
+		families, err := r.Gather()
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if s == nil && (len(families) != 1 || families[0].GetName() != "lockstep_up" || families[0].GetMetric()[0].GetGauge().GetValue() != 0) {
+			t.Errorf("of no status it says %v", families)
+		}
+	}
+}
+
+func TestMetricsHandler(t *testing.T) {
+	calls := 0
+	srv := httptest.NewServer(MetricsHandler("web1", "alpha", func() *Status { calls++; return fullStatus() }))
+	defer srv.Close()
+	for range 2 {
+		resp, err := srv.Client().Get(srv.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 {
+			t.Fatalf("%s, %v", resp.Status, err)
+		}
+		for _, line := range []string{`lockstep_up{node="alpha",vm="web1"} 1`, "process_start_time_seconds ", "go_goroutines "} {
+			if !strings.Contains(string(body), "\n"+line) {
+				t.Errorf("the answer lacks %q", line)
+			}
+		}
+	}
+	if calls != 2 {
+		t.Errorf("two scrapes asked %d times", calls)
+	}
+}
+
+// A field that somebody adds to Status is a metric too, or is named here.
+func TestMetricsWholeStatus(t *testing.T) {
+	known := strings.Fields(`VM Node Role State Detail Epoch Term Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
+		CheckpointsRequested CheckpointsDone Dropped Counters Programs Peer QMP Causes Checkpoints`)
+	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
+		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
+	}
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package state keeps what a daemon must know when it starts again: a host that
+// forgot its role or term could speak beside the one that took over (R19).
+package state
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// State is one node's part in one pair. The zero State is that of a node that
+// never ran.
+type State struct {
+	Role       string `json:"role"`       // "primary", "secondary"
+	Term       uint64 `json:"term"`       // of the arbiter's record that this node last acted on
+	Covered    uint64 `json:"covered"`    // the term for which the secondary was told that it may take over (R18); 0: none
+	Generation uint64 `json:"generation"` // of the guest that Covered is about: grows with each QEMU this node begins anew with
+}
+
+// Store is a node's file in state_dir. It is for one process at a time, which the
+// daemon's lock on its pins ensures.
+type Store struct{ dir, vm, node string }
+
+// Open returns the store of a guest's node in dir, and makes dir if need be.
+func Open(dir, vm, node string) (*Store, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("state_dir: %w", err)
+	}
+	return &Store{dir, vm, node}, nil
+}
+
+// Path is the file's.
+func (s *Store) Path() string { return filepath.Join(s.dir, s.vm+"-"+s.node+".state") }
+
+// content is the file's first line; the second is its SHA-256 in hex.
+type content struct {
+	Version int    `json:"version"`
+	VM      string `json:"vm"`
+	Node    string `json:"node"`
+	State
+}
+
+const (
+	version = 1
+	maxFile = 4096
+)
+
+// Load returns what Save last wrote; the zero State if it never did.
+func (s *Store) Load() (State, error) {
+	f, err := os.Open(s.Path())
+	if errors.Is(err, fs.ErrNotExist) {
+		return State{}, nil
+	}
+	if err != nil {
+		return State{}, fmt.Errorf("read this node's state: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxFile))
+	if err != nil {
+		return State{}, fmt.Errorf("read this node's state: %w", err)
+	}
+	st, err := s.decode(b)
+	if err != nil {
+		return State{}, fmt.Errorf("%s: %w; it says whether this node may speak for %s. Find out which node does (the arbiter's record, or lockstep status there), remove the file, and start this one with the --role that leaves that so",
+			s.Path(), err, s.vm)
+	}
+	return st, nil
+}
+
+func (s *Store) decode(b []byte) (State, error) {
+	line, sum, ok := bytes.Cut(b, []byte("\n"))
+	if !ok || string(sum) != checksum(line) {
+		return State{}, errors.New("the file is damaged")
+	}
+	var c content
+	d := json.NewDecoder(bytes.NewReader(line))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&c); err != nil || c.Version != version {
+		return State{}, fmt.Errorf("the file is another version's (%d, not %d)", c.Version, version)
+	}
+	if c.VM != s.vm || c.Node != s.node {
+		return State{}, fmt.Errorf("the file is that of guest %s on node %s", c.VM, c.Node)
+	}
+	if c.Role != "primary" && c.Role != "secondary" {
+		return State{}, fmt.Errorf("the file names the role %q", c.Role)
+	}
+	return c.State, nil
+}
+
+func checksum(line []byte) string {
+	sum := sha256.Sum256(line)
+	return hex.EncodeToString(sum[:]) + "\n"
+}
+
+// Save replaces the file. When it returns, st outlives a crash of the host; after
+// an error, or a crash in between, the file holds st or what was there before.
+func (s *Store) Save(st State) error {
+	if err := s.save(st); err != nil {
+		return fmt.Errorf("keep this node's state: %w", err)
+	}
+	return nil
+}
+
+func (s *Store) save(st State) error {
+	line, err := json.Marshal(content{version, s.vm, s.node, st})
+	if err != nil {
+		return err
+	}
+	tmp := s.Path() + ".new"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(append(line, '\n'), checksum(line)...))
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, s.Path()); err != nil {
+		return err
+	}
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
