@@ -65,12 +65,7 @@ type size struct {
 // because of a figure. LOCKSTEP_BENCH names the lockstep binary to measure and
 // asks for a whole run; without it the run is short, to see that all of this works.
 func TestSmoke(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root for namespaces and programs")
-		}
-		t.Skip("needs root for namespaces and programs")
-	}
+	lt.NeedRoot(t)
 	bin, s := os.Getenv("LOCKSTEP_BENCH"), size{rounds: 5, warm: 1000, exchanges: 5000, bulk: 1 << 30}
 	if bin == "" {
 		bin, s = filepath.Join(t.TempDir(), "lockstep"), size{rounds: 1, warm: 50, exchanges: 500, bulk: 32 << 20}

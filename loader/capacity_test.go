@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+
+	lt "lockstep/loader/loadertest"
 )
 
 // memlock is what the kernel says of a map's memory, all of it, in bytes.
@@ -26,7 +28,7 @@ func memlock(t testing.TB, m *ebpf.Map) (bytes int) {
 // A connection costs at most 1 KiB of kernel memory, with keys and the kernel's
 // own overhead, and all of it is there from the start.
 func TestMemoryPerConnection(t *testing.T) {
-	needRoot(t)
+	lt.NeedRoot(t)
 	const few, many = 4096, maxHalf // the half-open ones grow up to there
 	all := func(connections int) map[string]int {
 		spec, err := sized(sizes{connections: connections, slots: 16, gsoSlots: 1})

@@ -22,21 +22,11 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control"
+	lt "lockstep/loader/loadertest"
 )
 
 // patience is how long a test waits for what must come.
 const patience = 5 * time.Second
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-		t.Fatal("needs root")
-	}
-	t.Skip("needs root")
-}
 
 func check(t testing.TB, err error) {
 	t.Helper()
@@ -50,7 +40,7 @@ func check(t testing.TB, err error) {
 // No IPv6: nothing speaks on the devices unasked.
 func newNetns(t testing.TB) {
 	t.Helper()
-	needRoot(t)
+	lt.NeedRoot(t)
 	runtime.LockOSThread()
 	ns, err := netns.New()
 	check(t, err)

@@ -14,11 +14,12 @@ import (
 	"lockstep/bpf"
 	"lockstep/compare"
 	"lockstep/control"
+	lt "lockstep/loader/loadertest"
 )
 
 // Pins on a bpffs that init does not see vanish with the process.
 func TestCheckBPFFSPrivate(t *testing.T) {
-	needRoot(t)
+	lt.NeedRoot(t)
 	runtime.LockOSThread() // for ever: the thread takes its mount namespace along
 	check(t, unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS))
 	check(t, unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))

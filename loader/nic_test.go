@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/control"
+	lt "lockstep/loader/loadertest"
 )
 
 // attached are the names of the tcx programs on a device, ingress before egress.
@@ -245,7 +246,7 @@ func TestCheckBPFFS(t *testing.T) {
 	for _, dir := range []string{plain, filepath.Join(plain, "not", "there")} {
 		wantError(t, CheckBPFFS(dir), dir, "not on a bpffs", "mount -t bpf bpf /sys/fs/bpf")
 	}
-	needRoot(t)
+	lt.NeedRoot(t)
 	pins := mountBPFFS(t)
 	for _, dir := range []string{pins, filepath.Join(pins, "lockstep", "deeper")} {
 		if err := CheckBPFFS(dir); err != nil {

@@ -18,6 +18,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
+	lt "lockstep/loader/loadertest"
 	"lockstep/rewriter"
 )
 
@@ -49,19 +50,9 @@ type kernel struct {
 	no     uint64 // of the announcement sent last
 }
 
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root to load BPF programs")
-		}
-		t.Skip("needs root to load BPF programs")
-	}
-}
-
 func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	t.Helper()
-	needRoot(t)
+	lt.NeedRoot(t)
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		t.Fatal(err)

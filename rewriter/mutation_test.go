@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+
+	lt "lockstep/loader/loadertest"
 )
 
 // mutationEnv names the rule that the tests of this process switch off.
@@ -26,7 +28,7 @@ func TestMutations(t *testing.T) {
 		for _, name := range tests {
 			t.Run(rule+"/"+name, func(t *testing.T) {
 				if strings.HasPrefix(name, "TestKernel") {
-					needRoot(t)
+					lt.NeedRoot(t)
 				}
 				cmd := exec.Command(os.Args[0], "-test.run=^"+name+"$", "-rapid.nofailfile", "-rapid.shrinktime=1ms")
 				cmd.Env = append(os.Environ(), mutationEnv+"="+rule)

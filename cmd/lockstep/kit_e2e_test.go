@@ -188,12 +188,7 @@ func (p *pair) start() {
 // newWorldPair makes the world and the config, and starts nothing.
 func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root for namespaces and programs")
-		}
-		t.Skip("needs root for namespaces and programs")
-	}
+	lt.NeedRoot(t)
 	w := lt.NewWorld(t, peer)
 	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), acts: acts}
 	peerOf := func(name, local, remote string) string {

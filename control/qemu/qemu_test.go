@@ -110,12 +110,7 @@ type world struct {
 const diskSize = 32 << 20
 
 func newWorld(t *testing.T, disks int) *world {
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root for taps")
-		}
-		t.Skip("needs root for taps")
-	}
+	lt.NeedRoot(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

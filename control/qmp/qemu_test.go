@@ -13,16 +13,14 @@ import (
 	"time"
 
 	"lockstep/control/qmp"
+	lt "lockstep/loader/loadertest"
 )
 
 // TestQEMU: a real QEMU understands what is asked and says what is expected.
 func TestQEMU(t *testing.T) {
 	binary, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal(err)
-		}
-		t.Skipf("no QEMU to talk to: %v", err)
+		lt.Missing(t, "no QEMU to talk to: %v", err)
 	}
 	path := filepath.Join(t.TempDir(), "qmp")
 	ctx, cancel := context.WithTimeout(t.Context(), long)

@@ -5,7 +5,6 @@ package loadertest
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"testing"
@@ -17,12 +16,7 @@ import (
 // TestImpair: the bad link does what its counters say, and the same again for
 // the same seed.
 func TestImpair(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root for namespaces and programs")
-		}
-		t.Skip("needs root for namespaces and programs")
-	}
+	NeedRoot(t)
 	w := NewWorld(t, Impaired)
 	// A frame of the hosts' own would take a place in the sequence.
 	for _, ns := range []string{w.HostP, w.HostS} {

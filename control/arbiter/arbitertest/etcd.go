@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	lt "lockstep/loader/loadertest"
 )
 
 // Options of an etcd server. The zero value is one that only a Proxy reaches.
@@ -41,10 +43,7 @@ type Etcd struct {
 func StartEtcd(t testing.TB, opt Options) *Etcd {
 	t.Helper()
 	if _, err := exec.LookPath("etcd"); err != nil {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatalf("etcd is missing: %v", err)
-		}
-		t.Skipf("no etcd (package etcd-server): %v", err)
+		lt.Missing(t, "no etcd (package etcd-server): %v", err)
 	}
 	// A Unix socket's path is short, a test's directory may not be.
 	dir, err := os.MkdirTemp("", "etcd")

@@ -23,6 +23,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	lt "lockstep/loader/loadertest"
 )
 
 // Memory is a guest's in bytes: enough to boot the image and run a Go service,
@@ -154,11 +156,7 @@ func parts(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(root(t), "bin", "guest")
 	if _, err := os.Stat(filepath.Join(dir, "ready")); err != nil {
-		const why = "no guest kernel in bin/guest: run make deps"
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal(why)
-		}
-		t.Skip(why)
+		lt.Missing(t, "no guest kernel in bin/guest: run make deps")
 	}
 	return dir
 }

@@ -41,12 +41,7 @@ func TestMain(m *testing.M) {
 
 // A guest boots, sees its disk, and answers on IPv4 and IPv6.
 func TestGuest(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("LOCKSTEP_REQUIRE_ALL") == "1" {
-			t.Fatal("needs root for a tap")
-		}
-		t.Skip("needs root for a tap")
-	}
+	lt.NeedRoot(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
