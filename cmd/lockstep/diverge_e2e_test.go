@@ -217,18 +217,7 @@ func TestActiveOpen(t *testing.T) {
 		}
 	})
 	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, 2_000_000))
-			}()
-		}
-	}()
+	go acceptAll(l, func(c *net.TCPConn) { io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, 2_000_000)) })
 	dial := func(ns, port string) func() ([]byte, error) {
 		cmd := lt.Command(ns, p.self())
 		cmd.Env = append(os.Environ(), actAs+"=dial "+port)

@@ -26,18 +26,7 @@ func (p *pair) listen(ns, network, port string, opt sockopt, f func(*net.TCPConn
 		}
 	})
 	p.t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				f(c.(*net.TCPConn))
-			}()
-		}
-	}()
+	go acceptAll(l, f)
 }
 
 // tcpStat is a counter of a namespace's /proc/net/snmp, section Tcp.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,30 +27,9 @@ const portHeld = 7200
 
 // serveHeld echoes on a port, in little memory, until the test closes its input.
 func serveHeld(port string) {
-	l, err := net.Listen("tcp", ":"+port)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				b := make([]byte, 64)
-				for {
-					n, err := c.Read(b)
-					if err != nil {
-						return
-					}
-					c.Write(b[:n])
-				}
-			}()
-		}
-	}()
+	servePort(port, func(c *net.TCPConn) {
+		io.CopyBuffer(onlyWriter{c}, onlyReader{c}, make([]byte, 64))
+	})
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin)
 }
@@ -110,50 +88,6 @@ func holdOpen(words string) {
 		}
 		return conns[i].Close()
 	})
-}
-
-// worker is this test binary acting as something that talks by lines.
-type worker struct {
-	t   *testing.T
-	in  io.WriteCloser
-	out *bufio.Reader
-	err strings.Builder
-}
-
-func (p *pair) work(ns, act string) *worker {
-	p.t.Helper()
-	w := &worker{t: p.t}
-	cmd := lt.Command(ns, p.self())
-	cmd.Env = append(os.Environ(), actAs+"="+act)
-	cmd.Stderr = &w.err
-	var err error
-	if w.in, err = cmd.StdinPipe(); err != nil {
-		p.t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	w.out = bufio.NewReader(out)
-	if err := cmd.Start(); err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Cleanup(func() { stop(cmd, w.in) })
-	return w
-}
-
-func stop(cmd *exec.Cmd, in io.Closer) {
-	in.Close()
-	cmd.Process.Kill()
-	cmd.Wait()
-}
-
-// says waits for a line.
-func (w *worker) says(want string) {
-	w.t.Helper()
-	if got, err := w.out.ReadString('\n'); got != want+"\n" {
-		w.t.Fatalf("%q in place of %q, %v\n%s", got, want, err, w.err.String())
-	}
 }
 
 // TestHeldOpen: thousands of connections open at once, LOCKSTEP_SOAK=1 makes them

@@ -110,26 +110,34 @@ func serveGuest(as string) {
 			}
 		},
 	} {
-		l, err := net.Listen("tcp", ":"+port)
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					f(c.(*net.TCPConn))
-				}()
-			}
-		}()
+		servePort(port, f)
 	}
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test closes it
+}
+
+// servePort gives f each connection to a port, until the process ends.
+func servePort(port string, f func(*net.TCPConn)) {
+	l, err := net.Listen("tcp", ":"+port)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	go acceptAll(l, f)
+}
+
+// acceptAll gives f each connection, and closes it behind f, until l closes.
+func acceptAll(l net.Listener, f func(*net.TCPConn)) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			f(c.(*net.TCPConn))
+		}()
+	}
 }
 
 // Hide the splice paths, whose segmentation is the kernel's.
@@ -235,26 +243,53 @@ func (p *pair) self() string {
 
 func (p *pair) serve(who, ns string) {
 	p.t.Helper()
-	cmd := lt.Command(ns, p.self())
-	cmd.Env = append(os.Environ(), actAs+"=guest "+who, "GODEBUG=cryptocustomrand=1")
-	in, err := cmd.StdinPipe()
+	w := p.work(ns, "guest "+who, "GODEBUG=cryptocustomrand=1")
+	w.says("ready")
+	p.procs[who] = w.cmd
+}
+
+// worker is this test binary acting as something that talks by lines.
+type worker struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+	err strings.Builder
+}
+
+// work starts a worker, which ends with the test.
+func (p *pair) work(ns, act string, env ...string) *worker {
+	p.t.Helper()
+	w := &worker{t: p.t, cmd: lt.Command(ns, p.self())}
+	w.cmd.Env = append(append(os.Environ(), actAs+"="+act), env...)
+	w.cmd.Stderr = &w.err
+	var err error
+	if w.in, err = w.cmd.StdinPipe(); err != nil {
+		p.t.Fatal(err)
+	}
+	out, err := w.cmd.StdoutPipe()
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
+	w.out = bufio.NewReader(out)
+	if err := w.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		p.t.Fatal(err)
-	}
-	p.procs[who] = cmd
 	p.t.Cleanup(func() {
-		in.Close()
-		cmd.Wait() // it may have been killed by the test
+		w.in.Close()
+		w.cmd.Process.Kill() // fails when it has ended
+		w.cmd.Wait()
 	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
-		p.t.Fatalf("service of the %s: %q, %v", who, line, err)
+	return w
+}
+
+// says waits for a line.
+func (w *worker) says(want string) {
+	w.t.Helper()
+	if got, err := w.out.ReadString('\n'); got != want+"\n" {
+		w.cmd.Process.Kill()
+		w.cmd.Wait() // what it printed is whole then
+		w.t.Fatalf("%q in place of %q, %v\n%s", got, want, err, w.err.String())
 	}
 }
 
