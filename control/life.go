@@ -98,23 +98,41 @@ func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
 // drifted is T(1+ρ): the two hosts' clocks may run 1 % apart.
 func (c *lifeConfig) drifted() int64 { return c.speak + c.speak/100 }
 
-// signs is what a side knows of the other's life.
-type signs struct {
+// lifeSide is what both machines have: the record's term, and what a side knows of
+// the other's life.
+type lifeSide struct {
+	cfg  lifeConfig
+	out  []lifeEffect
+	term uint64 // P: of the record that names this host. S: of the pair
+
 	link   bool
 	lives  bool  // the link was ended by a living host
 	heard  int64 // when the control link last said anything
 	echoed int64
 }
 
-func (s *signs) take(now int64, ev lifeEvent) {
-	s.echoed = max(s.echoed, ev.Echoed)
+// take begins a step.
+func (l *lifeSide) take(now int64, ev lifeEvent) {
+	l.out = l.out[:0]
+	l.echoed = max(l.echoed, ev.Echoed)
 	switch ev.Kind {
 	case lvLinkUp:
-		s.link, s.lives, s.heard = true, false, now
+		l.link, l.lives, l.heard = true, false, now
 	case lvHeard:
-		s.heard = now
+		l.heard = now
 	case lvLinkDown:
-		s.link, s.lives = false, ev.OK
+		l.link, l.lives = false, ev.OK
+	}
+}
+
+func (l *lifeSide) emit(op lifeOp) { l.out = append(l.out, lifeEffect{op, l.term}) }
+
+// fallSilent: this guest is not to be heard again. The order counts: the peer believes
+// lxDead.
+func (l *lifeSide) fallSilent() {
+	l.emit(lxShut)
+	if l.link {
+		l.emit(lxDead)
 	}
 }
 
@@ -132,24 +150,22 @@ const (
 
 // lifePrimary is the machine of the host whose guest clients hear.
 type lifePrimary struct {
-	cfg     lifeConfig
-	out     []lifeEffect
+	lifeSide
 	state   lpState
-	term    uint64 // of the record that names this host
-	solo    bool   // what to go back to when synchronising fails
-	covered bool   // S may take over
-	paired  int64  // since when
-	signs
+	solo    bool  // what to go back to when synchronising fails
+	covered bool  // S may take over
+	paired  int64 // since when
 }
 
 // newLifePrimary begins with the record of term, which names this host. state is
 // lpStart, or what a daemon before this one left: lpSolo, or lpPair and whether S
 // was told that it is covered (R23).
 func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, now int64) *lifePrimary {
-	return &lifePrimary{cfg: cfg, term: term, state: state, solo: state == lpSolo, covered: covered, paired: now, signs: signs{heard: now}}
+	return &lifePrimary{
+		lifeSide: lifeSide{cfg: cfg, term: term, heard: now},
+		state:    state, solo: state == lpSolo, covered: covered, paired: now,
+	}
 }
-
-func (l *lifePrimary) emit(op lifeOp) { l.out = append(l.out, lifeEffect{op, l.term}) }
 
 // gone is when S counts as dead if nothing changes, and whether only its kernel's
 // echoes can put that off.
@@ -172,7 +188,6 @@ func (l *lifePrimary) NextDeadline() int64 {
 
 // Step takes one event in. The effects are valid until the next Step.
 func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
-	l.out = l.out[:0]
 	l.take(now, ev)
 	switch ev.Kind {
 	case lvLinkUp:
@@ -264,17 +279,13 @@ func (l *lifePrimary) claimed(ev lifeEvent) {
 	l.speak()
 }
 
-// quit: this guest is not to be heard again.
+// quit: this host has no say any more.
 func (l *lifePrimary) quit() {
 	if l.state == lpOut {
 		return
 	}
 	l.state = lpOut
-	// The order counts: S believes lxDead.
-	l.emit(lxShut)
-	if l.link {
-		l.emit(lxDead)
-	}
+	l.fallSilent()
 	l.emit(lxUnpair)
 	l.emit(lxOut)
 }
@@ -295,29 +306,24 @@ const (
 
 // lifeSecondary is the machine of the host whose guest follows.
 type lifeSecondary struct {
-	cfg      lifeConfig
-	out      []lifeEffect
+	lifeSide
 	state    lsState
-	term     uint64 // of the pair
 	covered  bool
 	coloExit bool
 	shut     bool // P said that its gate is shut
 	awake    bool
 	loadBy   int64
-	signs
 }
 
 // newLifeSecondary begins anew, or with what a daemon before this one was told for
 // term, if the SVM is still the one it was told of (R23).
 func newLifeSecondary(cfg lifeConfig, term uint64, covered bool, now int64) *lifeSecondary {
-	l := &lifeSecondary{cfg: cfg, term: term, covered: covered, signs: signs{heard: now}}
+	l := &lifeSecondary{lifeSide: lifeSide{cfg: cfg, term: term, heard: now}, covered: covered}
 	if covered {
 		l.state = lsPair
 	}
 	return l
 }
-
-func (l *lifeSecondary) emit(op lifeOp) { l.out = append(l.out, lifeEffect{op, l.term}) }
 
 // gone is when P counts as dead if nothing changes.
 func (l *lifeSecondary) gone() int64 {
@@ -354,7 +360,6 @@ func (l *lifeSecondary) NextDeadline() int64 {
 
 // Step takes one event in. The effects are valid until the next Step.
 func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
-	l.out = l.out[:0]
 	l.take(now, ev)
 	switch ev.Kind {
 	case lvLinkUp:
@@ -427,15 +432,12 @@ func (l *lifeSecondary) takeOver() {
 	l.emit(lxClaim)
 }
 
-// quit: this guest is not to be heard, and follows nobody.
+// quit: this guest follows nobody any more.
 func (l *lifeSecondary) quit() {
 	if l.state == lsOut {
 		return
 	}
 	l.state, l.covered = lsOut, false
-	l.emit(lxShut)
-	if l.link {
-		l.emit(lxDead)
-	}
+	l.fallSilent()
 	l.emit(lxOut)
 }
