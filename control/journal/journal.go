@@ -164,7 +164,7 @@ func (j *Journal) write() {
 // report logs the first of several failures: a full disk is no reason to fill the log.
 func (j *Journal) report(err error) {
 	if err != nil && !j.failed {
-		j.log.Warn("the journal cannot be written; events are missing in lockstep events", "error", err)
+		j.log.Warn("the journal cannot be written; events are missing in lockstep events", "err", err)
 	}
 	j.failed = err != nil
 }
