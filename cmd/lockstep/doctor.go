@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -24,6 +23,7 @@ import (
 
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/qemu"
 	"lockstep/loader"
 )
 
@@ -267,7 +267,7 @@ func (d *doctor) qemu(ctx context.Context) {
 		return
 	}
 	number := strings.Join(v[1:], ".")
-	if why, state := colo(v[1:]); state != stateOK {
+	if why, state := colo(number); state != stateOK {
 		d.checks = append(d.checks, check{"qemu", state, fmt.Sprintf("%s %s: %s", name, number, why), goodQEMU})
 	} else {
 		d.ok("qemu", "%s %s: COLO works", name, number)
@@ -289,20 +289,15 @@ func (d *doctor) qemu(ctx context.Context) {
 }
 
 // colo says how well COLO works in a release of QEMU.
-func colo(v []string) (why, state string) {
-	var n [3]int
-	for i := range n {
-		n[i], _ = strconv.Atoi(v[i]) // digits, by the expression
-	}
-	at := func(major, minor, micro int) int { return slices.Compare(n[:], []int{major, minor, micro}) }
+func colo(version string) (why, state string) {
+	v := qemu.ParseVersion(version)
+	broken := qemu.BrokenCOLO(v)
 	switch {
-	case at(7, 2, 0) < 0:
+	case slices.Compare(v[:], []int{7, 2, 0}) < 0:
 		return "older than 7.2, the first that lockstep is made for", stateMissing
-	case at(10, 0, 0) >= 0 && at(10, 0, 13) < 0:
-		return "COLO is broken in 10.0 before 10.0.13", stateMissing
-	case at(10, 1, 0) >= 0 && at(10, 2, 0) < 0:
-		return "COLO is broken in 10.1", stateMissing
-	case at(11, 0, 0) >= 0:
+	case broken != "":
+		return "COLO is broken in " + broken, stateMissing
+	case v[0] > 10:
 		return "newer than 10.x, the last that lockstep is made for", stateWarning
 	}
 	return "", stateOK

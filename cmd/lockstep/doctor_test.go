@@ -264,7 +264,7 @@ func TestCOLO(t *testing.T) {
 		"10.0.0": stateMissing, "10.0.12": stateMissing, "10.0.13": stateOK, "10.1.0": stateMissing, "10.1.9": stateMissing,
 		"10.2.0": stateOK, "11.0.0": stateWarning,
 	} {
-		if why, got := colo(strings.Split(version, ".")); got != want {
+		if why, got := colo(version); got != want {
 			t.Errorf("%s: %s (%s), want %s", version, got, why, want)
 		}
 	}

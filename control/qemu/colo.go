@@ -37,8 +37,8 @@ type Caps struct {
 // work.
 func Probe(m *qmp.Monitor) (Caps, error) {
 	c := Caps{Version: m.Version()}
-	if err := brokenCOLO(c.Version); err != nil {
-		return c, err
+	if BrokenCOLO(ParseVersion(c.Version)) != "" {
+		return c, fmt.Errorf("COLO is broken in QEMU %s: use 10.0.13, 10.2, or one before 10.0", c.Version)
 	}
 	var commands []struct{ Name string }
 	if err := m.Execute("query-commands", nil, &commands); err != nil {
@@ -66,17 +66,24 @@ func Probe(m *qmp.Monitor) (Caps, error) {
 	return c, nil
 }
 
-// brokenCOLO knows the versions in which COLO is broken: 10.0 up to 10.0.12 and
-// all of 10.1.
-func brokenCOLO(version string) error {
-	var v [3]int
+// ParseVersion reads the three numbers of "7.2.22"; one that is missing is 0.
+func ParseVersion(version string) (v [3]int) {
 	for i, f := range strings.SplitN(version, ".", 3) {
 		v[i], _ = strconv.Atoi(f)
 	}
-	if v[0] == 10 && (v[1] == 0 && v[2] < 13 || v[1] == 1) {
-		return fmt.Errorf("COLO is broken in QEMU %s: use 10.0.13, 10.2, or one before 10.0", version)
+	return v
+}
+
+// BrokenCOLO names the releases, v's among them, in which COLO is broken; "": it
+// works in v.
+func BrokenCOLO(v [3]int) string {
+	switch {
+	case v[0] == 10 && v[1] == 0 && v[2] < 13:
+		return "10.0 before 10.0.13"
+	case v[0] == 10 && v[1] == 1:
+		return "10.1"
 	}
-	return nil
+	return ""
 }
 
 // colo tells whether the migration capability x-colo is on, and whether it is
@@ -283,13 +290,15 @@ func connectNBD(m *qmp.Monitor, i int, to netip.AddrPort) error {
 func mirrorJob(d *Disk) string { return "resync-" + d.ID }
 
 type job struct {
-	ID              string
-	Status          string
-	Current         int64 `json:"current-progress"`
-	Total           int64 `json:"total-progress"`
-	Error           string
-	ready, finished bool
+	ID      string
+	Status  string
+	Current int64 `json:"current-progress"`
+	Total   int64 `json:"total-progress"`
+	Error   string
 }
+
+func (j *job) ready() bool    { return j.Status == "ready" }
+func (j *job) finished() bool { return j.Status == "concluded" }
 
 // mirrors are the disks' jobs, in the disks' order.
 func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
@@ -300,9 +309,8 @@ func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
 	list := make([]*job, len(disks))
 	for i := range disks {
 		for k := range all {
-			if j := &all[k]; j.ID == mirrorJob(&disks[i]) {
-				j.ready, j.finished = j.Status == "ready", j.Status == "concluded"
-				list[i] = j
+			if all[k].ID == mirrorJob(&disks[i]) {
+				list[i] = &all[k]
 			}
 		}
 	}
@@ -328,11 +336,11 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 		}
 		all := true
 		for i, j := range jobs {
-			if j == nil || j.finished {
+			if j == nil || j.finished() {
 				return false, mirrorFailed(&disks[i], j)
 			}
 			o.Progress(Progress{What: disks[i].ID, Done: j.Current, Total: j.Total})
-			all = all && j.ready
+			all = all && j.ready()
 		}
 		return all, nil
 	})
@@ -364,7 +372,7 @@ func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 		for i, j := range jobs {
 			switch {
 			case j == nil:
-			case !j.finished:
+			case !j.finished():
 				all = false
 			case j.Error != "":
 				return false, mirrorFailed(&disks[i], j)
@@ -449,7 +457,7 @@ func undo(m *qmp.Monitor, disks []Disk, running bool) error {
 		}
 		all := true
 		for _, j := range jobs {
-			if j != nil && j.finished {
+			if j != nil && j.finished() {
 				err = errors.Join(err, m.Execute("job-dismiss", map[string]string{"id": j.ID}, nil))
 			} else if j != nil {
 				all = false
