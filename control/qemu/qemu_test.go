@@ -11,7 +11,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -33,8 +35,9 @@ func TestMain(m *testing.M) {
 	serve()
 }
 
-// serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK".
-// A value is in the guest's memory, blocks are on its disks and in no cache.
+// serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK",
+// "churn DISK", "rest", "verify DISK". A value is in the guest's memory, blocks are on
+// its disks and in no cache.
 func serve() {
 	l, err := net.Listen("tcp", ":7000")
 	if err != nil {
@@ -44,6 +47,7 @@ func serve() {
 	fmt.Println("ready")
 	var value atomic.Value
 	value.Store("nothing")
+	var load churn
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -64,6 +68,17 @@ func serve() {
 					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block, &word)
 					_, err := onDisk(disk, block, word)
 					fmt.Fprintln(c, "wrote", err)
+				case "churn":
+					load.on.Store(true)
+					go load.run(f[1])
+					fmt.Fprintln(c, "ok")
+				case "rest":
+					load.on.Store(false)
+					load.mu.Lock()
+					load.mu.Unlock()
+					fmt.Fprintln(c, "ok")
+				case "verify":
+					fmt.Fprintln(c, load.verify(f[1]))
 				case "read":
 					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block)
 					word, err := onDisk(disk, block, "")
@@ -72,6 +87,45 @@ func serve() {
 			}
 		}()
 	}
+}
+
+// churn keeps writing, and keeps in memory what the disk must hold.
+type churn struct {
+	on   atomic.Bool
+	mu   sync.Mutex // a write, and what memory says of it, or verify
+	want map[int64]string
+}
+
+// Its blocks.
+const churnFrom, churnTo = 1000, 1500
+
+func (l *churn) run(disk string) {
+	for n := int64(0); l.on.Load(); n++ {
+		block, word := churnFrom+n*7919%(churnTo-churnFrom), fmt.Sprint("n", n)
+		l.mu.Lock()
+		if _, err := onDisk(disk, block, word); err != nil {
+			word = err.Error()
+		}
+		if l.want == nil {
+			l.want = make(map[int64]string)
+		}
+		l.want[block] = word
+		l.mu.Unlock()
+	}
+}
+
+func (l *churn) verify(disk string) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for block, want := range l.want {
+		if got, err := onDisk(disk, block, ""); err != nil || got != want {
+			return fmt.Sprintf("block %d is %q, %v; memory says %q", block, got, err, want)
+		}
+	}
+	if len(l.want) == 0 {
+		return "nothing was written"
+	}
+	return "good"
 }
 
 // onDisk writes a word into a block of 4 KiB, or reads it.
@@ -163,6 +217,7 @@ type guest struct {
 	caps qemu.Caps
 
 	resumes atomic.Int32
+	stopped chan struct{} // a STOP came
 }
 
 func (w *world) spec(host string) *qemu.Spec {
@@ -236,10 +291,17 @@ func (g *guest) dial() {
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.stopped = make(chan struct{}, 1)
 	go func() {
 		for e := range events {
-			if e.Event == "RESUME" {
+			switch e.Event {
+			case "RESUME":
 				g.resumes.Add(1)
+			case "STOP":
+				select {
+				case g.stopped <- struct{}{}:
+				default:
+				}
 			}
 		}
 	}()
@@ -504,4 +566,186 @@ func TestDisks(t *testing.T) {
 	b.mustRead("vda", 8, "eight")
 	b.mustRead("vda", 1, "vda-one")
 	b.mustRead("vdb", 9, "nine")
+}
+
+// A guest that writes all the time, while it is replicated, at checkpoints, and
+// when a side dies in the middle of one: its memory and its disk always agree, and
+// with the guest at rest the two hosts' images do.
+func TestDiskUnderLoad(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	if err := qemu.Cont(a.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("churn vda", "ok")
+	hosts := []*guest{a}
+	for round := range 4 {
+		p := hosts[0]
+		s := p.replicate(map[string]string{"a": "b", "b": "a"}[p.host], qemu.Options{Resync: true})
+		for range 3 {
+			p.checkpoint()
+		}
+		p.mustAsk("verify vda", "good")
+		survivor, dead := s, p
+		if round%2 == 1 {
+			survivor, dead = p, s
+		}
+		select {
+		case <-p.stopped: // of an earlier checkpoint
+		default:
+		}
+		if err := p.m.Checkpoint(); err != nil {
+			t.Fatal(err)
+		}
+		<-p.stopped
+		dead.kill()
+		survivor.takeOver()
+		survivor.mustAsk("verify vda", "good")
+		hosts = []*guest{survivor, dead}
+	}
+
+	p := hosts[0]
+	s := p.replicate(hosts[1].host, qemu.Options{Resync: true})
+	p.mustAsk("rest", "ok")
+	p.checkpoint()
+	p.kill()
+	s.takeOver()
+	s.mustAsk("verify vda", "good")
+	s.awaitMerged()
+	if err := qemu.Quit(s.m); err != nil {
+		t.Error(err)
+	}
+	<-s.p.Done()
+	lt.Run(t, "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", w.image("a", 0), w.image("b", 0))
+}
+
+// A host that is silent instead of dead: its QEMU stands still with all its
+// connections open. Writes and checkpoints hang then, and failover frees them.
+func TestSilentHost(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	freeze := func(g *guest) {
+		if err := unix.Kill(g.p.Pid(), unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.mustAsk("churn vda", "ok")
+	a.checkpoint()
+	freeze(b)
+	if err := a.m.Checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	// Something that waits for the guest's writes, and so for the other host.
+	hangs := make(chan error, 1)
+	go func() { hangs <- qemu.Stop(a.m) }()
+	a.takeOver()
+	if err := <-hangs; err != nil {
+		t.Errorf("the command that hung: %v", err)
+	}
+	if err := qemu.Cont(a.m); err != nil {
+		t.Error(err)
+	}
+	a.mustAsk("verify vda", "good")
+	b.kill()
+
+	b = a.replicate("b", qemu.Options{Resync: true})
+	a.checkpoint()
+	if err := a.m.Checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	freeze(a)
+	b.takeOver()
+	b.mustAsk("verify vda", "good")
+}
+
+// Whatever goes wrong before COLO is on, the guest goes on alone, with nothing
+// left of the try, and the next one succeeds.
+func TestReplicateFails(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	if err := qemu.Cont(a.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("churn vda", "ok")
+	// Slow enough that memory is not there at once.
+	bandwidth := func(bytes int64) {
+		if err := a.m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": bytes}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		name, at string
+		do       func(cancel context.CancelFunc, s *guest)
+	}{
+		{"dies while the disk is copied", "colo-disk0", func(_ context.CancelFunc, s *guest) { s.kill() }},
+		{"dies while memory is copied", "memory", func(_ context.CancelFunc, s *guest) { s.kill() }},
+		{"given up while the disk is copied", "colo-disk0", func(cancel context.CancelFunc, _ *guest) { cancel() }},
+		{"given up while memory is copied", "memory", func(cancel context.CancelFunc, _ *guest) { cancel() }},
+		{"silent while memory is copied", "memory", func(cancel context.CancelFunc, s *guest) {
+			unix.Kill(s.p.Pid(), unix.SIGSTOP)
+			cancel()
+		}},
+		{"is not there", "", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			bandwidth(4 << 20)
+			to, o := *w.incoming("b"), qemu.Options{Resync: true}
+			if tt.do != nil {
+				s := w.start("b", true)
+				defer s.kill()
+				if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
+					t.Fatal(err)
+				}
+				var once sync.Once
+				o.Progress = func(p qemu.Progress) {
+					if p.What == tt.at {
+						once.Do(func() { tt.do(cancel, s) })
+					}
+				}
+			}
+			err := qemu.Replicate(ctx, a.m, a.caps, a.spec.Disks, to, o)
+			if err == nil || strings.Contains(err.Error(), "could not be undone") {
+				t.Fatalf("got %v", err)
+			}
+			t.Log(err)
+			if running, state, err := a.m.Status(); err != nil || !running {
+				t.Errorf("the guest is %s, %v", state, err)
+			}
+			a.mustAsk("verify vda", "good")
+			var nodes []struct {
+				Name string `json:"node-name"`
+			}
+			if err := a.m.Execute("query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+				t.Fatal(err)
+			}
+			if slices.ContainsFunc(nodes, func(n struct {
+				Name string `json:"node-name"`
+			}) bool {
+				return n.Name == "nbd0"
+			}) {
+				t.Error("the secondary's image is still there")
+			}
+		})
+	}
+	bandwidth(1 << 30)
+	b := a.replicate("b", qemu.Options{Resync: true})
+	a.checkpoint()
+	a.kill()
+	b.takeOver()
+	b.mustAsk("verify vda", "good")
+}
+
+// A secondary that has no guest yet does not take over.
+func TestSecondaryWithoutGuest(t *testing.T) {
+	w := newWorld(t, 0)
+	b := w.start("b", true)
+	if err := qemu.SecondaryFailover(t.Context(), b.m, nil); err == nil || !strings.Contains(err.Error(), "no guest") {
+		t.Errorf("got %v", err)
+	}
 }
