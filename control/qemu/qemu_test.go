@@ -229,7 +229,7 @@ func (w *world) spec(host string) *qemu.Spec {
 		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
 		Extra: []string{"-serial", "file:" + w.serial(host)},
 		Env:   []string{w.preload},
-		QMP:   filepath.Join(w.dir, host+".qmp"), Dir: w.dir,
+		QMP:   filepath.Join(w.dir, host+", its.qmp"), Dir: w.dir,
 	}
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: filepath.Join(w.dir, "overlays, "+host)})
