@@ -158,7 +158,7 @@ type world struct {
 	kernel, initrd string
 	preload        string
 	disks          int
-	n              int // QEMUs started
+	seed           bool // QEMU's command lines have the disks as COLO-FT.txt does
 }
 
 const diskSize = 32 << 20
@@ -221,7 +221,6 @@ type guest struct {
 }
 
 func (w *world) spec(host string) *qemu.Spec {
-	w.n++
 	s := &qemu.Spec{
 		VM: "web1", Node: host, Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
 		Memory: qemutest.Memory, SMP: 1,
@@ -235,6 +234,24 @@ func (w *world) spec(host string) *qemu.Spec {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: filepath.Join(w.dir, "overlays, "+host)})
 	}
 	return s
+}
+
+// seedDrives has the disk as docs/COLO-FT.txt of QEMU starts it.
+func (w *world) seedDrives(host string, secondary bool) []string {
+	image, active, hidden := w.image(host, 0), filepath.Join(w.dir, "active"), filepath.Join(w.dir, "hidden")
+	device := []string{"-device", "virtio-blk-pci,drive=colo-disk0"}
+	const quorum = "if=none,id=colo-disk0,driver=quorum,read-pattern=fifo,vote-threshold=1,"
+	if !secondary {
+		return append([]string{"-drive", quorum + "children.0.file.filename=" + image + ",children.0.driver=qcow2"}, device...)
+	}
+	for _, path := range []string{active, hidden} {
+		qemutest.Disk(w.t, path, diskSize, false)
+	}
+	return append([]string{
+		"-drive", "if=none,id=parent0,file.filename=" + image + ",driver=qcow2",
+		"-drive", "if=none,id=childs0,driver=replication,mode=secondary,file.driver=qcow2,top-id=colo-disk0," +
+			"file.file.filename=" + active + ",file.backing.driver=qcow2,file.backing.file.filename=" + hidden + ",file.backing.backing=parent0",
+		"-drive", quorum + "children.0=childs0"}, device...)
 }
 
 func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".serial") }
@@ -255,6 +272,10 @@ func (w *world) start(host string, secondary bool) *guest {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	disks := g.spec.Disks
+	if w.seed {
+		g.spec.Extra, g.spec.Disks = append(g.spec.Extra, w.seedDrives(host, secondary)...), nil
+	}
 	lt.In(t, w.ns(host), func() {
 		sizes, err := g.spec.DiskSizes()
 		if err == nil {
@@ -267,6 +288,7 @@ func (w *world) start(host string, secondary bool) *guest {
 			t.Fatalf("%s: %v", host, err)
 		}
 	})
+	g.spec.Disks = disks
 	t.Cleanup(func() {
 		if t.Failed() {
 			b, _ := os.ReadFile(w.serial(host))
@@ -495,6 +517,11 @@ func (g *guest) awaitMerged() {
 func TestDisks(t *testing.T) {
 	w := newWorld(t, 2)
 	a := w.start("a", false)
+	other := w.spec("a")
+	other.Node, other.QMP = "c", filepath.Join(w.dir, "c.qmp")
+	if err := other.Check(nil, nil); err == nil || !strings.Contains(err.Error(), "lock") {
+		t.Errorf("an image that another QEMU uses: %v", err)
+	}
 	seen := make(map[string]qemu.Progress)
 	copied := qemu.Options{Resync: true, Progress: func(p qemu.Progress) { seen[p.What] = p }}
 
@@ -566,6 +593,33 @@ func TestDisks(t *testing.T) {
 	b.mustRead("vda", 8, "eight")
 	b.mustRead("vda", 1, "vda-one")
 	b.mustRead("vdb", 9, "nine")
+}
+
+// QEMUs that somebody else started, with the disk as QEMU's own guide has it.
+func TestAttached(t *testing.T) {
+	w := newWorld(t, 1)
+	w.seed = true
+	a := w.start("a", false)
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustWrite("vda", 1, "one")
+	b.kill()
+	a.takeOver()
+	b = a.replicate("b", qemu.Options{Resync: true})
+	a.mustWrite("vda", 2, "two")
+	a.checkpoint()
+	a.mustWrite("vda", 2, "lost")
+	a.kill()
+	b.takeOver()
+	b.mustRead("vda", 2, "two")
+	b.mustAsk("churn vda", "ok")
+	a = b.replicate("a", qemu.Options{Resync: true})
+	b.checkpoint()
+	b.kill()
+	a.takeOver()
+	a.mustRead("vda", 1, "one")
+	a.mustRead("vda", 2, "two")
+	a.mustAsk("verify vda", "good")
 }
 
 // A guest that writes all the time, while it is replicated, at checkpoints, and
