@@ -11,7 +11,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -33,8 +35,9 @@ func TestMain(m *testing.M) {
 	serve()
 }
 
-// serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK".
-// A value is in the guest's memory, blocks are on its disks and in no cache.
+// serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK",
+// "churn DISK", "rest", "verify DISK". A value is in the guest's memory, blocks are on
+// its disks and in no cache.
 func serve() {
 	l, err := net.Listen("tcp", ":7000")
 	if err != nil {
@@ -44,6 +47,7 @@ func serve() {
 	fmt.Println("ready")
 	var value atomic.Value
 	value.Store("nothing")
+	var load churn
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -64,6 +68,17 @@ func serve() {
 					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block, &word)
 					_, err := onDisk(disk, block, word)
 					fmt.Fprintln(c, "wrote", err)
+				case "churn":
+					load.on.Store(true)
+					go load.run(f[1])
+					fmt.Fprintln(c, "ok")
+				case "rest":
+					load.on.Store(false)
+					load.mu.Lock()
+					load.mu.Unlock()
+					fmt.Fprintln(c, "ok")
+				case "verify":
+					fmt.Fprintln(c, load.verify(f[1]))
 				case "read":
 					fmt.Sscan(strings.Join(f[1:], " "), &disk, &block)
 					word, err := onDisk(disk, block, "")
@@ -72,6 +87,45 @@ func serve() {
 			}
 		}()
 	}
+}
+
+// churn keeps writing, and keeps in memory what the disk must hold.
+type churn struct {
+	on   atomic.Bool
+	mu   sync.Mutex // a write, and what memory says of it, or verify
+	want map[int64]string
+}
+
+// Its blocks.
+const churnFrom, churnTo = 1000, 1500
+
+func (l *churn) run(disk string) {
+	for n := int64(0); l.on.Load(); n++ {
+		block, word := churnFrom+n*7919%(churnTo-churnFrom), fmt.Sprint("n", n)
+		l.mu.Lock()
+		if _, err := onDisk(disk, block, word); err != nil {
+			word = err.Error()
+		}
+		if l.want == nil {
+			l.want = make(map[int64]string)
+		}
+		l.want[block] = word
+		l.mu.Unlock()
+	}
+}
+
+func (l *churn) verify(disk string) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for block, want := range l.want {
+		if got, err := onDisk(disk, block, ""); err != nil || got != want {
+			return fmt.Sprintf("block %d is %q, %v; memory says %q", block, got, err, want)
+		}
+	}
+	if len(l.want) == 0 {
+		return "nothing was written"
+	}
+	return "good"
 }
 
 // onDisk writes a word into a block of 4 KiB, or reads it.
@@ -104,7 +158,7 @@ type world struct {
 	kernel, initrd string
 	preload        string
 	disks          int
-	n              int // QEMUs started
+	seed           bool // QEMU's command lines have the disks as COLO-FT.txt does
 }
 
 const diskSize = 32 << 20
@@ -158,10 +212,10 @@ type guest struct {
 	caps qemu.Caps
 
 	resumes atomic.Int32
+	stopped chan struct{} // a STOP came
 }
 
 func (w *world) spec(host string) *qemu.Spec {
-	w.n++
 	s := &qemu.Spec{
 		VM: "web1", Node: host, Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
 		Memory: qemutest.Memory, SMP: 1,
@@ -169,12 +223,30 @@ func (w *world) spec(host string) *qemu.Spec {
 		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
 		Extra: []string{"-serial", "file:" + w.serial(host)},
 		Env:   []string{w.preload},
-		QMP:   filepath.Join(w.dir, host+".qmp"), Dir: w.dir,
+		QMP:   filepath.Join(w.dir, host+", its.qmp"), Dir: w.dir,
 	}
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: filepath.Join(w.dir, "overlays, "+host)})
 	}
 	return s
+}
+
+// seedDrives has the disk as docs/COLO-FT.txt of QEMU starts it.
+func (w *world) seedDrives(host string, secondary bool) []string {
+	image, active, hidden := w.image(host, 0), filepath.Join(w.dir, "active"), filepath.Join(w.dir, "hidden")
+	device := []string{"-device", "virtio-blk-pci,drive=colo-disk0"}
+	const quorum = "if=none,id=colo-disk0,driver=quorum,read-pattern=fifo,vote-threshold=1,"
+	if !secondary {
+		return append([]string{"-drive", quorum + "children.0.file.filename=" + image + ",children.0.driver=qcow2"}, device...)
+	}
+	for _, path := range []string{active, hidden} {
+		qemutest.Disk(w.t, path, diskSize, false)
+	}
+	return append([]string{
+		"-drive", "if=none,id=parent0,file.filename=" + image + ",driver=qcow2",
+		"-drive", "if=none,id=childs0,driver=replication,mode=secondary,file.driver=qcow2,top-id=colo-disk0," +
+			"file.file.filename=" + active + ",file.backing.driver=qcow2,file.backing.file.filename=" + hidden + ",file.backing.backing=parent0",
+		"-drive", quorum + "children.0=childs0"}, device...)
 }
 
 func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".serial") }
@@ -195,6 +267,10 @@ func (w *world) start(host string, secondary bool) *guest {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	disks := g.spec.Disks
+	if w.seed {
+		g.spec.Extra, g.spec.Disks = append(g.spec.Extra, w.seedDrives(host, secondary)...), nil
+	}
 	lt.In(t, w.ns(host), func() {
 		sizes, err := g.spec.DiskSizes()
 		if err == nil {
@@ -207,6 +283,7 @@ func (w *world) start(host string, secondary bool) *guest {
 			t.Fatalf("%s: %v", host, err)
 		}
 	})
+	g.spec.Disks = disks
 	t.Cleanup(func() {
 		if t.Failed() {
 			b, _ := os.ReadFile(w.serial(host))
@@ -231,10 +308,17 @@ func (g *guest) dial() {
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.stopped = make(chan struct{}, 1)
 	go func() {
 		for e := range events {
-			if e.Event == "RESUME" {
+			switch e.Event {
+			case "RESUME":
 				g.resumes.Add(1)
+			case "STOP":
+				select {
+				case g.stopped <- struct{}{}:
+				default:
+				}
 			}
 		}
 	}()
@@ -428,6 +512,11 @@ func (g *guest) awaitMerged() {
 func TestDisks(t *testing.T) {
 	w := newWorld(t, 2)
 	a := w.start("a", false)
+	other := w.spec("a")
+	other.Node, other.QMP = "c", filepath.Join(w.dir, "c.qmp")
+	if err := other.Check(nil, nil); err == nil || !strings.Contains(err.Error(), "lock") {
+		t.Errorf("an image that another QEMU uses: %v", err)
+	}
 	seen := make(map[string]qemu.Progress)
 	copied := qemu.Options{Resync: true, Progress: func(p qemu.Progress) { seen[p.What] = p }}
 
@@ -499,4 +588,213 @@ func TestDisks(t *testing.T) {
 	b.mustRead("vda", 8, "eight")
 	b.mustRead("vda", 1, "vda-one")
 	b.mustRead("vdb", 9, "nine")
+}
+
+// QEMUs that somebody else started, with the disk as QEMU's own guide has it.
+func TestAttached(t *testing.T) {
+	w := newWorld(t, 1)
+	w.seed = true
+	a := w.start("a", false)
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustWrite("vda", 1, "one")
+	b.kill()
+	a.takeOver()
+	b = a.replicate("b", qemu.Options{Resync: true})
+	a.mustWrite("vda", 2, "two")
+	a.checkpoint()
+	a.mustWrite("vda", 2, "lost")
+	a.kill()
+	b.takeOver()
+	b.mustRead("vda", 2, "two")
+	b.mustAsk("churn vda", "ok")
+	a = b.replicate("a", qemu.Options{Resync: true})
+	b.checkpoint()
+	b.kill()
+	a.takeOver()
+	a.mustRead("vda", 1, "one")
+	a.mustRead("vda", 2, "two")
+	a.mustAsk("verify vda", "good")
+}
+
+// A guest that writes all the time, while it is replicated, at checkpoints, and
+// when a side dies in the middle of one: its memory and its disk always agree, and
+// with the guest at rest the two hosts' images do.
+func TestDiskUnderLoad(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	if err := qemu.Cont(a.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("churn vda", "ok")
+	hosts := []*guest{a}
+	for round := range 4 {
+		p := hosts[0]
+		s := p.replicate(map[string]string{"a": "b", "b": "a"}[p.host], qemu.Options{Resync: true})
+		for range 3 {
+			p.checkpoint()
+		}
+		p.mustAsk("verify vda", "good")
+		survivor, dead := s, p
+		if round%2 == 1 {
+			survivor, dead = p, s
+		}
+		select {
+		case <-p.stopped: // of an earlier checkpoint
+		default:
+		}
+		if err := p.m.Checkpoint(); err != nil {
+			t.Fatal(err)
+		}
+		<-p.stopped
+		dead.kill()
+		survivor.takeOver()
+		survivor.mustAsk("verify vda", "good")
+		hosts = []*guest{survivor, dead}
+	}
+
+	p := hosts[0]
+	s := p.replicate(hosts[1].host, qemu.Options{Resync: true})
+	p.mustAsk("rest", "ok")
+	p.checkpoint()
+	p.kill()
+	s.takeOver()
+	s.mustAsk("verify vda", "good")
+	s.awaitMerged()
+	if err := qemu.Quit(s.m); err != nil {
+		t.Error(err)
+	}
+	<-s.p.Done()
+	lt.Run(t, "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", w.image("a", 0), w.image("b", 0))
+}
+
+// A host that is silent instead of dead: its QEMU stands still with all its
+// connections open. Writes and checkpoints hang then, and failover frees them.
+func TestSilentHost(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	b := a.replicate("b", qemu.Options{})
+	qemutest.Await(t, w.serial("a"), "ready")
+	freeze := func(g *guest) {
+		if err := unix.Kill(g.p.Pid(), unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.mustAsk("churn vda", "ok")
+	a.checkpoint()
+	freeze(b)
+	if err := a.m.Checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	// Something that waits for the guest's writes, and so for the other host.
+	hangs := make(chan error, 1)
+	go func() { hangs <- qemu.Stop(a.m) }()
+	a.takeOver()
+	if err := <-hangs; err != nil {
+		t.Errorf("the command that hung: %v", err)
+	}
+	if err := qemu.Cont(a.m); err != nil {
+		t.Error(err)
+	}
+	a.mustAsk("verify vda", "good")
+	b.kill()
+
+	b = a.replicate("b", qemu.Options{Resync: true})
+	a.checkpoint()
+	if err := a.m.Checkpoint(); err != nil {
+		t.Fatal(err)
+	}
+	freeze(a)
+	b.takeOver()
+	b.mustAsk("verify vda", "good")
+}
+
+// Whatever goes wrong before COLO is on, the guest goes on alone, with nothing
+// left of the try, and the next one succeeds.
+func TestReplicateFails(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	if err := qemu.Cont(a.m); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("churn vda", "ok")
+	// Slow enough that memory is not there at once.
+	bandwidth := func(bytes int64) {
+		if err := a.m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": bytes}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		name, at string
+		do       func(cancel context.CancelFunc, s *guest)
+	}{
+		{"dies while the disk is copied", "colo-disk0", func(_ context.CancelFunc, s *guest) { s.kill() }},
+		{"dies while memory is copied", "memory", func(_ context.CancelFunc, s *guest) { s.kill() }},
+		{"given up while the disk is copied", "colo-disk0", func(cancel context.CancelFunc, _ *guest) { cancel() }},
+		{"given up while memory is copied", "memory", func(cancel context.CancelFunc, _ *guest) { cancel() }},
+		{"silent while memory is copied", "memory", func(cancel context.CancelFunc, s *guest) {
+			unix.Kill(s.p.Pid(), unix.SIGSTOP)
+			cancel()
+		}},
+		{"is not there", "", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			bandwidth(4 << 20)
+			to, o := *w.incoming("b"), qemu.Options{Resync: true}
+			if tt.do != nil {
+				s := w.start("b", true)
+				defer s.kill()
+				if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
+					t.Fatal(err)
+				}
+				var once sync.Once
+				o.Progress = func(p qemu.Progress) {
+					if p.What == tt.at {
+						once.Do(func() { tt.do(cancel, s) })
+					}
+				}
+			}
+			err := qemu.Replicate(ctx, a.m, a.caps, a.spec.Disks, to, o)
+			if err == nil || strings.Contains(err.Error(), "could not be undone") {
+				t.Fatalf("got %v", err)
+			}
+			t.Log(err)
+			if running, state, err := a.m.Status(); err != nil || !running {
+				t.Errorf("the guest is %s, %v", state, err)
+			}
+			a.mustAsk("verify vda", "good")
+			var nodes []struct {
+				Name string `json:"node-name"`
+			}
+			if err := a.m.Execute("query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+				t.Fatal(err)
+			}
+			if slices.ContainsFunc(nodes, func(n struct {
+				Name string `json:"node-name"`
+			}) bool {
+				return n.Name == "nbd0"
+			}) {
+				t.Error("the secondary's image is still there")
+			}
+		})
+	}
+	bandwidth(1 << 30)
+	b := a.replicate("b", qemu.Options{Resync: true})
+	a.checkpoint()
+	a.kill()
+	b.takeOver()
+	b.mustAsk("verify vda", "good")
+}
+
+// A secondary that has no guest yet does not take over.
+func TestSecondaryWithoutGuest(t *testing.T) {
+	w := newWorld(t, 0)
+	b := w.start("b", true)
+	if err := qemu.SecondaryFailover(t.Context(), b.m, nil); err == nil || !strings.Contains(err.Error(), "no guest") {
+		t.Errorf("got %v", err)
+	}
 }

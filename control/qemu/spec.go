@@ -96,7 +96,8 @@ func (s *Spec) args(in *Incoming) ([]string, error) {
 	a := []string{
 		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on",
 		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
-		"-pidfile", s.file(".pid"), "-qmp", "unix:" + esc(s.QMP) + ",server=on,wait=off",
+		"-pidfile", s.file(".pid"),
+		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP), "-mon", "chardev=lockstep,mode=control",
 	}
 	for _, o := range []struct{ flag, value string }{{"-kernel", s.Kernel}, {"-initrd", s.Initrd}, {"-append", s.Append}} {
 		if o.value != "" {
