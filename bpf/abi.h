@@ -20,7 +20,7 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 2,
+	LS_ABI_VERSION = 3,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
@@ -61,15 +61,18 @@ enum ls_mutation {
 	LS_MUTATE_R20 = 4,    /* speak_until is not looked at */
 	LS_MUTATE_REPLAY = 8, /* lane numbers are taken again and again */
 	LS_MUTATE_TAG = 16,   /* tags are not checked */
+	LS_MUTATE_GUARD = 32, /* timestamps of a connection taken over are not moved on */
+	LS_MUTATE_EDGE = 64,  /* connections taken over from another host are not translated */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
 enum ls_mode {
-	LS_MODE_SHUT = 0, /* nothing in or out; also "QUIET" of R21 */
-	LS_MODE_HOLD = 1, /* primary: hold, announce, mirror */
-	LS_MODE_RUN = 2,  /* secondary: rewrite in, record out */
-	LS_MODE_PARK = 3, /* secondary: input parked in slots, output dropped (R13) */
-	LS_MODE_SOLO = 4, /* alone: pass both ways, translating where an offset is known */
+	LS_MODE_SHUT = 0,  /* nothing in or out */
+	LS_MODE_HOLD = 1,  /* primary: hold, announce, mirror */
+	LS_MODE_RUN = 2,   /* secondary: rewrite in, record out */
+	LS_MODE_PARK = 3,  /* secondary: input parked in slots, output dropped (R13) */
+	LS_MODE_SOLO = 4,  /* alone: pass both ways, translating where an offset is known */
+	LS_MODE_QUIET = 5, /* secondary: as shut, but what the guest says is kept (R21 i) */
 };
 
 enum ls_slot_state {
@@ -102,9 +105,10 @@ struct ls_conf {
 	__u32 key_index; /* element of ls_keys in use */
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
-	__u32 pad;
+	__u32 edges;	 /* ls_edge may have entries */
 	__u64 speak_for; /* R20: T, ns: an echo allows speaking until its time + T */
 	__u64 old_until; /* boottime ns; frames of term - 1 are taken before it (rotation) */
+	__u64 echoed;	 /* boottime ns of the last echo: S returned it, it came home to P */
 };
 
 /* What the pinned tables were made for (R23): element of ls_meta. */
@@ -270,17 +274,20 @@ struct ls_ev_rec {
  * self before the handshake is over (element of the LRU ls_half).
  */
 enum ls_conn_bit {
-	LS_CONN_PVM = 1,       /* ISN of the PVM known (announced) */
-	LS_CONN_SVM = 2,       /* ISN of the SVM known */
-	LS_CONN_ACTIVE = 4,    /* the SVM's SYN had no ACK: opened by the guest */
-	LS_CONN_GFIN = 8,      /* FIN seen from the guest */
-	LS_CONN_RFIN = 16,     /* FIN seen from the remote */
-	LS_CONN_RST = 32,      /* RST seen from either */
-	LS_CONN_TS = 64,       /* ls_conn: both use timestamps, ts_off holds */
-	LS_CONN_PACTIVE = 128, /* ls_half: the PVM's SYN had no ACK */
-	LS_CONN_PTS = 256,     /* ls_half: the PVM's SYN has a timestamp */
-	LS_CONN_STS = 512,     /* ls_half: the SVM's SYN has a timestamp */
-	LS_CONN_DONE = 1024,   /* ls_half: went to ls_conn once, does not do so again */
+	LS_CONN_PVM = 1,	  /* ISN of the PVM known (announced) */
+	LS_CONN_SVM = 2,	  /* ISN of the SVM known */
+	LS_CONN_ACTIVE = 4,	  /* the SVM's SYN had no ACK: opened by the guest */
+	LS_CONN_GFIN = 8,	  /* FIN seen from the guest */
+	LS_CONN_RFIN = 16,	  /* FIN seen from the remote */
+	LS_CONN_RST = 32,	  /* RST seen from either */
+	LS_CONN_TS = 64,	  /* ls_conn: both use timestamps, ts_off holds */
+	LS_CONN_PACTIVE = 128,	  /* ls_half: the PVM's SYN had no ACK */
+	LS_CONN_PTS = 256,	  /* ls_half: the PVM's SYN has a timestamp */
+	LS_CONN_STS = 512,	  /* ls_half: the SVM's SYN has a timestamp */
+	LS_CONN_DONE = 1024,	  /* ls_half: went to ls_conn once, does not do so again */
+	LS_CONN_INHERITED = 2048, /* came with a checkpoint: no offset, no incarnation */
+	LS_CONN_GUARDED = 4096,	  /* guard was set */
+	LS_CONN_ECHOES = 8192,	  /* the remote echoes timestamps with the guard */
 };
 
 /*
@@ -318,8 +325,18 @@ struct ls_conn {
 	__u32 state;   /* LS_CONN_* */
 	__u32 cli_ack; /* highest ack of the remote, PVM numbering */
 	__u32 isn_svm;
+	__u32 guard;	/* R22: ticks that the remote sees more than the PVM's clock told */
+	__u32 ts_first; /* the first TSval with them, as the remote saw it; 0: none yet */
 	__u64 last;
 };
+
+/*
+ * What a host that took over adds to the numbers of connections that began before
+ * (R22), as long as they last: an element of ls_edge. Between the edge and the guest
+ * everything has the guest's numbers. off, ts_off, guard, ts_first, state and last
+ * are those of ls_conn, with the guest's in the place of the SVM's and what the
+ * remote sees in the place of the PVM's.
+ */
 
 /* The remote's newest segment (R6), on P: element of the LRU ls_cli. */
 struct ls_cli {
@@ -397,13 +414,13 @@ struct ls_count {
 
 #define LS_SIZE(type, n) _Static_assert(sizeof(type) == (n), #type)
 LS_SIZE(struct ls_tuple, 44);
-LS_SIZE(struct ls_conf, 56);
+LS_SIZE(struct ls_conf, 64);
 LS_SIZE(struct ls_slot, 2048);
 LS_SIZE(struct ls_gslot, 69632);
 LS_SIZE(struct ls_rec, LS_REC_BASE + LS_BOUND_MAX * LS_LANES * 8);
 LS_SIZE(struct ls_ev, 384);
 LS_SIZE(struct ls_half, 88);
-LS_SIZE(struct ls_conn, 32);
+LS_SIZE(struct ls_conn, 40);
 LS_SIZE(struct ls_cli, 288);
 LS_SIZE(struct ls_meta, 120);
 LS_SIZE(struct ls_rule, 8);

@@ -186,6 +186,8 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 		c.state |= LS_CONN_TS;
 	bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
 	made = bpf_map_lookup_elem(&ls_conn, &p->t);
+	/* What was taken over was another connection's. */
+	bpf_map_delete_elem(&ls_edge, &p->t);
 	if (made)
 		__sync_fetch_and_or(&h->state, LS_CONN_DONE);
 	return made;
@@ -212,6 +214,89 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 	/* One try: when another CPU was faster, its ack is as new. */
 	if (!from_guest && p->flags & LS_ACK && seq_after(p->ack, old))
 		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);
+}
+
+/* The edge of sc->p's connection, on a host that took over; NULL: there is none. */
+static __always_inline struct ls_conn *edge_of(const struct ls_conf *conf,
+					       const struct ls_scratch *sc)
+{
+	if (!*(const volatile __u32 *)&conf->edges || ls_mutate & LS_MUTATE_EDGE)
+		return NULL;
+	return bpf_map_lookup_elem(&ls_edge, &sc->p.t);
+}
+
+/*
+ * Does the remote's segment in sc->p echo a timestamp with c's guard? One from before
+ * the takeover must not seem older than it is: the guest would take the guard for a
+ * round trip.
+ */
+static __always_inline int echoes_guard(struct ls_scratch *sc, struct ls_conn *c)
+{
+	const struct ls_delta none = {};
+	struct ls_walk *w;
+
+	if (c->state & LS_CONN_ECHOES)
+		return 1;
+	if (!c->ts_first)
+		return 0;
+	__builtin_memcpy(sc->tcp, sc->p.tcp, sizeof(sc->tcp));
+	w = opts_walk(sc, sc->p.optlen, &none);
+	if (!w->has_ts || seq_after(c->ts_first, w->tsecr))
+		return 0;
+	__sync_fetch_and_or(&c->state, LS_CONN_ECHOES);
+	return 1;
+}
+
+/* Notes the first timestamp that left with c's guard, behind translate(). */
+static __always_inline void guard_used(struct ls_scratch *sc, struct ls_conn *c,
+				       const struct ls_delta *d)
+{
+	if (c->guard && !c->ts_first && sc->walk.has_ts)
+		__sync_val_compare_and_swap(&c->ts_first, 0, (sc->walk.tsval + d->tsval) ?: 1);
+}
+
+static __always_inline __u32 guard_of(const struct ls_conn *c)
+{
+	return ls_mutate & LS_MUTATE_GUARD ? 0 : c->guard;
+}
+
+/* Gives the guest's frame in sc->p the numbers that the remote knows. */
+static __always_inline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
+				    const struct ls_conf *conf)
+{
+	struct ls_conn *e = edge_of(conf, sc);
+	struct ls_delta d = {};
+
+	if (!e)
+		return 0;
+	if (sc->p.flags & LS_SYN) { /* another connection */
+		bpf_map_delete_elem(&ls_edge, &sc->p.t);
+		return 0;
+	}
+	conn_touch(e, &sc->p, 1, bpf_ktime_get_boot_ns());
+	d.seq = -e->off;
+	d.tsval = guard_of(e) - e->ts_off;
+	if (translate(skb, sc, &d))
+		return -1;
+	guard_used(sc, e, &d);
+	return 0;
+}
+
+/* Gives the remote's frame in sc->p the guest's numbers. */
+static __always_inline int edge_in(struct __sk_buff *skb, struct ls_scratch *sc,
+				   const struct ls_conf *conf)
+{
+	struct ls_conn *e = edge_of(conf, sc);
+	struct ls_delta d = {};
+
+	if (!e)
+		return 0;
+	conn_touch(e, &sc->p, 0, bpf_ktime_get_boot_ns());
+	d.ack = e->off;
+	d.tsecr = e->ts_off;
+	if (e->guard && echoes_guard(sc, e))
+		d.tsecr -= guard_of(e);
+	return translate(skb, sc, &d);
 }
 
 #endif

@@ -60,6 +60,7 @@ static long opt_step(__u32 i, struct ls_scratch **ctx)
 		w->tsval = bpf_ntohl(v);
 		add32(tcp + at + 2, w->d.tsval);
 		__builtin_memcpy(&v, tcp + at + 6, 4);
+		w->tsecr = bpf_ntohl(v);
 		if (v)
 			add32(tcp + at + 6, w->d.tsecr);
 	} else if (kind == LS_OPT_SACK) {
@@ -84,6 +85,7 @@ static __always_inline struct ls_walk *opts_walk(struct ls_scratch *sc, __u32 op
 	w->end = LS_TCP_MIN + optlen;
 	w->has_ts = 0;
 	w->tsval = 0;
+	w->tsecr = 0;
 	if (optlen)
 		bpf_loop(LS_OPTS_MAX, opt_step, &sc, 0);
 	return w;

@@ -53,6 +53,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 		return count(LS_R_peer_replay, skb, TCX_DROP);
 	if (sc->rec.type == LS_REC_ECHO) {
 		echo_taken(conf, sc->rec.sum[0]);
+		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 		count(LS_R_echo_in, skb, 0);
 	} else {
 		count(rec_tell(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);

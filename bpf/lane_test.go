@@ -207,6 +207,10 @@ func TestEchoIn(t *testing.T) {
 		if err := k.LsConf.Lookup(uint32(0), &c); err != nil {
 			t.Fatal(err)
 		}
+		if c.Echoed < k.conf.Echoed {
+			t.Errorf("echoed at %d, and then at %d", k.conf.Echoed, c.Echoed)
+		}
+		k.conf.Echoed = c.Echoed
 		if k.conf.SpeakUntil = c.SpeakUntil; c != k.conf {
 			t.Errorf("settings %+v, want %+v", c, k.conf)
 		}

@@ -37,42 +37,48 @@ type LockstepLsConf struct {
 	KeyIndex   uint32
 	PeerMac    [6]uint8
 	OwnMac     [6]uint8
-	Pad        uint32
+	Edges      uint32
 	SpeakFor   uint64
 	OldUntil   uint64
+	Echoed     uint64
 }
 
 type LockstepLsConn struct {
-	_      structs.HostLayout
-	Off    uint32
-	TsOff  uint32
-	Inc    uint32
-	State  uint32
-	CliAck uint32
-	IsnSvm uint32
-	Last   uint64
+	_       structs.HostLayout
+	Off     uint32
+	TsOff   uint32
+	Inc     uint32
+	State   uint32
+	CliAck  uint32
+	IsnSvm  uint32
+	Guard   uint32
+	TsFirst uint32
+	Last    uint64
 }
 
 type LockstepLsConnBit uint32
 
 const (
-	LockstepLsConnBitLS_CONN_PVM     LockstepLsConnBit = 1
-	LockstepLsConnBitLS_CONN_SVM     LockstepLsConnBit = 2
-	LockstepLsConnBitLS_CONN_ACTIVE  LockstepLsConnBit = 4
-	LockstepLsConnBitLS_CONN_GFIN    LockstepLsConnBit = 8
-	LockstepLsConnBitLS_CONN_RFIN    LockstepLsConnBit = 16
-	LockstepLsConnBitLS_CONN_RST     LockstepLsConnBit = 32
-	LockstepLsConnBitLS_CONN_TS      LockstepLsConnBit = 64
-	LockstepLsConnBitLS_CONN_PACTIVE LockstepLsConnBit = 128
-	LockstepLsConnBitLS_CONN_PTS     LockstepLsConnBit = 256
-	LockstepLsConnBitLS_CONN_STS     LockstepLsConnBit = 512
-	LockstepLsConnBitLS_CONN_DONE    LockstepLsConnBit = 1024
+	LockstepLsConnBitLS_CONN_PVM       LockstepLsConnBit = 1
+	LockstepLsConnBitLS_CONN_SVM       LockstepLsConnBit = 2
+	LockstepLsConnBitLS_CONN_ACTIVE    LockstepLsConnBit = 4
+	LockstepLsConnBitLS_CONN_GFIN      LockstepLsConnBit = 8
+	LockstepLsConnBitLS_CONN_RFIN      LockstepLsConnBit = 16
+	LockstepLsConnBitLS_CONN_RST       LockstepLsConnBit = 32
+	LockstepLsConnBitLS_CONN_TS        LockstepLsConnBit = 64
+	LockstepLsConnBitLS_CONN_PACTIVE   LockstepLsConnBit = 128
+	LockstepLsConnBitLS_CONN_PTS       LockstepLsConnBit = 256
+	LockstepLsConnBitLS_CONN_STS       LockstepLsConnBit = 512
+	LockstepLsConnBitLS_CONN_DONE      LockstepLsConnBit = 1024
+	LockstepLsConnBitLS_CONN_INHERITED LockstepLsConnBit = 2048
+	LockstepLsConnBitLS_CONN_GUARDED   LockstepLsConnBit = 4096
+	LockstepLsConnBitLS_CONN_ECHOES    LockstepLsConnBit = 8192
 )
 
 type LockstepLsConst uint32
 
 const (
-	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 2
+	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 3
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
 	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
@@ -218,11 +224,12 @@ type LockstepLsMeta struct {
 type LockstepLsMode uint32
 
 const (
-	LockstepLsModeLS_MODE_SHUT LockstepLsMode = 0
-	LockstepLsModeLS_MODE_HOLD LockstepLsMode = 1
-	LockstepLsModeLS_MODE_RUN  LockstepLsMode = 2
-	LockstepLsModeLS_MODE_PARK LockstepLsMode = 3
-	LockstepLsModeLS_MODE_SOLO LockstepLsMode = 4
+	LockstepLsModeLS_MODE_SHUT  LockstepLsMode = 0
+	LockstepLsModeLS_MODE_HOLD  LockstepLsMode = 1
+	LockstepLsModeLS_MODE_RUN   LockstepLsMode = 2
+	LockstepLsModeLS_MODE_PARK  LockstepLsMode = 3
+	LockstepLsModeLS_MODE_SOLO  LockstepLsMode = 4
+	LockstepLsModeLS_MODE_QUIET LockstepLsMode = 5
 )
 
 type LockstepLsMutation uint32
@@ -233,6 +240,8 @@ const (
 	LockstepLsMutationLS_MUTATE_R20    LockstepLsMutation = 4
 	LockstepLsMutationLS_MUTATE_REPLAY LockstepLsMutation = 8
 	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
+	LockstepLsMutationLS_MUTATE_GUARD  LockstepLsMutation = 32
+	LockstepLsMutationLS_MUTATE_EDGE   LockstepLsMutation = 64
 )
 
 type LockstepLsPre struct {
@@ -385,7 +394,9 @@ type LockstepLsScratch struct {
 		End   uint32
 		HasTs uint32
 		Tsval uint32
+		Tsecr uint32
 	}
+	_      [4]byte
 	Digest struct {
 		_      structs.HostLayout
 		Sum    [2]uint64
@@ -459,6 +470,7 @@ const (
 	LockstepMapLsCli       = "ls_cli"
 	LockstepMapLsConf      = "ls_conf"
 	LockstepMapLsConn      = "ls_conn"
+	LockstepMapLsEdge      = "ls_edge"
 	LockstepMapLsGslots    = "ls_gslots"
 	LockstepMapLsHalf      = "ls_half"
 	LockstepMapLsKeys      = "ls_keys"
@@ -546,6 +558,7 @@ type LockstepMapSpecs struct {
 	LsCli     *ebpf.MapSpec `ebpf:"ls_cli"`
 	LsConf    *ebpf.MapSpec `ebpf:"ls_conf"`
 	LsConn    *ebpf.MapSpec `ebpf:"ls_conn"`
+	LsEdge    *ebpf.MapSpec `ebpf:"ls_edge"`
 	LsGslots  *ebpf.MapSpec `ebpf:"ls_gslots"`
 	LsHalf    *ebpf.MapSpec `ebpf:"ls_half"`
 	LsKeys    *ebpf.MapSpec `ebpf:"ls_keys"`
@@ -597,6 +610,7 @@ type LockstepMaps struct {
 	LsCli     *ebpf.Map `ebpf:"ls_cli"`
 	LsConf    *ebpf.Map `ebpf:"ls_conf"`
 	LsConn    *ebpf.Map `ebpf:"ls_conn"`
+	LsEdge    *ebpf.Map `ebpf:"ls_edge"`
 	LsGslots  *ebpf.Map `ebpf:"ls_gslots"`
 	LsHalf    *ebpf.Map `ebpf:"ls_half"`
 	LsKeys    *ebpf.Map `ebpf:"ls_keys"`
@@ -616,6 +630,7 @@ func (m *LockstepMaps) Close() error {
 		m.LsCli,
 		m.LsConf,
 		m.LsConn,
+		m.LsEdge,
 		m.LsGslots,
 		m.LsHalf,
 		m.LsKeys,

@@ -17,7 +17,7 @@
 /* Load-time constants. Marks are random, not 0, and differ. */
 volatile const __u32 ls_tap;	  /* ifindex of the guest's tap */
 volatile const __u32 ls_peer;	  /* ifindex of the peer device */
-volatile const __u32 ls_mark_rel; /* on P: a released frame */
+volatile const __u32 ls_mark_rel; /* a released frame; on S one that is said again (R22) */
 volatile const __u32 ls_mark_in;  /* on S: a mirrored frame on its way to the tap */
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
@@ -75,6 +75,15 @@ struct {
 	__type(key, struct ls_tuple);
 	__type(value, struct ls_conn);
 } ls_conn SEC(".maps");
+
+/* Rarely used, and filled by user space alone: it takes no memory until then. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, LS_CONNS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ls_tuple);
+	__type(value, struct ls_conn);
+} ls_edge SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -198,6 +207,7 @@ struct ls_walk {
 	__u32 end;
 	__u32 has_ts;
 	__u32 tsval; /* as found, before the addition */
+	__u32 tsecr;
 };
 
 /*

@@ -40,13 +40,16 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 }
 
 /* SYN, FIN and RST of the remote begin and end what user space tracks. */
-static __always_inline int mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc)
+static __always_inline int mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc,
+				       const struct ls_conf *conf)
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
 
 	if (parse(skb, p, 0) != LS_TCP)
 		return 0;
+	if (edge_in(skb, sc, conf))
+		return -1;
 	mirror_note(skb, sc);
 	if (!(p->flags & (LS_SYN | LS_FIN | LS_RST)))
 		return 0;
@@ -69,13 +72,20 @@ int ls_mirror(struct __sk_buff *skb)
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
 	mode = mode_of(conf);
-	if (mode == LS_MODE_SOLO)
+	if (mode == LS_MODE_SOLO) {
+		/* Who follows this guest next has to know what the remote has (R8). */
+		if (parse(skb, &sc->p, 0) == LS_TCP) {
+			if (edge_in(skb, sc, conf))
+				return count(LS_R_rewrite_failed, skb, TCX_DROP);
+			mirror_note(skb, sc);
+		}
 		return count(LS_R_passed, skb, TCX_NEXT);
+	}
 	if (mode != LS_MODE_HOLD)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	/* Neither guest hears what user space could not be told. */
-	if (mirror_tell(skb, sc))
+	if (mirror_tell(skb, sc, conf))
 		return count(LS_R_no_ring, skb, TCX_DROP);
 	/* A clone that was lost heals by the remote's retransmission. */
 	if (bpf_clone_redirect(skb, ls_peer, 0))

@@ -64,6 +64,16 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, TCX_DROP);
 }
 
+/* The last thing that happens to a frame that leaves. */
+static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_conf *conf)
+{
+	if (!*(const volatile __u32 *)&conf->edges || parse(skb, &sc->p, 1) != LS_TCP ||
+	    !edge_out(skb, sc, conf))
+		return TCX_NEXT;
+	return count(LS_R_rewrite_failed, skb, TCX_DROP);
+}
+
 SEC("tcx/ingress")
 int ls_pri_out(struct __sk_buff *skb)
 {
@@ -78,13 +88,13 @@ int ls_pri_out(struct __sk_buff *skb)
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		skb->mark = 0;
-		return count(LS_R_released_out, skb, TCX_NEXT);
+		return count(LS_R_released_out, skb, pri_leave(skb, sc, conf));
 	}
 	mode = mode_of(conf);
 	if (mode == LS_MODE_SOLO) {
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
-		return count(LS_R_passed, skb, TCX_NEXT);
+		return count(LS_R_passed, skb, pri_leave(skb, sc, conf));
 	}
 	keys = keys_in_use(conf);
 	if (mode != LS_MODE_HOLD || !keys)

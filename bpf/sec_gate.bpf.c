@@ -8,8 +8,10 @@ int ls_sec_gate(struct __sk_buff *skb)
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
 	struct ls_delta d = {};
-	struct ls_conn *conn;
+	struct ls_conn *conn, *edge;
 
+	if (skb->mark == ls_mark_rel)
+		return count(LS_R_released, skb, bpf_redirect(ls_tap, BPF_F_INGRESS));
 	if (!conf || !sc)
 		return count(LS_R_gated, skb, TCX_DROP);
 	if (skb->mark == ls_mark_in) {
@@ -25,6 +27,13 @@ int ls_sec_gate(struct __sk_buff *skb)
 			conn_touch(conn, &sc->p, 0, bpf_ktime_get_boot_ns());
 			d.ack = conn->off;
 			d.tsecr = conn->ts_off;
+			if (conn->guard && echoes_guard(sc, conn))
+				d.tsecr -= guard_of(conn);
+			edge = edge_of(conf, sc);
+			if (edge) {
+				d.ack += edge->off;
+				d.tsecr += edge->ts_off;
+			}
 			if (translate(skb, sc, &d))
 				return count(LS_R_rewrite_failed, skb, TCX_DROP);
 		}

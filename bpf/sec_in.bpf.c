@@ -125,12 +125,13 @@ static __always_inline int sec_resend(struct __sk_buff *skb, struct ls_scratch *
 
 /* R20: S is not taking over at the time that P tells. */
 static __always_inline int sec_echo(struct __sk_buff *skb, struct ls_scratch *sc,
-				    const struct ls_conf *conf, const struct ls_keys *keys,
-				    __u32 off)
+				    struct ls_conf *conf, const struct ls_keys *keys, __u32 off)
 {
 	__u64 asked = sc->rec.sum[0];
 	int verdict;
 
+	/* Noted before it goes: a takeover counts from here (R21 iii). */
+	*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 	rec_begin(&sc->rec, conf, LS_REC_ECHO, LS_DIR_S2P);
 	sc->rec.sum[0] = asked;
 	verdict = rec_send(skb, sc, conf, keys, off);
@@ -140,7 +141,7 @@ static __always_inline int sec_echo(struct __sk_buff *skb, struct ls_scratch *sc
 }
 
 static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scratch *sc,
-					  const struct ls_conf *conf, const struct ls_keys *keys)
+					  struct ls_conf *conf, const struct ls_keys *keys)
 {
 	enum ls_reason why;
 	__u32 off = 0;

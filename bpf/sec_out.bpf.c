@@ -14,6 +14,18 @@ enum ls_known {
 };
 
 /*
+ * Remembers that the SVM spoke on a connection that came with a checkpoint: a
+ * takeover has to know of it (R22). A full table costs no more than that.
+ */
+static __always_inline void sec_inherit(const struct ls_pkt *p, __u64 now)
+{
+	struct ls_conn c = {.state = LS_CONN_INHERITED, .last = now};
+
+	if (!(p->flags & LS_RST))
+		bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
+}
+
+/*
  * Finds the segment's offset. Learns SYNs. An RST|ACK with sequence number 0
  * refuses a SYN: it belongs to no incarnation, whatever the tables hold.
  */
@@ -45,6 +57,11 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	if (conn) {
 		conn_offset(conn, o);
 		conn_touch(conn, p, 1, now);
+		if (conn->state & LS_CONN_INHERITED) {
+			if (conn->cli_ack)
+				*cli_ack = conn->cli_ack;
+			return LS_INHERITED;
+		}
 		*cli_ack = conn->cli_ack;
 		return LS_KNOWN;
 	}
@@ -58,8 +75,10 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 			return p->flags & LS_ACK ? LS_PENDING : LS_LONELY;
 	} else {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
-		if (!h)
+		if (!h) {
+			sec_inherit(p, now);
 			return LS_INHERITED;
+		}
 		if (!half_paired(h))
 			return LS_PENDING;
 		h->last = now;
@@ -92,7 +111,8 @@ static __always_inline enum ls_reason sec_copy(struct __sk_buff *skb, struct ls_
 }
 
 static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
-				   const struct ls_conf *conf, const struct ls_keys *keys)
+				   const struct ls_conf *conf, const struct ls_keys *keys,
+				   int quiet)
 {
 	enum ls_reason why = LS_R_record_out;
 	struct ls_rec *r = &sc->rec;
@@ -129,6 +149,8 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 		why = sec_copy(skb, sc, o.inc, cli_ack, known != LS_KNOWN);
 	if (known == LS_LONELY)
 		why = LS_R_pending;
+	if (quiet)
+		return count(LS_R_shut, skb, TCX_DROP);
 	verdict = rec_send(skb, sc, conf, keys, rec_off(p));
 	if (!verdict)
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
@@ -175,26 +197,45 @@ static __always_inline int sec_neigh(struct __sk_buff *skb, struct ls_scratch *s
 	return count(LS_R_neigh_out, skb, verdict);
 }
 
-/* Alone after a takeover: the SVM speaks with the PVM's numbers for what the PVM began. */
+/*
+ * Alone after a takeover: the SVM speaks with the numbers that the remote knows for
+ * what began before.
+ */
 static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf)
 {
+	int again = skb->mark == ls_mark_rel;
+	struct ls_conn *conn = NULL, *edge;
 	struct ls_delta d = {};
-	struct ls_conn *conn;
 
 	if (!may_speak(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
-	if (parse(skb, &sc->p, 1) == LS_TCP) {
+	if (again)
+		skb->mark = 0;
+	if (parse(skb, &sc->p, 1) == LS_TCP)
 		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
-		if (conn) {
-			conn_touch(conn, &sc->p, 1, bpf_ktime_get_boot_ns());
-			d.seq = -conn->off;
-			d.tsval = -conn->ts_off;
-			if (translate(skb, sc, &d))
-				return count(LS_R_rewrite_failed, skb, TCX_DROP);
-		}
+	if (conn && sc->p.flags & LS_SYN && conn->isn_svm != sc->p.seq) {
+		bpf_map_delete_elem(&ls_conn, &sc->p.t); /* another connection */
+		bpf_map_delete_elem(&ls_edge, &sc->p.t);
+		conn = NULL;
 	}
-	return count(LS_R_passed, skb, TCX_NEXT);
+	if (conn) {
+		conn_touch(conn, &sc->p, 1, bpf_ktime_get_boot_ns());
+		d.tsval = guard_of(conn);
+		if (!again) { /* what is said again has the PVM's numbers */
+			d.seq = -conn->off;
+			d.tsval -= conn->ts_off;
+		}
+		edge = edge_of(conf, sc);
+		if (edge) {
+			d.seq -= edge->off;
+			d.tsval -= edge->ts_off;
+		}
+		if (translate(skb, sc, &d))
+			return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		guard_used(sc, conn, &d);
+	}
+	return count(again ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
 }
 
 SEC("tcx/ingress")
@@ -211,18 +252,20 @@ int ls_sec_out(struct __sk_buff *skb)
 	if (mode == LS_MODE_SOLO)
 		return sec_solo(skb, sc, conf);
 	keys = keys_in_use(conf);
-	if (mode != LS_MODE_RUN || !keys)
+	if ((mode != LS_MODE_RUN && mode != LS_MODE_QUIET) || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	switch (parse(skb, &sc->p, 1)) {
 	case LS_TCP:
-		return sec_tcp(skb, sc, conf, keys);
+		return sec_tcp(skb, sc, conf, keys, mode == LS_MODE_QUIET);
 	case LS_DGRAM:
+		if (mode == LS_MODE_QUIET)
+			return count(LS_R_shut, skb, TCX_DROP);
 		if (rule_matches(&sc->p))
 			return count(LS_R_svm_only, skb, TCX_DROP);
 		return sec_dgram(skb, sc, conf, keys);
 	case LS_LINK:
-		if (sc->p.asks)
+		if (sc->p.asks && mode == LS_MODE_RUN)
 			return sec_neigh(skb, sc, conf, keys);
 		return count(LS_R_svm_only, skb, TCX_DROP);
 	default:

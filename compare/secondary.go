@@ -20,6 +20,7 @@ type SecondaryConfig struct {
 type SecondaryStats struct {
 	Copies, Bytes, Parked      int
 	Asked, Answered, Delivered uint64
+	Replayed                   uint64
 	Drops                      [ReasonCount]uint64
 }
 
@@ -34,6 +35,7 @@ type Secondary struct {
 	parked []parkedFrame
 	mark   parkMark
 	loaded parkReset
+	alone  bool // it took over
 	mut    mutation
 	stats  SecondaryStats
 	out    []Effect
@@ -113,6 +115,12 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 		}
 	case EvUnpark:
 		s.unpark()
+	case EvTakeOver:
+		s.alone = true
+		for s.oldest != nil { // in the order in which the SVM said them
+			s.replay(s.remove(s.oldest))
+		}
+		s.unpark()
 	case EvReset:
 		s.loaded = parkReset{true, ev.Epoch}
 		for s.oldest != nil {
@@ -173,6 +181,10 @@ func (s *Secondary) keep(seg *Segment) {
 		return
 	case f != nil && f.covers(k):
 		s.drop(seg.Slot, ReasonDuplicate)
+		return
+	}
+	if s.alone {
+		s.replay(k.slot)
 		return
 	}
 	if f == nil {
@@ -240,8 +252,17 @@ func (s *Secondary) answer(seg *Segment) {
 	})
 }
 
+// replay says a copy to the client: P may have died before it did.
+func (s *Secondary) replay(slot Slot) {
+	s.stats.Replayed++
+	s.out = append(s.out, Effect{Op: OpReplay, Slot: slot, Free: true})
+}
+
 // free drops a copy.
-func (s *Secondary) free(k *frameCopy, why Reason) {
+func (s *Secondary) free(k *frameCopy, why Reason) { s.drop(s.remove(k), why) }
+
+// remove takes a copy out and returns its slot.
+func (s *Secondary) remove(k *frameCopy) Slot {
 	f := k.of
 	for i, o := range f.byPos.view() {
 		if o == k {
@@ -268,7 +289,7 @@ func (s *Secondary) free(k *frameCopy, why Reason) {
 	}
 	s.stats.Copies--
 	s.stats.Bytes -= len(k.payload)
-	s.drop(k.slot, why)
+	return k.slot
 }
 
 func (s *Secondary) drop(slot Slot, why Reason) {

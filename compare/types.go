@@ -145,6 +145,9 @@ const (
 	// what was parked, in order.
 	EvReset
 	EvUnpark
+	// EvTakeOver (S): the SVM speaks from now on (R22): what the client may not have
+	// heard is said again.
+	EvTakeOver
 )
 
 // Event is one input to Step.
@@ -190,6 +193,8 @@ const (
 	OpQuery
 	// OpAdopt: tell with EvAdopt what the remote of Tuple has acknowledged by now (P).
 	OpAdopt
+	// OpReplay: send the copy in Slot in the guest's name, then free it (S).
+	OpReplay
 )
 
 // Reason says why a frame was dropped or a checkpoint is needed.

@@ -32,7 +32,7 @@ const (
 	evCOLO              // answer to fxCOLO: OK when the mode is this side's, else Cause
 	evLinkUp            // a session holds. P: OK when S's tables are whole. S: OK unless P is in doubt
 	evLinkDown          // the control link or its handshake failed
-	evPair              // OK: COLO runs, replication may begin; else it is over, and nobody waits for a commit
+	evPair              // P. OK: COLO runs, and the next commit covers S; else it is over, and nobody waits for one
 	evQuiet             // S: it is about to take over: of this machine only the offsets' age is asked
 
 	evHandshake   // P: a session is being made
@@ -240,7 +240,10 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 			}
 			break
 		}
+		// R18: until a commit, the SVM is a copy of a PVM that went on speaking.
 		c.paired = true
+		c.suspect("nothing covers the secondary yet")
+		c.resolve()
 
 	case evQMPUp:
 		c.qmp, c.pvmStopped = true, !ev.OK
@@ -402,6 +405,9 @@ func (c *ckptPrimary) advance() {
 	}
 	if !c.started && c.paired && c.link && !c.handshake && (c.qmp || !c.cfg.qmp) {
 		c.started, c.lastDone = true, c.now
+		if c.doubt != "" {
+			c.settle() // it holds from the first frame on
+		}
 		c.emit(ckptEffect{Op: fxOpen})
 	}
 	if c.stage == pIdle && c.able() {

@@ -29,6 +29,8 @@ import (
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
 	"lockstep/compare"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
 
@@ -75,6 +77,12 @@ type Options struct {
 	StatusSocket string // "": none
 	Log          *slog.Logger
 
+	// Life: the pair begins and ends by lockstep. nil: it is there, and nobody takes
+	// over.
+	Life     *Life
+	Journal  *journal.Journal    // of what happened; nil: none
+	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
+
 	// Tests shorten these.
 	link       linkTiming
 	qmpTimeout time.Duration
@@ -105,6 +113,12 @@ func (o *Options) setDefaults() error {
 	set(&o.orderEvery, orderEvery)
 	if o.link == (linkTiming{}) {
 		o.link = defaultLinkTiming
+		if o.Life != nil {
+			o.link.silence, o.link.ping = o.Life.Timeout, o.EchoEvery
+		}
+	}
+	if o.Progress == nil {
+		o.Progress = func(qemu.Progress) {}
 	}
 	if o.ckpt == nil {
 		c := defaultCkptConfig()
@@ -162,7 +176,8 @@ type Daemon struct {
 	peerWhole   bool          // P: what S said of its tables, until its session is ok
 	stopDrain   context.CancelFunc
 
-	qmp monitor
+	qmp  monitor
+	life *pairLife // nil: the pair does not end by itself
 
 	requested   atomic.Uint64 // by anyone
 	committed   uint64
@@ -198,6 +213,12 @@ func New(o Options) (*Daemon, error) {
 	cfg.firstEpoch = max(cfg.firstEpoch, d.epoch)
 	d.epoch = cfg.firstEpoch
 	d.opt.Compare.Epoch = d.epoch
+	if o.Life != nil {
+		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
+			return nil, err
+		}
+		cfg.unpaired = d.life.p != nil && d.life.p.state != lpPair
+	}
 	if o.Role == RolePrimary {
 		d.primary = newCkptPrimary(cfg)
 		d.machine = d.primary
@@ -300,6 +321,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
+	if err := d.ensureGuest(ctx); err != nil {
+		return err
+	}
 	for _, n := range d.nics {
 		// Before anything opens. What goes wrong is tried again.
 		_ = n.checkOrder(func(f func() error) error { return f() })
@@ -402,6 +426,9 @@ func (d *Daemon) control(ctx context.Context) error {
 		}
 	}()
 	d.step(ckptEvent{Kind: evTick})
+	if d.life != nil && d.life.Begin.takeOver {
+		d.live(lifeEvent{Kind: lvTakeOver})
+	}
 	if d.adopted && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
 		d.fatal = d.each("go on", (*nic).goOn)
@@ -409,7 +436,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
-		if next := d.machine.NextDeadline(); next == math.MaxInt64 {
+		if next := min(d.machine.NextDeadline(), d.nextLife()); next == math.MaxInt64 {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Duration(max(next-d.now(), 0)))
@@ -423,6 +450,7 @@ func (d *Daemon) control(ctx context.Context) error {
 			d.wanted(r)
 		case <-timer.C:
 			d.step(ckptEvent{Kind: evTick})
+			d.live(lifeEvent{Kind: lvTick})
 		}
 	}
 	if ctx.Err() != nil {
@@ -503,7 +531,8 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 	case fxOpen:
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
-			return errors.Join(n.setMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
+			// Who spoke alone did so without a limit.
+			return errors.Join(n.dp.SetSpeakUntil(0), n.setMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
 	case fxFreeze:
 		d.attemptAt = d.now()
@@ -614,6 +643,7 @@ func (d *Daemon) commit(fx ckptEffect) error {
 	if inside {
 		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
 	}
+	d.live(lifeEvent{Kind: lvCommitted})
 	return nil
 }
 

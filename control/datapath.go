@@ -15,11 +15,12 @@ type Mode uint32
 
 // Modes of a NIC's programs.
 const (
-	ModeShut Mode = iota // nothing in or out
-	ModeHold             // primary: hold, announce, mirror
-	ModeRun              // secondary: rewrite in, record out
-	ModePark             // secondary: input parked, output dropped (R13)
-	ModeSolo             // alone: pass both ways
+	ModeShut  Mode = iota // nothing in or out
+	ModeHold              // primary: hold, announce, mirror
+	ModeRun               // secondary: rewrite in, record out
+	ModePark              // secondary: input parked, output dropped (R13)
+	ModeSolo              // alone: pass both ways
+	ModeQuiet             // secondary that takes over: as shut, but what its guest says is kept (R21 i)
 )
 
 // DataPath is the kernel half of one guest NIC.
@@ -41,10 +42,19 @@ type DataPath interface {
 	Now() int64 // boottime ns
 	SetMode(Mode) error
 	SetEpoch(uint32) error
-	SetSpeakUntil(int64) error                                 // R20; MaxInt64: for ever
-	SetSpeakFor(time.Duration) error                           // P: what an echo allows, from the time it tells (R20)
-	Echo() error                                               // P: asks S's kernel for an echo (R20)
-	Mark() error                                               // P: tells S where the PVM's STOP lies among its input (R16)
+	SetSpeakUntil(int64) error       // R20; MaxInt64: for ever
+	SetSpeakFor(time.Duration) error // P: what an echo allows, from the time it tells (R20)
+	Echo() error                     // P: asks S's kernel for an echo (R20)
+	Mark() error                     // P: tells S where the PVM's STOP lies among its input (R16)
+	Echoed() int64                   // boottime ns of the last echo that S's kernel returned (R20); 0: none yet
+	// TakeOver (S, quiet) makes the SVM's timestamps follow the PVM's: on connections
+	// with them the clients see guard ticks more than the PVM's clock tells (R22).
+	// Done again it changes nothing.
+	TakeOver(guard uint32) error
+	// Edges are the connections that this host, or one before it, took over, as P
+	// translates them at its outer edge; AddEdges tells S of them.
+	Edges() ([]Edge, error)
+	AddEdges([]Edge) error
 	InstallSession(Session) error                              // keys, term, epoch, MACs
 	ResetOffsets() error                                       // S: empties ls_conn, ls_half
 	Sweep(linger, idle time.Duration) (removed int, err error) // S: removes closed and idle connections
@@ -103,6 +113,14 @@ type Offset struct {
 	Incarnation uint32 // ISN_PVM
 	Last        int64  // boottime ns of the last frame
 	State       string // "open", "closing", "reset"
+}
+
+// Edge is the translation of a connection that was taken over: the guest's numbers
+// minus those that the remote knows.
+type Edge struct {
+	compare.Tuple
+	Seq uint32
+	TS  uint32
 }
 
 // Program is one attached kernel program.

@@ -122,7 +122,7 @@ func (f *fakePath) SetMode(m Mode) error {
 	f.mu.Lock()
 	f.mode = m
 	f.mu.Unlock()
-	return f.note("mode %s", [...]string{"shut", "hold", "run", "park", "solo"}[m])
+	return f.note("mode %s", [...]string{"shut", "hold", "run", "park", "solo", "quiet"}[m])
 }
 func (f *fakePath) SetEpoch(e uint32) error {
 	f.mu.Lock()
@@ -134,6 +134,10 @@ func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
 func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
 func (f *fakePath) Mark() error                     { return f.note("mark") }
 func (f *fakePath) Echo() error                     { return nil }
+func (f *fakePath) Echoed() int64                   { return 0 }
+func (f *fakePath) TakeOver(guard uint32) error     { return f.note("take over") }
+func (f *fakePath) Edges() ([]Edge, error)          { return nil, nil }
+func (f *fakePath) AddEdges([]Edge) error           { return nil }
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s

@@ -31,17 +31,18 @@ const (
 	lvLinkDown          // OK: the peer's kernel ended it, so its host lives; else it fell silent
 	lvHeard             // the peer said something on the control link
 	lvPeerDead          // the peer says that its QEMU is dead and, if it was P, its gate shut
+	lvOver              // S: P goes on without this SVM
 	lvQEMUDead          // this side's QEMU is dead
 	lvCOLOExit          // this side's QEMU lost the other's
+	lvTakeOver          // an operator says that the other is to count as dead; P: also that the guest is to begin alone
 	lvClaimed           // answer to lxClaim, when it is known: OK when won; Term is the record's
 
 	lvSynced    // P: answer to lxSync
 	lvCommitted // P: a checkpoint was committed in HOLD
 
-	lvCovered  // S: P confirmed the first commit (R18)
-	lvTakeOver // S: an operator says that P is to count as dead
-	lvAwake    // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
-	lvQEMU     // S: answer to lxQEMU
+	lvCovered // S: P confirmed the first commit (R18)
+	lvAwake   // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
+	lvQEMU    // S: answer to lxQEMU
 )
 
 type lifeEvent struct {
@@ -201,10 +202,6 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 			l.state = lpSync
 			l.emit(lxSync)
 		}
-	case lvLinkDown:
-		if l.state == lpSync {
-			l.back()
-		}
 	case lvSynced:
 		switch {
 		case l.state != lpSync:
@@ -220,11 +217,15 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 			l.emit(lxCovered)
 		}
 	case lvPeerDead, lvCOLOExit:
+		if l.state == lpPair { // while QEMU begins to replicate, lvSynced tells
+			l.alone()
+		}
+	case lvTakeOver:
 		switch l.state {
 		case lpPair:
 			l.alone()
-		case lpSync:
-			l.back()
+		case lpStart: // an S that was covered once may be about to ask, too
+			l.claim()
 		}
 	case lvQEMUDead:
 		l.quit()
@@ -254,11 +255,15 @@ func (l *lifePrimary) back() {
 // nobody need be asked.
 func (l *lifePrimary) alone() {
 	if l.covered && !l.cfg.noClaim {
-		l.state = lpClaim
-		l.emit(lxClaim)
+		l.claim()
 		return
 	}
 	l.speak()
+}
+
+func (l *lifePrimary) claim() {
+	l.state = lpClaim
+	l.emit(lxClaim)
 }
 
 func (l *lifePrimary) speak() {
@@ -307,12 +312,12 @@ const (
 // lifeSecondary is the machine of the host whose guest follows.
 type lifeSecondary struct {
 	lifeSide
-	state    lsState
-	covered  bool
-	coloExit bool
-	shut     bool // P said that its gate is shut
-	awake    bool
-	loadBy   int64
+	state   lsState
+	covered bool
+	exited  int64 // when this side's QEMU lost P's; 0: it did not
+	shut    bool  // P said that its gate is shut
+	awake   bool
+	loadBy  int64
 }
 
 // newLifeSecondary begins anew, or with what a daemon before this one was told for
@@ -331,10 +336,18 @@ func (l *lifeSecondary) gone() int64 {
 		return math.MaxInt64
 	}
 	limit := l.cfg.timeout
-	if l.lives && !l.coloExit {
+	if l.lives && l.exited == 0 {
 		limit = l.cfg.rejoin // its daemon is started again, its QEMU runs
 	}
 	return max(l.heard, l.echoed) + limit
+}
+
+// useless is when an SVM that follows nobody gives up, though P lives.
+func (l *lifeSecondary) useless() int64 {
+	if !l.link || l.exited == 0 {
+		return math.MaxInt64
+	}
+	return l.exited + l.cfg.timeout
 }
 
 // silent is when P cannot speak any more (R21 iii).
@@ -349,7 +362,7 @@ func (l *lifeSecondary) silent() int64 {
 func (l *lifeSecondary) NextDeadline() int64 {
 	switch l.state {
 	case lsPair:
-		return l.gone()
+		return min(l.gone(), l.useless())
 	case lsEcho:
 		return l.silent()
 	case lsLoad:
@@ -369,7 +382,7 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 		if ev.Term != l.term {
 			l.term, l.covered = ev.Term, false
 		}
-		l.state, l.coloExit = lsPair, false
+		l.state = lsPair
 	case lvCovered:
 		if l.state == lsPair && l.link && ev.Term == l.term {
 			l.covered = true
@@ -379,12 +392,16 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 			l.shut = true
 			l.takeOver()
 		}
+	case lvOver:
+		if l.state < lsEcho {
+			l.quit()
+		}
 	case lvTakeOver:
 		if l.state == lsPair && l.covered {
 			l.takeOver()
 		}
 	case lvCOLOExit:
-		l.coloExit, l.awake = true, true
+		l.exited, l.awake = now, true
 	case lvAwake:
 		l.awake = true
 	case lvQEMUDead:
@@ -413,6 +430,9 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 
 // advance does what time allows.
 func (l *lifeSecondary) advance(now int64) {
+	if l.state == lsPair && now >= l.useless() {
+		l.quit() // P hears of it, and goes on alone
+	}
 	if l.state == lsPair && now >= l.gone() {
 		l.takeOver()
 	}
@@ -427,7 +447,7 @@ func (l *lifeSecondary) advance(now int64) {
 
 // takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.
 func (l *lifeSecondary) takeOver() {
-	l.state, l.awake = lsClaim, l.coloExit
+	l.state, l.awake = lsClaim, l.exited != 0
 	l.emit(lxQuiet)
 	l.emit(lxClaim)
 }

@@ -278,7 +278,7 @@ func (m *lifeModel) trouble() {
 		}
 	case 8:
 		if m.rng.IntN(4) == 0 {
-			m.step(1, lifeEvent{Kind: lvTakeOver})
+			m.step(h, lifeEvent{Kind: lvTakeOver})
 		}
 	default:
 		m.unlink(true)
@@ -356,7 +356,7 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 
 func (e lifeEvent) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "qemu-dead", "colo-exit", "claimed", "synced", "committed", "covered", "take-over", "awake", "qemu",
+		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "committed", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
 

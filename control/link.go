@@ -27,9 +27,11 @@ import (
 //	P → S  prepare, abort
 //	S → P  ready, stopped, resumed, abort
 //	P → S  rekey      the next term and its signing keys; S answers ok
-//	both   ping       when nothing else was said for a while
+//	P → S  covered    S may take over from now on (R18); over: P goes on without S
+//	both   dead       my QEMU is dead, my gates are shut
+//	both   ping       now and then
 const (
-	linkVersion = 2
+	linkVersion = 3
 	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
 	maxQueue    = 64       // messages that wait to be written
 	maxNICs     = 256
@@ -44,6 +46,7 @@ type message struct {
 	Hello   *hello   `json:"hello,omitempty"`
 	Session *session `json:"session,omitempty"`
 	Rekey   *rekey   `json:"rekey,omitempty"`
+	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
 }
 
 // party is what each side tells of itself.
@@ -64,6 +67,9 @@ type hello struct {
 	Whole       bool   `json:"whole"`       // the offsets are those of the SVM as it is
 	Epoch       uint32 `json:"epoch"`       // the one that S is in
 	Connections int    `json:"connections"` // with an offset
+
+	COLO  bool    `json:"colo,omitempty"`  // the SVM follows a PVM; else its QEMU waits for one
+	Disks []int64 `json:"disks,omitempty"` // their sizes
 }
 
 type session struct {
@@ -72,6 +78,9 @@ type session struct {
 	Digest []byte `json:"digest"` // digest keys, compare.Keys' words, little-endian: they outlive a daemon
 	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
 	Doubt  bool   `json:"doubt"`  // stay parked until a checkpoint
+
+	Record uint64 `json:"record,omitempty"` // term of the arbiter's record
+	Pair   bool   `json:"pair,omitempty"`   // the pair that there was goes on
 }
 
 type rekey struct {
@@ -131,6 +140,7 @@ func checkPeer(own, peer party, peerNode, peerRole string) error {
 type linkTiming struct {
 	handshake time.Duration // hello to session-ok, each step
 	silence   time.Duration // a link that says nothing for so long is dead
+	ping      time.Duration // between two words, though there is nothing to say
 	retry     time.Duration // between attempts to connect, growing to retryMax
 	retryMax  time.Duration
 }
@@ -141,7 +151,7 @@ const (
 )
 
 var defaultLinkTiming = linkTiming{
-	handshake: handshake, silence: 3 * time.Second, retry: 50 * time.Millisecond, retryMax: retryMax,
+	handshake: handshake, silence: 3 * time.Second, ping: time.Second, retry: 50 * time.Millisecond, retryMax: retryMax,
 }
 
 // MaxRejoin is how long after a daemon's start a healthy peer's session with it may
@@ -153,15 +163,16 @@ type link struct {
 	conn  net.Conn
 	lines *bufio.Scanner
 	quiet time.Duration
+	ping  time.Duration
 	out   chan message
 	done  chan struct{}
 	once  sync.Once
 	err   error // why it closed; set before done closes
 }
 
-func newLink(conn net.Conn, quiet time.Duration) *link {
+func newLink(conn net.Conn, t linkTiming) *link {
 	l := &link{
-		conn: conn, lines: bufio.NewScanner(conn), quiet: quiet,
+		conn: conn, lines: bufio.NewScanner(conn), quiet: t.silence, ping: t.ping,
 		out: make(chan message, maxQueue), done: make(chan struct{}),
 	}
 	l.lines.Buffer(nil, maxMessage)
@@ -179,27 +190,23 @@ const tlsHandshake = 22
 
 var errSpeaksTLS = errors.New("it speaks TLS")
 
-// read gives the next message that comes within d; pings are left out.
+// read gives the next message that comes within d.
 func (l *link) read(d time.Duration) (message, error) {
-	for {
-		if err := l.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
-			return message{}, err
-		}
-		if !l.lines.Scan() {
-			err := l.lines.Err()
-			if err == nil {
-				err = io.EOF
-			}
-			return message{}, err
-		}
-		var m message
-		if err := json.Unmarshal(l.lines.Bytes(), &m); err != nil {
-			return message{}, fmt.Errorf("not a control message: %w", err)
-		}
-		if m.Type != "ping" {
-			return m, nil
-		}
+	if err := l.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
+		return message{}, err
 	}
+	if !l.lines.Scan() {
+		err := l.lines.Err()
+		if err == nil {
+			err = io.EOF
+		}
+		return message{}, err
+	}
+	var m message
+	if err := json.Unmarshal(l.lines.Bytes(), &m); err != nil {
+		return message{}, fmt.Errorf("not a control message: %w", err)
+	}
+	return m, nil
 }
 
 // write sends a message at once.
@@ -236,7 +243,7 @@ func (l *link) close(err error) {
 
 // pump writes what is queued, and pings, until the link closes.
 func (l *link) pump() {
-	ping := time.NewTicker(l.quiet / 3)
+	ping := time.NewTicker(l.ping)
 	defer ping.Stop()
 	for {
 		m := message{Type: "ping"}

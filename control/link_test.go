@@ -24,7 +24,7 @@ func dialLink(t *testing.T, address string) *link {
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 		if err == nil {
 			t.Cleanup(func() { conn.Close() })
-			return newLink(conn, patience)
+			return newLink(conn, linkTiming{silence: patience, ping: patience})
 		}
 		if !again.wait(ctx) {
 			t.Fatal(err)
@@ -47,7 +47,7 @@ func TestRefusals(t *testing.T) {
 		change func(*party)
 		want   string
 	}{
-		{"version", func(p *party) { p.Version = 1 }, "control protocol 2 here, 1 there"},
+		{"version", func(p *party) { p.Version = 1 }, "control protocol 3 here, 1 there"},
 		{"vm", func(p *party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
 		{"node", func(p *party) { p.Node = "gamma" }, `but "gamma" is there`},
 		{"role", func(p *party) { p.Role = "boss" }, `"boss" there: one is to be primary`},
@@ -93,7 +93,7 @@ func TestRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
-		l := newLink(conn, patience)
+		l := newLink(conn, linkTiming{silence: patience, ping: patience})
 		if m, err := l.read(patience); err != nil || m.Type != "hello" || m.Hello.Node != "beta" || !m.Hello.Whole {
 			t.Fatalf("hello: %+v, %v", m, err)
 		}
@@ -218,8 +218,10 @@ func TestMessageFits(t *testing.T) {
 	defer a.Close()
 	defer b.Close()
 	sent := make(chan error, 1)
-	go func() { sent <- newLink(a, patience).write(message{Type: "session", Session: &s}) }()
-	m, err := newLink(b, patience).read(patience)
+	go func() {
+		sent <- newLink(a, linkTiming{silence: patience, ping: patience}).write(message{Type: "session", Session: &s})
+	}()
+	m, err := newLink(b, linkTiming{silence: patience, ping: patience}).read(patience)
 	if err != nil || len(m.Session.NICs) != maxNICs || <-sent != nil {
 		t.Errorf("%v", err)
 	}
@@ -231,7 +233,7 @@ func FuzzMessage(f *testing.F) {
 	f.Add([]byte(`{"type":"session","session":{"digest":"AAAA"}}`))
 	f.Add([]byte("{\"type\":\"ping\"}\nnull\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		l := newLink(&bytesConn{Reader: bytes.NewReader(b)}, time.Hour)
+		l := newLink(&bytesConn{Reader: bytes.NewReader(b)}, linkTiming{silence: time.Hour, ping: time.Hour})
 		for {
 			m, err := l.read(time.Hour)
 			if err != nil {

@@ -86,6 +86,8 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.", func(s *Status) float64 { return truth(s.Detail != "") })
 	gauge("epoch", "Number of the last checkpoint's epoch.", func(s *Status) float64 { return float64(s.Epoch) })
 	gauge("session_term", "Number of the session between the two daemons.", func(s *Status) float64 { return float64(s.Term) })
+	gauge("arbiter_term", "Term of the arbiter's record that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.Record) })
+	gauge("covered", "Whether the secondary may take over: 1 or 0.", func(s *Status) float64 { return truth(s.Covered) })
 	gauge("connections", "Connections that are tracked; on the secondary those with an offset.", func(s *Status) float64 { return float64(s.Connections) })
 	gauge("held_packets", "Packets that wait for their match; on the secondary copies and parked ones.", func(s *Status) float64 { return float64(s.HeldPackets) })
 	gauge("held_bytes", "Bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })

@@ -4,6 +4,8 @@ package control
 
 import (
 	"context"
+	"errors"
+	"os"
 	"sync"
 	"time"
 
@@ -43,6 +45,8 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 		if err == nil {
 			again.reset()
 			err = d.watchMonitor(ctx, m)
+		} else {
+			d.post(func() { d.unreachable(err) })
 		}
 		d.post(func() {
 			if why := err.Error(); d.qmp.info.err != why && ctx.Err() == nil {
@@ -78,6 +82,8 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
 		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
 		d.step(ckptEvent{Kind: evQMPUp, OK: running})
+		d.prepare()
+		d.paired()
 	})
 
 	var asking sync.WaitGroup
@@ -87,9 +93,16 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		at, skew := d.boottime(qmp.Time(e))
 		switch e.Event {
 		case "STOP":
-			d.post(func() { d.qmp.info.state = "paused"; d.step(ckptEvent{Kind: evStop, At: at, Skew: skew}) })
+			d.post(func() { d.qmp.info.state = "paused"; d.ran(ckptEvent{Kind: evStop, At: at, Skew: skew}) })
 		case "RESUME":
-			d.post(func() { d.qmp.info.state = "running"; d.step(ckptEvent{Kind: evResume, At: at, Skew: skew}) })
+			d.post(func() { d.qmp.info.state = "running"; d.ran(ckptEvent{Kind: evResume, At: at, Skew: skew}) })
+		case "COLO_EXIT":
+			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
+			d.post(func() {
+				if d.life == nil || !d.life.deaf {
+					d.live(lifeEvent{Kind: lvCOLOExit})
+				}
+			})
 		default:
 			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
 		}
@@ -100,6 +113,37 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.step(ckptEvent{Kind: evQMPDown})
 	})
 	return m.Err()
+}
+
+// ran takes a STOP or a RESUME.
+func (d *Daemon) ran(ev ckptEvent) {
+	if d.life != nil {
+		if d.life.deaf {
+			return // the failover's own
+		}
+		if d.life.unanswered = 0; ev.Kind == evResume {
+			defer d.live(lifeEvent{Kind: lvAwake})
+		}
+	}
+	d.step(ev)
+}
+
+// maxUnanswered is how often in a row a QEMU may not answer a new connection before
+// it counts as dead.
+const maxUnanswered = 2
+
+// unreachable: no connection to QEMU could be made.
+func (d *Daemon) unreachable(err error) {
+	l := d.life
+	if l == nil || !l.hadQEMU {
+		return // it comes
+	}
+	if l.unanswered++; !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, qmp.ErrTimeout) && !errors.Is(err, context.DeadlineExceeded) {
+		l.unanswered = maxUnanswered // refused: nobody is there
+	}
+	if l.unanswered == maxUnanswered {
+		d.qemuGone(err.Error())
+	}
 }
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes

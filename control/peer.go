@@ -77,7 +77,7 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 	if err != nil {
 		return err
 	}
-	l := newLink(conn, d.opt.link.silence)
+	l := newLink(conn, d.opt.link)
 	m, err := l.read(d.opt.link.handshake)
 	if err != nil {
 		return d.explain(err)
@@ -88,6 +88,16 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 	if err := checkPeer(d.party(), m.Hello.party, d.opt.Peer, string(RoleSecondary)); err != nil {
 		_ = l.write(message{Type: "refuse", Cause: err.Error()})
 		return err
+	}
+	if d.life != nil {
+		own, err := d.life.diskSizes()
+		if err == nil {
+			err = checkSizes(d.life.Disks, own, m.Hello.Disks)
+		}
+		if err != nil {
+			_ = l.write(message{Type: "refuse", Cause: err.Error()})
+			return err
+		}
 	}
 	return d.ask(ctx, func() { d.offer(l, *m.Hello) })
 }
@@ -115,6 +125,10 @@ func (d *Daemon) offer(l *link, h hello) {
 	d.term = max(d.term, h.Term) + 1
 	s := session{party: d.party(), Epoch: d.epoch, Digest: keyBytes(d.nics[0].keys)}
 	s.Term = d.term
+	if d.life != nil {
+		d.life.hello = h
+		s.Record, s.Pair = d.life.p.term, d.life.p.state == lpPair
+	}
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
 	s.Sign = newSeed()
 	if err := d.install(d.nics[0].keys, s.Sign, false); err != nil {
@@ -155,6 +169,13 @@ func (d *Daemon) install(digest *compare.Keys, sign []byte, rotated bool) error 
 
 // connect makes the link to the primary, again and again (S).
 func (d *Daemon) connect(ctx context.Context) {
+	if d.life != nil {
+		select {
+		case <-d.life.prepared:
+		case <-ctx.Done():
+			return
+		}
+	}
 	again := backoff{first: d.opt.link.retry, last: d.opt.link.retryMax}
 	for {
 		up, err := d.join(ctx)
@@ -196,13 +217,21 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 		}
 	}
 	h := hello{Connections: offsets}
+	if d.life != nil {
+		if h.Disks, err = d.life.diskSizes(); err != nil {
+			return false, err
+		}
+		if h.COLO, err = d.follows(ctx); err != nil {
+			return false, err
+		}
+	}
 	if err := d.ask(ctx, func() {
 		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), !d.adopted && d.sessions == 0
 		h.Term, h.Epoch = d.term, d.epoch
 	}); err != nil {
 		return false, err
 	}
-	l := newLink(conn, d.opt.link.silence)
+	l := newLink(conn, d.opt.link)
 	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
 		return false, d.explain(err)
 	}
@@ -219,7 +248,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 		return false, err
 	}
 	var installed error
-	if err := d.ask(ctx, func() { installed = d.joined(l, m.Session) }); err != nil {
+	if err := d.ask(ctx, func() { installed = d.joined(l, m.Session, h.COLO) }); err != nil {
 		return false, err
 	}
 	if installed != nil {
@@ -230,7 +259,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 }
 
 // joined begins a session (S).
-func (d *Daemon) joined(l *link, s *session) error {
+func (d *Daemon) joined(l *link, s *session, colo bool) error {
 	if s.Term <= d.term {
 		return fmt.Errorf("the primary offers term %d, but term %d is known here: it is out of date", s.Term, d.term)
 	}
@@ -247,6 +276,7 @@ func (d *Daemon) joined(l *link, s *session) error {
 	d.follow(l, d.opt.link.silence)
 	l.send(message{Type: "ok"}) // before anything that the machine says
 	d.up(!s.Doubt)
+	d.joinedPair(s.Record, s.Pair, colo)
 	return nil
 }
 
@@ -256,6 +286,7 @@ func (d *Daemon) up(ok bool) {
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
 	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
+	d.paired()
 }
 
 // rotateEvery begins a rotation now and then, while l lasts (P).
@@ -363,6 +394,7 @@ func (d *Daemon) unlink(l *link, why error) {
 	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
 	d.step(ckptEvent{Kind: evLinkDown})
+	d.linkLost(why)
 }
 
 func (d *Daemon) send(m message) {
@@ -384,6 +416,8 @@ func (d *Daemon) received(l *link, m message) {
 		if d.opt.Rekey > 0 {
 			d.work.Go(func() { d.rotateEvery(l) })
 		}
+		return
+	case d.linkUp && d.heardOf(m):
 		return
 	case d.rotation != nil && m.Type == "ok":
 		close(d.rotation)

@@ -27,10 +27,14 @@ type Status struct {
 	VM     string `json:"vm"`
 	Node   string `json:"node"`
 	Role   string `json:"role"`             // "primary", "secondary"
-	State  string `json:"state"`            // "start", "replicating", "checkpointing"
+	State  string `json:"state"`            // "start", "replicating", "checkpointing", "failover", "solo", "resync"
 	Detail string `json:"detail,omitempty"` // why it is frozen, parked or shut
 	Epoch  uint32 `json:"epoch"`
 	Term   uint32 `json:"term"`
+	// With an arbiter: whether the secondary may take over (R18), and the term of the
+	// arbiter's record that this node goes by.
+	Covered bool   `json:"covered"`
+	Record  uint64 `json:"record,omitempty"`
 
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`
@@ -155,6 +159,9 @@ func (d *Daemon) ownStatus() Status {
 		Checkpoints: append([]Checkpoint{}, d.attempts...),
 	}
 	s.State, s.Detail = d.machine.state()
+	if d.life != nil {
+		d.life.status(&s)
+	}
 	return s
 }
 

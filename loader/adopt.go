@@ -69,6 +69,19 @@ func findTables(dir string, o Options, tap netlink.Link) (*tables, error) {
 		o.Tap, tap.Attrs().Index, guarded)
 }
 
+// goOnFrom finds what Open goes on from: old, of the same role, or taken, of a
+// secondary that took over and is to be a primary.
+func goOnFrom(dir string, o Options, tap netlink.Link) (old, taken *tables, err error) {
+	alone, err := promoted(dir)
+	if err != nil || !alone || o.Role != Primary {
+		old, err = findTables(dir, o, tap)
+		return old, nil, err
+	}
+	o.Role = Secondary
+	taken, err = findTables(dir, o, tap)
+	return nil, taken, err
+}
+
 // deviceOf is the index of the device that a pinned link holds a program at; 0: of
 // none, or there is no such link.
 func deviceOf(pin string) (int, error) {

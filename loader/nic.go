@@ -62,6 +62,7 @@ type Options struct {
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
 	Version          string   // of this lockstep
+	Discard          bool     // what is pinned for this NIC goes, whatever it is
 	Log              *slog.Logger
 
 	// Mutation switches a rule of the kernel half off ; tests
@@ -98,6 +99,7 @@ const batch = 256
 // NIC is the kernel half of one guest NIC.
 type NIC struct {
 	log       *slog.Logger
+	role      Role
 	tap, peer netlink.Link
 	objs      bpf.LockstepObjects
 	maps      map[string]*ebpf.Map // those of objs that are pinned, by name
@@ -115,6 +117,7 @@ type NIC struct {
 	meta      map[compare.Slot]frameMeta
 
 	toTap, toPeer *packetConn
+	replays       *packetConn // S: to the tap, with the release mark
 	heads         [batch][maxHeader + signedMax]byte
 	nheads        int
 	frees         []compare.Slot
@@ -175,12 +178,16 @@ func Open(o Options) (_ *NIC, err error) {
 	if err := refuseManaged(tap, dir); err != nil {
 		return nil, err
 	}
-	old, err := findTables(dir, o, tap)
-	if err != nil {
-		return nil, err
+	var old *tables
+	var taken *tables // an S's that took over; its guest is P's now
+	if !o.Discard {
+		if old, taken, err = goOnFrom(dir, o, tap); err != nil {
+			return nil, err
+		}
+		defer old.close()
+		defer taken.close()
 	}
-	defer old.close()
-	n := &NIC{log: o.Log, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta)}
+	n := &NIC{log: o.Log, role: o.Role, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -192,10 +199,18 @@ func Open(o Options) (_ *NIC, err error) {
 	if err := preparePeer(peer); err != nil {
 		return nil, err
 	}
+	if taken != nil {
+		if err := n.inherit(taken); err != nil {
+			return nil, err
+		}
+	}
 	if old != nil {
 		err = n.adopt(o.Role, dir)
 	} else {
-		err = n.attach(o.Role, dir)
+		err = n.attach(o.Role, dir, taken != nil)
+	}
+	if err == nil && taken != nil {
+		n.adopted, err = n.found(o.Role)
 	}
 	if err == nil {
 		err = n.attachXDP(o, dir)
@@ -261,7 +276,7 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
 	for name, entries := range map[string]int{
-		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections,
+		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections, bpf.LockstepMapLsEdge: z.connections,
 		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
 		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
 	} {
@@ -335,11 +350,16 @@ func (n *NIC) load(o Options, old *tables) error {
 	if n.toTap, err = newPacketConn(n.tap.Attrs().Index, mark); err != nil {
 		return err
 	}
+	if n.replays, err = newPacketConn(n.tap.Attrs().Index, rel); err != nil {
+		return err
+	}
 	n.toPeer, err = newPacketConn(n.peer.Attrs().Index, 0)
 	return err
 }
 
-func (n *NIC) attach(role Role, dir string) error {
+// attach attaches new programs, in front of those that may be there, and takes these
+// away. solo: the guest speaks alone, and goes on to.
+func (n *NIC) attach(role Role, dir string, solo bool) error {
 	// What a daemon pinned that failed half-way may be all that guards the tap.
 	staging, left := stagingDir(dir), leftDir(dir)
 	if err := os.Rename(staging, left); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -365,6 +385,9 @@ func (n *NIC) attach(role Role, dir string) error {
 		if err := removePins(old); err != nil {
 			return err
 		}
+	}
+	if solo { // not before: two would translate
+		atomic.StoreUint32(&n.conf.Mode, uint32(control.ModeSolo))
 	}
 	if err := os.Rename(staging, dir); err != nil {
 		return fmt.Errorf("put pins in place: %w", err)
@@ -655,6 +678,8 @@ const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_
 // connState names a connection's state bits.
 func connState(bits uint32) string {
 	switch {
+	case bits&connInherited != 0:
+		return "inherited"
 	case bits&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0:
 		return "reset"
 	case bits&fins != 0:
@@ -665,21 +690,28 @@ func connState(bits uint32) string {
 
 // Sweep implements [control.DataPath].
 func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
-	now := n.Now()
-	old, err := keysOf(n.objs.LsConn, func(c *bpf.LockstepLsConn) bool {
-		limit := idle
-		if c.State&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0 || c.State&fins == fins {
-			limit = min(linger, idle)
+	now, removed := n.Now(), 0
+	maps := []*ebpf.Map{n.objs.LsConn}
+	if n.edges() {
+		maps = append(maps, n.objs.LsEdge)
+	}
+	for _, m := range maps {
+		old, err := keysOf(m, func(c *bpf.LockstepLsConn) bool {
+			limit := idle
+			if c.State&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0 || c.State&fins == fins {
+				limit = min(linger, idle)
+			}
+			return now-int64(c.Last) > int64(limit)
+		})
+		if err == nil {
+			err = deleteKeys(m, old)
 		}
-		return now-int64(c.Last) > int64(limit)
-	})
-	if err == nil {
-		err = deleteKeys(n.objs.LsConn, old)
+		if err != nil {
+			return removed, fmt.Errorf("sweep connections: %w", err)
+		}
+		removed += len(old)
 	}
-	if err != nil {
-		return 0, fmt.Errorf("sweep connections: %w", err)
-	}
-	return len(old), nil
+	return removed, nil
 }
 
 // Offsets implements [control.DataPath].
@@ -794,6 +826,9 @@ func (n *NIC) Apply(effs []compare.Effect) error {
 		case compare.OpDeliver, compare.OpForward:
 			n.deliver(e.Slot)
 			n.frees = append(n.frees, e.Slot)
+		case compare.OpReplay:
+			n.replay(e.Slot)
+			n.frees = append(n.frees, e.Slot)
 		case compare.OpNeigh:
 			n.toTap.queue(neighRequest(n.head(), e), nil)
 		case compare.OpRemirror:
@@ -898,9 +933,11 @@ func (n *NIC) tell(typ bpf.LockstepLsRecType, e *compare.Effect) {
 }
 
 func (n *NIC) flush() {
-	if lost, err := n.toTap.flush(); lost > 0 {
-		n.lost.tap.Add(uint64(lost))
-		n.log.Debug("frames not sent", "device", n.tap.Attrs().Name, "frames", lost, "err", err)
+	for _, c := range []*packetConn{n.toTap, n.replays} {
+		if lost, err := c.flush(); lost > 0 {
+			n.lost.tap.Add(uint64(lost))
+			n.log.Debug("frames not sent", "device", n.tap.Attrs().Name, "frames", lost, "err", err)
+		}
 	}
 	if lost, err := n.toPeer.flush(); lost > 0 {
 		n.lost.peer.Add(uint64(lost))
@@ -923,7 +960,7 @@ func (n *NIC) Close() error {
 	if n.waiter != nil {
 		errs = append(errs, n.waiter.close())
 	}
-	for _, c := range []*packetConn{n.toTap, n.toPeer} {
+	for _, c := range []*packetConn{n.toTap, n.replays, n.toPeer} {
 		if c != nil {
 			errs = append(errs, c.close())
 		}

@@ -549,6 +549,10 @@ func (p *fakePath) SetEpoch(uint32) error                             { return n
 func (p *fakePath) SetSpeakUntil(int64) error                         { return nil }
 func (p *fakePath) SetSpeakFor(time.Duration) error                   { return nil }
 func (p *fakePath) Echo() error                                       { return nil }
+func (p *fakePath) Echoed() int64                                     { return 0 }
+func (p *fakePath) TakeOver(uint32) error                             { return nil }
+func (p *fakePath) Edges() ([]control.Edge, error)                    { return nil, nil }
+func (p *fakePath) AddEdges([]control.Edge) error                     { return nil }
 func (p *fakePath) Mark() error                                       { return nil }
 func (p *fakePath) InstallSession(control.Session) error              { return nil }
 func (p *fakePath) ResetOffsets() error                               { return nil }

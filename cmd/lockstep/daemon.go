@@ -29,6 +29,7 @@ type kernel struct {
 	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
 	upgradable  func(nicOptions) (from string, err error) // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error
+	found       func(nicOptions) (control.Found, error) // what an earlier daemon left
 }
 
 // nicOptions are what a NIC's programs and maps are made with.
@@ -36,6 +37,7 @@ type nicOptions struct {
 	pinDir, vm, node string
 	index            int
 	primary          bool
+	discard          bool   // what is there of an earlier part
 	tap, peer        string // devices
 	compare          config.Compare
 	rules            []config.Rule
@@ -56,8 +58,8 @@ type runOptions struct {
 	verifierLog bool
 }
 
-// runDaemon puts the kernel half in place and hands it to control until ctx
-// ends. Programs and maps stay behind.
+// runDaemon runs this node's part in the pair, or one after the other, until ctx
+// ends. Programs and maps stay behind, and so does QEMU.
 func runDaemon(ctx context.Context, e env, o runOptions) error {
 	c := o.config
 	o.log.Info("lockstep", "version", versionString())
@@ -79,7 +81,16 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		return err
 	}
 	defer release()
+	if c.Arbiter.Type == "" {
+		return runPart(ctx, e, o, protected, nil)
+	}
+	return runLife(ctx, e, o, protected)
+}
 
+// runPart puts the kernel half in place for one role and hands it to control. life is
+// nil where nobody takes over.
+func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) error {
+	c := o.config
 	nics, err := devices(e.kernel, o)
 	if err != nil {
 		return err
@@ -104,7 +115,11 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	if o.primary {
 		opt.Role, opt.Control = control.RolePrimary, o.self.Control.String()
 	}
+	if life != nil {
+		life.fill(&opt, e, o)
+	}
 	for _, n := range nics {
+		n.discard = life != nil && life.begin.Discard
 		dp, fresh, err := e.kernel.open(n)
 		if err != nil {
 			for _, dp := range opt.NICs {
@@ -129,10 +144,10 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 // is believed to fail over, and does not, is worse than none.
 func notYet(o runOptions) error {
 	switch c := o.config; {
-	case o.self.Starts:
-		return c.Refuse("qemu", "this version starts no QEMU", fmt.Sprintf("start it yourself and name its socket with nodes.%s.qmp", o.self.Name))
-	case c.Arbiter.Type != "":
-		return c.Refuse("arbiter", "this version does not fail over by itself", "leave arbiter out until it does")
+	case o.self.Starts && c.Arbiter.Type == "":
+		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one with arbiter; {none: {}} lets either host speak when it has lost the other")
+	case o.self.QMP == "" && c.Arbiter.Type != "":
+		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
 	case c.Checkpoint.TargetPause != 0:
 		return c.Refuse("checkpoint.target_pause", "this version's period is fixed", "leave it out")
 	}

@@ -29,6 +29,7 @@ var realKernel = kernel{
 		return loader.CheckUpgrade(l)
 	},
 	unload: loader.Unload,
+	found:  func(o nicOptions) (control.Found, error) { return loader.Found(loaderOptions(o, 0)) },
 }
 
 // loaderOptions are a NIC's. The mutation is 0 but in tests.
@@ -46,7 +47,7 @@ func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
 		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
-		Log: o.log, Mutation: mutation,
+		Log: o.log, Mutation: mutation, Discard: o.discard,
 	}
 }
 

@@ -593,6 +593,11 @@ func Merged(m *qmp.Monitor, disks []Disk) (bool, error) {
 	return true, nil
 }
 
+// Announce has every switch on the way learn where the guest's addresses are now.
+func Announce(m *qmp.Monitor) error {
+	return m.Execute("announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 50}, nil)
+}
+
 // Stop stops the guest's CPUs, when its I/O under way is done.
 func Stop(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "stop", nil, nil) }
 

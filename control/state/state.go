@@ -23,7 +23,7 @@ type State struct {
 	Role       string `json:"role"`       // "primary", "secondary"
 	Term       uint64 `json:"term"`       // of the arbiter's record that this node last acted on
 	Covered    uint64 `json:"covered"`    // the term for which the secondary was told that it may take over (R18); 0: none
-	Generation uint64 `json:"generation"` // of the guest that Covered is about: grows with each QEMU this node begins anew with
+	Replicated bool   `json:"replicated"` // replication has begun once: the images of both hosts may differ since
 }
 
 // Store is a node's file in state_dir. It is for one process at a time, which the

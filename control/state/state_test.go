@@ -32,7 +32,7 @@ func TestSaveLoad(t *testing.T) {
 	if st := load(t, s); st != (State{}) {
 		t.Errorf("at first %+v", st)
 	}
-	for _, st := range []State{{"primary", 1, 0, 1}, {"secondary", 1<<64 - 1, 7, 2}, {"primary", 3, 3, 3}} {
+	for _, st := range []State{{"primary", 1, 0, true}, {"secondary", 1<<64 - 1, 7, false}, {"primary", 3, 3, true}} {
 		if err := s.Save(st); err != nil {
 			t.Fatal(err)
 		}
@@ -55,7 +55,7 @@ func TestSaveLoad(t *testing.T) {
 // A crash in mid Save leaves a file beside it, and the old state.
 func TestCrashInSave(t *testing.T) {
 	s := newStore(t)
-	old := State{"secondary", 4, 4, 1}
+	old := State{"secondary", 4, 4, true}
 	if err := s.Save(old); err != nil {
 		t.Fatal(err)
 	}
@@ -65,10 +65,10 @@ func TestCrashInSave(t *testing.T) {
 	if got := load(t, s); got != old {
 		t.Errorf("%+v", got)
 	}
-	if err := s.Save(State{"primary", 5, 0, 1}); err != nil {
+	if err := s.Save(State{"primary", 5, 0, true}); err != nil {
 		t.Fatal(err)
 	}
-	if got := load(t, s); got != (State{"primary", 5, 0, 1}) {
+	if got := load(t, s); got != (State{"primary", 5, 0, true}) {
 		t.Errorf("%+v", got)
 	}
 	if left, _ := filepath.Glob(s.Path() + ".*"); len(left) > 0 {
@@ -79,7 +79,7 @@ func TestCrashInSave(t *testing.T) {
 // Every flipped bit and every cut is noticed: a wrong role or term is worse than none.
 func TestDamaged(t *testing.T) {
 	s := newStore(t)
-	if err := s.Save(State{"secondary", 4, 4, 1}); err != nil {
+	if err := s.Save(State{"secondary", 4, 4, true}); err != nil {
 		t.Fatal(err)
 	}
 	whole, err := os.ReadFile(s.Path())
@@ -117,12 +117,12 @@ func TestDamaged(t *testing.T) {
 func TestForeign(t *testing.T) {
 	s := newStore(t)
 	for line, want := range map[string]string{
-		`{"version":1,"vm":"web2","node":"alpha","role":"primary","term":1,"covered":0,"generation":0}`:          "guest web2 on node alpha",
-		`{"version":1,"vm":"web1","node":"beta","role":"primary","term":1,"covered":0,"generation":0}`:           "guest web1 on node beta",
-		`{"version":1,"vm":"web1","node":"alpha","role":"","term":1,"covered":0,"generation":0}`:                 `the role ""`,
-		`{"version":2,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"generation":0}`:          "another version's (2, not 1)",
-		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"generation":0,"more":1}`: "another version's",
-		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":-1}`:                                    "another version's",
+		`{"version":1,"vm":"web2","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false}`:          "guest web2 on node alpha",
+		`{"version":1,"vm":"web1","node":"beta","role":"primary","term":1,"covered":0,"replicated":false}`:           "guest web1 on node beta",
+		`{"version":1,"vm":"web1","node":"alpha","role":"","term":1,"covered":0,"replicated":false}`:                 `the role ""`,
+		`{"version":2,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false}`:          "another version's (2, not 1)",
+		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false,"more":1}`: "another version's",
+		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":-1}`:                                        "another version's",
 		`[]`: "another version's",
 	} {
 		if err := os.WriteFile(s.Path(), []byte(line+"\n"+checksum([]byte(line))), 0o600); err != nil {

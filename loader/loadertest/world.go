@@ -37,10 +37,13 @@ var ClientAddrs4 = []string{Client4, "10.77.0.11", "10.77.0.12", "10.77.0.13"}
 type World struct {
 	Client, HostP, HostS, PVM, SVM string // namespace names
 	Mid                            string // the namespace between the hosts' peer devices, if any
+	Switch                         string // the namespace between hosts and client, of NewHosts
 	Dir                            string // for files
 	Pins                           string // a bpffs
 	Skew                           *Skew
 	Impair                         *Impair // of an Impaired world
+
+	id string
 }
 
 // Peer is how the hosts reach each other.
@@ -59,23 +62,11 @@ var worlds atomic.Int32
 // NewWorld makes a World that is gone with the test. It needs root.
 func NewWorld(t testing.TB, peer Peer) *World {
 	t.Helper()
-	id := fmt.Sprintf("ls%x-%d", os.Getpid(), worlds.Add(1))
-	w := &World{Client: id + "c", HostP: id + "p", HostS: id + "s", PVM: id + "g", SVM: id + "h", Dir: t.TempDir()}
-	for _, ns := range []string{w.Client, w.HostP, w.HostS, w.PVM, w.SVM} {
-		Run(t, "ip", "netns", "add", ns)
-		t.Cleanup(func() { Run(t, "ip", "netns", "del", ns) })
-		w.ip(t, ns, "link set lo up")
-		Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0",
-			"net.ipv6.conf.default.router_solicitations=0", "net.ipv6.conf.default.accept_ra=0")
-	}
-	link := func(a, nsA, b, nsB string) {
-		Run(t, "ip", "link", "add", a, "netns", nsA, "type", "veth", "peer", "name", b, "netns", nsB)
-		w.ip(t, nsA, "link set "+a+" up")
-		w.ip(t, nsB, "link set "+b+" up")
-	}
+	w := newWorld(t)
+	w.namespaces(t, w.PVM, w.SVM)
+	link := func(a, nsA, b, nsB string) { w.link(t, a, nsA, b, nsB) }
 	for _, host := range []string{w.HostP, w.HostS} {
-		w.ip(t, host, "link add br0 type bridge mcast_snooping 0")
-		w.ip(t, host, "link set br0 up")
+		w.bridge(t, host)
 	}
 	link("vc", w.HostP, "eth0", w.Client)
 	link("tapP", w.HostP, "eth0", w.PVM)
@@ -90,7 +81,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	case Veth, Jumbo:
 		link("peerP", w.HostP, "peerS", w.HostS)
 	case Impaired:
-		w.Mid = id + "m"
+		w.Mid = w.id + "m"
 		Run(t, "ip", "netns", "add", w.Mid)
 		t.Cleanup(func() { Run(t, "ip", "netns", "del", w.Mid) })
 		// It has no voice of its own.
@@ -111,11 +102,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 		w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev underP")
 		w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev underS")
 	}
-	w.ip(t, w.Client, "link set eth0 address "+ClientMAC)
-	for _, a := range ClientAddrs4 {
-		w.ip(t, w.Client, "addr add "+a+"/24 dev eth0")
-	}
-	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
+	w.client(t)
 	for _, guest := range []string{w.PVM, w.SVM} {
 		w.ip(t, guest, "link set eth0 down") // or the link-local address is of another MAC
 		w.ip(t, guest, "link set eth0 address "+GuestMAC+" up")
@@ -135,6 +122,84 @@ func NewWorld(t testing.TB, peer Peer) *World {
 			}
 		}
 	}
+	w.pins(t)
+	w.Skew = AddSkew(t, w.SVM, "eth0")
+	return w
+}
+
+// NewHosts makes a World for QEMU guests: hosts with a tap each, tapP and tapS, and a
+// switch to which both and the client are connected. There are no PVM and SVM.
+func NewHosts(t testing.TB) *World {
+	t.Helper()
+	w := newWorld(t)
+	w.Switch = w.id + "n"
+	w.namespaces(t, w.Switch)
+	w.bridge(t, w.Switch)
+	w.link(t, "vc", w.Switch, "eth0", w.Client)
+	w.ip(t, w.Switch, "link set vc master br0")
+	for host, side := range map[string]string{w.HostP: "P", w.HostS: "S"} {
+		w.bridge(t, host)
+		w.link(t, "port"+side, w.Switch, "uplink", host)
+		w.ip(t, w.Switch, "link set port"+side+" master br0")
+		w.ip(t, host, "link set uplink master br0")
+		w.ip(t, host, "tuntap add dev tap"+side+" mode tap")
+		w.ip(t, host, "link set tap"+side+" up master br0")
+	}
+	w.link(t, "ctl", w.HostP, "ctl", w.HostS)
+	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
+	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
+	w.link(t, "peerP", w.HostP, "peerS", w.HostS)
+	w.client(t)
+	w.pins(t)
+	return w
+}
+
+// newWorld has the client's and the hosts' namespaces.
+func newWorld(t testing.TB) *World {
+	t.Helper()
+	id := fmt.Sprintf("ls%x-%d", os.Getpid(), worlds.Add(1))
+	w := &World{id: id, Client: id + "c", HostP: id + "p", HostS: id + "s", PVM: id + "g", SVM: id + "h", Dir: t.TempDir()}
+	w.namespaces(t, w.Client, w.HostP, w.HostS)
+	return w
+}
+
+func (w *World) namespaces(t testing.TB, names ...string) {
+	t.Helper()
+	for _, ns := range names {
+		Run(t, "ip", "netns", "add", ns)
+		t.Cleanup(func() { Run(t, "ip", "netns", "del", ns) })
+		w.ip(t, ns, "link set lo up")
+		Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0",
+			"net.ipv6.conf.default.router_solicitations=0", "net.ipv6.conf.default.accept_ra=0")
+	}
+}
+
+func (w *World) link(t testing.TB, a, nsA, b, nsB string) {
+	t.Helper()
+	Run(t, "ip", "link", "add", a, "netns", nsA, "type", "veth", "peer", "name", b, "netns", nsB)
+	w.ip(t, nsA, "link set "+a+" up")
+	w.ip(t, nsB, "link set "+b+" up")
+}
+
+func (w *World) bridge(t testing.TB, ns string) {
+	t.Helper()
+	w.ip(t, ns, "link add br0 type bridge mcast_snooping 0")
+	w.ip(t, ns, "link set br0 up")
+}
+
+// client gives the client its addresses.
+func (w *World) client(t testing.TB) {
+	t.Helper()
+	w.ip(t, w.Client, "link set eth0 address "+ClientMAC)
+	for _, a := range ClientAddrs4 {
+		w.ip(t, w.Client, "addr add "+a+"/24 dev eth0")
+	}
+	w.ip(t, w.Client, "addr add "+Client6+"/64 dev eth0 nodad")
+}
+
+// pins mounts a bpffs.
+func (w *World) pins(t testing.TB) {
+	t.Helper()
 	w.Pins = filepath.Join(w.Dir, "bpf")
 	if err := os.Mkdir(w.Pins, 0o700); err != nil {
 		t.Fatal(err)
@@ -150,8 +215,6 @@ func NewWorld(t testing.TB, peer Peer) *World {
 			t.Errorf("unmount bpffs: %v", err)
 		}
 	})
-	w.Skew = AddSkew(t, w.SVM, "eth0")
-	return w
 }
 
 func (w *World) ip(t testing.TB, ns, args string) {

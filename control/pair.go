@@ -1,0 +1,689 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"time"
+
+	"lockstep/compare"
+	"lockstep/control/arbiter"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
+	"lockstep/control/qmp"
+	"lockstep/control/state"
+)
+
+// Life is what a daemon needs to begin a pair and to end it (DESIGN §7): an arbiter,
+// a place on disk for what it must not forget, and QEMU.
+type Life struct {
+	Begin   Begin
+	Arbiter arbiter.Arbiter
+	Store   *state.Store
+	Timeout time.Duration // of a silent peer, before it counts as dead
+
+	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
+	Disks []qemu.Disk
+	// Where a secondary's QEMU waits: this host's, the other's.
+	Own, Peers qemu.Incoming
+}
+
+// How a daemon's part in a pair's life ends: what Run returns.
+var (
+	// ErrPromoted: this host speaks alone, and goes on as the primary.
+	ErrPromoted = errors.New("the secondary took over")
+	// ErrAfresh: the SVM follows nobody any more; a new one may.
+	ErrAfresh = errors.New("the secondary begins afresh")
+	// ErrFenced: this host has no say any more, and its guest does not run.
+	ErrFenced = errors.New("this node does not speak for the guest any more, which was stopped here")
+)
+
+// guardTicks is G of R22, in ticks of the guests' TCP timestamps, 1 ms each or
+// slower: what the SVM says is newer than what the PVM said.
+const guardTicks = 20_000
+
+// lifeMachine is lifePrimary or lifeSecondary.
+type lifeMachine interface {
+	NextDeadline() int64
+	Step(now int64, ev lifeEvent) []lifeEffect
+}
+
+// pairLife is the daemon's share in the pair's life: the controller's.
+type pairLife struct {
+	Life
+	machine lifeMachine
+	p       *lifePrimary // one of the two
+	s       *lifeSecondary
+	state   state.State // as it is on disk
+	queue   []lifeEvent
+	busy    bool // stepping
+
+	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
+	syncing    qemu.Progress      // how far it is
+	hello      hello              // P: of the session there is
+	prepared   chan struct{}      // S: closed when QEMU waits for a primary's
+	ready      bool               // S: that is so
+	deaf       bool               // S: what QEMU does now is not the checkpoint machine's
+	hadQEMU    bool               // there was one, so its absence is its death
+	unanswered int                // connections to it that it did not answer, in a row
+}
+
+func newPairLife(l Life, o *Options) (*pairLife, error) {
+	if l.Timeout == 0 {
+		l.Timeout = 500 * time.Millisecond
+	}
+	st, err := l.Store.Load()
+	if err != nil {
+		return nil, err
+	}
+	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
+	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
+	if o.Role == RolePrimary {
+		pl.p = newLifePrimary(cfg, l.Begin.Record.Term, l.Begin.primary, l.Begin.covered, now)
+		pl.machine = pl.p
+		pl.hadQEMU = l.Begin.primary != lpStart
+		return pl, nil
+	}
+	term := l.Begin.Record.Term
+	if l.Begin.takeOver {
+		term-- // the pair's
+	}
+	pl.s = newLifeSecondary(cfg, term, l.Begin.covered, now)
+	pl.machine = pl.s
+	pl.hadQEMU = l.Begin.covered
+	return pl, nil
+}
+
+// live gives the life's machine an event, if there is one, and carries out what
+// follows.
+func (d *Daemon) live(ev lifeEvent) {
+	l := d.life
+	if l == nil {
+		return
+	}
+	l.queue = append(l.queue, ev)
+	if l.busy {
+		return
+	}
+	l.busy = true
+	for len(l.queue) > 0 && d.fatal == nil {
+		ev := l.queue[0]
+		l.queue = l.queue[1:]
+		for _, n := range d.nics {
+			ev.Echoed = max(ev.Echoed, n.dp.Echoed())
+		}
+		for _, fx := range append([]lifeEffect(nil), l.machine.Step(d.now(), ev)...) {
+			if err := d.carryOutLife(fx); err != nil {
+				d.fatal = err
+				break
+			}
+		}
+	}
+	l.busy = false
+}
+
+func (d *Daemon) carryOutLife(fx lifeEffect) error {
+	l := d.life
+	switch fx.Op {
+	case lxClaim:
+		d.claim(fx.Term)
+	case lxShut:
+		if l.s != nil {
+			d.step(ckptEvent{Kind: evQuiet}) // it opens nothing any more
+		}
+		return d.each("shut", (*nic).shut)
+	case lxDead:
+		d.send(message{Type: "dead"})
+	case lxOut:
+		d.out()
+	case lxSync:
+		return d.replicate()
+	case lxPair:
+		d.event(journal.Sync, "the guest replicates", nil)
+		if err := d.each("begin a pair", func(n *nic) error { return n.renew(d.opt.Compare, d.epoch) }); err != nil {
+			return err
+		}
+		d.step(ckptEvent{Kind: evPair, OK: true})
+	case lxUnpair:
+		d.step(ckptEvent{Kind: evPair})
+		if l.cancelSync != nil {
+			l.cancelSync()
+		}
+		return d.remember(func(st *state.State) { st.Covered = 0 })
+	case lxCovered:
+		if err := d.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
+			return err
+		}
+		d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
+		d.send(message{Type: "covered", Record: fx.Term})
+	case lxQuiet:
+		d.log.Warn("the primary is gone: taking over")
+		d.event(journal.Failover, "the primary is gone", nil)
+		d.step(ckptEvent{Kind: evQuiet})
+		if err := d.each("fall silent", (*nic).quiet); err != nil {
+			return err
+		}
+		d.askAwake()
+	case lxQEMU:
+		l.deaf = true
+		d.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
+			return qemu.SecondaryFailover(ctx, m, l.Disks)
+		}, func(err error) {
+			if err != nil {
+				d.log.Error("QEMU cannot take over", "err", err)
+			}
+			d.live(lifeEvent{Kind: lvQEMU, OK: err == nil})
+		})
+	case lxSolo:
+		if d.primary != nil {
+			return d.goAlone()
+		}
+		return d.promote()
+	}
+	return nil
+}
+
+// remember changes what is on disk, before anything is done that rests on it.
+func (d *Daemon) remember(change func(*state.State)) error {
+	l := d.life
+	st := l.state
+	st.Role, st.Term = string(d.opt.Role), d.lifeTerm()
+	change(&st)
+	if st == l.state {
+		return nil
+	}
+	if err := l.Store.Save(st); err != nil {
+		return err
+	}
+	l.state = st
+	return nil
+}
+
+func (d *Daemon) lifeTerm() uint64 {
+	if d.life.p != nil {
+		return d.life.p.term
+	}
+	return d.life.s.term
+}
+
+// event notes something for `lockstep events`.
+func (d *Daemon) event(kind journal.Kind, cause string, fields map[string]any) {
+	if d.opt.Journal != nil {
+		d.opt.Journal.Add(journal.Event{Kind: kind, Cause: cause, Fields: fields})
+	}
+}
+
+// claim asks the arbiter until it is known what came of it (R21 ii).
+func (d *Daemon) claim(term uint64) {
+	l := d.life
+	from := arbiter.Record{Term: term, Speaker: d.opt.Node}
+	if l.s != nil {
+		from.Speaker = d.opt.Peer
+	}
+	to := arbiter.Record{Term: term + 1, Speaker: d.opt.Node}
+	d.log.Info("claiming the arbiter", "from", from, "to", to)
+	d.work.Go(func() {
+		now, won, err := Swap(d.ctx, l.Arbiter, from, to, func(err error) {
+			d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+		})
+		if err != nil {
+			return // the daemon ends
+		}
+		d.post(func() {
+			d.log.Info("the arbiter answered", "won", won, "record", now)
+			d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			d.live(lifeEvent{Kind: lvClaimed, OK: won, Term: now.Term})
+		})
+	})
+}
+
+// Swap makes the record to if it is from, and returns when that is known, or ctx has
+// ended.
+func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
+	again := backoff{first: 50 * time.Millisecond, last: time.Second}
+	for {
+		now, won, err = a.Swap(ctx, from, to)
+		for err != nil {
+			failed(err)
+			if !again.wait(ctx) {
+				return now, false, ctx.Err()
+			}
+			now, err = a.Settle(ctx)
+			won = err == nil && now == to
+		}
+		if won || now != from {
+			return now, won, nil
+		}
+	}
+}
+
+// goAlone has P speak without S (R21): what is held leaves first.
+func (d *Daemon) goAlone() error {
+	l := d.life
+	if d.link != nil {
+		d.send(message{Type: "over"})
+	}
+	if err := d.each("go on alone", (*nic).solo); err != nil {
+		return err
+	}
+	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.term)
+	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.term})
+	d.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
+		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
+			return err
+		}
+		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
+			return err
+		}
+		return qemu.Cont(m) // it never ran: an operator has it begin alone
+	}, func(err error) {
+		if err != nil {
+			d.log.Error("QEMU cannot go on alone", "err", err)
+			d.live(lifeEvent{Kind: lvQEMUDead})
+		}
+	})
+	return d.remember(func(*state.State) {})
+}
+
+// promote has the SVM speak (R21 v, R22), and ends this daemon's part.
+func (d *Daemon) promote() error {
+	if err := d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
+		return err
+	}
+	d.log.Warn("took over: the guest speaks from here", "arbiter_term", d.life.s.term)
+	d.event(journal.Failover, "took over", map[string]any{"term": d.life.s.term})
+	d.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
+		if err != nil {
+			d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
+		}
+		d.fatal = ErrPromoted
+	})
+	return nil
+}
+
+// out: this host has no say any more.
+func (d *Daemon) out() {
+	end := ErrFenced
+	if d.life.s != nil {
+		end = ErrAfresh
+	}
+	d.event(journal.Fencing, "this node has no say any more", nil)
+	if d.qmp.conn == nil {
+		d.fatal = end
+		return
+	}
+	d.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
+		if err != nil {
+			d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
+		}
+		d.fatal = end
+	})
+}
+
+// procedure runs one of QEMU's beside the controller, which hears of the result.
+func (d *Daemon) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
+	ctx, cancel := context.WithCancel(d.ctx)
+	m := d.qmp.conn
+	d.work.Go(func() {
+		defer cancel()
+		err := fmt.Errorf("%s: no QMP connection", what)
+		if m != nil {
+			err = f(ctx, m)
+		}
+		d.post(func() { done(err) })
+	})
+	return cancel
+}
+
+// askAwake finds out whether the SVM runs: then nothing is being loaded.
+func (d *Daemon) askAwake() {
+	running := false
+	d.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
+		running, _, err = m.Status()
+		return err
+	}, func(err error) {
+		if err == nil && running {
+			d.live(lifeEvent{Kind: lvAwake})
+		}
+	})
+}
+
+// replicate has QEMU begin to replicate to S's (P).
+func (d *Daemon) replicate() error {
+	l := d.life
+	resync := l.state.Replicated
+	if err := d.remember(func(st *state.State) { st.Replicated = true }); err != nil {
+		return err
+	}
+	peer := d.link
+	d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
+	d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
+	var told time.Time
+	l.syncing = qemu.Progress{}
+	l.cancelSync = d.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
+		caps, err := qemu.Probe(m)
+		if err != nil {
+			return err
+		}
+		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Progress: func(p qemu.Progress) {
+			if time.Since(told) < progressEvery {
+				return
+			}
+			told = time.Now()
+			d.opt.Progress(p)
+			d.post(func() { l.syncing = p })
+		}})
+	}, func(err error) {
+		l.cancelSync, l.syncing = nil, qemu.Progress{}
+		d.opt.Progress(qemu.Progress{})
+		if err != nil {
+			d.log.Error("replication did not begin", "err", err)
+			d.event(journal.Sync, "replication did not begin: "+err.Error(), nil)
+			if d.link == peer {
+				d.send(message{Type: "over"}) // S's QEMU has to wait anew
+			}
+		}
+		d.live(lifeEvent{Kind: lvSynced, OK: err == nil})
+		if d.link != peer {
+			d.paired() // there was one meanwhile
+		}
+	})
+	return nil
+}
+
+// progressEvery is between two words on how far a replication that begins is.
+const progressEvery = 200 * time.Millisecond
+
+// paired tells the life's machine of a session, once QEMU's mode is known (P).
+func (d *Daemon) paired() {
+	l := d.life
+	if l == nil || l.p == nil || !d.linkUp || d.qmp.conn == nil {
+		return // QMP's connection or the session comes
+	}
+	peer, mode := d.link, ""
+	d.procedure("ask for COLO's mode", func(_ context.Context, m *qmp.Monitor) (err error) {
+		mode, err = m.COLO()
+		return err
+	}, func(err error) {
+		if err == nil && d.link == peer && d.linkUp {
+			d.live(lifeEvent{Kind: lvLinkUp, OK: mode == "primary" && l.hello.COLO})
+		}
+	})
+}
+
+// joinedPair is S's side of a session: record is the term of P's, pair whether P goes
+// on with the pair that there was.
+func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
+	l := d.life
+	if l == nil {
+		return
+	}
+	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
+	if err := d.remember(func(st *state.State) {
+		if !l.s.covered {
+			st.Covered = 0
+		}
+	}); err != nil {
+		d.fatal = err
+		return
+	}
+	switch {
+	case pair:
+	case l.s.covered:
+		// P has lost its guest, and says nothing before a new pair begins.
+		d.live(lifeEvent{Kind: lvPeerDead})
+	case colo:
+		d.fatal = ErrAfresh // this SVM followed a PVM that is gone
+	}
+}
+
+// heardOf takes a message about the pair's life; false: it is none.
+func (d *Daemon) heardOf(m message) bool {
+	l := d.life
+	if l == nil {
+		return m.Type == "ping"
+	}
+	d.live(lifeEvent{Kind: lvHeard})
+	switch {
+	case m.Type == "ping":
+	case m.Type == "dead":
+		if l.cancelSync != nil {
+			l.cancelSync()
+		}
+		d.live(lifeEvent{Kind: lvPeerDead})
+	case m.Type == "covered" && l.s != nil:
+		covered := l.s.covered
+		d.live(lifeEvent{Kind: lvCovered, Term: m.Record})
+		if l.s.covered && !covered {
+			if err := d.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
+				d.fatal = err
+			}
+			d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
+		}
+	case m.Type == "over" && l.s != nil:
+		d.log.Warn("the primary goes on without this secondary")
+		d.live(lifeEvent{Kind: lvOver})
+	default:
+		return false
+	}
+	return true
+}
+
+// linkLost follows the end of a session.
+func (d *Daemon) linkLost(why error) {
+	l := d.life
+	if l == nil {
+		return
+	}
+	if l.cancelSync != nil {
+		l.cancelSync()
+	}
+	var silent net.Error
+	d.live(lifeEvent{Kind: lvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
+}
+
+// qemuGone: this host's QEMU is.
+func (d *Daemon) qemuGone(why string) {
+	d.log.Error("QEMU is dead", "why", why)
+	d.event(journal.QEMU, "dead: "+why, nil)
+	d.live(lifeEvent{Kind: lvQEMUDead})
+}
+
+// nextLife is when the life's machine wants to be asked again.
+func (d *Daemon) nextLife() int64 {
+	if d.life == nil {
+		return math.MaxInt64
+	}
+	return d.life.machine.NextDeadline()
+}
+
+// ensureGuest starts this host's QEMU, unless that is somebody else's or the one of
+// the daemon before this one runs.
+func (d *Daemon) ensureGuest(ctx context.Context) error {
+	l := d.life
+	if l == nil || l.Guest == nil {
+		return nil
+	}
+	p, err := qemu.Find(l.Guest)
+	switch {
+	case err == nil && l.Begin.Discard:
+		err = p.Kill(ctx)
+		p.Release()
+		if err != nil {
+			return err
+		}
+	case err == nil:
+		p.Release()
+		l.hadQEMU = true
+		return nil
+	case !errors.Is(err, qemu.ErrNotRunning):
+		return err
+	case l.hadQEMU:
+		return nil // it died; watchQEMU finds that out
+	}
+	var in *qemu.Incoming
+	if l.s != nil {
+		in = &l.Own
+	}
+	if err := l.Guest.Check(in, nil); err != nil {
+		return err
+	}
+	if p, err = qemu.Start(ctx, l.Guest, in); err != nil {
+		return err
+	}
+	d.log.Info("QEMU started", "pid", p.Pid())
+	d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
+	p.Release()
+	l.hadQEMU = true
+	return nil
+}
+
+// prepare makes S's QEMU ready for P's, after which S may connect.
+func (d *Daemon) prepare() {
+	l := d.life
+	if l == nil || l.s == nil || l.ready {
+		return
+	}
+	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) error {
+		caps, err := qemu.Probe(m)
+		if err != nil {
+			return err
+		}
+		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)
+	}, func(err error) {
+		switch {
+		case err == nil && !l.ready:
+			l.ready = true
+			close(l.prepared)
+		case err != nil:
+			d.log.Error("QEMU is not ready for a primary", "err", err)
+		}
+	})
+}
+
+// checkSizes refuses a secondary whose disks are not of the primary's sizes.
+func checkSizes(disks []qemu.Disk, own, peer []int64) error {
+	if len(own) != len(peer) {
+		return fmt.Errorf("%d disks here, %d there", len(own), len(peer))
+	}
+	for i := range own {
+		if own[i] != peer[i] {
+			return fmt.Errorf("disk %s has %d bytes here and %d there: they must be of one size", disks[i].ID, own[i], peer[i])
+		}
+	}
+	return nil
+}
+
+// diskSizes are those of this host's disks.
+func (l *pairLife) diskSizes() ([]int64, error) {
+	spec := qemu.Spec{Disks: l.Disks}
+	return spec.DiskSizes()
+}
+
+// status tells where the pair's life is.
+func (l *pairLife) status(s *Status) {
+	if l.p != nil {
+		s.Covered, s.Record = l.p.covered, l.p.term
+		switch l.p.state {
+		case lpStart:
+			s.State = "start"
+		case lpSolo:
+			s.State, s.Detail = "solo", "nothing protects the guest"
+		case lpSync:
+			s.State, s.Detail = "start", "replication begins"
+			if l.p.solo {
+				s.State = "resync"
+			}
+			if t := l.syncing.Total; t > 0 {
+				s.Detail = fmt.Sprintf("%s: %d of %d MiB", l.syncing.What, l.syncing.Done>>20, t>>20)
+			}
+		case lpClaim:
+			s.State, s.Detail = "failover", "the arbiter is asked"
+		case lpOut:
+			s.State, s.Detail = "failover", "another host speaks"
+		}
+		return
+	}
+	s.Covered, s.Record = l.s.covered, l.s.term
+	switch l.s.state {
+	case lsWait:
+		s.State = "start"
+	case lsClaim, lsEcho, lsLoad, lsQEMU, lsSolo:
+		s.State = "failover"
+	case lsOut:
+		s.State, s.Detail = "failover", "another host speaks"
+	}
+}
+
+// follows tells whether the SVM follows a PVM, or did so to the end (S).
+func (d *Daemon) follows(ctx context.Context) (bool, error) {
+	var m *qmp.Monitor
+	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil {
+		return false, err
+	}
+	if m == nil {
+		return false, errors.New("no QMP connection")
+	}
+	mode, err := m.COLO()
+	return mode == "secondary", err
+}
+
+// The NICs' share.
+
+// shut: nothing in or out, and no echoes.
+func (n *nic) shut() error {
+	n.echoEvery = 0
+	return n.setMode(ModeShut)
+}
+
+// renew begins a pair with an empty core; the guest goes on in mid-stream.
+func (n *nic) renew(cfg compare.Config, epoch uint32) error {
+	cfg.Epoch = epoch
+	n.primary = compare.NewPrimary(cfg, n.keys)
+	n.core = n.primary
+	n.frozen, n.captured = false, nil
+	return nil
+}
+
+// solo has P's guest speak alone.
+func (n *nic) solo() error {
+	n.echoEvery, n.frozen = 0, false
+	if err := n.dp.SetSpeakUntil(math.MaxInt64); err != nil {
+		return err
+	}
+	n.tell(compare.Event{Kind: compare.EvSolo})
+	return n.setMode(ModeSolo)
+}
+
+// quiet has S say nothing to anybody; what its guest says is kept (R21 i).
+func (n *nic) quiet() error { return n.setMode(ModeQuiet) }
+
+// takeOver has the SVM speak, first what the clients may not have heard (R22).
+func (n *nic) takeOver(guard uint32) error {
+	if err := n.dp.TakeOver(guard); err != nil {
+		return err
+	}
+	if err := n.dp.SetSpeakUntil(math.MaxInt64); err != nil {
+		return err
+	}
+	if err := n.setMode(ModeSolo); err != nil {
+		return err
+	}
+	n.parked = false
+	n.tell(compare.Event{Kind: compare.EvTakeOver})
+	// What it said until now may still be in the ring.
+	for range maxUnpark {
+		if err := n.poll(0); err != nil {
+			return err
+		}
+		n.apply()
+		if len(n.evs) == 0 {
+			break
+		}
+	}
+	return nil
+}

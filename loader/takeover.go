@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+	"lockstep/control"
+)
+
+// State bits of a connection.
+const (
+	connInherited = uint32(bpf.LockstepLsConnBitLS_CONN_INHERITED)
+	connGuarded   = uint32(bpf.LockstepLsConnBitLS_CONN_GUARDED)
+	halfParts     = uint32(bpf.LockstepLsConnBitLS_CONN_PVM | bpf.LockstepLsConnBitLS_CONN_SVM)
+	halfTS        = uint32(bpf.LockstepLsConnBitLS_CONN_PTS | bpf.LockstepLsConnBitLS_CONN_STS)
+	halfDone      = uint32(bpf.LockstepLsConnBitLS_CONN_DONE)
+)
+
+// Echoed implements [control.DataPath].
+func (n *NIC) Echoed() int64 { return int64(atomic.LoadUint64(&n.conf.Echoed)) }
+
+// TakeOver implements [control.DataPath]. Every connection that the PVM may have
+// spoken on gets the guard: those with an offset, those whose last ACK the SVM has
+// not heard, those that came with a checkpoint, and those that the PVM's host had
+// taken over itself.
+func (n *NIC) TakeOver(guard uint32) error {
+	change := make(map[bpf.LockstepLsTuple]bpf.LockstepLsConn)
+	now := uint64(n.Now())
+	if err := each(n.objs.LsHalf, func(t bpf.LockstepLsTuple, h *bpf.LockstepLsHalf) {
+		if h.State&halfParts != halfParts || h.State&halfDone != 0 || h.IsnPvm != h.UsedPvm || h.IsnSvm != h.UsedSvm {
+			return
+		}
+		c := bpf.LockstepLsConn{Off: h.IsnSvm - h.IsnPvm, Inc: h.IsnPvm, IsnSvm: h.IsnSvm, Last: now}
+		if h.State&halfTS == halfTS {
+			c.TsOff = h.TsSvm - h.TsPvm
+		}
+		change[t] = c
+	}); err != nil {
+		return fmt.Errorf("take over: %w", err)
+	}
+	if err := each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) {
+		change[t] = bpf.LockstepLsConn{State: connInherited, Last: now}
+	}); err != nil {
+		return fmt.Errorf("take over: %w", err)
+	}
+	if err := each(n.objs.LsConn, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { change[t] = *c }); err != nil {
+		return fmt.Errorf("take over: %w", err)
+	}
+	for t, c := range change {
+		if c.State&connGuarded != 0 {
+			continue // by a daemon before this one
+		}
+		c.Guard, c.State = guard, c.State|connGuarded
+		if err := n.objs.LsConn.Put(&t, &c); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return fmt.Errorf("take over a connection: %w", err)
+		}
+	}
+	return nil
+}
+
+// each calls f with all that is in a map of tuples.
+func each[V any](m *ebpf.Map, f func(bpf.LockstepLsTuple, *V)) error {
+	var (
+		t bpf.LockstepLsTuple
+		v V
+	)
+	it := m.Iterate()
+	for it.Next(&t, &v) {
+		f(t, &v)
+	}
+	// Programs insert and remove meanwhile: an aborted walk is a short one.
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return err
+	}
+	return nil
+}
+
+// Edges implements [control.DataPath].
+func (n *NIC) Edges() ([]control.Edge, error) {
+	var out []control.Edge
+	if err := each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
+		out = append(out, control.Edge{Tuple: fromTuple(&t), Seq: c.Off, TS: c.TsOff - c.Guard})
+	}); err != nil {
+		return nil, fmt.Errorf("list what was taken over: %w", err)
+	}
+	return out, nil
+}
+
+// AddEdges implements [control.DataPath].
+func (n *NIC) AddEdges(edges []control.Edge) error {
+	for i := range edges {
+		e := &edges[i]
+		t, c := toTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: uint64(n.Now())}
+		if err := n.objs.LsEdge.Put(&t, &c); err != nil {
+			return fmt.Errorf("connection taken over: %w", err)
+		}
+	}
+	if len(edges) > 0 {
+		atomic.StoreUint32(&n.conf.Edges, 1)
+	}
+	return nil
+}
+
+// edges tells whether what a P took over has to be looked after. An S has only been
+// told of it, and sees none of its frames.
+func (n *NIC) edges() bool { return n.role == Primary && atomic.LoadUint32(&n.conf.Edges) != 0 }
+
+// inherit fills the edges of a P with what an S that took over translates, and has it
+// speak as that one did.
+func (n *NIC) inherit(old *tables) error {
+	edges := make(map[bpf.LockstepLsTuple]bpf.LockstepLsConn)
+	if err := each(old.maps[bpf.LockstepMapLsEdge], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { edges[t] = *c }); err != nil {
+		return err
+	}
+	count := 0
+	var failed error
+	if err := each(old.maps[bpf.LockstepMapLsConn], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
+		e := edges[t]
+		c.Off, c.TsOff = c.Off+e.Off, c.TsOff+e.TsOff
+		count++
+		if err := n.objs.LsEdge.Put(&t, c); err != nil && failed == nil {
+			failed = err
+		}
+	}); err != nil || failed != nil {
+		return fmt.Errorf("connections taken over: %w", errors.Join(err, failed))
+	}
+	c, err := old.conf()
+	if err != nil {
+		return err
+	}
+	if count > 0 {
+		n.conf.Edges = 1
+	}
+	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch
+	atomic.StoreUint64(&n.conf.SpeakUntil, math.MaxInt64)
+	return nil
+}
+
+// replay says a copy to the client, in the guest's name (R22).
+func (n *NIC) replay(s compare.Slot) {
+	m, ok := n.meta[s]
+	data := n.slots.frame(s)
+	if !ok || len(data) < ethLen {
+		n.lost.tap.Add(1)
+		return
+	}
+	n.replays.queue(rawHeader(n.head(), data, &m), data[12:])
+}
+
+// Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
+func Found(o Options) (control.Found, error) {
+	tap, err := netlink.LinkByName(o.Tap)
+	if err != nil {
+		return control.Found{}, fmt.Errorf("tap %s: %w", o.Tap, err)
+	}
+	o.Role = 0
+	t, err := findTables(nicDir(o.PinDir, o.VM, o.Node, o.NIC), o, tap)
+	if t == nil || err != nil {
+		return control.Found{}, err
+	}
+	defer t.close()
+	c, err := t.conf()
+	if err != nil {
+		return control.Found{}, err
+	}
+	return control.Found{Role: control.Role(Role(t.meta.Role).String()), Mode: control.Mode(c.Mode)}, nil
+}
+
+// conf is what the tables' programs go by.
+func (t *tables) conf() (c conf, err error) {
+	if err := t.maps[bpf.LockstepMapLsConf].Lookup(uint32(0), &c); err != nil {
+		return c, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
+	}
+	return c, nil
+}
