@@ -27,13 +27,15 @@ import (
 //	P → S  prepare, abort
 //	S → P  ready, stopped, resumed, abort
 //	P → S  rekey      the next term and its signing keys; S answers ok
+//	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
 //	P → S  covered    S may take over from now on (R18); over: P goes on without S
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
 const (
 	linkVersion = 3
 	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
-	maxQueue    = 64       // messages that wait to be written
+	maxQueue    = 1024     // messages that wait to be written: the edges of a million connections
+	maxEdges    = 1000     // in one message
 	maxNICs     = 256
 )
 
@@ -47,6 +49,8 @@ type message struct {
 	Session *session `json:"session,omitempty"`
 	Rekey   *rekey   `json:"rekey,omitempty"`
 	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
+	NIC     int      `json:"nic,omitempty"`    // edges
+	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
 }
 
 // party is what each side tells of itself.

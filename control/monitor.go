@@ -41,8 +41,10 @@ type monitor struct {
 func (d *Daemon) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
 	for ctx.Err() == nil {
+		began := time.Now()
 		m, err := qmp.Dial(ctx, d.qmp.path, d.opt.qmpTimeout)
-		if err == nil {
+		connected := err == nil
+		if connected {
 			again.reset()
 			err = d.watchMonitor(ctx, m)
 		} else {
@@ -54,6 +56,9 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 				d.log.Warn("no QMP connection", "socket", d.qmp.path, "err", err)
 			}
 		})
+		if connected && time.Since(began) > qmpRetryMax {
+			continue // at once it is found out whether QEMU died
+		}
 		if !again.wait(ctx) {
 			return
 		}
@@ -86,9 +91,11 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.paired()
 	})
 
+	polling, stop := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait()
-	asking.Go(func() { d.pollMonitor(ctx, m) })
+	defer stop()
+	asking.Go(func() { d.pollMonitor(polling, m) })
 	for e := range events {
 		at, skew := d.boottime(qmp.Time(e))
 		switch e.Event {

@@ -4,10 +4,12 @@ package control
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
 	"net"
+	"slices"
 	"time"
 
 	"lockstep/compare"
@@ -145,6 +147,9 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 	case lxPair:
 		d.event(journal.Sync, "the guest replicates", nil)
 		if err := d.each("begin a pair", func(n *nic) error { return n.renew(d.opt.Compare, d.epoch) }); err != nil {
+			return err
+		}
+		if err := d.tellEdges(); err != nil {
 			return err
 		}
 		d.step(ckptEvent{Kind: evPair, OK: true})
@@ -464,6 +469,10 @@ func (d *Daemon) heardOf(m message) bool {
 			}
 			d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
 		}
+	case m.Type == "edges" && l.s != nil:
+		if err := d.addEdges(m); err != nil {
+			d.unlink(d.link, err) // not covered, then
+		}
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
 		d.live(lifeEvent{Kind: lvOver})
@@ -471,6 +480,35 @@ func (d *Daemon) heardOf(m message) bool {
 		return false
 	}
 	return true
+}
+
+// tellEdges tells S of the connections that were taken over by this host or by one
+// before it (P).
+func (d *Daemon) tellEdges() error {
+	for _, n := range d.nics {
+		edges, err := n.dp.Edges()
+		if err != nil {
+			return fmt.Errorf("nic %d: %w", n.index, err)
+		}
+		for some := range slices.Chunk(edges, maxEdges) {
+			b, err := binary.Append(nil, binary.LittleEndian, some)
+			if err != nil {
+				panic(err) // fields of fixed size
+			}
+			d.send(message{Type: "edges", NIC: n.index, Edges: b})
+		}
+	}
+	return nil
+}
+
+// addEdges takes what tellEdges tells (S).
+func (d *Daemon) addEdges(m message) error {
+	edges := make([]Edge, len(m.Edges)/binary.Size(Edge{}))
+	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(d.nics) {
+		return errors.New("edges that make no sense")
+	}
+	n := d.nics[m.NIC]
+	return n.do(func() error { return n.dp.AddEdges(edges) })
 }
 
 // linkLost follows the end of a session.

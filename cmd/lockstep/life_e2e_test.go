@@ -168,3 +168,35 @@ func TestPairOfGuests(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestTakeover: the primary's QEMU dies; the secondary speaks, and goes on as the
+// primary; the old primary's host becomes the secondary.
+func TestTakeover(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.run("beta", "secondary")
+	p.run("alpha", "primary")
+	p.covered()
+	p.booted()
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.killQEMU("alpha")
+	if err := echo(c, 1); err != nil {
+		t.Fatal(err)
+	}
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	if err := echo(c, 2); err != nil {
+		t.Fatal(err)
+	}
+	p.procs["alpha"].Wait()
+	p.run("alpha", "secondary")
+	p.covered()
+	if err := echo(c, 3); err != nil {
+		t.Fatal(err)
+	}
+	p.killQEMU("beta")
+	if err := echo(c, 4); err != nil {
+		t.Fatal(err)
+	}
+}
