@@ -391,6 +391,16 @@ func (n *nic) unpark() error {
 	return nil
 }
 
+// offsets counts the connections with an offset (S).
+func (n *nic) offsets() (known int, err error) {
+	err = n.dp.Offsets(func(_ compare.Tuple, o Offset) {
+		if o.State != StateInherited {
+			known++
+		}
+	})
+	return known, err
+}
+
 // install begins a session. On S new digest keys make the copies void.
 func (n *nic) install(s Session) error {
 	if n.secondary != nil && *n.keys != s.Digest {

@@ -212,9 +212,11 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	}
 	offsets := 0
 	for _, n := range d.nics {
-		if err := n.dp.Offsets(func(compare.Tuple, Offset) { offsets++ }); err != nil {
+		known, err := n.offsets()
+		if err != nil {
 			return false, fmt.Errorf("nic %d: count connections: %w", n.index, err)
 		}
+		offsets += known
 	}
 	h := hello{Connections: offsets}
 	if d.life != nil {

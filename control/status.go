@@ -211,9 +211,11 @@ func (n *nic) status(s *Status) error {
 		}
 	}
 	if n.secondary != nil {
-		if err := n.dp.Offsets(func(compare.Tuple, Offset) { s.Connections++ }); err != nil {
+		known, err := n.offsets()
+		if err != nil {
 			return err
 		}
+		s.Connections += known
 	}
 	for _, p := range n.dp.Programs() {
 		name := p.Name

@@ -679,7 +679,7 @@ const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_
 func connState(bits uint32) string {
 	switch {
 	case bits&connInherited != 0:
-		return "inherited"
+		return control.StateInherited
 	case bits&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0:
 		return "reset"
 	case bits&fins != 0:

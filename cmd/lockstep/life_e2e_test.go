@@ -4,11 +4,13 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -147,56 +149,149 @@ func (p *livingPair) booted() {
 	})
 }
 
-// TestPairOfGuests: two daemons bring a pair up; the secondary's QEMU dies, and the
-// primary goes on alone; a new secondary comes.
-func TestPairOfGuests(t *testing.T) {
-	p := newLivingPair(t, 0, "")
-	p.run("beta", "secondary")
-	p.run("alpha", "primary")
-	p.covered()
-	p.booted()
+// situation is what a pair may be doing when a host dies: load calls under way when it
+// is, goes on until stop is closed or it is done, and fails the test when anything is
+// wrong or missing.
+type situation struct {
+	name string
+	load func(p *livingPair, underWay func(), stop <-chan struct{})
+}
+
+var situations = []situation{
+	{"idle", func(p *livingPair, underWay func(), stop <-chan struct{}) { underWay(); <-stop }},
+	{"keep-alive", func(p *livingPair, underWay func(), stop <-chan struct{}) { p.keepAsking(underWay, stop) }},
+	{"to client", func(p *livingPair, underWay func(), stop <-chan struct{}) {
+		c := p.mustDial(lt.Guest4, portSource)
+		fmt.Fprintln(c, transferred)
+		p.expectPattern(&wayPoint{Reader: c, at: transferred / 4, f: underWay}, transferred)
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			p.t.Errorf("after the last byte: %v, want EOF", err)
+		}
+	}},
+	{"to guest", func(p *livingPair, underWay func(), stop <-chan struct{}) {
+		c := p.mustDial(lt.Guest6, portSink)
+		if _, err := io.Copy(onlyWriter{c}, &wayPoint{Reader: io.LimitReader(&pattern{}, transferred), at: transferred / 4, f: underWay}); err != nil {
+			p.t.Error(err)
+		}
+		c.CloseWrite()
+		got, err := io.ReadAll(c)
+		if want := fmt.Sprintf("OK %d\n", transferred); err != nil || string(got) != want {
+			p.t.Errorf("%q, %v; want %q", got, err, want)
+		}
+	}},
+}
+
+const transferred = 20_000_000
+
+// wayPoint calls f once at bytes were read.
+type wayPoint struct {
+	io.Reader
+	at int64
+	f  func()
+}
+
+func (r *wayPoint) Read(b []byte) (int, error) {
+	n, err := r.Reader.Read(b)
+	if r.at > 0 {
+		if r.at -= int64(n); r.at <= 0 {
+			r.f()
+		}
+	}
+	return n, err
+}
+
+// keepAsking asks until stop is closed, over one connection.
+func (p *livingPair) keepAsking(underWay func(), stop <-chan struct{}) {
 	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
-	p.killQEMU("beta")
-	if err := echo(c, 1); err != nil {
-		t.Fatal(err)
-	}
-	p.covered()
-	if err := echo(c, 2); err != nil {
-		t.Fatal(err)
+	var longest time.Duration
+	for i := 0; ; i++ {
+		began := time.Now()
+		if err := echo(c, i); err != nil {
+			p.t.Errorf("request %d: %v", i, err)
+			return
+		}
+		longest = max(longest, time.Since(began))
+		if i == 200 {
+			underWay()
+		}
+		select {
+		case <-stop:
+			p.t.Logf("%d answers, the longest took %v", i, longest)
+			return
+		default:
+		}
 	}
 }
 
-// TestTakeover: the primary's QEMU dies; the secondary speaks, and goes on as the
-// primary; the old primary's host becomes the secondary.
-func TestTakeover(t *testing.T) {
-	p := newLivingPair(t, 0, "")
+// during has f happen in the middle of a situation.
+func (p *livingPair) during(x situation, f func()) {
+	p.t.Helper()
+	stop, begun := make(chan struct{}), make(chan struct{})
+	var w sync.WaitGroup
+	w.Go(func() { x.load(p, func() { close(begun) }, stop) })
+	select {
+	case <-begun:
+	case <-time.After(time.Minute):
+		p.t.Fatal("no load")
+	}
+	f()
+	close(stop)
+	w.Wait()
+}
+
+// other is the other node.
+func other(node string) string { return map[string]string{"alpha": "beta", "beta": "alpha"}[node] }
+
+// start brings a pair up with its guest.
+func (p *livingPair) start() {
+	p.t.Helper()
 	p.run("beta", "secondary")
 	p.run("alpha", "primary")
 	p.covered()
 	p.booted()
+}
+
+// TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no
+// connection breaks and no byte is wrong; the host that lost its guest gets a new one. One
+// client session lasts through all of it.
+func TestFailovers(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
 	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
+	n, primary := 0, "alpha"
+	session := func() {
+		t.Helper()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		if err := echo(c, n); err != nil {
+			t.Fatal(err)
+		}
+		n++
 	}
-	p.killQEMU("alpha")
-	if err := echo(c, 1); err != nil {
-		t.Fatal(err)
-	}
-	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
-	if err := echo(c, 2); err != nil {
-		t.Fatal(err)
-	}
-	p.procs["alpha"].Wait()
-	p.run("alpha", "secondary")
-	p.covered()
-	if err := echo(c, 3); err != nil {
-		t.Fatal(err)
-	}
-	p.killQEMU("beta")
-	if err := echo(c, 4); err != nil {
-		t.Fatal(err)
+	session()
+	for _, dies := range []string{"primary", "secondary"} {
+		for _, x := range situations {
+			t.Run(dies+"/"+x.name, func(t *testing.T) {
+				victim := map[string]string{"primary": primary, "secondary": other(primary)}[dies]
+				q := *p
+				q.pair = p.with(t)
+				q.during(x, func() {
+					p.killQEMU(victim)
+					session()
+				})
+				if t.Failed() {
+					return
+				}
+				if dies == "primary" {
+					primary = other(primary)
+					p.procs[victim].Wait()
+					p.run(victim, "secondary")
+				}
+				p.covered()
+				session()
+			})
+			if t.Failed() {
+				return
+			}
+		}
 	}
 }
