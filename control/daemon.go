@@ -422,6 +422,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
 		if d.link != nil {
+			d.link.flush() // the peer may have to hear why
 			d.link.close(context.Canceled)
 		}
 	}()

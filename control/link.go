@@ -51,6 +51,8 @@ type message struct {
 	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
 	NIC     int      `json:"nic,omitempty"`    // edges
 	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
+
+	written chan struct{} // closed when the message was; nil: nobody waits
 }
 
 // party is what each side tells of itself.
@@ -236,6 +238,19 @@ func (l *link) send(m message) {
 	}
 }
 
+// flush waits, not for long, until what was queued is written.
+func (l *link) flush() {
+	written := make(chan struct{})
+	l.send(message{Type: "ping", written: written})
+	late := time.NewTimer(l.ping)
+	defer late.Stop()
+	select {
+	case <-written:
+	case <-l.done:
+	case <-late.C:
+	}
+}
+
 // close ends the link; the first reason counts.
 func (l *link) close(err error) {
 	l.once.Do(func() {
@@ -260,6 +275,9 @@ func (l *link) pump() {
 		if err := l.write(m); err != nil {
 			l.close(err)
 			return
+		}
+		if m.written != nil {
+			close(m.written)
 		}
 	}
 }

@@ -16,7 +16,7 @@ import (
 
 func fullStatus() *Status {
 	return &Status{
-		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3,
+		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, Record: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
 		Dropped:  map[string]uint64{"no_slot": 18, "bad_tag": 19},
 		Counters: map[string]uint64{"held": 20, "no_slot": 18},
@@ -42,6 +42,9 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 	const want = `
+# HELP lockstep_arbiter_term Term of the arbiter's record that this node goes by; 0 without an arbiter.
+# TYPE lockstep_arbiter_term gauge
+lockstep_arbiter_term{node="alpha",vm="web1"} 2
 # HELP lockstep_checkpoints_committed_total Checkpoints that were committed.
 # TYPE lockstep_checkpoints_committed_total counter
 lockstep_checkpoints_committed_total{node="alpha",vm="web1"} 17
@@ -51,6 +54,9 @@ lockstep_checkpoints_requested_total{node="alpha",vm="web1"} 16
 # HELP lockstep_connections Connections that are tracked; on the secondary those with an offset.
 # TYPE lockstep_connections gauge
 lockstep_connections{node="alpha",vm="web1"} 11
+# HELP lockstep_covered Whether the secondary may take over: 1 or 0.
+# TYPE lockstep_covered gauge
+lockstep_covered{node="alpha",vm="web1"} 1
 # HELP lockstep_dropped_frames_total Frames that were dropped, by reason.
 # TYPE lockstep_dropped_frames_total counter
 lockstep_dropped_frames_total{node="alpha",reason="bad_tag",vm="web1"} 19
