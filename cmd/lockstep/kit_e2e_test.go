@@ -55,6 +55,8 @@ const (
 	portDiffer = "7003" // a line: a line that differs between the guests
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
+	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
+	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "read NAME\n"
 )
 
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
@@ -92,6 +94,12 @@ func serveGuest(as string) {
 			}
 		},
 		portTLS: serveTLS,
+		portClock: func(c *net.TCPConn) {
+			for r := bufio.NewScanner(c); r.Scan(); {
+				fmt.Fprintln(c, r.Text(), time.Now().UnixNano())
+			}
+		},
+		portDisk: serveDisk,
 		portCut: func(c *net.TCPConn) {
 			var p, s, n int
 			for {
@@ -114,6 +122,31 @@ func serveGuest(as string) {
 	}
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test closes it
+}
+
+// serveDisk writes and reads files on the guest's first disk.
+func serveDisk(c *net.TCPConn) {
+	for r := bufio.NewScanner(c); r.Scan(); {
+		what, rest, _ := strings.Cut(r.Text(), " ")
+		name, text, _ := strings.Cut(rest, " ")
+		path := filepath.Join("/disk", name)
+		if what == "read" {
+			b, err := os.ReadFile(path)
+			fmt.Fprintf(c, "%s %v\n", b, err)
+			continue
+		}
+		f, err := os.Create(path)
+		if err == nil {
+			_, err = f.WriteString(text)
+		}
+		if err == nil {
+			err = f.Sync()
+		}
+		if err == nil {
+			err = f.Close()
+		}
+		fmt.Fprintln(c, "wrote", name, err)
+	}
 }
 
 // servePort gives f each connection to a port, until the process ends.

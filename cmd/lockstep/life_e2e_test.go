@@ -3,8 +3,10 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -249,6 +251,90 @@ func (p *livingPair) start() {
 	p.run("alpha", "primary")
 	p.covered()
 	p.booted()
+}
+
+// ask sends a line over c and returns the answer's.
+func (p *livingPair) ask(c *net.TCPConn, line string) string {
+	p.t.Helper()
+	c.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := fmt.Fprintln(c, line); err != nil {
+		p.t.Fatal(err)
+	}
+	got, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		p.t.Fatalf("%q: %v", line, err)
+	}
+	return strings.TrimSpace(got)
+}
+
+// TestDivergenceAndDisks: guests with two disks; requests to which the guests have
+// different answers are answered once each and cost checkpoints; what was written is on
+// the survivor's disk, whichever host dies.
+func TestDivergenceAndDisks(t *testing.T) {
+	p := newLivingPair(t, 2, "")
+	p.start()
+	const requests = 100
+	clock, disk := p.mustDial(lt.Guest4, portClock), p.mustDial(lt.Guest6, portDisk)
+	before, last := p.status("alpha"), int64(0)
+	for i := range requests {
+		var n int
+		var at int64
+		if got := p.ask(clock, fmt.Sprint(i)); !sscan(got, &n, &at) || n != i || at <= last {
+			t.Fatalf("request %d: %q, after %d", i, got, last)
+		} else {
+			last = at
+		}
+	}
+	s := p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
+	if done := s.CheckpointsDone - before.CheckpointsDone; done < 1 || done > requests+s.CheckpointsRequested-before.CheckpointsRequested {
+		t.Errorf("%d divergent requests made %d checkpoints", requests, done)
+	} else {
+		t.Logf("%d divergent requests, %d checkpoints", requests, done)
+	}
+	write := func(n int) {
+		t.Helper()
+		if got, want := p.ask(disk, fmt.Sprintf("write f%d text %d", n, n)), fmt.Sprintf("wrote f%d <nil>", n); got != want {
+			t.Fatalf("%q, want %q", got, want)
+		}
+	}
+	verify := func(n int) {
+		t.Helper()
+		for i := range n {
+			if got, want := p.ask(disk, fmt.Sprintf("read f%d", i)), fmt.Sprintf("text %d <nil>", i); got != want {
+				t.Fatalf("%q, want %q", got, want)
+			}
+		}
+	}
+	written := 0
+	for range 10 {
+		write(written)
+		written++
+	}
+	primary := "alpha"
+	for round, dies := range []string{"primary", "secondary", "primary"} {
+		write(written)
+		written++
+		if dies == "primary" {
+			p.killQEMU(primary)
+			verify(written)
+			p.procs[primary].Wait()
+			p.run(primary, "secondary")
+			primary = other(primary)
+		} else {
+			p.killQEMU(other(primary))
+			verify(written)
+		}
+		write(written)
+		written++
+		p.covered()
+		t.Logf("round %d: %d files, and the %s died", round, written, dies)
+	}
+	verify(written)
+}
+
+func sscan(text string, into ...any) bool {
+	n, err := fmt.Sscan(text, into...)
+	return err == nil && n == len(into)
 }
 
 // TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no
