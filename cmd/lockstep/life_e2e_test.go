@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"lockstep/control"
+	"lockstep/control/arbiter/arbitertest"
 	"lockstep/control/qemu/qemutest"
 	lt "lockstep/loader/loadertest"
 )
@@ -335,6 +336,106 @@ func TestDivergenceAndDisks(t *testing.T) {
 func sscan(text string, into ...any) bool {
 	n, err := fmt.Sscan(text, into...)
 	return err == nil && n == len(into)
+}
+
+// partition cuts what is between the hosts, or mends it.
+func (p *livingPair) partition(what string, cut bool) {
+	p.t.Helper()
+	for _, link := range strings.Fields(what) {
+		switch link {
+		case "control":
+			p.SetLink(p.t, p.HostP, "ctl", !cut)
+		case "peer":
+			p.SetLink(p.t, p.HostP, "peerP", !cut)
+		}
+	}
+}
+
+// TestPartitions: the hosts lose each other, and both guests live. One host speaks on,
+// where the arbiter can be reached; the other's guest is never heard, and follows again
+// when the partition is over.
+func TestPartitions(t *testing.T) {
+	for _, x := range []struct {
+		cut     string
+		arbiter bool // can be reached
+	}{{"control", true}, {"peer", true}, {"control peer", true}, {"control peer", false}} {
+		name := "cut " + x.cut
+		if !x.arbiter {
+			name += ", arbiter gone"
+		}
+		t.Run(name, func(t *testing.T) {
+			var etcd *arbitertest.Etcd
+			p := newLivingPair(t, 0, "arbiter: {type: etcd, endpoints: ['198.51.100.9:2379'], timeout: 1s}")
+			etcd = arbitertest.StartEtcd(t, arbitertest.Options{Listen: "198.51.100.9:2379", Command: func(name string, args ...string) *exec.Cmd {
+				return lt.Command(p.Switch, name, args...)
+			}})
+			p.start()
+			c := p.mustDial(lt.Guest4, portEcho)
+			c.SetDeadline(time.Now().Add(90 * time.Second))
+			heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+			ask := func(i int) {
+				t.Helper()
+				if err := echo(c, i); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ask(0)
+			if !x.arbiter {
+				etcd.Kill(t)
+			}
+			p.partition(x.cut, true)
+			if !x.arbiter {
+				// Nobody can know who may speak. Both ask, and nobody does.
+				answered := make(chan error, 1)
+				go func() { answered <- echo(c, 1) }()
+				for _, node := range []string{"alpha", "beta"} {
+					p.await(node, func(s *control.Status) bool { return s.State == "failover" })
+				}
+				before := heard.Turns()
+				select {
+				case err := <-answered:
+					t.Errorf("an answer, %v, though nobody may speak", err)
+				case <-time.After(2 * time.Second): // the time in which a host would speak that should not
+				}
+				if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
+					t.Errorf("somebody spoke: %v, and then %v", before, now)
+				}
+				etcd.Start(t)
+				if err := <-answered; err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range 50 {
+				ask(2 + i)
+			}
+			var speaker string
+			lt.Eventually(t, 20*time.Second, func() (bool, string) {
+				for _, node := range []string{"alpha", "beta"} {
+					if s := p.status(node); s != nil && s.Role == "primary" && s.State == "solo" {
+						speaker = node
+					}
+				}
+				return speaker != "", "nobody speaks alone"
+			})
+			for i := range 50 {
+				ask(100 + i)
+			}
+			p.partition(x.cut, false)
+			if speaker == "beta" {
+				p.procs["alpha"].Wait()
+				p.run("alpha", "secondary")
+			}
+			p.covered()
+			ask(200)
+			turns := heard.Turns()
+			for _, turn := range turns {
+				t.Log(turn)
+			}
+			if want := map[string]int{"alpha": 1, "beta": 2}[speaker]; len(turns) != want {
+				t.Errorf("%d turns of speech, want %d", len(turns), want)
+			}
+		})
+	}
 }
 
 // TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no

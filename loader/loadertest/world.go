@@ -128,7 +128,8 @@ func NewWorld(t testing.TB, peer Peer) *World {
 }
 
 // NewHosts makes a World for QEMU guests: hosts with a tap each, tapP and tapS, and a
-// switch to which both and the client are connected. There are no PVM and SVM.
+// switch to which both and the client are connected, portP and portS. The switch's
+// namespace has the address 198.51.100.9, the hosts .1 and .2. There are no PVM and SVM.
 func NewHosts(t testing.TB) *World {
 	t.Helper()
 	w := newWorld(t)
@@ -145,6 +146,9 @@ func NewHosts(t testing.TB) *World {
 		w.ip(t, host, "tuntap add dev tap"+side+" mode tap")
 		w.ip(t, host, "link set tap"+side+" up master br0")
 	}
+	w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev br0")
+	w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev br0")
+	w.ip(t, w.Switch, "addr add 198.51.100.9/24 dev br0")
 	w.link(t, "ctl", w.HostP, "ctl", w.HostS)
 	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
 	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
@@ -215,6 +219,12 @@ func (w *World) pins(t testing.TB) {
 			t.Errorf("unmount bpffs: %v", err)
 		}
 	})
+}
+
+// SetLink sets a device of namespace ns up or down.
+func (w *World) SetLink(t testing.TB, ns, device string, up bool) {
+	t.Helper()
+	w.ip(t, ns, "link set "+device+map[bool]string{true: " up", false: " down"}[up])
 }
 
 func (w *World) ip(t testing.TB, ns, args string) {
