@@ -571,6 +571,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 	case fxFailed:
 		d.attemptEnds(fx.Cause, fx)
 		d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+		d.checkpointEvent()
 
 	case fxPark:
 		return d.each("park", (*nic).park)
@@ -605,7 +606,11 @@ func (d *Daemon) attempt(fx ckptEffect) {
 		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
 	}
 	d.attemptNow, d.waiting = d.waiting, nil
-	d.attempts = keepLast(append(d.attempts, Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}))
+	c := Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
+	for _, r := range d.attemptNow {
+		c.Flow = cmp.Or(c.Flow, r.flow)
+	}
+	d.attempts = keepLast(append(d.attempts, c))
 	d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(d.attemptNow))
 }
 
@@ -624,6 +629,21 @@ func (d *Daemon) attemptEnds(result string, fx ckptEffect) {
 	d.attemptNow = nil
 }
 
+// checkpointEvent notes the attempt that has just ended.
+func (d *Daemon) checkpointEvent() {
+	if len(d.attempts) == 0 {
+		return
+	}
+	a := &d.attempts[len(d.attempts)-1]
+	fields := map[string]any{
+		"epoch": a.Epoch, "result": a.Result, "frozen_ms": a.FrozenMS, "pvm_pause_ms": a.PVMPauseMS, "svm_pause_ms": a.SVMPauseMS,
+	}
+	if a.Flow != "" {
+		fields["flow"] = a.Flow
+	}
+	d.event(journal.Checkpoint, a.Cause, fields)
+}
+
 func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
 func (d *Daemon) commit(fx ckptEffect) error {
@@ -640,6 +660,7 @@ func (d *Daemon) commit(fx ckptEffect) error {
 	d.committed++
 	d.attemptEnds("committed", fx)
 	a := d.attempts[len(d.attempts)-1]
+	d.checkpointEvent()
 	d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
 	if inside {
 		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})

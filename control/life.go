@@ -38,6 +38,7 @@ const (
 	lvClaimed           // answer to lxClaim, when it is known: OK when won; Term is the record's
 
 	lvSynced    // P: answer to lxSync
+	lvYield     // P: S is to take over
 	lvCommitted // P: a checkpoint was committed in HOLD
 
 	lvCovered // S: P confirmed the first commit (R18)
@@ -229,6 +230,10 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 		}
 	case lvQEMUDead:
 		l.quit()
+	case lvYield:
+		if l.state == lpPair {
+			l.quit()
+		}
 	case lvClaimed:
 		l.claimed(ev)
 	}

@@ -278,7 +278,11 @@ func (m *lifeModel) trouble() {
 		}
 	case 8:
 		if m.rng.IntN(4) == 0 {
-			m.step(h, lifeEvent{Kind: lvTakeOver})
+			if m.rng.IntN(2) == 0 {
+				m.step(h, lifeEvent{Kind: lvTakeOver})
+			} else {
+				m.step(0, lifeEvent{Kind: lvYield})
+			}
 		}
 	default:
 		m.unlink(true)
@@ -356,7 +360,7 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 
 func (e lifeEvent) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "committed", "covered", "awake", "qemu",
+		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "yield", "committed", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
 

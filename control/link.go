@@ -29,6 +29,7 @@ import (
 //	P → S  rekey      the next term and its signing keys; S answers ok
 //	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
 //	P → S  covered    S may take over from now on (R18); over: P goes on without S
+//	S → P  yield      fall silent and say dead: S takes over because an operator wants it to
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
 const (

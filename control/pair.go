@@ -460,6 +460,9 @@ func (d *Daemon) heardOf(m message) bool {
 			l.cancelSync()
 		}
 		d.live(lifeEvent{Kind: lvPeerDead})
+	case m.Type == "yield" && l.p != nil:
+		d.log.Warn("an operator has the secondary take over")
+		d.live(lifeEvent{Kind: lvYield})
 	case m.Type == "covered" && l.s != nil:
 		covered := l.s.covered
 		d.live(lifeEvent{Kind: lvCovered, Term: m.Record})

@@ -95,8 +95,9 @@ type Cause struct {
 type Checkpoint struct {
 	Epoch  uint32    `json:"epoch"`
 	At     time.Time `json:"at"`
-	Cause  string    `json:"cause"`  // the first of its causes
-	Result string    `json:"result"` // "running", "committed", or why it failed
+	Cause  string    `json:"cause"`          // the first of its causes
+	Flow   string    `json:"flow,omitempty"` // guest>remote, where a connection asked for it
+	Result string    `json:"result"`         // "running", "committed", or why it failed
 	// Milliseconds: how long nothing left P, how long either guest stood still.
 	FrozenMS   float64 `json:"frozen_ms"`
 	PVMPauseMS float64 `json:"pvm_pause_ms"`
@@ -310,6 +311,10 @@ func (d *Daemon) serveStatus(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /status", answer(d.Status))
 	mux.Handle("GET /flows", answer(d.Flows))
+	mux.Handle("POST /checkpoint", obey(func(ctx context.Context, _ *http.Request) (Checkpoint, error) { return d.Checkpoint(ctx) }))
+	mux.Handle("POST /failover", obey(func(ctx context.Context, r *http.Request) (FailoverDone, error) {
+		return d.Failover(ctx, r.URL.Query().Has("force"))
+	}))
 	srv := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: askTimeout,
@@ -340,11 +345,15 @@ func answer[T any](get func(context.Context) (T, error)) http.Handler {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
-		w.Header().Set("Content-Type", "application/json")
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(v) // an error here is the asker's
+		reply(w, v)
 	})
+}
+
+func reply(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	_ = enc.Encode(v) // an error here is the asker's
 }
 
 // ErrNoDaemon means that nothing listens on a status socket.
@@ -352,23 +361,23 @@ var ErrNoDaemon = errors.New("no daemon runs")
 
 // FetchStatus asks the daemon behind the status socket path for its status.
 func FetchStatus(ctx context.Context, path string) (Status, error) {
-	return fetch[Status](ctx, path, "status")
+	return call[Status](ctx, http.MethodGet, path, "status")
 }
 
 // FetchFlows asks for the guest's connections.
 func FetchFlows(ctx context.Context, path string) ([]Flow, error) {
-	return fetch[[]Flow](ctx, path, "flows")
+	return call[[]Flow](ctx, http.MethodGet, path, "flows")
 }
 
-func fetch[T any](ctx context.Context, path, topic string) (v T, err error) {
+func call[T any](ctx context.Context, method, path, topic string) (v T, err error) {
 	client := http.Client{
-		Timeout: askTimeout,
+		Timeout: map[string]time.Duration{http.MethodGet: askTimeout, http.MethodPost: orderTimeout + askTimeout}[method],
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}},
 	}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lockstep/"+topic, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://lockstep/"+topic, nil)
 	if err != nil {
 		return v, fmt.Errorf("ask for %s: %w", topic, err)
 	}
@@ -383,6 +392,9 @@ func fetch[T any](ctx context.Context, path, topic string) (v T, err error) {
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return v, fmt.Errorf("ask for %s: %w", topic, err)
+	}
+	if resp.StatusCode == http.StatusConflict {
+		return v, errors.New(strings.TrimSpace(string(body))) // the daemon's reason
 	}
 	if resp.StatusCode != http.StatusOK {
 		return v, fmt.Errorf("the daemon cannot tell its %s: %s", topic, body)

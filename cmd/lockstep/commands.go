@@ -34,7 +34,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newUpgrade(e), newUnload(e), newDoctor(e), newKeys(e), newVersion(e))
+	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newEvents(e), newCheckpoint(e), newFailover(e), newUpgrade(e), newUnload(e), newDoctor(e), newKeys(e), newVersion(e))
 	for _, cmd := range append(root.Commands(), root) {
 		args := cmd.Args
 		cmd.Args = func(cmd *cobra.Command, a []string) error {
@@ -78,6 +78,7 @@ func newRun(e env) *cobra.Command {
 	var (
 		t           target
 		role, level string
+		metrics     string
 		verifierLog bool
 	)
 	cmd := &cobra.Command{
@@ -101,12 +102,14 @@ func newRun(e env) *cobra.Command {
 				primary:     role == string(control.RolePrimary),
 				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
 				verifierLog: verifierLog,
+				metrics:     metrics,
 			})
 		},
 	}
 	t.flags(cmd)
 	cmd.Flags().StringVar(&role, "role", "", "the role to begin with: primary or secondary")
 	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&metrics, "metrics", "", "serve Prometheus metrics at this address, like 127.0.0.1:9177; off by default")
 	cmd.Flags().BoolVar(&verifierLog, "verifier-log", false, "print the whole verifier log when the kernel refuses a program")
 	return cmd
 }

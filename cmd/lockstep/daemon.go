@@ -56,6 +56,7 @@ type runOptions struct {
 	primary     bool // the role to begin with
 	log         *slog.Logger
 	verifierLog bool
+	metrics     string // address; "": none
 }
 
 // runDaemon runs this node's part in the pair, or one after the other, until ctx
@@ -81,6 +82,13 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		return err
 	}
 	defer release()
+	if o.metrics != "" {
+		stop, err := serveMetrics(ctx, o)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	if c.Arbiter.Type == "" {
 		return runPart(ctx, e, o, protected, nil)
 	}
@@ -145,7 +153,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 func notYet(o runOptions) error {
 	switch c := o.config; {
 	case o.self.Starts && c.Arbiter.Type == "":
-		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one with arbiter; {none: {}} lets either host speak when it has lost the other")
+		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host speak when it has lost the other")
 	case o.self.QMP == "" && c.Arbiter.Type != "":
 		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
 	case c.Checkpoint.TargetPause != 0:

@@ -438,6 +438,140 @@ func TestPartitions(t *testing.T) {
 	}
 }
 
+// order runs lockstep with a node's command and returns what it printed.
+func (p *livingPair) order(node string, args ...string) (string, error) {
+	cmd := p.lockstep(append(args, "-c", p.config, "--node", node)...)
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, errs.String())
+	}
+	return string(out), err
+}
+
+// TestOperator: what an operator may ask a pair for.
+func TestOperator(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.order("alpha", "checkpoint")
+	if err != nil || !strings.Contains(out, "is committed") {
+		t.Errorf("checkpoint: %q, %v", out, err)
+	}
+	if out, err := p.order("beta", "checkpoint"); err == nil || !strings.Contains(err.Error(), "checkpoints are the primary's: ask alpha") {
+		t.Errorf("checkpoint on the secondary: %q, %v", out, err)
+	}
+	// A planned takeover.
+	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta takes over") {
+		t.Fatalf("failover: %q, %v", out, err)
+	}
+	t.Log(out)
+	if err := echo(c, 1); err != nil {
+		t.Fatal(err)
+	}
+	p.procs["alpha"].Wait()
+	// A unit that starts the old primary in its old role (R19).
+	p.run("alpha", "primary")
+	if err := p.procs["alpha"].Wait(); err == nil || p.procs["alpha"].ProcessState.ExitCode() != exitUsage {
+		t.Errorf("the old primary, started as one: %v", err)
+	}
+	if log := p.log("alpha"); !strings.Contains(log, "is not primary any more: beta speaks") {
+		t.Error("the old primary does not say why it does not start")
+	}
+	p.run("alpha", "secondary")
+	p.covered()
+	if err := echo(c, 2); err != nil {
+		t.Fatal(err)
+	}
+	// The primary goes on alone, and its secondary begins afresh.
+	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta speaks alone") {
+		t.Errorf("failover of the primary: %q, %v", out, err)
+	}
+	p.covered()
+	if err := echo(c, 3); err != nil {
+		t.Fatal(err)
+	}
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+	out, err = p.order("beta", "events", "--json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"kind":"failover","cause":"took over"`, `"role":"primary"`, `"kind":"checkpoint"`, `"kind":"sync"`} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %s among the events:\n%s", want, out)
+		}
+	}
+}
+
+// TestFrozen: a daemon that stands still is one that is gone. When it goes on, it
+// finds out that another host speaks, and says nothing.
+func TestFrozen(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	alpha := p.procs["alpha"].Process
+	if err := alpha.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			t.Logf("the first answer took %v", time.Since(began))
+		}
+	}
+	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	if err := alpha.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
+		t.Errorf("the frozen daemon ended with %v", err)
+	}
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+	// The same with a secondary: the primary goes on, and the SVM is replaced.
+	p.run("alpha", "secondary")
+	p.covered()
+	if err := p.procs["alpha"].Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	if err := p.procs["alpha"].Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	p.covered()
+	if err := echo(c, 7); err != nil {
+		t.Fatal(err)
+	}
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
 // TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no
 // connection breaks and no byte is wrong; the host that lost its guest gets a new one. One
 // client session lasts through all of it.
