@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"sync"
 	"time"
@@ -111,7 +112,11 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				}
 			})
 		default:
-			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
+			level := slog.LevelDebug
+			if remarkable[e.Event] {
+				level = slog.LevelInfo
+			}
+			d.log.Log(ctx, level, "QEMU", "event", e.Event, "data", e.Data)
 		}
 	}
 	d.post(func() {
@@ -151,6 +156,12 @@ func (d *Daemon) unreachable(err error) {
 	if l.unanswered == maxUnanswered {
 		d.qemuGone(err.Error())
 	}
+}
+
+// remarkable events of QEMU's are worth a line of log.
+var remarkable = map[string]bool{
+	"RESET": true, "SHUTDOWN": true, "POWERDOWN": true, "SUSPEND": true, "WAKEUP": true, "WATCHDOG": true, "GUEST_PANICKED": true,
+	"BLOCK_IO_ERROR": true, "BLOCK_JOB_ERROR": true, "QUORUM_FAILURE": true, "QUORUM_REPORT_BAD": true, "MEMORY_FAILURE": true,
 }
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes

@@ -529,7 +529,11 @@ func (d *Daemon) linkLost(why error) {
 
 // qemuGone: this host's QEMU is.
 func (d *Daemon) qemuGone(why string) {
-	d.log.Error("QEMU is dead", "why", why)
+	said := ""
+	if d.life.Guest != nil {
+		said = qemu.Log(d.life.Guest)
+	}
+	d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
 	d.event(journal.QEMU, "dead: "+why, nil)
 	d.live(lifeEvent{Kind: lvQEMUDead})
 }

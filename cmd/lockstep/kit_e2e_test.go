@@ -56,6 +56,7 @@ const (
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
+	portDirty  = "7008" // "n\n": n MiB of the guest's memory change, over and over, until the connection closes
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "read NAME\n"
 )
 
@@ -100,6 +101,28 @@ func serveGuest(as string) {
 			}
 		},
 		portDisk: serveDisk,
+		portDirty: func(c *net.TCPConn) {
+			var n int
+			if _, err := fmt.Fscanln(c, &n); err != nil {
+				return
+			}
+			b := make([]byte, n<<20)
+			stop := make(chan struct{})
+			go func() { io.Copy(io.Discard, c); close(stop) }()
+			for i := byte(1); ; i++ {
+				for at := 0; at < len(b); at += 4096 {
+					b[at] = i
+				}
+				if i == 1 {
+					fmt.Fprintln(c, "dirty")
+				}
+				select {
+				case <-stop:
+					return
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		},
 		portCut: func(c *net.TCPConn) {
 			var p, s, n int
 			for {

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -109,18 +110,35 @@ func (p *livingPair) run(node, role string) {
 
 const preloadName = "LD_PRELOAD"
 
-// killQEMU ends a node's QEMU at once; nothing, when there is none.
-func (p *livingPair) killQEMU(node string) {
+// qemu is the process of a node's QEMU; 0: there is none.
+func (p *livingPair) qemu(node string) int {
 	b, err := os.ReadFile(filepath.Join(p.Dir, "run/web1-"+node+".pid"))
 	if err != nil {
-		return
+		return 0
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
-		return
+		return 0
 	}
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !strings.Contains(string(line), p.Dir) {
+		return 0
+	}
+	return pid
+}
+
+// signal sends a signal to a node's QEMU.
+func (p *livingPair) signal(node string, sig syscall.Signal) {
+	p.t.Helper()
+	if err := syscall.Kill(p.qemu(node), sig); err != nil {
+		p.t.Fatalf("QEMU of %s: %v", node, err)
+	}
+}
+
+// killQEMU ends a node's QEMU at once; nothing, when there is none.
+func (p *livingPair) killQEMU(node string) {
+	pid := p.qemu(node)
+	if pid == 0 {
 		return
 	}
 	_ = syscall.Kill(pid, syscall.SIGKILL)
@@ -570,6 +588,165 @@ func TestFrozen(t *testing.T) {
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
+}
+
+// quick is await for what does not last.
+func (p *livingPair) quick(node string, want func(*control.Status) bool) {
+	p.t.Helper()
+	socket := filepath.Join(p.Dir, "run/web1-"+node+".sock")
+	ctx, cancel := context.WithTimeout(p.t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		s, err := control.FetchStatus(ctx, socket)
+		if err == nil && want(&s) {
+			return
+		}
+		if ctx.Err() != nil {
+			p.t.Fatalf("%s never was as wanted: %+v, %v", node, s, err)
+		}
+	}
+}
+
+// TestMidCheckpoint: either host loses its QEMU between STOP and RESUME, the SVM with
+// its new state loaded or not, or while it is parked and the PVM's state has not come.
+func TestMidCheckpoint(t *testing.T) {
+	p := newLivingPair(t, 1, "checkpoint: {period: 60s}")
+	p.start()
+	c := p.mustDial(lt.Guest4, portEcho)
+	n, primary := 0, "alpha"
+	session := func() {
+		t.Helper()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		if err := echo(c, n); err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	session()
+	// parked has a checkpoint begin that the SVM, which stands still, does not take.
+	parked := func() {
+		t.Helper()
+		p.signal(other(primary), syscall.SIGSTOP)
+		go p.order(primary, "checkpoint")
+		p.quick(primary, func(s *control.Status) bool { return s.State == "checkpointing" })
+		p.quick(other(primary), func(s *control.Status) bool { return s.State == "checkpointing" })
+	}
+	// halfway has a node's guest stopped for a checkpoint that takes its time.
+	halfway := func(node string) {
+		t.Helper()
+		d := p.mustDial(lt.Guest4, portDirty)
+		if got := p.ask(d, "48"); got != "dirty" {
+			t.Fatalf("%q in place of dirty", got)
+		}
+		go p.order(primary, "checkpoint")
+		p.quick(node, func(s *control.Status) bool { return s.QMP.State == "paused" })
+	}
+	revive := func() {
+		t.Helper()
+		p.procs[primary].Wait()
+		p.run(primary, "secondary")
+		primary = other(primary)
+	}
+	for _, x := range []struct {
+		name string
+		f    func()
+	}{
+		{"parked, the secondary dies", func() {
+			parked()
+			p.killQEMU(other(primary))
+		}},
+		{"parked, the primary dies", func() {
+			parked()
+			p.killQEMU(primary)
+			p.signal(other(primary), syscall.SIGCONT)
+			session()
+			revive()
+		}},
+		{"half loaded, the secondary dies", func() {
+			halfway(primary)
+			p.killQEMU(other(primary))
+		}},
+		{"half loaded, the primary dies", func() {
+			halfway(primary)
+			p.killQEMU(primary)
+			session()
+			revive()
+		}},
+		{"loaded, the primary dies", func() {
+			halfway(other(primary))
+			p.quick(other(primary), func(s *control.Status) bool { return s.QMP.State == "running" })
+			p.killQEMU(primary)
+			session()
+			revive()
+		}},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			outer := p.pair
+			defer func() { p.pair = outer }()
+			p.pair = p.with(t)
+			x.f()
+			session()
+			p.covered()
+			session()
+		})
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// TestDaemonsRestart: daemons are killed and started again, in every state of the
+// pair: nobody takes over, no connection breaks.
+func TestDaemonsRestart(t *testing.T) {
+	p := newLivingPair(t, 0, "compare: {timeout: 10s}")
+	p.start()
+	c := p.mustDial(lt.Guest4, portEcho)
+	n := 0
+	session := func() {
+		t.Helper()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		if err := echo(c, n); err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	session()
+	for _, nodes := range [][]string{{"beta"}, {"alpha"}, {"beta", "alpha"}} {
+		for i, x := range situations[1:3] {
+			t.Run(fmt.Sprintf("%v %s", nodes, x.name), func(t *testing.T) {
+				q := *p
+				q.pair = p.with(t)
+				q.during(x, func() {
+					for _, node := range nodes {
+						p.kill(node)
+					}
+					for _, node := range nodes {
+						p.run(node, map[string]string{"alpha": "primary", "beta": "secondary"}[node])
+					}
+					session()
+				})
+				p.covered()
+				if s := p.status("alpha"); s.Record != 1 {
+					t.Errorf("%d: the record is of term %d: somebody spoke alone", i, s.Record)
+				}
+			})
+			if t.Failed() {
+				return
+			}
+		}
+	}
+	// Alone, too.
+	p.kill("beta")
+	p.killQEMU("beta")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.kill("alpha")
+	session() // the kernel goes on without a daemon
+	p.run("alpha", "primary")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	session()
+	p.run("beta", "secondary")
+	p.covered()
+	session()
 }
 
 // TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no
