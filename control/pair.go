@@ -429,6 +429,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	}
 	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
 	if err := d.remember(func(st *state.State) {
+		st.Replicated = true
 		if !l.s.covered {
 			st.Covered = 0
 		}

@@ -330,7 +330,7 @@ func TestDivergenceAndDisks(t *testing.T) {
 		written++
 	}
 	primary := "alpha"
-	for round, dies := range []string{"primary", "secondary", "primary"} {
+	for round, dies := range []string{"primary", "primary", "secondary", "primary"} {
 		write(written)
 		written++
 		if dies == "primary" {
@@ -635,7 +635,7 @@ func TestMidCheckpoint(t *testing.T) {
 	halfway := func(node string) {
 		t.Helper()
 		d := p.mustDial(lt.Guest4, portDirty)
-		if got := p.ask(d, "48"); got != "dirty" {
+		if got := p.ask(d, "24"); got != "dirty" {
 			t.Fatalf("%q in place of dirty", got)
 		}
 		go p.order(primary, "checkpoint")
