@@ -3,12 +3,14 @@
 package loader
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"runtime"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
@@ -75,6 +77,36 @@ func TestDrainTap(t *testing.T) {
 	cancel()
 	if err := h.s.DrainTap(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("drained: %v", err)
+	}
+	// It is never read: then it goes, once.
+	ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	check(t, h.s.DrainTap(ctx))
+	check(t, h.s.DrainTap(t.Context()))
+	if c, err := h.s.Counters(); err != nil || c["tap_unread"] != 1 {
+		t.Errorf("%d frames unread, %v", c["tap_unread"], err)
+	}
+}
+
+// What a tap's reader does not take goes with emptyQueue, and what comes later is read.
+func TestEmptyQueue(t *testing.T) {
+	newNetns(t)
+	tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tap0"}, Mode: netlink.TUNTAP_MODE_TAP, Queues: 1, NonPersist: true}
+	check(t, netlink.LinkAdd(tap))
+	defer tap.Fds[0].Close()
+	check(t, netlink.LinkSetUp(tap))
+	out := newWire(t, "tap0")
+	for range 10 {
+		out.send(segment(false, 0, 1, compare.ACK, nil, randomBytes(100)))
+	}
+	check(t, emptyQueue(tap.Attrs().Index))
+	last := segment(false, 7, 1, compare.ACK, nil, randomBytes(100))
+	out.send(last)
+	b := make([]byte, 1<<16)
+	n, err := tap.Fds[0].Read(b)
+	check(t, err)
+	if !bytes.HasSuffix(b[:n], last) {
+		t.Errorf("read\n%x\nwant\n%x", b[:n], last)
 	}
 }
 

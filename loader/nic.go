@@ -124,7 +124,7 @@ type NIC struct {
 	signer        signer
 
 	tapBase uint32 // the tap's frame count before the first one was let in, mod 2^32
-	lost    struct{ tap, peer, events atomic.Uint64 }
+	lost    struct{ tap, peer, events, unread atomic.Uint64 }
 }
 
 // signedMax is room for a peer frame made by user space.
@@ -736,6 +736,7 @@ func (n *NIC) Counters() (map[string]uint64, error) {
 		"release_lost":  n.lost.tap.Load(),
 		"peer_lost":     n.lost.peer.Load(),
 		"event_refused": n.lost.events.Load(),
+		"tap_unread":    n.lost.unread.Load(),
 	}
 	for i, name := range bpf.ReasonNames() {
 		c, err := n.count(uint32(i))
@@ -760,7 +761,8 @@ func (n *NIC) count(reason uint32) (packets uint64, err error) {
 
 // DrainTap implements [control.DataPath]: a tap counts a frame as sent when its
 // reader takes it, so what the gate let in and the tap has not counted is still
-// on its way.
+// on its way. What a guest that boots, or has crashed, has not read at ctx's
+// deadline goes: to it that is a loss, and the PVM has heard it.
 func (n *NIC) DrainTap(ctx context.Context) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
@@ -778,15 +780,52 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 			return fmt.Errorf("tap %s: no statistics", n.tap.Attrs().Name)
 		}
 		// A difference of counts, neither of which has grown by 2^31 meanwhile.
-		if int32(uint32(s.TxPackets+s.TxDropped)-n.tapBase-uint32(in)) >= 0 {
+		unread := n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped)
+		if int32(unread) <= 0 {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return n.purgeTap(unread)
+			}
 			return fmt.Errorf("tap %s: the SVM has not read all frames: %w", n.tap.Attrs().Name, ctx.Err())
 		case <-tick.C:
 		}
 	}
+}
+
+// purgeTap drops what waits in the tap's queue, unread frames.
+func (n *NIC) purgeTap(unread uint32) error {
+	if err := emptyQueue(n.tap.Attrs().Index); err != nil {
+		return fmt.Errorf("tap %s: drop what the SVM does not read: %w", n.tap.Attrs().Name, err)
+	}
+	n.lost.unread.Add(uint64(unread))
+	// They were let in, and will never be counted as sent.
+	n.tapBase -= unread
+	var meta bpf.LockstepLsMeta
+	if err := n.objs.LsMeta.Lookup(uint32(0), &meta); err != nil {
+		return fmt.Errorf("read what the tables are for: %w", err)
+	}
+	meta.TapBase = n.tapBase
+	if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
+		return fmt.Errorf("write down what the tap has lost: %w", err)
+	}
+	return nil
+}
+
+// emptyQueue drops what waits in a tap's queue. A shorter queue has no room for it
+// (tun_queue_resize, seen in 6.18), and one of length 0 for nothing.
+func emptyQueue(index int) error {
+	dev, err := netlink.LinkByIndex(index)
+	if err != nil {
+		return err
+	}
+	length := dev.Attrs().TxQLen
+	if err := netlink.LinkSetTxQLen(dev, 0); err != nil {
+		return err
+	}
+	return netlink.LinkSetTxQLen(dev, length)
 }
 
 // Poll implements [control.DataPath].
