@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -56,7 +57,7 @@ const (
 	portCut    = "7004" // "a,b n\n": n bytes, cut at a by the PVM and at b by the SVM
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
-	portDirty  = "7008" // "n\n": n MiB of the guest's memory change, over and over, until the connection closes
+	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "read NAME\n"
 )
 
@@ -102,11 +103,7 @@ func serveGuest(as string) {
 		},
 		portDisk: serveDisk,
 		portDirty: func(c *net.TCPConn) {
-			var n int
-			if _, err := fmt.Fscanln(c, &n); err != nil {
-				return
-			}
-			b := make([]byte, n<<20)
+			b := dirty()
 			stop := make(chan struct{})
 			go func() { io.Copy(io.Discard, c); close(stop) }()
 			for i := byte(1); ; i++ {
@@ -146,6 +143,9 @@ func serveGuest(as string) {
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test closes it
 }
+
+// dirty is memory that the guest, which has little, allocates once.
+var dirty = sync.OnceValue(func() []byte { return make([]byte, 16<<20) })
 
 // serveDisk writes and reads files on the guest's first disk.
 func serveDisk(c *net.TCPConn) {

@@ -635,7 +635,8 @@ func TestMidCheckpoint(t *testing.T) {
 	halfway := func(node string) {
 		t.Helper()
 		d := p.mustDial(lt.Guest4, portDirty)
-		if got := p.ask(d, "24"); got != "dirty" {
+		defer d.Close() // the guest hears of it when it goes on
+		if got := p.ask(d, ""); got != "dirty" {
 			t.Fatalf("%q in place of dirty", got)
 		}
 		go p.order(primary, "checkpoint")
@@ -680,18 +681,11 @@ func TestMidCheckpoint(t *testing.T) {
 			revive()
 		}},
 	} {
-		t.Run(x.name, func(t *testing.T) {
-			outer := p.pair
-			defer func() { p.pair = outer }()
-			p.pair = p.with(t)
-			x.f()
-			session()
-			p.covered()
-			session()
-		})
-		if t.Failed() {
-			return
-		}
+		t.Log(x.name)
+		x.f()
+		session()
+		p.covered()
+		session()
 	}
 }
 
