@@ -56,6 +56,8 @@ const (
 	run  = bpf.LockstepLsModeLS_MODE_RUN
 	park = bpf.LockstepLsModeLS_MODE_PARK
 	solo = bpf.LockstepLsModeLS_MODE_SOLO
+
+	quiet = bpf.LockstepLsModeLS_MODE_QUIET
 )
 
 var (

@@ -22,6 +22,8 @@ var mutations = map[string]struct {
 	"R6":     {bpf.LockstepLsMutationLS_MUTATE_R6, []string{"TestNack", "TestEchoIn"}},
 	"R20":    {bpf.LockstepLsMutationLS_MUTATE_R20, []string{"TestPriOutSamples", "TestPriOutReleased", "TestSoloSamples"}},
 	"REPLAY": {bpf.LockstepLsMutationLS_MUTATE_REPLAY, []string{"TestWindow", "TestWindowRandom", "TestRotation", "TestEchoOut"}},
+	"GUARD":  {bpf.LockstepLsMutationLS_MUTATE_GUARD, []string{"TestTakeover", "TestEdge"}},
+	"EDGE":   {bpf.LockstepLsMutationLS_MUTATE_EDGE, []string{"TestTakeover", "TestEdge", "TestLiveEdgeMirrored"}},
 	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz"}},
 }
 

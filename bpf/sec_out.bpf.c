@@ -245,6 +245,7 @@ int ls_sec_out(struct __sk_buff *skb)
 	struct ls_conf *conf = config();
 	struct ls_keys *keys;
 	__u32 mode;
+	int what;
 
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
@@ -255,17 +256,18 @@ int ls_sec_out(struct __sk_buff *skb)
 	if ((mode != LS_MODE_RUN && mode != LS_MODE_QUIET) || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
-	switch (parse(skb, &sc->p, 1)) {
+	what = parse(skb, &sc->p, 1);
+	if (mode == LS_MODE_QUIET && what != LS_TCP)
+		return count(LS_R_shut, skb, TCX_DROP);
+	switch (what) {
 	case LS_TCP:
 		return sec_tcp(skb, sc, conf, keys, mode == LS_MODE_QUIET);
 	case LS_DGRAM:
-		if (mode == LS_MODE_QUIET)
-			return count(LS_R_shut, skb, TCX_DROP);
 		if (rule_matches(&sc->p))
 			return count(LS_R_svm_only, skb, TCX_DROP);
 		return sec_dgram(skb, sc, conf, keys);
 	case LS_LINK:
-		if (sc->p.asks && mode == LS_MODE_RUN)
+		if (sc->p.asks)
 			return sec_neigh(skb, sc, conf, keys);
 		return count(LS_R_svm_only, skb, TCX_DROP);
 	default:
