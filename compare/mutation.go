@@ -18,6 +18,7 @@ const (
 	mutR14                           // frames captured behind the commit point leave too
 	mutR15                           // freezing does nothing
 	mutR16                           // S: all that was parked is delivered
+	mutR22                           // S: nothing is said again
 	mutDatagram                      // datagrams need not match
 )
 

@@ -254,6 +254,10 @@ func (s *Secondary) answer(seg *Segment) {
 
 // replay says a copy to the client: P may have died before it did.
 func (s *Secondary) replay(slot Slot) {
+	if s.off(mutR22) {
+		s.drop(slot, ReasonVoid)
+		return
+	}
 	s.stats.Replayed++
 	s.out = append(s.out, Effect{Op: OpReplay, Slot: slot, Free: true})
 }

@@ -175,7 +175,7 @@ func (x *transcript) step(title string, ev Event) {
 	}
 	step := x.p.Step
 	switch ev.Kind {
-	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset:
+	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvTakeOver:
 		step = x.s.Step
 	}
 	effs := step(x.now, &ev, nil)
@@ -245,6 +245,8 @@ func (x *transcript) effect(e *Effect) string {
 		b.WriteString("adopt")
 	case OpQuery:
 		b.WriteString("query")
+	case OpReplay:
+		fmt.Fprintf(&b, "replay%s", slot)
 	case OpForward:
 		fmt.Fprintf(&b, "forward%s", slot)
 	}
@@ -281,7 +283,7 @@ func (x *transcript) parse(line string) Event {
 	kinds := map[string]EventKind{
 		"pvm": EvPVM, "svm": EvSVM, "answer": EvAnswer, "client": EvClient, "freeze": EvFreeze, "thaw": EvThaw,
 		"commit": EvCommit, "solo": EvSolo, "tick": EvTick, "copy": EvCopy, "ask": EvAsk, "park": EvPark,
-		"adopt": EvAdopt, "unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh,
+		"adopt": EvAdopt, "unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh, "takeover": EvTakeOver,
 	}
 	ev := Event{Kind: kinds[f[0]], Epoch: x.p.epoch, At: x.now}
 	if ev.Kind == 0 {
@@ -458,6 +460,7 @@ func TestMutations(t *testing.T) {
 		{mutR14, "r14_commit"},
 		{mutR15, "r15_freeze"},
 		{mutR16, "r16_mark"},
+		{mutR22, "r22_takeover"},
 		{mutDatagram, "datagrams"},
 	} {
 		t.Run(m.file, func(t *testing.T) {

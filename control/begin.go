@@ -72,6 +72,8 @@ func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
 		b.primary = lpSolo
 	case found.Mode == ModeHold:
 		b.primary, b.covered = lpPair, st.Covered == rec.Term
+	case found == Found{}:
+		b.Discard = true // what there is belongs to a part that is over
 	}
 	return b
 }

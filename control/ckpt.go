@@ -635,6 +635,9 @@ func (c *ckptSecondary) hush(ev ckptEvent) {
 	switch ev.Kind {
 	case evStop:
 		c.svmStopped = true
+		if c.stage == sParked {
+			c.stage = sStopped // P had asked for it before it died
+		}
 	case evResume:
 		c.svmStopped = false
 		if c.stage == sStopped {

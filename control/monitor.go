@@ -57,7 +57,7 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 				d.log.Warn("no QMP connection", "socket", d.qmp.path, "err", err)
 			}
 		})
-		if connected && time.Since(began) > qmpRetryMax {
+		if connected && time.Since(began) > qmpRetry {
 			continue // at once it is found out whether QEMU died
 		}
 		if !again.wait(ctx) {
@@ -87,6 +87,9 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.qmp.conn = m
 		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
 		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
+		if d.life != nil {
+			d.life.hadQEMU, d.life.unanswered = true, 0
+		}
 		d.step(ckptEvent{Kind: evQMPUp, OK: running})
 		d.prepare()
 		d.paired()
@@ -133,7 +136,7 @@ func (d *Daemon) ran(ev ckptEvent) {
 		if d.life.deaf {
 			return // the failover's own
 		}
-		if d.life.unanswered = 0; ev.Kind == evResume {
+		if ev.Kind == evResume {
 			defer d.live(lifeEvent{Kind: lvAwake})
 		}
 	}

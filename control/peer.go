@@ -127,7 +127,9 @@ func (d *Daemon) offer(l *link, h hello) {
 	s.Term = d.term
 	if d.life != nil {
 		d.life.hello = h
-		s.Record, s.Pair = d.life.p.term, d.life.p.state == lpPair
+		// COLO may run already where somebody else has started it.
+		s.Record = d.life.p.term
+		s.Pair = d.life.p.state == lpPair || d.life.p.state == lpStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
 	}
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
 	s.Sign = newSeed()

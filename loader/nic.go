@@ -81,13 +81,16 @@ type Mutation uint32
 
 // MutateR9 has the rewriter ignore announcements and guess. MutateR6 leaves gaps
 // in a lane's numbers alone, MutateR20 lets guests speak for ever, MutateReplay takes
-// records again and again, MutateTag takes forged ones.
+// records again and again, MutateTag takes forged ones, MutateGuard leaves timestamps
+// behind and MutateEdge numbers as they are where a connection was taken over.
 const (
 	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
 	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
 	MutateR20    = Mutation(bpf.LockstepLsMutationLS_MUTATE_R20)
 	MutateReplay = Mutation(bpf.LockstepLsMutationLS_MUTATE_REPLAY)
 	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)
+	MutateGuard  = Mutation(bpf.LockstepLsMutationLS_MUTATE_GUARD)
+	MutateEdge   = Mutation(bpf.LockstepLsMutationLS_MUTATE_EDGE)
 )
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.

@@ -32,8 +32,11 @@ func TestMain(m *testing.M) {
 	switch as := os.Getenv(actAs); {
 	case as == "lockstep":
 		main()
-	case as == "lockstep without R9":
-		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, loader.MutateR9) }
+	case strings.HasPrefix(as, "lockstep without "):
+		rule := map[string]loader.Mutation{
+			"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge,
+		}[strings.TrimPrefix(as, "lockstep without ")]
+		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, rule) }
 		main()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)

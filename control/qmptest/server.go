@@ -20,6 +20,7 @@ import (
 // Request is a command as it came in.
 type Request struct {
 	Execute   string          `json:"execute"`
+	OutOfBand string          `json:"exec-oob"` // the same, out of band; Execute has it too
 	Arguments json.RawMessage `json:"arguments"`
 	ID        json.RawMessage `json:"id"`
 }
@@ -139,6 +140,9 @@ func (s *Server) serve(c *session, fault Fault) {
 			c.write([]byte(`{"error": {"class": "GenericError", "desc": "JSON parse error"}}` + "\r\n"))
 			continue
 		}
+		if r.OutOfBand != "" {
+			r.Execute = r.OutOfBand
+		}
 		s.mu.Lock()
 		s.requests = append(s.requests, r)
 		s.signal()
@@ -203,7 +207,21 @@ func (s *Server) answer(c *session, r Request) []byte {
 		return ok(fmt.Sprintf(`{"status": "%s", "singlestep": false, "running": %t}`, status, s.running))
 	case "query-colo-status":
 		return ok(fmt.Sprintf(`{"mode": "%s", "last-mode": "none", "reason": "none"}`, s.mode))
-	case "migrate-set-parameters":
+	case "query-commands":
+		return ok(`[{"name": "x-colo-lost-heartbeat"}, {"name": "query-colo-status"}, {"name": "yank"}, {"name": "x-blockdev-change"}]`)
+	case "query-migrate-capabilities":
+		return ok(`[{"capability": "x-colo", "state": true}]`)
+	case "query-migrate":
+		return ok(`{"status": "colo"}`)
+	case "query-qmp-schema", "query-named-block-nodes", "query-yank":
+		return ok("[]")
+	case "x-colo-lost-heartbeat":
+		s.mode = "none"
+		return ok("{}")
+	case "stop", "cont":
+		s.running = r.Execute == "cont"
+		return ok("{}")
+	case "migrate-set-parameters", "announce-self":
 		return ok("{}")
 	}
 	return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %s}`+"\r\n", r.Execute, id(r))

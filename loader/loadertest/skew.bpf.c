@@ -45,6 +45,7 @@ struct {
 __u64 skewed; /* segments changed */
 __u64 unskewed;
 __u64 wrapping; /* connections whose skewed ISN is just below 2^32 */
+__u32 behind;	/* ticks that the guest's clock has lost */
 
 struct seg {
 	__u32 l4, words;
@@ -141,9 +142,9 @@ SEC("tcx/egress") int skew_out(struct __sk_buff *skb)
 		return -1;
 	add(&s.new[SEQ], w->seq);
 	if (is(&s, OPTS, 0x0101080a))
-		add(&s.new[OPTS + 1], w->ts);
+		add(&s.new[OPTS + 1], w->ts - behind);
 	else if (flags & F_SYN && is(&s, OPTS + 1, 0x0402080a))
-		add(&s.new[OPTS + 2], w->ts);
+		add(&s.new[OPTS + 2], w->ts - behind);
 	store(skb, &s);
 	__sync_fetch_and_add(&skewed, 1);
 	return -1;
@@ -177,11 +178,11 @@ SEC("tcx/ingress") int skew_in(struct __sk_buff *skb)
 	add(&s.new[ACKNO], -w->seq);
 	if (is(&s, OPTS, 0x0101080a)) {
 		if (s.old[OPTS + 2])
-			add(&s.new[OPTS + 2], -w->ts);
+			add(&s.new[OPTS + 2], behind - w->ts);
 		sack(&s, -w->seq, OPTS + 3);
 	} else {
 		if (is(&s, OPTS + 1, 0x0402080a) && s.old[OPTS + 3])
-			add(&s.new[OPTS + 3], -w->ts);
+			add(&s.new[OPTS + 3], behind - w->ts);
 		sack(&s, -w->seq, OPTS);
 	}
 	store(skb, &s);

@@ -27,6 +27,14 @@ func (s *Skew) Counts(t testing.TB) (out, in, wrapping uint64) {
 	return out, in, wrapping
 }
 
+// LoseTime has the guest's clock of TCP timestamps fall behind by so many ticks.
+func (s *Skew) LoseTime(t testing.TB, ticks uint32) {
+	t.Helper()
+	if err := s.objs.Behind.Set(ticks); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // AddSkew attaches the skew to a device of namespace ns.
 func AddSkew(t testing.TB, ns, device string) *Skew {
 	t.Helper()

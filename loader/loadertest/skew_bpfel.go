@@ -33,6 +33,7 @@ const (
 	skewMapSkews    = "skews"
 	skewProgSkewIn  = "skew_in"
 	skewProgSkewOut = "skew_out"
+	skewVarBehind   = "behind"
 	skewVarSkewed   = "skewed"
 	skewVarUnskewed = "unskewed"
 	skewVarWrapping = "wrapping"
@@ -95,6 +96,7 @@ type skewMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type skewVariableSpecs struct {
+	Behind   *ebpf.VariableSpec `ebpf:"behind"`
 	Skewed   *ebpf.VariableSpec `ebpf:"skewed"`
 	Unskewed *ebpf.VariableSpec `ebpf:"unskewed"`
 	Wrapping *ebpf.VariableSpec `ebpf:"wrapping"`
@@ -133,6 +135,7 @@ func (m *skewMaps) Close() error {
 //
 // It can be passed to loadSkewObjects or ebpf.CollectionSpec.LoadAndAssign.
 type skewVariables struct {
+	Behind   *ebpf.Variable `ebpf:"behind"`
 	Skewed   *ebpf.Variable `ebpf:"skewed"`
 	Unskewed *ebpf.Variable `ebpf:"unskewed"`
 	Wrapping *ebpf.Variable `ebpf:"wrapping"`

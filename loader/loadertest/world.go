@@ -55,6 +55,7 @@ const (
 	VXLAN                // underlay devices underP, underS with 198.51.100.1, .2
 	Impaired             // devices peerP, peerS with a namespace between them
 	Jumbo                // as Veth; every device takes 9000 bytes
+	Reachable            // as Veth; the client reaches both hosts
 )
 
 var worlds atomic.Int32
@@ -78,7 +79,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
 	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
 	switch peer {
-	case Veth, Jumbo:
+	case Veth, Jumbo, Reachable:
 		link("peerP", w.HostP, "peerS", w.HostS)
 	case Impaired:
 		w.Mid = w.id + "m"
@@ -124,6 +125,11 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	}
 	w.pins(t)
 	w.Skew = AddSkew(t, w.SVM, "eth0")
+	if peer == Reachable {
+		link("toS", w.HostP, "toP", w.HostS)
+		w.ip(t, w.HostP, "link set toS master br0")
+		w.ip(t, w.HostS, "link set toP master br0")
+	}
 	return w
 }
 
