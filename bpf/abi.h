@@ -285,7 +285,7 @@ enum ls_conn_bit {
 	LS_CONN_PTS = 256,	  /* ls_half: the PVM's SYN has a timestamp */
 	LS_CONN_STS = 512,	  /* ls_half: the SVM's SYN has a timestamp */
 	LS_CONN_DONE = 1024,	  /* ls_half: went to ls_conn once, does not do so again */
-	LS_CONN_INHERITED = 2048, /* came with a checkpoint: no offset, no incarnation */
+	LS_CONN_INHERITED = 2048, /* made by a takeover: no offset, no incarnation */
 	LS_CONN_GUARDED = 4096,	  /* guard was set */
 	LS_CONN_ECHOES = 8192,	  /* the remote echoes timestamps with the guard */
 };
@@ -337,6 +337,16 @@ struct ls_conn {
  * are those of ls_conn, with the guest's in the place of the SVM's and what the
  * remote sees in the place of the PVM's.
  */
+
+/*
+ * A connection that came with a checkpoint and that the SVM has spoken on since: a
+ * takeover has to know of it (R22). Element of the LRU ls_inherited, whose eviction
+ * costs that alone.
+ */
+struct ls_inh {
+	__u32 cli_ack; /* highest ack of the remote; 0: none heard */
+	__u32 pad;
+};
 
 /* The remote's newest segment (R6), on P: element of the LRU ls_cli. */
 struct ls_cli {
@@ -421,6 +431,7 @@ LS_SIZE(struct ls_rec, LS_REC_BASE + LS_BOUND_MAX * LS_LANES * 8);
 LS_SIZE(struct ls_ev, 384);
 LS_SIZE(struct ls_half, 88);
 LS_SIZE(struct ls_conn, 40);
+LS_SIZE(struct ls_inh, 8);
 LS_SIZE(struct ls_cli, 288);
 LS_SIZE(struct ls_meta, 120);
 LS_SIZE(struct ls_rule, 8);

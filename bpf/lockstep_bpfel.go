@@ -201,6 +201,12 @@ type LockstepLsHalf struct {
 	Last     uint64
 }
 
+type LockstepLsInh struct {
+	_      structs.HostLayout
+	CliAck uint32
+	Pad    uint32
+}
+
 type LockstepLsKeys struct {
 	_     structs.HostLayout
 	SipTx [2]uint64
@@ -473,6 +479,7 @@ const (
 	LockstepMapLsEdge      = "ls_edge"
 	LockstepMapLsGslots    = "ls_gslots"
 	LockstepMapLsHalf      = "ls_half"
+	LockstepMapLsInherited = "ls_inherited"
 	LockstepMapLsKeys      = "ls_keys"
 	LockstepMapLsLane      = "ls_lane"
 	LockstepMapLsMeta      = "ls_meta"
@@ -555,22 +562,23 @@ type LockstepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepMapSpecs struct {
-	LsCli     *ebpf.MapSpec `ebpf:"ls_cli"`
-	LsConf    *ebpf.MapSpec `ebpf:"ls_conf"`
-	LsConn    *ebpf.MapSpec `ebpf:"ls_conn"`
-	LsEdge    *ebpf.MapSpec `ebpf:"ls_edge"`
-	LsGslots  *ebpf.MapSpec `ebpf:"ls_gslots"`
-	LsHalf    *ebpf.MapSpec `ebpf:"ls_half"`
-	LsKeys    *ebpf.MapSpec `ebpf:"ls_keys"`
-	LsLane    *ebpf.MapSpec `ebpf:"ls_lane"`
-	LsMeta    *ebpf.MapSpec `ebpf:"ls_meta"`
-	LsRing    *ebpf.MapSpec `ebpf:"ls_ring"`
-	LsRules   *ebpf.MapSpec `ebpf:"ls_rules"`
-	LsScratch *ebpf.MapSpec `ebpf:"ls_scratch"`
-	LsSent    *ebpf.MapSpec `ebpf:"ls_sent"`
-	LsSlots   *ebpf.MapSpec `ebpf:"ls_slots"`
-	LsStats   *ebpf.MapSpec `ebpf:"ls_stats"`
-	LsWin     *ebpf.MapSpec `ebpf:"ls_win"`
+	LsCli       *ebpf.MapSpec `ebpf:"ls_cli"`
+	LsConf      *ebpf.MapSpec `ebpf:"ls_conf"`
+	LsConn      *ebpf.MapSpec `ebpf:"ls_conn"`
+	LsEdge      *ebpf.MapSpec `ebpf:"ls_edge"`
+	LsGslots    *ebpf.MapSpec `ebpf:"ls_gslots"`
+	LsHalf      *ebpf.MapSpec `ebpf:"ls_half"`
+	LsInherited *ebpf.MapSpec `ebpf:"ls_inherited"`
+	LsKeys      *ebpf.MapSpec `ebpf:"ls_keys"`
+	LsLane      *ebpf.MapSpec `ebpf:"ls_lane"`
+	LsMeta      *ebpf.MapSpec `ebpf:"ls_meta"`
+	LsRing      *ebpf.MapSpec `ebpf:"ls_ring"`
+	LsRules     *ebpf.MapSpec `ebpf:"ls_rules"`
+	LsScratch   *ebpf.MapSpec `ebpf:"ls_scratch"`
+	LsSent      *ebpf.MapSpec `ebpf:"ls_sent"`
+	LsSlots     *ebpf.MapSpec `ebpf:"ls_slots"`
+	LsStats     *ebpf.MapSpec `ebpf:"ls_stats"`
+	LsWin       *ebpf.MapSpec `ebpf:"ls_win"`
 }
 
 // LockstepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -607,22 +615,23 @@ func (o *LockstepObjects) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepMaps struct {
-	LsCli     *ebpf.Map `ebpf:"ls_cli"`
-	LsConf    *ebpf.Map `ebpf:"ls_conf"`
-	LsConn    *ebpf.Map `ebpf:"ls_conn"`
-	LsEdge    *ebpf.Map `ebpf:"ls_edge"`
-	LsGslots  *ebpf.Map `ebpf:"ls_gslots"`
-	LsHalf    *ebpf.Map `ebpf:"ls_half"`
-	LsKeys    *ebpf.Map `ebpf:"ls_keys"`
-	LsLane    *ebpf.Map `ebpf:"ls_lane"`
-	LsMeta    *ebpf.Map `ebpf:"ls_meta"`
-	LsRing    *ebpf.Map `ebpf:"ls_ring"`
-	LsRules   *ebpf.Map `ebpf:"ls_rules"`
-	LsScratch *ebpf.Map `ebpf:"ls_scratch"`
-	LsSent    *ebpf.Map `ebpf:"ls_sent"`
-	LsSlots   *ebpf.Map `ebpf:"ls_slots"`
-	LsStats   *ebpf.Map `ebpf:"ls_stats"`
-	LsWin     *ebpf.Map `ebpf:"ls_win"`
+	LsCli       *ebpf.Map `ebpf:"ls_cli"`
+	LsConf      *ebpf.Map `ebpf:"ls_conf"`
+	LsConn      *ebpf.Map `ebpf:"ls_conn"`
+	LsEdge      *ebpf.Map `ebpf:"ls_edge"`
+	LsGslots    *ebpf.Map `ebpf:"ls_gslots"`
+	LsHalf      *ebpf.Map `ebpf:"ls_half"`
+	LsInherited *ebpf.Map `ebpf:"ls_inherited"`
+	LsKeys      *ebpf.Map `ebpf:"ls_keys"`
+	LsLane      *ebpf.Map `ebpf:"ls_lane"`
+	LsMeta      *ebpf.Map `ebpf:"ls_meta"`
+	LsRing      *ebpf.Map `ebpf:"ls_ring"`
+	LsRules     *ebpf.Map `ebpf:"ls_rules"`
+	LsScratch   *ebpf.Map `ebpf:"ls_scratch"`
+	LsSent      *ebpf.Map `ebpf:"ls_sent"`
+	LsSlots     *ebpf.Map `ebpf:"ls_slots"`
+	LsStats     *ebpf.Map `ebpf:"ls_stats"`
+	LsWin       *ebpf.Map `ebpf:"ls_win"`
 }
 
 func (m *LockstepMaps) Close() error {
@@ -633,6 +642,7 @@ func (m *LockstepMaps) Close() error {
 		m.LsEdge,
 		m.LsGslots,
 		m.LsHalf,
+		m.LsInherited,
 		m.LsKeys,
 		m.LsLane,
 		m.LsMeta,

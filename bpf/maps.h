@@ -76,11 +76,10 @@ struct {
 	__type(value, struct ls_conn);
 } ls_conn SEC(".maps");
 
-/* Rarely used, and filled by user space alone: it takes no memory until then. */
+/* Filled by user space alone. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, LS_CONNS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct ls_tuple);
 	__type(value, struct ls_conn);
 } ls_edge SEC(".maps");
@@ -91,6 +90,13 @@ struct {
 	__type(key, struct ls_tuple);
 	__type(value, struct ls_half);
 } ls_half SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, LS_CONNS);
+	__type(key, struct ls_tuple);
+	__type(value, struct ls_inh);
+} ls_inherited SEC(".maps");
 
 /* P: the remote's newest segments. Evicting one costs a chance to heal. */
 struct {

@@ -184,6 +184,18 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	return count(why, skb, TCX_DROP);
 }
 
+/* Notes what the remote acks of a connection that came with a checkpoint. */
+static __always_inline void sec_heard(const struct ls_pkt *p)
+{
+	struct ls_inh *i;
+
+	if (!(p->flags & LS_ACK))
+		return;
+	i = bpf_map_lookup_elem(&ls_inherited, &p->t);
+	if (i && (!i->cli_ack || seq_after(p->ack, i->cli_ack)))
+		i->cli_ack = p->ack;
+}
+
 /* Translates a segment of the remote. Returns LS_R_delivered, or why it is lost. */
 static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, struct ls_scratch *sc)
 {
@@ -196,6 +208,8 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
 	if (!conn) {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
+		if (!h)
+			sec_heard(p);
 		if (!h || !half_paired(h))
 			return LS_R_delivered;
 		half_offset(h, &o);

@@ -13,16 +13,16 @@ enum ls_known {
 	LS_PENDING,   /* waits for an announcement */
 };
 
-/*
- * Remembers that the SVM spoke on a connection that came with a checkpoint: a
- * takeover has to know of it (R22). A full table costs no more than that.
- */
-static __always_inline void sec_inherit(const struct ls_pkt *p, __u64 now)
+/* Remembers that the SVM spoke on a connection that came with a checkpoint. */
+static __always_inline void sec_inherited(const struct ls_pkt *p, __u32 *cli_ack)
 {
-	struct ls_conn c = {.state = LS_CONN_INHERITED, .last = now};
+	struct ls_inh *i = bpf_map_lookup_elem(&ls_inherited, &p->t);
+	struct ls_inh none = {};
 
-	if (!(p->flags & LS_RST))
-		bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
+	if (i && i->cli_ack)
+		*cli_ack = i->cli_ack;
+	if (!i && !(p->flags & LS_RST))
+		bpf_map_update_elem(&ls_inherited, &p->t, &none, BPF_NOEXIST);
 }
 
 /*
@@ -57,16 +57,12 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	if (conn) {
 		conn_offset(conn, o);
 		conn_touch(conn, p, 1, now);
-		if (conn->state & LS_CONN_INHERITED) {
-			if (conn->cli_ack)
-				*cli_ack = conn->cli_ack;
-			return LS_INHERITED;
-		}
 		*cli_ack = conn->cli_ack;
 		return LS_KNOWN;
 	}
 
 	if (p->flags & LS_SYN) {
+		bpf_map_delete_elem(&ls_inherited, &p->t);
 		h = half_get(&p->t);
 		if (!h)
 			return LS_PENDING;
@@ -76,7 +72,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	} else {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
 		if (!h) {
-			sec_inherit(p, now);
+			sec_inherited(p, cli_ack);
 			return LS_INHERITED;
 		}
 		if (!half_paired(h))

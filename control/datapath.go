@@ -112,12 +112,8 @@ type Offset struct {
 	TS          uint32 // TSval_SVM - TSval_PVM
 	Incarnation uint32 // ISN_PVM
 	Last        int64  // boottime ns of the last frame
-	State       string // "open", "closing", "reset", StateInherited
+	State       string // "open", "closing", "reset"
 }
-
-// StateInherited is that of a connection that came with a checkpoint: there is no
-// offset.
-const StateInherited = "inherited"
 
 // Edge is the translation of a connection that was taken over: the guest's numbers
 // minus those that the remote knows.

@@ -393,11 +393,7 @@ func (n *nic) unpark() error {
 
 // offsets counts the connections with an offset (S).
 func (n *nic) offsets() (known int, err error) {
-	err = n.dp.Offsets(func(_ compare.Tuple, o Offset) {
-		if o.State != StateInherited {
-			known++
-		}
-	})
+	err = n.dp.Offsets(func(compare.Tuple, Offset) { known++ })
 	return known, err
 }
 

@@ -274,7 +274,7 @@ func TestAdoptRefuses(t *testing.T) {
 	check(t, meta.Put(uint32(0), &m1))
 	check(t, meta.Close())
 	_, err = Open(o)
-	wantError(t, err, "with ABI 1;", "with ABI 2:")
+	wantError(t, err, "with ABI 1;", "with ABI 3:")
 	untouched()
 	check(t, os.Remove(filepath.Join(dir, bpf.LockstepMapLsMeta)))
 	_, err = Open(o)

@@ -280,8 +280,9 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	}
 	for name, entries := range map[string]int{
 		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections, bpf.LockstepMapLsEdge: z.connections,
-		bpf.LockstepMapLsHalf:  min(maxHalf, z.connections),
-		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+		bpf.LockstepMapLsInherited: z.connections,
+		bpf.LockstepMapLsHalf:      min(maxHalf, z.connections),
+		bpf.LockstepMapLsSlots:     z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
 	} {
 		spec.Maps[name].MaxEntries = uint32(entries)
 	}
@@ -629,7 +630,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 
 // ResetOffsets implements [control.DataPath].
 func (n *NIC) ResetOffsets() error {
-	var conns, halves []bpf.LockstepLsTuple
+	var conns, halves, inherited []bpf.LockstepLsTuple
 	conns, err := keysOf[bpf.LockstepLsConn](n.objs.LsConn, nil)
 	if err == nil {
 		halves, err = keysOf[bpf.LockstepLsHalf](n.objs.LsHalf, nil)
@@ -639,6 +640,12 @@ func (n *NIC) ResetOffsets() error {
 	}
 	if err == nil {
 		err = deleteKeys(n.objs.LsHalf, halves)
+	}
+	if err == nil {
+		inherited, err = keysOf[bpf.LockstepLsInh](n.objs.LsInherited, nil)
+	}
+	if err == nil {
+		err = deleteKeys(n.objs.LsInherited, inherited)
 	}
 	if err != nil {
 		return fmt.Errorf("reset offsets: %w", err)
@@ -681,8 +688,6 @@ const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_
 // connState names a connection's state bits.
 func connState(bits uint32) string {
 	switch {
-	case bits&connInherited != 0:
-		return control.StateInherited
 	case bits&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0:
 		return "reset"
 	case bits&fins != 0:

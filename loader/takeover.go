@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
 	"lockstep/compare"
@@ -47,9 +48,15 @@ func (n *NIC) TakeOver(guard uint32) error {
 	}); err != nil {
 		return fmt.Errorf("take over: %w", err)
 	}
-	if err := each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) {
-		change[t] = bpf.LockstepLsConn{State: connInherited, Last: now}
-	}); err != nil {
+	inherited := func(t bpf.LockstepLsTuple) {
+		if _, ok := change[t]; !ok {
+			change[t] = bpf.LockstepLsConn{State: connInherited, Last: now}
+		}
+	}
+	if err := errors.Join(
+		each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) { inherited(t) }),
+		each(n.objs.LsInherited, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsInh) { inherited(t) }),
+	); err != nil {
 		return fmt.Errorf("take over: %w", err)
 	}
 	if err := each(n.objs.LsConn, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { change[t] = *c }); err != nil {
@@ -60,7 +67,8 @@ func (n *NIC) TakeOver(guard uint32) error {
 			continue // by a daemon before this one
 		}
 		c.Guard, c.State = guard, c.State|connGuarded
-		if err := n.objs.LsConn.Put(&t, &c); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		// A full table has no place for those that do without an entry.
+		if err := n.objs.LsConn.Put(&t, &c); err != nil && !(c.State&connInherited != 0 && errors.Is(err, unix.E2BIG)) {
 			return fmt.Errorf("take over a connection: %w", err)
 		}
 	}

@@ -116,7 +116,7 @@ func (k *kernel) mode(t rapid.TB, m bpf.LockstepLsMode) {
 // reset is a checkpoint, and more: nothing is left of the sequence before.
 func (k *kernel) reset(t rapid.TB) {
 	t.Helper()
-	for _, m := range []*ebpf.Map{k.LsConn, k.LsHalf} {
+	for _, m := range []*ebpf.Map{k.LsConn, k.LsHalf, k.LsInherited} {
 		var keys []bpf.LockstepLsTuple
 		var key bpf.LockstepLsTuple
 		var val []byte

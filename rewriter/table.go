@@ -60,6 +60,7 @@ const (
 type Table struct {
 	conn  map[Tuple]Conn
 	half  halves
+	inher map[Tuple]uint32 // highest ack of the remote of connections that came with a checkpoint; 0: none heard
 	max   int
 	guess bool // R9 off: offsets guessed from the remote's acks; tests only
 }
@@ -75,7 +76,7 @@ func New(maxConnections, maxHalf int) *Table {
 
 // Reset forgets everything: a checkpoint has made the SVM's numbers the PVM's (R11).
 func (t *Table) Reset() {
-	t.conn = make(map[Tuple]Conn)
+	t.conn, t.inher = make(map[Tuple]Conn), make(map[Tuple]uint32)
 	t.half.reset(t.half.max)
 }
 
@@ -116,6 +117,9 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	}
 	half := t.half.get(key)
 	if half == nil {
+		if ack, ok := t.inher[key]; ok && h.Flags()&ACK != 0 && (ack == 0 || after(h.Ack(), ack)) {
+			t.inher[key] = h.Ack()
+		}
 		return Delivered
 	}
 	if t.guess && half.State&(HasPVM|Active) == 0 && h.Flags()&ACK != 0 {
@@ -159,11 +163,19 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 	}
 	half := t.half.get(key)
 	if flags&SYN != 0 {
+		delete(t.inher, key)
 		half = t.half.make(key)
 		half.learnSVM(h, now)
 		half.pair()
 	} else if half == nil {
 		r.inherit(key, s)
+		ack, ok := t.inher[key]
+		if ack != 0 {
+			r.CliAck = ack
+		}
+		if !ok && flags&RST == 0 {
+			t.inher[key] = 0
+		}
 		return RecordOut, true
 	}
 	switch {
@@ -184,7 +196,11 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 
 // Alone translates a segment to or from an SVM that has taken over, in place.
 func (t *Table) Alone(s *Segment, toGuest bool, now int64) {
-	c, ok := t.touch(s.tuple(toGuest), s.TCP(), !toGuest, now)
+	key, h := s.tuple(toGuest), s.TCP()
+	if c, ok := t.conn[key]; ok && !toGuest && h.Flags()&SYN != 0 && c.ISNSVM != h.Seq() {
+		delete(t.conn, key) // another connection
+	}
+	c, ok := t.touch(key, h, !toGuest, now)
 	switch {
 	case ok && toGuest:
 		s.toSVM(c.offset())
