@@ -97,8 +97,9 @@ type ckptEffect struct {
 // ckptConfig has durations in ns.
 type ckptConfig struct {
 	qmp            bool // a QMP socket is configured: checkpoints are possible
-	period         int64
+	period         int64 // the longest
 	minInterval    int64
+	target         int64 // pause that the period is to lead to; 0: it is fixed
 	ready          int64 // PREPARE to READY
 	stop           int64 // request to P's STOP
 	resume         int64 // P's STOP to the commit
@@ -150,6 +151,7 @@ type ckptPrimary struct {
 	notBefore int64
 	failures  int
 	lastDone  int64
+	period    int64
 
 	stage     pStage
 	cause     string // of the attempt
@@ -167,7 +169,7 @@ type ckptPrimary struct {
 }
 
 func newCkptPrimary(cfg ckptConfig) *ckptPrimary {
-	return &ckptPrimary{cfg: cfg, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
+	return &ckptPrimary{cfg: cfg, period: cfg.period, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
 }
 
 // state is DESIGN §7's word, and what to add to it.
@@ -190,8 +192,8 @@ func (c *ckptPrimary) NextDeadline() int64 {
 	case !c.able():
 	case c.wanted:
 		return c.notBefore
-	case c.cfg.period > 0:
-		return max(c.notBefore, c.lastDone+c.cfg.period)
+	case c.period > 0:
+		return max(c.notBefore, c.lastDone+c.period)
 	}
 	return math.MaxInt64
 }
@@ -235,7 +237,7 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 	case evPair:
 		if !ev.OK {
 			*c = ckptPrimary{
-				cfg: c.cfg, out: c.out, now: c.now, last: c.last, committed: c.committed,
+				cfg: c.cfg, period: c.cfg.period, out: c.out, now: c.now, last: c.last, committed: c.committed,
 				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped,
 			}
 			break
@@ -411,7 +413,7 @@ func (c *ckptPrimary) advance() {
 		c.emit(ckptEffect{Op: fxOpen})
 	}
 	if c.stage == pIdle && c.able() {
-		if c.cfg.period > 0 && c.now >= c.lastDone+c.cfg.period {
+		if c.period > 0 && c.now >= c.lastDone+c.period {
 			c.want(causePeriod)
 		}
 		if c.wanted && c.now >= c.notBefore {
@@ -459,9 +461,26 @@ func (c *ckptPrimary) commit() {
 		c.want("the clock was set during a checkpoint")
 	}
 	c.emit(ckptEffect{Op: fxCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume})
+	c.adapt(resume - stop)
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0
 	c.frozen = false
 	c.lastDone = c.now
+}
+
+// maxShare: the period that adapt chooses is at least so many times the pause. One that
+// does not come of what the guest wrote is not made shorter by more checkpoints.
+const maxShare = 10
+
+// adapt has the period follow the pause that just was. What the guest writes between
+// two checkpoints is what a pause is for: half the time, half the pause.
+func (c *ckptPrimary) adapt(pause int64) {
+	if c.cfg.target == 0 || c.period == 0 || pause <= 0 {
+		return
+	}
+	since := float64(c.now - c.lastDone) // the checkpoint may have come before the period's end
+	wanted := since * float64(c.cfg.target) / float64(pause)
+	next := int64(min((float64(c.period)+wanted)/2, float64(c.cfg.period))) // half way: one pause says little
+	c.period = min(max(next, c.cfg.minInterval, maxShare*pause), c.cfg.period)
 }
 
 // sStage is where S is.

@@ -73,6 +73,11 @@ func TestCkptTranscripts(t *testing.T) {
 					d.ScanArgs(t, "period", &s)
 					cfg.period = int64(mustDuration(t, s))
 				}
+				if d.HasArg("target") {
+					var s string
+					d.ScanArgs(t, "target", &s)
+					cfg.target = int64(mustDuration(t, s))
+				}
 				m = newCkptPrimary(cfg)
 				if d.Cmd == "secondary" {
 					m = newCkptSecondary(cfg)

@@ -67,7 +67,8 @@ type Options struct {
 
 	Compare     compare.Config          // primary; Linger and Idle also the secondary's
 	Copies      compare.SecondaryConfig // secondary
-	Period      time.Duration           // of checkpoints that nothing asks for; 0: none
+	Period      time.Duration           // of checkpoints that nothing asks for, the longest; 0: none
+	TargetPause time.Duration           // of the PVM, which the period follows; 0: the period is fixed
 	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
 	Rekey       time.Duration           // between rotations of the signing keys; 0: none
 
@@ -201,7 +202,7 @@ func New(o Options) (*Daemon, error) {
 		linkSince: time.Now(), qmp: monitor{path: o.QMP, info: qmpInfo{since: time.Now()}},
 	}
 	cfg := *o.ckpt
-	cfg.qmp, cfg.period, cfg.minInterval = o.QMP != "", int64(o.Period), int64(o.MinInterval)
+	cfg.qmp, cfg.period, cfg.minInterval, cfg.target = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
 		return nil, err

@@ -319,12 +319,11 @@ func TestRunRefused(t *testing.T) {
 	})
 }
 
-// What the config may say and this version does not do is refused, not ignored.
-func TestRunNotYet(t *testing.T) {
+// A pair that could not fail over is refused.
+func TestRunUnfit(t *testing.T) {
 	for _, tc := range []struct{ more, want string }{
 		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host speak when it has lost the other"},
 		{"arbiter: {type: none}\n", "without QEMU's socket nobody can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
-		{"checkpoint: {target_pause: 20ms}\n", "this version's period is fixed; leave it out"},
 	} {
 		c := newCLI(t)
 		c.write(t, "pair.yaml", pairYAML+tc.more)

@@ -64,7 +64,7 @@ type runOptions struct {
 func runDaemon(ctx context.Context, e env, o runOptions) error {
 	c := o.config
 	o.log.Info("lockstep", "version", versionString())
-	if err := notYet(o); err != nil {
+	if err := unfit(o); err != nil {
 		return err
 	}
 	if err := e.kernel.checkBPFFS(c.PinDir); err != nil {
@@ -115,7 +115,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
 		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
-		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval,
+		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval, TargetPause: c.Checkpoint.TargetPause,
 		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Speak,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
@@ -148,16 +148,14 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 	return e.control(ctx, opt) // closes the NICs
 }
 
-// notYet refuses what the config may say and this version does not do: a pair that
-// is believed to fail over, and does not, is worse than none.
-func notYet(o runOptions) error {
+// unfit refuses a config whose parts do not make a whole: a pair that is believed to
+// fail over, and does not, is worse than none.
+func unfit(o runOptions) error {
 	switch c := o.config; {
 	case o.self.Starts && c.Arbiter.Type == "":
 		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host speak when it has lost the other")
 	case o.self.QMP == "" && c.Arbiter.Type != "":
 		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
-	case c.Checkpoint.TargetPause != 0:
-		return c.Refuse("checkpoint.target_pause", "this version's period is fixed", "leave it out")
 	}
 	return nil
 }
