@@ -57,6 +57,11 @@ lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
 test: deps lint check-generated build ## everything CI checks
 	$(GO) test -count=1 -p 1 -timeout 20m ./...
 
+.PHONY: demo
+demo: deps build ## as root: a real pair, a client that does not notice how its hosts die
+	@$(GO) test -c -o bin/demo ./cmd/lockstep
+	@cd cmd/lockstep && LOCKSTEP_DEMO=1 ../../bin/demo -test.run '^TestDemo$$'
+
 # Figures, not a test: it fails only when something does not work. Quietest on an
 # idle machine.
 .PHONY: bench-smoke

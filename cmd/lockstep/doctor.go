@@ -43,6 +43,8 @@ type machine struct {
 	route        func(v *config.VXLAN) error // to the other end, from this one
 	dial         func(ctx context.Context, addr netip.AddrPort) error
 	command      func(ctx context.Context, name string, args ...string) (output string, err error)
+	arbiter      func(ctx context.Context, c *config.Config, node string) (record string, err error)
+	guest        func(c *config.Config, self *config.Node) (running string, err error)
 }
 
 // States of a check.
@@ -343,6 +345,41 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 	}
 	for i, nic := range self.NICs {
 		d.nic(i, &nic)
+	}
+	d.failover(ctx, c, self)
+}
+
+// failover looks at what a pair needs to begin and to end by itself.
+func (d *doctor) failover(ctx context.Context, c *config.Config, self *config.Node) {
+	if c.Arbiter.Type == "" {
+		d.warn("arbiter", "name one in the config: arbiter: {type: etcd, endpoints: [...]}", "there is none, so nobody takes over by itself when a host dies")
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	switch record, err := d.m.arbiter(ctx, c, self.Name); {
+	case err != nil:
+		d.missing("arbiter", "without it neither host may speak alone: docs/ARBITER.md tells what it needs", "%s does not answer: %v", c.Arbiter.Type, err)
+	case c.Arbiter.Type == config.ArbiterNone:
+		d.warn("arbiter", "name one that both hosts ask", "type none: both hosts may speak after a partition")
+	default:
+		d.ok("arbiter", "%s answers: %s", c.Arbiter.Type, record)
+	}
+	if err := d.m.writable(c.StateDir); err != nil {
+		d.missing("state_dir", fmt.Sprintf("mkdir -p %s; or name another state_dir", c.StateDir), "%v", err)
+	} else {
+		d.ok("state_dir", "%s", c.StateDir)
+	}
+	if !self.Starts {
+		return
+	}
+	switch running, err := d.m.guest(c, self); {
+	case err != nil:
+		d.missing("guest", "correct qemu in the config, or this host", "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
+	case running != "":
+		d.ok("guest", "%s", running)
+	default:
+		d.ok("guest", "QEMU can start it")
 	}
 }
 

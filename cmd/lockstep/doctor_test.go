@@ -35,6 +35,8 @@ func healthy() machine {
 		route:        func(*config.VXLAN) error { return nil },
 		dial:         func(context.Context, netip.AddrPort) error { return nil },
 		command:      qemuOf("7.2.22", "raw replication vvfat"),
+		arbiter:      func(context.Context, *config.Config, string) (string, error) { return "term 3, speaker alpha", nil },
+		guest:        func(*config.Config, *config.Node) (string, error) { return "", nil },
 	}
 }
 
@@ -164,11 +166,33 @@ func TestDoctorMisses(t *testing.T) {
 			}},
 		{name: "certificates", check: "tls", state: "missing", found: "no such file", fix: "lockstep keys", line: "doctor -c @/tls.yaml",
 			spoil: func(*cli) {}},
+		{name: "arbiter", check: "arbiter", state: "missing", found: "file does not answer: no such directory", fix: "docs/ARBITER.md", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.arbiter = func(context.Context, *config.Config, string) (string, error) {
+					return "", errors.New("no such directory")
+				}
+			}},
+		{name: "state_dir", check: "state_dir", state: "missing", found: "read-only", fix: "mkdir -p @/state", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.writable = func(dir string) error {
+					if strings.HasSuffix(dir, "/state") {
+						return fmt.Errorf("%s: read-only file system", dir)
+					}
+					return nil
+				}
+			}},
+		{name: "guest", check: "guest", state: "missing", found: "there is no image; no CPU", fix: "correct qemu", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.guest = func(*config.Config, *config.Node) (string, error) {
+					return "", errors.Join(errors.New("there is no image"), errors.New("no CPU"))
+				}
+			}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newCLI(t)
 			c.write(t, "tls.yaml", strings.Replace(pairYAML, "{insecure: true}", "{ca: ca.pem, cert: '{node}.pem', key: '{node}.key'}", 1))
 			c.write(t, "xdp.yaml", strings.Replace(pairYAML, "{device: peerP}", "{device: peerP, xdp: on}", 1))
+			c.write(t, "life.yaml", pairYAML+"arbiter: {type: file, path: /arbiter}\nstate_dir: state\nqemu: {memory: 1G}\n")
 			c.machine = healthy()
 			c.kernel.device = devices(map[string]int{"tapS": 1500, "eth1": 1550})
 			tc.spoil(c)
@@ -196,7 +220,7 @@ func TestDoctorMisses(t *testing.T) {
 					if k.State != tc.state || !strings.Contains(k.Found, tc.found) || !strings.Contains(k.Fix, tc.fix) {
 						t.Errorf("%+v, want %s, found %q, fix %q", k, tc.state, tc.found, tc.fix)
 					}
-				case k.State != "ok" && k.Name != "tls":
+				case k.State != "ok" && k.Name != "tls" && k.Name != "arbiter":
 					t.Errorf("also %+v", k)
 				}
 			}

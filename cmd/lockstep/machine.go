@@ -16,7 +16,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/qemu"
 	"lockstep/loader"
 )
 
@@ -47,6 +49,23 @@ var realMachine = machine{
 		return c.Close()
 	},
 	command: command,
+	arbiter: func(ctx context.Context, c *config.Config, node string) (string, error) {
+		a, err := arbiter.Open(c, node)
+		if err != nil {
+			return "", err
+		}
+		defer a.Close()
+		rec, err := a.Read(ctx)
+		return rec.String(), err
+	},
+	guest: func(c *config.Config, self *config.Node) (string, error) {
+		spec := guestSpec(c, self)
+		if p, err := qemu.Find(&spec); err == nil {
+			defer p.Release()
+			return fmt.Sprintf("it runs, as process %d", p.Pid()), nil
+		}
+		return "", spec.Check(nil, nil)
+	},
 }
 
 // command runs a program and returns what it printed, however it ended: QEMU's

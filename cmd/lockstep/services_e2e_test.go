@@ -24,7 +24,7 @@ const (
 	httpBody  = 10 << 20
 )
 
-// serveHTTP answers any request with 10 MB and no Date.
+// serveHTTP answers a request for /N with N bytes, any other with 10 MB, and no Date.
 func serveHTTP(c *net.TCPConn) {
 	buf := make([]byte, 4096)
 	for req := []byte(nil); ; {
@@ -35,9 +35,11 @@ func serveHTTP(c *net.TCPConn) {
 		if req = append(req, buf[:n]...); !bytes.Contains(req, []byte("\r\n\r\n")) {
 			continue
 		}
+		size := int64(httpBody)
+		fmt.Sscanf(string(req), "GET /%d ", &size)
 		req = nil
-		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", httpBody)
-		io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, httpBody))
+		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
+		io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, size))
 	}
 }
 

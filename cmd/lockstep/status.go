@@ -63,6 +63,13 @@ func printStatus(out io.Writer, s control.Status) error {
 	} else {
 		fmt.Fprintf(w, "qemu:\tno qmp socket in the config\n")
 	}
+	if s.Record > 0 {
+		word := "the secondary can NOT take over yet"
+		if s.Covered {
+			word = "the secondary can take over"
+		}
+		fmt.Fprintf(w, "failover:\t%s, arbiter's term %d\n", word, s.Record)
+	}
 	fmt.Fprintf(w, "connections:\t%d\n", s.Connections)
 	fmt.Fprintf(w, "held:\t%d packets, %d bytes\n", s.HeldPackets, s.HeldBytes)
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)
