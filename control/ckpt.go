@@ -96,7 +96,7 @@ type ckptEffect struct {
 
 // ckptConfig has durations in ns.
 type ckptConfig struct {
-	qmp            bool // a QMP socket is configured: checkpoints are possible
+	qmp            bool  // a QMP socket is configured: checkpoints are possible
 	period         int64 // the longest
 	minInterval    int64
 	target         int64 // pause that the period is to lead to; 0: it is fixed

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // vxlanOverhead is what VXLAN adds to a guest's frame: outer Ethernet (not
@@ -85,6 +86,62 @@ func RemoveVXLAN(name string) error {
 	}
 	if err := netlink.LinkDel(l); err != nil {
 		return fmt.Errorf("remove vxlan %s: %w", name, err)
+	}
+	return nil
+}
+
+// tapAlias marks taps that EnsureTap made.
+const tapAlias = "made by lockstep"
+
+// EnsureTap makes a tap that outlives who uses it, where there is none, puts it into
+// the bridge and sets it up.
+func EnsureTap(name, bridge string) error {
+	br, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return fmt.Errorf("there is no bridge %s: %w; make it: ip link add %[1]s type bridge", bridge, err)
+	}
+	if br.Type() != "bridge" {
+		return fmt.Errorf("%s is a %s, not a bridge", bridge, br.Type())
+	}
+	tap, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		made := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP}
+		if err := netlink.LinkAdd(made); err != nil {
+			return fmt.Errorf("create tap %s: %w", name, err)
+		}
+		tap = made
+		if err := netlink.LinkSetAlias(tap, tapAlias); err != nil {
+			return fmt.Errorf("tap %s: set alias: %w", name, err)
+		}
+	} else if err != nil {
+		return fmt.Errorf("tap %s: %w", name, err)
+	}
+	if tap.Attrs().MasterIndex != br.Attrs().Index {
+		if err := netlink.LinkSetMaster(tap, br); err != nil {
+			return fmt.Errorf("put tap %s into bridge %s: %w", name, bridge, err)
+		}
+	}
+	if err := netlink.LinkSetUp(tap); err != nil {
+		return fmt.Errorf("tap %s: set up: %w", name, err)
+	}
+	return nil
+}
+
+// RemoveTap removes a tap that EnsureTap made and that nobody uses.
+func RemoveTap(name string) error {
+	l, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove tap %s: %w", name, err)
+	}
+	// A tap that nobody has open has no carrier.
+	if l.Attrs().Alias != tapAlias || l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0 {
+		return nil
+	}
+	if err := netlink.LinkDel(l); err != nil {
+		return fmt.Errorf("remove tap %s: %w", name, err)
 	}
 	return nil
 }

@@ -22,13 +22,14 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control"
+	"lockstep/control/arbiter"
 	"lockstep/control/config"
 )
 
 const pairYAML = `vm: web1
 nodes:
   alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}], qmp: alpha.qmp}
-  beta: {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {vxlan: {id: 7, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}]}
+  beta: {control: "192.0.2.2:7700", nics: [{tap: tapS, bridge: br0, peer: {vxlan: {id: 7, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}]}
 tls: {insecure: true}
 run_dir: run
 `
@@ -81,6 +82,14 @@ func newCLI(t *testing.T) *cli {
 			call("remove %s", device)
 			return nil
 		},
+		ensureTap: func(tap, bridge string) error {
+			call("tap %s %s", tap, bridge)
+			return nil
+		},
+		removeTap: func(tap string) error {
+			call("remove tap %s", tap)
+			return nil
+		},
 		upgradable: func(o nicOptions) (string, error) {
 			call("upgradable %d %s", o.index, o.tap)
 			return "v1.2", nil
@@ -89,6 +98,7 @@ func newCLI(t *testing.T) *cli {
 			call("open %d %s %s", o.index, o.tap, o.peer)
 			return newFakePath(), true, nil
 		},
+		found: func(nicOptions) (control.Found, error) { return control.Found{}, nil },
 		unload: func(_, vm, node string, force bool) error {
 			call("unload %s %s %v", vm, node, force)
 			return nil
@@ -183,7 +193,7 @@ func TestUnload(t *testing.T) {
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
-	if want := []string{"unload web1 beta true", "remove lsx7"}; !slices.Equal(c.calls, want) {
+	if want := []string{"unload web1 beta true", "remove lsx7", "remove tap tapS"}; !slices.Equal(c.calls, want) {
 		t.Errorf("%v, want %v", c.calls, want)
 	}
 	c.kernel.unload = func(string, string, string, bool) error { return errors.New("the daemon lives; stop it first") }
@@ -232,7 +242,7 @@ func TestRunWiring(t *testing.T) {
 			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 alpha", "device tapP", "device peerP", "open 0 tapP peerP", "release"},
 			control.Options{Node: "alpha", Peer: "beta", Role: control.RolePrimary, QMP: c.dir + "/alpha.qmp", StatusSocket: c.dir + "/run/web1-alpha.sock"}},
 		{"run -c @/pair.yaml --node beta --role secondary",
-			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 beta", "device tapS", "vxlan 7 1400", "open 0 tapS lsx7", "release"},
+			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 beta", "tap tapS br0", "device tapS", "vxlan 7 1400", "open 0 tapS lsx7", "release"},
 			control.Options{Node: "beta", Peer: "alpha", Role: control.RoleSecondary, StatusSocket: c.dir + "/run/web1-beta.sock"}},
 	} {
 		c.calls = nil
@@ -280,14 +290,14 @@ func TestRunRefused(t *testing.T) {
 			k.lock = func(string, string, string) (func(), error) { return nil, errors.New("a daemon runs") }
 		}, 1, "lockstep: a daemon runs"},
 		{"no tap", alpha, func(k *kernel) { k.device = missing("tapP") }, 2,
-			"@/pair.yaml:3:51: there is no device \"tapP\": no such network interface; make it first, with QEMU or `ip tuntap add dev tapP mode tap`"},
+			"@/pair.yaml:3:51: there is no device \"tapP\": no such network interface; make it first, with `ip tuntap add dev tapP mode tap`, or name the bridge that it is to be in: then lockstep makes it"},
 		{"no peer", alpha, func(k *kernel) { k.device = missing("peerP") }, 2,
 			"@/pair.yaml:3:72: there is no device \"peerP\": no such network interface; make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}"},
 		{"small underlay", beta, func(k *kernel) {
 			k.ensureVXLAN = func(*config.VXLAN, int) (string, error) {
 				return "", errors.New("eth1 has MTU 1500; ip link set eth1 mtu 1550")
 			}
-		}, 2, "@/pair.yaml:4:125: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
+		}, 2, "@/pair.yaml:4:138: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
 		{"managed tap", beta, func(k *kernel) {
 			k.open = func(nicOptions) (control.DataPath, bool, error) {
 				return nil, false, errors.New("tapS is managed by vm db1; unload that")
@@ -317,6 +327,49 @@ func TestRunRefused(t *testing.T) {
 			t.Errorf("exit %d\n%s", code, stderr)
 		}
 	})
+}
+
+// A node's parts in a pair's life follow each other, as the arbiter's record says.
+func TestRunLife(t *testing.T) {
+	c := newCLI(t)
+	dir := t.TempDir()
+	c.write(t, "life.yaml", pairYAML+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
+	var parts []string
+	ends := []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
+	c.control = func(_ context.Context, o control.Options) error {
+		b := o.Life.Begin
+		parts = append(parts, fmt.Sprintf("%s %s discard=%v", o.Role, b.Record, b.Discard))
+		for _, n := range o.NICs {
+			n.Close()
+		}
+		err := ends[0]
+		if ends = ends[1:]; errors.Is(err, control.ErrPromoted) {
+			// It won the arbiter before.
+			rec := arbiter.Record{Term: 2, Speaker: "alpha"}
+			if _, won, err := o.Life.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
+				t.Errorf("swap: %v, %v", won, err)
+			}
+		}
+		return err
+	}
+	// The first to be primary has the record name it.
+	run := func(line string, wantCode int, says string, want ...string) {
+		t.Helper()
+		parts = nil
+		code, _, stderr := c.run(t.Context(), "run -c @/life.yaml "+line)
+		if code != wantCode || !strings.Contains(lastLine(stderr), says) || !slices.Equal(parts, want) {
+			t.Errorf("%s: exit %d, parts %q\nwant %d, %q\n%s", line, code, parts, wantCode, want, stderr)
+		}
+	}
+	ends = []error{control.ErrFenced}
+	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
+	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary term 1, speaker beta discard=true`)
+	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
+	run("--node alpha --role secondary", 1, "does not speak",
+		"secondary term 1, speaker beta discard=true", "secondary term 1, speaker beta discard=true", "primary term 2, speaker alpha discard=true")
+	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (term 2, speaker alpha)")
+	ends = []error{control.ErrFenced}
+	run("--node alpha --role secondary", 1, "does not speak", "primary term 2, speaker alpha discard=true")
 }
 
 // A pair that could not fail over is refused.

@@ -206,6 +206,11 @@ func newUnload(e env) *cobra.Command {
 						return err
 					}
 				}
+				if nic.Bridge != "" {
+					if err := e.kernel.removeTap(nic.Tap); err != nil {
+						return err
+					}
+				}
 			}
 			return nil
 		},

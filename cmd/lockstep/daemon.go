@@ -26,6 +26,8 @@ type kernel struct {
 	device      func(name string) (*net.Interface, error)
 	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
 	removeVXLAN func(device string) error
+	ensureTap   func(tap, bridge string) error
+	removeTap   func(tap string) error
 	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
 	upgradable  func(nicOptions) (from string, err error) // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error
@@ -183,10 +185,15 @@ func devices(k kernel, o runOptions) ([]nicOptions, error) {
 	var nics []nicOptions
 	for i, nic := range o.self.NICs {
 		key := nicKey(o.self, i)
+		if nic.Bridge != "" {
+			if err := k.ensureTap(nic.Tap, nic.Bridge); err != nil {
+				return nil, o.config.Refuse(key+".bridge", err.Error(), "")
+			}
+		}
 		tap, err := k.device(nic.Tap)
 		if err != nil {
 			return nil, o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
-				fmt.Sprintf("make it first, with QEMU or `ip tuntap add dev %s mode tap`", nic.Tap))
+				fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", nic.Tap))
 		}
 		peer := nic.PeerDevice
 		if v := nic.PeerVXLAN; v != nil {

@@ -55,8 +55,8 @@ func newLivingPair(t *testing.T, disks int, extra string) *livingPair {
 	}
 	yaml := fmt.Sprintf(`vm: web1
 nodes:
-  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP}}]}
-  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {device: peerS}}]}
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, bridge: br0, peer: {device: peerP}}]}
+  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, bridge: br0, peer: {device: peerS}}]}
 pin_dir: bpf/lockstep
 run_dir: run
 state_dir: state

@@ -22,6 +22,8 @@ var realKernel = kernel{
 		})
 	},
 	removeVXLAN: loader.RemoveVXLAN,
+	ensureTap:   loader.EnsureTap,
+	removeTap:   loader.RemoveTap,
 	open:        func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
 	upgradable: func(o nicOptions) (string, error) {
 		l := loaderOptions(o, 0)

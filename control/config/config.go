@@ -94,6 +94,7 @@ type Node struct {
 // NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
 type NIC struct {
 	Tap        string
+	Bridge     string // lockstep makes the tap, where there is none, and puts it there; "": it is there
 	PeerDevice string // an L2 device that exists
 	PeerVXLAN  *VXLAN // or one that lockstep makes
 	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff

@@ -528,6 +528,7 @@ func (r *reader) nics(v value, nics *[]NIC) {
 		nic := NIC{XDP: XDPAuto}
 		r.mapping(r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos), []field{
 			{"tap", "it is the guest's device in this host", r.device(&nic.Tap)},
+			{"bridge", "", r.device(&nic.Bridge)},
 			{"peer", "it is the link to the other host: {device: NAME} or {vxlan: {...}}", func(v value) { r.peer(v, &nic) }},
 		})
 		*nics = append(*nics, nic)

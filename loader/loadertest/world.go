@@ -133,8 +133,8 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	return w
 }
 
-// NewHosts makes a World for QEMU guests: hosts with a tap each, tapP and tapS, and a
-// switch to which both and the client are connected, portP and portS. The switch's
+// NewHosts makes a World for QEMU guests: hosts with a bridge each, and a switch to
+// which both and the client are connected, portP and portS. The switch's
 // namespace has the address 198.51.100.9, the hosts .1 and .2. There are no PVM and SVM.
 func NewHosts(t testing.TB) *World {
 	t.Helper()
@@ -149,8 +149,6 @@ func NewHosts(t testing.TB) *World {
 		w.link(t, "port"+side, w.Switch, "uplink", host)
 		w.ip(t, w.Switch, "link set port"+side+" master br0")
 		w.ip(t, host, "link set uplink master br0")
-		w.ip(t, host, "tuntap add dev tap"+side+" mode tap")
-		w.ip(t, host, "link set tap"+side+" up master br0")
 	}
 	w.ip(t, w.HostP, "addr add 198.51.100.1/24 dev br0")
 	w.ip(t, w.HostS, "addr add 198.51.100.2/24 dev br0")

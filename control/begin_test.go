@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"strings"
+	"testing"
+
+	"lockstep/control/arbiter"
+	"lockstep/control/state"
+)
+
+// TestDecide: what a node has to be when it starts (R19). Of all that it may find, only
+// the arbiter's record makes it primary, and nothing makes it so against that.
+func TestDecide(t *testing.T) {
+	alpha, beta := arbiter.Record{Term: 5, Speaker: "alpha"}, arbiter.Record{Term: 5, Speaker: "beta"}
+	covered := state.State{Role: "secondary", Term: 4, Covered: 4}
+	for _, tc := range []struct {
+		name  string
+		role  Role
+		st    state.State
+		rec   arbiter.Record
+		found Found
+		want  Begin
+		err   string
+	}{
+		{name: "the speaker, after a boot", role: RolePrimary, rec: alpha, want: Begin{Role: RolePrimary, Discard: true}},
+		{name: "whatever the command line says", role: RoleSecondary, rec: alpha, want: Begin{Role: RolePrimary, Discard: true}},
+		{name: "alone", role: RolePrimary, rec: alpha, found: Found{RolePrimary, ModeSolo}, want: Begin{Role: RolePrimary, Adopted: true, primary: lpSolo}},
+		{name: "with an S that may take over", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: Found{RolePrimary, ModeHold},
+			want: Begin{Role: RolePrimary, Adopted: true, primary: lpPair, covered: true}},
+		{name: "with an S that may not yet", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: Found{RolePrimary, ModeHold},
+			want: Begin{Role: RolePrimary, Adopted: true, primary: lpPair}},
+		{name: "covered for an earlier term", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: Found{RolePrimary, ModeHold},
+			want: Begin{Role: RolePrimary, Adopted: true, primary: lpPair}},
+		{name: "shut", role: RolePrimary, rec: alpha, found: Found{RolePrimary, ModeShut}, want: Begin{Role: RolePrimary, Adopted: true}},
+		{name: "took over, not yet promoted", role: RoleSecondary, rec: alpha, st: covered, found: Found{RoleSecondary, ModeSolo},
+			want: Begin{Role: RolePrimary, Adopted: true, primary: lpSolo}},
+		{name: "won, and died before it spoke", role: RoleSecondary, rec: alpha, st: covered, found: Found{RoleSecondary, ModeQuiet},
+			want: Begin{Role: RoleSecondary, Adopted: true, covered: true, takeOver: true}},
+		{name: "won with a guest that is not the one that was covered", role: RoleSecondary, rec: alpha, st: state.State{Role: "secondary", Term: 4}, found: Found{RoleSecondary, ModeQuiet},
+			want: Begin{Role: RolePrimary, Discard: true}},
+		{name: "an old primary in its old role", role: RolePrimary, rec: beta, found: Found{RolePrimary, ModeHold}, err: "beta speaks for the guest"},
+		{name: "an old primary that follows", role: RoleSecondary, rec: beta, found: Found{RolePrimary, ModeSolo}, want: Begin{Role: RoleSecondary, Discard: true}},
+		{name: "a new secondary", role: RoleSecondary, rec: beta, want: Begin{Role: RoleSecondary, Discard: true}},
+		{name: "before there is a primary", role: RoleSecondary, want: Begin{Role: RoleSecondary, Discard: true}},
+		{name: "a secondary again, covered", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModeRun},
+			want: Begin{Role: RoleSecondary, Adopted: true, covered: true}},
+		{name: "parked", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModePark},
+			want: Begin{Role: RoleSecondary, Adopted: true, covered: true}},
+		{name: "a secondary of an earlier term", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeRun},
+			want: Begin{Role: RoleSecondary, Adopted: true}},
+		{name: "a secondary that lost", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeQuiet}, want: Begin{Role: RoleSecondary, Discard: true}},
+		{name: "somebody else's record", role: RoleSecondary, rec: arbiter.Record{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := Decide(tc.role, "alpha", "beta", tc.st, tc.rec, tc.found)
+			if tc.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) {
+					t.Errorf("%v, want %q", err, tc.err)
+				}
+				return
+			}
+			tc.want.Record = tc.rec
+			if err != nil || got != tc.want {
+				t.Errorf("%+v, %v\nwant %+v", got, err, tc.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A tap of lockstep's own is made once, and goes when nobody uses it; one of somebody
+// else's stays.
+func TestTap(t *testing.T) {
+	newNetns(t)
+	wantError(t, EnsureTap("tap0", "br0"), "there is no bridge br0")
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+	check(t, netlink.LinkAdd(br))
+	wantError(t, EnsureTap("tap0", "lo"), "not a bridge")
+	for range 2 {
+		check(t, EnsureTap("tap0", "br0"))
+	}
+	tap, err := netlink.LinkByName("tap0")
+	check(t, err)
+	if a := tap.Attrs(); tap.Type() != "tuntap" && tap.Type() != "tun" || a.MasterIndex != br.Attrs().Index || a.Flags&1 == 0 {
+		t.Errorf("made a %s: %+v", tap.Type(), a)
+	}
+	// QEMU has it open.
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR, 0)
+	check(t, err)
+	ifr, err := unix.NewIfreq("tap0")
+	check(t, err)
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+	check(t, unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr))
+	check(t, RemoveTap("tap0"))
+	if _, err := netlink.LinkByName("tap0"); err != nil {
+		t.Error("a tap that is in use is gone")
+	}
+	check(t, unix.Close(fd))
+	check(t, RemoveTap("tap0"))
+	if _, err := netlink.LinkByName("tap0"); err == nil {
+		t.Error("it is still there")
+	}
+	check(t, RemoveTap("tap0"))
+	other := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tap1"}, Mode: netlink.TUNTAP_MODE_TAP}
+	check(t, netlink.LinkAdd(other))
+	check(t, EnsureTap("tap1", "br0"))
+	check(t, RemoveTap("tap1"))
+	if _, err := netlink.LinkByName("tap1"); err != nil {
+		t.Error("somebody else's tap is gone")
+	}
+}
