@@ -96,6 +96,7 @@ type Stats struct {
 	// a template.
 	ReleasedPackets, SentACKs uint64
 	ReleasedDatagrams         uint64
+	Records                   uint64 // of what the SVM said
 	Asks, Announces           uint64
 	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
@@ -141,6 +142,7 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 	case EvPVM:
 		p.pvm(&ev.Seg)
 	case EvSVM:
+		p.stats.Records++
 		p.svm(&ev.Seg)
 	case EvAnswer:
 		p.answer(&ev.Seg)

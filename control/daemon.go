@@ -667,7 +667,7 @@ func (d *Daemon) commit(fx ckptEffect) error {
 		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
 	}
 	d.live(lifeEvent{Kind: lvCommitted})
-	return nil
+	return d.listen(a.Cause)
 }
 
 // drain waits until the SVM has read what its taps hold.

@@ -66,6 +66,8 @@ type pairLife struct {
 
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing    qemu.Progress      // how far it is
+	said       uint64             // P: records of the SVM until the last commit
+	mute       int                // P: commits in a row without one
 	hello      hello              // P: of the session there is
 	prepared   chan struct{}      // S: closed when QEMU waits for a primary's
 	ready      bool               // S: that is so
@@ -355,6 +357,39 @@ func (d *Daemon) askAwake() {
 			d.live(lifeEvent{Kind: lvAwake})
 		}
 	})
+}
+
+// maxMute is how many checkpoints in a row may find that the SVM has said nothing since
+// the one before, though the PVM waited for it.
+const maxMute = 3
+
+// listen gives up an SVM that is mute (P): it was made the PVM's copy again and again,
+// and still says nothing. As a speaker it would be of no use.
+func (d *Daemon) listen(cause string) error {
+	l := d.life
+	if l == nil {
+		return nil
+	}
+	var said uint64
+	if err := d.each("count records", func(n *nic) error {
+		said += n.primary.Stats().Records
+		return nil
+	}); err != nil {
+		return err
+	}
+	if said != l.said || cause != compare.ReasonTimeout.String() {
+		l.mute = 0
+	} else {
+		l.mute++
+	}
+	if l.said = said; l.mute < maxMute {
+		return nil
+	}
+	l.mute = 0
+	d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
+	d.event(journal.Failover, "the SVM is mute", nil)
+	d.live(lifeEvent{Kind: lvPeerDead})
+	return nil
 }
 
 // replicate has QEMU begin to replicate to S's (P).

@@ -35,6 +35,7 @@ func TestDemo(t *testing.T) {
 	say("The pair is up: what the guest says leaves alpha once beta's copy has said the same.")
 	say("The guest boots, in both QEMUs.")
 	p.booted()
+	p.lockstepped()
 
 	session := p.openSession()
 	web := p.openWebLoad()

@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 		}[strings.TrimPrefix(as, "lockstep without ")]
 		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, rule) }
 		main()
+	case as == "real services":
+		serveReal()
 	case strings.HasPrefix(as, "guest"):
 		serveGuest(as)
 	case strings.HasPrefix(as, "held "):

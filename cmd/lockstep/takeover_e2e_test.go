@@ -23,7 +23,7 @@ func coveredPair(t *testing.T, acts string) (*pair, *qmptest.Pair) {
 	q := qemuPair(t)
 	dir := t.TempDir()
 	p := newPairOf(t, acts, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
-		fmt.Sprintf("state_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
+		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
 	for _, node := range []string{"alpha", "beta"} {
 		p.await(node, func(s *control.Status) bool { return ready(s) && s.Covered })
 	}
@@ -75,5 +75,26 @@ func TestMutationGuard(t *testing.T) {
 	c.SetDeadline(time.Now().Add(3 * time.Second))
 	if err := echo(c, 1); !os.IsTimeout(err) {
 		t.Errorf("an echo, %v, though the SVM's timestamps are older than the PVM's", err)
+	}
+}
+
+// TestMuteSVM: an SVM that says nothing, though checkpoint after checkpoint makes it
+// the PVM's copy, could not take over. P goes on without it.
+func TestMuteSVM(t *testing.T) {
+	p, q := coveredPair(t, "lockstep")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	before := q.Checkpoints()
+	p.SetLink(t, p.SVM, "eth0", false)
+	for i := range 5 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.await("alpha", func(s *control.Status) bool { return s.Record == 2 })
+	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still spoke
+		t.Errorf("%d checkpoints before it was given up", n)
 	}
 }
