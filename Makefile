@@ -10,7 +10,7 @@ CLANG_MAJOR := 19
 # What the tests need beyond Go, as Debian 12 names it.
 PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
-	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client busybox
+	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client
 
 # Committed output of bpf2go, and the C it comes from.
 GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')

@@ -167,6 +167,9 @@ func (n *NIC) replay(s compare.Slot) {
 // Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
 func Found(o Options) (control.Found, error) {
 	tap, err := netlink.LinkByName(o.Tap)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return control.Found{}, nil // with the tap goes what guarded it
+	}
 	if err != nil {
 		return control.Found{}, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"crypto/ed25519"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -49,7 +51,7 @@ func serveReal() {
 			fmt.Fprintln(os.Stderr, err)
 		}
 	}
-	for _, dir := range []string{"/.ssh", "/dev/pts", "/run", "/var/run"} {
+	for _, dir := range []string{"/.ssh", "/dev/pts", "/etc/dropbear", "/run", "/var/run", "/var/log"} {
 		os.MkdirAll(dir, 0o700)
 	}
 	os.Chmod("/", 0o755)
@@ -121,6 +123,10 @@ func TestGuestServices(t *testing.T) {
 		return strings.TrimSpace(string(out))
 	}
 	ssh := []string{"-i", id, "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=" + filepath.Join(dir, "known"), "-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "root@" + lt.Guest4}
+	resolver := net.Resolver{PreferGo: true, Dial: func(_ context.Context, network, _ string) (c net.Conn, err error) {
+		lt.In(t, p.Client, func() { c, err = net.Dial(network, lt.Guest4+":53") })
+		return c, err
+	}}
 	all := func(round int) {
 		t.Helper()
 		value := fmt.Sprintf("value %d", round)
@@ -136,8 +142,10 @@ func TestGuestServices(t *testing.T) {
 		if got := client("ssh", append(ssh, fmt.Sprintf("echo shell %d", round))...); got != fmt.Sprintf("shell %d", round) {
 			t.Errorf("ssh: %q", got)
 		}
-		if got := client("busybox", "nslookup", serviceName, lt.Guest4); !strings.Contains(got, "Address: "+lt.Guest4) {
-			t.Errorf("DNS: %q", got)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if got, err := resolver.LookupHost(ctx, serviceName+"."); err != nil || !slices.Contains(got, lt.Guest4) {
+			t.Errorf("DNS: %q, %v", got, err)
 		}
 	}
 	all(0)
