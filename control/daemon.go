@@ -110,6 +110,9 @@ func (o *Options) setDefaults() error {
 	set(&o.Compare.Linger, 2*time.Second)
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
+	if o.Life != nil {
+		set(&o.qmpPoll, qmpPollLife)
+	}
 	set(&o.qmpPoll, qmpPoll)
 	set(&o.orderEvery, orderEvery)
 	if o.link == (linkTiming{}) {
@@ -342,8 +345,8 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		start(func() error { return d.accept(ctx, control) })
 	} else {
 		start(func() error { d.connect(ctx); return nil })
-		start(func() error { return d.sweep(ctx) })
 	}
+	start(func() error { return d.sweep(ctx) })
 	if status != nil {
 		start(func() error { return d.serveStatus(ctx, status) })
 	}
@@ -691,7 +694,7 @@ func (d *Daemon) drain(epoch uint32) {
 	})
 }
 
-// sweep ends connections on S that are closed or idle.
+// sweep ends connections that are closed or idle, and that a host translates.
 func (d *Daemon) sweep(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()

@@ -57,7 +57,7 @@ type DataPath interface {
 	AddEdges([]Edge) error
 	InstallSession(Session) error                              // keys, term, epoch, MACs
 	ResetOffsets() error                                       // S: empties ls_conn, ls_half
-	Sweep(linger, idle time.Duration) (removed int, err error) // S: removes closed and idle connections
+	Sweep(linger, idle time.Duration) (removed int, err error) // removes closed and idle connections: S's, and those that P took over
 	DrainTap(ctx context.Context) error                        // S: returns when the SVM has read everything
 	MAC() net.HardwareAddr                                     // peer device's own address
 	Counters() (map[string]uint64, error)                      // by reason name

@@ -16,6 +16,7 @@ import (
 const (
 	qmpTimeout  = 2 * time.Second
 	qmpPoll     = 5 * time.Second // a QEMU that says nothing is asked how it is
+	qmpPollLife = time.Second     // where another host can go on
 	qmpRetry    = 100 * time.Millisecond
 	qmpRetryMax = 2 * time.Second
 )

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -140,7 +141,7 @@ func (p *livingPair) openWebLoad() *clientLoad {
 		}
 		defer c.Close()
 		client := http.Client{Transport: &http.Transport{
-			DisableKeepAlives: true, Dial: func(string, string) (net.Conn, error) { return c, nil },
+			DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
 		}}
 		resp, err := client.Get("http://guest/20000")
 		if err != nil {

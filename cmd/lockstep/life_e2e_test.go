@@ -178,6 +178,39 @@ func (p *livingPair) booted() {
 	})
 }
 
+// TestFrozenQEMU: a primary's QEMU that stands still does not answer; its host shuts it
+// out, and the other takes over. When it goes on, nobody hears it.
+func TestFrozenQEMU(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.signal("alpha", syscall.SIGSTOP)
+	began := time.Now()
+	if err := echo(c, 1); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the first answer took %v", time.Since(began))
+	p.signal("alpha", syscall.SIGCONT)
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.procs["alpha"].Wait()
+	p.run("alpha", "secondary")
+	p.covered()
+	if err := echo(c, 2); err != nil {
+		t.Fatal(err)
+	}
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
 // situation is what a pair may be doing when a host dies: load calls under way when it
 // is, goes on until stop is closed or it is done, and fails the test when anything is
 // wrong or missing.
@@ -714,11 +747,13 @@ func TestMidCheckpoint(t *testing.T) {
 			revive()
 		}},
 	} {
-		t.Log(x.name)
-		x.f()
-		session()
-		p.covered()
-		session()
+		for range rounds(4) {
+			t.Log(x.name)
+			x.f()
+			session()
+			p.covered()
+			session()
+		}
 	}
 }
 
@@ -776,6 +811,14 @@ func TestDaemonsRestart(t *testing.T) {
 	session()
 }
 
+// rounds is 1, or n where time is no matter.
+func rounds(n int) int {
+	if os.Getenv("LOCKSTEP_SOAK") == "" {
+		return 1
+	}
+	return n
+}
+
 // TestFailovers: in every situation one of the two QEMUs dies, the other goes on, no
 // connection breaks and no byte is wrong; the host that lost its guest gets a new one. One
 // client session lasts through all of it.
@@ -793,7 +836,8 @@ func TestFailovers(t *testing.T) {
 		n++
 	}
 	session()
-	for _, dies := range []string{"primary", "secondary"} {
+	for i := range 2 * rounds(5) {
+		dies := []string{"primary", "secondary"}[i%2]
 		for _, x := range situations {
 			t.Run(dies+"/"+x.name, func(t *testing.T) {
 				victim := map[string]string{"primary": primary, "secondary": other(primary)}[dies]
