@@ -34,6 +34,7 @@ type fakePath struct {
 	offsets map[compare.Tuple]Offset
 	failure error
 	closed  bool
+	echoed  int64
 
 	adopted  *Adopted
 	acked    map[compare.Tuple]uint32
@@ -133,11 +134,23 @@ func (f *fakePath) SetEpoch(e uint32) error {
 func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
 func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
 func (f *fakePath) Mark() error                     { return f.note("mark") }
-func (f *fakePath) Echo() error                     { return nil }
-func (f *fakePath) Echoed() int64                   { return 0 }
-func (f *fakePath) TakeOver(guard uint32) error     { return f.note("take over") }
-func (f *fakePath) Edges() ([]Edge, error)          { return nil, nil }
-func (f *fakePath) AddEdges([]Edge) error           { return nil }
+
+// Echo comes back at once.
+func (f *fakePath) Echo() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.echoed = f.Now()
+	return nil
+}
+
+func (f *fakePath) Echoed() int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.echoed
+}
+func (f *fakePath) TakeOver(guard uint32) error { return f.note("take over") }
+func (f *fakePath) Edges() ([]Edge, error)      { return nil, nil }
+func (f *fakePath) AddEdges([]Edge) error       { return nil }
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"lockstep/control/arbiter"
+	"lockstep/control/qmptest"
+	"lockstep/control/state"
+)
+
+// sharedArbiter is one that both hosts reach, until it is cut.
+type sharedArbiter struct {
+	mu  sync.Mutex
+	now arbiter.Record
+	cut bool
+}
+
+func (a *sharedArbiter) Read(context.Context) (arbiter.Record, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.cut {
+		return arbiter.Record{}, errors.New("the arbiter is cut off")
+	}
+	return a.now, nil
+}
+
+func (a *sharedArbiter) Settle(ctx context.Context) (arbiter.Record, error) { return a.Read(ctx) }
+func (a *sharedArbiter) Close() error                                       { return nil }
+
+func (a *sharedArbiter) Swap(_ context.Context, old, next arbiter.Record) (arbiter.Record, bool, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.cut:
+		return arbiter.Record{}, false, errors.New("the arbiter is cut off")
+	case a.now == old:
+		a.now = next
+	}
+	return a.now, a.now == next, nil
+}
+
+func (a *sharedArbiter) setCut(cut bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cut = cut
+}
+
+// lives makes two sides that fail over, not started.
+func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
+	t.Helper()
+	p, s = hosts(t, pair)
+	a = &sharedArbiter{now: arbiter.Record{Term: 1, Speaker: "alpha"}}
+	dir := t.TempDir()
+	for _, x := range []*side{p, s} {
+		store, err := state.Open(dir, "web1", x.opt.Node)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, Found{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store, Timeout: 200 * time.Millisecond}
+		x.opt.link.silence, x.opt.link.ping = 200*time.Millisecond, 20*time.Millisecond
+		x.opt.SpeakFor, x.opt.EchoEvery = 100*time.Millisecond, 10*time.Millisecond
+		x.opt.qmpTimeout, x.opt.qmpPoll = 200*time.Millisecond, 50*time.Millisecond
+	}
+	return p, s, a
+}
+
+// ends waits for how a daemon's part ends.
+func (s *side) ends(want error) {
+	s.t.Helper()
+	select {
+	case err := <-s.done:
+		close(s.done)
+		if !errors.Is(err, want) {
+			s.t.Errorf("%s ended with %v, want %v", s.opt.Node, err, want)
+		}
+	case <-time.After(patience):
+		s.t.Fatalf("%s does not end", s.opt.Node)
+	}
+}
+
+func (s *side) covered() {
+	s.t.Helper()
+	s.await("covered", func(st Status) bool { return st.Covered && st.State == "replicating" })
+}
+
+// TestLifeQMPFaults: whatever the primary's QEMU does to its monitor, the daemon does not
+// hang: it finds its QEMU dead, shuts its gates, and the other host takes over.
+func TestLifeQMPFaults(t *testing.T) {
+	for name, fault := range map[string]qmptest.Fault{
+		"silent": qmptest.Silent, "hangs up": qmptest.HangUp, "garbage": qmptest.Garbage, "huge": qmptest.Huge, "slow": qmptest.Slow,
+	} {
+		t.Run(name, func(t *testing.T) {
+			pair := newPair(t)
+			p, s, _ := lives(t, pair)
+			p.start()
+			s.start()
+			p.covered()
+			s.covered()
+			mark := s.path.mark()
+			pair.Primary.SetFault(fault, time.Second)
+			if fault == qmptest.Garbage || fault == qmptest.Huge || fault == qmptest.HangUp {
+				// It answers anew each time, and so lives; somebody ends it.
+				p.await("an error", func(st Status) bool { return st.QMP.Error != "" })
+				pair.Primary.Close()
+			}
+			s.ends(ErrPromoted)
+			s.path.await(t, mark, "mode quiet", "take over", "speak", "mode solo")
+			p.path.await(t, 0, "mode hold", "mode shut")
+			p.ends(ErrFenced)
+		})
+	}
+}
+
+// TestNoArbiter: without the arbiter's answer nobody speaks; with it one host does.
+func TestNoArbiter(t *testing.T) {
+	pair := newPair(t)
+	p, s, a := lives(t, pair)
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	a.setCut(true)
+	mark := s.path.mark()
+	pair.Primary.Close()
+	s.await("failover", func(st Status) bool { return st.State == "failover" })
+	s.path.await(t, mark, "mode quiet")
+	p.ends(ErrFenced)
+	for _, line := range s.path.since(mark) {
+		if line == "mode solo" || line == "take over" {
+			t.Errorf("S spoke, and nobody knows whether it may: %q", s.path.since(mark))
+		}
+	}
+	a.setCut(false)
+	s.ends(ErrPromoted)
+	s.path.await(t, mark, "mode quiet", "take over", "mode solo")
+	if a.now != (arbiter.Record{Term: 2, Speaker: "beta"}) {
+		t.Errorf("the record is %v", a.now)
+	}
+}
+
+// TestUncovered: an S that no commit covers does not take over, and begins afresh.
+func TestUncovered(t *testing.T) {
+	pair := newPair(t)
+	p, s, a := lives(t, pair)
+	pair.SetHook(func(qmptest.Stage) bool { return false }) // no checkpoint comes to pass
+	p.start()
+	s.start()
+	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" })
+	pair.Primary.Close()
+	p.ends(ErrFenced)
+	s.await("no link", func(st Status) bool { return !st.Peer.Connected })
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	<-ctx.Done() // longer than a covered one would wait
+	if st := s.await("a status", func(Status) bool { return true }); st.State == "failover" || a.now.Speaker != "alpha" {
+		t.Errorf("state %s, record %v", st.State, a.now)
+	}
+}
