@@ -69,8 +69,8 @@ bench-smoke: build ## as root: latency, throughput and CPU against mirroring alo
 	@LOCKSTEP_BENCH=$(CURDIR)/bin/lockstep $(GO) test -count=1 -v -run '^TestSmoke$$' ./bench
 
 .PHONY: soak
-soak: ## 100 000 connections held open
-	LOCKSTEP_SOAK=1 $(GO) test -count=1 -timeout 60m -v -run TestHeldOpen ./cmd/lockstep
+soak: deps ## as root, about 20 minutes: 100 000 connections held open, real pairs through many failovers
+	@.ci/soak
 
 .PHONY: clean
 clean:

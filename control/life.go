@@ -165,7 +165,8 @@ type lifePrimary struct {
 func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, now int64) *lifePrimary {
 	return &lifePrimary{
 		lifeSide: lifeSide{cfg: cfg, term: term, heard: now},
-		state:    state, solo: state == lpSolo, covered: covered, paired: now,
+		// Until there is a session nobody is asked for an echo.
+		state: state, solo: state == lpSolo, covered: covered, paired: now + cfg.rejoin,
 	}
 }
 
@@ -193,6 +194,7 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 	l.take(now, ev)
 	switch ev.Kind {
 	case lvLinkUp:
+		l.paired = min(l.paired, now)
 		switch {
 		case l.state == lpPair && !ev.OK:
 			l.alone() // another SVM than the one that followed
@@ -328,7 +330,8 @@ type lifeSecondary struct {
 // newLifeSecondary begins anew, or with what a daemon before this one was told for
 // term, if the SVM is still the one it was told of (R23).
 func newLifeSecondary(cfg lifeConfig, term uint64, covered bool, now int64) *lifeSecondary {
-	l := &lifeSecondary{lifeSide: lifeSide{cfg: cfg, term: term, heard: now}, covered: covered}
+	// Nothing says that P is dead: its daemon, too, may have been started again.
+	l := &lifeSecondary{lifeSide: lifeSide{cfg: cfg, term: term, heard: now, lives: true}, covered: covered}
 	if covered {
 		l.state = lsPair
 	}

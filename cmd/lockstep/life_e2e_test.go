@@ -61,6 +61,9 @@ func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, me
 			t.Fatal(err)
 		}
 	}
+	if !strings.Contains(extra, "migration:") {
+		extra += "\nmigration: {unix: migration.sock}" // over TCP each checkpoint waits for a delayed ACK
+	}
 	yaml := fmt.Sprintf(`vm: web1
 nodes:
   alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, bridge: br0, peer: {device: peerP}}]}
@@ -69,7 +72,6 @@ pin_dir: bpf/lockstep
 run_dir: run
 state_dir: state
 tls: {ca: certs/ca.pem, cert: 'certs/{node}.pem', key: 'certs/{node}.key'}
-migration: {unix: migration.sock}
 qemu:
   accel: tcg
   cpu: qemu64
@@ -208,6 +210,51 @@ func TestFrozenQEMU(t *testing.T) {
 	}
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
+// TestHostLoss: a whole host is gone at once, and says nothing about it.
+func TestHostLoss(t *testing.T) {
+	p := newLivingPair(t, 1, "migration: {port: 9998, nbd_port: 9999}")
+	p.start()
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	devices := []string{"ctl", "peerP", "uplink"}
+	for _, dev := range devices {
+		p.SetLink(t, p.HostP, dev, false)
+	}
+	p.kill("alpha")
+	p.killQEMU("alpha")
+	began := time.Now()
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			t.Logf("the first answer took %v", time.Since(began))
+		}
+	}
+	// It comes back, with what its kernel held.
+	for _, dev := range devices {
+		p.SetLink(t, p.HostP, dev, true)
+	}
+	p.run("alpha", "secondary")
+	p.covered()
+	for _, dev := range []string{"ctl", "peerS", "uplink"} { // the secondary's
+		p.SetLink(t, map[string]string{"ctl": p.HostP, "peerS": p.HostS, "uplink": p.HostP}[dev], dev, false)
+	}
+	p.kill("alpha")
+	p.killQEMU("alpha")
+	began = time.Now()
+	for i := range 50 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			t.Logf("without the secondary the first answer took %v", time.Since(began))
+		}
 	}
 }
 
