@@ -142,6 +142,7 @@ type ckptPrimary struct {
 	paired          bool // COLO runs between the two QEMUs, or none is configured
 	qmp             bool
 	pvmStopped      bool
+	unasked         bool // it was not for a checkpoint
 	started         bool
 	frozen          bool
 	doubt           string // why only a commit may release; "": no doubt
@@ -315,6 +316,7 @@ func (c *ckptPrimary) stopped(ev ckptEvent) {
 	}
 	// R15: nobody asked for this one. It may be an operator's, or a checkpoint
 	// of which S's state came; nothing that is held may leave on its account.
+	c.unasked = true
 	if c.cfg.noR15 {
 		return
 	}
@@ -325,7 +327,7 @@ func (c *ckptPrimary) stopped(ev ckptEvent) {
 }
 
 func (c *ckptPrimary) resumed(ev ckptEvent) {
-	c.pvmStopped = false
+	c.pvmStopped, c.unasked = false, false
 	if c.stage == pStopped {
 		c.stage, c.pvmResume = pVerify, ev.At
 		c.skewed = abs(ev.Skew-c.stopSkew) > c.cfg.clockTolerance
@@ -389,6 +391,9 @@ func (c *ckptPrimary) fail(cause string) {
 	c.failures++
 	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
 }
+
+// stuck tells whether nothing leaves, and not because somebody has the PVM wait.
+func (c *ckptPrimary) stuck() bool { return c.doubt != "" && !c.unasked }
 
 // able tells whether an attempt could begin.
 func (c *ckptPrimary) able() bool {

@@ -518,6 +518,13 @@ func (d *Daemon) step(ev ckptEvent) {
 		}
 	}
 	d.stepping = false
+	if d.life == nil || d.primary == nil {
+		return
+	}
+	if stuck := d.primary.stuck(); stuck != d.life.stuck {
+		d.life.stuck = stuck
+		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
+	}
 }
 
 // each runs f in every NIC's loop. A NIC that cannot do what it was told is the

@@ -40,6 +40,7 @@ const (
 	lvSynced    // P: answer to lxSync
 	lvYield     // P: S is to take over
 	lvCommitted // P: a checkpoint was committed in HOLD
+	lvDoubt     // P: OK: nothing leaves until a checkpoint ends a doubt; else it has ended
 
 	lvCovered // S: P confirmed the first commit (R18)
 	lvAwake   // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
@@ -84,6 +85,7 @@ type lifeConfig struct {
 	speak   int64 // T of R20
 	rejoin  int64 // for a daemon that ended on a living host to come back
 	settle  int64 // S: for a checkpoint to show whether it was loaded
+	doubt   int64 // P: that no checkpoint ends, before S is given up
 
 	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
 	// does not wait for P's last echo to run out.
@@ -94,6 +96,7 @@ func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
 	return lifeConfig{
 		timeout: int64(timeout), speak: int64(speak),
 		rejoin: int64(max(MaxRejoin, timeout)), settle: int64(50 * time.Millisecond),
+		doubt: int64(10 * time.Second),
 	}
 }
 
@@ -157,6 +160,7 @@ type lifePrimary struct {
 	solo    bool  // what to go back to when synchronising fails
 	covered bool  // S may take over
 	paired  int64 // since when
+	doubtBy int64 // when a doubt has lasted too long; 0: there is none
 }
 
 // newLifePrimary begins with the record of term, which names this host. state is
@@ -174,6 +178,9 @@ func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, no
 // echoes can put that off.
 func (l *lifePrimary) gone() int64 {
 	echo := max(l.echoed, l.paired) + l.cfg.timeout
+	if l.doubtBy != 0 {
+		echo = min(echo, l.doubtBy) // nothing leaves: no SVM is better than this one
+	}
 	if l.link {
 		return echo // the PVM is mute without them
 	}
@@ -218,6 +225,12 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 			// Noted before it is said: whatever S hears, P has counted with.
 			l.covered = true
 			l.emit(lxCovered)
+		}
+	case lvDoubt:
+		if !ev.OK {
+			l.doubtBy = 0
+		} else if l.doubtBy == 0 {
+			l.doubtBy = now + l.cfg.doubt
 		}
 	case lvPeerDead, lvCOLOExit:
 		if l.state == lpPair { // while QEMU begins to replicate, lvSynced tells

@@ -278,7 +278,9 @@ func (m *lifeModel) trouble() {
 		}
 	case 8:
 		if m.rng.IntN(4) == 0 {
-			if m.rng.IntN(2) == 0 {
+			if m.rng.IntN(3) == 0 {
+				m.step(0, lifeEvent{Kind: lvDoubt, OK: m.rng.IntN(2) == 0})
+			} else if m.rng.IntN(2) == 0 {
 				m.step(h, lifeEvent{Kind: lvTakeOver})
 			} else {
 				m.step(0, lifeEvent{Kind: lvYield})
@@ -360,7 +362,7 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 
 func (e lifeEvent) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "yield", "committed", "covered", "awake", "qemu",
+		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "yield", "committed", "doubt", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
 

@@ -32,6 +32,8 @@ type Life struct {
 	Disks []qemu.Disk
 	// Where a secondary's QEMU waits: this host's, the other's.
 	Own, Peers qemu.Incoming
+
+	doubt time.Duration // tests shorten it
 }
 
 // How a daemon's part in a pair's life ends: what Run returns.
@@ -68,6 +70,7 @@ type pairLife struct {
 	syncing    qemu.Progress      // how far it is
 	said       uint64             // P: records of the SVM until the last commit
 	mute       int                // P: commits in a row without one
+	stuck      bool               // P: a doubt was told
 	hello      hello              // P: of the session there is
 	prepared   chan struct{}      // S: closed when QEMU waits for a primary's
 	ready      bool               // S: that is so
@@ -86,6 +89,9 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	}
 	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
 	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
+	if l.doubt != 0 {
+		cfg.doubt = int64(l.doubt)
+	}
 	if o.Role == RolePrimary {
 		pl.p = newLifePrimary(cfg, l.Begin.Record.Term, l.Begin.primary, l.Begin.covered, now)
 		pl.machine = pl.p

@@ -166,3 +166,17 @@ func TestUncovered(t *testing.T) {
 		t.Errorf("state %s, record %v", st.State, a.now)
 	}
 }
+
+// TestStuck: no checkpoint comes to pass, and so nothing leaves; after a while P goes on
+// without S, which begins afresh.
+func TestStuck(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.opt.Life.doubt = 300 * time.Millisecond
+	pair.SetHook(func(qmptest.Stage) bool { return false })
+	p.start()
+	s.start()
+	s.ends(ErrAfresh)
+	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 1 })
+	p.path.await(t, 0, "mode hold", "mode solo")
+}
