@@ -461,6 +461,16 @@ func (d *Daemon) paired() {
 	})
 }
 
+// knowsQEMU is an error until this host's QEMU is connected: what a session means
+// depends on what that does (P).
+func (d *Daemon) knowsQEMU(ctx context.Context) error {
+	known := false
+	if err := d.ask(ctx, func() { known = d.qmp.conn != nil }); err != nil || known {
+		return err
+	}
+	return errors.New("the primary's QEMU is not connected yet")
+}
+
 // joinedPair is S's side of a session: record is the term of P's, pair whether P goes
 // on with the pair that there was.
 func (d *Daemon) joinedPair(record uint64, pair, colo bool) {

@@ -94,6 +94,9 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 		if err == nil {
 			err = checkSizes(d.life.Disks, own, m.Hello.Disks)
 		}
+		if err == nil {
+			err = d.knowsQEMU(ctx)
+		}
 		if err != nil {
 			_ = l.write(message{Type: "refuse", Cause: err.Error()})
 			return err
