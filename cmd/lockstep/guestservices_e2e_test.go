@@ -148,6 +148,16 @@ func TestGuestServices(t *testing.T) {
 			t.Errorf("DNS: %q, %v", got, err)
 		}
 	}
+	lt.Eventually(t, time.Minute, func() (bool, string) { // they begin when the echo does
+		for _, port := range []string{portRedis, portSSH, portHTTP2} {
+			c, err := p.dial(lt.Guest4, port, "")
+			if err != nil {
+				return false, err.Error()
+			}
+			c.Close()
+		}
+		return true, ""
+	})
 	all(0)
 	// A shell that stays open through it all.
 	shell := lt.Command(p.Client, "ssh", append(ssh, "cat")...)
