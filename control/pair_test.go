@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -179,4 +180,41 @@ func TestStuck(t *testing.T) {
 	s.ends(ErrAfresh)
 	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 1 })
 	p.path.await(t, 0, "mode hold", "mode solo")
+}
+
+// TestForcedFailover: a takeover that would lose what the guest has told clients is
+// refused, unless it is forced.
+func TestForcedFailover(t *testing.T) {
+	pair := newPair(t)
+	p, s, a := lives(t, pair)
+	pair.SetHook(func(qmptest.Stage) bool { return false })
+	p.start()
+	s.start()
+	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	s.await("a session", func(st Status) bool { return st.Peer.Connected })
+	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "use --force") {
+		t.Errorf("failover of an uncovered secondary: %v", err)
+	}
+	if _, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); a.now.Speaker != "alpha" {
+		t.Errorf("the record is %v, %v", a.now, err)
+	}
+	s.ends(ErrAfresh) // the primary went on alone, because it was asked to
+
+	pair2 := newPair(t)
+	p, s, a = lives(t, pair2)
+	pair2.SetHook(func(qmptest.Stage) bool { return false })
+	p.start()
+	s.start()
+	s.await("a session", func(st Status) bool { return st.Peer.Connected })
+	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	a.setCut(true)
+	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "cannot be reached") {
+		t.Errorf("failover without an arbiter: %v", err)
+	}
+	a.setCut(false)
+	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil {
+		t.Error(err)
+	}
+	s.ends(ErrPromoted)
+	p.ends(ErrFenced)
 }

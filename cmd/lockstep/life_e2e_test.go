@@ -21,6 +21,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/arbiter/arbitertest"
 	"lockstep/control/qemu/qemutest"
+	"lockstep/control/qmp"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -82,7 +83,7 @@ qemu:
   append: %q
   macs: ["%s"]
   disks: [%s]
-  extra: [-m, %dK, -serial, "file:%s/{node}.serial"]
+  extra: [-m, %dK, -serial, "file:%[7]s/{node}.serial", -qmp, "unix:%[7]s/{node}.mon,server=on,wait=off"]
 %s
 `, kernel, initrd, qemutest.Append([]string{lt.Guest4 + "/24," + lt.Guest6 + "/64"}), lt.GuestMAC, strings.Join(images, ", "), memory>>10, w.Dir, extra)
 	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
@@ -210,6 +211,44 @@ func TestFrozenQEMU(t *testing.T) {
 	}
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
+// TestStopCont: somebody stops either QEMU's guest and lets it go on: meanwhile nothing
+// leaves, and nobody takes over (R15).
+func TestStopCont(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	c := p.mustDial(lt.Guest4, portEcho)
+	c.SetDeadline(time.Now().Add(time.Minute))
+	for i, node := range []string{"alpha", "beta"} {
+		m, err := qmp.Dial(t.Context(), filepath.Join(p.Dir, node+".mon"), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Disconnect()
+		before := p.status("alpha")
+		if err := m.Execute("stop", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		p.await("alpha", func(s *control.Status) bool { return s.State == "checkpointing" })
+		answered := make(chan error, 1)
+		go func() { answered <- echo(c, i) }()
+		select {
+		case err := <-answered:
+			t.Errorf("an answer, %v, while %s's guest stands still", err, node)
+		case <-time.After(time.Second): // the time in which it would come
+		}
+		if err := m.Execute("cont", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-answered; err != nil {
+			t.Fatal(err)
+		}
+		s := p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" && s.Covered })
+		if s.Record != p.record || s.CheckpointsDone == before.CheckpointsDone {
+			t.Errorf("%s: the record is of term %d, and %d checkpoints were made", node, s.Record, s.CheckpointsDone-before.CheckpointsDone)
+		}
 	}
 }
 
