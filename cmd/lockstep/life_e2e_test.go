@@ -531,7 +531,7 @@ func TestPartitions(t *testing.T) {
 	}{{"control", true}, {"peer", true}, {"control peer", true}, {"control peer", false}} {
 		name := "cut " + x.cut
 		if !x.arbiter {
-			name += ", arbiter gone"
+			name += " without arbiter"
 		}
 		t.Run(name, func(t *testing.T) {
 			var etcd *arbitertest.Etcd
