@@ -304,18 +304,11 @@ func (n *NIC) found(role Role) (*control.Adopted, error) {
 	if role != Primary {
 		return a, nil
 	}
-	var (
-		t bpf.LockstepLsTuple
-		c bpf.LockstepLsCli
-	)
-	it := n.objs.LsCli.Iterate()
-	for it.Next(&t, &c) {
-		if t.Proto == protoTCP && tells(&c) {
+	if err := each(n.objs.LsCli, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsCli) {
+		if t.Proto == protoTCP && tells(c) {
 			a.Remotes = append(a.Remotes, control.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
 		}
-	}
-	// Programs insert meanwhile: an aborted walk is a short one.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	}); err != nil {
 		return nil, fmt.Errorf("list remotes: %w", err)
 	}
 	return a, nil

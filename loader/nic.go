@@ -630,47 +630,48 @@ func (n *NIC) InstallSession(s control.Session) error {
 
 // ResetOffsets implements [control.DataPath].
 func (n *NIC) ResetOffsets() error {
-	var conns, halves, inherited []bpf.LockstepLsTuple
-	conns, err := keysOf[bpf.LockstepLsConn](n.objs.LsConn, nil)
-	if err == nil {
-		halves, err = keysOf[bpf.LockstepLsHalf](n.objs.LsHalf, nil)
-	}
-	if err == nil {
-		err = deleteKeys(n.objs.LsConn, conns)
-	}
-	if err == nil {
-		err = deleteKeys(n.objs.LsHalf, halves)
-	}
-	if err == nil {
-		inherited, err = keysOf[bpf.LockstepLsInh](n.objs.LsInherited, nil)
-	}
-	if err == nil {
-		err = deleteKeys(n.objs.LsInherited, inherited)
-	}
-	if err != nil {
+	if err := errors.Join(
+		empty[bpf.LockstepLsConn](n.objs.LsConn), empty[bpf.LockstepLsHalf](n.objs.LsHalf), empty[bpf.LockstepLsInh](n.objs.LsInherited),
+	); err != nil {
 		return fmt.Errorf("reset offsets: %w", err)
 	}
 	return nil
 }
 
-// keysOf lists the keys whose values pass (nil: all).
-func keysOf[V any](m *ebpf.Map, pass func(*V) bool) ([]bpf.LockstepLsTuple, error) {
+// empty removes all that is in a map of tuples now.
+func empty[V any](m *ebpf.Map) error {
+	keys, err := keysOf[V](m, nil)
+	if err != nil {
+		return err
+	}
+	return deleteKeys(m, keys)
+}
+
+// each calls f with all that is in a map of tuples.
+func each[V any](m *ebpf.Map, f func(bpf.LockstepLsTuple, *V)) error {
 	var (
-		keys []bpf.LockstepLsTuple
-		k    bpf.LockstepLsTuple
-		v    V
+		t bpf.LockstepLsTuple
+		v V
 	)
 	it := m.Iterate()
-	for it.Next(&k, &v) {
-		if pass == nil || pass(&v) {
-			keys = append(keys, k)
-		}
+	for it.Next(&t, &v) {
+		f(t, &v)
 	}
 	// Programs insert and remove meanwhile: an aborted walk is a short one.
 	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return nil, err
+		return err
 	}
-	return keys, nil
+	return nil
+}
+
+// keysOf lists the keys whose values pass (nil: all).
+func keysOf[V any](m *ebpf.Map, pass func(*V) bool) (keys []bpf.LockstepLsTuple, err error) {
+	err = each(m, func(k bpf.LockstepLsTuple, v *V) {
+		if pass == nil || pass(v) {
+			keys = append(keys, k)
+		}
+	})
+	return keys, err
 }
 
 func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
@@ -724,15 +725,9 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 
 // Offsets implements [control.DataPath].
 func (n *NIC) Offsets(yield func(compare.Tuple, control.Offset)) error {
-	var (
-		k bpf.LockstepLsTuple
-		c bpf.LockstepLsConn
-	)
-	it := n.objs.LsConn.Iterate()
-	for it.Next(&k, &c) {
+	if err := each(n.objs.LsConn, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
 		yield(fromTuple(&k), control.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: connState(c.State)})
-	}
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}
 	return nil
@@ -871,10 +866,10 @@ func (n *NIC) Apply(effs []compare.Effect) error {
 		case compare.OpSend:
 			n.send(e)
 		case compare.OpDeliver, compare.OpForward:
-			n.deliver(e.Slot)
+			n.deliver(n.toTap, e.Slot)
 			n.frees = append(n.frees, e.Slot)
 		case compare.OpReplay:
-			n.replay(e.Slot)
+			n.deliver(n.replays, e.Slot)
 			n.frees = append(n.frees, e.Slot)
 		case compare.OpNeigh:
 			n.toTap.queue(neighRequest(n.head(), e), nil)
@@ -964,15 +959,16 @@ func (n *NIC) Mark() error {
 	return nil
 }
 
-// deliver queues a frame as it came: parked for the SVM, or a datagram of the PVM.
-func (n *NIC) deliver(s compare.Slot) {
+// deliver queues a frame as it came: parked for the SVM, a datagram of the PVM, or a
+// copy that is said again (R22).
+func (n *NIC) deliver(to *packetConn, s compare.Slot) {
 	m, ok := n.meta[s]
 	data := n.slots.frame(s)
 	if !ok || len(data) < ethLen {
 		n.lost.tap.Add(1)
 		return
 	}
-	n.toTap.queue(rawHeader(n.head(), data, &m), data[12:])
+	to.queue(rawHeader(n.head(), data, &m), data[12:])
 }
 
 func (n *NIC) tell(typ bpf.LockstepLsRecType, e *compare.Effect) {

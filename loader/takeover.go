@@ -8,12 +8,10 @@ import (
 	"math"
 	"sync/atomic"
 
-	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
-	"lockstep/compare"
 	"lockstep/control"
 )
 
@@ -71,23 +69,6 @@ func (n *NIC) TakeOver(guard uint32) error {
 		if err := n.objs.LsConn.Put(&t, &c); err != nil && !(c.State&connInherited != 0 && errors.Is(err, unix.E2BIG)) {
 			return fmt.Errorf("take over a connection: %w", err)
 		}
-	}
-	return nil
-}
-
-// each calls f with all that is in a map of tuples.
-func each[V any](m *ebpf.Map, f func(bpf.LockstepLsTuple, *V)) error {
-	var (
-		t bpf.LockstepLsTuple
-		v V
-	)
-	it := m.Iterate()
-	for it.Next(&t, &v) {
-		f(t, &v)
-	}
-	// Programs insert and remove meanwhile: an aborted walk is a short one.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return err
 	}
 	return nil
 }
@@ -151,17 +132,6 @@ func (n *NIC) inherit(old *tables) error {
 	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch
 	atomic.StoreUint64(&n.conf.SpeakUntil, math.MaxInt64)
 	return nil
-}
-
-// replay says a copy to the client, in the guest's name (R22).
-func (n *NIC) replay(s compare.Slot) {
-	m, ok := n.meta[s]
-	data := n.slots.frame(s)
-	if !ok || len(data) < ethLen {
-		n.lost.tap.Add(1)
-		return
-	}
-	n.replays.queue(rawHeader(n.head(), data, &m), data[12:])
 }
 
 // Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
