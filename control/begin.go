@@ -20,10 +20,8 @@ type Found struct {
 type Begin struct {
 	Role Role
 	// Discard: what is found in the kernel and the guest that goes with it are of a
-	// part that is over. They go.
+	// part that is over. They go. Else they are those of the daemon before this one.
 	Discard bool
-	// Adopted: guest and tables are those of the daemon before this one.
-	Adopted bool
 	Record  arbiter.Record // the pair's
 
 	primary  lpState
@@ -51,14 +49,13 @@ func Decide(role Role, self, peer string, st state.State, rec arbiter.Record, fo
 	}
 	b := Begin{Role: RoleSecondary, Record: rec}
 	// The SVM follows on: parked, too, it is the one that P knows.
-	b.Adopted = found.Role == RoleSecondary && (found.Mode == ModeRun || found.Mode == ModePark)
-	b.covered = b.Adopted && st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
-	b.Discard = !b.Adopted
+	b.Discard = found.Role != RoleSecondary || found.Mode != ModeRun && found.Mode != ModePark
+	b.covered = !b.Discard && st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
 	return b, nil
 }
 
 func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
-	b := Begin{Role: RolePrimary, Record: rec, Adopted: found.Role != ""}
+	b := Begin{Role: RolePrimary, Record: rec, Discard: found == Found{}}
 	switch {
 	case found.Role == RoleSecondary && found.Mode != ModeSolo:
 		if st.Covered == rec.Term-1 && st.Covered != 0 {
@@ -67,13 +64,11 @@ func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
 		}
 		// It cannot have won with a guest that nothing covers; whose tables these
 		// are nobody knows.
-		b.Adopted, b.Discard = false, true
+		b.Discard = true
 	case found.Mode == ModeSolo:
 		b.primary = lpSolo
 	case found.Mode == ModeHold:
 		b.primary, b.covered = lpPair, st.Covered == rec.Term
-	case found == Found{}:
-		b.Discard = true // what there is belongs to a part that is over
 	}
 	return b
 }

@@ -521,8 +521,7 @@ func (d *Daemon) step(ev ckptEvent) {
 	if d.life == nil || d.primary == nil {
 		return
 	}
-	if stuck := d.primary.stuck(); stuck != d.life.stuck {
-		d.life.stuck = stuck
+	if stuck := d.primary.stuck(); stuck != (d.life.p.doubtBy != 0) {
 		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"math"
 	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"lockstep/compare"
@@ -62,6 +63,7 @@ type pairLife struct {
 	machine lifeMachine
 	p       *lifePrimary // one of the two
 	s       *lifeSecondary
+	side    *lifeSide   // its
 	state   state.State // as it is on disk
 	queue   []lifeEvent
 	busy    bool // stepping
@@ -70,13 +72,15 @@ type pairLife struct {
 	syncing    qemu.Progress      // how far it is
 	said       uint64             // P: records of the SVM until the last commit
 	mute       int                // P: commits in a row without one
-	stuck      bool               // P: a doubt was told
-	hello      hello              // P: of the session there is
-	prepared   chan struct{}      // S: closed when QEMU waits for a primary's
-	ready      bool               // S: that is so
-	deaf       bool               // S: what QEMU does now is not the checkpoint machine's
-	hadQEMU    bool               // there was one, so its absence is its death
-	unanswered int                // connections to it that it did not answer, in a row
+
+	sizing     sync.Mutex
+	sizes      []int64       // of the disks; nil: not asked for yet
+	hello      hello         // P: of the session there is
+	prepared   chan struct{} // S: closed when QEMU waits for a primary's
+	ready      bool          // S: that is so
+	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
+	hadQEMU    bool          // there was one, so its absence is its death
+	unanswered int           // connections to it that it did not answer, in a row
 }
 
 func newPairLife(l Life, o *Options) (*pairLife, error) {
@@ -94,7 +98,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	}
 	if o.Role == RolePrimary {
 		pl.p = newLifePrimary(cfg, l.Begin.Record.Term, l.Begin.primary, l.Begin.covered, now)
-		pl.machine = pl.p
+		pl.machine, pl.side = pl.p, &pl.p.lifeSide
 		pl.hadQEMU = l.Begin.primary != lpStart
 		return pl, nil
 	}
@@ -103,7 +107,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		term-- // the pair's
 	}
 	pl.s = newLifeSecondary(cfg, term, l.Begin.covered, now)
-	pl.machine = pl.s
+	pl.machine, pl.side = pl.s, &pl.s.lifeSide
 	pl.hadQEMU = l.Begin.covered
 	return pl, nil
 }
@@ -204,7 +208,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 func (d *Daemon) remember(change func(*state.State)) error {
 	l := d.life
 	st := l.state
-	st.Role, st.Term = string(d.opt.Role), d.lifeTerm()
+	st.Role, st.Term = string(d.opt.Role), l.side.term
 	change(&st)
 	if st == l.state {
 		return nil
@@ -214,13 +218,6 @@ func (d *Daemon) remember(change func(*state.State)) error {
 	}
 	l.state = st
 	return nil
-}
-
-func (d *Daemon) lifeTerm() uint64 {
-	if d.life.p != nil {
-		return d.life.p.term
-	}
-	return d.life.s.term
 }
 
 // event notes something for `lockstep events`.
@@ -257,22 +254,41 @@ func (d *Daemon) claim(term uint64) {
 // Swap makes the record to if it is from, and returns when that is known, or ctx has
 // ended.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
-	again := backoff{first: 50 * time.Millisecond, last: time.Second}
+	again := arbiterRetry
 	for {
-		now, won, err = a.Swap(ctx, from, to)
-		for err != nil {
+		if now, won, err = a.Swap(ctx, from, to); err != nil {
 			failed(err)
 			if !again.wait(ctx) {
 				return now, false, ctx.Err()
 			}
-			now, err = a.Settle(ctx)
-			won = err == nil && now == to
+			if now, err = Settle(ctx, a, failed); err != nil {
+				return now, false, err
+			}
+			won = now == to
 		}
 		if won || now != from {
 			return now, won, nil
 		}
 	}
 }
+
+// Settle returns the record when the arbiter tells it, or ctx has ended.
+func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Record, error) {
+	again := arbiterRetry
+	for {
+		now, err := a.Settle(ctx)
+		if err == nil {
+			return now, nil
+		}
+		failed(err)
+		if !again.wait(ctx) {
+			return now, ctx.Err()
+		}
+	}
+}
+
+// arbiterRetry paces the questions to an arbiter that does not answer.
+var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
 
 // goAlone has P speak without S (R21): what is held leaves first.
 func (d *Daemon) goAlone() error {
@@ -675,16 +691,27 @@ func checkSizes(disks []qemu.Disk, own, peer []int64) error {
 	return nil
 }
 
-// diskSizes are those of this host's disks.
+// diskSizes are those of this host's disks, which do not change while they are in use.
+// Sessions are made on several goroutines.
 func (l *pairLife) diskSizes() ([]int64, error) {
-	spec := qemu.Spec{Disks: l.Disks}
-	return spec.DiskSizes()
+	l.sizing.Lock()
+	defer l.sizing.Unlock()
+	if l.sizes == nil {
+		spec := qemu.Spec{Disks: l.Disks}
+		sizes, err := spec.DiskSizes()
+		if err != nil {
+			return nil, err
+		}
+		l.sizes = sizes
+	}
+	return l.sizes, nil
 }
 
 // status tells where the pair's life is.
 func (l *pairLife) status(s *Status) {
+	s.Record = l.side.term
 	if l.p != nil {
-		s.Covered, s.Record = l.p.covered, l.p.term
+		s.Covered = l.p.covered
 		switch l.p.state {
 		case lpStart:
 			s.State = "start"
@@ -705,7 +732,7 @@ func (l *pairLife) status(s *Status) {
 		}
 		return
 	}
-	s.Covered, s.Record = l.s.covered, l.s.term
+	s.Covered = l.s.covered
 	switch l.s.state {
 	case lsWait:
 		s.State = "start"

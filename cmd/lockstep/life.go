@@ -24,7 +24,7 @@ import (
 	"lockstep/control/state"
 )
 
-// again is the wait before a part begins anew, or the arbiter is asked again.
+// again is the wait before a part begins anew.
 const again = 200 * time.Millisecond
 
 // partLife is what one part in the pair's life is run with.
@@ -87,7 +87,13 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 // know, and leaves everything as it is.
 func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.Begin, error) {
 	self, other := o.self.Name, o.other.Name
-	rec, err := settle(ctx, o, life.arbiter)
+	warned := false
+	rec, err := control.Settle(ctx, life.arbiter, func(err error) {
+		if !warned {
+			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
+			warned = true
+		}
+	})
 	if err != nil {
 		return control.Begin{}, err
 	}
@@ -121,24 +127,6 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 		return b, usageError{err}
 	}
 	return b, nil
-}
-
-func settle(ctx context.Context, o runOptions, a arbiter.Arbiter) (arbiter.Record, error) {
-	for warned := false; ; {
-		rec, err := a.Settle(ctx)
-		if err == nil || ctx.Err() != nil {
-			return rec, err
-		}
-		if !warned {
-			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
-			warned = true
-		}
-		select {
-		case <-time.After(again):
-		case <-ctx.Done():
-			return rec, ctx.Err()
-		}
-	}
 }
 
 // fill tells control what the config says of the pair's life.
