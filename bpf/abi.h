@@ -331,14 +331,6 @@ struct ls_conn {
 };
 
 /*
- * What a host that took over adds to the numbers of connections that began before
- * (R22), as long as they last: an element of ls_edge. Between the edge and the guest
- * everything has the guest's numbers. off, ts_off, guard, ts_first, state and last
- * are those of ls_conn, with the guest's in the place of the SVM's and what the
- * remote sees in the place of the PVM's.
- */
-
-/*
  * A connection that came with a checkpoint and that the SVM has spoken on since: a
  * takeover has to know of it (R22). Element of the LRU ls_inherited, whose eviction
  * costs that alone.

@@ -167,11 +167,18 @@ static __always_inline int half_is_acked(const struct ls_half *h, const struct l
 	return acked > 0 && acked <= LS_ACK_SPAN;
 }
 
+/* May there be connections that were taken over? Asked before anything is looked up. */
+static __always_inline int has_edges(const struct ls_conf *conf)
+{
+	return *(const volatile __u32 *)&conf->edges;
+}
+
 /* Makes the half-open connection one that is never evicted. NULL: table full. */
 static __always_inline struct ls_conn *half_promote(struct ls_half *h, const struct ls_pkt *p,
 						    const struct ls_offset *o)
 {
 	const __u32 ts = LS_CONN_PTS | LS_CONN_STS;
+	const struct ls_conf *conf = config();
 	struct ls_conn c = {
 		.off = o->off,
 		.ts_off = o->ts_off,
@@ -186,8 +193,8 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 		c.state |= LS_CONN_TS;
 	bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
 	made = bpf_map_lookup_elem(&ls_conn, &p->t);
-	/* What was taken over was another connection's. */
-	bpf_map_delete_elem(&ls_edge, &p->t);
+	if (conf && has_edges(conf)) /* what was taken over was another connection's */
+		bpf_map_delete_elem(&ls_edge, &p->t);
 	if (made)
 		__sync_fetch_and_or(&h->state, LS_CONN_DONE);
 	return made;
@@ -220,7 +227,7 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 static __always_inline struct ls_conn *edge_of(const struct ls_conf *conf,
 					       const struct ls_scratch *sc)
 {
-	if (!*(const volatile __u32 *)&conf->edges || ls_mutate & LS_MUTATE_EDGE)
+	if (!has_edges(conf) || ls_mutate & LS_MUTATE_EDGE)
 		return NULL;
 	return bpf_map_lookup_elem(&ls_edge, &sc->p.t);
 }
@@ -260,12 +267,55 @@ static __always_inline __u32 guard_of(const struct ls_conn *c)
 	return ls_mutate & LS_MUTATE_GUARD ? 0 : c->guard;
 }
 
-/* Gives the guest's frame in sc->p the numbers that the remote knows. */
+/*
+ * Gives the guest's frame in sc->p the numbers that the remote knows: c's, and those of
+ * the edge behind it (NULL: none). again: the frame is a copy, which has the PVM's
+ * numbers, so of c's the guard alone.
+ */
+static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, struct ls_conn *c,
+				 const struct ls_conn *edge, int again)
+{
+	struct ls_delta d = {};
+
+	conn_touch(c, &sc->p, 1, bpf_ktime_get_boot_ns());
+	d.tsval = guard_of(c);
+	if (!again) {
+		d.seq = -c->off;
+		d.tsval -= c->ts_off;
+	}
+	if (edge) {
+		d.seq -= edge->off;
+		d.tsval -= edge->ts_off;
+	}
+	if (translate(skb, sc, &d))
+		return -1;
+	guard_used(sc, c, &d);
+	return 0;
+}
+
+/* Gives the remote's frame in sc->p the guest's numbers, likewise. */
+static __always_inline int enter(struct __sk_buff *skb, struct ls_scratch *sc, struct ls_conn *c,
+				 const struct ls_conn *edge)
+{
+	struct ls_delta d = {};
+
+	conn_touch(c, &sc->p, 0, bpf_ktime_get_boot_ns());
+	d.ack = c->off;
+	d.tsecr = c->ts_off;
+	if (c->guard && echoes_guard(sc, c))
+		d.tsecr -= guard_of(c);
+	if (edge) {
+		d.ack += edge->off;
+		d.tsecr += edge->ts_off;
+	}
+	return translate(skb, sc, &d);
+}
+
+/* What P's guest says, at P's outermost edge. */
 static __always_inline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf)
 {
 	struct ls_conn *e = edge_of(conf, sc);
-	struct ls_delta d = {};
 
 	if (!e)
 		return 0;
@@ -273,30 +323,16 @@ static __always_inline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		return 0;
 	}
-	conn_touch(e, &sc->p, 1, bpf_ktime_get_boot_ns());
-	d.seq = -e->off;
-	d.tsval = guard_of(e) - e->ts_off;
-	if (translate(skb, sc, &d))
-		return -1;
-	guard_used(sc, e, &d);
-	return 0;
+	return leave(skb, sc, e, NULL, 0);
 }
 
-/* Gives the remote's frame in sc->p the guest's numbers. */
+/* What P's guest hears, before anybody looks at it. */
 static __always_inline int edge_in(struct __sk_buff *skb, struct ls_scratch *sc,
 				   const struct ls_conf *conf)
 {
 	struct ls_conn *e = edge_of(conf, sc);
-	struct ls_delta d = {};
 
-	if (!e)
-		return 0;
-	conn_touch(e, &sc->p, 0, bpf_ktime_get_boot_ns());
-	d.ack = e->off;
-	d.tsecr = e->ts_off;
-	if (e->guard && echoes_guard(sc, e))
-		d.tsecr -= guard_of(e);
-	return translate(skb, sc, &d);
+	return e ? enter(skb, sc, e, NULL) : 0;
 }
 
 #endif

@@ -76,7 +76,13 @@ struct {
 	__type(value, struct ls_conn);
 } ls_conn SEC(".maps");
 
-/* Filled by user space alone. */
+/*
+ * What a host that took over adds to the numbers of connections that began before
+ * (R22), as long as they last. Between the edge and the guest
+ * everything has the guest's numbers. off, ts_off, guard, ts_first, state and last
+ * are those of ls_conn, with the guest's in the place of the SVM's and what the
+ * remote sees in the place of the PVM's. User space alone adds to it.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, LS_CONNS);

@@ -68,8 +68,7 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf)
 {
-	if (!*(const volatile __u32 *)&conf->edges || parse(skb, &sc->p, 1) != LS_TCP ||
-	    !edge_out(skb, sc, conf))
+	if (!has_edges(conf) || parse(skb, &sc->p, 1) != LS_TCP || !edge_out(skb, sc, conf))
 		return TCX_NEXT;
 	return count(LS_R_rewrite_failed, skb, TCX_DROP);
 }

@@ -7,8 +7,7 @@ int ls_sec_gate(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
-	struct ls_delta d = {};
-	struct ls_conn *conn, *edge;
+	struct ls_conn *conn;
 
 	if (skb->mark == ls_mark_rel)
 		return count(LS_R_released, skb, bpf_redirect(ls_tap, BPF_F_INGRESS));
@@ -23,20 +22,8 @@ int ls_sec_gate(struct __sk_buff *skb)
 
 	if (parse(skb, &sc->p, 0) == LS_TCP) {
 		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
-		if (conn) {
-			conn_touch(conn, &sc->p, 0, bpf_ktime_get_boot_ns());
-			d.ack = conn->off;
-			d.tsecr = conn->ts_off;
-			if (conn->guard && echoes_guard(sc, conn))
-				d.tsecr -= guard_of(conn);
-			edge = edge_of(conf, sc);
-			if (edge) {
-				d.ack += edge->off;
-				d.tsecr += edge->ts_off;
-			}
-			if (translate(skb, sc, &d))
-				return count(LS_R_rewrite_failed, skb, TCX_DROP);
-		}
+		if (conn && enter(skb, sc, conn, edge_of(conf, sc)))
+			return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	}
 	return count(LS_R_passed, skb, TCX_NEXT);
 }

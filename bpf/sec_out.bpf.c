@@ -201,8 +201,7 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 				    const struct ls_conf *conf)
 {
 	int again = skb->mark == ls_mark_rel;
-	struct ls_conn *conn = NULL, *edge;
-	struct ls_delta d = {};
+	struct ls_conn *conn = NULL;
 
 	if (!may_speak(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
@@ -215,22 +214,8 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		conn = NULL;
 	}
-	if (conn) {
-		conn_touch(conn, &sc->p, 1, bpf_ktime_get_boot_ns());
-		d.tsval = guard_of(conn);
-		if (!again) { /* what is said again has the PVM's numbers */
-			d.seq = -conn->off;
-			d.tsval -= conn->ts_off;
-		}
-		edge = edge_of(conf, sc);
-		if (edge) {
-			d.seq -= edge->off;
-			d.tsval -= edge->ts_off;
-		}
-		if (translate(skb, sc, &d))
-			return count(LS_R_rewrite_failed, skb, TCX_DROP);
-		guard_used(sc, conn, &d);
-	}
+	if (conn && leave(skb, sc, conn, edge_of(conf, sc), again))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(again ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
 }
 

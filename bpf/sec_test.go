@@ -628,19 +628,10 @@ func TestSolo(t *testing.T) {
 	k.setMode(run)
 	f := k.opened(flows["IPv6"])
 	k.setMode(solo)
-	translated := func(prog *ebpf.Program, in, want []byte) {
-		t.Helper()
-		k.expect(counts{"passed": 1}, func() {
-			t.Helper()
-			if v, out, _ := k.run(prog, input{frame: in}); v != next || !bytes.Equal(out, want) {
-				t.Errorf("verdict %d, frame\n% x, want\n% x", int32(v), out, want)
-			}
-		})
-	}
-	translated(k.LsSecOut, f.from(seg{seq: isnSVM + 5, ack: 6, flags: ack, opts: timestamps(tsSVM, 1), payload: []byte("x")}),
-		f.from(seg{seq: isnPVM + 5, ack: 6, flags: ack, opts: timestamps(tsPVM, 1), payload: []byte("x")}))
-	translated(k.LsSecGate, f.to(seg{seq: 6, ack: isnPVM + 6, flags: fin | ack, opts: timestamps(1, tsPVM)}),
-		f.to(seg{seq: 6, ack: isnSVM + 6, flags: fin | ack, opts: timestamps(1, tsSVM)}))
+	k.turned(k.LsSecOut, 0, f.from(seg{seq: isnSVM + 5, ack: 6, flags: ack, opts: timestamps(tsSVM, 1), payload: []byte("x")}),
+		f.from(seg{seq: isnPVM + 5, ack: 6, flags: ack, opts: timestamps(tsPVM, 1), payload: []byte("x")}), "passed")
+	k.turned(k.LsSecGate, 0, f.to(seg{seq: 6, ack: isnPVM + 6, flags: fin | ack, opts: timestamps(1, tsPVM)}),
+		f.to(seg{seq: 6, ack: isnSVM + 6, flags: fin | ack, opts: timestamps(1, tsSVM)}), "passed")
 	k.wantConn(f, &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS | stRFIN, CliAck: isnPVM + 6, IsnSvm: isnSVM})
 	for _, frame := range linkFrames() {
 		k.check(k.LsSecOut, frame, next, "passed")
