@@ -3,8 +3,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"runtime/debug"
 	"strings"
@@ -115,30 +117,23 @@ func newRun(e env) *cobra.Command {
 }
 
 func newStatus(e env) *cobra.Command {
-	var t target
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:   "status -c pair.yaml --node NAME",
-		Short: "Show what this host's daemon is doing",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ask(cmd.Context(), &t, control.FetchStatus, asJSON, e.stdout, printStatus)
-		},
-	}
-	t.flags(cmd)
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
-	return cmd
+	return newAsk(e, "status", "Show what this host's daemon is doing", control.FetchStatus, printStatus)
 }
 
 func newFlows(e env) *cobra.Command {
+	return newAsk(e, "flows", "List the guest's connections: offset, compared position, what is held, age", control.FetchFlows, printFlows)
+}
+
+// newAsk is a command that asks this host's daemon for something and shows it.
+func newAsk[T any](e env, name, short string, fetch func(context.Context, string) (T, error), show func(io.Writer, T) error) *cobra.Command {
 	var t target
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "flows -c pair.yaml --node NAME",
-		Short: "List the guest's connections: offset, compared position, what is held, age",
+		Use:   name + " -c pair.yaml --node NAME",
+		Short: short,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ask(cmd.Context(), &t, control.FetchFlows, asJSON, e.stdout, printFlows)
+			return ask(cmd.Context(), &t, fetch, asJSON, e.stdout, show)
 		},
 	}
 	t.flags(cmd)

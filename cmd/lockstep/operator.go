@@ -23,50 +23,29 @@ import (
 )
 
 func newCheckpoint(e env) *cobra.Command {
-	var t target
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:   "checkpoint -c pair.yaml --node NAME",
-		Short: "Bring the secondary guest up to date now",
-		Long:  "checkpoint orders a checkpoint from the primary's daemon and returns when it is committed.",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ask(cmd.Context(), &t, control.OrderCheckpoint, asJSON, e.stdout, func(out io.Writer, c control.Checkpoint) error {
-				_, err := fmt.Fprintf(out, "Checkpoint %d is committed: the primary's output was held for %.1f ms, its guest stood still for %.1f ms, the secondary's for %.1f ms.\n",
-					c.Epoch, c.FrozenMS, c.PVMPauseMS, c.SVMPauseMS)
-				return err
-			})
-		},
-	}
-	t.flags(cmd)
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd := newAsk(e, "checkpoint", "Bring the secondary guest up to date now", control.OrderCheckpoint, func(out io.Writer, c control.Checkpoint) error {
+		_, err := fmt.Fprintf(out, "Checkpoint %d is committed: the primary's output was held for %.1f ms, its guest stood still for %.1f ms, the secondary's for %.1f ms.\n",
+			c.Epoch, c.FrozenMS, c.PVMPauseMS, c.SVMPauseMS)
+		return err
+	})
+	cmd.Long = "checkpoint orders a checkpoint from the primary's daemon and returns when it is committed."
 	return cmd
 }
 
 func newFailover(e env) *cobra.Command {
-	var t target
-	var force, asJSON bool
-	cmd := &cobra.Command{
-		Use:   "failover -c pair.yaml --node NAME",
-		Short: "Have this host's guest speak alone",
-		Long: "failover on the secondary has it take over: the primary falls silent, its guest stops, and\n" +
-			"clients go on with this one. On the primary it ends replication: the guest goes on alone,\n" +
-			"and the secondary's begins afresh. A primary that has no secondary yet begins alone.\n" +
-			"A takeover that would lose what the guest has told clients is refused without --force.",
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			order := func(ctx context.Context, path string) (control.FailoverDone, error) {
-				return control.OrderFailover(ctx, path, force)
-			}
-			return ask(cmd.Context(), &t, order, asJSON, e.stdout, func(out io.Writer, f control.FailoverDone) error {
-				_, err := fmt.Fprintf(out, "%s %s, after %.3f s.\n", f.Node, f.Result, f.Seconds)
-				return err
-			})
-		},
+	var force bool
+	order := func(ctx context.Context, path string) (control.FailoverDone, error) {
+		return control.OrderFailover(ctx, path, force)
 	}
-	t.flags(cmd)
+	cmd := newAsk(e, "failover", "Have this host's guest speak alone", order, func(out io.Writer, f control.FailoverDone) error {
+		_, err := fmt.Fprintf(out, "%s %s, after %.3f s.\n", f.Node, f.Result, f.Seconds)
+		return err
+	})
+	cmd.Long = "failover on the secondary has it take over: the primary falls silent, its guest stops, and\n" +
+		"clients go on with this one. On the primary it ends replication: the guest goes on alone,\n" +
+		"and the secondary's begins afresh. A primary that has no secondary yet begins alone.\n" +
+		"A takeover that would lose what the guest has told clients is refused without --force."
 	cmd.Flags().BoolVar(&force, "force", false, "take over even if no checkpoint covers this secondary")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }
 
