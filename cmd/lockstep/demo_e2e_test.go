@@ -66,11 +66,10 @@ func TestDemo(t *testing.T) {
 		survivor := other(primary)
 		say("%s took over. The session goes on, as does the web load; the longest wait for an answer was %v.", survivor,
 			time.Duration(session.longest.Load()).Round(time.Millisecond))
-		p.procs[primary].Wait()
 		p.await(survivor, func(s *control.Status) bool { return s.State == "solo" })
 		say("%s speaks alone. Starting %s's daemon again, as the secondary: disk and memory are copied.", survivor, primary)
 		began := time.Now()
-		p.run(primary, "secondary")
+		p.rejoin(primary)
 		p.covered()
 		say("In step again after %.1f s.", time.Since(began).Seconds())
 		primary = survivor

@@ -181,34 +181,63 @@ func (p *livingPair) booted() {
 	})
 }
 
+// session is a client's connection that lasts through a test.
+type session struct {
+	t *testing.T
+	c *net.TCPConn
+	n int // answers so far
+}
+
+// open makes a session, with its first answer.
+func (p *livingPair) open() *session {
+	p.t.Helper()
+	s := &session{t: p.t, c: p.mustDial(lt.Guest4, portEcho)}
+	s.ask(1)
+	return s
+}
+
+// ask gets so many answers more.
+func (s *session) ask(times int) {
+	s.t.Helper()
+	for range times {
+		s.c.SetDeadline(time.Now().Add(30 * time.Second))
+		if err := echo(s.c, s.n); err != nil {
+			s.t.Fatalf("request %d: %v", s.n, err)
+		}
+		s.n++
+	}
+}
+
+// askLater gets one answer, and is not waited for. Nothing else asks meanwhile.
+func (s *session) askLater() <-chan error {
+	answered := make(chan error, 1)
+	go func() { answered <- echo(s.c, s.n) }()
+	return answered
+}
+
+// rejoin has a node whose daemon ends follow the other one.
+func (p *livingPair) rejoin(node string) {
+	p.t.Helper()
+	p.procs[node].Wait()
+	p.run(node, "secondary")
+}
+
 // TestFrozenQEMU: a primary's QEMU that stands still does not answer; its host shuts it
 // out, and the other takes over. When it goes on, nobody hears it.
 func TestFrozenQEMU(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
-	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
+	c := p.open()
 	p.signal("alpha", syscall.SIGSTOP)
 	began := time.Now()
-	if err := echo(c, 1); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	t.Logf("the first answer took %v", time.Since(began))
 	p.signal("alpha", syscall.SIGCONT)
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p.procs["alpha"].Wait()
-	p.run("alpha", "secondary")
+	c.ask(50)
+	p.rejoin("alpha")
 	p.covered()
-	if err := echo(c, 2); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
@@ -219,9 +248,8 @@ func TestFrozenQEMU(t *testing.T) {
 func TestStopCont(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	c := p.mustDial(lt.Guest4, portEcho)
-	c.SetDeadline(time.Now().Add(time.Minute))
-	for i, node := range []string{"alpha", "beta"} {
+	c := p.open()
+	for _, node := range []string{"alpha", "beta"} {
 		m, err := qmp.Dial(t.Context(), filepath.Join(p.Dir, node+".mon"), 5*time.Second)
 		if err != nil {
 			t.Fatal(err)
@@ -232,8 +260,7 @@ func TestStopCont(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.await("alpha", func(s *control.Status) bool { return s.State == "checkpointing" })
-		answered := make(chan error, 1)
-		go func() { answered <- echo(c, i) }()
+		answered := c.askLater()
 		select {
 		case err := <-answered:
 			t.Errorf("an answer, %v, while %s's guest stands still", err, node)
@@ -256,10 +283,7 @@ func TestStopCont(t *testing.T) {
 func TestHostLoss(t *testing.T) {
 	p := newLivingPair(t, 1, "migration: {port: 9998, nbd_port: 9999}")
 	p.start()
-	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
+	c := p.open()
 	devices := []string{"ctl", "peerP", "uplink"}
 	for _, dev := range devices {
 		p.SetLink(t, p.HostP, dev, false)
@@ -267,14 +291,9 @@ func TestHostLoss(t *testing.T) {
 	p.kill("alpha")
 	p.killQEMU("alpha")
 	began := time.Now()
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-		if i == 0 {
-			t.Logf("the first answer took %v", time.Since(began))
-		}
-	}
+	c.ask(1)
+	t.Logf("the first answer took %v", time.Since(began))
+	c.ask(49)
 	// It comes back, with what its kernel held.
 	for _, dev := range devices {
 		p.SetLink(t, p.HostP, dev, true)
@@ -287,14 +306,9 @@ func TestHostLoss(t *testing.T) {
 	p.kill("alpha")
 	p.killQEMU("alpha")
 	began = time.Now()
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-		if i == 0 {
-			t.Logf("without the secondary the first answer took %v", time.Since(began))
-		}
-	}
+	c.ask(1)
+	t.Logf("without the secondary the first answer took %v", time.Since(began))
+	c.ask(49)
 }
 
 // situation is what a pair may be doing when a host dies: load calls under way when it
@@ -488,8 +502,7 @@ func TestDivergenceAndDisks(t *testing.T) {
 		if dies == "primary" {
 			p.killQEMU(primary)
 			verify(written)
-			p.procs[primary].Wait()
-			p.run(primary, "secondary")
+			p.rejoin(primary)
 			primary = other(primary)
 		} else {
 			p.killQEMU(other(primary))
@@ -525,13 +538,14 @@ func (p *livingPair) partition(what string, cut bool) {
 // where the arbiter can be reached; the other's guest is never heard, and follows again
 // when the partition is over.
 func TestPartitions(t *testing.T) {
-	for _, x := range []struct {
-		cut     string
-		arbiter bool // can be reached
-	}{{"control", true}, {"peer", true}, {"control peer", true}, {"control peer", false}} {
+	for _, x := range []struct{ cut, arbiter string }{
+		{"control", ""}, {"peer", ""}, {"control peer", ""},
+		{"control peer", "gone"},
+		{"control peer", "still"}, // it answers later what it was asked, when nobody waits for the answer any more
+	} {
 		name := "cut " + x.cut
-		if !x.arbiter {
-			name += " without arbiter"
+		if x.arbiter != "" {
+			name += " with arbiter " + x.arbiter
 		}
 		t.Run(name, func(t *testing.T) {
 			var etcd *arbitertest.Etcd
@@ -539,25 +553,17 @@ func TestPartitions(t *testing.T) {
 			etcd = arbitertest.StartEtcd(t, arbitertest.Options{Listen: "198.51.100.9:2379", Command: func(name string, args ...string) *exec.Cmd {
 				return lt.Command(p.Switch, name, args...)
 			}})
+			lost := map[string]struct{ hide, show func(testing.TB) }{"gone": {etcd.Kill, etcd.Start}, "still": {etcd.Stop, etcd.Continue}}[x.arbiter]
 			p.start()
-			c := p.mustDial(lt.Guest4, portEcho)
-			c.SetDeadline(time.Now().Add(90 * time.Second))
 			heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
-			ask := func(i int) {
-				t.Helper()
-				if err := echo(c, i); err != nil {
-					t.Fatal(err)
-				}
-			}
-			ask(0)
-			if !x.arbiter {
-				etcd.Kill(t)
+			c := p.open()
+			if lost.hide != nil {
+				lost.hide(t)
 			}
 			p.partition(x.cut, true)
-			if !x.arbiter {
+			if lost.hide != nil {
 				// Nobody can know who may speak. Both ask, and nobody does.
-				answered := make(chan error, 1)
-				go func() { answered <- echo(c, 1) }()
+				answered := c.askLater()
 				for _, node := range []string{"alpha", "beta"} {
 					p.await(node, func(s *control.Status) bool { return s.State == "failover" })
 				}
@@ -570,14 +576,12 @@ func TestPartitions(t *testing.T) {
 				if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
 					t.Errorf("somebody spoke: %v, and then %v", before, now)
 				}
-				etcd.Start(t)
+				lost.show(t)
 				if err := <-answered; err != nil {
 					t.Fatal(err)
 				}
 			}
-			for i := range 50 {
-				ask(2 + i)
-			}
+			c.ask(50)
 			var speaker string
 			lt.Eventually(t, 20*time.Second, func() (bool, string) {
 				for _, node := range []string{"alpha", "beta"} {
@@ -587,16 +591,13 @@ func TestPartitions(t *testing.T) {
 				}
 				return speaker != "", "nobody speaks alone"
 			})
-			for i := range 50 {
-				ask(100 + i)
-			}
+			c.ask(50)
 			p.partition(x.cut, false)
 			if speaker == "beta" {
-				p.procs["alpha"].Wait()
-				p.run("alpha", "secondary")
+				p.rejoin("alpha")
 			}
 			p.covered()
-			ask(200)
+			c.ask(1)
 			turns := heard.Turns()
 			for _, turn := range turns {
 				t.Log(turn)
@@ -625,10 +626,7 @@ func TestOperator(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
-	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
+	c := p.open()
 	out, err := p.order("alpha", "checkpoint")
 	if err != nil || !strings.Contains(out, "is committed") {
 		t.Errorf("checkpoint: %q, %v", out, err)
@@ -641,9 +639,7 @@ func TestOperator(t *testing.T) {
 		t.Fatalf("failover: %q, %v", out, err)
 	}
 	t.Log(out)
-	if err := echo(c, 1); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	p.procs["alpha"].Wait()
 	// A unit that starts the old primary in its old role (R19).
 	p.run("alpha", "primary")
@@ -655,17 +651,13 @@ func TestOperator(t *testing.T) {
 	}
 	p.run("alpha", "secondary")
 	p.covered()
-	if err := echo(c, 2); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	// The primary goes on alone, and its secondary begins afresh.
 	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta speaks alone") {
 		t.Errorf("failover of the primary: %q, %v", out, err)
 	}
 	p.covered()
-	if err := echo(c, 3); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
@@ -686,23 +678,15 @@ func TestFrozen(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
-	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
+	c := p.open()
 	alpha := p.procs["alpha"].Process
 	if err := alpha.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-		if i == 0 {
-			t.Logf("the first answer took %v", time.Since(began))
-		}
-	}
+	c.ask(1)
+	t.Logf("the first answer took %v", time.Since(began))
+	c.ask(49)
 	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
 	if err := alpha.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
@@ -710,11 +694,7 @@ func TestFrozen(t *testing.T) {
 	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
 		t.Errorf("the frozen daemon ended with %v", err)
 	}
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-	}
+	c.ask(50)
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
@@ -724,19 +704,13 @@ func TestFrozen(t *testing.T) {
 	if err := p.procs["alpha"].Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 50 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-	}
+	c.ask(50)
 	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
 	if err := p.procs["alpha"].Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 	p.covered()
-	if err := echo(c, 7); err != nil {
-		t.Fatal(err)
-	}
+	c.ask(1)
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
@@ -764,17 +738,7 @@ func (p *livingPair) quick(node string, want func(*control.Status) bool) {
 func TestMidCheckpoint(t *testing.T) {
 	p := newLivingPair(t, 1, "checkpoint: {period: 60s}")
 	p.start()
-	c := p.mustDial(lt.Guest4, portEcho)
-	n, primary := 0, "alpha"
-	session := func() {
-		t.Helper()
-		c.SetDeadline(time.Now().Add(30 * time.Second))
-		if err := echo(c, n); err != nil {
-			t.Fatal(err)
-		}
-		n++
-	}
-	session()
+	c, primary := p.open(), "alpha"
 	// parked has a checkpoint begin that the SVM, which stands still, does not take.
 	parked := func() {
 		t.Helper()
@@ -796,8 +760,7 @@ func TestMidCheckpoint(t *testing.T) {
 	}
 	revive := func() {
 		t.Helper()
-		p.procs[primary].Wait()
-		p.run(primary, "secondary")
+		p.rejoin(primary)
 		primary = other(primary)
 	}
 	for _, x := range []struct {
@@ -812,7 +775,7 @@ func TestMidCheckpoint(t *testing.T) {
 			parked()
 			p.killQEMU(primary)
 			p.signal(other(primary), syscall.SIGCONT)
-			session()
+			c.ask(1)
 			revive()
 		}},
 		{"half loaded, the secondary dies", func() {
@@ -822,23 +785,23 @@ func TestMidCheckpoint(t *testing.T) {
 		{"half loaded, the primary dies", func() {
 			halfway(primary)
 			p.killQEMU(primary)
-			session()
+			c.ask(1)
 			revive()
 		}},
 		{"loaded, the primary dies", func() {
 			halfway(other(primary))
 			p.quick(other(primary), func(s *control.Status) bool { return s.QMP.State == "running" })
 			p.killQEMU(primary)
-			session()
+			c.ask(1)
 			revive()
 		}},
 	} {
 		for range rounds(4) {
 			t.Log(x.name)
 			x.f()
-			session()
+			c.ask(1)
 			p.covered()
-			session()
+			c.ask(1)
 		}
 	}
 }
@@ -848,17 +811,7 @@ func TestMidCheckpoint(t *testing.T) {
 func TestDaemonsRestart(t *testing.T) {
 	p := newLivingPair(t, 0, "compare: {timeout: 10s}")
 	p.start()
-	c := p.mustDial(lt.Guest4, portEcho)
-	n := 0
-	session := func() {
-		t.Helper()
-		c.SetDeadline(time.Now().Add(30 * time.Second))
-		if err := echo(c, n); err != nil {
-			t.Fatal(err)
-		}
-		n++
-	}
-	session()
+	c := p.open()
 	for _, nodes := range [][]string{{"beta"}, {"alpha"}, {"beta", "alpha"}} {
 		for i, x := range situations[1:3] {
 			t.Run(fmt.Sprintf("%v %s", nodes, x.name), func(t *testing.T) {
@@ -871,7 +824,7 @@ func TestDaemonsRestart(t *testing.T) {
 					for _, node := range nodes {
 						p.run(node, map[string]string{"alpha": "primary", "beta": "secondary"}[node])
 					}
-					session()
+					c.ask(1)
 				})
 				p.covered()
 				if s := p.status("alpha"); s.Record != p.record {
@@ -888,13 +841,13 @@ func TestDaemonsRestart(t *testing.T) {
 	p.killQEMU("beta")
 	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
 	p.kill("alpha")
-	session() // the kernel goes on without a daemon
+	c.ask(1) // the kernel goes on without a daemon
 	p.run("alpha", "primary")
 	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
-	session()
+	c.ask(1)
 	p.run("beta", "secondary")
 	p.covered()
-	session()
+	c.ask(1)
 }
 
 // rounds is 1, or n where time is no matter.
@@ -911,17 +864,7 @@ func rounds(n int) int {
 func TestFailovers(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	c := p.mustDial(lt.Guest4, portEcho)
-	n, primary := 0, "alpha"
-	session := func() {
-		t.Helper()
-		c.SetDeadline(time.Now().Add(30 * time.Second))
-		if err := echo(c, n); err != nil {
-			t.Fatal(err)
-		}
-		n++
-	}
-	session()
+	c, primary := p.open(), "alpha"
 	for i := range 2 * rounds(5) {
 		dies := []string{"primary", "secondary"}[i%2]
 		for _, x := range situations {
@@ -931,18 +874,17 @@ func TestFailovers(t *testing.T) {
 				q.pair = p.with(t)
 				q.during(x, func() {
 					p.killQEMU(victim)
-					session()
+					c.ask(1)
 				})
 				if t.Failed() {
 					return
 				}
 				if dies == "primary" {
 					primary = other(primary)
-					p.procs[victim].Wait()
-					p.run(victim, "secondary")
+					p.rejoin(victim)
 				}
 				p.covered()
-				session()
+				c.ask(1)
 			})
 			if t.Failed() {
 				return
