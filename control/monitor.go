@@ -90,6 +90,9 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
 		if d.life != nil {
 			d.life.hadQEMU, d.life.unanswered = true, 0
+			if d.life.untold {
+				d.tellQEMU()
+			}
 		}
 		d.step(ckptEvent{Kind: evQMPUp, OK: running})
 		d.prepare()

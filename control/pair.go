@@ -79,6 +79,7 @@ type pairLife struct {
 	prepared   chan struct{} // S: closed when QEMU waits for a primary's
 	ready      bool          // S: that is so
 	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
+	untold     bool          // S: QEMU has to be told to take over, once it is connected
 	hadQEMU    bool          // there was one, so its absence is its death
 	unanswered int           // connections to it that it did not answer, in a row
 }
@@ -187,14 +188,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		d.askAwake()
 	case lxQEMU:
 		l.deaf = true
-		d.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
-			return qemu.SecondaryFailover(ctx, m, l.Disks)
-		}, func(err error) {
-			if err != nil {
-				d.log.Error("QEMU cannot take over", "err", err)
-			}
-			d.live(lifeEvent{Kind: lvQEMU, OK: err == nil})
-		})
+		d.tellQEMU()
 	case lxSolo:
 		if d.primary != nil {
 			return d.goAlone()
@@ -202,6 +196,32 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		return d.promote()
 	}
 	return nil
+}
+
+// tellQEMU is R21 (iv). A connection that broke on the way decides nothing: this host
+// has won, and QEMU is told again on the next one, unless it is dead.
+func (d *Daemon) tellQEMU() {
+	l, m := d.life, d.qmp.conn
+	l.untold = m == nil
+	if l.untold {
+		return
+	}
+	d.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
+		return qemu.SecondaryFailover(ctx, m, l.Disks)
+	}, func(err error) {
+		if err != nil && m.Err() != nil {
+			d.log.Warn("QEMU is told again to take over, on the next connection", "err", err)
+			l.untold = true
+			if d.qmp.conn != nil && d.qmp.conn != m {
+				d.tellQEMU()
+			}
+			return
+		}
+		if err != nil {
+			d.log.Error("QEMU cannot take over", "err", err)
+		}
+		d.live(lifeEvent{Kind: lvQEMU, OK: err == nil})
+	})
 }
 
 // remember changes what is on disk, before anything is done that rests on it.

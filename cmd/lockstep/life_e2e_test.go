@@ -19,7 +19,9 @@ import (
 	"time"
 
 	"lockstep/control"
+	"lockstep/control/arbiter"
 	"lockstep/control/arbiter/arbitertest"
+	"lockstep/control/config"
 	"lockstep/control/qemu/qemutest"
 	"lockstep/control/qmp"
 	lt "lockstep/loader/loadertest"
@@ -709,6 +711,63 @@ func TestFrozen(t *testing.T) {
 	if err := p.procs["alpha"].Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
+	p.covered()
+	c.ask(1)
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
+// TestFrozenWinner: a secondary that has won the arbiter stands still before its guest
+// speaks, for longer than QEMU has for an answer. The old primary, woken first, does
+// not speak; the winner, woken later, does.
+func TestFrozenWinner(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.open()
+	daemon := func(node string, sig syscall.Signal) {
+		t.Helper()
+		if err := p.procs[node].Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.signal("beta", syscall.SIGSTOP) // so that winning is as far as it gets
+	daemon("alpha", syscall.SIGSTOP)
+	cfg, err := config.Load(p.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := arbiter.Open(cfg, "alpha")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lt.Eventually(t, 20*time.Second, func() (bool, string) {
+		now, err := a.Read(t.Context())
+		return now.Speaker == "beta", fmt.Sprint(now, err)
+	})
+	daemon("beta", syscall.SIGSTOP)
+	answered := c.askLater()
+	before := heard.Turns()
+	daemon("alpha", syscall.SIGCONT)
+	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
+		t.Errorf("the old primary's daemon ended with %v", err)
+	}
+	select {
+	case err := <-answered:
+		t.Errorf("an answer, %v, while the speaker stands still", err)
+	case <-time.After(3 * time.Second): // more than a QMP command may take
+	}
+	if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
+		t.Errorf("somebody spoke: %v, and then %v", before, now)
+	}
+	p.signal("beta", syscall.SIGCONT)
+	daemon("beta", syscall.SIGCONT)
+	if err := <-answered; err != nil {
+		t.Fatal(err)
+	}
+	c.ask(50)
+	p.run("alpha", "secondary")
 	p.covered()
 	c.ask(1)
 	if turns := heard.Turns(); len(turns) != 2 {
