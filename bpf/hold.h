@@ -44,8 +44,8 @@ static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
  * Finds a FREE element of an array of n slots of either size, makes it FILLING
  * and returns it. Datagrams have the first quarter and TCP the rest, so that
  * neither starves the other. The cursor is this CPU's and this class's and goes on
- * behind what it found. When LS_PROBES looks found nothing, the next search begins
- * anywhere: frames that are held long may stand in a row.
+ * behind what it found. Frames that are held may stand in a row, for another CPU's
+ * cursor goes through the same slots: half-way the search goes on anywhere.
  */
 static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, int dgram, __u32 *cursor,
 						  __u32 *index)
@@ -62,8 +62,11 @@ static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, int dgram,
 
 #pragma clang loop unroll(disable)
 	for (__u32 i = 0; i < LS_PROBES; i++) {
-		__u32 key = first + (start + i) % n;
+		__u32 key;
 
+		if (i == LS_PROBES / 2)
+			start = bpf_get_prandom_u32();
+		key = first + (start + i) % n;
 		s = bpf_map_lookup_elem(map, &key);
 		if (!s)
 			break;
