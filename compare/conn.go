@@ -93,11 +93,13 @@ type mark struct {
 
 func (m mark) is(pos uint32) bool { return m.ok && m.pos == pos }
 
-// svmReset is a RST of the SVM. same: it belongs to the connection's incarnation.
+// svmReset is a RST of the SVM. same: it belongs to the connection's incarnation. at: when
+// its record came.
 type svmReset struct {
 	ok, same bool
 	seq, ack uint32
 	flags    Flags
+	at       int64
 }
 
 // create adds a connection, or gives nil when the table is full.

@@ -2,7 +2,10 @@
 
 package compare
 
-import "math"
+import (
+	"math"
+	"time"
+)
 
 // pump does all that c's state allows: match, release, acknowledge; then it sets
 // the timers. c may be gone afterwards: alive tells.
@@ -148,13 +151,15 @@ func (p *Primary) matchRST(c *conn) bool {
 	return true
 }
 
-// sendRST sends the RST held. atEnd: from the highest position released.
+// sendRST sends the RST held. atEnd: from the highest position released, if it is at the
+// end of what the PVM has said. One from elsewhere answers a segment that was none of
+// the connection's, and the remote must not believe it.
 func (p *Primary) sendRST(c *conn, atEnd bool) {
 	h := &c.rst
 	e := p.emit(OpSend, &c.tuple)
 	e.Slot, e.Free = h.slot, true
 	e.Seq, e.Flags, e.Win = h.start, h.flags, h.win
-	if atEnd {
+	if atEnd && after(h.start, c.released) && (!c.pvmSaid || !after(h.start, c.pvmNext())) {
 		e.Seq = c.released
 	}
 	if h.flags&ACK != 0 {
@@ -212,6 +217,9 @@ func (p *Primary) pvm(s *Segment) {
 		}
 	}
 	c.last, c.pvmSeen = p.now, true
+	if c.rstHeld && s.At-c.rst.at > int64(goesOn) {
+		p.freeRST(c, ReasonSuperseded)
+	}
 	grew := p.pvmACK(c, s)
 	if s.Len == 0 && s.Flags&(SYN|FIN) == 0 {
 		p.pureACK(c, s, grew)
@@ -311,7 +319,7 @@ func (p *Primary) svm(s *Segment) {
 		}
 	}
 	if s.Flags&RST != 0 {
-		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags}); c.pvmSeen && p.accept(c, s) {
+		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && p.accept(c, s) {
 			r.same = true
 			c.sRST = r
 		} else if s.Inherited {
@@ -329,6 +337,9 @@ func (p *Primary) svm(s *Segment) {
 		return
 	}
 	c.last = p.now
+	if p.now-c.sRST.at > int64(goesOn) {
+		c.sRST = svmReset{}
+	}
 	if s.Flags&SYN != 0 && c.synSeen {
 		c.sSYN, c.sSYNWin = true, s.Win
 		// When both ends open at once a SYN turns into a SYN|ACK.
@@ -347,6 +358,20 @@ func (p *Primary) svm(s *Segment) {
 	if p.pump(c) && dup && !p.frozen && !c.diverged {
 		p.sendACK(c, c.released)
 	}
+}
+
+// goesOn is how long after a RST a guest has to speak on the connection to show that it
+// did not mean it; sooner, its segments may have overtaken each other. Linux up to 6.18
+// answers with a RST now and then when a segment comes while a handshake ends (its
+// lookup without locks finds neither of both sockets); the connection lives on.
+const goesOn = 5 * time.Millisecond
+
+// pvmNext is where the PVM's stream goes on.
+func (c *conn) pvmNext() uint32 {
+	if c.pFIN.ok {
+		return c.pFIN.pos + 1
+	}
+	return c.pvmEnd
 }
 
 // svmNext is where the SVM's stream goes on as far as P knows. An ACK from below
