@@ -74,6 +74,7 @@ type conn struct {
 	waiting  bool // R7's clock runs, from progress
 	progress int64
 	cutAt    int64
+	cutting  bool // it is time to
 	askAt    int64
 	asks     int
 	query    backoff // R6

@@ -15,10 +15,10 @@
 //   - pieces (held.go): what the PVM said and has not left, disjoint and in order.
 //     Their bytes are at hand, so the PVM's digest is known everywhere (R4, R5).
 //   - points (edges.go): positions at which the SVM's digest is known, counted
-//     from one base; records are edges between them. An edge whose ends are both
-//     unknown waits as a loose one.
+//     from one base; records are spans between them. A span none of whose positions
+//     is known waits as a loose one.
 //   - the compared point (match.go): below it both said the same. It moves to the
-//     last point that the pieces reach without a hole, if the sums are equal there
+//     points that the pieces reach without a hole, if the sums are equal there
 //     (R1); past a SYN when both have equal options, and past a FIN when both closed
 //     at the same position (R3). Different sums are a divergence: the connection is
 //     blocked and a checkpoint asked for.

@@ -2,7 +2,10 @@
 
 package compare
 
-import "sort"
+import (
+	"slices"
+	"sort"
+)
 
 // point is a position of the SVM's stream whose digest is known: sum is that of
 // everything from the connection's base up to pos.
@@ -11,26 +14,27 @@ type point struct {
 	sum Sum
 }
 
-// edge says that the SVM's bytes in [from, to) have digest sum. An edge is loose
-// while neither end is known to hang together with the compared point.
-type edge struct {
-	from, to uint32
-	sum      Sum
+// span says of the SVM's bytes from a position on what their digest is up to each of
+// bounds, which are in order. It is loose while none of its positions is known to hang
+// together with the compared point.
+type span struct {
+	from   uint32
+	bounds []Bound
 }
 
-const (
-	// pastPoints known positions below the compared point are kept: the SVM's
-	// retransmissions begin there, and the PVM's are checked against them.
-	pastPoints = 16
-	maxLoose   = 512
-)
+func (s *span) end() uint32 { return s.bounds[len(s.bounds)-1].Pos }
+
+// pastPoints known positions below the compared point are kept: the SVM's
+// retransmissions begin there, and the PVM's are checked against them.
+const pastPoints = 16
 
 // knowledge is what the SVM's records tell about its stream. Losing any of it is
 // safe: what cannot be compared does not leave. points is sorted and, once the
 // connection has a base, contains the compared point.
 type knowledge struct {
 	points deque[point]
-	loose  []edge
+	loose  []span
+	nloose int // bounds in loose
 }
 
 // search gives the index of the first point at or behind pos.
@@ -75,56 +79,72 @@ func (k *knowledge) end() (uint32, bool) {
 
 // forget drops everything.
 func (p *Primary) forget(c *conn) {
-	p.points -= c.svm.points.len() + len(c.svm.loose)
+	p.points -= c.svm.points.len() + c.svm.nloose
 	c.svm.points.reset()
-	c.svm.loose = c.svm.loose[:0]
+	clear(c.svm.loose)
+	c.svm.loose, c.svm.nloose = c.svm.loose[:0], 0
 }
 
-// learn adds an edge of the SVM's stream and what follows from it.
-func (p *Primary) learn(c *conn, e edge) {
-	if e.from == e.to {
+// learn adds what a record or an answer tells, and what follows from it. s.bounds is
+// the caller's.
+func (p *Primary) learn(c *conn, s span) {
+	if p.derive(c, &s) {
+		p.relearn(c)
 		return
 	}
-	if !p.derive(c, e) {
-		if p.addLoose(c, e); len(c.svm.loose) > maxLoose {
-			p.unloose(c, 0)
-			p.stats.Drops[ReasonForgotten]++
-		}
-		return
-	}
-	p.relearn(c)
+	s.bounds = slices.Clone(s.bounds)
+	p.addLoose(c, s)
 }
 
-func (p *Primary) addLoose(c *conn, e edge) {
-	for _, l := range c.svm.loose {
-		if l == e {
+// addLoose keeps a span until what lies before it is known: records overtake each
+// other, on S's CPUs and on the peer link. When there is no room the newest is
+// forgotten, so that those that are kept have no hole; P asks for what is missing.
+func (p *Primary) addLoose(c *conn, s span) {
+	n := len(s.bounds)
+	for i := range c.svm.loose {
+		if l := &c.svm.loose[i]; l.from == s.from && slices.Equal(l.bounds, s.bounds) {
 			return
 		}
 	}
-	c.svm.loose = append(c.svm.loose, e)
-	p.points++
+	if c.svm.nloose+n > p.cfg.ConnPoints || p.points+n > p.cfg.MaxPoints {
+		p.stats.Drops[ReasonForgotten]++
+		return
+	}
+	c.svm.loose = append(c.svm.loose, s)
+	c.svm.nloose += n
+	p.points += n
 }
 
 func (p *Primary) unloose(c *conn, i int) {
-	c.svm.loose = append(c.svm.loose[:i], c.svm.loose[i+1:]...)
-	p.points--
+	n := len(c.svm.loose[i].bounds)
+	c.svm.loose = slices.Delete(c.svm.loose, i, i+1)
+	c.svm.nloose -= n
+	p.points -= n
 }
 
-// derive makes a point of e's unknown end when the other one is known.
-func (p *Primary) derive(c *conn, e edge) bool {
-	from, okFrom := c.svm.find(e.from)
-	to, okTo := c.svm.find(e.to)
-	switch {
-	case okFrom && okTo:
-		if from.plus(e.sum) != to && !p.off(mutR1) {
+// derive makes points of s's positions when one of them is a point.
+func (p *Primary) derive(c *conn, s *span) bool {
+	pts := c.svm.points.view()
+	if len(pts) == 0 || after(s.from, pts[len(pts)-1].pos) || before(s.end(), pts[0].pos) {
+		return false
+	}
+	base, ok := c.svm.find(s.from)
+	for i := 0; !ok; i++ {
+		if i == len(s.bounds) {
+			return false
+		}
+		var sum Sum
+		if sum, ok = c.svm.find(s.bounds[i].Pos); ok {
+			base = sum.minus(s.bounds[i].Sum)
+			p.addPoint(c, point{s.from, base})
+		}
+	}
+	for _, b := range s.bounds {
+		if sum, known := c.svm.find(b.Pos); !known {
+			p.addPoint(c, point{b.Pos, base.plus(b.Sum)})
+		} else if base.plus(b.Sum) != sum && !p.off(mutR1) {
 			p.diverge(c, ReasonSVMChanged)
 		}
-	case okFrom:
-		p.addPoint(c, point{e.to, from.plus(e.sum)})
-	case okTo:
-		p.addPoint(c, point{e.from, to.minus(e.sum)})
-	default:
-		return false
 	}
 	return true
 }
@@ -186,11 +206,14 @@ func (p *Primary) root(c *conn) {
 	c.low, c.released = base, base
 }
 
-// rebase makes pos the base. What is known stays so, from there or as loose edges.
+// rebase makes pos the base. What is known stays so, from there or as a loose span.
 func (p *Primary) rebase(c *conn, pos uint32) {
-	pts := c.svm.points.view()
-	for i := 1; i < len(pts); i++ {
-		p.addLoose(c, edge{pts[i-1].pos, pts[i].pos, pts[i].sum.minus(pts[i-1].sum)})
+	if pts := c.svm.points.view(); len(pts) > 1 {
+		known := span{from: pts[0].pos}
+		for _, pt := range pts[1:] {
+			known.bounds = append(known.bounds, Bound{pt.pos, pt.sum.minus(pts[0].sum)})
+		}
+		p.addLoose(c, known)
 	}
 	p.setBase(c, pos)
 	p.relearn(c)
@@ -204,17 +227,28 @@ func (p *Primary) setBase(c *conn, pos uint32) {
 	c.compared, c.sum = pos, Sum{}
 }
 
-// relearn looks at the loose edges again after a point appeared.
+// relearn looks at the loose spans again after a point appeared.
 func (p *Primary) relearn(c *conn) {
-	// Each turn but the last resolves an edge, so this ends.
+	// Each turn but the last resolves a span, so this ends.
 	for n := -1; n != len(c.svm.loose); {
 		n = len(c.svm.loose)
 		for i := 0; i < len(c.svm.loose); {
-			if l := c.svm.loose[i]; !after(l.to, c.compared) || p.derive(c, l) {
+			if l := &c.svm.loose[i]; !after(l.end(), c.compared) || p.derive(c, l) {
 				p.unloose(c, i)
 				continue
 			}
 			i++
 		}
 	}
+}
+
+// hole is what is not known of the SVM's stream, though what lies behind it is.
+func (c *conn) hole() (from, to uint32, ok bool) {
+	from, known := c.svm.end()
+	for i := range c.svm.loose {
+		if l := c.svm.loose[i].from; known && after(l, from) && (!ok || before(l, to)) {
+			to, ok = l, true
+		}
+	}
+	return from, to, ok
 }

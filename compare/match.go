@@ -73,6 +73,12 @@ func (p *Primary) matchSYN(c *conn) bool {
 
 // matchData finds a position that both sides know the sum at and moves the
 // compared point there (R1). *i is the first held piece that is not verified.
+//
+// Pieces add up, as long as there is no hole, until one ends at a known position; the
+// ends of both guests' segments may never meet, so the first known position in a piece
+// behind the first is as good: it costs P a sum over one segment of the SVM, and the
+// pieces in front leave whole. A part of the first piece alone is verified only when
+// the time to cut comes (R5): what completes it is mostly just behind.
 func (p *Primary) matchData(c *conn, i *int) bool {
 	last, ok := c.svm.end()
 	if !ok || !after(last, c.compared) {
@@ -82,35 +88,60 @@ func (p *Primary) matchData(c *conn, i *int) bool {
 	for *i < len(held) && !after(held[*i].end, c.compared) {
 		*i++
 	}
-	// The PVM's pieces may be shorter than the SVM's: add them up, as long as
-	// there is no hole, until one reaches a known position.
 	at, sum := c.compared, c.sum
 	for j := *i; j < len(held); j++ {
 		h := &held[j]
-		if after(h.start, at) {
-			return false
-		}
 		end := h.dataEnd()
-		if pt, ok := c.svm.last(end); ok && after(pt.pos, at) {
-			part := h.rest
-			if pt.pos != end {
-				part = p.keys.Sum(at, h.bytes(at, pt.pos))
-			}
-			if sum.plus(part) != pt.sum && !p.off(mutR1) {
-				p.diverge(c, ReasonPayload)
-				return false
-			}
-			h.rest = h.rest.minus(part)
-			c.sum = pt.sum
-			p.advanceTo(c, pt.pos)
-			return true
+		if after(h.start, at) {
+			break
+		}
+		pt, ok := c.svm.last(end)
+		switch {
+		case !ok || !after(pt.pos, at):
+		case pt.pos == end:
+			return p.matchAt(c, h, at, sum, pt)
+		case j > *i:
+			return p.matchAt(c, h, at, sum, c.svm.points.view()[c.svm.search(at+1)])
 		}
 		if h.fin || !after(last, end) {
-			return false
+			break
 		}
 		at, sum = end, sum.plus(h.rest)
 	}
+	if *i == len(held) || after(held[*i].start, c.compared) {
+		return false
+	}
+	h := &held[*i]
+	pt, ok := c.svm.last(h.dataEnd())
+	switch {
+	case !ok || !after(pt.pos, c.compared):
+	case c.cutting:
+		return p.matchAt(c, h, c.compared, c.sum, pt)
+	default:
+		p.cutLater(c, h)
+	}
 	return false
+}
+
+// matchAt compares up to pt, a position in h, of which P knows the sum from at on; sum
+// is that of what lies before.
+func (p *Primary) matchAt(c *conn, h *piece, at uint32, sum Sum, pt point) bool {
+	part, end := h.rest, h.dataEnd()
+	switch {
+	case pt.pos == end:
+	case pt.pos-at < end-pt.pos:
+		part = p.keys.Sum(at, h.bytes(at, pt.pos))
+	default:
+		part = part.minus(p.keys.Sum(pt.pos, h.bytes(pt.pos, end)))
+	}
+	if sum.plus(part) != pt.sum && !p.off(mutR1) {
+		p.diverge(c, ReasonPayload)
+		return false
+	}
+	h.rest = h.rest.minus(part)
+	c.sum = pt.sum
+	p.advanceTo(c, pt.pos)
+	return true
 }
 
 // matchFIN: the FIN agrees when both closed at the same position (R3).
@@ -401,12 +432,16 @@ func (p *Primary) svmData(c *conn, s *Segment) bool {
 			c.svmSaid, c.svmEnd = true, end
 		}
 	}
+	p.bounds = p.bounds[:0]
 	for _, b := range s.Bounds {
-		if b.Pos-start < s.Len {
-			p.learn(c, edge{start, b.Pos, b.Sum})
+		if b.Pos-start-1 < s.Len-1 {
+			p.bounds = append(p.bounds, b)
 		}
 	}
-	p.learn(c, edge{start, end, s.Sum})
+	if s.Len > 0 {
+		p.bounds = append(p.bounds, Bound{end, s.Sum})
+		p.learn(c, span{start, p.bounds})
+	}
 	if s.Flags&FIN != 0 {
 		if c.sFIN.ok && c.sFIN.pos != end {
 			p.diverge(c, ReasonSVMChanged)
@@ -428,7 +463,9 @@ func (p *Primary) answer(s *Segment) {
 	case !p.accept(c, s):
 		p.stats.Drops[ReasonIncarnation]++
 	default:
-		p.learn(c, edge{s.Seq, s.Seq + s.Len, s.Sum})
+		if s.Len > 0 {
+			p.learn(c, span{s.Seq, []Bound{{s.Seq + s.Len, s.Sum}}})
+		}
 		p.pump(c)
 	}
 }

@@ -82,6 +82,7 @@ type Primary struct {
 	// During Step.
 	now     int64
 	out     []Effect
+	bounds  []Bound // svmData's
 	eventNo uint64
 }
 

@@ -239,23 +239,38 @@ func (p *Primary) askEnd(c *conn) (end uint32, soon, ok bool) {
 	return 0, false, false
 }
 
-// ask asks S for a sum (R5). It heals a lost record too.
+// ask asks S for a sum (R5). It heals a lost record too, and where records behind it
+// are known, asks for what leads to them: without that they would be of no use, and as
+// long as the SVM is ahead each frame of the PVM would have to be asked for.
 func (p *Primary) ask(c *conn) {
 	c.askAt = 0
 	end, _, ok := p.askEnd(c)
 	if !ok || c.asks >= maxAsks {
 		return
 	}
-	p.stats.Asks++
-	e := p.emit(OpAsk, &c.tuple)
-	e.Seq, e.To = c.compared, end-c.compared
-	e.Inc, e.Inherited = c.inc, c.inherited || !c.incKnown
+	p.askFor(c, c.compared, end)
+	if from, to, ok := c.hole(); ok && to != end {
+		p.askFor(c, from, to)
+	}
 	c.askAt = p.now + int64(askAgain)<<c.asks
 	c.asks++
 }
 
+func (p *Primary) askFor(c *conn, from, to uint32) {
+	p.stats.Asks++
+	e := p.emit(OpAsk, &c.tuple)
+	e.Seq, e.To = from, to-from
+	e.Inc, e.Inherited = c.inc, c.inherited || !c.incKnown
+}
+
 // wait sets the timers after something happened to c.
 func (p *Primary) wait(c *conn) {
+	p.retime(c)
+	p.arm(c)
+}
+
+// retime is wait for who looks at the timers next.
+func (p *Primary) retime(c *conn) {
 	w := c.unmatched()
 	if w && !c.waiting {
 		c.progress = p.now
@@ -277,7 +292,6 @@ func (p *Primary) wait(c *conn) {
 			c.askAt = at
 		}
 	}
-	p.arm(c)
 }
 
 // moved notes that the compared point or A moved.
