@@ -20,16 +20,16 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 3,
+	LS_ABI_VERSION = 4,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
 	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-	LS_HDR_MAX = 256, /* L2..L4 header bytes of a TCP segment */
-	LS_L4_MAX = 176,  /* bytes before the TCP header; more: compared as a datagram */
-	LS_OPTS_MAX = 40, /* TCP options: 60-byte header at most */
-	LS_BOUND_MAX = 48,
+	LS_HDR_MAX = 256,      /* L2..L4 header bytes of a TCP segment */
+	LS_L4_MAX = 176,       /* bytes before the TCP header; more: compared as a datagram */
+	LS_OPTS_MAX = 40,      /* TCP options: 60-byte header at most */
+	LS_BOUND_MAX = 12,     /* see digest_stride */
 	LS_REC_BASE = 160,     /* struct ls_rec without boundaries */
 	LS_LANE_USER = 0xffff, /* ls_rec.lane of frames that user space sends */
 	LS_LANE_ALL = 0xfffe,  /* NACK: the newest record of every lane, please */

@@ -139,7 +139,9 @@ static long digest_step(__u32 i, struct ls_run *r)
 
 /*
  * Bytes between boundaries for a GSO frame: the smallest multiple of the segment
- * size that gives at most LS_BOUND_MAX boundaries inside the payload.
+ * size that gives at most LS_BOUND_MAX boundaries inside the payload. Each costs both
+ * hosts; where one is missing P sums up to half a stride itself. The frames with which
+ * a connection begins have them all.
  */
 static __always_inline __u32 digest_stride(__u32 gso_size, __u32 paylen)
 {

@@ -78,13 +78,13 @@ const (
 type LockstepLsConst uint32
 
 const (
-	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 3
+	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 4
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
 	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
 	LockstepLsConstLS_L4MAX         LockstepLsConst = 176
 	LockstepLsConstLS_OPTS_MAX      LockstepLsConst = 40
-	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 48
+	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 12
 	LockstepLsConstLS_REC_BASE      LockstepLsConst = 160
 	LockstepLsConstLS_LANE_USER     LockstepLsConst = 65535
 	LockstepLsConstLS_LANE_ALL      LockstepLsConst = 65534
@@ -331,7 +331,7 @@ type LockstepLsRec struct {
 	Frag     uint16
 	Sum      [2]uint64
 	Opts     [40]uint8
-	Bound    [48][2]uint64
+	Bound    [12][2]uint64
 }
 
 type LockstepLsRecFlag uint32

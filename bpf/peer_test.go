@@ -243,7 +243,7 @@ func TestDigest(t *testing.T) {
 }
 
 // bounds are the boundaries that a record has for a GSO payload at pos.
-func (k *kit) bounds(pos uint32, payload []byte, gso int) (stride, n int, b [48][2]uint64) {
+func (k *kit) bounds(pos uint32, payload []byte, gso int) (stride, n int, b [boundMax][2]uint64) {
 	if gso == 0 {
 		return 0, 0, b
 	}
