@@ -239,7 +239,7 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 		if !ev.OK {
 			*c = ckptPrimary{
 				cfg: c.cfg, period: c.cfg.period, out: c.out, now: c.now, last: c.last, committed: c.committed,
-				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped,
+				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped, unasked: c.unasked,
 			}
 			break
 		}

@@ -154,3 +154,23 @@ func transcriptLine(t *testing.T, out *strings.Builder, m ckptMachine, kinds map
 	}
 	do(now, ev, what)
 }
+
+// An operator who stopped the PVM is why a doubt lasts, and no reason to give S up: not
+// by the next pair either.
+func TestUnaskedStopOutlivesAPair(t *testing.T) {
+	cfg := defaultCkptConfig()
+	cfg.qmp, cfg.unpaired = true, true
+	c := newCkptPrimary(cfg)
+	for i, ev := range []ckptEvent{
+		{Kind: evQMPUp, OK: true}, {Kind: evLinkUp}, {Kind: evPair, OK: true}, {Kind: evStop}, {Kind: evPair}, {Kind: evPair, OK: true},
+	} {
+		c.Step(int64(i)*int64(time.Millisecond), ev)
+	}
+	if state, detail := c.state(); c.doubt == "" || c.stuck() {
+		t.Errorf("%s (%s): doubt %q, stuck %v", state, detail, c.doubt, c.stuck())
+	}
+	c.Step(int64(time.Second), ckptEvent{Kind: evResume})
+	if !c.stuck() {
+		t.Errorf("the PVM goes on, and the doubt %q is nobody's", c.doubt)
+	}
+}
