@@ -332,7 +332,12 @@ func describe(t testing.TB, bin string, s size) {
 	}
 	fmt.Printf("%s, Linux %s, %s, %d cores for client, both hosts and both guests\n",
 		bytes.TrimSpace(version), unix.ByteSliceToString(uts.Release[:]), model, runtime.NumCPU())
-	fmt.Printf("medians of %d rounds in turn; a round: %d exchanges of %d bytes, %d MiB each way; GSO on\n\n", s.rounds, s.exchanges, message, s.bulk>>20)
+	control, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control") // namespaces begin with it
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("medians of %d rounds in turn; a round: %d exchanges of %d bytes, %d MiB each way; GSO on, TCP %s\n\n",
+		s.rounds, s.exchanges, message, s.bulk>>20, bytes.TrimSpace(control))
 }
 
 // median of what f tells of each result.
