@@ -3,11 +3,13 @@
 package compare
 
 // side is what one side acknowledged: the highest ACK, the right edge of the
-// window, and the newest raw window at that ACK.
+// window, the newest raw window at that ACK, and the newest echo of the remote's
+// timestamps that came with it.
 type side struct {
-	ok        bool
-	ack, edge uint32
-	win       uint16
+	ok, echoes bool
+	ack, edge  uint32
+	win        uint16
+	echo       uint32
 }
 
 // update takes an ACK in and tells whether ack, or anything, grew. An unknown
@@ -16,7 +18,7 @@ func (d *side) update(ack uint32, win uint16, scale int8) (ackGrew, grew bool) {
 	edge := ack + uint32(win)<<max(scale, 0)
 	switch {
 	case !d.ok:
-		*d = side{true, ack, edge, win}
+		*d = side{ok: true, ack: ack, edge: edge, win: win}
 		return true, true
 	case after(ack, d.ack):
 		d.ack, d.win, ackGrew, grew = ack, win, true, true
@@ -27,6 +29,13 @@ func (d *side) update(ack uint32, win uint16, scale int8) (ackGrew, grew bool) {
 		d.edge, grew = edge, true
 	}
 	return ackGrew, grew
+}
+
+// echoed notes the echo that came with ack. fresh: it is the first with as much.
+func (d *side) echoed(ack, echo uint32, fresh bool) {
+	if ack == d.ack && (fresh || !d.echoes || after(echo, d.echo)) {
+		d.echo, d.echoes = echo, true
+	}
 }
 
 // ackMark is what the PVM had acknowledged at a time (see conn.marks).
@@ -75,7 +84,10 @@ func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
 		return false
 	}
-	_, grew = c.p.update(s.Ack, s.Win, c.synScale(s.Flags))
+	ackGrew, grew := c.p.update(s.Ack, s.Win, c.synScale(s.Flags))
+	if ts := tsOpt(s.Opts); ts != nil {
+		c.p.echoed(s.Ack, be32(ts[6:]), ackGrew)
+	}
 	if grew {
 		c.pAt = s.At
 		p.mark(c)
@@ -97,6 +109,9 @@ func (p *Primary) svmACK(c *conn, s *Segment) (grew bool) {
 		return false
 	}
 	ackGrew, grew := c.s.update(s.Ack, s.Win, c.synScale(s.Flags))
+	if ts := tsOpt(s.Opts); ts != nil {
+		c.s.echoed(s.Ack, be32(ts[6:]), ackGrew)
+	}
 	if ackGrew {
 		p.moved(c)
 	}
@@ -152,6 +167,14 @@ func (p *Primary) minimum(c *conn, f Flags) (m side, grown bool) {
 	return m, grown
 }
 
+// slower is the side that has acknowledged less; of equal ones the one that did so last.
+func (c *conn) slower() *side {
+	if before(c.s.ack, c.p.ack) || c.s.ack == c.p.ack && c.s.echoes && (!c.p.echoes || after(c.s.echo, c.p.echo)) {
+		return &c.s
+	}
+	return &c.p
+}
+
 // acknowledge gives the ACK and window of a frame that leaves with flags f.
 func (p *Primary) acknowledge(c *conn, f Flags) (ack uint32, win uint16) {
 	m, _ := p.minimum(c, f)
@@ -180,14 +203,14 @@ func (p *Primary) sendACK(c *conn, seq uint32) {
 	n := 0
 	if before(c.p.ack, c.s.ack) {
 		for _, b := range sackBlocks(buf[:0], c.tmpl.opts.bytes()) {
-			if c.sSACK.has(b, c.s.ack) && n < len(have) {
+			if b, ok := c.sSACK.common(b, c.s.ack); ok && n < len(have) {
 				have[n] = b
 				n++
 			}
 		}
 	} else {
 		for _, b := range c.sBlocks[:c.sBlockN] {
-			if c.pSACK.has(b, c.p.ack) {
+			if b, ok := c.pSACK.common(b, c.p.ack); ok {
 				have[n] = b
 				n++
 			}
@@ -235,11 +258,17 @@ func (p *Primary) acks(c *conn) {
 
 // stamp keeps timestamps from going back: a frame that was held would leave
 // behind younger ACKs, and the remote would drop it as an old duplicate (PAWS,
-// RFC 7323, 5.3).
+// RFC 7323, 5.3). What is echoed belongs to the ACK, so it is the echo of the side that
+// let it grow: by an older one the remote would take its repetition, which the SVM
+// had missed, for needless (RFC 3522), forget what else it holds for lost, and wait for
+// its timer.
 func (c *conn) stamp(o *options) {
 	ts := tsOpt(o.bytes())
 	if ts == nil {
 		return
+	}
+	if d := c.slower(); d.echoes {
+		putBE32(ts[6:], d.echo)
 	}
 	val := be32(ts[2:])
 	if c.tsKnown && before(val, c.tsSent) {

@@ -225,9 +225,12 @@ func (p *Primary) inherit(c *conn, at int64) side {
 		case !s.ok:
 			s = o
 		case after(o.ack, s.ack):
-			s.ack, s.win = o.ack, o.win
+			s.ack, s.win, s.echo, s.echoes = o.ack, o.win, o.echo, o.echoes
 		case o.ack == s.ack:
 			s.win = max(s.win, o.win)
+			if o.echoes {
+				s.echoed(o.ack, o.echo, false)
+			}
 		}
 		s.edge = maxSeq(s.edge, o.edge)
 	}

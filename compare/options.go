@@ -153,8 +153,17 @@ func (s *sackSet) has(b block, ack uint32) bool {
 	return false
 }
 
-// keepSACK takes the blocks out of o's SACK option that other does not have; the
-// room is filled with NOPs, so lengths stay.
+// common gives the part of b that is held too. Where that is not all of b, what lies
+// below ack is enough.
+func (s *sackSet) common(b block, ack uint32) (block, bool) {
+	if !s.has(b, ack) {
+		b.right = minSeq(b.right, ack)
+	}
+	return b, before(b.left, b.right)
+}
+
+// keepSACK leaves of the blocks in o's SACK option what other has too; the room is
+// filled with NOPs, so lengths stay.
 func (o *options) keepSACK(other *sackSet, ack uint32) {
 	opt := findOpt(o.bytes(), optSACK)
 	if opt == nil {
@@ -163,7 +172,7 @@ func (o *options) keepSACK(other *sackSet, ack uint32) {
 	var blocks [4]block
 	kept := opt[2:2]
 	for _, b := range sackBlocks(blocks[:0], opt) {
-		if other.has(b, ack) {
+		if b, ok := other.common(b, ack); ok {
 			kept = binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(kept, b.left), b.right)
 		}
 	}

@@ -3,6 +3,7 @@
 package compare
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"io/fs"
@@ -28,7 +29,7 @@ import (
 //
 // Events, with sequence numbers as they are:
 //
-//	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n] [ago=dur]
+//	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n[/echo]] [ago=dur]
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
 //	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
@@ -212,6 +213,9 @@ func (x *transcript) effect(e *Effect) string {
 		opts := e.Opts[:e.OptLen]
 		if ts := tsOpt(opts); ts != nil {
 			fmt.Fprintf(&b, " ts=%d", be32(ts[2:]))
+			if echo := be32(ts[6:]); echo != 0 {
+				fmt.Fprintf(&b, "/%d", echo)
+			}
 		}
 		for _, k := range sackBlocks(nil, opts) {
 			fmt.Fprintf(&b, " sack=%d-%d", k.left, k.right)
@@ -351,7 +355,9 @@ func (x *transcript) parse(line string) Event {
 		case "ws":
 			s.Opts = append(s.Opts, 3, 3, byte(x.number(val)), optNOP)
 		case "ts":
-			s.Opts = binary.BigEndian.AppendUint64(append(s.Opts, optNOP, optNOP, optTS, 10), uint64(x.number(val))<<32)
+			val, echo, _ := strings.Cut(val, "/")
+			s.Opts = binary.BigEndian.AppendUint32(append(s.Opts, optNOP, optNOP, optTS, 10), x.number(val))
+			s.Opts = binary.BigEndian.AppendUint32(s.Opts, x.number(cmp.Or(echo, "0")))
 		case "sack":
 			blocks := strings.Split(val, ",")
 			s.Opts = append(s.Opts, optNOP, optNOP, optSACK, byte(2+8*len(blocks)))

@@ -13,7 +13,7 @@ import (
 // TestLoss: over a peer link that loses, repeats and reorders, transfers are
 // right byte for byte and no connection asks for a checkpoint (R6).
 func TestLoss(t *testing.T) {
-	const size = 20_000_000
+	const size = 60_000_000
 	// A request that is lost three times running waits 1.4 s for the client's own
 	// timer, which is more than the default: a checkpoint would be right then.
 	p := newPair(t, lt.Impaired, "", "", "compare: {timeout: 3s}")
