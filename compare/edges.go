@@ -115,13 +115,6 @@ func (p *Primary) addLoose(c *conn, s span) {
 	p.points += n
 }
 
-func (p *Primary) unloose(c *conn, i int) {
-	n := len(c.svm.loose[i].bounds)
-	c.svm.loose = slices.Delete(c.svm.loose, i, i+1)
-	c.svm.nloose -= n
-	p.points -= n
-}
-
 // derive makes points of s's positions when one of them is a point.
 func (p *Primary) derive(c *conn, s *span) bool {
 	pts := c.svm.points.view()
@@ -232,13 +225,14 @@ func (p *Primary) relearn(c *conn) {
 	// Each turn but the last resolves a span, so this ends.
 	for n := -1; n != len(c.svm.loose); {
 		n = len(c.svm.loose)
-		for i := 0; i < len(c.svm.loose); {
-			if l := &c.svm.loose[i]; !after(l.end(), c.compared) || p.derive(c, l) {
-				p.unloose(c, i)
-				continue
+		c.svm.loose = slices.DeleteFunc(c.svm.loose, func(l span) bool {
+			gone := !after(l.end(), c.compared) || p.derive(c, &l)
+			if gone {
+				c.svm.nloose -= len(l.bounds)
+				p.points -= len(l.bounds)
 			}
-			i++
-		}
+			return gone
+		})
 	}
 }
 
