@@ -536,6 +536,20 @@ func (p *livingPair) partition(what string, cut bool) {
 	}
 }
 
+// silentSince waits for the time in which a host would speak that should not, and checks
+// that nobody has spoken since before, and nothing was answered.
+func silentSince(t *testing.T, heard *lt.Speakers, before []lt.Turn, answered <-chan error, wait time.Duration) {
+	t.Helper()
+	select {
+	case err := <-answered:
+		t.Errorf("an answer, %v, though nobody may speak", err)
+	case <-time.After(wait):
+	}
+	if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
+		t.Errorf("somebody spoke: %v, and then %v", before, now)
+	}
+}
+
 // TestPartitions: the hosts lose each other, and both guests live. One host speaks on,
 // where the arbiter can be reached; the other's guest is never heard, and follows again
 // when the partition is over.
@@ -569,15 +583,7 @@ func TestPartitions(t *testing.T) {
 				for _, node := range []string{"alpha", "beta"} {
 					p.await(node, func(s *control.Status) bool { return s.State == "failover" })
 				}
-				before := heard.Turns()
-				select {
-				case err := <-answered:
-					t.Errorf("an answer, %v, though nobody may speak", err)
-				case <-time.After(2 * time.Second): // the time in which a host would speak that should not
-				}
-				if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
-					t.Errorf("somebody spoke: %v, and then %v", before, now)
-				}
+				silentSince(t, heard, heard.Turns(), answered, 2*time.Second)
 				lost.show(t)
 				if err := <-answered; err != nil {
 					t.Fatal(err)
@@ -753,14 +759,7 @@ func TestFrozenWinner(t *testing.T) {
 	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
 		t.Errorf("the old primary's daemon ended with %v", err)
 	}
-	select {
-	case err := <-answered:
-		t.Errorf("an answer, %v, while the speaker stands still", err)
-	case <-time.After(3 * time.Second): // more than a QMP command may take
-	}
-	if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
-		t.Errorf("somebody spoke: %v, and then %v", before, now)
-	}
+	silentSince(t, heard, before, answered, 3*time.Second) // more than a QMP command may take
 	p.signal("beta", syscall.SIGCONT)
 	daemon("beta", syscall.SIGCONT)
 	if err := <-answered; err != nil {
