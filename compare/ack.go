@@ -12,14 +12,14 @@ type side struct {
 	echo       uint32
 }
 
-// update takes an ACK in and tells whether ack, or anything, grew. An unknown
-// scale counts as 0, which understates the edge.
-func (d *side) update(ack uint32, win uint16, scale int8) (ackGrew, grew bool) {
+// update takes an ACK in, with the options beside it, and tells whether ack, or the
+// window, grew. An unknown scale counts as 0, which understates the edge.
+func (d *side) update(ack uint32, win uint16, scale int8, opts []byte) (ackGrew, grew bool) {
 	edge := ack + uint32(win)<<max(scale, 0)
 	switch {
 	case !d.ok:
 		*d = side{ok: true, ack: ack, edge: edge, win: win}
-		return true, true
+		ackGrew, grew = true, true
 	case after(ack, d.ack):
 		d.ack, d.win, ackGrew, grew = ack, win, true, true
 	case ack == d.ack && win > d.win:
@@ -27,6 +27,9 @@ func (d *side) update(ack uint32, win uint16, scale int8) (ackGrew, grew bool) {
 	}
 	if after(edge, d.edge) {
 		d.edge, grew = edge, true
+	}
+	if ts := tsOpt(opts); ts != nil {
+		d.echoed(ack, be32(ts[6:]), ackGrew)
 	}
 	return ackGrew, grew
 }
@@ -84,10 +87,7 @@ func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
 		return false
 	}
-	ackGrew, grew := c.p.update(s.Ack, s.Win, c.synScale(s.Flags))
-	if ts := tsOpt(s.Opts); ts != nil {
-		c.p.echoed(s.Ack, be32(ts[6:]), ackGrew)
-	}
+	_, grew = c.p.update(s.Ack, s.Win, c.synScale(s.Flags), s.Opts)
 	if grew {
 		c.pAt = s.At
 		p.mark(c)
@@ -108,10 +108,7 @@ func (p *Primary) svmACK(c *conn, s *Segment) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
 		return false
 	}
-	ackGrew, grew := c.s.update(s.Ack, s.Win, c.synScale(s.Flags))
-	if ts := tsOpt(s.Opts); ts != nil {
-		c.s.echoed(s.Ack, be32(ts[6:]), ackGrew)
-	}
+	ackGrew, grew := c.s.update(s.Ack, s.Win, c.synScale(s.Flags), s.Opts)
 	if ackGrew {
 		p.moved(c)
 	}

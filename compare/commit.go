@@ -245,7 +245,7 @@ func (p *Primary) inherit(c *conn, at int64) side {
 	for i := range c.held.view() {
 		if h := &c.held.view()[i]; h.flags&ACK != 0 && p.before(h.at, at) {
 			var o side
-			o.update(h.ack, h.win, c.synScale(h.flags))
+			o.update(h.ack, h.win, c.synScale(h.flags), h.opts.bytes())
 			add(o)
 		}
 	}

@@ -258,7 +258,7 @@ func (p *Primary) release(c *conn) {
 				}
 			}
 			if after(c.compared, h.start) {
-				p.cutLater(c, nil)
+				p.cutLater(c, p.cfg.CutDelay)
 			}
 		}
 		return
@@ -270,17 +270,11 @@ func (p *Primary) release(c *conn) {
 // sooner, as a rule, or only after the remote has heard the front.
 const cutSoon = 100 * time.Microsecond
 
-// cutLater sets the time to cut the first held frame (R5). h: a frame of which nothing
-// is verified yet.
-func (p *Primary) cutLater(c *conn, h *piece) {
-	if c.cutAt != 0 {
-		return
+// cutLater sets the time to cut the first held frame (R5), unless it is set.
+func (p *Primary) cutLater(c *conn, delay time.Duration) {
+	if c.cutAt == 0 {
+		c.cutAt = p.now + int64(delay)
 	}
-	d := p.cfg.CutDelay
-	if h != nil && h.gso > 0 {
-		d = min(d, cutSoon)
-	}
-	c.cutAt = p.now + int64(d)
 }
 
 // cut verifies and sends what can be of the first held frame (R5).

@@ -89,6 +89,8 @@ func (p *Primary) matchData(c *conn, i *int) bool {
 		*i++
 	}
 	at, sum := c.compared, c.sum
+	var front point // the last one known in the first piece
+	partial := false
 	for j := *i; j < len(held); j++ {
 		h := &held[j]
 		end := h.dataEnd()
@@ -102,23 +104,22 @@ func (p *Primary) matchData(c *conn, i *int) bool {
 			return p.matchAt(c, h, at, sum, pt)
 		case j > *i:
 			return p.matchAt(c, h, at, sum, c.svm.points.view()[c.svm.search(at+1)])
+		default:
+			front, partial = pt, true
 		}
 		if h.fin || !after(last, end) {
 			break
 		}
 		at, sum = end, sum.plus(h.rest)
 	}
-	if *i == len(held) || after(held[*i].start, c.compared) {
-		return false
-	}
-	h := &held[*i]
-	pt, ok := c.svm.last(h.dataEnd())
 	switch {
-	case !ok || !after(pt.pos, c.compared):
+	case !partial:
 	case c.cutting:
-		return p.matchAt(c, h, c.compared, c.sum, pt)
+		return p.matchAt(c, &held[*i], c.compared, c.sum, front)
+	case held[*i].gso > 0:
+		p.cutLater(c, min(cutSoon, p.cfg.CutDelay))
 	default:
-		p.cutLater(c, h)
+		p.cutLater(c, p.cfg.CutDelay)
 	}
 	return false
 }
@@ -368,7 +369,7 @@ func (p *Primary) svm(s *Segment) {
 		return
 	}
 	c.last = p.now
-	if p.now-c.sRST.at > int64(goesOn) {
+	if c.sRST.ok && p.now-c.sRST.at > int64(goesOn) {
 		c.sRST = svmReset{}
 	}
 	if s.Flags&SYN != 0 && c.synSeen {
