@@ -224,6 +224,30 @@ func (p *livingPair) rejoin(node string) {
 	p.run(node, "secondary")
 }
 
+// signalDaemon sends a signal to a node's daemon.
+func (p *livingPair) signalDaemon(node string, sig syscall.Signal) {
+	p.t.Helper()
+	if err := p.procs[node].Process.Signal(sig); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// fenced waits until a node's daemon ends, because another host speaks.
+func (p *livingPair) fenced(node string) {
+	p.t.Helper()
+	if err := p.procs[node].Wait(); err == nil || !strings.Contains(p.log(node), "does not speak for the guest any more") {
+		p.t.Errorf("the daemon of %s ended with %v", node, err)
+	}
+}
+
+// twoTurns checks that one host has spoken after the other, and no more.
+func twoTurns(t *testing.T, heard *lt.Speakers) {
+	t.Helper()
+	if turns := heard.Turns(); len(turns) != 2 {
+		t.Errorf("turns of speech: %v", turns)
+	}
+}
+
 // TestFrozenQEMU: a primary's QEMU that stands still does not answer; its host shuts it
 // out, and the other takes over. When it goes on, nobody hears it.
 func TestFrozenQEMU(t *testing.T) {
@@ -240,9 +264,7 @@ func TestFrozenQEMU(t *testing.T) {
 	p.rejoin("alpha")
 	p.covered()
 	c.ask(1)
-	if turns := heard.Turns(); len(turns) != 2 {
-		t.Errorf("turns of speech: %v", turns)
-	}
+	twoTurns(t, heard)
 }
 
 // TestStopCont: somebody stops either QEMU's guest and lets it go on: meanwhile nothing
@@ -666,9 +688,7 @@ func TestOperator(t *testing.T) {
 	}
 	p.covered()
 	c.ask(1)
-	if turns := heard.Turns(); len(turns) != 2 {
-		t.Errorf("turns of speech: %v", turns)
-	}
+	twoTurns(t, heard)
 	out, err = p.order("beta", "events", "--json")
 	if err != nil {
 		t.Fatal(err)
@@ -687,41 +707,26 @@ func TestFrozen(t *testing.T) {
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
 	c := p.open()
-	alpha := p.procs["alpha"].Process
-	if err := alpha.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	p.signalDaemon("alpha", syscall.SIGSTOP)
 	began := time.Now()
 	c.ask(1)
 	t.Logf("the first answer took %v", time.Since(began))
 	c.ask(49)
 	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
-	if err := alpha.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
-	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
-		t.Errorf("the frozen daemon ended with %v", err)
-	}
+	p.signalDaemon("alpha", syscall.SIGCONT)
+	p.fenced("alpha")
 	c.ask(50)
-	if turns := heard.Turns(); len(turns) != 2 {
-		t.Errorf("turns of speech: %v", turns)
-	}
+	twoTurns(t, heard)
 	// The same with a secondary: the primary goes on, and the SVM is replaced.
 	p.run("alpha", "secondary")
 	p.covered()
-	if err := p.procs["alpha"].Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	p.signalDaemon("alpha", syscall.SIGSTOP)
 	c.ask(50)
 	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
-	if err := p.procs["alpha"].Process.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.covered()
 	c.ask(1)
-	if turns := heard.Turns(); len(turns) != 2 {
-		t.Errorf("turns of speech: %v", turns)
-	}
+	twoTurns(t, heard)
 }
 
 // TestFrozenWinner: a secondary that has won the arbiter stands still before its guest
@@ -732,14 +737,8 @@ func TestFrozenWinner(t *testing.T) {
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
 	c := p.open()
-	daemon := func(node string, sig syscall.Signal) {
-		t.Helper()
-		if err := p.procs[node].Process.Signal(sig); err != nil {
-			t.Fatal(err)
-		}
-	}
 	p.signal("beta", syscall.SIGSTOP) // so that winning is as far as it gets
-	daemon("alpha", syscall.SIGSTOP)
+	p.signalDaemon("alpha", syscall.SIGSTOP)
 	cfg, err := config.Load(p.config)
 	if err != nil {
 		t.Fatal(err)
@@ -748,20 +747,19 @@ func TestFrozenWinner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer a.Close()
 	lt.Eventually(t, 20*time.Second, func() (bool, string) {
 		now, err := a.Read(t.Context())
 		return now.Speaker == "beta", fmt.Sprint(now, err)
 	})
-	daemon("beta", syscall.SIGSTOP)
+	p.signalDaemon("beta", syscall.SIGSTOP)
 	answered := c.askLater()
 	before := heard.Turns()
-	daemon("alpha", syscall.SIGCONT)
-	if err := p.procs["alpha"].Wait(); err == nil || !strings.Contains(p.log("alpha"), "does not speak for the guest any more") {
-		t.Errorf("the old primary's daemon ended with %v", err)
-	}
+	p.signalDaemon("alpha", syscall.SIGCONT)
+	p.fenced("alpha")
 	silentSince(t, heard, before, answered, 3*time.Second) // more than a QMP command may take
 	p.signal("beta", syscall.SIGCONT)
-	daemon("beta", syscall.SIGCONT)
+	p.signalDaemon("beta", syscall.SIGCONT)
 	if err := <-answered; err != nil {
 		t.Fatal(err)
 	}
@@ -769,9 +767,7 @@ func TestFrozenWinner(t *testing.T) {
 	p.run("alpha", "secondary")
 	p.covered()
 	c.ask(1)
-	if turns := heard.Turns(); len(turns) != 2 {
-		t.Errorf("turns of speech: %v", turns)
-	}
+	twoTurns(t, heard)
 }
 
 // quick is await for what does not last.
