@@ -89,6 +89,7 @@ type Options struct {
 	qmpTimeout time.Duration
 	qmpPoll    time.Duration
 	orderEvery time.Duration
+	entryEvery time.Duration
 	ckpt       *ckptConfig
 }
 
@@ -115,6 +116,7 @@ func (o *Options) setDefaults() error {
 	}
 	set(&o.qmpPoll, qmpPoll)
 	set(&o.orderEvery, orderEvery)
+	set(&o.entryEvery, entryEvery)
 	if o.link == (linkTiming{}) {
 		o.link = defaultLinkTiming
 		if o.Life != nil {
@@ -334,7 +336,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 
 	// Whatever ends first ends the rest.
-	ends := make(chan error, len(d.nics)+6)
+	ends := make(chan error, len(d.nics)+7)
 	start := func(f func() error) { d.work.Go(func() { ends <- f() }) }
 	for _, n := range d.nics {
 		start(func() error { return n.run(ctx) })
@@ -352,6 +354,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	if d.opt.QMP != "" {
 		start(func() error { d.watchQEMU(ctx); return nil })
+	}
+	if d.life != nil && d.life.p != nil {
+		start(func() error { d.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)
 	err = <-ends
@@ -573,6 +578,13 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 				ev.Cause = err.Error()
 			} else if !ev.OK {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
+			}
+			if ev.OK && d.primary != nil && d.life != nil {
+				// Whatever was heard of the disks, their state decides (R24).
+				if err := qemu.Replicated(m, d.life.Disks); err != nil {
+					ev.OK, ev.Cause = false, err.Error()
+					d.post(func() { d.live(lifeEvent{Kind: lvReplica}) })
+				}
 			}
 			return ev
 		})

@@ -11,10 +11,10 @@ import (
 // who takes over. They are pure, as the checkpoint machines are: events and times
 // come in, effects go out in the order in which they have to be carried out. One
 // sentence rules them: a host speaks alone only after it has won the arbiter, and
-// an outcome that is not known is not won.
+// an outcome that is not known is not won (R26).
 //
 //	P: start ⇄ sync → pair ── the secondary is gone ──▶ claim ── won ──▶ solo → sync → pair
-//	   from any but start: lost, or the own QEMU dead ──▶ out
+//	   from any but start: lost, fenced, or the own QEMU dead ──▶ out
 //	S: wait → pair ── P is gone, and it is covered ──▶ claim ── won ──▶ wait for T ──▶ QEMU ──▶ solo
 //	   lost, or the own QEMU dead ──▶ out
 //
@@ -34,13 +34,18 @@ const (
 	lvOver              // S: P goes on without this SVM
 	lvQEMUDead          // this side's QEMU is dead
 	lvCOLOExit          // this side's QEMU lost the other's
-	lvTakeOver          // an operator says that the other is to count as dead; P: also that the guest is to begin alone
+	lvTakeOver          // an operator says that the other is to count as dead; P: also that the guest is to begin alone. S: OK: by force, and the SVM is loaded
 	lvClaimed           // answer to lxClaim, when it is known: OK when won; Term is the record's
+	lvSick              // this side's guest cannot go on: its disk failed (R24), or it panicked (R25)
+	lvHealthy           // it goes on
+	lvOff               // the guest powered off: P's own, or P says so (R25)
 
 	lvSynced    // P: answer to lxSync
 	lvYield     // P: S is to take over
 	lvCommitted // P: a checkpoint was committed in HOLD
 	lvDoubt     // P: OK: nothing leaves until a checkpoint ends a doubt; else it has ended
+	lvReplica   // P: a write or flush did not reach S's disks, or may not have (R24)
+	lvEntry     // P: the arbiter's entry is of Term; OK: it names this host
 
 	lvCovered // S: P confirmed the first commit (R18)
 	lvAwake   // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
@@ -64,12 +69,14 @@ const (
 	lxSolo                    // speak alone, for ever: what is held leaves first
 	lxDead                    // tell the peer: this side's QEMU is dead, its gate shut
 	lxOut                     // this host has no say any more: stop the guest, look at the arbiter again
+	lxOff                     // the guest powered off: tell the peer, remember it, end QEMU
 
 	lxSync    // P: make QEMU replicate
 	lxPair    // P: HOLD, and a checkpoint to cover it
 	lxUnpair  // P: replication is over
 	lxCovered // P: tell S that it may take over
 
+	lxYield // S: ask P to fall silent
 	lxQuiet // S: R21 (i), and the checkpoint machine stands by
 	lxQEMU  // S: R21 (iv)
 )
@@ -86,17 +93,20 @@ type lifeConfig struct {
 	rejoin  int64 // for a daemon that ended on a living host to come back
 	settle  int64 // S: for a checkpoint to show whether it was loaded
 	doubt   int64 // P: that no checkpoint ends, before S is given up
+	order   int64 // S: how long an operator's order to take over holds
 
 	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
-	// does not wait for P's last echo to run out.
-	noR18, noClaim, noWait bool
+	// does not wait for P's last echo to run out; an uncovered P asks nobody; a forced S
+	// does not look whether P is bound by its lease; a newer entry is not looked at; a
+	// sick P competes with its covered secondary.
+	noR18, noClaim, noWait, noR26Uncovered, noR26Lease, noR26Entry, noR24 bool
 }
 
 func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
 	return lifeConfig{
 		timeout: int64(timeout), speak: int64(speak),
 		rejoin: int64(max(MaxRejoin, timeout)), settle: int64(50 * time.Millisecond),
-		doubt: int64(10 * time.Second),
+		doubt: int64(10 * time.Second), order: int64(orderTimeout),
 	}
 }
 
@@ -111,6 +121,7 @@ type lifeSide struct {
 	term uint64 // P: of the record that names this host. S: of the pair
 
 	link   bool
+	sick   bool  // this side's guest cannot go on
 	lives  bool  // the link was ended by a living host
 	heard  int64 // when the control link last said anything
 	echoed int64
@@ -151,6 +162,7 @@ const (
 	lpPair
 	lpClaim
 	lpOut
+	lpOff // the guest powered off
 )
 
 // lifePrimary is the machine of the host whose guest clients hear.
@@ -177,6 +189,9 @@ func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, no
 // gone is when S counts as dead if nothing changes, and whether only its kernel's
 // echoes can put that off.
 func (l *lifePrimary) gone() int64 {
+	if l.yields() {
+		return math.MaxInt64
+	}
 	echo := max(l.echoed, l.paired) + l.cfg.timeout
 	if l.doubtBy != 0 {
 		echo = min(echo, l.doubtBy) // nothing leaves: no SVM is better than this one
@@ -232,10 +247,26 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 		} else if l.doubtBy == 0 {
 			l.doubtBy = now + l.cfg.doubt
 		}
-	case lvPeerDead, lvCOLOExit:
-		if l.state == lpPair { // while QEMU begins to replicate, lvSynced tells
+	case lvCOLOExit:
+		if l.state == lpPair && !l.yields() { // while QEMU begins to replicate, lvSynced tells
 			l.alone()
 		}
+	case lvPeerDead, lvReplica:
+		if l.state == lpPair {
+			l.alone()
+		}
+	case lvSick:
+		l.sick = true
+	case lvHealthy:
+		l.sick = false
+	case lvEntry:
+		// Somebody else has won since: an operator's doing, or a claim that this host
+		// never heard of.
+		if ev.Term > l.term && !ev.OK && l.state != lpClaim && !l.cfg.noR26Entry {
+			l.quit()
+		}
+	case lvOff:
+		l.off()
 	case lvTakeOver:
 		switch l.state {
 		case lpPair:
@@ -255,8 +286,15 @@ func (l *lifePrimary) Step(now int64, ev lifeEvent) []lifeEffect {
 	if l.state == lpPair && now >= l.gone() {
 		l.alone()
 	}
+	if l.state == lpPair && l.yields() && l.link {
+		l.quit() // S hears of it, and takes over
+	}
 	return l.out
 }
+
+// yields: the covered secondary is the better one (R24, R25). Until it can be told so,
+// this host does not compete with it.
+func (l *lifePrimary) yields() bool { return l.sick && l.covered && !l.cfg.noR24 }
 
 func (l *lifePrimary) pair(now int64) {
 	l.state, l.paired, l.covered = lpPair, now, false
@@ -271,14 +309,14 @@ func (l *lifePrimary) back() {
 	}
 }
 
-// alone goes on without S. One that was never covered cannot have taken over, so
-// nobody need be asked.
+// alone goes on without S, covered or not: an operator may have had S take over by
+// force (R26).
 func (l *lifePrimary) alone() {
-	if l.covered && !l.cfg.noClaim {
-		l.claim()
+	if l.cfg.noClaim || !l.covered && l.cfg.noR26Uncovered {
+		l.speak()
 		return
 	}
-	l.speak()
+	l.claim()
 }
 
 func (l *lifePrimary) claim() {
@@ -306,13 +344,24 @@ func (l *lifePrimary) claimed(ev lifeEvent) {
 
 // quit: this host has no say any more.
 func (l *lifePrimary) quit() {
-	if l.state == lpOut {
+	if l.state >= lpOut {
 		return
 	}
 	l.state = lpOut
 	l.fallSilent()
 	l.emit(lxUnpair)
 	l.emit(lxOut)
+}
+
+// off: nobody takes over from a guest that powered off (R25).
+func (l *lifePrimary) off() {
+	if l.state >= lpOut {
+		return
+	}
+	l.state = lpOff
+	l.emit(lxShut)
+	l.emit(lxUnpair)
+	l.emit(lxOff)
 }
 
 // lsState is where S is.
@@ -327,6 +376,7 @@ const (
 	lsQEMU                 // QEMU is being told
 	lsSolo
 	lsOut
+	lsOff // P's guest powered off
 )
 
 // lifeSecondary is the machine of the host whose guest follows.
@@ -338,6 +388,8 @@ type lifeSecondary struct {
 	shut    bool  // P said that its gate is shut
 	awake   bool
 	loadBy  int64
+	paired  int64 // when P's term was learnt
+	ordered int64 // until then an operator's order to take over holds
 }
 
 // newLifeSecondary begins anew, or with what a daemon before this one was told for
@@ -401,7 +453,7 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 			break
 		}
 		if ev.Term != l.term {
-			l.term, l.covered = ev.Term, false
+			l.term, l.covered, l.paired = ev.Term, false, now
 		}
 		l.state = lsPair
 	case lvCovered:
@@ -409,7 +461,7 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 			l.covered = true
 		}
 	case lvPeerDead:
-		if l.state == lsPair && (l.covered || l.cfg.noR18) {
+		if l.state == lsPair && (l.covered || now < l.ordered || l.cfg.noR18) {
 			l.shut = true
 			l.takeOver()
 		}
@@ -418,9 +470,21 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 			l.quit()
 		}
 	case lvTakeOver:
-		if l.state == lsPair && l.covered {
+		switch {
+		case l.state != lsPair || !l.mayTakeOver(ev.OK):
+		case l.link:
+			// A primary that lives says when it is silent.
+			l.ordered = now + l.cfg.order
+			l.emit(lxYield)
+		default:
 			l.takeOver()
 		}
+	case lvSick:
+		l.sick = true
+	case lvHealthy:
+		l.sick = false
+	case lvOff:
+		l.off()
 	case lvCOLOExit:
 		l.exited, l.awake = now, true
 	case lvAwake:
@@ -451,7 +515,7 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 
 // advance does what time allows.
 func (l *lifeSecondary) advance(now int64) {
-	if l.state == lsPair && now >= l.useless() {
+	if l.state == lsPair && (now >= l.useless() || l.sick && l.link) {
 		l.quit() // P hears of it, and goes on alone
 	}
 	if l.state == lsPair && now >= l.gone() {
@@ -466,6 +530,13 @@ func (l *lifeSecondary) advance(now int64) {
 	}
 }
 
+// mayTakeOver reports whether an order to take over can be followed: by force also by
+// an SVM that no commit covers, but not from a P that no lease binds, as none does
+// before it holds the PVM's output (R26).
+func (l *lifeSecondary) mayTakeOver(force bool) bool {
+	return l.covered || force && (l.echoed > l.paired || l.cfg.noR26Lease)
+}
+
 // takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.
 func (l *lifeSecondary) takeOver() {
 	l.state, l.awake = lsClaim, l.exited != 0
@@ -475,10 +546,20 @@ func (l *lifeSecondary) takeOver() {
 
 // quit: this guest follows nobody any more.
 func (l *lifeSecondary) quit() {
-	if l.state == lsOut {
+	if l.state >= lsOut {
 		return
 	}
 	l.state, l.covered = lsOut, false
 	l.fallSilent()
 	l.emit(lxOut)
+}
+
+// off: the pair stays off until somebody starts it.
+func (l *lifeSecondary) off() {
+	if l.state >= lsClaim {
+		return // the arbiter was asked: that decides
+	}
+	l.state, l.covered = lsOff, false
+	l.emit(lxShut)
+	l.emit(lxOff)
 }

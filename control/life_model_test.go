@@ -29,6 +29,7 @@ type lifeModel struct {
 	linked                     bool // a session holds
 	linkGen                    int
 	svmCovered                 bool // the truth: a commit in HOLD made the SVM a copy
+	forced                     bool // an operator has said that it need not be
 }
 
 type lifeTimed struct {
@@ -69,6 +70,9 @@ func (m *lifeModel) note(format string, args ...any) {
 
 func (m *lifeModel) step(h int, ev lifeEvent) {
 	x := &m.host[h]
+	if h == 1 && ev.Kind == lvTakeOver && ev.OK {
+		m.forced = true
+	}
 	if x.frozen {
 		if ev.Kind != lvTick {
 			x.missed = append(x.missed, ev)
@@ -84,6 +88,9 @@ func (m *lifeModel) step(h int, ev lifeEvent) {
 	}
 	if ev.Kind != lvTick && ev.Kind != lvHeard || len(fx) > 0 {
 		m.note("%s %v: %v", [...]string{"P", "S"}[h], ev, fx)
+	}
+	if h == 0 && x.p.sick && x.p.covered && (ev.Kind == lvTick || ev.Kind == lvCOLOExit) && slices.ContainsFunc(fx, func(e lifeEffect) bool { return e.Op == lxClaim }) {
+		m.fault = "a host whose guest cannot go on competes with its covered secondary"
 	}
 	for _, e := range fx {
 		m.carryOut(h, e)
@@ -102,7 +109,7 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 			m.after(m.ms(60), func() { m.step(h, lifeEvent{Kind: lvAwake}) })
 		}
 	case lxSolo:
-		if h == 1 && x.qemu && !m.svmCovered {
+		if h == 1 && x.qemu && !m.svmCovered && !m.forced {
 			m.fault = "the SVM speaks, and no commit covers it"
 		}
 		x.mode = ModeSolo
@@ -110,10 +117,19 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		m.send(h, lifeEvent{Kind: lvPeerDead})
 	case lxOut:
 		x.qemu = false
+	case lxYield:
+		m.send(1, lifeEvent{Kind: lvYield})
+	case lxOff:
+		x.qemu = false
+		if h == 0 {
+			m.send(0, lifeEvent{Kind: lvOff})
+		}
 	case lxSync:
+		m.forceSometimes()
 		m.after(m.ms(300), func() { m.step(0, lifeEvent{Kind: lvSynced, OK: m.linked && m.host[1].qemu}) })
 	case lxPair:
 		x.mode = ModeHold
+		m.forceSometimes()
 		gen := m.linkGen
 		m.after(m.ms(400), func() {
 			if m.linked && m.linkGen == gen && m.host[0].p.state == lpPair && m.host[1].qemu && x.qemu && !x.frozen && !m.host[1].frozen {
@@ -129,6 +145,27 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 	case lxQEMU:
 		m.after(m.ms(20), func() { m.step(h, lifeEvent{Kind: lvQEMU, OK: x.qemu}) })
 	}
+}
+
+// forceSometimes: an operator loses patience with a secondary that is not covered yet,
+// behind a cut of the control link or on a whole one.
+func (m *lifeModel) forceSometimes() {
+	if m.rng.IntN(4) != 0 {
+		return
+	}
+	if m.rng.IntN(3) != 0 {
+		m.note("control link false")
+		m.control = false
+		gen := m.linkGen
+		m.after(m.ms(300), func() {
+			if gen == m.linkGen {
+				m.unlink(m.rng.IntN(2) == 0)
+			}
+		})
+	}
+	m.after(m.ms(600), func() {
+		m.step(1, lifeEvent{Kind: lvTakeOver, OK: m.host[1].qemu && m.host[0].p.state != lpStart})
+	})
 }
 
 // claim is the arbiter's. An answer that is lost is asked for until it comes.
@@ -158,7 +195,7 @@ func (m *lifeModel) send(from int, ev lifeEvent) {
 // session is made when both daemons can.
 func (m *lifeModel) session() {
 	p, s := &m.host[0], &m.host[1]
-	if m.linked || !m.control || p.frozen || s.frozen || p.p.state == lpOut || s.s.state > lsPair {
+	if m.linked || !m.control || p.frozen || s.frozen || p.p.state >= lpOut || s.s.state > lsPair {
 		return
 	}
 	m.linked = true
@@ -208,7 +245,18 @@ func (m *lifeModel) check() {
 func (m *lifeModel) trouble() {
 	h := m.rng.IntN(2)
 	x := &m.host[h]
-	switch m.rng.IntN(10) {
+	switch m.rng.IntN(13) {
+	case 10: // a disk fails, or the guest panics; now and then it goes on later
+		m.step(h, lifeEvent{Kind: lvSick})
+		if m.rng.IntN(2) == 0 {
+			m.after(m.ms(4000), func() { m.step(h, lifeEvent{Kind: lvHealthy}) })
+		}
+	case 11:
+		m.step(0, lifeEvent{Kind: lvReplica})
+	case 12:
+		if m.rng.IntN(8) == 0 && m.host[0].qemu {
+			m.step(0, lifeEvent{Kind: lvOff})
+		}
 	case 0:
 		m.control = !m.control
 		m.note("control link %v", m.control)
@@ -281,7 +329,7 @@ func (m *lifeModel) trouble() {
 			if m.rng.IntN(3) == 0 {
 				m.step(0, lifeEvent{Kind: lvDoubt, OK: m.rng.IntN(2) == 0})
 			} else if m.rng.IntN(2) == 0 {
-				m.step(h, lifeEvent{Kind: lvTakeOver})
+				m.step(h, lifeEvent{Kind: lvTakeOver, OK: h == 1 && x.qemu && m.rng.IntN(2) == 0})
 			} else {
 				m.step(0, lifeEvent{Kind: lvYield})
 			}
@@ -343,6 +391,11 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 			}
 		}
 	})
+	every(int64(time.Second), func() {
+		if m.arbiter {
+			m.step(0, lifeEvent{Kind: lvEntry, Term: m.record.term, OK: m.record.speaker == 0})
+		}
+	})
 	m.after(int64(time.Second), func() { every(int64(100+rng.IntN(7000))*int64(time.Millisecond), m.trouble) })
 	for m.now < lifeRun && m.fault == "" {
 		i := 0
@@ -362,13 +415,14 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 
 func (e lifeEvent) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed", "synced", "yield", "committed", "doubt", "covered", "awake", "qemu",
+		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed",
+		"sick", "healthy", "off", "synced", "yield", "committed", "doubt", "replica", "entry", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
 
 func (e lifeEffect) String() string {
 	return fmt.Sprintf("%s(%d)", [...]string{
-		"", "Claim", "Shut", "Solo", "Dead", "Out", "Sync", "Pair", "Unpair", "Covered", "Quiet", "QEMU",
+		"", "Claim", "Shut", "Solo", "Dead", "Out", "Off", "Sync", "Pair", "Unpair", "Covered", "Yield", "Quiet", "QEMU",
 	}[e.Op], e.Term)
 }
 
@@ -400,9 +454,12 @@ func TestLifeSchedules(t *testing.T) {
 // TestLifeMutations: without each of the rules the schedules find the fault.
 func TestLifeMutations(t *testing.T) {
 	for name, change := range map[string]func(*lifeConfig){
-		"R18":       func(c *lifeConfig) { c.noR18 = true },
-		"R21 claim": func(c *lifeConfig) { c.noClaim = true },
-		"R21 wait":  func(c *lifeConfig) { c.noWait = true },
+		"R18":           func(c *lifeConfig) { c.noR18 = true },
+		"R21 claim":     func(c *lifeConfig) { c.noClaim = true },
+		"R21 wait":      func(c *lifeConfig) { c.noWait = true },
+		"R24":           func(c *lifeConfig) { c.noR24 = true },
+		"R26 uncovered": func(c *lifeConfig) { c.noR26Uncovered = true },
+		"R26 lease":     func(c *lifeConfig) { c.noR26Lease = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			for seed := range uint64(3000) {

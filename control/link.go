@@ -28,7 +28,7 @@ import (
 //	S → P  ready, stopped, resumed, abort
 //	P → S  rekey      the next term and its signing keys; S answers ok
 //	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
-//	P → S  covered    S may take over from now on (R18); over: P goes on without S
+//	P → S  covered    S may take over from now on (R18); over: P goes on without S; off: the guest powered off
 //	S → P  yield      fall silent and say dead: S takes over because an operator wants it to
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
@@ -288,10 +288,15 @@ type backoff struct {
 	first, last, next time.Duration
 }
 
+// take is how long to wait now.
+func (b *backoff) take() time.Duration {
+	b.next = min(max(2*b.next, b.first), b.last)
+	return b.next
+}
+
 // wait returns false when ctx ends first.
 func (b *backoff) wait(ctx context.Context) bool {
-	b.next = min(max(2*b.next, b.first), b.last)
-	t := time.NewTimer(b.next)
+	t := time.NewTimer(b.take())
 	defer t.Stop()
 	select {
 	case <-t.C:

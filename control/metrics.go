@@ -100,6 +100,12 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	last("last_checkpoint_frozen_seconds", "How long the last checkpoint that has ended kept the primary's output back.", func(c *Checkpoint) float64 { return c.FrozenMS / 1e3 })
 	last("last_checkpoint_primary_pause_seconds", "How long the last checkpoint that has ended halted the primary guest.", func(c *Checkpoint) float64 { return c.PVMPauseMS / 1e3 })
 	last("last_checkpoint_secondary_pause_seconds", "How long the last checkpoint that has ended halted the secondary guest.", func(c *Checkpoint) float64 { return c.SVMPauseMS / 1e3 })
+	add(prometheus.CounterValue, "disk_faults_total", "Faults of a disk's replica that QEMU reported, one a second at most, by disk, host and operation.", func(s *Status, put func(float64, ...string)) {
+		for _, f := range s.DiskFaults {
+			put(float64(f.Count), f.Disk, f.Host, f.Operation)
+		}
+	}, "disk", "host", "operation")
+	gauge("masked_disks", "Disks on which QEMU hides faults of one replica from the guest.", func(s *Status) float64 { return float64(len(s.MaskedDisks)) })
 	byReason("dropped_frames_total", "Frames that were dropped, by reason.", func(s *Status) map[string]uint64 { return s.Dropped })
 	byReason("frames_total", "Verdicts of the kernel half, by reason; one frame may have several.", func(s *Status) map[string]uint64 { return s.Counters })
 	add(prometheus.GaugeValue, "program_attached", "Programs that are attached: 1.", func(s *Status, put func(float64, ...string)) {

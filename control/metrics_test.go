@@ -18,11 +18,13 @@ func fullStatus() *Status {
 	return &Status{
 		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, Record: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
-		Dropped:  map[string]uint64{"no_slot": 18, "bad_tag": 19},
-		Counters: map[string]uint64{"held": 20, "no_slot": 18},
-		Programs: map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
-		Peer:     PeerStatus{Node: "beta", Connected: true},
-		QMP:      QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
+		Dropped:     map[string]uint64{"no_slot": 18, "bad_tag": 19},
+		Counters:    map[string]uint64{"held": 20, "no_slot": 18},
+		Programs:    map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
+		DiskFaults:  []DiskFault{{Disk: "colo-disk0", Host: "beta", Operation: "write", Error: "No space left on device", Count: 21}},
+		MaskedDisks: []string{"colo-disk1"},
+		Peer:        PeerStatus{Node: "beta", Connected: true},
+		QMP:         QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
 		Checkpoints: []Checkpoint{
 			{Epoch: 6, Result: "QEMU went away"},
 			{Epoch: 7, At: time.Unix(1700000000, 250e6), Result: "committed", FrozenMS: 30, PVMPauseMS: 20, SVMPauseMS: 10.5},
@@ -57,6 +59,9 @@ lockstep_connections{node="alpha",vm="web1"} 11
 # HELP lockstep_covered Whether the secondary may take over: 1 or 0.
 # TYPE lockstep_covered gauge
 lockstep_covered{node="alpha",vm="web1"} 1
+# HELP lockstep_disk_faults_total Faults of a disk's replica that QEMU reported, one a second at most, by disk, host and operation.
+# TYPE lockstep_disk_faults_total counter
+lockstep_disk_faults_total{disk="colo-disk0",host="beta",node="alpha",operation="write",vm="web1"} 21
 # HELP lockstep_dropped_frames_total Frames that were dropped, by reason.
 # TYPE lockstep_dropped_frames_total counter
 lockstep_dropped_frames_total{node="alpha",reason="bad_tag",vm="web1"} 19
@@ -95,6 +100,9 @@ lockstep_last_checkpoint_secondary_pause_seconds{node="alpha",vm="web1"} 0.0105
 # HELP lockstep_last_checkpoint_timestamp_seconds Unix time at which the last checkpoint that has ended was begun.
 # TYPE lockstep_last_checkpoint_timestamp_seconds gauge
 lockstep_last_checkpoint_timestamp_seconds{node="alpha",vm="web1"} 1.70000000025e+09
+# HELP lockstep_masked_disks Disks on which QEMU hides faults of one replica from the guest.
+# TYPE lockstep_masked_disks gauge
+lockstep_masked_disks{node="alpha",vm="web1"} 1
 # HELP lockstep_peer_connected Whether the control link holds: 1 or 0.
 # TYPE lockstep_peer_connected gauge
 lockstep_peer_connected{node="alpha",vm="web1"} 1
@@ -194,7 +202,7 @@ func TestMetricsHandler(t *testing.T) {
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Role State Detail Epoch Term Covered Record Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
-		CheckpointsRequested CheckpointsDone Dropped Counters Programs Peer QMP Causes Checkpoints`)
+		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Peer QMP Causes Checkpoints`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

@@ -95,6 +95,8 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 			}
 		}
 		d.step(ckptEvent{Kind: evQMPUp, OK: running})
+		d.guestState(state)
+		d.checkMasked()
 		d.prepare()
 		d.paired()
 	})
@@ -119,6 +121,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				}
 			})
 		default:
+			d.post(func() { d.guestEvent(e.Event, e.Data) })
 			level := slog.LevelDebug
 			if remarkable[e.Event] {
 				level = slog.LevelInfo
@@ -142,6 +145,7 @@ func (d *Daemon) ran(ev ckptEvent) {
 		}
 		if ev.Kind == evResume {
 			defer d.live(lifeEvent{Kind: lvAwake})
+			defer d.guestGoesOn()
 		}
 	}
 	d.step(ev)
@@ -193,6 +197,7 @@ func (d *Daemon) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 		d.post(func() {
 			if d.qmp.conn == m {
 				d.qmp.info.state, d.qmp.info.colo = state, mode
+				d.guestState(state)
 			}
 		})
 	}

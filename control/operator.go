@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/http"
 	"time"
+
+	"lockstep/control/qmp"
 )
 
 // What an operator may ask a daemon for, over its status socket.
@@ -24,7 +26,7 @@ const (
 // for good.
 func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 	var refused error
-	var after time.Time
+	var from uint32 // the first attempt that has all that the guest did until now
 	if err := d.ask(ctx, func() {
 		switch {
 		case d.primary == nil:
@@ -36,8 +38,11 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 		case d.life != nil && d.life.p.state != lpPair:
 			refused = errors.New("the guest does not replicate")
 		default:
-			after = time.Now()
-			d.wanted(request{at: after, nic: -1, reason: causeOperator})
+			from = d.primary.last + 1
+			if d.primary.stage == pPrepare {
+				from-- // QEMU has not been asked yet
+			}
+			d.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
 		return Checkpoint{}, errors.Join(err, refused)
@@ -45,7 +50,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 	var done *Checkpoint
 	err := d.until(ctx, func() bool {
 		for i := range d.attempts {
-			if a := &d.attempts[i]; !a.At.Before(after) && a.Result == "committed" {
+			if a := &d.attempts[i]; a.Epoch >= from && a.Result == "committed" {
 				done = new(Checkpoint)
 				*done = *a
 				return true
@@ -81,67 +86,109 @@ func (d *Daemon) until(ctx context.Context, done func() bool) error {
 // FailoverDone tells what came of a failover.
 type FailoverDone struct {
 	Node    string  `json:"node"`   // that was asked
-	Result  string  `json:"result"` // "speaks alone", "takes over"
+	Result  string  `json:"result"` // "transmits alone"
 	Seconds float64 `json:"seconds"`
 }
 
-// Failover has this host speak alone: as the primary it goes on without the
+// Failover has this host transmit alone: as the primary it goes on without the
 // secondary, as the secondary it takes over. Without force a takeover that loses
-// what the guest said is refused.
+// what the guest has sent is refused. An error says what came of it in its place.
 func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error) {
 	began := time.Now()
 	if d.life == nil {
-		return FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may speak")
+		return FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
 	}
-	// Asked before anybody falls silent. While nothing is claimed nobody else asks it.
+	// Asked before anybody is muted.
 	if _, err := d.life.Arbiter.Read(ctx); err != nil {
-		return FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could speak: %w", err)
+		return FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
+	}
+	loaded := false
+	if d.life.s != nil && force {
+		var err error
+		if loaded, err = d.loaded(ctx); err != nil {
+			return FailoverDone{}, err
+		}
 	}
 	var refused error
-	if err := d.ask(ctx, func() { refused = d.orderFailover(force) }); err != nil || refused != nil {
+	if err := d.ask(ctx, func() { refused = d.orderFailover(force, loaded) }); err != nil || refused != nil {
 		return FailoverDone{}, errors.Join(err, refused)
 	}
-	out := FailoverDone{Node: d.opt.Node, Result: "takes over"}
-	if d.life.p != nil {
-		out.Result = "speaks alone"
+	err := d.until(ctx, func() bool { return d.life.done() })
+	select {
+	case <-d.stopped: // the part has ended with it, and nobody else looks at its machine any more
+		err = nil
+	default:
 	}
-	err := d.until(ctx, func() bool {
-		if p := d.life.p; p != nil {
-			return p.state == lpSolo || p.state == lpOut
-		}
-		return d.life.s.state >= lsSolo
-	})
-	if d.life.s != nil && ctx.Err() == nil {
-		err = nil // the daemon's part as the secondary ends with it
+	if err == nil {
+		err = d.life.outcome(d.opt.Peer)
+	} else if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", orderTimeout)
 	}
-	out.Seconds = time.Since(began).Seconds()
-	return out, err
+	return FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
 }
 
-func (d *Daemon) orderFailover(force bool) error {
+// loaded reports whether the SVM is one that could go on (S): it follows a PVM, and is
+// not in the middle of being loaded for the first time.
+func (d *Daemon) loaded(ctx context.Context) (bool, error) {
+	follows, err := d.follows(ctx)
+	if err != nil || !follows {
+		return false, err
+	}
+	var m *qmp.Monitor
+	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil || m == nil {
+		return false, err
+	}
+	_, state, err := m.Status()
+	return state != "inmigrate", err
+}
+
+// done reports whether an order to fail over has come to an end.
+func (l *pairLife) done() bool {
+	if l.p != nil {
+		return l.p.state == lpSolo || l.p.state >= lpOut
+	}
+	return l.s.state >= lsSolo
+}
+
+// outcome is nil when this host transmits alone.
+func (l *pairLife) outcome(peer string) error {
+	switch {
+	case l.p != nil && l.p.state == lpSolo, l.s != nil && l.s.state == lsSolo:
+		return nil
+	case l.p != nil && l.p.state == lpOff, l.s != nil && l.s.state == lsOff:
+		return ErrPoweredOff
+	}
+	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
+}
+
+// orderFailover hands an operator's order to the failover machine, or says why that
+// would not follow it. loaded: S has an SVM that could go on.
+func (d *Daemon) orderFailover(force, loaded bool) error {
 	if p := d.life.p; p != nil {
 		switch p.state {
 		case lpStart, lpPair:
 			d.live(lifeEvent{Kind: lvTakeOver})
 			return nil
 		case lpSolo:
-			return errors.New("this host speaks alone already")
+			return errors.New("this host transmits alone already")
 		}
 		return fmt.Errorf("not now: the pair is in state %q", d.ownStatus().State)
 	}
 	s := d.life.s
+	for _, n := range d.nics {
+		s.echoed = max(s.echoed, n.dp.Echoed())
+	}
 	switch {
 	case s.state != lsPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
 	case !s.covered && !force:
 		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
+	case !s.covered && !loaded:
+		return errors.New("this secondary has no guest yet: its memory is still being copied")
+	case !s.mayTakeOver(true):
+		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
-	s.covered = true
-	if d.link != nil {
-		d.send(message{Type: "yield"}) // a primary that lives says when it is silent
-		return nil
-	}
-	d.live(lifeEvent{Kind: lvTakeOver})
+	d.live(lifeEvent{Kind: lvTakeOver, OK: force})
 	return nil
 }
 

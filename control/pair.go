@@ -34,7 +34,8 @@ type Life struct {
 	// Where a secondary's QEMU waits: this host's, the other's.
 	Own, Peers qemu.Incoming
 
-	doubt time.Duration // tests shorten it
+	doubt      time.Duration // tests shorten it
+	noR26Entry bool          // a mutation: only tests set it
 }
 
 // How a daemon's part in a pair's life ends: what Run returns.
@@ -70,8 +71,9 @@ type pairLife struct {
 
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing    qemu.Progress      // how far it is
-	said       uint64             // P: records of the SVM until the last commit
-	mute       int                // P: commits in a row without one
+	guestLife
+	said uint64 // P: records of the SVM until the last commit
+	mute int    // P: commits in a row without one
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
@@ -92,8 +94,10 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	if err != nil {
 		return nil, err
 	}
+	l.Arbiter = serialize(l.Arbiter)
 	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
 	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
+	cfg.noR26Entry = l.noR26Entry
 	if l.doubt != 0 {
 		cfg.doubt = int64(l.doubt)
 	}
@@ -155,6 +159,10 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		d.send(message{Type: "dead"})
 	case lxOut:
 		d.out()
+	case lxOff:
+		return d.poweredOff()
+	case lxYield:
+		d.send(message{Type: "yield"})
 	case lxSync:
 		return d.replicate()
 	case lxPair:
@@ -564,6 +572,8 @@ func (d *Daemon) heardOf(m message) bool {
 		if err := d.addEdges(m); err != nil {
 			d.unlink(d.link, err) // not covered, then
 		}
+	case m.Type == "off" && l.s != nil:
+		d.live(lifeEvent{Kind: lvOff})
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
 		d.live(lifeEvent{Kind: lvOver})
@@ -623,6 +633,11 @@ func (d *Daemon) qemuGone(why string) {
 	}
 	d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
 	d.event(journal.QEMU, "dead: "+why, nil)
+	if d.life.svmOff {
+		// One that ends with its guest: the primary's powers off as well, and says so.
+		time.AfterFunc(awaitOff, func() { d.post(func() { d.live(lifeEvent{Kind: lvQEMUDead}) }) })
+		return
+	}
 	d.live(lifeEvent{Kind: lvQEMUDead})
 }
 
@@ -749,7 +764,10 @@ func (l *pairLife) status(s *Status) {
 			s.State, s.Detail = "failover", "the arbiter is asked"
 		case lpOut:
 			s.State, s.Detail = "failover", "another host speaks"
+		case lpOff:
+			s.State, s.Detail = "off", "the guest powered off"
 		}
+		l.diskStatus(s)
 		return
 	}
 	s.Covered = l.s.covered
@@ -760,7 +778,10 @@ func (l *pairLife) status(s *Status) {
 		s.State = "failover"
 	case lsOut:
 		s.State, s.Detail = "failover", "another host speaks"
+	case lsOff:
+		s.State, s.Detail = "off", "the guest powered off"
 	}
+	l.diskStatus(s)
 }
 
 // follows tells whether the SVM follows a PVM, or did so to the end (S).

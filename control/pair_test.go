@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -17,14 +18,43 @@ import (
 
 // sharedArbiter is one that both hosts reach, until it is cut.
 type sharedArbiter struct {
-	mu  sync.Mutex
-	now arbiter.Record
-	cut bool
+	mu    sync.Mutex
+	now   arbiter.Record
+	cut   bool
+	reads int
+}
+
+// set changes the entry by somebody else's hand, and returns how often it was read
+// before.
+func (a *sharedArbiter) set(now arbiter.Record) (reads int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.now = now
+	return a.reads
+}
+
+// await returns when the entry was read so often.
+func (a *sharedArbiter) await(t *testing.T, reads int) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		a.mu.Lock()
+		n := a.reads
+		a.mu.Unlock()
+		if n >= reads {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the entry was read %d times, want %d", n, reads)
+		}
+		runtime.Gosched()
+	}
 }
 
 func (a *sharedArbiter) Read(context.Context) (arbiter.Record, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.reads++
 	if a.cut {
 		return arbiter.Record{}, errors.New("the arbiter is cut off")
 	}
@@ -178,7 +208,7 @@ func TestStuck(t *testing.T) {
 	p.start()
 	s.start()
 	s.ends(ErrAfresh)
-	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 1 })
+	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 2 })
 	p.path.await(t, 0, "mode hold", "mode solo")
 }
 
@@ -212,9 +242,83 @@ func TestForcedFailover(t *testing.T) {
 		t.Errorf("failover without an arbiter: %v", err)
 	}
 	a.setCut(false)
-	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil {
-		t.Error(err)
+	// While no lease binds the primary, force is not enough.
+	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "without a lease") {
+		t.Errorf("failover from a primary that has asked for no echo: %v", err)
+	}
+	if err := s.path.Echo(); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil || done.Result != "transmits alone" {
+		t.Error(done, err)
 	}
 	s.ends(ErrPromoted)
 	p.ends(ErrFenced)
+}
+
+// TestFailoverLost: an order that somebody else has been quicker than is no success.
+func TestFailoverLost(t *testing.T) {
+	p, s, a := lives(t, newPair(t))
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	a.set(arbiter.Record{Term: 3, Speaker: "beta"})
+	if done, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "names beta") {
+		t.Errorf("%v, %v", done, err)
+	}
+	p.ends(ErrFenced)
+	s.ends(ErrAfresh)
+}
+
+// TestFencedLater: a primary that transmits alone finds out that the arbiter names
+// another node since (R26).
+func TestFencedLater(t *testing.T) {
+	for name, mutated := range map[string]bool{"rule": false, "mutation": true} {
+		t.Run(name, func(t *testing.T) {
+			p, s, a := lives(t, newPair(t))
+			p.opt.entryEvery = 10 * time.Millisecond
+			p.opt.Life.noR26Entry = mutated
+			p.start()
+			s.start()
+			p.covered()
+			if _, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); err != nil {
+				t.Fatal(err)
+			}
+			s.ends(ErrAfresh)
+			reads := a.set(arbiter.Record{Term: 3, Speaker: "beta"})
+			if !mutated {
+				p.ends(ErrFenced)
+				p.path.await(t, 0, "mode solo", "mode shut")
+				return
+			}
+			a.await(t, reads+3)
+			if st := p.await("a status", func(Status) bool { return true }); st.State != "solo" {
+				t.Errorf("without the rule the primary is in state %q", st.State)
+			}
+		})
+	}
+}
+
+// TestUncoveredAsks: a primary whose secondary nothing covers asks the arbiter, too,
+// before it transmits alone (R26).
+func TestUncoveredAsks(t *testing.T) {
+	pair := newPair(t)
+	p, s, a := lives(t, pair)
+	pair.SetHook(func(qmptest.Stage) bool { return false }) // no checkpoint comes to pass
+	p.start()
+	s.start()
+	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	a.setCut(true)
+	mark := p.path.mark()
+	pair.Secondary.Close()
+	s.ends(ErrAfresh)
+	p.await("failover", func(st Status) bool { return st.State == "failover" })
+	for _, line := range p.path.since(mark) {
+		if line == "mode solo" {
+			t.Error("the primary transmits, and nobody knows whether it may")
+		}
+	}
+	a.setCut(false)
+	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 2 })
 }

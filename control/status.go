@@ -46,6 +46,9 @@ type Status struct {
 	CheckpointsRequested uint64 `json:"checkpoints_requested"`
 	CheckpointsDone      uint64 `json:"checkpoints_done"`
 
+	DiskFaults  []DiskFault `json:"disk_faults,omitempty"`  // what replicas of disks did not do, as far as this node knows
+	MaskedDisks []string    `json:"masked_disks,omitempty"` // P: on these QEMU hides such faults from the guest
+
 	Dropped  map[string]uint64        `json:"dropped"`  // frames by reason
 	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason
 	Programs map[string]ProgramStatus `json:"programs"` // by name; of further NICs by name@device

@@ -54,6 +54,12 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 		return c.Refuse("state_dir", err.Error(), "")
 	}
 	defer j.Close()
+	if st, err := store.Load(); err != nil {
+		return err
+	} else if st.Off && o.self.Starts {
+		o.log.Info(fmt.Sprintf("%s powered off and stays off; `lockstep start -c %s --node %s` has the next run boot it", c.VM, c.File, self))
+		return nil
+	}
 	life := &partLife{arbiter: a, store: store, journal: j}
 	for {
 		if life.begin, err = decide(ctx, e, o, life); err != nil {
@@ -71,6 +77,8 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 		case errors.Is(err, control.ErrPromoted):
 			o.primary = true
 			continue
+		case errors.Is(err, control.ErrPoweredOff):
+			return nil
 		case !errors.Is(err, control.ErrAfresh):
 			return err
 		}

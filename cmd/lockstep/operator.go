@@ -20,6 +20,7 @@ import (
 
 	"lockstep/control"
 	"lockstep/control/journal"
+	"lockstep/control/state"
 )
 
 func newCheckpoint(e env) *cobra.Command {
@@ -46,6 +47,47 @@ func newFailover(e env) *cobra.Command {
 		"and the secondary's begins afresh. A primary that has no secondary yet begins alone.\n" +
 		"A takeover that would lose what the guest has told clients is refused without --force."
 	cmd.Flags().BoolVar(&force, "force", false, "take over even if no checkpoint covers this secondary")
+	return cmd
+}
+
+func newStart(e env) *cobra.Command {
+	var t target
+	cmd := &cobra.Command{
+		Use:   "start -c pair.yaml --node NAME",
+		Short: "Have a guest that powered off boot again with the next run",
+		Long: "start forgets that the guest powered off while this host was its primary. `lockstep run`, or\n" +
+			"the unit that runs it, boots the guest then. It changes nothing else, and needs no daemon.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, _, err := t.load()
+			if err != nil {
+				return err
+			}
+			release, err := e.kernel.lock(c.PinDir, c.VM, self.Name)
+			if err != nil {
+				return err
+			}
+			defer release()
+			store, err := state.Open(c.StateDir, c.VM, self.Name)
+			if err != nil {
+				return err
+			}
+			st, err := store.Load()
+			if err != nil {
+				return err
+			}
+			if !st.Off {
+				return fmt.Errorf("%s did not power off while %s was its primary, so there is nothing to forget: start the daemon", c.VM, self.Name)
+			}
+			st.Off = false
+			if err := store.Save(st); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(e.stdout, "The next `lockstep run` on %s boots %s.\n", self.Name, c.VM)
+			return err
+		},
+	}
+	t.flags(cmd)
 	return cmd
 }
 

@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -70,11 +71,19 @@ func printStatus(out io.Writer, s control.Status) error {
 		}
 		fmt.Fprintf(w, "failover:\t%s, arbiter's term %d\n", word, s.Record)
 	}
+	label := "disk faults:"
+	for _, f := range s.DiskFaults {
+		fmt.Fprintf(w, "%s\t%s on %s: %s: %s (%d times, last at %s)\n", label, f.Disk, f.Host, f.Operation, f.Error, f.Count, f.At.Format(time.DateTime))
+		label = ""
+	}
+	if len(s.MaskedDisks) > 0 {
+		fmt.Fprintf(w, "MASKED:\tfaults of one replica of %s are hidden from the guest: start QEMU with vote-threshold=2\n", strings.Join(s.MaskedDisks, ", "))
+	}
 	fmt.Fprintf(w, "connections:\t%d\n", s.Connections)
 	fmt.Fprintf(w, "held:\t%d packets, %d bytes\n", s.HeldPackets, s.HeldBytes)
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)
 	fmt.Fprintf(w, "checkpoints:\t%d requested, %d done\n", s.CheckpointsRequested, s.CheckpointsDone)
-	label := "last causes:"
+	label = "last causes:"
 	for _, c := range s.Causes[max(0, len(s.Causes)-3):] {
 		fmt.Fprintf(w, "%s\t%s %s %s\n", label, c.At.Format(time.TimeOnly), c.Reason, c.Flow)
 		label = ""

@@ -33,6 +33,7 @@ const (
 	Arbiter    Kind = "arbiter"    // it was asked, and what it said
 	Fencing    Kind = "fencing"    // a guest was stopped, so as not to be the second one
 	QEMU       Kind = "qemu"       // started, stopped, died
+	Disk       Kind = "disk"       // a replica of a disk failed
 	Lost       Kind = "lost"       // events came faster than they could be written; Fields has their number
 )
 

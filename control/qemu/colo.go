@@ -259,10 +259,8 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 				return err
 			}
 		}
-		for i := range disks {
-			if err := m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": disks[i].ID, "node": nbdNode(i)}, nil); err != nil {
-				return fmt.Errorf("disk %s: %w", disks[i].ID, err)
-			}
+		if err := attach(m, disks); err != nil {
+			return err
 		}
 		if o.Resync && running {
 			if err := Cont(m); err != nil {
@@ -493,27 +491,9 @@ func cut(m *qmp.Monitor, disks []Disk) error {
 	})
 }
 
-// detach takes the secondary's images out of the disks, as far as they are in.
-func detach(m *qmp.Monitor, disks []Disk) error {
-	have, err := nodes(m)
-	if err != nil {
-		return err
-	}
-	for i := range disks {
-		if !have[nbdNode(i)] {
-			continue
-		}
-		// It need not be a child; if it stays one, blockdev-del refuses.
-		out := m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": disks[i].ID, "child": "children.1"}, nil)
-		if err := m.ExecuteWithin(slow, "blockdev-del", map[string]any{"node-name": nbdNode(i)}, nil); err != nil {
-			return fmt.Errorf("disk %s: the secondary's image stays: %w", disks[i].ID, errors.Join(out, err))
-		}
-	}
-	return nil
-}
-
 // PrimaryFailover makes a primary whose secondary is dead go on alone. It returns
-// when COLO is off and the guest runs.
+// when COLO is off and the guest runs, or stands still for a reason of its own. What
+// it could not write to the secondary's disks is done again on its own.
 func PrimaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	// First of all: a guest's write that waits for a silent host can hold up
 	// every other command.
@@ -521,11 +501,12 @@ func PrimaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	if err := detach(m, disks); err != nil {
 		return err
 	}
-	return errors.Join(err, lostHeartbeat(ctx, m, "primary"))
+	return errors.Join(err, lostHeartbeat(ctx, m, "primary"), Retry(m))
 }
 
 // SecondaryFailover makes a secondary whose primary is dead take over. It
-// returns when COLO is off and the guest runs. A secondary whose guest is not in
+// returns when COLO is off and the guest runs, or stands still for a reason of its own.
+// A secondary whose guest is not in
 // COLO yet cannot, and its QEMU may end.
 func SecondaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	// A QEMU that reads a checkpoint from a silent host answers nothing else.
@@ -567,14 +548,31 @@ func lostHeartbeat(ctx context.Context, m *qmp.Monitor, mode string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, settle)
 	defer cancel()
-	return until(ctx, "the guest runs alone", func() (bool, error) {
+	return until(ctx, "COLO has ended", func() (bool, error) {
 		mode, err := m.COLO()
 		if err != nil || mode != "none" {
 			return false, err
 		}
-		running, _, err := m.Status()
-		return running, err
+		running, state, err := m.Status()
+		return running || ownState[state], err
 	})
+}
+
+// ownState are the states of a guest that stands still for a reason of its own, not of
+// COLO's.
+var ownState = map[string]bool{
+	"io-error": true, "guest-panicked": true, "watchdog": true, "internal-error": true, "shutdown": true, "suspended": true, "prelaunch": true,
+}
+
+// Retry has a guest go on that QEMU stopped because a disk failed: it tries the
+// request again. When that fails, too, QEMU stops it again. Nothing, when the guest
+// stands still for another reason, or runs.
+func Retry(m *qmp.Monitor) error {
+	_, state, err := m.Status()
+	if err != nil || state != "io-error" {
+		return err
+	}
+	return Cont(m)
 }
 
 // Merged tells whether a guest that took over has merged what it wrote into its

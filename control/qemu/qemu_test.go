@@ -4,6 +4,7 @@ package qemu_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -158,18 +159,25 @@ type world struct {
 	kernel, initrd string
 	preload        string
 	disks          int
-	seed           bool // QEMU's command lines have the disks as COLO-FT.txt does
+	images         map[string]string // folders of the hosts' images; "": dir
+	overlays       map[string]string // of their overlays
+	mask           bool              // a mutation: one replica's word is enough
+	seed           bool              // QEMU's command lines have the disks as COLO-FT.txt does
 }
 
 const diskSize = 32 << 20
 
-func newWorld(t *testing.T, disks int) *world {
+func newWorld(t *testing.T, disks int) *world { return newWorldIn(t, disks, func(*world) {}) }
+
+// newWorldIn has choose say where things are, before they are made.
+func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 	lt.NeedRoot(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	w := &world{t: t, dir: t.TempDir(), disks: disks, preload: qemutest.Preload(t)}
+	choose(w)
 	w.kernel, w.initrd = qemutest.Image(t, qemutest.Guest{Service: self, Env: []string{"TEST_GUEST=1"}})
 	ip := func(args string) { lt.Run(t, "ip", strings.Fields(args)...) }
 	for _, host := range []string{"a", "b"} {
@@ -198,7 +206,7 @@ func newWorld(t *testing.T, disks int) *world {
 func (w *world) ns(host string) string { return fmt.Sprintf("lsq%x%s", os.Getpid(), host) }
 
 func (w *world) image(host string, i int) string {
-	return filepath.Join(w.dir, fmt.Sprintf("%s%d.qcow2", host, i))
+	return filepath.Join(cmp.Or(w.images[host], w.dir), fmt.Sprintf("%s%d.qcow2", host, i))
 }
 
 // guest is one QEMU on one host.
@@ -226,8 +234,9 @@ func (w *world) spec(host string) *qemu.Spec {
 		QMP:   filepath.Join(w.dir, host+", its.qmp"), Dir: w.dir,
 	}
 	for i := range w.disks {
-		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: filepath.Join(w.dir, "overlays, "+host)})
+		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})
 	}
+	qemu.SetMask(s, w.mask)
 	return s
 }
 
@@ -561,8 +570,9 @@ func TestDisks(t *testing.T) {
 	b = a.replicate("b", copied)
 	a.mustWrite("vda", 6, "six")
 	b.kill()
-	a.mustWrite("vda", 7, "seven") // before anybody noticed
+	written := a.waitingWrite(7, "seven") // before anybody noticed
 	a.takeOver()
+	written()
 	a.mustWrite("vda", 8, "eight")
 	b = a.replicate("b", copied)
 	a.checkpoint()

@@ -45,6 +45,8 @@ type Spec struct {
 	Extra []string // further arguments, as they are
 	Env   []string // QEMU's environment beside the daemon's, "NAME=value"
 
+	mask bool // a mutation: only tests set it
+
 	QMP string // path of the monitor's socket
 	Dir string // pid file and log
 }
@@ -95,6 +97,7 @@ func (s *Spec) overlay(d *Disk, kind string) string {
 func (s *Spec) args(in *Incoming) ([]string, error) {
 	a := []string{
 		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on",
+		"-no-shutdown", // a guest that powers off is told of to the other host first
 		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
 		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP), "-mon", "chardev=lockstep,mode=control",
@@ -121,7 +124,7 @@ func (s *Spec) args(in *Incoming) ([]string, error) {
 			}
 			a = append(a, "-blockdev", string(b))
 		}
-		a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s", i, s.Disks[i].ID))
+		a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s,werror=stop,rerror=stop", i, s.Disks[i].ID))
 	}
 	if in != nil {
 		a = append(a, "-incoming", in.Migration)
@@ -133,8 +136,8 @@ func (s *Spec) args(in *Incoming) ([]string, error) {
 
 type node map[string]any
 
-// blockdevs are a disk's nodes: a quorum, so that the secondary's image can be
-// added, over the image; on a secondary over replication over its overlays.
+// blockdevs are a disk's nodes: a quorum (graph.go) over the image; on a secondary
+// over replication over its overlays.
 func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	d := &s.Disks[i]
 	driver := "file"
@@ -144,11 +147,12 @@ func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 		driver = "host_device"
 	}
 	image := node{"driver": d.format(), "node-name": parentNode(i), "file": node{"driver": driver, "filename": d.Image}}
-	quorum := func(child string) node {
-		return node{"driver": "quorum", "node-name": d.ID, "read-pattern": "fifo", "vote-threshold": 1, "children": []string{child}}
+	size, err := d.size(true)
+	if err != nil {
+		return nil, err
 	}
 	if !secondary {
-		return []node{image, quorum(parentNode(i))}, nil
+		return []node{image, absent(i, size), s.quorum(i, parentNode(i))}, nil
 	}
 	overlay := func(name, kind string, backing any) node {
 		return node{"driver": "qcow2", "node-name": name, "backing": backing,
@@ -156,9 +160,10 @@ func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	}
 	return []node{
 		image,
+		absent(i, size),
 		{"driver": "replication", "node-name": childNode(i), "mode": "secondary", "top-id": d.ID,
 			"file": overlay(activeNode(i), "active", overlay(hiddenNode(i), "hidden", parentNode(i)))},
-		quorum(childNode(i)),
+		s.quorum(i, childNode(i)),
 	}, nil
 }
 

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"lockstep/control/qmp"
+)
+
+// A disk is a quorum of two children with the vote threshold 2 (R24): a write or a
+// flush is reported to the guest as done when both replicas took it. When one did
+// not, the request stays queued in the device and QEMU stops the guest (werror=stop),
+// so that no order of events, however late, can make a confirmed write be missing on
+// either replica. Which of them failed QUORUM_REPORT_BAD says, and what happens next
+// is the failover machine's decision.
+//
+// While there is no secondary, a node that stands for its replica is the second
+// child: it takes every write and has none of them, so it fails every read.
+//
+//	guest's device ── quorum "ID", threshold 2 ─┬─ parentN (P) or childsN (S): this host's image
+//	                                            └─ absentN, or nbdN (P): the secondary's image
+//
+// A QEMU that somebody else started may have a quorum of threshold 1, as QEMU's guide
+// shows it. It goes on when one replica fails, and reports the write as done
+// ([Masked]).
+
+func absentNode(i int) string { return fmt.Sprintf("absent%d", i) }
+
+// absent is the stand-in of size bytes for the replica that is not there.
+func absent(i int, size int64) node {
+	return node{
+		"driver": "blkdebug", "node-name": absentNode(i),
+		"image":        node{"driver": "null-co", "size": size, "read-zeroes": true},
+		"inject-error": []node{{"event": "none", "iotype": "read", "errno": 5}}, // EIO
+	}
+}
+
+// quorum is the disk over this host's image.
+func (s *Spec) quorum(i int, child string) node {
+	threshold := 2
+	if s.mask {
+		threshold = 1
+	}
+	return node{
+		"driver": "quorum", "node-name": s.Disks[i].ID, "read-pattern": "fifo", "vote-threshold": threshold,
+		"children": []string{child, absentNode(i)},
+	}
+}
+
+// graph is QEMU's block nodes and who uses whom.
+type graph struct {
+	Nodes []struct {
+		ID   int
+		Type string // "block-driver", "block-backend", "block-job"
+		Name string // two of different types may have one
+	}
+	Edges []struct {
+		Parent, Child int
+		Name          string
+	}
+}
+
+func blockGraph(m *qmp.Monitor) (g graph, err error) {
+	err = m.Execute("x-debug-query-block-graph", nil, &g)
+	return g, err
+}
+
+// disk is the quorum of a disk: the node of that name, or the one behind the drive of
+// that name, as QEMU's guide has it.
+func (g *graph) disk(d *Disk) (id int, ok bool) {
+	drive := 0
+	for _, n := range g.Nodes {
+		switch {
+		case n.Name != d.ID:
+		case n.Type == "block-driver":
+			return n.ID, true
+		case n.Type == "block-backend":
+			drive = n.ID
+		}
+	}
+	for _, e := range g.Edges {
+		if e.Parent == drive && e.Name == "root" {
+			return e.Child, true
+		}
+	}
+	return 0, false
+}
+
+// child is how a disk's quorum calls a child; false: it is none.
+func (g *graph) child(d *Disk, child string) (string, bool) {
+	disk, ok := g.disk(d)
+	for _, e := range g.Edges {
+		if ok && e.Parent == disk && g.name(e.Child) == child {
+			return e.Name, true
+		}
+	}
+	return "", false
+}
+
+func (g *graph) name(id int) string {
+	for _, n := range g.Nodes {
+		if n.ID == id {
+			return n.Name
+		}
+	}
+	return ""
+}
+
+func (g *graph) has(name string) bool {
+	for _, n := range g.Nodes {
+		if n.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+func addChild(m *qmp.Monitor, d *Disk, name string) error {
+	return m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "node": name}, nil)
+}
+
+// removeChild takes a node out of a disk, if it is in, and ends it.
+func removeChild(m *qmp.Monitor, g *graph, d *Disk, name string) error {
+	if edge, is := g.child(d, name); is {
+		if err := m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "child": edge}, nil); err != nil {
+			return err
+		}
+	}
+	if !g.has(name) {
+		return nil
+	}
+	return m.ExecuteWithin(slow, "blockdev-del", map[string]any{"node-name": name}, nil)
+}
+
+// attach makes the secondary's image, which is the same as this host's, the second
+// replica of every disk. The guest stands still.
+func attach(m *qmp.Monitor, disks []Disk) error {
+	for i := range disks {
+		d := &disks[i]
+		if err := addChild(m, d, nbdNode(i)); err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+		g, err := blockGraph(m)
+		if err == nil {
+			// With it, one of the two others would be enough.
+			err = removeChild(m, &g, d, absentNode(i))
+		}
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+	}
+	return nil
+}
+
+// detach takes the secondary's images out of the disks, as far as they are in. It may
+// be repeated.
+func detach(m *qmp.Monitor, disks []Disk) error {
+	if len(disks) == 0 {
+		return nil
+	}
+	g, err := blockGraph(m)
+	if err != nil {
+		return err
+	}
+	for i := range disks {
+		d := &disks[i]
+		if _, is := g.child(d, nbdNode(i)); is && !g.alone(i, d) {
+			threshold, err := threshold(m, &g, d)
+			if err == nil && threshold > 1 {
+				err = standIn(m, &g, i, d)
+			}
+			if err != nil {
+				return fmt.Errorf("disk %s: %w", d.ID, err)
+			}
+		}
+		if err := removeChild(m, &g, d, nbdNode(i)); err != nil {
+			return fmt.Errorf("disk %s: the secondary's image stays: %w", d.ID, err)
+		}
+	}
+	return nil
+}
+
+// alone reports whether the stand-in is a replica already.
+func (g *graph) alone(i int, d *Disk) bool {
+	_, is := g.child(d, absentNode(i))
+	return is
+}
+
+// standIn adds the replica that is not there.
+func standIn(m *qmp.Monitor, g *graph, i int, d *Disk) error {
+	if !g.has(absentNode(i)) {
+		info, err := quorumNode(m, g, d)
+		if err != nil {
+			return err
+		}
+		if err := m.ExecuteWithin(slow, "blockdev-add", absent(i, info.Image.Size), nil); err != nil {
+			return err
+		}
+	}
+	return addChild(m, d, absentNode(i))
+}
+
+type namedNode struct {
+	Name  string `json:"node-name"`
+	File  string // of a quorum: "json:{…}" with its options
+	Image struct {
+		Size int64 `json:"virtual-size"`
+	}
+}
+
+func quorumNode(m *qmp.Monitor, g *graph, d *Disk) (namedNode, error) {
+	var list []namedNode
+	if err := m.Execute("query-named-block-nodes", map[string]any{"flat": true}, &list); err != nil {
+		return namedNode{}, err
+	}
+	id, ok := g.disk(d)
+	i := slices.IndexFunc(list, func(n namedNode) bool { return n.Name == g.name(id) })
+	if !ok || i < 0 {
+		return namedNode{}, fmt.Errorf("QEMU has neither a block node nor a drive %q", d.ID)
+	}
+	return list[i], nil
+}
+
+// threshold is how many replicas have to take a write. QEMU tells a node's options
+// only as the name by which it could be opened again, which may be cut at its end.
+func threshold(m *qmp.Monitor, g *graph, d *Disk) (int, error) {
+	info, err := quorumNode(m, g, d)
+	if err != nil {
+		return 0, err
+	}
+	found := voteThreshold.FindStringSubmatch(info.File)
+	if found == nil {
+		return 0, fmt.Errorf("QEMU does not tell the quorum's vote threshold: %.200q", info.File)
+	}
+	return strconv.Atoi(found[1])
+}
+
+// A number where -blockdev gave it, a string where -drive did.
+var voteThreshold = regexp.MustCompile(`"vote-threshold": "?([0-9]{1,9})\b`)
+
+// Masked are the disks on which QEMU hides from the guest that one of the replicas did
+// not take a write: those of a QEMU that was started with a vote threshold of 1.
+func Masked(m *qmp.Monitor, disks []Disk) ([]string, error) {
+	g, err := blockGraph(m)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for i := range disks {
+		n, err := threshold(m, &g, &disks[i])
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", disks[i].ID, err)
+		}
+		if n < 2 {
+			ids = append(ids, disks[i].ID)
+		}
+	}
+	return ids, nil
+}
+
+// Replicated is nil when every disk has this host's image and the secondary's as its
+// replicas, and nothing that could stand in for either (P).
+func Replicated(m *qmp.Monitor, disks []Disk) error {
+	if len(disks) == 0 {
+		return nil
+	}
+	g, err := blockGraph(m)
+	if err != nil {
+		return err
+	}
+	for i := range disks {
+		d := &disks[i]
+		if _, is := g.child(d, nbdNode(i)); !is || g.alone(i, d) {
+			return fmt.Errorf("disk %s: the secondary's image is no replica of it", d.ID)
+		}
+	}
+	return nil
+}
+
+// Replica names the disk that a block node of QEMU's events belongs to, and whether it
+// is the secondary's image (P).
+func Replica(node string, disks []Disk) (disk string, secondarys bool) {
+	for i := range disks {
+		if node == nbdNode(i) {
+			return disks[i].ID, true
+		}
+		if slices.Contains([]string{disks[i].ID, parentNode(i), childNode(i), activeNode(i), hiddenNode(i)}, node) {
+			return disks[i].ID, false
+		}
+	}
+	return node, false
+}
