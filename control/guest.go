@@ -52,6 +52,9 @@ type guestLife struct {
 	retry    backoff
 	retryAt  time.Time
 	retrying bool
+
+	mergeFrom           time.Time // when a merge was first waited for
+	asksMerge, saidSlow bool
 }
 
 // guestEvent takes one of QEMU's events.
@@ -99,6 +102,9 @@ func (d *Daemon) guestEvent(event string, data map[string]any) {
 // read.
 func (d *Daemon) diskFailed(node, operation, why string) {
 	l := d.life
+	if l.ended() {
+		return // another host serves, and has cut the connection to its disks
+	}
 	disk, secondarys := qemu.Replica(node, l.Disks)
 	host := d.opt.Node
 	if secondarys {
@@ -116,6 +122,11 @@ func (d *Daemon) diskFailed(node, operation, why string) {
 		l.cancelSync() // what is copied is not what the guest has
 	}
 	d.live(lifeEvent{Kind: lvReplica})
+}
+
+// ended reports whether this host has no say any more.
+func (l *pairLife) ended() bool {
+	return l.p != nil && l.p.state >= lpOut || l.s != nil && l.s.state >= lsOut
 }
 
 func (l *pairLife) note(f DiskFault) {
@@ -158,6 +169,7 @@ func (d *Daemon) guestState(state string) {
 	if l == nil {
 		return
 	}
+	d.watchMerge()
 	switch state {
 	case "io-error":
 		d.ioStopped("", "", "QEMU has stopped the guest because a disk failed")
@@ -241,7 +253,7 @@ func (d *Daemon) poweredOff() error {
 // diskStatus adds what is wrong with the disks and the guest to a status.
 func (l *pairLife) diskStatus(s *Status) {
 	s.DiskFaults = append([]DiskFault{}, l.faults...)
-	s.MaskedDisks = l.masked
+	s.MaskedDisks, s.Unmerged = l.masked, l.state.Unmerged
 	if l.ioError {
 		s.Detail = "the guest stands still"
 		if n := len(l.faults); n > 0 {
@@ -281,6 +293,39 @@ func (d *Daemon) checkMasked() {
 		if l.p.state == lpPair {
 			d.log.Error("writes that the secondary missed may have passed unseen")
 			d.live(lifeEvent{Kind: lvReplica})
+		}
+	})
+}
+
+// mergeSlow is how long a merge may take before somebody is told.
+const mergeSlow = 30 * time.Second
+
+// watchMerge finds out when what the guest wrote since it took over is in its images.
+func (d *Daemon) watchMerge() {
+	l := d.life
+	if l.p == nil || !l.state.Unmerged || l.asksMerge {
+		return
+	}
+	if l.mergeFrom.IsZero() {
+		l.mergeFrom = time.Now()
+	}
+	merged := false
+	l.asksMerge = true
+	d.procedure("look at the overlays", func(_ context.Context, m *qmp.Monitor) (err error) {
+		merged, err = qemu.Merged(m, l.Disks)
+		return err
+	}, func(err error) {
+		l.asksMerge = false
+		switch {
+		case err != nil:
+		case merged:
+			if err := d.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+				d.fatal = err
+			}
+		case time.Since(l.mergeFrom) > mergeSlow && !l.saidSlow:
+			l.saidSlow = true
+			d.log.Error("the overlays are not merged into the guest's images: is there room where these are? Until they are, overlay_dir must not be lost", "since", l.mergeFrom)
+			d.event(journal.Disk, "the overlays are not merged into the guest's images", nil)
 		}
 	})
 }

@@ -105,6 +105,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 			put(float64(f.Count), f.Disk, f.Host, f.Operation)
 		}
 	}, "disk", "host", "operation")
+	gauge("disks_unmerged", "Whether what the guest wrote since it took over is in the overlays and not yet in its images: 1 or 0.", func(s *Status) float64 { return truth(s.Unmerged) })
 	gauge("masked_disks", "Disks on which QEMU hides faults of one replica from the guest.", func(s *Status) float64 { return float64(len(s.MaskedDisks)) })
 	byReason("dropped_frames_total", "Frames that were dropped, by reason.", func(s *Status) map[string]uint64 { return s.Dropped })
 	byReason("frames_total", "Verdicts of the kernel half, by reason; one frame may have several.", func(s *Status) map[string]uint64 { return s.Counters })

@@ -22,6 +22,7 @@ func fullStatus() *Status {
 		Counters:    map[string]uint64{"held": 20, "no_slot": 18},
 		Programs:    map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
 		DiskFaults:  []DiskFault{{Disk: "colo-disk0", Host: "beta", Operation: "write", Error: "No space left on device", Count: 21}},
+		Unmerged:    true,
 		MaskedDisks: []string{"colo-disk1"},
 		Peer:        PeerStatus{Node: "beta", Connected: true},
 		QMP:         QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
@@ -62,6 +63,9 @@ lockstep_covered{node="alpha",vm="web1"} 1
 # HELP lockstep_disk_faults_total Faults of a disk's replica that QEMU reported, one a second at most, by disk, host and operation.
 # TYPE lockstep_disk_faults_total counter
 lockstep_disk_faults_total{disk="colo-disk0",host="beta",node="alpha",operation="write",vm="web1"} 21
+# HELP lockstep_disks_unmerged Whether what the guest wrote since it took over is in the overlays and not yet in its images: 1 or 0.
+# TYPE lockstep_disks_unmerged gauge
+lockstep_disks_unmerged{node="alpha",vm="web1"} 1
 # HELP lockstep_dropped_frames_total Frames that were dropped, by reason.
 # TYPE lockstep_dropped_frames_total counter
 lockstep_dropped_frames_total{node="alpha",reason="bad_tag",vm="web1"} 19
@@ -202,7 +206,7 @@ func TestMetricsHandler(t *testing.T) {
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Role State Detail Epoch Term Covered Record Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
-		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Peer QMP Causes Checkpoints`)
+		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

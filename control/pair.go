@@ -348,6 +348,12 @@ func (d *Daemon) goAlone() error {
 
 // promote has the SVM speak (R21 v, R22), and ends this daemon's part.
 func (d *Daemon) promote() error {
+	if len(d.life.Disks) > 0 {
+		// Noted before a client hears of anything that only the overlays have.
+		if err := d.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
+			return err
+		}
+	}
 	if err := d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
 		return err
 	}
@@ -679,6 +685,17 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	}
 	if err := l.Guest.Check(in, nil); err != nil {
 		return err
+	}
+	if l.state.Unmerged {
+		if l.p != nil {
+			d.log.Warn("merging what the guest wrote after its takeover into its images")
+			if err := qemu.MergeOverlays(l.Guest); err != nil {
+				return err
+			}
+		}
+		if err := d.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+			return err
+		}
 	}
 	if p, err = qemu.Start(ctx, l.Guest, in); err != nil {
 		return err

@@ -46,8 +46,10 @@ type Status struct {
 	CheckpointsRequested uint64 `json:"checkpoints_requested"`
 	CheckpointsDone      uint64 `json:"checkpoints_done"`
 
-	DiskFaults  []DiskFault `json:"disk_faults,omitempty"`  // what replicas of disks did not do, as far as this node knows
-	MaskedDisks []string    `json:"masked_disks,omitempty"` // P: on these QEMU hides such faults from the guest
+	DiskFaults []DiskFault `json:"disk_faults,omitempty"` // what replicas of disks did not do, as far as this node knows
+	// P: what the guest wrote since it took over is not in its images yet.
+	Unmerged    bool     `json:"unmerged,omitempty"`
+	MaskedDisks []string `json:"masked_disks,omitempty"` // P: on these QEMU hides such faults from the guest
 
 	Dropped  map[string]uint64        `json:"dropped"`  // frames by reason
 	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason

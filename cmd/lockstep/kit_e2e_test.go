@@ -386,7 +386,7 @@ func (p *pair) daemon(node, ns, role string) {
 		if p.t.Failed() {
 			p.t.Logf("log of %s:\n%s", node, p.log(node))
 		}
-		unload := lt.Command(ns, p.self(), "unload", "-c", p.config, "--node", node)
+		unload := lt.Command(ns, p.self(), "unload", "--force", "-c", p.config, "--node", node)
 		unload.Env = append(os.Environ(), actAs+"=lockstep")
 		if out, err := unload.CombinedOutput(); err != nil {
 			p.t.Errorf("unload %s: %v\n%s", node, err, out)

@@ -76,6 +76,9 @@ func printStatus(out io.Writer, s control.Status) error {
 		fmt.Fprintf(w, "%s\t%s on %s: %s: %s (%d times, last at %s)\n", label, f.Disk, f.Host, f.Operation, f.Error, f.Count, f.At.Format(time.DateTime))
 		label = ""
 	}
+	if s.Unmerged {
+		fmt.Fprintf(w, "overlays:\tnot merged into the images yet: overlay_dir must not be lost\n")
+	}
 	if len(s.MaskedDisks) > 0 {
 		fmt.Fprintf(w, "MASKED:\tfaults of one replica of %s are hidden from the guest: start QEMU with vote-threshold=2\n", strings.Join(s.MaskedDisks, ", "))
 	}

@@ -281,6 +281,26 @@ func Replicated(m *qmp.Monitor, disks []Disk) error {
 	return nil
 }
 
+// MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its
+// images. It may be repeated: a merge that was cut off begins anew.
+func MergeOverlays(s *Spec) error {
+	for i := range s.Disks {
+		d := &s.Disks[i]
+		active, hidden := s.overlay(d, "active"), s.overlay(d, "hidden")
+		// Until then the overlays do not name what they lie over: QEMU was told.
+		for _, args := range [][]string{
+			{"rebase", "-u", "-f", "qcow2", "-F", d.format(), "-b", d.Image, hidden},
+			{"rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", hidden, active},
+			{"commit", "-q", "-d", "-f", "qcow2", "-b", d.Image, active},
+		} {
+			if _, err := qemuImg(args...); err != nil {
+				return fmt.Errorf("disk %s: what the guest wrote since it took over is in %s and %s, and cannot be merged into %s: %w", d.ID, active, hidden, d.Image, err)
+			}
+		}
+	}
+	return nil
+}
+
 // Replica names the disk that a block node of QEMU's events belongs to, and whether it
 // is the secondary's image (P).
 func Replica(node string, disks []Disk) (disk string, secondarys bool) {

@@ -20,11 +20,12 @@ import (
 // State is one node's part in one pair. The zero State is that of a node that
 // never ran.
 type State struct {
-	Role       string `json:"role"`          // "primary", "secondary"
-	Term       uint64 `json:"term"`          // of the arbiter's record that this node last acted on
-	Covered    uint64 `json:"covered"`       // the term for which the secondary was told that it may take over (R18); 0: none
-	Replicated bool   `json:"replicated"`    // replication has begun once: the images of both hosts may differ since
-	Off        bool   `json:"off,omitempty"` // the guest powered off, and nobody has started it since (R25)
+	Role       string `json:"role"`               // "primary", "secondary"
+	Term       uint64 `json:"term"`               // of the arbiter's record that this node last acted on
+	Covered    uint64 `json:"covered"`            // the term for which the secondary was told that it may take over (R18); 0: none
+	Replicated bool   `json:"replicated"`         // replication has begun once: the images of both hosts may differ since
+	Unmerged   bool   `json:"unmerged,omitempty"` // what the guest wrote since it took over is in the overlays, not yet in its images
+	Off        bool   `json:"off,omitempty"`      // the guest powered off, and nobody has started it since (R25)
 }
 
 // Store is a node's file in state_dir. It is for one process at a time, which the
