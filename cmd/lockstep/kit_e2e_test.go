@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"lockstep/control"
 	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
@@ -63,6 +65,7 @@ const (
 	portAhead  = "7005" // "pvm n\n" or "svm n\n": n bytes, from that guest at once, from the other later
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
+	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "read NAME\n"
 )
 
@@ -107,6 +110,12 @@ func serveGuest(as string) {
 			}
 		},
 		portDisk: serveDisk,
+		portEnd: func(c *net.TCPConn) {
+			for r := bufio.NewScanner(c); r.Scan(); {
+				how := map[string]int{"poweroff": unix.LINUX_REBOOT_CMD_POWER_OFF, "reboot": unix.LINUX_REBOOT_CMD_RESTART}[r.Text()]
+				fmt.Fprintln(c, r.Text(), unix.Reboot(how))
+			}
+		},
 		portDirty: func(c *net.TCPConn) {
 			b := dirty()
 			stop := make(chan struct{})

@@ -109,6 +109,18 @@ qemu:
 	return p
 }
 
+// extra adds arguments to QEMU's command lines.
+func (p *livingPair) extra(args ...string) {
+	p.t.Helper()
+	b, err := os.ReadFile(p.config)
+	if err == nil {
+		err = os.WriteFile(p.config, []byte(strings.Replace(string(b), "  extra: [", "  extra: ["+strings.Join(args, ", ")+", ", 1)), 0o600)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+}
+
 // host is a node's namespace.
 func (p *livingPair) host(node string) string {
 	return map[string]string{"alpha": p.HostP, "beta": p.HostS}[node]
