@@ -121,6 +121,10 @@ func (o *Options) setDefaults() error {
 		o.link = defaultLinkTiming
 		if o.Life != nil {
 			o.link.silence, o.link.ping = o.Life.Timeout, o.EchoEvery
+			if o.Life.Restart != 0 {
+				// A daemon that was started again is found within that time.
+				o.link.retryMax = min(o.link.retryMax, o.Life.Restart/4)
+			}
 		}
 	}
 	if o.Progress == nil {

@@ -28,6 +28,7 @@ type Life struct {
 	Arbiter arbiter.Arbiter
 	Store   *state.Store
 	Timeout time.Duration // of a silent peer, before it counts as dead
+	Restart time.Duration // for a daemon that ended on a living host to come back; 0: MaxRejoin
 
 	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
 	Disks []qemu.Disk
@@ -98,6 +99,9 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
 	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
 	cfg.noR26Entry = l.noR26Entry
+	if l.Restart != 0 {
+		cfg.rejoin = int64(max(l.Restart, l.Timeout))
+	}
 	if l.doubt != 0 {
 		cfg.doubt = int64(l.doubt)
 	}

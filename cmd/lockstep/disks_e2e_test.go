@@ -319,3 +319,59 @@ func TestDiskFaultSeen(t *testing.T) {
 	defer c.Close()
 	p.verify(c, confirmed)
 }
+
+// TestColdStart: everything on both hosts ends at once, in a pair or while one host has
+// just taken over, and what was confirmed is there when the units have started their
+// daemons again, in any order.
+func TestColdStart(t *testing.T) {
+	p := newLivingPair(t, 1, "")
+	image, err := os.ReadFile(filepath.Join(p.Dir, "alpha0.qcow2"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(p.Dir, "beta0.qcow2"), image, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	kill := func(nodes ...string) {
+		for _, node := range nodes {
+			p.procs[node].Process.Kill()
+		}
+		for _, node := range nodes {
+			p.procs[node].Wait()
+			p.killQEMU(node)
+		}
+	}
+	check := func(n int) {
+		t.Helper()
+		p.covered()
+		p.booted()
+		c, served := p.served(time.Minute)
+		if !served {
+			t.Fatal("nobody serves")
+		}
+		defer c.Close()
+		p.verify(c, n)
+	}
+	for _, order := range [][2]string{{"alpha", "beta"}, {"beta", "alpha"}} {
+		w := p.writes(5 * time.Second)
+		lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > 20, "few writes" })
+		kill("alpha", "beta")
+		confirmed := w.end()
+		for _, node := range order {
+			p.run(node, map[string]string{"alpha": "primary", "beta": "secondary"}[node])
+		}
+		check(confirmed)
+	}
+	// The secondary takes over, and ends before what it wrote is in its image.
+	w := p.writes(5 * time.Second)
+	lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > 20, "few writes" })
+	kill("alpha")
+	before := w.count()
+	lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > before+1, "no writes" })
+	kill("beta")
+	confirmed := w.end()
+	p.run("alpha", "secondary")
+	p.run("beta", "primary")
+	check(confirmed)
+}

@@ -127,8 +127,8 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 	if o.primary {
 		role = control.RolePrimary
 	}
-	if life.afresh {
-		found = control.Found{}
+	if life.afresh || o.self.Starts && !guestRuns(o) {
+		found = control.Found{} // tables are of no use without the guest whose connections they know
 	}
 	b, err := control.Decide(role, self, other, st, rec, found)
 	if err != nil {
@@ -137,11 +137,22 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 	return b, nil
 }
 
+// guestRuns reports whether a QEMU that an earlier daemon started is there.
+func guestRuns(o runOptions) bool {
+	spec := guestSpec(o.config, o.self)
+	p, err := qemu.Find(&spec)
+	if err != nil {
+		return !errors.Is(err, qemu.ErrNotRunning)
+	}
+	p.Release()
+	return true
+}
+
 // fill tells control what the config says of the pair's life.
 func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
 	life := &control.Life{
-		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout,
+		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
 		Own: incoming(c, o.self), Peers: incoming(c, o.other),
 	}
 	if q := c.QEMU; q != nil {

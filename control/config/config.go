@@ -37,6 +37,7 @@ const (
 	DefaultHeartbeatInterval = 50 * time.Millisecond
 	DefaultHeartbeatTimeout  = 500 * time.Millisecond
 	DefaultHeartbeatSpeak    = 400 * time.Millisecond
+	DefaultHeartbeatRestart  = 3 * time.Second
 
 	DefaultPeriod      = 20 * time.Second
 	DefaultMinInterval = 20 * time.Millisecond
@@ -137,6 +138,7 @@ type Heartbeat struct {
 	Interval time.Duration // between two echoes
 	Timeout  time.Duration // of a silent peer, before it counts as dead
 	Speak    time.Duration // an echo lets the PVM speak for so long: T of R20
+	Restart  time.Duration // for a daemon that ended on a living host to come back
 }
 
 // Rule names datagrams that leave from the PVM uncompared.
@@ -279,7 +281,7 @@ func Parse(file string, data []byte) (*Config, error) {
 			GSOSlots:       DefaultGSOSlots,
 		},
 		TLS:        TLS{Rekey: DefaultRekey},
-		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak},
+		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
 		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort},
 		at:         r.at,
@@ -367,9 +369,9 @@ func (c *Config) pos(key string) Pos {
 // counts are each host's own.
 func (c *Config) Hash() [32]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "lockstep config 3\nvm %s\ninsecure %v\nheartbeat %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d %d\n",
+	fmt.Fprintf(h, "lockstep config 3\nvm %s\ninsecure %v\nheartbeat %d %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d %d\n",
 		c.VM, c.TLS.Insecure,
-		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak,
+		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak, c.Heartbeat.Restart,
 		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly,
 		c.Checkpoint.Period, c.Checkpoint.MinInterval, c.Checkpoint.TargetPause)
 	a, b := &c.Nodes[0], &c.Nodes[1]

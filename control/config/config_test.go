@@ -26,7 +26,7 @@ tls:
   cert: certs/{node}.pem
   key: "certs/{node}.key"
   rekey: 2h
-heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms}
+heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms, restart: 900ms}
 pin_dir: /sys/fs/bpf/lockstep
 compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
 checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms}
@@ -80,7 +80,7 @@ func TestParse(t *testing.T) {
 				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto"}}},
 		},
 		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour},
-		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Speak: 200 * time.Millisecond},
+		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Speak: 200 * time.Millisecond, Restart: 900 * time.Millisecond},
 		PinDir:    "/sys/fs/bpf/lockstep",
 		RunDir:    "/tmp/run",
 		StateDir:  "etc/state",
@@ -130,7 +130,7 @@ func TestDefaults(t *testing.T) {
 	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil}, c.Compare); d != "" {
 		t.Errorf("compare: -want +got\n%s", d)
 	}
-	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak}); c.Heartbeat != want {
+	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, DefaultHeartbeatRestart}); c.Heartbeat != want {
 		t.Errorf("heartbeat %+v, want %+v", c.Heartbeat, want)
 	}
 	if want := (TLS{Insecure: true, Rekey: DefaultRekey}); c.TLS != want || c.Nodes[0].NICs[0].XDP != XDPAuto {
@@ -382,6 +382,7 @@ func TestHash(t *testing.T) {
 		"beat":    replace("interval: 20ms", "interval: 21ms"),
 		"silence": replace("timeout: 300ms", "timeout: 301ms"),
 		"speak":   replace("speak: 200ms", "speak: 201ms"),
+		"restart": replace("restart: 900ms", "restart: 901ms"),
 		"rule":    replace("remote_port: 123", "guest_port: 123"),
 		"rules":   replace("{proto: 47}, ", ""),
 		"pause":   replace("target_pause: 20ms", "target_pause: 21ms"),

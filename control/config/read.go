@@ -122,6 +122,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 				{"interval", "", r.duration(&c.Heartbeat.Interval, time.Millisecond, 10*time.Second)},
 				{"timeout", "", r.duration(&c.Heartbeat.Timeout, 3*time.Millisecond, time.Minute)},
 				{"speak", "", r.duration(&c.Heartbeat.Speak, 3*time.Millisecond, time.Minute)},
+				{"restart", "", r.duration(&c.Heartbeat.Restart, 3*time.Millisecond, time.Hour)},
 			})
 		}},
 		{"compare", "", func(v value) {
@@ -623,6 +624,11 @@ func (r *reader) relations(c *Config) {
 		r.refuse(at("heartbeat.speak"), fmt.Sprintf("speak %v is above timeout %v", h.Speak, h.Timeout), "a host that counts as dead must have fallen silent; lower it")
 	} else if h.Interval > h.Speak/3 {
 		r.refuse(at("heartbeat.interval"), fmt.Sprintf("interval %v is above a third of speak %v", h.Interval, h.Speak), "one lost echo must not silence the guest; lower it or raise speak")
+	}
+	if h := &c.Heartbeat; h.Restart == 0 {
+		h.Restart = max(DefaultHeartbeatRestart, h.Timeout)
+	} else if h.Restart < h.Timeout {
+		r.refuse(at("heartbeat.restart"), fmt.Sprintf("restart %v is below timeout %v", h.Restart, h.Timeout), "a daemon that ends on a living host is given at least the time of a host that is silent; raise it")
 	}
 	if c.Compare.CutDelay >= c.Compare.Timeout {
 		r.refuse(at("compare.cut_delay"), fmt.Sprintf("cut_delay %v is not below timeout %v", c.Compare.CutDelay, c.Compare.Timeout), "a cut that waits for the timeout never happens; lower it")

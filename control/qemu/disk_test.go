@@ -4,6 +4,7 @@ package qemu_test
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -168,4 +169,67 @@ func TestWriteNeedsBoth(t *testing.T) {
 		b.kill()
 		a.mustWrite("vda", 1, "lost") // on one replica only, and confirmed
 	})
+}
+
+// TestMergeOverlays: a secondary that took over dies with its QEMU. What it wrote is in
+// its image afterwards, whether QEMU had come to merge the overlays or not; in the first
+// case they are older than the image.
+func TestMergeOverlays(t *testing.T) {
+	for name, merged := range map[string]bool{"merged by QEMU": true, "not merged": false} {
+		t.Run(name, func(t *testing.T) {
+			var room string
+			w := newWorldIn(t, 1, func(w *world) {
+				room = small(t, filepath.Join(w.dir, "small"), 1<<20)
+				w.images = map[string]string{"b": room}
+			})
+			a := w.start("a", false)
+			b := a.replicate("b", qemu.Options{})
+			qemutest.Await(t, w.serial("a"), "ready")
+			a.mustWrite("vda", 17, "old")
+			a.checkpoint()
+			filler := filepath.Join(room, "filler")
+			if !merged {
+				fillUp(t, filler)
+			}
+			b.mustWrite("vda", 17, "overlay") // as the SVM
+			b.mustWrite("vda", 34, "overlay")
+			a.kill()
+			b.takeOver()
+			if merged {
+				b.awaitMerged()
+				b.mustWrite("vda", 17, "image")
+			} else if is, err := qemu.Merged(b.m, b.spec.Disks); err != nil || is {
+				t.Fatalf("merged onto a full file system: %v, %v", is, err)
+			}
+			b.kill()
+			if !merged {
+				lt.Run(t, "rm", filler)
+			}
+			if err := qemu.MergeOverlays(b.spec); err != nil {
+				t.Fatal(err)
+			}
+			b = w.start("b", false)
+			if err := qemu.Cont(b.m); err != nil {
+				t.Fatal(err)
+			}
+			qemutest.Await(t, w.serial("b"), "ready")
+			b.mustRead("vda", 17, map[bool]string{true: "image", false: "overlay"}[merged])
+			b.mustRead("vda", 34, "overlay")
+		})
+	}
+}
+
+// fillUp leaves no room in path's file system.
+func fillUp(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for b := make([]byte, 64<<10); len(b) > 0; {
+		if _, err := f.Write(b); err != nil {
+			b = b[:len(b)/2]
+		}
+	}
 }

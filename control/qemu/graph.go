@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"slices"
@@ -282,11 +283,24 @@ func Replicated(m *qmp.Monitor, disks []Disk) error {
 }
 
 // MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its
-// images. It may be repeated: a merge that was cut off begins anew.
+// images. It may be repeated: a merge that was cut off begins anew. One that QEMU has
+// made is not made again, because the image is newer than the overlays then: QEMU closes
+// them behind it.
 func MergeOverlays(s *Spec) error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
 		active, hidden := s.overlay(d, "active"), s.overlay(d, "hidden")
+		out, err := qemuImg("info", "--output=json", "-f", "qcow2", active)
+		var info imageInfo
+		if err == nil {
+			err = json.Unmarshal(out, &info)
+		}
+		if err != nil {
+			return fmt.Errorf("disk %s: what the guest wrote since it took over may be in %s: %w", d.ID, active, err)
+		}
+		if !info.Dirty {
+			continue
+		}
 		// Until then the overlays do not name what they lie over: QEMU was told.
 		for _, args := range [][]string{
 			{"rebase", "-u", "-f", "qcow2", "-F", d.format(), "-b", d.Image, hidden},

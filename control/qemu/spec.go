@@ -356,17 +356,22 @@ func (d *Disk) size(shared bool) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("disk %s: %w", d.ID, err)
 	}
-	var info struct {
-		Size int64 `json:"virtual-size"`
-	}
+	var info imageInfo
 	if err := json.Unmarshal(out, &info); err != nil {
 		return 0, fmt.Errorf("disk %s: qemu-img info: %w", d.ID, err)
 	}
 	return info.Size, nil
 }
 
+// imageInfo is some of what `qemu-img info` tells.
+type imageInfo struct {
+	Size  int64 `json:"virtual-size"`
+	Dirty bool  `json:"dirty-flag"` // qcow2: it was written to and not closed
+}
+
 // makeOverlays makes the secondary's overlays anew: what they held was against
-// another state of the image.
+// another state of the image. With lazy refcounts one is marked as dirty from its first
+// write on until QEMU closes it.
 func (s *Spec) makeOverlays() error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
@@ -378,7 +383,7 @@ func (s *Spec) makeOverlays() error {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		for _, kind := range []string{"active", "hidden"} {
-			if _, err := qemuImg("create", "-q", "-f", "qcow2", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
+			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
 				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)
 			}
 		}
