@@ -32,7 +32,7 @@ func TestSaveLoad(t *testing.T) {
 	if st := load(t, s); st != (State{}) {
 		t.Errorf("at first %+v", st)
 	}
-	for _, st := range []State{{"primary", 1, 0, true}, {"secondary", 1<<64 - 1, 7, false}, {"primary", 3, 3, true}} {
+	for _, st := range []State{{Role: "primary", Term: 1, Replicated: true}, {Role: "secondary", Term: 1<<64 - 1, Covered: 7}, {Role: "primary", Term: 3, Covered: 3, Replicated: true, Unmerged: true, Off: true}} {
 		if err := s.Save(st); err != nil {
 			t.Fatal(err)
 		}
@@ -55,7 +55,7 @@ func TestSaveLoad(t *testing.T) {
 // A crash in mid Save leaves a file beside it, and the old state.
 func TestCrashInSave(t *testing.T) {
 	s := newStore(t)
-	old := State{"secondary", 4, 4, true}
+	old := State{Role: "secondary", Term: 4, Covered: 4, Replicated: true}
 	if err := s.Save(old); err != nil {
 		t.Fatal(err)
 	}
@@ -65,10 +65,10 @@ func TestCrashInSave(t *testing.T) {
 	if got := load(t, s); got != old {
 		t.Errorf("%+v", got)
 	}
-	if err := s.Save(State{"primary", 5, 0, true}); err != nil {
+	if err := s.Save(State{Role: "primary", Term: 5, Replicated: true}); err != nil {
 		t.Fatal(err)
 	}
-	if got := load(t, s); got != (State{"primary", 5, 0, true}) {
+	if got := load(t, s); got != (State{Role: "primary", Term: 5, Replicated: true}) {
 		t.Errorf("%+v", got)
 	}
 	if left, _ := filepath.Glob(s.Path() + ".*"); len(left) > 0 {
@@ -79,7 +79,7 @@ func TestCrashInSave(t *testing.T) {
 // Every flipped bit and every cut is noticed: a wrong role or term is worse than none.
 func TestDamaged(t *testing.T) {
 	s := newStore(t)
-	if err := s.Save(State{"secondary", 4, 4, true}); err != nil {
+	if err := s.Save(State{Role: "secondary", Term: 4, Covered: 4, Replicated: true}); err != nil {
 		t.Fatal(err)
 	}
 	whole, err := os.ReadFile(s.Path())
