@@ -640,47 +640,7 @@ func (n *NIC) ResetOffsets() error {
 
 // empty removes all that is in a map of tuples now.
 func empty[V any](m *ebpf.Map) error {
-	keys, err := keysOf[V](m, nil)
-	if err != nil {
-		return err
-	}
-	return deleteKeys(m, keys)
-}
-
-// each calls f with all that is in a map of tuples.
-func each[V any](m *ebpf.Map, f func(bpf.LockstepLsTuple, *V)) error {
-	var (
-		t bpf.LockstepLsTuple
-		v V
-	)
-	it := m.Iterate()
-	for it.Next(&t, &v) {
-		f(t, &v)
-	}
-	// Programs insert and remove meanwhile: an aborted walk is a short one.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return err
-	}
-	return nil
-}
-
-// keysOf lists the keys whose values pass (nil: all).
-func keysOf[V any](m *ebpf.Map, pass func(*V) bool) (keys []bpf.LockstepLsTuple, err error) {
-	err = each(m, func(k bpf.LockstepLsTuple, v *V) {
-		if pass == nil || pass(v) {
-			keys = append(keys, k)
-		}
-	})
-	return keys, err
-}
-
-func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
-	for i := range keys {
-		if err := m.Delete(&keys[i]); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return err
-		}
-	}
-	return nil
+	return take(m, func(bpf.LockstepLsTuple, *V) {})
 }
 
 // fins are the state bits of a connection that both ends closed.
@@ -705,12 +665,15 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 		maps = append(maps, n.objs.LsEdge)
 	}
 	for _, m := range maps {
-		old, err := keysOf(m, func(c *bpf.LockstepLsConn) bool {
+		var old []bpf.LockstepLsTuple
+		err := each(m, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
 			limit := idle
 			if c.State&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0 || c.State&fins == fins {
 				limit = min(linger, idle)
 			}
-			return now-int64(c.Last) > int64(limit)
+			if now-int64(c.Last) > int64(limit) {
+				old = append(old, k)
+			}
 		})
 		if err == nil {
 			err = deleteKeys(m, old)
@@ -741,25 +704,35 @@ func (n *NIC) Counters() (map[string]uint64, error) {
 		"event_refused": n.lost.events.Load(),
 		"tap_unread":    n.lost.unread.Load(),
 	}
-	for i, name := range bpf.ReasonNames() {
-		c, err := n.count(uint32(i))
-		if err != nil {
-			return nil, err
-		}
-		out[name] = c
+	names, cpus := bpf.ReasonNames(), ebpf.MustPossibleCPU()
+	reasons, perCPU := make([]uint32, len(names)), make([]bpf.LockstepLsCount, len(names)*cpus)
+	var cursor ebpf.MapBatchCursor
+	got, err := n.objs.LsStats.BatchLookup(&cursor, reasons, perCPU, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read counters: %w", err)
+	}
+	if got != len(names) {
+		return nil, fmt.Errorf("read counters: %d of %d", got, len(names))
+	}
+	for i, reason := range reasons {
+		out[names[reason]] = packets(perCPU[i*cpus : (i+1)*cpus])
 	}
 	return out, nil
 }
 
-func (n *NIC) count(reason uint32) (packets uint64, err error) {
+func (n *NIC) counter(reason uint32) (uint64, error) {
 	var perCPU []bpf.LockstepLsCount
 	if err := n.objs.LsStats.Lookup(reason, &perCPU); err != nil {
 		return 0, fmt.Errorf("read counter %s: %w", bpf.ReasonName(int(reason)), err)
 	}
+	return packets(perCPU), nil
+}
+
+func packets(perCPU []bpf.LockstepLsCount) (sum uint64) {
 	for _, c := range perCPU {
-		packets += c.Packets
+		sum += c.Packets
 	}
-	return packets, nil
+	return sum
 }
 
 // DrainTap implements [control.DataPath]: a tap counts a frame as sent when its
@@ -770,7 +743,7 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		in, err := n.count(uint32(bpf.LockstepLsReasonLS_R_letIn))
+		in, err := n.counter(uint32(bpf.LockstepLsReasonLS_R_letIn))
 		if err != nil {
 			return err
 		}
