@@ -574,7 +574,7 @@ func TestLiveMirror(t *testing.T) {
 	k.expect(counts{"mirror_failed": 1}, func() { l.write(l.out, vnet{}, frame); l.read(l.tap) })
 	l.must(netlink.LinkSetUp(l.farDev))
 	for k.counters()["no_ring"] == 0 {
-		l.write(l.out, vnet{}, flows["IPv4"].to(seg{flags: syn}))
+		l.write(l.out, vnet{}, flows["IPv4"].to(seg{flags: fin | ack}))
 		if _, err := unix.Read(l.tap, make([]byte, 2000)); err != nil && err != unix.EAGAIN {
 			t.Fatal(err)
 		}
