@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -141,7 +142,7 @@ type frameMeta struct {
 	l3, l4, pay, paylen uint32
 	gso, tpid, tci      uint16
 	csumStart, csumOff  uint16
-	partial, udp        bool
+	partial, udp, ufo   bool
 }
 
 // attachment is where a program belongs.
@@ -269,27 +270,58 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
-// sizes are what the config says of the maps.
-type sizes struct{ connections, slots, gsoSlots int }
+// sizes are what the config and this host say of the maps.
+type sizes struct {
+	role                         Role
+	connections, slots, gsoSlots int
+	cpus                         int // possible ones
+}
 
-// sized are the programs, with maps of these sizes.
+// lruSlack is how many free elements of an LRU map each CPU keeps for itself while
+// others have to evict (LOCAL_FREE_TARGET; seen in 6.18).
+const lruSlack = 128
+
+// sized are the programs, with maps of these sizes. What only the other role's
+// programs use has one element.
 func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	for name, entries := range map[string]int{
-		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections, bpf.LockstepMapLsEdge: z.connections,
-		bpf.LockstepMapLsInherited: z.connections,
-		bpf.LockstepMapLsHalf:      min(maxHalf, z.connections),
-		bpf.LockstepMapLsSlots:     z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
-	} {
-		spec.Maps[name].MaxEntries = uint32(entries)
+	if most := int(bpf.LockstepLsConstLS_LANE_MAX); z.cpus > most {
+		return nil, fmt.Errorf("this host has room for %d CPUs, and lockstep for %d", z.cpus, most)
+	}
+	// An LRU map holds so many before it evicts, whichever CPUs fill it.
+	lru := func(entries int) int { return entries + z.cpus*lruSlack }
+	entries := map[string]int{
+		bpf.LockstepMapLsEdge:  z.connections,
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+		bpf.LockstepMapLsLane: z.cpus,
+	}
+	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections)}
+	ofSecondary := map[string]int{
+		bpf.LockstepMapLsConn:      z.connections,
+		bpf.LockstepMapLsInherited: lru(z.connections),
+		bpf.LockstepMapLsHalf:      lru(min(maxHalf, z.connections)),
+		bpf.LockstepMapLsSent:      z.cpus * int(bpf.LockstepLsConstLS_SENT),
+	}
+	own, others := ofPrimary, ofSecondary
+	if z.role == Secondary {
+		own, others = ofSecondary, ofPrimary
+	}
+	maps.Copy(entries, own)
+	for name := range others {
+		entries[name] = 1
+	}
+	for name, n := range entries {
+		spec.Maps[name].MaxEntries = uint32(n)
 	}
 	return spec, nil
 }
 
-func (o *Options) sizes() sizes { return sizes{o.MaxConnections, o.Slots, o.GSOSlots} }
+func (o *Options) sizes() sizes {
+	return sizes{o.Role, o.MaxConnections, o.Slots, o.GSOSlots, ebpf.MustPossibleCPU()}
+}
 
 // load loads the programs: over old's maps, or, when that is nil, over new ones.
 func (n *NIC) load(o Options, old *tables) error {
@@ -738,7 +770,8 @@ func packets(perCPU []bpf.LockstepLsCount) (sum uint64) {
 // DrainTap implements [control.DataPath]: a tap counts a frame as sent when its
 // reader takes it, so what the gate let in and the tap has not counted is still
 // on its way. What a guest that boots, or has crashed, has not read at ctx's
-// deadline goes: to it that is a loss, and the PVM has heard it.
+// deadline goes: to it that is a loss, and the PVM has heard it. So does what is there
+// when the tap has counted more than was let in, for then nobody knows how much it is.
 func (n *NIC) DrainTap(ctx context.Context) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
@@ -756,9 +789,12 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 			return fmt.Errorf("tap %s: no statistics", n.tap.Attrs().Name)
 		}
 		// A difference of counts, neither of which has grown by 2^31 meanwhile.
-		unread := n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped)
-		if int32(unread) <= 0 {
+		unread := int32(n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped))
+		if unread == 0 {
 			return nil
+		}
+		if unread < 0 {
+			return n.purgeTap(unread)
 		}
 		select {
 		case <-ctx.Done():
@@ -771,14 +807,15 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 	}
 }
 
-// purgeTap drops what waits in the tap's queue, unread frames.
-func (n *NIC) purgeTap(unread uint32) error {
+// purgeTap drops what waits in the tap's queue: unread frames by its count, which is
+// right again afterwards.
+func (n *NIC) purgeTap(unread int32) error {
 	if err := emptyQueue(n.tap.Attrs().Index); err != nil {
 		return fmt.Errorf("tap %s: drop what the SVM does not read: %w", n.tap.Attrs().Name, err)
 	}
-	n.lost.unread.Add(uint64(unread))
+	n.lost.unread.Add(uint64(max(unread, 0)))
 	// They were let in, and will never be counted as sent.
-	n.tapBase -= unread
+	n.tapBase -= uint32(unread)
 	var meta bpf.LockstepLsMeta
 	if err := n.objs.LsMeta.Lookup(uint32(0), &meta); err != nil {
 		return fmt.Errorf("read what the tables are for: %w", err)
