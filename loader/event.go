@@ -158,7 +158,7 @@ func rawHeader(dst, data []byte, m *frameMeta) []byte {
 		binary.LittleEndian.PutUint16(vh[6:], m.csumStart+tag)
 		binary.LittleEndian.PutUint16(vh[8:], m.csumOff)
 	}
-	if m.gso != 0 && m.partial {
+	if m.gso != 0 {
 		switch {
 		case m.ufo:
 			vh[1] = gsoUFO
