@@ -128,7 +128,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 		{"compare", "", func(v value) {
 			r.mapping(v, []field{
 				{"timeout", "", r.duration(&c.Compare.Timeout, time.Millisecond, time.Hour)},
-				{"cut_delay", "", r.duration(&c.Compare.CutDelay, 0, time.Second)},
+				{"cut_delay", "", r.duration(&c.Compare.CutDelay, time.Microsecond, time.Second)},
 				{"max_connections", "", r.integer(&c.Compare.MaxConnections, 1, 1<<20)},
 				{"slots", "", r.integer(&c.Compare.Slots, 16, 1<<20)},
 				{"gso_slots", "", r.integer(&c.Compare.GSOSlots, 1, 1<<16)},
@@ -138,7 +138,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 		{"checkpoint", "", func(v value) {
 			r.mapping(v, []field{
 				{"period", "", r.duration(&c.Checkpoint.Period, time.Millisecond, 24*time.Hour)},
-				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, 0, time.Hour)},
+				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, time.Millisecond, time.Hour)},
 				{"target_pause", "", r.duration(&c.Checkpoint.TargetPause, 0, 10*time.Second)},
 			})
 		}},
@@ -215,6 +215,9 @@ func (r *reader) qemu(v value, c *Config) {
 		{"nic_model", "", r.option(&q.NICModel, `a NIC of QEMU like "virtio-net-pci"`)},
 		{"macs", "", func(v value) {
 			r.list(v, `a list like ["52:54:00:12:34:56"]`, maxNICs, func(v value) { r.mac(v, &q.MACs) })
+			if seq, ok := v.node.(*ast.SequenceNode); ok && len(seq.Values) == 0 {
+				r.refuse(v.pos, "macs is empty", "give one per NIC, or remove the key for addresses that follow from vm")
+			}
 		}},
 		{"extra", "", func(v value) {
 			r.list(v, `a list of arguments like ["-display", "none"]`, maxWords, func(v value) {
