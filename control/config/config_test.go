@@ -276,6 +276,26 @@ func replaceLine(file, line string) string {
 	return out.String()
 }
 
+func TestUser(t *testing.T) {
+	with := func(user, migration string) (*Config, error) {
+		file := strings.Replace(example, "\nmigration: {port: 9001,", "\n  user: "+user+"\nmigration: {port: 9001,"+migration, 1)
+		return Parse("pair.yaml", []byte(file))
+	}
+	for _, user := range []string{"qemu", "libvirt-qemu", "107:107", "64055:0"} {
+		if c, err := with(user, ""); err != nil || c.QEMU.User != user {
+			t.Errorf("user %s: %v", user, err)
+		}
+	}
+	for _, user := range []string{"root", `"0:0"`, `"0:5"`, `""`, "-x", "107", `"a,b"`} {
+		if _, err := with(user, ""); err == nil || !strings.Contains(err.Error(), "user") {
+			t.Errorf("user %s: %v", user, err)
+		}
+	}
+	if _, err := with("qemu", " unix: /run/m,"); err == nil || !strings.Contains(err.Error(), "migration.unix") {
+		t.Errorf("with migration.unix: %v", err)
+	}
+}
+
 // A zero in the file is refused with its line, or is what it says: it never becomes
 // the default.
 func TestZero(t *testing.T) {

@@ -219,6 +219,7 @@ func (r *reader) qemu(v value, c *Config) {
 				r.refuse(v.pos, "macs is empty", "give one per NIC, or remove the key for addresses that follow from vm")
 			}
 		}},
+		{"user", "", r.user(&q.User)},
 		{"extra", "", func(v value) {
 			r.list(v, `a list of arguments like ["-display", "none"]`, maxWords, func(v value) {
 				r.text(v, "one argument (put numbers in quotes)", func(s string) { q.Extra = append(q.Extra, s) })
@@ -346,6 +347,19 @@ func (r *reader) mac(v value, to *[]net.HardwareAddr) {
 		}
 		*to = append(*to, m)
 	})
+}
+
+var userRE = regexp.MustCompile(`^([A-Za-z_][A-Za-z0-9_-]*|[1-9][0-9]*:[0-9]+)$`)
+
+func (r *reader) user(to *string) func(value) {
+	return func(v value) {
+		const want = `a user like "qemu", or uid:gid like "107:107"`
+		r.text(v, want, func(s string) {
+			if *to = s; !userRE.MatchString(s) || s == "root" {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be QEMU's user", s), "it must be "+want+"; without the key QEMU stays what lockstep is")
+			}
+		})
+	}
 }
 
 // QEMU's names begin with a letter, have at most 31 characters, and lockstep
@@ -667,6 +681,9 @@ func (r *reader) guest(c *Config) {
 	}
 	if accel, _, _ := strings.Cut(q.Accel, ","); accel == "tcg" && strings.HasPrefix(q.CPU+",", "host,") {
 		r.refuse(at("qemu.cpu"), "cpu host needs accel kvm", "write another CPU model, or remove the key for max")
+	}
+	if q.User != "" && m.Unix != "" {
+		r.refuse(at("qemu.user"), "user does not go with migration.unix: the other QEMU may not use the socket", "remove migration.unix, which is for two QEMUs on one host, or user")
 	}
 	if q.Kernel == "" && q.Initrd != "" {
 		r.refuse(at("qemu.initrd"), "initrd needs kernel", "name the kernel, or remove initrd")
