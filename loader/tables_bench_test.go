@@ -13,6 +13,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
@@ -64,12 +65,7 @@ func BenchmarkTables(b *testing.B) {
 		}
 	})
 	measure("sweep-by-entry", nothing, func() {
-		var k bpf.LockstepLsTuple
-		var c bpf.LockstepLsConn
-		n := 0
-		for it := s.objs.LsConn.Iterate(); it.Next(&k, &c); n++ {
-		}
-		if n != conns {
+		if n := len(byEntry(s.objs.LsConn, new(bpf.LockstepLsConn))); n != conns {
 			b.Fatal(n)
 		}
 	})
@@ -88,7 +84,23 @@ func BenchmarkTables(b *testing.B) {
 	})
 	measure("reset", fill, func() { check(b, s.ResetOffsets()) })
 	b.ReportMetric(0, "ns/op")
+	measure("reset-by-entry", fill, func() {
+		for m, v := range map[*ebpf.Map]any{s.objs.LsConn: new(bpf.LockstepLsConn), s.objs.LsHalf: new(bpf.LockstepLsHalf), s.objs.LsInherited: new(bpf.LockstepLsInh)} {
+			for _, k := range byEntry(m, v) {
+				check(b, m.Delete(&k))
+			}
+		}
+	})
 	measure("takeover", fill, func() { check(b, s.TakeOver(1)) })
+}
+
+// byEntry is a walk as it was before each: it may be cut short.
+func byEntry(m *ebpf.Map, v any) (keys []bpf.LockstepLsTuple) {
+	var k bpf.LockstepLsTuple
+	for it := m.Iterate(); it.Next(&k, v); {
+		keys = append(keys, k)
+	}
+	return keys
 }
 
 // countSyscalls counts the system calls of this thread, which is locked.
