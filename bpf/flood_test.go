@@ -11,7 +11,7 @@ import (
 	"lockstep/bpf"
 )
 
-// stranger is connection i of a flood.
+// stranger is connection i of a flood, or of none.
 func stranger(i int) flow {
 	f := flows["IPv4"]
 	f.remote = netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i >> 16)}), uint16(i))
@@ -24,6 +24,9 @@ func TestFlood(t *testing.T) {
 	synRecord := func(k *kit, f flow) []byte {
 		return k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, T: f.tuple(), TcpFlags: syn | ack})
 	}
+	// Slots are not what runs out here.
+	k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = 8192 }, variable("ls_nslots", 8192))
+	flood := 0
 	for name, c := range map[string]struct {
 		mode  bpf.LockstepLsMode
 		prog  func(k *kit) *ebpf.Program
@@ -38,21 +41,22 @@ func TestFlood(t *testing.T) {
 		"SYNs for an SVM that is parked": {park, func(k *kit) *ebpf.Program { return k.LsSecIn }, func(_ *kit, f flow) []byte { return f.to(seg{flags: syn}) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			// Slots are not what runs out here.
-			k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = 8192 }, variable("ls_nslots", 8192))
+			k.TB = t
 			k.setMode(c.mode)
+			k.events()
+			before := k.counters()
 			const frames = 1000 // more than the ring holds
+			flood++
 			for i := range frames {
-				k.run(c.prog(k), input{frame: c.frame(k, stranger(i))})
+				k.run(c.prog(k), input{frame: c.frame(k, stranger(flood*frames+i))})
 			}
-			dropped := k.counters()["crowded"]
-			if dropped == 0 || dropped == frames || k.counters()["no_ring"] != 0 {
-				t.Errorf("of %d frames of a flood: %v", frames, k.counters())
+			if m := k.moved(before); m["crowded"] == 0 || m["crowded"] == frames || m["no_ring"] != 0 {
+				t.Errorf("of %d frames of a flood: %v", frames, m)
 			}
 			// As many as that half held of larger or equal size have room beside it.
 			f := flows["IPv4"]
 			k.run(k.LsMirror, input{frame: f.to(seg{flags: ack})}) // it is open
-			before := k.counters()
+			before = k.counters()
 			const others = 150
 			for range others {
 				if c.mode == park {
@@ -69,7 +73,7 @@ func TestFlood(t *testing.T) {
 			}
 			k.events()
 			before = k.counters()
-			k.run(c.prog(k), input{frame: c.frame(k, stranger(frames))})
+			k.run(c.prog(k), input{frame: c.frame(k, stranger(-1))})
 			if m := k.moved(before); m["crowded"] != 0 {
 				t.Errorf("with an empty ring: %v", m)
 			}
