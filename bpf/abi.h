@@ -20,7 +20,7 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 4,
+	LS_ABI_VERSION = 5,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
@@ -36,8 +36,8 @@ enum ls_const {
 	LS_LANE_MAX = 1024,    /* lanes of CPUs; windows keep user space's behind them */
 	LS_WINDOW = 1024,      /* lane numbers that may overtake each other */
 	LS_SENT = 2048,	       /* records a lane keeps for NACKs */
-	LS_RESEND_MAX = 64,   /* records sent again for one NACK; lanes looked at for LS_LANE_ALL */
-	LS_REC_OFF_MAX = 280, /* highest ls_pre.off */
+	LS_RESEND_MAX = 64,    /* records sent again for one NACK of a lane */
+	LS_REC_OFF_MAX = 280,  /* highest ls_pre.off */
 
 	LS_RULES_MAX = 16,  /* primary-only rules */
 	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the
@@ -56,13 +56,15 @@ enum ls_const {
 
 /* Values of the load-time constant ls_mutate: tests switch one rule off. */
 enum ls_mutation {
-	LS_MUTATE_R9 = 1,     /* announcements ignored, every offset taken for 0 */
-	LS_MUTATE_R6 = 2,     /* gaps in a lane's numbers are not NACKed */
-	LS_MUTATE_R20 = 4,    /* speak_until is not looked at */
-	LS_MUTATE_REPLAY = 8, /* lane numbers are taken again and again */
-	LS_MUTATE_TAG = 16,   /* tags are not checked */
-	LS_MUTATE_GUARD = 32, /* timestamps of a connection taken over are not moved on */
-	LS_MUTATE_EDGE = 64,  /* connections taken over from another host are not translated */
+	LS_MUTATE_R9 = 1,      /* announcements ignored, every offset taken for 0 */
+	LS_MUTATE_R6 = 2,      /* gaps in a lane's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,     /* speak_until is not looked at */
+	LS_MUTATE_REPLAY = 8,  /* lane numbers are taken again and again */
+	LS_MUTATE_TAG = 16,    /* tags are not checked */
+	LS_MUTATE_GUARD = 32,  /* timestamps of a connection taken over are not moved on */
+	LS_MUTATE_EDGE = 64,   /* connections taken over from another host are not translated */
+	LS_MUTATE_FLOOD = 128, /* what is not open takes all of the ring and of TCP's slots */
+	LS_MUTATE_DRAIN = 256, /* R13: frames count once where the tap counts their segments */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
@@ -167,6 +169,7 @@ enum ls_ev_flag {
 	LS_EV_INHERITED = 2, /* LS_EV_COPY: no offset known, numbers untranslated */
 	LS_EV_DGRAM = 4,     /* not TCP, or not comparable as such: a datagram */
 	LS_EV_8021AD = 8,    /* the VLAN tag in tci is of 802.1ad */
+	LS_EV_UFO = 16,	     /* gso_size is of IP fragments of one datagram, not of datagrams */
 };
 
 struct ls_ev {
@@ -389,7 +392,8 @@ struct ls_cli {
 	X(conn_full, "connection table full") \
 	X(rewrite_failed, "frame dropped: rewriting failed") \
 	X(released_out, "released frame let out") \
-	X(let_in, "mirrored frame let into the SVM") \
+	X(let_in, "mirrored frame let into the SVM, counted as its tap counts: by segment where " \
+		  "that takes no larger ones") \
 	X(primary_only, "PVM frame passed by a primary-only rule") \
 	X(peer_replay, "peer frame dropped: lane number seen before, or too old") \
 	X(nack_out, "gap in a lane's numbers: records asked for again") \
@@ -400,7 +404,8 @@ struct ls_cli {
 	X(echo_out, "echo returned to the primary") \
 	X(neigh_out, "SVM's neighbour request handed to the primary") \
 	X(xdp_passed, "peer frame let past XDP") \
-	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic")
+	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
+	X(crowded, "frame dropped: its connection is not open, and half of the ring is taken")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

@@ -55,6 +55,8 @@ int ls_digest_rx(struct __sk_buff *skb)
 		echo_taken(conf, sc->rec.sum[0]);
 		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 		count(LS_R_echo_in, skb, 0);
+	} else if (sc->rec.type == LS_REC_DATA && sc->rec.tcp_flags & LS_SYN && ring_crowded()) {
+		count(LS_R_crowded, skb, 0); /* the announcement is repeated, and brings it again */
 	} else {
 		count(rec_tell(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
 	}

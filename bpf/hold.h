@@ -23,38 +23,98 @@
 #define LS_DGRAM_SHARE 4 /* one slot in so many is for datagrams */
 #define LS_QUIET_MAX 128 /* copies without a wake-up; a GSO frame counts for 16 */
 #define LS_CHECKSUM_PARTIAL 3
+#define LS_GSO_DODGY (1 << 1) /* SKB_GSO_DODGY: user space made it */
+#define LS_GSO_UFO (1 << 16)  /* SKB_GSO_UDP */
+#define LS_FEATURE_GSO 16     /* NETIF_F_GSO_SHIFT: features above it are GSO types */
 
-/* The few fields of the kernel's sk_buff that __sk_buff does not have. */
+/* The few fields of the kernel's structures that __sk_buff does not have. */
+struct net_device {
+	__u64 features;
+	__u64 vlan_features;
+} __attribute__((preserve_access_index));
+
+struct skb_shared_info {
+	unsigned int gso_type;
+} __attribute__((preserve_access_index));
+
 struct sk_buff {
+	struct net_device *dev;
 	__u8 ip_summed : 2;
 	__u16 csum_start;
 	__u16 csum_offset;
+	unsigned int end;
 	unsigned char *head;
 	unsigned char *data;
 } __attribute__((preserve_access_index));
 
 extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym;
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym;
+
+/* What kinds of segments the frame is to be cut into: SKB_GSO_*. */
+static __always_inline __u32 gso_type(struct sk_buff *kskb)
+{
+	struct skb_shared_info *info = bpf_rdonly_cast(
+		kskb->head + kskb->end, bpf_core_type_id_kernel(struct skb_shared_info));
+
+	return info->gso_type;
+}
+
+/*
+ * A connection that is not open costs a stranger nothing, and the ring is everybody's:
+ * once half of it is taken, such a connection has no event any more. Both ends of an
+ * opening repeat what was dropped.
+ */
+static __always_inline int ring_crowded(void)
+{
+	return !(ls_mutate & LS_MUTATE_FLOOD) &&
+	       bpf_ringbuf_query(&ls_ring, BPF_RB_AVAIL_DATA) >
+		       bpf_ringbuf_query(&ls_ring, BPF_RB_RING_SIZE) / 2;
+}
+
+/* Does the frame open a connection, or end one (P) on which the remote has said no more? */
+static __always_inline int pri_not_open(const struct ls_pkt *p)
+{
+	struct ls_cli *c;
+
+	if (p->flags & LS_SYN)
+		return 1;
+	if (!(p->flags & (LS_RST | LS_FIN)))
+		return 0;
+	c = bpf_map_lookup_elem(&ls_cli, &p->t);
+	return !c || c->tcp_flags & (LS_SYN | LS_RST);
+}
 
 static __always_inline int state_swap(__u32 *state, __u32 from, __u32 to)
 {
 	return __sync_val_compare_and_swap(state, from, to) == from;
 }
 
+/* 0: TCP, 1: datagrams, 4: SYNs, which are never GSO. */
+static __always_inline __u32 slot_class(const struct ls_pkt *p)
+{
+	if (p->dgram)
+		return 1;
+	return p->flags & LS_SYN && !(ls_mutate & LS_MUTATE_FLOOD) ? 4 : 0;
+}
+
 /*
  * Finds a FREE element of an array of n slots of either size, makes it FILLING
  * and returns it. Datagrams have the first quarter and TCP the rest, so that
- * neither starves the other. The cursor is this CPU's and this class's and goes on
- * behind what it found. Frames that are held may stand in a row, for another CPU's
- * cursor goes through the same slots: half-way the search goes on anywhere.
+ * neither starves the other; SYNs have only the second quarter. The cursor is this CPU's and this
+ * class's and goes on behind what it found. Frames that are held may stand in a row, for another
+ * CPU's cursor goes through the same slots: half-way the search goes on anywhere.
  */
-static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, int dgram, __u32 *cursor,
-						  __u32 *index)
+static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, const struct ls_pkt *p,
+						  __u32 *cursor, __u32 *index)
 {
 	__u32 first = 0, share = n / LS_DGRAM_SHARE, start = *cursor;
 	struct ls_slot *s;
 
-	if (dgram) {
+	if (p->dgram) {
 		n = share ? share : 1;
+	} else if (slot_class(p) && share) {
+		first = share;
+		n = share;
 	} else {
 		first = share;
 		n -= share;
@@ -98,13 +158,13 @@ static __always_inline int slot_fill(struct __sk_buff *skb, struct ls_slot *s, _
 static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls_scratch *sc,
 						__u32 *slot)
 {
-	int dgram = !!sc->p.dgram;
 	__u32 len = skb->len;
 	struct ls_slot *s;
 	__u32 index = 0;
 
 	if (len <= LS_SLOT_DATA) {
-		s = slot_claim(&ls_slots, ls_nslots, dgram, &sc->cursor[dgram], &index);
+		s = slot_claim(&ls_slots, ls_nslots, &sc->p, &sc->cursor[slot_class(&sc->p)],
+			       &index);
 		if (!s || !slot_fill(skb, s, len, LS_SLOT_DATA))
 			return LS_R_no_slot;
 		*slot = index;
@@ -112,7 +172,7 @@ static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls
 	}
 	if (len > LS_GSLOT_DATA)
 		return LS_R_too_long;
-	s = slot_claim(&ls_gslots, ls_ngslots, dgram, &sc->cursor[2 + dgram], &index);
+	s = slot_claim(&ls_gslots, ls_ngslots, &sc->p, &sc->cursor[2 + !!sc->p.dgram], &index);
 	if (!s || !slot_fill(skb, s, len, LS_GSLOT_DATA))
 		return LS_R_no_slot;
 	*slot = index | LS_SLOT_GSO;
@@ -155,6 +215,8 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 		ev->flags |= LS_EV_8021AD;
 
 	kskb = bpf_cast_to_kern_ctx(skb);
+	if (ev->gso_size && gso_type(kskb) & LS_GSO_UFO)
+		ev->flags |= LS_EV_UFO;
 	if (BPF_CORE_READ_BITFIELD(kskb, ip_summed) == LS_CHECKSUM_PARTIAL) {
 		ev->flags |= LS_EV_PARTIAL;
 		ev->csum_start = kskb->csum_start - (kskb->data - kskb->head);

@@ -48,6 +48,7 @@ const (
 	recBase = int(bpf.LockstepLsConstLS_REC_BASE)
 	slotGSO = uint32(bpf.LockstepLsConstLS_SLOT_GSO)
 	noSlot  = uint32(bpf.LockstepLsConstLS_SLOT_NONE)
+	kept    = uint32(bpf.LockstepLsConstLS_SENT) // records of each lane
 )
 
 const (
@@ -86,7 +87,10 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, n := range map[string]uint32{"ls_slots": nslots, "ls_gslots": ngslots, "ls_conn": 8, "ls_half": 64, "ls_ring": 1 << 17} {
+	for name, n := range map[string]uint32{
+		"ls_slots": nslots, "ls_gslots": ngslots, "ls_conn": 8, "ls_half": 64, "ls_ring": 1 << 17,
+		"ls_lane": uint32(ebpf.MustPossibleCPU()), "ls_sent": uint32(ebpf.MustPossibleCPU()) * kept,
+	} {
 		spec.Maps[name].MaxEntries = n
 	}
 	for name, v := range map[string]uint32{"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": markRel, "ls_mark_in": markIn, "ls_nslots": nslots, "ls_ngslots": ngslots} {

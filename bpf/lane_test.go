@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -437,4 +438,39 @@ func TestAuthentic(t *testing.T) {
 			k.events()
 		})
 	}
+}
+
+// The newest record of every lane comes again, on hosts of more than 64 CPUs too.
+func TestLiveResendManyLanes(t *testing.T) {
+	const lanes = 100
+	l := newLab(t)
+	k := l.kit(func(s *ebpf.CollectionSpec) {
+		s.Maps["ls_lane"].MaxEntries, s.Maps["ls_sent"].MaxEntries = lanes, lanes*kept
+	})
+	k.setMode(run)
+	for lane := range uint32(lanes) {
+		no := uint64(kept) + 7 // their place is used again
+		rec := numbered(uint16(lane), no)
+		rec.Len = uint16(recBase)
+		sent := bpf.LockstepLsSent{No: no}
+		copy(sent.Rec[:], structBytes(rec))
+		if err := k.LsSent.Put(lane*kept+uint32(no)%kept, &sent); err != nil {
+			t.Fatal(err)
+		}
+		if err := k.LsLane.Put(lane, &bpf.LockstepLsNumber{No: no}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	frame := k.fromPeer(&bpf.LockstepLsRec{
+		Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch, Stride: uint32(bpf.LockstepLsConstLS_LANE_ALL),
+	})
+	k.expect(counts{"nack_in": 1, "resent": lanes}, func() { k.run(k.LsSecIn, input{frame: frame}) })
+	for lane := range uint16(lanes) {
+		_, got := l.read(l.far)
+		rec := numbered(lane, uint64(kept)+7)
+		if want := peerFrame(frame, 54, sign(rec, k.sipTx), peerMAC, ownMAC)[:54+recBase]; !bytes.Equal(got, want) {
+			t.Fatalf("lane %d\n% x, want\n% x", lane, got, want)
+		}
+	}
+	l.empty(l.far)
 }

@@ -78,7 +78,7 @@ const (
 type LockstepLsConst uint32
 
 const (
-	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 4
+	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 5
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
 	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
@@ -155,6 +155,7 @@ const (
 	LockstepLsEvFlagLS_EV_INHERITED LockstepLsEvFlag = 2
 	LockstepLsEvFlagLS_EV_DGRAM     LockstepLsEvFlag = 4
 	LockstepLsEvFlagLS_EV_8021AD    LockstepLsEvFlag = 8
+	LockstepLsEvFlagLS_EV_UFO       LockstepLsEvFlag = 16
 )
 
 type LockstepLsEvRec struct {
@@ -248,7 +249,15 @@ const (
 	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
 	LockstepLsMutationLS_MUTATE_GUARD  LockstepLsMutation = 32
 	LockstepLsMutationLS_MUTATE_EDGE   LockstepLsMutation = 64
+	LockstepLsMutationLS_MUTATE_FLOOD  LockstepLsMutation = 128
+	LockstepLsMutationLS_MUTATE_DRAIN  LockstepLsMutation = 256
 )
+
+type LockstepLsNumber struct {
+	_   structs.HostLayout
+	No  uint64
+	Pad [7]uint64
+}
 
 type LockstepLsPre struct {
 	_     structs.HostLayout
@@ -303,7 +312,8 @@ const (
 	LockstepLsReasonLS_R_neighOut      LockstepLsReason = 41
 	LockstepLsReasonLS_R_xdpPassed     LockstepLsReason = 42
 	LockstepLsReasonLS_R_xdpDropped    LockstepLsReason = 43
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 44
+	LockstepLsReasonLS_R_crowded       LockstepLsReason = 44
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 45
 )
 
 type LockstepLsRec struct {
@@ -419,9 +429,8 @@ type LockstepLsScratch struct {
 		B   [4224]uint8
 	}
 	Cli    LockstepLsCli
-	Cursor [4]uint32
+	Cursor [5]uint32
 	Quiet  uint32
-	_      [4]byte
 }
 
 type LockstepLsSent struct {

@@ -148,19 +148,28 @@ struct ls_sent {
 	__u8 rec[LS_REC_BASE];
 };
 
+/* LS_SENT elements for each lane, one lane behind the other: on S alone. */
 struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, LS_SENT);
 	__type(key, __u32);
 	__type(value, struct ls_sent);
 } ls_sent SEC(".maps");
 
-/* Number of the record this CPU's lane sent last. */
+/*
+ * Number of the record that a lane sent last, in a cache line of its own. Lanes are
+ * CPUs; another CPU's number has to be read, and that of one that is not there.
+ */
+struct ls_number {
+	__u64 no;
+	__u64 pad[7];
+};
+
 struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, LS_LANE_MAX);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct ls_number);
 } ls_lane SEC(".maps");
 
 /*
@@ -234,7 +243,7 @@ struct ls_scratch {
 	struct ls_digest digest;
 	struct ls_piece piece;
 	struct ls_cli cli;
-	__u32 cursor[4]; /* where the search for a free slot goes on, by size and class */
+	__u32 cursor[5]; /* where the search for a free slot goes on, by size and class */
 	__u32 quiet;	 /* copies since user space was woken for one */
 };
 

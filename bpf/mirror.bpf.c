@@ -39,25 +39,30 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 		bpf_map_update_elem(&ls_cli, &p->t, c, BPF_NOEXIST);
 }
 
-/* SYN, FIN and RST of the remote begin and end what user space tracks. */
-static __always_inline int mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc,
-				       const struct ls_conf *conf)
+/*
+ * SYN, FIN and RST of the remote begin and end what user space tracks. Returns
+ * LS_R_mirrored, or why neither guest may hear the frame.
+ */
+static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc,
+						  const struct ls_conf *conf)
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
 
 	if (parse(skb, p, 0) != LS_TCP)
-		return 0;
+		return LS_R_mirrored;
 	if (edge_in(skb, sc, conf))
-		return -1;
+		return LS_R_rewrite_failed;
+	if (pri_not_open(p) && ring_crowded())
+		return LS_R_crowded;
 	mirror_note(skb, sc);
 	if (!(p->flags & (LS_SYN | LS_FIN | LS_RST)))
-		return 0;
+		return LS_R_mirrored;
 	ev = ev_new(skb, p, LS_EV_CLIENT);
 	if (!ev)
-		return -1;
+		return LS_R_no_ring;
 	bpf_ringbuf_submit(ev, 0);
-	return 0;
+	return LS_R_mirrored;
 }
 
 SEC("tcx/egress")
@@ -65,6 +70,7 @@ int ls_mirror(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
+	enum ls_reason why;
 	__u32 mode;
 
 	if (skb->mark == ls_mark_rel)
@@ -85,8 +91,9 @@ int ls_mirror(struct __sk_buff *skb)
 		return count(LS_R_shut, skb, TCX_DROP);
 
 	/* Neither guest hears what user space could not be told. */
-	if (mirror_tell(skb, sc, conf))
-		return count(LS_R_no_ring, skb, TCX_DROP);
+	why = mirror_tell(skb, sc, conf);
+	if (why != LS_R_mirrored)
+		return count(why, skb, TCX_DROP);
 	/* A clone that was lost heals by the remote's retransmission. */
 	if (bpf_clone_redirect(skb, ls_peer, 0))
 		return count(LS_R_mirror_failed, skb, TCX_NEXT);

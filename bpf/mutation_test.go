@@ -24,6 +24,8 @@ var mutations = map[string]struct {
 	"REPLAY": {bpf.LockstepLsMutationLS_MUTATE_REPLAY, []string{"TestWindow", "TestWindowRandom", "TestRotation", "TestEchoOut"}},
 	"GUARD":  {bpf.LockstepLsMutationLS_MUTATE_GUARD, []string{"TestTakeover", "TestEdge"}},
 	"EDGE":   {bpf.LockstepLsMutationLS_MUTATE_EDGE, []string{"TestTakeover", "TestEdge", "TestLiveEdgeMirrored"}},
+	"FLOOD":  {bpf.LockstepLsMutationLS_MUTATE_FLOOD, []string{"TestFlood", "TestFloodOfSlots"}},
+	"DRAIN":  {bpf.LockstepLsMutationLS_MUTATE_DRAIN, []string{"TestLiveGateCounts"}},
 	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz"}},
 }
 

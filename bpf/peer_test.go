@@ -99,6 +99,7 @@ func TestRecordRefused(t *testing.T) {
 				prog = k.LsSecIn
 			}
 			good := randRec(r, p.typ, p.dir, 2)
+			good.TcpFlags &^= syn // which has only half of the ring
 			refuse := func(reason string, change func(rec *bpf.LockstepLsRec)) {
 				t.Helper()
 				rec := *good

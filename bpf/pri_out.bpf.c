@@ -58,6 +58,8 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 
 	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
 		return pri_ack(skb, p);
+	if (pri_not_open(p) && ring_crowded())
+		return count(LS_R_crowded, skb, TCX_DROP);
 	why = pri_hold(skb, sc, keys);
 	if (why == LS_R_held && (p->flags & (LS_SYN | LS_RST)) == LS_SYN)
 		return pri_announce(skb, sc, conf, keys);

@@ -224,7 +224,7 @@ func TestPriOutFull(t *testing.T) {
 			k.run(k.LsPriOut, input{frame: f.from(seg{flags: ack})})
 		}
 		k.check(k.LsPriOut, small, drop, "no_ring")
-		k.check(k.LsPriOut, f.from(seg{flags: syn}), drop, "no_ring")
+		k.check(k.LsPriOut, f.from(seg{flags: syn}), drop, "crowded")
 		if n := k.used(); n != 0 {
 			t.Errorf("%d slots taken", n)
 		}

@@ -190,20 +190,25 @@ static __always_inline void rec_segment(struct ls_scratch *sc)
 	__builtin_memcpy(r->opts, p->tcp + LS_TCP_MIN, LS_OPTS_MAX);
 }
 
+static __always_inline __u32 sent_key(__u32 lane, __u64 no)
+{
+	return lane * LS_SENT + no % LS_SENT;
+}
+
 /* Numbers sc->rec. S keeps what it numbers for a while, without the boundaries (R6). */
 static __always_inline int rec_number(struct ls_rec *r)
 {
-	__u32 key = 0, lane = bpf_get_smp_processor_id();
-	__u64 *no = bpf_map_lookup_elem(&ls_lane, &key);
+	__u32 key, lane = bpf_get_smp_processor_id();
+	struct ls_number *newest = bpf_map_lookup_elem(&ls_lane, &lane);
 	struct ls_sent *sent;
 
-	if (!no || lane >= LS_LANE_MAX)
+	if (!newest)
 		return -1;
 	r->lane = lane;
-	r->lane_no = ++*no;
+	r->lane_no = ++newest->no;
 	if (r->dir != LS_DIR_S2P)
 		return 0;
-	key = r->lane_no % LS_SENT;
+	key = sent_key(lane, r->lane_no);
 	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return -1;

@@ -2,6 +2,37 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* sec_gate.bpf.c: egress of the SVM's tap: only mirrored frames come in. */
 
+/*
+ * As how many frames the tap will count this one when its reader takes it (R13). Where
+ * the reader takes no frames of this kind (no TSO, as e1000's), the kernel cuts it up
+ * behind this program. Who judges are skb_gso_ok() and its callers (seen in 6.18).
+ */
+static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	struct sk_buff *kskb = bpf_cast_to_kern_ctx(skb);
+	__u32 type, size = skb->gso_size, len;
+	struct net_device *dev = kskb->dev;
+	__u64 takes;
+
+	if (!size || ls_mutate & LS_MUTATE_DRAIN)
+		return 1;
+	type = gso_type(kskb) & ~LS_GSO_DODGY; /* those are looked at once more, and pass */
+	takes = dev->features;
+	if (skb->vlan_present || is_vlan(skb->protocol))
+		takes &= dev->vlan_features;
+	if ((takes >> LS_FEATURE_GSO & type) == type)
+		return 1;
+	if (skb->gso_segs && type == gso_type(kskb))
+		return skb->gso_segs;
+	/* Of a frame that user space made nobody has counted the segments. */
+	if (parse(skb, &sc->p, 0) == LS_BAD)
+		return 1;
+	len = sc->p.paylen;
+	if (type & LS_GSO_UFO)
+		len += 8; /* fragments: the UDP header is in the first one */
+	return len > size ? (len + size - 1) / size : 1;
+}
+
 SEC("tcx/egress")
 int ls_sec_gate(struct __sk_buff *skb)
 {
@@ -15,7 +46,7 @@ int ls_sec_gate(struct __sk_buff *skb)
 		return count(LS_R_gated, skb, TCX_DROP);
 	if (skb->mark == ls_mark_in) {
 		skb->mark = 0;
-		return count(LS_R_let_in, skb, TCX_NEXT);
+		return count_as(LS_R_let_in, skb, tap_frames(skb, sc), TCX_NEXT);
 	}
 	if (mode_of(conf) != LS_MODE_SOLO)
 		return count(LS_R_gated, skb, TCX_DROP);

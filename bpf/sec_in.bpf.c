@@ -70,23 +70,24 @@ struct ls_resend {
 static long resend_step(__u32 i, struct ls_resend *q)
 {
 	int all = q->lane == LS_LANE_ALL;
-	__u32 zero = 0, key, lane = all ? i : q->lane;
+	__u32 key, lane = all ? i : q->lane;
 	struct ls_rec *r = &q->sc->rec;
-	__u64 no = q->no + i, *newest;
+	struct ls_number *newest;
+	__u64 no = q->no + i;
 	struct ls_sent *sent;
 
+	newest = bpf_map_lookup_elem(&ls_lane, &lane);
+	if (!newest) /* no such CPU */
+		return 1;
 	if (all) {
-		newest = bpf_map_lookup_percpu_elem(&ls_lane, &zero, lane);
-		if (!newest) /* no such CPU */
-			return 1;
-		no = *newest;
+		no = *(volatile __u64 *)&newest->no;
 		if (!no)
 			return 0;
 	} else if (no > q->last) {
 		return 1;
 	}
-	key = no % LS_SENT;
-	sent = bpf_map_lookup_percpu_elem(&ls_sent, &key, lane);
+	key = sent_key(lane, no);
+	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return 1;
 	/* Its lane may write over it meanwhile: the number tells. */
@@ -119,7 +120,7 @@ static __always_inline int sec_resend(struct __sk_buff *skb, struct ls_scratch *
 	};
 
 	count(LS_R_nack_in, skb, 0);
-	bpf_loop(LS_RESEND_MAX, resend_step, &q, 0);
+	bpf_loop(q.lane == LS_LANE_ALL ? LS_LANE_MAX : LS_RESEND_MAX, resend_step, &q, 0);
 	return TCX_DROP;
 }
 
@@ -171,6 +172,8 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	struct ls_ev *ev;
 
 	parse(skb, &sc->p, 0); /* what does not parse is parked too: the guest judges */
+	if (sc->p.flags & LS_SYN && ring_crowded())
+		return count(LS_R_crowded, skb, TCX_DROP);
 	ev = ev_new(skb, &sc->p, LS_EV_PARK);
 	if (!ev)
 		return count(LS_R_no_ring, skb, TCX_DROP);

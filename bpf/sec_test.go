@@ -534,13 +534,13 @@ func TestCopyLost(t *testing.T) {
 // lanesNow reads the lanes' counters.
 func (k *kit) lanesNow() map[uint16]uint64 {
 	k.Helper()
-	var per []uint64
-	if err := k.LsLane.Lookup(uint32(0), &per); err != nil {
-		k.Fatal(err)
-	}
 	lanes := make(map[uint16]uint64)
-	for cpu, n := range per {
-		lanes[uint16(cpu)] = n
+	for cpu := range k.LsLane.MaxEntries() {
+		var number bpf.LockstepLsNumber
+		if err := k.LsLane.Lookup(cpu, &number); err != nil {
+			k.Fatal(err)
+		}
+		lanes[uint16(cpu)] = number.No
 	}
 	return lanes
 }

@@ -332,7 +332,7 @@ func (p *Primary) restartFlow(f *dgramFlow) {
 }
 
 func (f *dgramFlow) describe(now int64) Flow {
-	d := Flow{Tuple: f.tuple, State: "datagram", Held: f.held.len(), Age: time.Duration(now - f.born)}
+	d := Flow{Tuple: f.tuple, State: stateDatagram, no: f.no, Held: f.held.len(), Age: time.Duration(now - f.born)}
 	for i := range f.held.view() {
 		d.HeldBytes += int(f.held.view()[i].key.n)
 	}

@@ -135,7 +135,8 @@ func FuzzStep(f *testing.F) {
 			step(ev)
 			now += int64(in.byte()) * 1e5
 		}
-		for range p.Flows {
+		if fs, st := p.Flows(), p.Stats(); len(fs) != st.Connections+st.Flows {
+			t.Fatalf("%d flows, %+v", len(fs), st)
 		}
 		for _, k := range []EventKind{EvThaw, EvTick, EvSolo, EvReset, EvUnpark} {
 			step(Event{Kind: k})

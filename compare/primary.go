@@ -4,6 +4,7 @@ package compare
 
 import (
 	"cmp"
+	"slices"
 	"time"
 )
 
@@ -106,7 +107,7 @@ type Stats struct {
 }
 
 // Flow describes a connection, or a flow of datagrams that not both guests have
-// said; for that State is "datagram" and positions mean nothing.
+// said; for that State is "datagram", and positions mean nothing.
 type Flow struct {
 	Tuple     Tuple
 	State     string
@@ -119,7 +120,11 @@ type Flow struct {
 	Age       time.Duration
 	Diverged  bool
 	Why       Reason // of the divergence
+
+	no uint64 // rises from one to the next that is made
 }
+
+const stateDatagram = "datagram"
 
 // NewPrimary makes the decision core of P. keys are those of the kernel.
 func NewPrimary(cfg Config, keys *Keys) *Primary {
@@ -194,29 +199,57 @@ func (p *Primary) Stats() Stats {
 	return s
 }
 
-// Flows yields the connections in the order they were made, then the flows of
-// datagrams, until yield returns false. Ages are as of the last Step.
-func (p *Primary) Flows(yield func(Flow) bool) {
-	for _, c := range p.all() {
-		f := Flow{
-			Tuple: c.tuple, State: c.state(), Inc: c.inc, Inherited: c.inherited || !c.incKnown,
-			Compared: c.compared, Released: c.released,
-			Held: c.held.len(), Age: time.Duration(p.now - c.born),
-			Diverged: c.diverged, Why: c.why,
-		}
-		for i := range c.held.view() {
-			f.HeldBytes += len(c.held.view()[i].payload)
-		}
-		if c.rstHeld {
-			f.Held++
-		}
-		if !yield(f) {
-			return
-		}
-	}
-	for _, f := range p.allFlows() {
-		if !yield(f.describe(p.now)) {
-			return
+// FlowWalk lists the connections and the flows of datagrams a part at a time: the
+// goroutine that walks is the one that releases frames, and others wait meanwhile.
+type FlowWalk struct{ left []*timer }
+
+// WalkFlows begins a walk over what is there now.
+func (p *Primary) WalkFlows() FlowWalk { return FlowWalk{slices.Clone(p.timers)} }
+
+// Next appends the next n flows to fs, in no order (see [SortFlows]), without those that
+// have ended since the walk began. It reports whether there may be more. Ages are as of
+// the last Step.
+func (w *FlowWalk) Next(p *Primary, n int, fs []Flow) ([]Flow, bool) {
+	n = min(n, len(w.left))
+	for _, t := range w.left[:n] {
+		switch {
+		case t.heapIdx < 0: // ended
+		case t.flow != nil:
+			fs = append(fs, t.flow.describe(p.now))
+		default:
+			fs = append(fs, t.conn.describe(p.now))
 		}
 	}
+	w.left = w.left[n:]
+	return fs, len(w.left) > 0
+}
+
+func (c *conn) describe(now int64) Flow {
+	f := Flow{
+		Tuple: c.tuple, State: c.state(), Inc: c.inc, Inherited: c.inherited || !c.incKnown,
+		Compared: c.compared, Released: c.released,
+		Held: c.held.len(), Age: time.Duration(now - c.born),
+		Diverged: c.diverged, Why: c.why, no: c.no,
+	}
+	for i := range c.held.view() {
+		f.HeldBytes += len(c.held.view()[i].payload)
+	}
+	if c.rstHeld {
+		f.Held++
+	}
+	return f
+}
+
+// SortFlows puts connections, and behind them flows of datagrams, in the order in
+// which they were made.
+func SortFlows(fs []Flow) {
+	slices.SortFunc(fs, func(a, b Flow) int {
+		if x, y := a.State == stateDatagram, b.State == stateDatagram; x != y {
+			if y {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(a.no, b.no)
+	})
 }

@@ -144,7 +144,7 @@ func TestCheckpoints(t *testing.T) {
 func (w *world) mustBeWhole() {
 	w.t.Helper()
 	if !w.whole() {
-		for f := range w.p.Flows {
+		for _, f := range w.p.Flows() {
 			w.t.Logf("%+v", f)
 		}
 		w.fatalf("byte %d of %d did not leave (FIN left: %v), %v", slices.Index(w.got, false), len(w.got), w.gotFIN, w.reasons)

@@ -117,7 +117,9 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 			x.line(strings.TrimSpace(line))
 		}
 	case "flows":
-		for f := range x.p.Flows {
+		fs := x.p.Flows()
+		SortFlows(fs)
+		for _, f := range fs {
 			inc := fmt.Sprintf("inc=%d", f.Inc)
 			if f.Inherited {
 				inc = "inherited"

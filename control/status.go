@@ -258,13 +258,18 @@ func (n *nic) flows() ([]Flow, error) {
 		return out, err
 	}
 	var all []compare.Flow
+	var walk compare.FlowWalk
 	err := n.do(func() error {
-		n.primary.Flows(func(f compare.Flow) bool {
-			all = append(all, f)
-			return true
-		})
+		walk = n.primary.WalkFlows()
 		return nil
 	})
+	for more := true; more && err == nil; {
+		err = n.do(func() error {
+			all, more = walk.Next(n.primary, flowsPart, all)
+			return nil
+		})
+	}
+	compare.SortFlows(all)
 	for _, c := range all {
 		f := n.flow(&c.Tuple)
 		f.State, f.Compared, f.HeldPackets, f.HeldBytes, f.Age = c.State, &c.Compared, c.Held, c.HeldBytes, c.Age.Seconds()
@@ -272,6 +277,9 @@ func (n *nic) flows() ([]Flow, error) {
 	}
 	return out, err
 }
+
+// flowsPart is how many flows are listed before the NIC's loop turns again.
+const flowsPart = 1000
 
 func (n *nic) flow(t *compare.Tuple) Flow {
 	f := Flow{

@@ -106,10 +106,6 @@ func deviceOf(pin string) (int, error) {
 // openTables opens the maps in dir, unless they are of another lockstep or for
 // something else than the options say.
 func openTables(dir string, o Options) (_ *tables, err error) {
-	spec, err := sized(o.sizes())
-	if err != nil {
-		return nil, err
-	}
 	t := &tables{maps: make(map[string]*ebpf.Map)}
 	defer func() {
 		if err != nil {
@@ -133,6 +129,11 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 	copy(bytesOf(&t.meta), raw)
 	own := metaOf(o)
 	differ := differences(&t.meta, &own)
+	o.Role = Role(t.meta.Role) // or it is among what differs
+	spec, err := sized(o.sizes())
+	if err != nil {
+		return nil, err
+	}
 	for name, m := range spec.Maps {
 		if !inherited(name) || name == bpf.LockstepMapLsMeta || len(differ) > 0 {
 			continue
@@ -246,6 +247,7 @@ func CheckUpgrade(o Options) (version string, err error) {
 		return "", err
 	}
 	defer old.close()
+	o.Role = Role(old.meta.Role)
 	spec, err := sized(o.sizes())
 	if err != nil {
 		return "", err

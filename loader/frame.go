@@ -19,7 +19,8 @@ const (
 	vnetCsum    = 1   // VIRTIO_NET_HDR_F_NEEDS_CSUM
 	gsoTCPv4    = 1   // VIRTIO_NET_HDR_GSO_TCPV4
 	gsoTCPv6    = 4   // VIRTIO_NET_HDR_GSO_TCPV6
-	gsoUDP      = 5   // VIRTIO_NET_HDR_GSO_UDP_L4
+	gsoUFO      = 3   // VIRTIO_NET_HDR_GSO_UDP: fragments of one datagram
+	gsoUDP      = 5   // VIRTIO_NET_HDR_GSO_UDP_L4: datagrams
 	ethARP      = 0x0806
 	ethVLAN     = 0x8100
 	ethIPv6     = 0x86dd

@@ -196,6 +196,12 @@ func devices(t testing.TB) {
 func newHosts(t testing.TB) *hosts {
 	t.Helper()
 	devices(t)
+	return openHosts(t)
+}
+
+// openHosts makes the hosts of devices that are there.
+func openHosts(t testing.TB) *hosts {
+	t.Helper()
 	h := &hosts{TB: t, pins: mountBPFFS(t), dead: make(map[*NIC]bool)}
 	h.p, h.s = h.open(options(h.pins, "a.lab", Primary)), h.open(options(h.pins, "b.lab", Secondary))
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{1}))

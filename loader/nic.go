@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -141,7 +142,7 @@ type frameMeta struct {
 	l3, l4, pay, paylen uint32
 	gso, tpid, tci      uint16
 	csumStart, csumOff  uint16
-	partial, udp        bool
+	partial, udp, ufo   bool
 }
 
 // attachment is where a program belongs.
@@ -269,27 +270,58 @@ func refuseManaged(tap netlink.Link, dir string) error {
 	return nil
 }
 
-// sizes are what the config says of the maps.
-type sizes struct{ connections, slots, gsoSlots int }
+// sizes are what the config and this host say of the maps.
+type sizes struct {
+	role                         Role
+	connections, slots, gsoSlots int
+	cpus                         int // possible ones
+}
 
-// sized are the programs, with maps of these sizes.
+// lruSlack is how many free elements of an LRU map each CPU keeps for itself while
+// others have to evict (LOCAL_FREE_TARGET; seen in 6.18).
+const lruSlack = 128
+
+// sized are the programs, with maps of these sizes. What only the other role's
+// programs use has one element.
 func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	for name, entries := range map[string]int{
-		bpf.LockstepMapLsConn: z.connections, bpf.LockstepMapLsCli: z.connections, bpf.LockstepMapLsEdge: z.connections,
-		bpf.LockstepMapLsInherited: z.connections,
-		bpf.LockstepMapLsHalf:      min(maxHalf, z.connections),
-		bpf.LockstepMapLsSlots:     z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
-	} {
-		spec.Maps[name].MaxEntries = uint32(entries)
+	if most := int(bpf.LockstepLsConstLS_LANE_MAX); z.cpus > most {
+		return nil, fmt.Errorf("this host has room for %d CPUs, and lockstep for %d", z.cpus, most)
+	}
+	// An LRU map holds so many before it evicts, whichever CPUs fill it.
+	lru := func(entries int) int { return entries + z.cpus*lruSlack }
+	entries := map[string]int{
+		bpf.LockstepMapLsEdge:  z.connections,
+		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
+		bpf.LockstepMapLsLane: z.cpus,
+	}
+	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections)}
+	ofSecondary := map[string]int{
+		bpf.LockstepMapLsConn:      z.connections,
+		bpf.LockstepMapLsInherited: lru(z.connections),
+		bpf.LockstepMapLsHalf:      lru(min(maxHalf, z.connections)),
+		bpf.LockstepMapLsSent:      z.cpus * int(bpf.LockstepLsConstLS_SENT),
+	}
+	own, others := ofPrimary, ofSecondary
+	if z.role == Secondary {
+		own, others = ofSecondary, ofPrimary
+	}
+	maps.Copy(entries, own)
+	for name := range others {
+		entries[name] = 1
+	}
+	for name, n := range entries {
+		spec.Maps[name].MaxEntries = uint32(n)
 	}
 	return spec, nil
 }
 
-func (o *Options) sizes() sizes { return sizes{o.MaxConnections, o.Slots, o.GSOSlots} }
+func (o *Options) sizes() sizes {
+	return sizes{o.Role, o.MaxConnections, o.Slots, o.GSOSlots, ebpf.MustPossibleCPU()}
+}
 
 // load loads the programs: over old's maps, or, when that is nil, over new ones.
 func (n *NIC) load(o Options, old *tables) error {
@@ -640,47 +672,7 @@ func (n *NIC) ResetOffsets() error {
 
 // empty removes all that is in a map of tuples now.
 func empty[V any](m *ebpf.Map) error {
-	keys, err := keysOf[V](m, nil)
-	if err != nil {
-		return err
-	}
-	return deleteKeys(m, keys)
-}
-
-// each calls f with all that is in a map of tuples.
-func each[V any](m *ebpf.Map, f func(bpf.LockstepLsTuple, *V)) error {
-	var (
-		t bpf.LockstepLsTuple
-		v V
-	)
-	it := m.Iterate()
-	for it.Next(&t, &v) {
-		f(t, &v)
-	}
-	// Programs insert and remove meanwhile: an aborted walk is a short one.
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return err
-	}
-	return nil
-}
-
-// keysOf lists the keys whose values pass (nil: all).
-func keysOf[V any](m *ebpf.Map, pass func(*V) bool) (keys []bpf.LockstepLsTuple, err error) {
-	err = each(m, func(k bpf.LockstepLsTuple, v *V) {
-		if pass == nil || pass(v) {
-			keys = append(keys, k)
-		}
-	})
-	return keys, err
-}
-
-func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
-	for i := range keys {
-		if err := m.Delete(&keys[i]); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return err
-		}
-	}
-	return nil
+	return take(m, func(bpf.LockstepLsTuple, *V) {})
 }
 
 // fins are the state bits of a connection that both ends closed.
@@ -705,12 +697,15 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 		maps = append(maps, n.objs.LsEdge)
 	}
 	for _, m := range maps {
-		old, err := keysOf(m, func(c *bpf.LockstepLsConn) bool {
+		var old []bpf.LockstepLsTuple
+		err := each(m, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
 			limit := idle
 			if c.State&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0 || c.State&fins == fins {
 				limit = min(linger, idle)
 			}
-			return now-int64(c.Last) > int64(limit)
+			if now-int64(c.Last) > int64(limit) {
+				old = append(old, k)
+			}
 		})
 		if err == nil {
 			err = deleteKeys(m, old)
@@ -741,36 +736,47 @@ func (n *NIC) Counters() (map[string]uint64, error) {
 		"event_refused": n.lost.events.Load(),
 		"tap_unread":    n.lost.unread.Load(),
 	}
-	for i, name := range bpf.ReasonNames() {
-		c, err := n.count(uint32(i))
-		if err != nil {
-			return nil, err
-		}
-		out[name] = c
+	names, cpus := bpf.ReasonNames(), ebpf.MustPossibleCPU()
+	reasons, perCPU := make([]uint32, len(names)), make([]bpf.LockstepLsCount, len(names)*cpus)
+	var cursor ebpf.MapBatchCursor
+	got, err := n.objs.LsStats.BatchLookup(&cursor, reasons, perCPU, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read counters: %w", err)
+	}
+	if got != len(names) {
+		return nil, fmt.Errorf("read counters: %d of %d", got, len(names))
+	}
+	for i, reason := range reasons {
+		out[names[reason]] = packets(perCPU[i*cpus : (i+1)*cpus])
 	}
 	return out, nil
 }
 
-func (n *NIC) count(reason uint32) (packets uint64, err error) {
+func (n *NIC) counter(reason uint32) (uint64, error) {
 	var perCPU []bpf.LockstepLsCount
 	if err := n.objs.LsStats.Lookup(reason, &perCPU); err != nil {
 		return 0, fmt.Errorf("read counter %s: %w", bpf.ReasonName(int(reason)), err)
 	}
+	return packets(perCPU), nil
+}
+
+func packets(perCPU []bpf.LockstepLsCount) (sum uint64) {
 	for _, c := range perCPU {
-		packets += c.Packets
+		sum += c.Packets
 	}
-	return packets, nil
+	return sum
 }
 
 // DrainTap implements [control.DataPath]: a tap counts a frame as sent when its
 // reader takes it, so what the gate let in and the tap has not counted is still
 // on its way. What a guest that boots, or has crashed, has not read at ctx's
-// deadline goes: to it that is a loss, and the PVM has heard it.
+// deadline goes: to it that is a loss, and the PVM has heard it. So does what is there
+// when the tap has counted more than was let in, for then nobody knows how much it is.
 func (n *NIC) DrainTap(ctx context.Context) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		in, err := n.count(uint32(bpf.LockstepLsReasonLS_R_letIn))
+		in, err := n.counter(uint32(bpf.LockstepLsReasonLS_R_letIn))
 		if err != nil {
 			return err
 		}
@@ -783,9 +789,12 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 			return fmt.Errorf("tap %s: no statistics", n.tap.Attrs().Name)
 		}
 		// A difference of counts, neither of which has grown by 2^31 meanwhile.
-		unread := n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped)
-		if int32(unread) <= 0 {
+		unread := int32(n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped))
+		if unread == 0 {
 			return nil
+		}
+		if unread < 0 {
+			return n.purgeTap(unread)
 		}
 		select {
 		case <-ctx.Done():
@@ -798,14 +807,15 @@ func (n *NIC) DrainTap(ctx context.Context) error {
 	}
 }
 
-// purgeTap drops what waits in the tap's queue, unread frames.
-func (n *NIC) purgeTap(unread uint32) error {
+// purgeTap drops what waits in the tap's queue: unread frames by its count, which is
+// right again afterwards.
+func (n *NIC) purgeTap(unread int32) error {
 	if err := emptyQueue(n.tap.Attrs().Index); err != nil {
 		return fmt.Errorf("tap %s: drop what the SVM does not read: %w", n.tap.Attrs().Name, err)
 	}
-	n.lost.unread.Add(uint64(unread))
+	n.lost.unread.Add(uint64(max(unread, 0)))
 	// They were let in, and will never be counted as sent.
-	n.tapBase -= unread
+	n.tapBase -= uint32(unread)
 	var meta bpf.LockstepLsMeta
 	if err := n.objs.LsMeta.Lookup(uint32(0), &meta); err != nil {
 		return fmt.Errorf("read what the tables are for: %w", err)

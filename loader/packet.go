@@ -22,10 +22,11 @@ type packetConn struct {
 	iovs [][2]unix.Iovec
 }
 
+// mmsghdr is the kernel's struct: behind the length is what aligns the next one, four
+// bytes on 64 bits and none on 32.
 type mmsghdr struct {
 	hdr unix.Msghdr
 	len uint32
-	_   [4]byte
 }
 
 // newPacketConn opens a socket that sends to the device with the given mark

@@ -59,7 +59,7 @@ func CheckTCX() error {
 
 // CheckPrograms loads all programs with small maps, and lets them go.
 func CheckPrograms() error {
-	spec, err := sized(sizes{connections: 1, slots: 16, gsoSlots: 1})
+	spec, err := sized(sizes{role: Primary, connections: 1, slots: 16, gsoSlots: 1, cpus: 1})
 	if err != nil {
 		return err
 	}

@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
 	"lockstep/control"
@@ -60,15 +59,19 @@ func (n *NIC) TakeOver(guard uint32) error {
 	if err := each(n.objs.LsConn, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { change[t] = *c }); err != nil {
 		return fmt.Errorf("take over: %w", err)
 	}
+	var keys []bpf.LockstepLsTuple
+	var conns []bpf.LockstepLsConn
 	for t, c := range change {
 		if c.State&connGuarded != 0 {
 			continue // by a daemon before this one
 		}
 		c.Guard, c.State = guard, c.State|connGuarded
-		// A full table has no place for those that do without an entry.
-		if err := n.objs.LsConn.Put(&t, &c); err != nil && !(c.State&connInherited != 0 && errors.Is(err, unix.E2BIG)) {
-			return fmt.Errorf("take over a connection: %w", err)
-		}
+		keys, conns = append(keys, t), append(conns, c)
+	}
+	// A full table has no place for those that do without an entry.
+	dispensable := func(c *bpf.LockstepLsConn) bool { return c.State&connInherited != 0 }
+	if err := putAll(n.objs.LsConn, keys, conns, dispensable); err != nil {
+		return fmt.Errorf("take over connections: %w", err)
 	}
 	return nil
 }
@@ -86,18 +89,23 @@ func (n *NIC) Edges() ([]control.Edge, error) {
 
 // AddEdges implements [control.DataPath].
 func (n *NIC) AddEdges(edges []control.Edge) error {
+	keys, conns := make([]bpf.LockstepLsTuple, len(edges)), make([]bpf.LockstepLsConn, len(edges))
+	now := uint64(n.Now())
 	for i := range edges {
 		e := &edges[i]
-		t, c := toTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: uint64(n.Now())}
-		if err := n.objs.LsEdge.Put(&t, &c); err != nil {
-			return fmt.Errorf("connection taken over: %w", err)
-		}
+		keys[i], conns[i] = toTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: now}
+	}
+	if err := putAll(n.objs.LsEdge, keys, conns, needed); err != nil {
+		return fmt.Errorf("connections taken over: %w", err)
 	}
 	if len(edges) > 0 {
 		atomic.StoreUint32(&n.conf.Edges, 1)
 	}
 	return nil
 }
+
+// needed: a map may not do without it.
+func needed(*bpf.LockstepLsConn) bool { return false }
 
 // edges tells whether what a P took over has to be looked after. An S has only been
 // told of it, and sees none of its frames.
@@ -110,23 +118,23 @@ func (n *NIC) inherit(old *tables) error {
 	if err := each(old.maps[bpf.LockstepMapLsEdge], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { edges[t] = *c }); err != nil {
 		return err
 	}
-	count := 0
-	var failed error
+	var keys []bpf.LockstepLsTuple
+	var conns []bpf.LockstepLsConn
 	if err := each(old.maps[bpf.LockstepMapLsConn], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
 		e := edges[t]
 		c.Off, c.TsOff = c.Off+e.Off, c.TsOff+e.TsOff
-		count++
-		if err := n.objs.LsEdge.Put(&t, c); err != nil && failed == nil {
-			failed = err
-		}
-	}); err != nil || failed != nil {
-		return fmt.Errorf("connections taken over: %w", errors.Join(err, failed))
+		keys, conns = append(keys, t), append(conns, *c)
+	}); err != nil {
+		return fmt.Errorf("connections taken over: %w", err)
+	}
+	if err := putAll(n.objs.LsEdge, keys, conns, needed); err != nil {
+		return fmt.Errorf("connections taken over: %w", err)
 	}
 	c, err := old.conf()
 	if err != nil {
 		return err
 	}
-	if count > 0 {
+	if len(keys) > 0 {
 		n.conf.Edges = 1
 	}
 	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch

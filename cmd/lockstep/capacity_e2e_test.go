@@ -217,6 +217,7 @@ func (p *pair) floodable() *lt.Wire {
 const (
 	flagSYN = 2
 	flagRST = 4
+	flagACK = 16
 )
 
 // TestHalfOpenFlood: tens of thousands of SYNs that nobody means cost other
@@ -259,7 +260,8 @@ func TestHalfOpenFlood(t *testing.T) {
 	p.settle(&g, 2*time.Minute)
 }
 
-// TestFullRing: with P's daemon stopped the ring fills up; frames that cannot be
+// TestFullRing: with P's daemon stopped the ring fills up, half of it with a flood of
+// SYNs, and no more: the rest with answers to what is of no connection; frames that cannot be
 // told of are dropped for both guests and counted, and what checkpoints that costs
 // come at their pace.
 func TestFullRing(t *testing.T) {
@@ -276,15 +278,16 @@ func TestFullRing(t *testing.T) {
 	}
 	t.Cleanup(func() { daemon.Signal(syscall.SIGCONT) })
 	p.flood(w, 0, n, flagSYN, 0)
+	p.flood(w, n, n, flagACK, 0)
 	if err := daemon.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 	s := p.await("alpha", func(s *control.Status) bool {
 		g.look(t, s)
-		return s.Dropped["no_ring"] > 0 && s.State == "replicating"
+		return s.Dropped["no_ring"] > 0 && s.Dropped["crowded"] > 0 && s.State == "replicating"
 	})
-	t.Logf("ring full: %d connections, %d frames dropped, %d checkpoints requested, %d done",
-		s.Connections, s.Dropped["no_ring"], s.CheckpointsRequested, s.CheckpointsDone)
+	t.Logf("ring full: %d connections, %d frames dropped, %d of SYNs before, %d checkpoints requested, %d done",
+		s.Connections, s.Dropped["no_ring"], s.Dropped["crowded"], s.CheckpointsRequested, s.CheckpointsDone)
 	p.flood(w, 0, n, flagRST, 1)
 	p.settle(&g, 2*time.Minute)
 }

@@ -182,7 +182,7 @@ func guestSpec(c *config.Config, n *config.Node) qemu.Spec {
 	q := c.QEMU.On(n.Name)
 	s := qemu.Spec{
 		VM: c.VM, Node: n.Name, Binary: q.Binary, Machine: q.Machine, Accel: q.Accel, CPU: q.CPU, Memory: q.Memory, SMP: q.SMP,
-		Kernel: q.Kernel, Initrd: q.Initrd, Append: q.Append, NICModel: q.NICModel, Extra: q.Extra, QMP: n.QMP, Dir: c.RunDir,
+		Kernel: q.Kernel, Initrd: q.Initrd, Append: q.Append, NICModel: q.NICModel, Extra: q.Extra, User: q.User, QMP: n.QMP, Dir: c.RunDir,
 	}
 	for i, nic := range n.NICs {
 		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: q.MACs[i]})

@@ -180,6 +180,7 @@ type QEMU struct {
 	NICModel string
 	MACs     []net.HardwareAddr // one per NIC, the same on both nodes
 	Extra    []string           // further arguments
+	User     string             // that QEMU becomes: a name or uid:gid; "": it stays what lockstep is
 }
 
 // Disk is replicated from the primary's image to the secondary's.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -273,6 +274,68 @@ func replaceLine(file, line string) string {
 		out.WriteString(line)
 	}
 	return out.String()
+}
+
+func TestUser(t *testing.T) {
+	with := func(user, migration string) (*Config, error) {
+		file := strings.Replace(example, "\nmigration: {port: 9001,", "\n  user: "+user+"\nmigration: {port: 9001,"+migration, 1)
+		return Parse("pair.yaml", []byte(file))
+	}
+	for _, user := range []string{"qemu", "libvirt-qemu", "107:107", "64055:0"} {
+		if c, err := with(user, ""); err != nil || c.QEMU.User != user {
+			t.Errorf("user %s: %v", user, err)
+		}
+	}
+	for _, user := range []string{"root", `"0:0"`, `"0:5"`, `""`, "-x", "107", `"a,b"`} {
+		if _, err := with(user, ""); err == nil || !strings.Contains(err.Error(), "user") {
+			t.Errorf("user %s: %v", user, err)
+		}
+	}
+	if _, err := with("qemu", " unix: /run/m,"); err == nil || !strings.Contains(err.Error(), "migration.unix") {
+		t.Errorf("with migration.unix: %v", err)
+	}
+}
+
+// A zero in the file is refused with its line, or is what it says: it never becomes
+// the default.
+func TestZero(t *testing.T) {
+	type zero struct{ key, text string } // as in the file
+	honoured := map[zero]func(*Config) bool{
+		{"target_pause", "0s"}: func(c *Config) bool { return c.Checkpoint.TargetPause == 0 }, // off
+		{"proto", "0"}:         func(c *Config) bool { return c.Compare.PrimaryOnly[1].Proto == 0 },
+		{"primary_only", "[]"}: func(c *Config) bool { return len(c.Compare.PrimaryOnly) == 0 },
+		{"disks", "[]"}:        func(c *Config) bool { return len(c.QEMU.Disks) == 0 },
+		{"extra", "[]"}:        func(c *Config) bool { return len(c.QEMU.Extra) == 0 },
+		{"append", `""`}:       func(c *Config) bool { return c.QEMU.Append == "" },
+	}
+	file := strings.Replace(example, "tls: {ca: certs/etcd.pem", "timeout: 3s, tls: {ca: certs/etcd.pem", 1)
+	used := make(map[zero]bool)
+	try := func(at []int, text string) { // at: of the key, of the value
+		t.Helper()
+		key := file[at[0]:at[1]]
+		c, err := Parse("pair.yaml", []byte(file[:at[2]]+text+file[at[3]:]))
+		if holds := honoured[zero{key, text}]; err == nil && holds != nil && holds(c) {
+			used[zero{key, text}] = true
+			return
+		}
+		var errs Errors
+		if line := 1 + strings.Count(file[:at[0]], "\n"); !errors.As(err, &errs) || errs[0].Pos.Line != line {
+			t.Errorf("line %d, %s: %s: %v", line, key, text, err)
+		}
+	}
+	tried := 0
+	for pattern, text := range map[string]string{
+		`(\w+): (\d+)[,}\n]`: "0", `(\w+): (\d+(?:ms|s|h))[,}\n]`: "0s", `(\w+): (\d+[MG])[,}\n]`: "0M",
+		`(\w+): (\[[^]]*\])`: "[]", `(\w+): ("[^"]*")`: `""`, `(\w+): ([a-z/][^,}\n]*)[,}\n]`: `""`,
+	} {
+		for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatchIndex(file, -1) {
+			tried++
+			try(m[2:], text)
+		}
+	}
+	if tried < 50 || len(used) != len(honoured) {
+		t.Errorf("%d values tried, of %d that may be zero only %v", tried, len(honoured), used)
+	}
 }
 
 func TestLoad(t *testing.T) {

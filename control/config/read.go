@@ -128,7 +128,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 		{"compare", "", func(v value) {
 			r.mapping(v, []field{
 				{"timeout", "", r.duration(&c.Compare.Timeout, time.Millisecond, time.Hour)},
-				{"cut_delay", "", r.duration(&c.Compare.CutDelay, 0, time.Second)},
+				{"cut_delay", "", r.duration(&c.Compare.CutDelay, time.Microsecond, time.Second)},
 				{"max_connections", "", r.integer(&c.Compare.MaxConnections, 1, 1<<20)},
 				{"slots", "", r.integer(&c.Compare.Slots, 16, 1<<20)},
 				{"gso_slots", "", r.integer(&c.Compare.GSOSlots, 1, 1<<16)},
@@ -138,7 +138,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 		{"checkpoint", "", func(v value) {
 			r.mapping(v, []field{
 				{"period", "", r.duration(&c.Checkpoint.Period, time.Millisecond, 24*time.Hour)},
-				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, 0, time.Hour)},
+				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, time.Millisecond, time.Hour)},
 				{"target_pause", "", r.duration(&c.Checkpoint.TargetPause, 0, 10*time.Second)},
 			})
 		}},
@@ -215,7 +215,11 @@ func (r *reader) qemu(v value, c *Config) {
 		{"nic_model", "", r.option(&q.NICModel, `a NIC of QEMU like "virtio-net-pci"`)},
 		{"macs", "", func(v value) {
 			r.list(v, `a list like ["52:54:00:12:34:56"]`, maxNICs, func(v value) { r.mac(v, &q.MACs) })
+			if seq, ok := v.node.(*ast.SequenceNode); ok && len(seq.Values) == 0 {
+				r.refuse(v.pos, "macs is empty", "give one per NIC, or remove the key for addresses that follow from vm")
+			}
 		}},
+		{"user", "", r.user(&q.User)},
 		{"extra", "", func(v value) {
 			r.list(v, `a list of arguments like ["-display", "none"]`, maxWords, func(v value) {
 				r.text(v, "one argument (put numbers in quotes)", func(s string) { q.Extra = append(q.Extra, s) })
@@ -343,6 +347,19 @@ func (r *reader) mac(v value, to *[]net.HardwareAddr) {
 		}
 		*to = append(*to, m)
 	})
+}
+
+var userRE = regexp.MustCompile(`^([A-Za-z_][A-Za-z0-9_-]*|[1-9][0-9]*:[0-9]+)$`)
+
+func (r *reader) user(to *string) func(value) {
+	return func(v value) {
+		const want = `a user like "qemu", or uid:gid like "107:107"`
+		r.text(v, want, func(s string) {
+			if *to = s; !userRE.MatchString(s) || s == "root" {
+				r.refuse(v.pos, fmt.Sprintf("%q cannot be QEMU's user", s), "it must be "+want+"; without the key QEMU stays what lockstep is")
+			}
+		})
+	}
 }
 
 // QEMU's names begin with a letter, have at most 31 characters, and lockstep
@@ -664,6 +681,9 @@ func (r *reader) guest(c *Config) {
 	}
 	if accel, _, _ := strings.Cut(q.Accel, ","); accel == "tcg" && strings.HasPrefix(q.CPU+",", "host,") {
 		r.refuse(at("qemu.cpu"), "cpu host needs accel kvm", "write another CPU model, or remove the key for max")
+	}
+	if q.User != "" && m.Unix != "" {
+		r.refuse(at("qemu.user"), "user does not go with migration.unix: the other QEMU may not use the socket", "remove migration.unix, which is for two QEMUs on one host, or user")
 	}
 	if q.Kernel == "" && q.Initrd != "" {
 		r.refuse(at("qemu.initrd"), "initrd needs kernel", "name the kernel, or remove initrd")

@@ -43,6 +43,7 @@ type Spec struct {
 	Disks    []Disk
 
 	Extra []string // further arguments, as they are
+	User  string   // that QEMU becomes, a name or uid:gid; "": it stays what lockstep is
 	Env   []string // QEMU's environment beside the daemon's, "NAME=value"
 
 	mask bool // a mutation: only tests set it
@@ -102,6 +103,11 @@ func (s *Spec) args(in *Incoming) ([]string, error) {
 		"-pidfile", s.file(".pid"),
 		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP), "-mon", "chardev=lockstep,mode=control",
 	}
+	confined, err := s.confine()
+	if err != nil {
+		return nil, err
+	}
+	a = append(a, confined...)
 	for _, o := range []struct{ flag, value string }{{"-kernel", s.Kernel}, {"-initrd", s.Initrd}, {"-append", s.Append}} {
 		if o.value != "" {
 			a = append(a, o.flag, o.value)
@@ -218,6 +224,9 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		p.Release()
 	}
 	errs = append(errs, s.checkDisks(in != nil, peer)...)
+	if err := s.checkUser(in != nil); err != nil {
+		errs = append(errs, err)
+	}
 	if in != nil {
 		if err := checkIncoming(in, len(s.Disks) > 0); err != nil {
 			errs = append(errs, err)
@@ -379,11 +388,16 @@ func (s *Spec) makeOverlays() error {
 		if err != nil {
 			return err
 		}
-		if err := os.MkdirAll(d.OverlayDir, 0o700); err != nil {
-			return fmt.Errorf("disk %s: %w", d.ID, err)
+		if _, err := os.Stat(d.OverlayDir); errors.Is(err, fs.ErrNotExist) {
+			if err := errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir)); err != nil {
+				return fmt.Errorf("disk %s: %w", d.ID, err)
+			}
 		}
 		for _, kind := range []string{"active", "hidden"} {
 			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
+				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)
+			}
+			if err := s.give(s.overlay(d, kind)); err != nil {
 				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)
 			}
 		}

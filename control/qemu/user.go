@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// confine are the arguments that take from QEMU what it does not need once it runs:
+// system calls, and with User root's rights. QEMU opens the tap, the disks and its
+// sockets before it becomes that user.
+func (s *Spec) confine() ([]string, error) {
+	sandbox := "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
+	if s.User == "" {
+		// With a user this would end QEMU when it becomes that user.
+		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	help, err := exec.CommandContext(ctx, s.Binary, "-help").Output()
+	if err != nil {
+		return nil, fmt.Errorf("QEMU: %s -help: %w", s.Binary, err)
+	}
+	a := []string{"-sandbox", sandbox}
+	if strings.Contains(string(help), "\n-runas ") { // QEMU before 10
+		return append(a, "-runas", s.User), nil
+	}
+	return append(a, "-run-with", "user="+s.User), nil
+}
+
+// credential is what processes of a user have: a name, or uid:gid.
+func credential(name string) (*syscall.Credential, error) {
+	number := func(s string) uint32 {
+		n, perr := strconv.ParseUint(s, 10, 32)
+		if perr != nil {
+			return 0
+		}
+		return uint32(n)
+	}
+	if uid, gid, ok := strings.Cut(name, ":"); ok {
+		return &syscall.Credential{Uid: number(uid), Gid: number(gid)}, nil
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		return nil, fmt.Errorf("user: %w", err)
+	}
+	c := &syscall.Credential{Uid: number(u.Uid), Gid: number(u.Gid)}
+	groups, err := u.GroupIds()
+	if err != nil {
+		return nil, fmt.Errorf("user %s: %w", name, err)
+	}
+	for _, g := range groups {
+		c.Groups = append(c.Groups, number(g))
+	}
+	return c, nil
+}
+
+// checkUser finds out whether the user may use what QEMU opens again while it runs:
+// the images and, on a secondary, the overlays' folders.
+func (s *Spec) checkUser(secondary bool) error {
+	if s.User == "" {
+		return nil
+	}
+	c, err := credential(s.User)
+	if err != nil {
+		return err
+	}
+	may := func(what, path string, tests ...string) error {
+		cmd := exec.Command("test", tests...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c}
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("%s %s: user %s has no access (%w); give it to that user, its folders too", what, path, s.User, err)
+		}
+		return nil
+	}
+	var errs []error
+	for i := range s.Disks {
+		d := &s.Disks[i]
+		errs = append(errs, may("disk "+d.ID+": image", d.Image, "-r", d.Image, "-a", "-w", d.Image))
+		if _, err := os.Stat(d.OverlayDir); secondary && err == nil {
+			errs = append(errs, may("disk "+d.ID+": overlay_dir", d.OverlayDir, "-x", d.OverlayDir))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// give makes User the owner of files that lockstep made for QEMU.
+func (s *Spec) give(paths ...string) error {
+	if s.User == "" {
+		return nil
+	}
+	c, err := credential(s.User)
+	if err != nil {
+		return err
+	}
+	for _, p := range paths {
+		if err := os.Chown(p, int(c.Uid), int(c.Gid)); err != nil {
+			return fmt.Errorf("give to user %s: %w", s.User, err)
+		}
+	}
+	return nil
+}
