@@ -154,6 +154,7 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	life := &control.Life{
 		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
 		Own: incoming(c, o.self), Peers: incoming(c, o.other),
+		Limits: qemu.Limits{Bandwidth: c.Migration.Bandwidth, AutoConverge: c.Migration.AutoConverge, Timeout: c.Migration.Timeout},
 	}
 	if q := c.QEMU; q != nil {
 		spec := guestSpec(c, o.self)
