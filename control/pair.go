@@ -89,6 +89,8 @@ type pairLife struct {
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
 	hello      hello         // P: of the session there is
+	caps       qemu.Caps     // of this host's QEMU
+	unfit      error         // why that cannot be part of a pair
 	prepared   chan struct{} // S: closed when QEMU waits for a primary's
 	ready      bool          // S: that is so
 	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
@@ -531,14 +533,42 @@ func (d *Daemon) paired() {
 	})
 }
 
-// knowsQEMU is an error until this host's QEMU is connected: what a session means
-// depends on what that does (P).
-func (d *Daemon) knowsQEMU(ctx context.Context) error {
-	known := false
-	if err := d.ask(ctx, func() { known = d.qmp.conn != nil }); err != nil || known {
+// fitsQEMU is an error until this host's QEMU is connected, because what a session means
+// depends on what that does, and unless the two QEMUs can be a pair (P).
+func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
+	var caps qemu.Caps
+	var unfit error
+	if err := d.ask(ctx, func() {
+		if d.qmp.conn != nil {
+			caps, unfit = d.life.caps, d.life.unfit
+		}
+	}); err != nil {
 		return err
 	}
-	return errors.New("the primary's QEMU is not connected yet")
+	switch {
+	case unfit != nil:
+		return fmt.Errorf("the primary's QEMU cannot replicate: %w", unfit)
+	case caps.Machine == "":
+		return errors.New("the primary's QEMU is not connected yet")
+	}
+	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
+}
+
+// probe finds out what P's QEMU can do.
+func (d *Daemon) probe() {
+	l := d.life
+	if l == nil || l.p == nil {
+		return
+	}
+	var caps qemu.Caps
+	d.procedure("probe", func(_ context.Context, m *qmp.Monitor) (err error) {
+		caps, err = qemu.Probe(m)
+		return err
+	}, func(err error) {
+		if l.caps, l.unfit = caps, err; err != nil {
+			d.log.Error("QEMU cannot replicate", "err", err)
+		}
+	})
 }
 
 // joinedPair is S's side of a session: record is the term of P's, pair whether P goes
@@ -729,16 +759,16 @@ func (d *Daemon) prepare() {
 	if l == nil || l.s == nil || l.ready {
 		return
 	}
-	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) error {
-		caps, err := qemu.Probe(m)
-		if err != nil {
+	var caps qemu.Caps
+	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
+		if caps, err = qemu.Probe(m); err != nil {
 			return err
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)
 	}, func(err error) {
 		switch {
 		case err == nil && !l.ready:
-			l.ready = true
+			l.ready, l.caps = true, caps
 			close(l.prepared)
 		case err != nil:
 			d.log.Error("QEMU is not ready for a primary", "err", err)

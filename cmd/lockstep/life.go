@@ -47,11 +47,11 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 	defer a.Close()
 	store, err := state.Open(c.StateDir, c.VM, self)
 	if err != nil {
-		return c.Refuse("state_dir", err.Error(), "")
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
 	}
 	j, err := journal.Open(c.StateDir, c.VM, self, journal.DefaultLimit, o.log)
 	if err != nil {
-		return c.Refuse("state_dir", err.Error(), "")
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
 	}
 	defer j.Close()
 	if st, err := store.Load(); err != nil {

@@ -30,16 +30,29 @@ const (
 // Caps are what a QEMU can do.
 type Caps struct {
 	Version string
-	Disks   bool // it has the replication driver
+	Machine string // with its version, "pc-i440fx-7.2"
+	Accel   string // "kvm" or "tcg"
+	Disks   bool   // it has the replication driver
 }
 
 // Probe finds out what QEMU can do, and refuses one whose COLO is known not to
 // work.
 func Probe(m *qmp.Monitor) (Caps, error) {
-	c := Caps{Version: m.Version()}
-	if BrokenCOLO(ParseVersion(c.Version)) != "" {
-		return c, fmt.Errorf("COLO is broken in QEMU %s: use 10.0.13, 10.2, or one before 10.0", c.Version)
+	c := Caps{Version: m.Version(), Accel: "tcg"}
+	var kvm struct{ Enabled bool }
+	if err := m.Execute("query-kvm", nil, &kvm); err != nil {
+		return c, err
 	}
+	if kvm.Enabled {
+		c.Accel = "kvm"
+	}
+	if why := BrokenCOLO(ParseVersion(c.Version), c.Accel); why != "" {
+		return c, fmt.Errorf("QEMU %s: %s; use %s", c.Version, why, GoodQEMU)
+	}
+	if err := m.Execute("qom-get", map[string]string{"path": "/machine", "property": "type"}, &c.Machine); err != nil {
+		return c, err
+	}
+	c.Machine = strings.TrimSuffix(c.Machine, "-machine")
 	var commands []struct{ Name string }
 	if err := m.Execute("query-commands", nil, &commands); err != nil {
 		return c, err
@@ -74,16 +87,30 @@ func ParseVersion(version string) (v [3]int) {
 	return v
 }
 
-// BrokenCOLO names the releases, v's among them, in which COLO is broken; "": it
-// works in v.
-func BrokenCOLO(v [3]int) string {
+// GoodQEMU is what to use in place of a release that [BrokenCOLO] names.
+const GoodQEMU = "10.0.13 or later of 10.0, or a release from 7.2 to 9.2"
+
+// BrokenCOLO says what is wrong with COLO in a release under an accelerator; "": it works.
+func BrokenCOLO(v [3]int, accel string) string {
 	switch {
 	case v[0] == 10 && v[1] == 0 && v[2] < 13:
-		return "10.0 before 10.0.13"
+		return "COLO is broken in 10.0 before 10.0.13"
 	case v[0] == 10 && v[1] == 1:
-		return "10.1"
+		return "COLO is broken in 10.1"
+	case v[0] >= 11 && accel == "tcg":
+		return "under TCG, from 11 on, a COLO secondary crashes at a checkpoint"
 	}
 	return ""
+}
+
+// SameMachine is an error unless the two hosts' guests have the same hardware: an alias
+// such as "pc" is another machine in another release of QEMU.
+func SameMachine(own, peer Caps) error {
+	if own.Machine == peer.Machine {
+		return nil
+	}
+	return fmt.Errorf("the guest's machine is %s here (QEMU %s), and %s there (QEMU %s): set qemu.machine to the older of the two in both hosts' configs, "+
+		"or install the same QEMU on both", own.Machine, own.Version, peer.Machine, peer.Version)
 }
 
 // capability tells whether a migration capability is on, and whether it is there at
@@ -406,7 +433,7 @@ func (c *diskCopy) look(d *Disk, j *job, l Limits) (Progress, error) {
 	case still:
 		return p, fmt.Errorf("disk %s: copying it to the secondary has stood still for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
 	case !c.again.IsZero() && time.Since(c.again) > l.Timeout:
-		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s: a faster link, a higher migration.bandwidth or less load ends that",
+		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s; a faster link, a higher migration.bandwidth or less load ends that",
 			d.ID, l.Timeout, perSecond(p.Rate))
 	}
 	return p, nil
@@ -504,8 +531,9 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 		return false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
 	})
 	if err != nil && ctx.Err() == nil && copying.Err() != nil {
-		return fmt.Errorf("the guest has written to its memory for %v as fast as it is copied: %s are copied and %s written; "+
-			"a faster link, a higher migration.bandwidth, migration.auto_converge or less load ends that", o.Timeout, perSecond(last.Rate), perSecond(last.Dirtied))
+		return fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
+			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
+			o.Timeout, perSecond(last.Rate), perSecond(last.Dirtied), (last.Total-last.Done)>>20, last.Total>>20)
 	}
 	if err != nil {
 		return err

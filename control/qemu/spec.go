@@ -49,6 +49,8 @@ type Spec struct {
 
 	QMP string // path of the monitor's socket
 	Dir string // pid file and log
+
+	monitorObject bool // QEMU makes monitors as objects
 }
 
 // NIC is a guest NIC on a tap that exists.
@@ -100,7 +102,12 @@ func (s *Spec) args(in *Incoming) ([]string, error) {
 		"-no-shutdown", // a guest that powers off is told of to the other host first
 		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
-		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP), "-mon", "chardev=lockstep,mode=control",
+		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP),
+	}
+	if s.monitorObject {
+		a = append(a, "-object", "monitor-qmp,id=lockstep-mon,chardev=lockstep")
+	} else {
+		a = append(a, "-mon", "chardev=lockstep,mode=control")
 	}
 	for _, o := range []struct{ flag, value string }{{"-kernel", s.Kernel}, {"-initrd", s.Initrd}, {"-append", s.Append}} {
 		if o.value != "" {

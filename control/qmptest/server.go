@@ -215,6 +215,10 @@ func (s *Server) answer(c *session, r Request) []byte {
 		return ok(`[{"name": "x-colo-lost-heartbeat"}, {"name": "query-colo-status"}, {"name": "yank"}, {"name": "x-blockdev-change"}]`)
 	case "query-migrate-capabilities":
 		return ok(`[{"capability": "x-colo", "state": true}]`)
+	case "query-kvm":
+		return ok(`{"enabled": false, "present": true}`)
+	case "qom-get":
+		return ok(`"pc-i440fx-7.2-machine"`)
 	case "query-migrate":
 		return ok(`{"status": "colo"}`)
 	case "query-qmp-schema", "query-named-block-nodes", "query-yank":
