@@ -68,16 +68,14 @@ func Machine(machine, list string) (_ string, known bool) {
 	return name, known
 }
 
-// unfitDevices are devices that COLO fails with, by the beginnings of their names.
+// unfitDevices are devices that COLO fails with, by the beginnings of their names. What
+// a release of QEMU cannot migrate it refuses by itself (-only-migratable).
 var unfitDevices = []struct{ name, why string }{
 	{"vfio-", "a device of the host has no copy on the other one, and its state is in no checkpoint"},
 	{"usb-host", "a device of the host has no copy on the other one, and its state is in no checkpoint"},
 	{"vhost-user-", "its state is another process's, and in no checkpoint"},
 	{"vhost-vdpa-", "its state is the hardware's, and in no checkpoint"},
-	{"nvme", "QEMU cannot migrate it"},
 	{"virtio-9p-", "QEMU cannot migrate it while the guest has it mounted"},
-	{"virtio-gpu-gl", "QEMU cannot migrate what it draws by the host's GPU"},
-	{"virtio-vga-gl", "QEMU cannot migrate what it draws by the host's GPU"},
 	{"ivshmem-", "what it shares differs between the hosts"},
 }
 

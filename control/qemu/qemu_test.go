@@ -514,10 +514,12 @@ func TestProcess(t *testing.T) {
 			t.Errorf("pid file %q: %v", is, err)
 		}
 	}
-	bad := *g.spec
-	bad.Extra = []string{"-device", "no-such-device"}
-	if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), "no-such-device") {
-		t.Errorf("QEMU's own words are missing: %v", err)
+	for device, says := range map[string]string{"no-such-device": "no-such-device", "usb-mtp,rootdir=/": "not migratable"} {
+		bad := *g.spec
+		bad.Extra = []string{"-device", "usb-ehci", "-device", device}
+		if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("QEMU's own words about %s are missing: %v", device, err)
+		}
 	}
 }
 

@@ -98,7 +98,7 @@ func (s *Spec) overlay(d *Disk, kind string) string {
 // args is QEMU's command line.
 func (s *Spec) args(in *Incoming) ([]string, error) {
 	a := []string{
-		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on",
+		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on", "-only-migratable",
 		"-no-shutdown", // a guest that powers off is told of to the other host first
 		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
