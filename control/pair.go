@@ -550,6 +550,8 @@ func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 		return fmt.Errorf("the primary's QEMU cannot replicate: %w", unfit)
 	case caps.Machine == "":
 		return errors.New("the primary's QEMU is not connected yet")
+	case h.Machine == "":
+		return nil // an older lockstep does not tell
 	}
 	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
 }
