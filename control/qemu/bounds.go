@@ -23,6 +23,8 @@ const (
 	pause = 5 * time.Second
 	// stalled is how long a copy may make no progress.
 	stalled = 30 * time.Second
+	// ends is how long a migration may take to end once its connection is cut.
+	ends = 5 * time.Second
 	// DefaultTimeout is [Limits]'s.
 	DefaultTimeout = time.Hour
 )
@@ -146,7 +148,7 @@ func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, settle, ErrStuck)
+	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
 	defer cancel()
 	return until(ctx, "the last migration has ended", func() (bool, error) {
 		links, err := m.Links()
