@@ -79,6 +79,7 @@ type pairLife struct {
 	syncing    qemu.Progress      // how far it is
 	guestLife
 	gaveUp   string // why it was cancelled
+	syncedOn *link  // the session in which it ended well
 	tries    tries
 	ending   bool   // P: QEMU is being told to go on alone
 	unended  string // why it has not; "": it was not tried
@@ -493,6 +494,9 @@ func (d *Daemon) replicate() error {
 				d.send(message{Type: "over"}) // S's QEMU has to wait anew
 			}
 		}
+		if err == nil {
+			l.syncedOn = peer
+		}
 		d.live(lifeEvent{Kind: lvSynced, OK: err == nil})
 		if d.link != peer {
 			d.paired() // there was one meanwhile
@@ -525,6 +529,9 @@ func (d *Daemon) paired() {
 	}, func(err error) {
 		if err != nil || d.link != peer || !d.linkUp {
 			return
+		}
+		if l.p.state == lpPair && l.syncedOn == peer {
+			return // the session in which the pair began, and only QMP's connection is new
 		}
 		ok := mode == "primary" && l.hello.COLO
 		if !d.held(ok) {

@@ -84,6 +84,18 @@ func TestTriesBackOff(t *testing.T) {
 	pair.Primary.SetReply("query-migrate", "")
 	s.start()
 	p.await("a pair", func(st Status) bool { return st.State == "checkpointing" }) // its first
+
+	// A connection to QEMU that breaks is no other secondary.
+	pair.Primary.SetFault(qmptest.Garbage, 0)
+	p.await("an error", func(st Status) bool { return st.QMP.Error != "" && !st.QMP.Connected })
+	pair.Primary.SetFault(qmptest.None, 0)
+	since := p.await("QEMU", func(st Status) bool { return st.QMP.Connected }).QMP.Since
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	<-ctx.Done() // the time in which it was given up
+	if st := p.await("a status", func(Status) bool { return true }); st.State != "checkpointing" || !st.QMP.Since.Equal(since) {
+		t.Errorf("behind a new connection to QEMU: %s, %s", st.State, st.Detail)
+	}
 	s.end()
 }
 
