@@ -129,6 +129,8 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(c *cli) { c.machine.command = qemuOf("10.0.12", "replication") }},
 		{name: "qemu broken under TCG", check: "qemu", state: "missing", found: "11.1.3 with tcg: under TCG", fix: "10.0.13", line: "doctor -c @/tcg.yaml",
 			spoil: func(c *cli) { c.machine.command = qemuOf("11.1.3", "replication") }},
+		{name: "emulated", check: "qemu", state: "warning", found: "7.2.22 with tcg: under TCG", fix: "accel: kvm", line: "doctor -c @/tcg.yaml",
+			spoil: func(*cli) {}},
 		{name: "qemu not tried", check: "qemu", state: "warning", found: "11.1.3 with kvm: newer", fix: "10.0.13", line: "doctor -c @/life.yaml",
 			spoil: func(c *cli) { c.machine.command = qemuOf("11.1.3", "replication") }},
 		{name: "machine", check: "machine", state: "missing", found: `no machine "pc-q35-9.9"`, fix: "-machine help", line: "doctor -c @/machine.yaml",
