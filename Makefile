@@ -69,7 +69,7 @@ bench-smoke: build ## as root: latency, throughput and CPU against mirroring alo
 	@LOCKSTEP_BENCH=$(CURDIR)/bin/lockstep $(GO) test -count=1 -v -run '^TestSmoke$$' ./bench
 
 .PHONY: soak
-soak: deps ## as root, about 10 minutes: 100 000 connections held open, real pairs through many failovers
+soak: deps ## as root, about an hour: 100 000 connections held open, real pairs through many failovers, each QEMU
 	@.ci/soak
 
 .PHONY: clean

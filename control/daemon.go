@@ -691,6 +691,9 @@ func (d *Daemon) commit(fx ckptEffect) error {
 	if inside {
 		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
 	}
+	if d.life != nil {
+		d.life.tries.lasts()
+	}
 	d.live(lifeEvent{Kind: lvCommitted})
 	return d.listen(a.Cause)
 }

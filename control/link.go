@@ -77,6 +77,9 @@ type hello struct {
 
 	COLO  bool    `json:"colo,omitempty"`  // the SVM follows a PVM; else its QEMU waits for one
 	Disks []int64 `json:"disks,omitempty"` // their sizes
+	// The guest's machine with its version, and QEMU's.
+	Machine string `json:"machine,omitempty"`
+	QEMU    string `json:"qemu,omitempty"`
 }
 
 type session struct {

@@ -88,6 +88,17 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("session_term", "Number of the session between the two daemons.", func(s *Status) float64 { return float64(s.Term) })
 	gauge("arbiter_term", "Term of the arbiter's record that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.Record) })
 	gauge("covered", "Whether the secondary may take over: 1 or 0.", func(s *Status) float64 { return truth(s.Covered) })
+	replication := func(get func(*Replication) float64) func(*Status) float64 {
+		return func(s *Status) float64 {
+			if s.Replication == nil {
+				return 0
+			}
+			return get(s.Replication)
+		}
+	}
+	gauge("replication_failed_tries", "Tries to replicate that failed since the last one that lasted.", replication(func(r *Replication) float64 { return float64(r.Failed) }))
+	gauge("replication_copied_bytes_per_second", "Rate at which disks or memory are being copied to the secondary.", replication(func(r *Replication) float64 { return float64(r.Rate) }))
+	gauge("replication_dirtied_bytes_per_second", "Rate at which the guest writes to its memory while that is copied.", replication(func(r *Replication) float64 { return float64(r.Dirtied) }))
 	gauge("connections", "Connections that are tracked; on the secondary those with an offset.", func(s *Status) float64 { return float64(s.Connections) })
 	gauge("held_packets", "Packets that wait for their match; on the secondary copies and parked ones.", func(s *Status) float64 { return float64(s.HeldPackets) })
 	gauge("held_bytes", "Bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })

@@ -25,6 +25,7 @@ func fullStatus() *Status {
 		Unmerged:    true,
 		MaskedDisks: []string{"colo-disk1"},
 		Peer:        PeerStatus{Node: "beta", Connected: true},
+		Replication: &Replication{What: "memory", Rate: 1000, Failed: 2},
 		QMP:         QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
 		Checkpoints: []Checkpoint{
 			{Epoch: 6, Result: "QEMU went away"},
@@ -129,6 +130,15 @@ lockstep_qmp_connected{node="alpha",vm="web1"} 1
 # HELP lockstep_released_packets_total Packets that left after their match.
 # TYPE lockstep_released_packets_total counter
 lockstep_released_packets_total{node="alpha",vm="web1"} 14
+# HELP lockstep_replication_copied_bytes_per_second Rate at which disks or memory are being copied to the secondary.
+# TYPE lockstep_replication_copied_bytes_per_second gauge
+lockstep_replication_copied_bytes_per_second{node="alpha",vm="web1"} 1000
+# HELP lockstep_replication_dirtied_bytes_per_second Rate at which the guest writes to its memory while that is copied.
+# TYPE lockstep_replication_dirtied_bytes_per_second gauge
+lockstep_replication_dirtied_bytes_per_second{node="alpha",vm="web1"} 0
+# HELP lockstep_replication_failed_tries Tries to replicate that failed since the last one that lasted.
+# TYPE lockstep_replication_failed_tries gauge
+lockstep_replication_failed_tries{node="alpha",vm="web1"} 2
 # HELP lockstep_role This node's part in the pair: 1 for the present one.
 # TYPE lockstep_role gauge
 lockstep_role{node="alpha",role="primary",vm="web1"} 1
@@ -205,7 +215,7 @@ func TestMetricsHandler(t *testing.T) {
 
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
-	known := strings.Fields(`VM Node Role State Detail Epoch Term Covered Record Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
+	known := strings.Fields(`VM Node Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))

@@ -10,6 +10,7 @@ import (
 	"math"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,9 +35,13 @@ type Life struct {
 	Disks []qemu.Disk
 	// Where a secondary's QEMU waits: this host's, the other's.
 	Own, Peers qemu.Incoming
+	Limits     qemu.Limits // of replication's beginning
 
 	doubt      time.Duration // tests shorten it
 	noR26Entry bool          // a mutation: only tests set it
+	again      backoff       // between two tries to replicate; tests shorten it
+	// A mutation, only tests set it: a QEMU that does not end replication counts as dead.
+	fencesUnended bool
 }
 
 // How a daemon's part in a pair's life ends: what Run returns.
@@ -73,12 +78,20 @@ type pairLife struct {
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing    qemu.Progress      // how far it is
 	guestLife
-	said uint64 // P: records of the SVM until the last commit
-	mute int    // P: commits in a row without one
+	gaveUp   string // why it was cancelled
+	syncedOn *link  // the session in which it ended well
+	tries    tries
+	ending   bool   // P: QEMU is being told to go on alone
+	unended  string // why it has not; "": it was not tried
+	endAgain backoff
+	said     uint64 // P: records of the SVM until the last commit
+	mute     int    // P: commits in a row without one
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
 	hello      hello         // P: of the session there is
+	caps       qemu.Caps     // of this host's QEMU
+	unfit      error         // why that cannot be part of a pair
 	prepared   chan struct{} // S: closed when QEMU waits for a primary's
 	ready      bool          // S: that is so
 	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
@@ -96,7 +109,10 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
+	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain}
+	if l.again != (backoff{}) {
+		pl.tries.again = l.again
+	}
 	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
 	cfg.noR26Entry = l.noR26Entry
 	if l.Restart != 0 {
@@ -170,6 +186,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 	case lxSync:
 		return d.replicate()
 	case lxPair:
+		l.tries.paired = time.Now()
 		d.event(journal.Sync, "the guest replicates", nil)
 		if err := d.each("begin a pair", func(n *nic) error { return n.renew(d.opt.Compare, d.epoch) }); err != nil {
 			return err
@@ -180,9 +197,8 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		d.step(ckptEvent{Kind: evPair, OK: true})
 	case lxUnpair:
 		d.step(ckptEvent{Kind: evPair})
-		if l.cancelSync != nil {
-			l.cancelSync()
-		}
+		l.stopSync("this host replicates no more")
+		l.tries.over()
 		return d.remember(func(st *state.State) { st.Covered = 0 })
 	case lxCovered:
 		if err := d.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
@@ -333,20 +349,7 @@ func (d *Daemon) goAlone() error {
 	}
 	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.term)
 	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.term})
-	d.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
-		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
-			return err
-		}
-		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
-			return err
-		}
-		return qemu.Cont(m) // it never ran: an operator has it begin alone
-	}, func(err error) {
-		if err != nil {
-			d.log.Error("QEMU cannot go on alone", "err", err)
-			d.live(lifeEvent{Kind: lvQEMUDead})
-		}
-	})
+	d.endReplication()
 	return d.remember(func(*state.State) {})
 }
 
@@ -463,13 +466,13 @@ func (d *Daemon) replicate() error {
 	d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
 	d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
 	var told time.Time
-	l.syncing = qemu.Progress{}
+	l.syncing, l.gaveUp = qemu.Progress{}, ""
 	l.cancelSync = d.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Progress: func(p qemu.Progress) {
+		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: func(p qemu.Progress) {
 			if time.Since(told) < progressEvery {
 				return
 			}
@@ -481,11 +484,18 @@ func (d *Daemon) replicate() error {
 		l.cancelSync, l.syncing = nil, qemu.Progress{}
 		d.opt.Progress(qemu.Progress{})
 		if err != nil {
-			d.log.Error("replication did not begin", "err", err)
-			d.event(journal.Sync, "replication did not begin: "+err.Error(), nil)
+			if l.gaveUp != "" {
+				err = fmt.Errorf("%s (%w)", l.gaveUp, err)
+			}
+			l.tries.fail(err.Error())
+			d.log.Error("replication did not begin", "err", err, "try", l.tries.failed, "next_in", l.tries.again.next)
+			d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": l.tries.failed, "next_in": l.tries.again.next.String()})
 			if d.link == peer {
 				d.send(message{Type: "over"}) // S's QEMU has to wait anew
 			}
+		}
+		if err == nil {
+			l.syncedOn = peer
 		}
 		d.live(lifeEvent{Kind: lvSynced, OK: err == nil})
 		if d.link != peer {
@@ -493,6 +503,14 @@ func (d *Daemon) replicate() error {
 		}
 	})
 	return nil
+}
+
+// stopSync gives up the replication that begins, if one does.
+func (l *pairLife) stopSync(why string) {
+	if l.cancelSync != nil {
+		l.cancelSync()
+		l.gaveUp = why
+	}
 }
 
 // progressEvery is between two words on how far a replication that begins is.
@@ -509,20 +527,57 @@ func (d *Daemon) paired() {
 		mode, err = m.COLO()
 		return err
 	}, func(err error) {
-		if err == nil && d.link == peer && d.linkUp {
-			d.live(lifeEvent{Kind: lvLinkUp, OK: mode == "primary" && l.hello.COLO})
+		if err != nil || d.link != peer || !d.linkUp {
+			return
+		}
+		if l.p.state == lpPair && l.syncedOn == peer {
+			return // the session in which the pair began, and only QMP's connection is new
+		}
+		ok := mode == "primary" && l.hello.COLO
+		if !d.held(ok) {
+			d.live(lifeEvent{Kind: lvLinkUp, OK: ok})
 		}
 	})
 }
 
-// knowsQEMU is an error until this host's QEMU is connected: what a session means
-// depends on what that does (P).
-func (d *Daemon) knowsQEMU(ctx context.Context) error {
-	known := false
-	if err := d.ask(ctx, func() { known = d.qmp.conn != nil }); err != nil || known {
+// fitsQEMU is an error until this host's QEMU is connected, because what a session means
+// depends on what that does, and unless the two QEMUs can be a pair (P).
+func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
+	var caps qemu.Caps
+	var unfit error
+	if err := d.ask(ctx, func() {
+		if d.qmp.conn != nil {
+			caps, unfit = d.life.caps, d.life.unfit
+		}
+	}); err != nil {
 		return err
 	}
-	return errors.New("the primary's QEMU is not connected yet")
+	switch {
+	case unfit != nil:
+		return fmt.Errorf("the primary's QEMU cannot replicate: %w", unfit)
+	case caps.Machine == "":
+		return errors.New("the primary's QEMU is not connected yet")
+	case h.Machine == "":
+		return nil // an older lockstep does not tell
+	}
+	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
+}
+
+// probe finds out what P's QEMU can do.
+func (d *Daemon) probe() {
+	l := d.life
+	if l == nil || l.p == nil {
+		return
+	}
+	var caps qemu.Caps
+	d.procedure("probe", func(_ context.Context, m *qmp.Monitor) (err error) {
+		caps, err = qemu.Probe(m)
+		return err
+	}, func(err error) {
+		if l.caps, l.unfit = caps, err; err != nil {
+			d.log.Error("QEMU cannot replicate", "err", err)
+		}
+	})
 }
 
 // joinedPair is S's side of a session: record is the term of P's, pair whether P goes
@@ -562,9 +617,7 @@ func (d *Daemon) heardOf(m message) bool {
 	switch {
 	case m.Type == "ping":
 	case m.Type == "dead":
-		if l.cancelSync != nil {
-			l.cancelSync()
-		}
+		l.stopSync("the secondary's QEMU died")
 		d.live(lifeEvent{Kind: lvPeerDead})
 	case m.Type == "yield" && l.p != nil:
 		d.log.Warn("an operator has the secondary take over")
@@ -628,9 +681,7 @@ func (d *Daemon) linkLost(why error) {
 	if l == nil {
 		return
 	}
-	if l.cancelSync != nil {
-		l.cancelSync()
-	}
+	l.stopSync(fmt.Sprintf("the control link was lost: %v", why))
 	var silent net.Error
 	d.live(lifeEvent{Kind: lvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
 }
@@ -717,16 +768,16 @@ func (d *Daemon) prepare() {
 	if l == nil || l.s == nil || l.ready {
 		return
 	}
-	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) error {
-		caps, err := qemu.Probe(m)
-		if err != nil {
+	var caps qemu.Caps
+	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
+		if caps, err = qemu.Probe(m); err != nil {
 			return err
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)
 	}, func(err error) {
 		switch {
 		case err == nil && !l.ready:
-			l.ready = true
+			l.ready, l.caps = true, caps
 			close(l.prepared)
 		case err != nil:
 			d.log.Error("QEMU is not ready for a primary", "err", err)
@@ -767,19 +818,22 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 func (l *pairLife) status(s *Status) {
 	s.Record = l.side.term
 	if l.p != nil {
-		s.Covered = l.p.covered
+		s.Covered, s.Replication = l.p.covered, l.replication()
 		switch l.p.state {
 		case lpStart:
-			s.State = "start"
+			s.State, s.Detail = "start", l.tries.String()
 		case lpSolo:
 			s.State, s.Detail = "solo", "nothing protects the guest"
+			for _, more := range []string{l.unended, l.tries.String()} {
+				s.Detail = strings.TrimSuffix(s.Detail+"; "+more, "; ")
+			}
 		case lpSync:
 			s.State, s.Detail = "start", "replication begins"
 			if l.p.solo {
 				s.State = "resync"
 			}
-			if t := l.syncing.Total; t > 0 {
-				s.Detail = fmt.Sprintf("%s: %d of %d MiB", l.syncing.What, l.syncing.Done>>20, t>>20)
+			if l.syncing.Total > 0 {
+				s.Detail = l.syncing.String()
 			}
 		case lpClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"

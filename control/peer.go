@@ -95,7 +95,7 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 			err = checkSizes(d.life.Disks, own, m.Hello.Disks)
 		}
 		if err == nil {
-			err = d.knowsQEMU(ctx)
+			err = d.fitsQEMU(ctx, m.Hello)
 		}
 		if err != nil {
 			_ = l.write(message{Type: "refuse", Cause: err.Error()})
@@ -235,6 +235,9 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	if err := d.ask(ctx, func() {
 		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), !d.adopted && d.sessions == 0
 		h.Term, h.Epoch = d.term, d.epoch
+		if d.life != nil {
+			h.Machine, h.QEMU = d.life.caps.Machine, d.life.caps.Version
+		}
 	}); err != nil {
 		return false, err
 	}

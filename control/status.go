@@ -35,6 +35,8 @@ type Status struct {
 	// arbiter's record that this node goes by.
 	Covered bool   `json:"covered"`
 	Record  uint64 `json:"record,omitempty"`
+	// P: how far replication is that begins, and what came of the tries so far.
+	Replication *Replication `json:"replication,omitempty"`
 
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`
@@ -59,6 +61,19 @@ type Status struct {
 	QMP         QMPStatus    `json:"qmp"`
 	Causes      []Cause      `json:"causes"`      // the last requests, oldest first
 	Checkpoints []Checkpoint `json:"checkpoints"` // the last attempts, oldest first
+}
+
+// Replication is a primary's beginning of one.
+type Replication struct {
+	What    string `json:"what,omitempty"` // is copied: "memory", or a disk's ID
+	Done    int64  `json:"done,omitempty"` // bytes
+	Total   int64  `json:"total,omitempty"`
+	Rate    int64  `json:"bytes_per_second,omitempty"`
+	Dirtied int64  `json:"dirtied_per_second,omitempty"` // bytes that the guest writes to its memory meanwhile
+	// Tries in a row that came to nothing, why the last one did, and when the next is due.
+	Failed int        `json:"failed,omitempty"`
+	Why    string     `json:"why,omitempty"`
+	Next   *time.Time `json:"next,omitempty"`
 }
 
 // ProgramStatus is where a program is attached.

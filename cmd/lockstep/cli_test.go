@@ -284,20 +284,20 @@ func TestRunRefused(t *testing.T) {
 		code int
 		want string
 	}{
-		{"bpffs", alpha, func(k *kernel) { k.checkBPFFS = func(string) error { return errors.New("not a bpffs; mount one") } }, 2,
+		{"bpffs", alpha, func(k *kernel) { k.checkBPFFS = func(string) error { return errors.New("not a bpffs; mount one") } }, 1,
 			"@/pair.yaml:1:1: not a bpffs; mount one"},
 		{"locked", alpha, func(k *kernel) {
 			k.lock = func(string, string, string) (func(), error) { return nil, errors.New("a daemon runs") }
 		}, 1, "lockstep: a daemon runs"},
-		{"no tap", alpha, func(k *kernel) { k.device = missing("tapP") }, 2,
+		{"no tap", alpha, func(k *kernel) { k.device = missing("tapP") }, 1, // it may come later
 			"@/pair.yaml:3:51: there is no device \"tapP\": no such network interface; make it first, with `ip tuntap add dev tapP mode tap`, or name the bridge that it is to be in: then lockstep makes it"},
-		{"no peer", alpha, func(k *kernel) { k.device = missing("peerP") }, 2,
+		{"no peer", alpha, func(k *kernel) { k.device = missing("peerP") }, 1,
 			"@/pair.yaml:3:72: there is no device \"peerP\": no such network interface; make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}"},
 		{"small underlay", beta, func(k *kernel) {
 			k.ensureVXLAN = func(*config.VXLAN, int) (string, error) {
 				return "", errors.New("eth1 has MTU 1500; ip link set eth1 mtu 1550")
 			}
-		}, 2, "@/pair.yaml:4:138: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
+		}, 1, "@/pair.yaml:4:138: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
 		{"managed tap", beta, func(k *kernel) {
 			k.open = func(nicOptions) (control.DataPath, bool, error) {
 				return nil, false, errors.New("tapS is managed by vm db1; unload that")
@@ -514,6 +514,12 @@ func TestDaemon(t *testing.T) {
 	line, _, _ := strings.Cut(rest, "\n")
 	if !ok || !strings.Contains(string(unit), "\nType=notify\n") {
 		t.Fatal("the unit has no ExecStart, or is not of Type=notify")
+	}
+	// A device that is not there yet is exit code 1 (TestRunRefused), which is tried again without end.
+	for _, setting := range []string{"StartLimitIntervalSec=0", "Restart=on-failure", "RestartPreventExitStatus=2"} {
+		if !strings.Contains(string(unit), "\n"+setting+"\n") {
+			t.Errorf("the unit lacks %s", setting)
+		}
 	}
 	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary").Replace(line)
 

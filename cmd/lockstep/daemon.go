@@ -70,10 +70,10 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		return err
 	}
 	if err := e.kernel.checkBPFFS(c.PinDir); err != nil {
-		return c.Refuse("pin_dir", err.Error(), "")
+		return notYetError{c.Refuse("pin_dir", err.Error(), "")}
 	}
 	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
-		return c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")
+		return notYetError{c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")}
 	}
 	protected, err := certificates(o)
 	if err != nil {
@@ -187,22 +187,22 @@ func devices(k kernel, o runOptions) ([]nicOptions, error) {
 		key := nicKey(o.self, i)
 		if nic.Bridge != "" {
 			if err := k.ensureTap(nic.Tap, nic.Bridge); err != nil {
-				return nil, o.config.Refuse(key+".bridge", err.Error(), "")
+				return nil, notYetError{o.config.Refuse(key+".bridge", err.Error(), "")}
 			}
 		}
 		tap, err := k.device(nic.Tap)
 		if err != nil {
-			return nil, o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
-				fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", nic.Tap))
+			return nil, notYetError{o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
+				fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", nic.Tap))}
 		}
 		peer := nic.PeerDevice
 		if v := nic.PeerVXLAN; v != nil {
 			if peer, err = k.ensureVXLAN(v, tap.MTU); err != nil {
-				return nil, o.config.Refuse(key+".peer.vxlan.underlay", err.Error(), "")
+				return nil, notYetError{o.config.Refuse(key+".peer.vxlan.underlay", err.Error(), "")}
 			}
 		} else if _, err := k.device(peer); err != nil {
-			return nil, o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
-				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")
+			return nil, notYetError{o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
+				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")}
 		}
 		nics = append(nics, nicOptions{
 			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,

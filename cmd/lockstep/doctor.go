@@ -45,6 +45,7 @@ type machine struct {
 	command      func(ctx context.Context, name string, args ...string) (output string, err error)
 	arbiter      func(ctx context.Context, c *config.Config, node string) (record string, err error)
 	guest        func(c *config.Config, self *config.Node) (running string, err error)
+	memory       func() (total, available int64, err error) // bytes
 }
 
 // States of a check.
@@ -227,7 +228,7 @@ func (d *doctor) host(ctx context.Context, c *config.Config) {
 	} else {
 		d.ok("clock", "synchronised")
 	}
-	d.qemu(ctx)
+	d.qemu(ctx, c)
 	d.device("kvm", "/dev/kvm", "modprobe kvm_intel or kvm_amd, and switch virtualisation on in the firmware", "guests are emulated, and slow")
 	d.device("vhost-net", "/dev/vhost-net", "modprobe vhost_net", "QEMU moves the guest's frames itself, and more slowly")
 }
@@ -253,11 +254,17 @@ var qemus = map[string][2]string{
 
 var qemuVersion = regexp.MustCompile(`version (\d+)\.(\d+)\.(\d+)`)
 
-const goodQEMU = "install 10.0.13 or later of 10.0, 10.2, or a release from 7.2 to 9.2"
-
-func (d *doctor) qemu(ctx context.Context) {
+func (d *doctor) qemu(ctx context.Context, c *config.Config) {
 	arch := qemus[d.m.arch]
 	name, install := "qemu-system-"+arch[0], "apt install qemu-system-"+arch[1]+"; or put QEMU into the PATH"
+	accel := "tcg"
+	if d.m.exists("/dev/kvm") {
+		accel = "kvm"
+	}
+	if c != nil && c.QEMU != nil {
+		name = c.QEMU.Binary
+		accel, _, _ = strings.Cut(c.QEMU.Accel, ",")
+	}
 	out, err := d.m.command(ctx, name, "--version")
 	v := qemuVersion.FindStringSubmatch(out)
 	switch {
@@ -269,10 +276,19 @@ func (d *doctor) qemu(ctx context.Context) {
 		return
 	}
 	number := strings.Join(v[1:], ".")
-	if why, state := colo(number); state != stateOK {
-		d.checks = append(d.checks, check{"qemu", state, fmt.Sprintf("%s %s: %s", name, number, why), goodQEMU})
+	fix := "install " + qemu.GoodQEMU
+	why, state := colo(number, accel)
+	if state == stateOK && accel == "tcg" && c != nil && c.QEMU != nil {
+		why, state = "under TCG QEMU's COLO hangs at a checkpoint, for which lockstep's tests have a remedy of their own", stateWarning
+		fix = "qemu: {accel: kvm}"
+	}
+	if state != stateOK {
+		d.checks = append(d.checks, check{"qemu", state, fmt.Sprintf("%s %s with %s: %s", name, number, accel, why), fix})
 	} else {
-		d.ok("qemu", "%s %s: COLO works", name, number)
+		d.ok("qemu", "%s %s with %s: COLO works", name, number, accel)
+	}
+	if c != nil && c.QEMU != nil {
+		d.hardware(ctx, name, c.QEMU)
 	}
 	// Since 8.1 QEMU has COLO only where it has the replication driver.
 	out, err = d.m.command(ctx, name, "-drive", "format=help")
@@ -290,19 +306,60 @@ func (d *doctor) qemu(ctx context.Context) {
 	}
 }
 
-// colo says how well COLO works in a release of QEMU.
-func colo(version string) (why, state string) {
+// colo says how well COLO works in a release of QEMU under an accelerator.
+func colo(version, accel string) (why, state string) {
 	v := qemu.ParseVersion(version)
-	broken := qemu.BrokenCOLO(v)
+	broken := qemu.BrokenCOLO(v, accel)
 	switch {
 	case slices.Compare(v[:], []int{7, 2, 0}) < 0:
 		return "older than 7.2, the first that lockstep is made for", stateMissing
 	case broken != "":
-		return "COLO is broken in " + broken, stateMissing
-	case v[0] > 10:
-		return "newer than 10.x, the last that lockstep is made for", stateWarning
+		return broken, stateMissing
+	case v[0] > 10 || v[0] == 10 && v[1] > 0:
+		return "newer than 10.0, the last that lockstep was tried with", stateWarning
 	}
 	return "", stateOK
+}
+
+// hardware looks at what the guest is made of.
+func (d *doctor) hardware(ctx context.Context, binary string, q *config.QEMU) {
+	list, err := d.m.command(ctx, binary, "-machine", "help")
+	switch machine, ok := qemu.Machine(q.Machine, list); {
+	case err != nil:
+		d.warn("machine", "", "%s does not list its machines: %v", binary, err)
+	case !ok:
+		d.missing("machine", "name one that `"+binary+" -machine help` lists", "%s has no machine %q", binary, q.Machine)
+	default:
+		d.ok("machine", "%s is %s here; the other host's QEMU has to call it the same, or have it by that name", q.Machine, machine)
+	}
+	found := false
+	for i, arg := range q.Extra {
+		if why := qemu.BreaksCOLO(q.Extra[:i], arg); why != "" {
+			d.missing("devices", "leave it out of qemu.extra", "%s: %s", arg, why)
+			found = true
+		}
+	}
+	if !found {
+		d.ok("devices", "none that COLO is known to fail with")
+	}
+}
+
+// memory looks whether a secondary fits: it has its guest's memory, and a copy of
+// the primary's as of the last checkpoint.
+func (d *doctor) memory(c *config.Config, running bool) {
+	total, available, err := d.m.memory()
+	need := 2 * c.QEMU.Memory
+	const fix = "more memory in this host, or less for the guest (qemu.memory)"
+	switch {
+	case err != nil:
+		d.warn("memory", "", "%v", err)
+	case total < need:
+		d.missing("memory", fix, "a secondary needs twice its guest's memory, %d MiB, and this host has %d", need>>20, total>>20)
+	case available < need && !running:
+		d.warn("memory", fix, "a secondary needs twice its guest's memory, %d MiB, and %d are free here now", need>>20, available>>20)
+	default:
+		d.ok("memory", "enough for a secondary, which needs twice its guest's: %d MiB", need>>20)
+	}
 }
 
 // pair looks at what the config says of this host.
@@ -373,7 +430,9 @@ func (d *doctor) failover(ctx context.Context, c *config.Config, self *config.No
 	if !self.Starts {
 		return
 	}
-	switch running, err := d.m.guest(c, self); {
+	running, err := d.m.guest(c, self)
+	d.memory(c, running != "")
+	switch {
 	case err != nil:
 		d.missing("guest", "correct qemu in the config, or this host", "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	case running != "":

@@ -37,6 +37,7 @@ func healthy() machine {
 		command:      qemuOf("7.2.22", "raw replication vvfat"),
 		arbiter:      func(context.Context, *config.Config, string) (string, error) { return "term 3, speaker alpha", nil },
 		guest:        func(*config.Config, *config.Node) (string, error) { return "", nil },
+		memory:       func() (int64, int64, error) { return 8 << 30, 4 << 30, nil },
 	}
 }
 
@@ -47,6 +48,8 @@ func qemuOf(version, formats string) func(context.Context, string, ...string) (s
 			return "QEMU emulator version " + version + " (Debian)\n", nil
 		case "qemu-system-x86_64 -drive format=help":
 			return "Supported formats: " + formats + "\n", nil
+		case "qemu-system-x86_64 -machine help":
+			return "Supported machines are:\npc   Standard PC (alias of pc-i440fx-7.2)\npc-i440fx-7.2   Standard PC (default)\n", nil
 		case "qemu-img --version":
 			return "qemu-img version " + version, nil
 		default:
@@ -122,8 +125,26 @@ func TestDoctorMisses(t *testing.T) {
 					return whole(ctx, name, args...)
 				}
 			}},
-		{name: "broken qemu", check: "qemu", state: "missing", found: "10.0.12: COLO is broken in 10.0 before 10.0.13", fix: "10.0.13",
+		{name: "broken qemu", check: "qemu", state: "missing", found: "10.0.12 with kvm: COLO is broken in 10.0 before 10.0.13", fix: "10.0.13",
 			spoil: func(c *cli) { c.machine.command = qemuOf("10.0.12", "replication") }},
+		{name: "qemu broken under TCG", check: "qemu", state: "missing", found: "11.1.3 with tcg: under TCG", fix: "10.0.13", line: "doctor -c @/tcg.yaml",
+			spoil: func(c *cli) { c.machine.command = qemuOf("11.1.3", "replication") }},
+		{name: "emulated", check: "qemu", state: "warning", found: "7.2.22 with tcg: under TCG", fix: "accel: kvm", line: "doctor -c @/tcg.yaml",
+			spoil: func(*cli) {}},
+		{name: "qemu not tried", check: "qemu", state: "warning", found: "11.1.3 with kvm: newer", fix: "10.0.13", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) { c.machine.command = qemuOf("11.1.3", "replication") }},
+		{name: "machine", check: "machine", state: "missing", found: `no machine "pc-q35-9.9"`, fix: "-machine help", line: "doctor -c @/machine.yaml",
+			spoil: func(*cli) {}},
+		{name: "device", check: "devices", state: "missing", found: "vfio-pci,host=01:00.0: a device of the host", fix: "qemu.extra", line: "doctor -c @/device.yaml",
+			spoil: func(*cli) {}},
+		{name: "too little memory", check: "memory", state: "missing", found: "2048 MiB, and this host has 2000", fix: "qemu.memory", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.memory = func() (int64, int64, error) { return 2000 << 20, 1000 << 20, nil }
+			}},
+		{name: "memory in use", check: "memory", state: "warning", found: "2048 MiB, and 2000 are free", fix: "qemu.memory", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.memory = func() (int64, int64, error) { return 8 << 30, 2000 << 20, nil }
+			}},
 		{name: "no replication", check: "colo", state: "missing", found: "without replication", fix: "--disable-replication",
 			spoil: func(c *cli) { c.machine.command = qemuOf("9.2.0", "raw replication-of-none") }},
 		{name: "not this host", check: "control", state: "missing", found: "192.0.2.2 is not this host's", fix: "ip addr add 192.0.2.2/",
@@ -192,7 +213,11 @@ func TestDoctorMisses(t *testing.T) {
 			c := newCLI(t)
 			c.write(t, "tls.yaml", strings.Replace(pairYAML, "{insecure: true}", "{ca: ca.pem, cert: '{node}.pem', key: '{node}.key'}", 1))
 			c.write(t, "xdp.yaml", strings.Replace(pairYAML, "{device: peerP}", "{device: peerP, xdp: on}", 1))
-			c.write(t, "life.yaml", pairYAML+"arbiter: {type: file, path: /arbiter}\nstate_dir: state\nqemu: {memory: 1G}\n")
+			life := pairYAML + "arbiter: {type: file, path: /arbiter}\nstate_dir: state\n"
+			c.write(t, "life.yaml", life+"qemu: {memory: 1G}\n")
+			c.write(t, "tcg.yaml", life+"qemu: {memory: 1G, accel: tcg}\n")
+			c.write(t, "machine.yaml", life+"qemu: {memory: 1G, machine: pc-q35-9.9}\n")
+			c.write(t, "device.yaml", life+"qemu: {memory: 1G, extra: [-device, 'vfio-pci,host=01:00.0']}\n")
 			c.machine = healthy()
 			c.kernel.device = devices(map[string]int{"tapS": 1500, "eth1": 1550})
 			tc.spoil(c)
@@ -286,9 +311,9 @@ func TestCOLO(t *testing.T) {
 	for version, want := range map[string]string{
 		"6.2.0": stateMissing, "7.1.0": stateMissing, "7.2.0": stateOK, "7.2.22": stateOK, "8.1.0": stateOK, "9.2.4": stateOK,
 		"10.0.0": stateMissing, "10.0.12": stateMissing, "10.0.13": stateOK, "10.1.0": stateMissing, "10.1.9": stateMissing,
-		"10.2.0": stateOK, "11.0.0": stateWarning,
+		"10.2.0": stateWarning, "11.0.0": stateWarning,
 	} {
-		if why, got := colo(version); got != want {
+		if why, got := colo(version, "kvm"); got != want {
 			t.Errorf("%s: %s (%s), want %s", version, got, why, want)
 		}
 	}

@@ -47,11 +47,11 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 	defer a.Close()
 	store, err := state.Open(c.StateDir, c.VM, self)
 	if err != nil {
-		return c.Refuse("state_dir", err.Error(), "")
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
 	}
 	j, err := journal.Open(c.StateDir, c.VM, self, journal.DefaultLimit, o.log)
 	if err != nil {
-		return c.Refuse("state_dir", err.Error(), "")
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
 	}
 	defer j.Close()
 	if st, err := store.Load(); err != nil {
@@ -154,6 +154,7 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	life := &control.Life{
 		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
 		Own: incoming(c, o.self), Peers: incoming(c, o.other),
+		Limits: qemu.Limits{Bandwidth: c.Migration.Bandwidth, AutoConverge: c.Migration.AutoConverge, Timeout: c.Migration.Timeout},
 	}
 	if q := c.QEMU; q != nil {
 		spec := guestSpec(c, o.self)

@@ -66,6 +66,32 @@ var realMachine = machine{
 		}
 		return "", spec.Check(nil, nil)
 	},
+	memory: memory,
+}
+
+// memory reads /proc/meminfo.
+func memory() (total, available int64, err error) {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		var key string
+		var kib int64
+		if n, _ := fmt.Sscan(line, &key, &kib); n < 2 {
+			continue
+		}
+		switch key {
+		case "MemTotal:":
+			total = kib << 10
+		case "MemAvailable:":
+			available = kib << 10
+		}
+	}
+	if total == 0 || available == 0 {
+		return 0, 0, errors.New("/proc/meminfo does not tell this host's memory")
+	}
+	return total, available, nil
 }
 
 // command runs a program and returns what it printed, however it ended: QEMU's

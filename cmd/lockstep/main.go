@@ -63,6 +63,9 @@ func run(ctx context.Context, e env) int {
 	}
 	if mistakes := config.Errors(nil); errors.As(err, &mistakes) {
 		fmt.Fprintln(e.stderr, mistakes) // each line begins with its place, as compilers write it
+		if errors.As(err, new(notYetError)) {
+			return exitFailed
+		}
 		return exitUsage
 	}
 	fmt.Fprintf(e.stderr, "lockstep: %v\n", err)
@@ -79,6 +82,12 @@ func run(ctx context.Context, e env) int {
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
+
+// notYetError is about what the config names and this host lacks now: at boot the bridge
+// or a mount may come later, so the same start may succeed.
+type notYetError struct{ error }
+
+func (e notYetError) Unwrap() error { return e.error }
 
 // newLogger writes for people, to stderr. The journal has its own clock.
 func newLogger(e env, level slog.Level) *slog.Logger {

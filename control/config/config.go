@@ -51,8 +51,9 @@ const (
 	DefaultSMP      = 2
 	DefaultNICModel = "virtio-net-pci"
 
-	DefaultMigrationPort = 9998
-	DefaultNBDPort       = 9999
+	DefaultMigrationPort    = 9998
+	DefaultMigrationTimeout = time.Hour
+	DefaultNBDPort          = 9999
 
 	DefaultEtcdTimeout = 2 * time.Second
 	DefaultFileTimeout = 5 * time.Second
@@ -218,6 +219,13 @@ type Migration struct {
 	Port    uint16
 	Unix    string // a socket instead of Port, where both QEMUs are on one host
 	NBDPort uint16 // of the disks
+
+	// How fast memory, and each disk, is copied to a new secondary, in bytes per
+	// second; 0: QEMU's own limit. And for how long a copy may go on to which the guest
+	// writes as fast as it is made.
+	Bandwidth    int64
+	AutoConverge bool // QEMU may slow such a guest down
+	Timeout      time.Duration
 }
 
 // What Arbiter.Type may say.
@@ -284,7 +292,7 @@ func Parse(file string, data []byte) (*Config, error) {
 		TLS:        TLS{Rekey: DefaultRekey},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
-		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort},
+		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Timeout: DefaultMigrationTimeout},
 		at:         r.at,
 	}
 	r.config(root, c)

@@ -47,7 +47,7 @@ qemu:
   nic_model: e1000
   macs: ["52:54:00:00:00:07"]
   extra: [-display, none, -name, "on {node}"]
-migration: {port: 9001, nbd_port: 9002}
+migration: {port: 9001, nbd_port: 9002, bandwidth: 64M, auto_converge: true, timeout: 10m}
 arbiter: {type: etcd, endpoints: ["192.0.2.9:2379", "etcd.example:2379"], tls: {ca: certs/etcd.pem, cert: "certs/{node}-etcd.pem", key: "certs/{node}-etcd.key"}}
 `
 
@@ -94,7 +94,7 @@ func TestParse(t *testing.T) {
 			Disks:    []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
 			NICModel: "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
 		},
-		Migration: Migration{Port: 9001, NBDPort: 9002},
+		Migration: Migration{Port: 9001, NBDPort: 9002, Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute},
 		Arbiter: Arbiter{Type: "etcd", Endpoints: []string{"192.0.2.9:2379", "etcd.example:2379"}, Timeout: 2 * time.Second,
 			TLS: &TLSFiles{"etc/certs/etcd.pem", "etc/certs/{node}-etcd.pem", "etc/certs/{node}-etcd.key"}},
 	}
@@ -146,7 +146,7 @@ func TestDefaults(t *testing.T) {
 	if c.QEMU != nil || c.Nodes[0].QMP != "" || c.Nodes[0].Starts || c.Arbiter.Type != "" {
 		t.Errorf("qemu %+v, alpha %+v, arbiter %+v", c.QEMU, c.Nodes[0], c.Arbiter)
 	}
-	if want := (Migration{9998, "", 9999}); c.Migration != want {
+	if want := (Migration{Port: 9998, NBDPort: 9999, Timeout: time.Hour}); c.Migration != want {
 		t.Errorf("migration %+v, want %+v", c.Migration, want)
 	}
 }

@@ -234,6 +234,9 @@ func (r *reader) migration(v value, m *Migration) {
 		{"port", "", r.integer(&port, 1, math.MaxUint16)},
 		{"unix", "", r.socket(&m.Unix)},
 		{"nbd_port", "", r.integer(&nbd, 1, math.MaxUint16)},
+		{"bandwidth", "", r.memory(&m.Bandwidth)},
+		{"auto_converge", "", r.boolean(&m.AutoConverge)},
+		{"timeout", "", r.duration(&m.Timeout, time.Second, 7*24*time.Hour)},
 	})
 	m.Port, m.NBDPort = uint16(port), uint16(nbd)
 }
@@ -421,8 +424,9 @@ const maxMemory = 64 << 20
 func (r *reader) memory(to *int64) func(value) {
 	return func(v value) {
 		const want = "a size like 512M or 4G"
+		key := v.path[strings.LastIndexByte(v.path, '.')+1:]
 		if n, ok := v.node.(*ast.IntegerNode); ok {
-			r.refuse(v.pos, "memory is a bare number", fmt.Sprintf("give it a unit: %sM or %sG", n.Token.Value, n.Token.Value))
+			r.refuse(v.pos, key+" is a bare number", fmt.Sprintf("give it a unit: %sM or %sG", n.Token.Value, n.Token.Value))
 			return
 		}
 		r.text(v, want, func(s string) {
@@ -436,7 +440,7 @@ func (r *reader) memory(to *int64) func(value) {
 				n = int64(u)
 			}
 			if mib == 0 || n == 0 || n > maxMemory/mib {
-				r.refuse(v.pos, fmt.Sprintf("memory is %q", s), fmt.Sprintf("it must be %s, at most %dT", want, maxMemory>>20))
+				r.refuse(v.pos, fmt.Sprintf("%s is %q", key, s), fmt.Sprintf("it must be %s, at most %dT", want, maxMemory>>20))
 				return
 			}
 			*to = n * mib << 20

@@ -126,12 +126,60 @@ func TestCheck(t *testing.T) {
 }
 
 func TestBrokenCOLO(t *testing.T) {
-	for version, broken := range map[string]bool{
-		"7.2.22": false, "8.1.0": false, "9.2.4": false, "10.0.0": true, "10.0.12": true, "10.0.13": false, "10.0.14": false,
-		"10.1.0": true, "10.1.9": true, "10.2.0": false, "11.0.0": false,
+	for version, broken := range map[string]string{ // under which accelerators
+		"7.2.22": "", "8.1.0": "", "9.2.4": "", "10.0.0": "kvm tcg", "10.0.12": "kvm tcg", "10.0.13": "", "10.0.14": "",
+		"10.1.0": "kvm tcg", "10.1.9": "kvm tcg", "10.2.0": "", "11.0.0": "tcg", "11.1.3": "tcg",
 	} {
-		if got := BrokenCOLO(ParseVersion(version)); (got != "") != broken {
-			t.Errorf("%s: %q", version, got)
+		for _, accel := range []string{"kvm", "tcg"} {
+			if got := BrokenCOLO(ParseVersion(version), accel); (got != "") != strings.Contains(broken, accel) {
+				t.Errorf("%s under %s: %q", version, accel, got)
+			}
 		}
+	}
+}
+
+func TestVersionedMachine(t *testing.T) {
+	const list = `Supported machines are:
+microvm              microvm (i386)
+pc                   Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)
+pc-i440fx-7.2        Standard PC (i440FX + PIIX, 1996) (default)
+q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)
+pc-q35-7.2           Standard PC (Q35 + ICH9, 2009)
+`
+	for machine, want := range map[string]string{
+		"pc": "pc-i440fx-7.2", "q35,usb=off,vmport=off": "pc-q35-7.2,usb=off,vmport=off", "type=q35": "pc-q35-7.2",
+		"pc-q35-5.0": "pc-q35-5.0", "microvm": "microvm", "p": "p",
+	} {
+		if got, known := Machine(machine, list); got != want || known != (machine != "pc-q35-5.0" && machine != "p") {
+			t.Errorf("%s is %s, %v; want %s", machine, got, known, want)
+		}
+	}
+}
+
+func TestBreaksCOLO(t *testing.T) {
+	for args, broken := range map[string]bool{
+		"-device vfio-pci,host=01:00.0": true, "-device vhost-user-fs-pci,chardev=c": true, "-device virtio-9p-pci,fsdev=f": true,
+		"-cpu host,+invtsc": true, "-drive file=x.img,if=virtio": true, "-loadvm s": true, "--device driver=usb-host": true,
+		"-device virtio-rng-pci": false, "-device virtio-gpu-pci": false, "-cpu host": false, "-drive file=x.iso,media=cdrom": false, "-name nvme": false,
+		"-display none": false,
+	} {
+		option, arg, _ := strings.Cut(args, " ")
+		if got := BreaksCOLO([]string{option}, arg); (got != "") != broken {
+			t.Errorf("%s: %q", args, got)
+		}
+	}
+	if got := BreaksCOLO(nil, "-device"); got != "" {
+		t.Error(got)
+	}
+}
+
+func TestSameMachine(t *testing.T) {
+	a := Caps{Version: "7.2.22", Machine: "pc-i440fx-7.2"}
+	if err := SameMachine(a, Caps{Version: "10.0.13", Machine: "pc-i440fx-7.2"}); err != nil {
+		t.Error(err)
+	}
+	err := SameMachine(a, Caps{Version: "10.0.13", Machine: "pc-i440fx-10.0"})
+	if err == nil || !strings.Contains(err.Error(), "pc-i440fx-10.0 there (QEMU 10.0.13)") || !strings.Contains(err.Error(), "qemu.machine") {
+		t.Errorf("got %v", err)
 	}
 }

@@ -30,16 +30,29 @@ const (
 // Caps are what a QEMU can do.
 type Caps struct {
 	Version string
-	Disks   bool // it has the replication driver
+	Machine string // with its version, "pc-i440fx-7.2"
+	Accel   string // "kvm" or "tcg"
+	Disks   bool   // it has the replication driver
 }
 
 // Probe finds out what QEMU can do, and refuses one whose COLO is known not to
 // work.
 func Probe(m *qmp.Monitor) (Caps, error) {
-	c := Caps{Version: m.Version()}
-	if BrokenCOLO(ParseVersion(c.Version)) != "" {
-		return c, fmt.Errorf("COLO is broken in QEMU %s: use 10.0.13, 10.2, or one before 10.0", c.Version)
+	c := Caps{Version: m.Version(), Accel: "tcg"}
+	var kvm struct{ Enabled bool }
+	if err := m.Execute("query-kvm", nil, &kvm); err != nil {
+		return c, err
 	}
+	if kvm.Enabled {
+		c.Accel = "kvm"
+	}
+	if why := BrokenCOLO(ParseVersion(c.Version), c.Accel); why != "" {
+		return c, fmt.Errorf("QEMU %s: %s; use %s", c.Version, why, GoodQEMU)
+	}
+	if err := m.Execute("qom-get", map[string]string{"path": "/machine", "property": "type"}, &c.Machine); err != nil {
+		return c, err
+	}
+	c.Machine = strings.TrimSuffix(c.Machine, "-machine")
 	var commands []struct{ Name string }
 	if err := m.Execute("query-commands", nil, &commands); err != nil {
 		return c, err
@@ -49,7 +62,7 @@ func Probe(m *qmp.Monitor) (Caps, error) {
 			return c, fmt.Errorf("QEMU %s has no %s: it was built without COLO, or is older than 6.0", c.Version, need)
 		}
 	}
-	if _, ok, err := colo(m); err != nil {
+	if _, ok, err := capability(m, "x-colo"); err != nil {
 		return c, err
 	} else if !ok {
 		return c, fmt.Errorf("QEMU %s has no migration capability x-colo", c.Version)
@@ -74,41 +87,59 @@ func ParseVersion(version string) (v [3]int) {
 	return v
 }
 
-// BrokenCOLO names the releases, v's among them, in which COLO is broken; "": it
-// works in v.
-func BrokenCOLO(v [3]int) string {
+// GoodQEMU is what to use in place of a release that [BrokenCOLO] names.
+const GoodQEMU = "10.0.13 or later of 10.0, or a release from 7.2 to 9.2"
+
+// BrokenCOLO says what is wrong with COLO in a release under an accelerator; "": it works.
+func BrokenCOLO(v [3]int, accel string) string {
 	switch {
 	case v[0] == 10 && v[1] == 0 && v[2] < 13:
-		return "10.0 before 10.0.13"
+		return "COLO is broken in 10.0 before 10.0.13"
 	case v[0] == 10 && v[1] == 1:
-		return "10.1"
+		return "COLO is broken in 10.1"
+	case v[0] >= 11 && accel == "tcg":
+		return "under TCG, from 11 on, a COLO secondary crashes at a checkpoint"
 	}
 	return ""
 }
 
-// colo tells whether the migration capability x-colo is on, and whether it is
-// there at all.
-func colo(m *qmp.Monitor) (on, there bool, err error) {
+// SameMachine is an error unless the two hosts' guests have the same hardware: an alias
+// such as "pc" is another machine in another release of QEMU.
+func SameMachine(own, peer Caps) error {
+	if own.Machine == peer.Machine {
+		return nil
+	}
+	return fmt.Errorf("the guest's machine is %s here (QEMU %s), and %s there (QEMU %s): set qemu.machine to the older of the two in both hosts' configs, "+
+		"or install the same QEMU on both", own.Machine, own.Version, peer.Machine, peer.Version)
+}
+
+// capability tells whether a migration capability is on, and whether it is there at
+// all.
+func capability(m *qmp.Monitor, name string) (on, there bool, err error) {
 	var caps []struct {
 		Capability string
 		State      bool
 	}
 	err = m.Execute("query-migrate-capabilities", nil, &caps)
 	for _, c := range caps {
-		if c.Capability == "x-colo" {
+		if c.Capability == name {
 			return c.State, true, err
 		}
 	}
 	return false, false, err
 }
 
+// setCOLO switches x-colo. From 11 on it needs return-path, with which 7.2 does not
+// come to COLO: so that is set only where x-colo alone is refused.
 func setCOLO(m *qmp.Monitor, on bool) error {
-	if is, _, err := colo(m); err != nil || is == on {
+	if is, _, err := capability(m, "x-colo"); err != nil || is == on {
 		return err
 	}
-	return m.Execute("migrate-set-capabilities", map[string]any{
-		"capabilities": []map[string]any{{"capability": "x-colo", "state": on}},
-	}, nil)
+	err := setCapabilities(m, on, "x-colo")
+	if err != nil && on && setCapabilities(m, on, "return-path", "x-colo") == nil {
+		return nil
+	}
+	return err
 }
 
 // nodes are the names of all block nodes.
@@ -183,12 +214,26 @@ type Options struct {
 	Resync bool
 	// Progress is told how far things are, in between; nil: nobody is.
 	Progress func(Progress)
+	Limits
 }
 
 // Progress is how much is done of copying one disk, or the memory.
 type Progress struct {
 	What        string // "memory" or the disk's ID
 	Done, Total int64  // bytes; Total may grow
+	Rate        int64  // bytes per second; 0: not measured yet
+	Dirtied     int64  // of memory: bytes per second that the guest writes meanwhile; 0: not measured yet
+}
+
+func (p Progress) String() string {
+	s := fmt.Sprintf("%s: %d of %d MiB", p.What, p.Done>>20, p.Total>>20)
+	if p.Rate > 0 {
+		s += ", " + perSecond(p.Rate)
+	}
+	if p.Dirtied > 0 {
+		s += ", and the guest writes " + perSecond(p.Dirtied)
+	}
+	return s
 }
 
 // Replicate makes a primary, or a guest that is alone, replicate to the
@@ -211,6 +256,7 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 	if o.Progress == nil {
 		o.Progress = func(Progress) {}
 	}
+	o.Limits.fill()
 	state, err := migration(m)
 	if err != nil {
 		return err
@@ -220,10 +266,14 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 		return err
 	}
 	if !slices.Contains([]string{"setup", "active", "colo"}, state.Status) {
+		// What an earlier try has left is found before a disk is copied in vain.
+		if err := endMigration(ctx, m, disks); err != nil {
+			return err
+		}
 		err = begin(ctx, m, disks, to, o, running)
 	}
 	if err == nil {
-		err = finish(ctx, m, o)
+		err = finish(ctx, m, o, running)
 	}
 	if err != nil {
 		return errors.Join(err, undo(m, disks, running))
@@ -251,7 +301,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 				return err
 			}
 			if running {
-				if err := Stop(m); err != nil {
+				if err := guarded(m, disks, func() error { return Stop(m) }); err != nil {
 					return err
 				}
 			}
@@ -259,7 +309,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 				return err
 			}
 		}
-		if err := attach(m, disks); err != nil {
+		if err := guarded(m, disks, func() error { return attach(m, disks) }); err != nil {
 			return err
 		}
 		if o.Resync && running {
@@ -267,6 +317,9 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 				return err
 			}
 		}
+	}
+	if err := setLimits(m, o.Limits); err != nil {
+		return err
 	}
 	if err := setCOLO(m, true); err != nil {
 		return err
@@ -300,6 +353,9 @@ func (j *job) finished() bool { return j.Status == "concluded" }
 
 // mirrors are the disks' jobs, in the disks' order.
 func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
+	if len(disks) == 0 {
+		return nil, nil
+	}
 	var all []job
 	if err := m.Execute("query-jobs", nil, &all); err != nil {
 		return nil, err
@@ -321,11 +377,19 @@ func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
 func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error {
 	for i := range disks {
 		d := &disks[i]
-		if err := m.ExecuteWithin(slow, "blockdev-mirror", map[string]any{
+		args := map[string]any{
 			"job-id": mirrorJob(d), "device": d.ID, "target": nbdNode(i), "sync": "full", "auto-dismiss": false,
-		}, nil); err != nil {
+		}
+		if o.Bandwidth > 0 {
+			args["speed"] = o.Bandwidth
+		}
+		if err := guarded(m, disks, func() error { return m.ExecuteWithin(slow, "blockdev-mirror", args, nil) }); err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
+	}
+	copies := make([]diskCopy, len(disks))
+	for i := range copies {
+		copies[i].still.limit = o.Stalled
 	}
 	return until(ctx, "the disks are copied", func() (bool, error) {
 		jobs, err := mirrors(m, disks)
@@ -337,12 +401,45 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 			if j == nil || j.finished() {
 				return false, mirrorFailed(&disks[i], j)
 			}
-			o.Progress(Progress{What: disks[i].ID, Done: j.Current, Total: j.Total})
+			p, err := copies[i].look(&disks[i], j, o.Limits)
+			if err != nil {
+				return false, err
+			}
+			o.Progress(p)
 			all = all && j.ready()
 		}
 		return all, nil
 	})
 }
+
+// diskCopy follows the copy of one disk.
+type diskCopy struct {
+	still patience
+	speed meter
+	size  int64     // when it began
+	again time.Time // since when only what the guest writes meanwhile is left
+}
+
+func (c *diskCopy) look(d *Disk, j *job, l Limits) (Progress, error) {
+	if c.size == 0 {
+		c.size = j.Total
+	}
+	if c.again.IsZero() && j.Current >= c.size {
+		c.again = time.Now()
+	}
+	p := Progress{What: d.ID, Done: j.Current, Total: j.Total, Rate: c.speed.measure(j.Current)}
+	switch still := c.still.spent(j.Current); {
+	case j.ready():
+	case still:
+		return p, fmt.Errorf("disk %s: copying it to the secondary has stood still for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
+	case !c.again.IsZero() && time.Since(c.again) > l.Timeout:
+		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s; a faster link, a higher migration.bandwidth or less load ends that",
+			d.ID, l.Timeout, perSecond(p.Rate))
+	}
+	return p, nil
+}
+
+func perSecond(rate int64) string { return fmt.Sprintf("%.1f MiB/s", float64(rate)/(1<<20)) }
 
 func mirrorFailed(d *Disk, j *job) error {
 	why := "the job is gone"
@@ -355,9 +452,13 @@ func mirrorFailed(d *Disk, j *job) error {
 // endMirror ends the jobs; the guest stands still, so both sides are the same
 // behind it.
 func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pause, errors.New("the guest stands still for it, and the secondary does not take the rest of its disk"))
+	defer cancel()
 	for i := range disks {
 		// Of a job that is ready, cancel copies the rest and ends well.
-		if err := m.ExecuteWithin(slow, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil); err != nil {
+		if err := guarded(m, disks, func() error {
+			return m.ExecuteWithin(slow, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil)
+		}); err != nil {
 			return fmt.Errorf("disk %s: %w", disks[i].ID, err)
 		}
 	}
@@ -387,7 +488,11 @@ func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 type migrationState struct {
 	Status string
 	Why    string `json:"error-desc"`
-	RAM    struct{ Transferred, Remaining, Total int64 }
+	RAM    struct {
+		Transferred, Remaining, Total int64
+		PageSize                      int64 `json:"page-size"`
+		DirtyPages                    int64 `json:"dirty-pages-rate"` // per second
+	}
 }
 
 func migration(m *qmp.Monitor) (s migrationState, err error) {
@@ -395,9 +500,15 @@ func migration(m *qmp.Monitor) (s migrationState, err error) {
 	return s, err
 }
 
-// finish waits until COLO is on and the guest runs in it.
-func finish(ctx context.Context, m *qmp.Monitor, o Options) error {
-	if err := until(ctx, "the memory is copied", func() (bool, error) {
+// finish waits until COLO is on and the guest runs in it. running: it did before, and
+// must not stand still for long.
+func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
+	copying, cancel := context.WithTimeout(ctx, o.Timeout)
+	defer cancel()
+	still, halted := patience{limit: o.Stalled}, patience{limit: pause}
+	var speed meter
+	var last Progress
+	err := until(copying, "the memory is copied", func() (bool, error) {
 		s, err := migration(m)
 		if err != nil {
 			return false, err
@@ -406,45 +517,69 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options) error {
 		case "colo":
 			return true, nil
 		case "setup", "active", "device":
-			o.Progress(Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total})
-			return false, nil
+			last = Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total,
+				Rate: speed.measure(s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}
+			o.Progress(last)
+			if still.spent(s.RAM.Transferred) {
+				return false, fmt.Errorf("copying the memory to the secondary has stood still for %v, at %d of %d MiB", o.Stalled, last.Done>>20, last.Total>>20)
+			}
+			return false, standsStill(m, running, &halted)
 		}
 		if s.Why == "" {
 			s.Why = "its state is " + s.Status
 		}
 		return false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
-	}); err != nil {
+	})
+	if err != nil && ctx.Err() == nil && copying.Err() != nil {
+		return fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
+			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
+			o.Timeout, perSecond(last.Rate), perSecond(last.Dirtied), (last.Total-last.Done)>>20, last.Total>>20)
+	}
+	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, settle, errors.New("COLO began and ended at once: the secondary's log tells why"))
-	defer cancel()
+	ctx, cancelCOLO := context.WithTimeoutCause(ctx, settle, errors.New("COLO began and ended at once: the secondary's log tells why"))
+	defer cancelCOLO()
 	return until(ctx, "the guest runs in COLO", func() (bool, error) {
 		mode, err := m.COLO()
 		if err != nil {
 			return false, err
 		}
-		running, _, err := m.Status()
-		return running && mode == "primary", err
+		is, _, err := m.Status()
+		if err != nil || is && mode == "primary" {
+			return err == nil, err
+		}
+		return false, standsStill(m, running, &halted)
 	})
+}
+
+// standsStill is an error when a guest that ran has stood still for too long, because
+// the secondary does not take the last of its state.
+func standsStill(m *qmp.Monitor, ran bool, halted *patience) error {
+	is, _, err := m.Status()
+	if err != nil || !ran {
+		return err
+	}
+	if is {
+		halted.at = time.Time{}
+		return nil
+	}
+	if halted.spent(0) {
+		return fmt.Errorf("the guest has stood still for %v, because the secondary does not take the last of its state", halted.limit)
+	}
+	return nil
 }
 
 // undo leaves a guest that is alone, running if it was; it needs no context,
 // because each command has its deadline.
 func undo(m *qmp.Monitor, disks []Disk, running bool) error {
-	ctx, cancel := context.WithTimeout(context.Background(), settle)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*settle)
 	defer cancel()
 	// Whatever waits for the secondary fails at once.
-	err := cut(m, disks)
-	if s, e := migration(m); e == nil {
-		switch s.Status {
-		case "setup", "active", "device":
-			m.Execute("migrate_cancel", nil, nil)
-		}
+	err := endMigration(ctx, m, disks)
+	if running {
+		err = errors.Join(err, goOn(m)) // the rest need not keep it waiting
 	}
-	err = errors.Join(err, until(ctx, "the migration has ended", func() (bool, error) {
-		s, err := migration(m)
-		return !slices.Contains([]string{"setup", "active", "device", "cancelling"}, s.Status), err
-	}))
 	for i := range disks {
 		m.Execute("block-job-cancel", map[string]any{"device": mirrorJob(&disks[i]), "force": true}, nil)
 	}
@@ -465,9 +600,7 @@ func undo(m *qmp.Monitor, disks []Disk, running bool) error {
 	}))
 	err = errors.Join(err, PrimaryFailover(ctx, m, disks), setCOLO(m, false))
 	if running {
-		if is, _, e := m.Status(); e == nil && !is {
-			err = errors.Join(err, Cont(m))
-		}
+		err = errors.Join(err, goOn(m))
 	}
 	if err != nil {
 		return fmt.Errorf("and could not be undone: %w", err)
@@ -475,11 +608,20 @@ func undo(m *qmp.Monitor, disks []Disk, running bool) error {
 	return nil
 }
 
+// goOn has a guest run that does not.
+func goOn(m *qmp.Monitor) error {
+	is, _, err := m.Status()
+	if err != nil || is {
+		return err
+	}
+	return Cont(m)
+}
+
 // cut ends the connections to the other host: what waits for it, and may hold up
 // the whole QEMU, fails.
 func cut(m *qmp.Monitor, disks []Disk) error {
 	return m.Yank(func(l qmp.Link) bool {
-		if l.Type == "migration" {
+		if isMigration(l) {
 			return true
 		}
 		for i := range disks {
@@ -498,10 +640,8 @@ func PrimaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	// First of all: a guest's write that waits for a silent host can hold up
 	// every other command.
 	err := cut(m, disks)
-	if err := detach(m, disks); err != nil {
-		return err
-	}
-	return errors.Join(err, lostHeartbeat(ctx, m, "primary"), Retry(m))
+	// A disk that keeps the secondary's image must not keep the guest in COLO.
+	return errors.Join(err, detach(m, disks), lostHeartbeat(ctx, m, "primary"), Retry(m))
 }
 
 // SecondaryFailover makes a secondary whose primary is dead take over. It

@@ -50,7 +50,11 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 			return nil, err
 		}
 	}
-	args, err := s.args(in)
+	as, err := s.resolved(ctx)
+	if err != nil {
+		return nil, err
+	}
+	args, err := as.args(in)
 	if err != nil {
 		return nil, err
 	}

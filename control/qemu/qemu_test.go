@@ -221,6 +221,7 @@ type guest struct {
 
 	resumes atomic.Int32
 	stopped chan struct{} // a STOP came
+	halted  atomic.Int64  // the longest time from STOP to RESUME, ns
 }
 
 func (w *world) spec(host string) *qemu.Spec {
@@ -319,11 +320,14 @@ func (g *guest) dial() {
 	}
 	g.stopped = make(chan struct{}, 1)
 	go func() {
+		var at time.Time
 		for e := range events {
 			switch e.Event {
 			case "RESUME":
 				g.resumes.Add(1)
+				g.halted.Store(max(g.halted.Load(), int64(qmp.Time(e).Sub(at))))
 			case "STOP":
+				at = qmp.Time(e)
 				select {
 				case g.stopped <- struct{}{}:
 				default:
@@ -334,6 +338,27 @@ func (g *guest) dial() {
 	if g.caps, err = qemu.Probe(g.m); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// drainStops forgets the STOPs so far.
+func (g *guest) drainStops() {
+	select {
+	case <-g.stopped:
+	default:
+	}
+}
+
+func freeze(g *guest) {
+	g.w.t.Helper()
+	if err := unix.Kill(g.p.Pid(), unix.SIGSTOP); err != nil {
+		g.w.t.Fatal(err)
+	}
+}
+
+// halts measures from now on for how long the guest stands still at a time.
+func (g *guest) halts() (longest func() time.Duration) {
+	g.halted.Store(0)
+	return func() time.Duration { return time.Duration(g.halted.Load()) }
 }
 
 func (g *guest) kill() {
@@ -489,10 +514,12 @@ func TestProcess(t *testing.T) {
 			t.Errorf("pid file %q: %v", is, err)
 		}
 	}
-	bad := *g.spec
-	bad.Extra = []string{"-device", "no-such-device"}
-	if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), "no-such-device") {
-		t.Errorf("QEMU's own words are missing: %v", err)
+	for device, says := range map[string]string{"no-such-device": "no-such-device", "usb-mtp,rootdir=/": "not migratable"} {
+		bad := *g.spec
+		bad.Extra = []string{"-device", "usb-ehci", "-device", device}
+		if _, err := qemu.Start(t.Context(), &bad, nil); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("QEMU's own words about %s are missing: %v", device, err)
+		}
 	}
 }
 
@@ -650,10 +677,7 @@ func TestDiskUnderLoad(t *testing.T) {
 		if round%2 == 1 {
 			survivor, dead = p, s
 		}
-		select {
-		case <-p.stopped: // of an earlier checkpoint
-		default:
-		}
+		p.drainStops()
 		if err := p.m.Checkpoint(); err != nil {
 			t.Fatal(err)
 		}
@@ -686,11 +710,6 @@ func TestSilentHost(t *testing.T) {
 	a := w.start("a", false)
 	b := a.replicate("b", qemu.Options{})
 	qemutest.Await(t, w.serial("a"), "ready")
-	freeze := func(g *guest) {
-		if err := unix.Kill(g.p.Pid(), unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
-	}
 	a.mustAsk("churn vda", "ok")
 	a.checkpoint()
 	freeze(b)
@@ -745,16 +764,31 @@ func TestReplicateFails(t *testing.T) {
 		{"given up while the disk is copied", "colo-disk0", func(cancel context.CancelFunc, _ *guest) { cancel() }},
 		{"given up while memory is copied", "memory", func(cancel context.CancelFunc, _ *guest) { cancel() }},
 		{"silent while memory is copied", "memory", func(cancel context.CancelFunc, s *guest) {
-			unix.Kill(s.p.Pid(), unix.SIGSTOP)
+			freeze(s)
 			cancel()
 		}},
+		{"stands still from the start", "", func(_ context.CancelFunc, s *guest) { freeze(s) }},
+		{"stands still while the disk is copied", "colo-disk0", func(_ context.CancelFunc, s *guest) { freeze(s) }},
+		{"stands still at the end of the disk's copy", "colo-disk0 copied", func(_ context.CancelFunc, s *guest) { freeze(s) }},
+		{"stands still while the guest waits for it", "", func(_ context.CancelFunc, s *guest) {
+			a.drainStops()
+			go func() {
+				<-a.stopped
+				freeze(s)
+			}()
+		}},
+		{"stands still while memory is copied", "memory", func(_ context.CancelFunc, s *guest) { freeze(s) }},
+		{"memory is not copied in time", "slow", func(context.CancelFunc, *guest) {}},
 		{"is not there", "", nil},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
+		ok := t.Run(tt.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			bandwidth(4 << 20)
-			to, o := *w.incoming("b"), qemu.Options{Resync: true}
+			to, o := *w.incoming("b"), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
+			if tt.at == "slow" {
+				o.Timeout = 2 * time.Second
+			}
 			if tt.do != nil {
 				s := w.start("b", true)
 				defer s.kill()
@@ -763,16 +797,26 @@ func TestReplicateFails(t *testing.T) {
 				}
 				var once sync.Once
 				o.Progress = func(p qemu.Progress) {
-					if p.What == tt.at {
+					if p.What == tt.at || p.What+" copied" == tt.at && p.Done >= diskSize {
 						once.Do(func() { tt.do(cancel, s) })
 					}
 				}
+				if tt.at == "" {
+					tt.do(cancel, s)
+				}
 			}
+			halts, began := a.halts(), time.Now()
 			err := qemu.Replicate(ctx, a.m, a.caps, a.spec.Disks, to, o)
-			if err == nil || strings.Contains(err.Error(), "could not be undone") {
+			if err == nil || strings.Contains(err.Error(), "could not be undone") || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 				t.Fatalf("got %v", err)
 			}
-			t.Log(err)
+			if o.Timeout != 0 && !strings.Contains(err.Error(), "not copied within 2s") {
+				t.Errorf("got %v", err)
+			}
+			t.Logf("after %v: %v; the guest stood still for %v", time.Since(began), err, halts())
+			if longest := halts(); longest > 10*time.Second {
+				t.Errorf("the guest stood still for %v", longest)
+			}
 			if running, state, err := a.m.Status(); err != nil || !running {
 				t.Errorf("the guest is %s, %v", state, err)
 			}
@@ -791,6 +835,9 @@ func TestReplicateFails(t *testing.T) {
 				t.Error("the secondary's image is still there")
 			}
 		})
+		if !ok {
+			return // what it left is the next one's trouble
+		}
 	}
 	bandwidth(1 << 30)
 	b := a.replicate("b", qemu.Options{Resync: true})

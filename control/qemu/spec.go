@@ -50,6 +50,8 @@ type Spec struct {
 
 	QMP string // path of the monitor's socket
 	Dir string // pid file and log
+
+	monitorObject bool // QEMU makes monitors as objects
 }
 
 // NIC is a guest NIC on a tap that exists.
@@ -97,11 +99,16 @@ func (s *Spec) overlay(d *Disk, kind string) string {
 // args is QEMU's command line.
 func (s *Spec) args(in *Incoming) ([]string, error) {
 	a := []string{
-		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on",
+		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on", "-only-migratable",
 		"-no-shutdown", // a guest that powers off is told of to the other host first
 		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
-		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP), "-mon", "chardev=lockstep,mode=control",
+		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP),
+	}
+	if s.monitorObject {
+		a = append(a, "-object", "monitor-qmp,id=lockstep-mon,chardev=lockstep")
+	} else {
+		a = append(a, "-mon", "chardev=lockstep,mode=control")
 	}
 	confined, err := s.confine()
 	if err != nil {

@@ -379,15 +379,21 @@ type Link struct {
 	ID   string `json:"id,omitempty"`        // a chardev's
 }
 
+// Links are QEMU's connections that can be cut.
+func (m *Monitor) Links() (links []Link, err error) {
+	err = m.outOfBand("query-yank", nil, &links)
+	return links, err
+}
+
 // Yank cuts those of QEMU's connections that which picks. What waits for the
 // other end fails then, so it frees a QEMU that hangs because the other host is
 // gone. It works beside a command that hangs.
 func (m *Monitor) Yank(which func(Link) bool) error {
 	var err error
 	for range 3 { // one may close between the two commands
-		var links []Link
-		if err := m.outOfBand("query-yank", nil, &links); err != nil {
-			return err
+		links, lost := m.Links()
+		if lost != nil {
+			return lost
 		}
 		links = slices.DeleteFunc(links, func(l Link) bool { return !which(l) })
 		if len(links) == 0 {

@@ -55,6 +55,7 @@ type Server struct {
 	requests []Request
 	changed  chan struct{} // closed and replaced when requests or conn change
 	handle   func(Request) // called after the reply
+	replies  map[string]string
 	closed   bool
 }
 
@@ -198,6 +199,9 @@ func (s *Server) answer(c *session, r Request) []byte {
 	case !c.negotiated:
 		return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "Expecting capabilities negotiation with 'qmp_capabilities'"}, "id": %s}`+"\r\n", id(r))
 	}
+	if reply, ok := s.replies[r.Execute]; ok {
+		return fmt.Appendf(nil, `{%s, "id": %s}`+"\r\n", reply, id(r))
+	}
 	switch r.Execute {
 	case "query-status":
 		status := "paused"
@@ -211,6 +215,10 @@ func (s *Server) answer(c *session, r Request) []byte {
 		return ok(`[{"name": "x-colo-lost-heartbeat"}, {"name": "query-colo-status"}, {"name": "yank"}, {"name": "x-blockdev-change"}]`)
 	case "query-migrate-capabilities":
 		return ok(`[{"capability": "x-colo", "state": true}]`)
+	case "query-kvm":
+		return ok(`{"enabled": false, "present": true}`)
+	case "qom-get":
+		return ok(`"pc-i440fx-7.2-machine"`)
 	case "query-migrate":
 		return ok(`{"status": "colo"}`)
 	case "query-qmp-schema", "query-named-block-nodes", "query-yank":
@@ -235,6 +243,19 @@ func (s *Server) SetFault(f Fault, delay time.Duration) {
 	s.fault, s.delay = f, delay
 	if f == HangUp && s.conn != nil {
 		s.conn.conn.Close()
+	}
+}
+
+// SetReply has a command answered in another way: reply is like `"return": {}`; "" is
+// the usual one.
+func (s *Server) SetReply(command, reply string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.replies == nil {
+		s.replies = make(map[string]string)
+	}
+	if s.replies[command] = reply; reply == "" {
+		delete(s.replies, command)
 	}
 }
 

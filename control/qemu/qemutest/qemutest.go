@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package qemutest makes real guests for tests: a kernel and an initramfs that
-// boot a static binary as the guest's service, disks, and what QEMU 7.2 needs to
+// boot a static binary as the guest's service, disks, and what QEMU needs to
 // run COLO under TCG, where no KVM is. Production needs none of that:
 //
-//   - [Preload]: the primary deadlocks at its first checkpoint (testdata/bql.c).
+//   - [Preload]: the primary deadlocks, or sleeps for ever, at a checkpoint
+//     (testdata/bql.c).
 //   - [Memory]: of a RAM that is a multiple of 256 KiB dirty pages are lost.
 //   - The migration goes over a unix socket: over TCP each checkpoint waits 40 ms
 //     and more for a delayed ACK.
@@ -90,8 +91,8 @@ func Disk(t testing.TB, path string, size int64, ext4 bool) {
 	run(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
 }
 
-// Preload makes the environment variable, "LD_PRELOAD=…", with which a QEMU 7.2
-// under TCG survives its first checkpoint as primary. A program that starts
+// Preload makes the environment variable, "LD_PRELOAD=…", with which a QEMU
+// under TCG survives its checkpoints as primary. A program that starts
 // QEMU hands it on.
 func Preload(t testing.TB) string {
 	t.Helper()

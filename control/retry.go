@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"lockstep/control/qemu"
+	"lockstep/control/qmp"
+)
+
+// A secondary may be sick in a way that only a try to replicate shows, and each try
+// costs the guest that serves: a copy of its disks and memory, and a while in which
+// nothing leaves when the secondary then hangs at a checkpoint. So the tries back off.
+var (
+	syncAgain = backoff{first: 500 * time.Millisecond, last: time.Minute}
+	// endAgain paces the orders to a QEMU that does not end replication.
+	endAgain = backoff{first: 100 * time.Millisecond, last: 5 * time.Second}
+)
+
+// tries are P's to replicate, and why the last ones came to nothing.
+type tries struct {
+	again  backoff
+	failed int       // in a row
+	why    string    // the last one failed
+	due    time.Time // the next one
+	timer  *time.Timer
+	paired time.Time // since when a pair lasts; zero: there is none
+}
+
+// fail counts a try that came to nothing, or a pair that did not last.
+func (t *tries) fail(why string) {
+	t.failed++
+	t.why, t.due = why, time.Now().Add(t.again.take())
+}
+
+// over is the end of a pair, if there was one.
+func (t *tries) over() {
+	if !t.paired.IsZero() {
+		t.fail(fmt.Sprintf("the secondary was lost after %v", time.Since(t.paired).Round(100*time.Millisecond)))
+		t.paired = time.Time{}
+	}
+}
+
+// lasts looks at a pair's age when a checkpoint was committed. One that has outlived the
+// wait before it ten times over has shown that its secondary is well.
+func (t *tries) lasts() {
+	if !t.paired.IsZero() && time.Since(t.paired) > 10*max(t.again.next, time.Second) {
+		t.failed, t.why = 0, ""
+		t.again.reset()
+	}
+}
+
+// replication tells of what begins, or of what came of the tries so far; nil: nothing.
+func (l *pairLife) replication() *Replication {
+	r := Replication{
+		What: l.syncing.What, Done: l.syncing.Done, Total: l.syncing.Total, Rate: l.syncing.Rate, Dirtied: l.syncing.Dirtied,
+		Failed: l.tries.failed, Why: l.tries.why,
+	}
+	if r == (Replication{}) {
+		return nil
+	}
+	if l.tries.failed > 0 && l.p.state != lpSync && l.p.state != lpPair {
+		r.Next = &l.tries.due
+	}
+	return &r
+}
+
+func (t *tries) String() string {
+	if t.failed == 0 {
+		return ""
+	}
+	s := fmt.Sprintf("try %d to replicate failed: %s", t.failed, t.why)
+	if left := time.Until(t.due); left > 0 {
+		s += fmt.Sprintf("; the next is due in %v", left.Round(time.Second))
+	}
+	return s
+}
+
+// held tells whether a session has to wait: for QEMU to end the last pair, or, when a try
+// to replicate would follow, until that is due. The machine hears of it later: until then
+// the guest serves alone, and orders are taken.
+func (d *Daemon) held(follows bool) bool {
+	l := d.life
+	if l.ending {
+		return true // endReplication comes back to it
+	}
+	left := time.Until(l.tries.due)
+	if left <= 0 || follows || l.p.state != lpStart && l.p.state != lpSolo {
+		return false
+	}
+	if l.tries.timer != nil {
+		l.tries.timer.Stop()
+	}
+	l.tries.timer = time.AfterFunc(left, func() { d.post(d.paired) })
+	return true
+}
+
+// endReplication has this host's QEMU go on without the other's, until it does. A QEMU
+// that does not decides nothing: this host has won, its guest serves, and whether that
+// is dead its monitor tells (watchQEMU).
+func (d *Daemon) endReplication() {
+	l := d.life
+	l.ending = true
+	d.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
+		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
+			return err
+		}
+		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
+			return err
+		}
+		return qemu.Cont(m) // it never ran: an operator has it begin alone
+	}, func(err error) {
+		if err == nil || l.p.state != lpSolo {
+			l.ending, l.unended = false, ""
+			l.endAgain.reset()
+			d.paired() // a session may have waited
+			return
+		}
+		if l.fencesUnended {
+			d.live(lifeEvent{Kind: lvQEMUDead})
+			return
+		}
+		wait := l.endAgain.take()
+		if err.Error() != l.unended {
+			d.log.Error("QEMU has not ended replication: the guest goes on, and QEMU is told again", "err", err, "in", wait)
+		}
+		l.unended = err.Error()
+		time.AfterFunc(wait, func() { d.post(d.endReplication) })
+	})
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"lockstep/control/qmptest"
+)
+
+// unended has a covered pair lose its secondary, while the primary's QEMU refuses to end
+// replication.
+func unended(t *testing.T, mutation bool) (*side, *qmptest.Pair) {
+	t.Helper()
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.opt.Life.fencesUnended = mutation
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	pair.Primary.SetReply("x-colo-lost-heartbeat", `"error": {"class": "GenericError", "desc": "busy"}`)
+	pair.Secondary.Close()
+	s.ends(ErrAfresh)
+	return p, pair
+}
+
+// TestUnendedReplication: a primary that has won speaks alone, and goes on to when its
+// QEMU does not end replication. It is told again until it does.
+func TestUnendedReplication(t *testing.T) {
+	p, pair := unended(t, false)
+	p.await("the reason", func(st Status) bool { return st.State == "solo" && strings.Contains(st.Detail, "busy") })
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := pair.Primary.Await(ctx, "x-colo-lost-heartbeat", 4); err != nil {
+		t.Fatal(err)
+	}
+	if mode := p.path.left().Mode; mode != ModeSolo {
+		t.Errorf("the NIC is in mode %d", mode)
+	}
+	pair.Primary.SetReply("x-colo-lost-heartbeat", "")
+	p.await("the end", func(st Status) bool { return st.State == "solo" && !strings.Contains(st.Detail, "busy") })
+}
+
+// TestUnendedReplicationMutation: without the rule such a primary is fenced.
+func TestUnendedReplicationMutation(t *testing.T) {
+	p, _ := unended(t, true)
+	p.ends(ErrFenced)
+}
+
+// TestTriesBackOff: tries to replicate that come to nothing are made less and less often.
+// The status says why, and when the next one is due; one that succeeds is the last.
+func TestTriesBackOff(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.opt.Life.again = backoff{first: 100 * time.Millisecond, last: 400 * time.Millisecond}
+	pair.Primary.SetCOLO("none")
+	pair.Secondary.SetCOLO("none")
+	pair.Primary.SetReply("query-migrate", `"return": {"status": "none"}`)
+	pair.Primary.SetReply("migrate-set-capabilities", `"return": {}`)
+	pair.Primary.SetReply("migrate", `"error": {"class": "GenericError", "desc": "no room at the other host"}`)
+	p.start()
+	var began []time.Time
+	for try := 1; try <= 5; try++ {
+		s.start()
+		s.ends(ErrAfresh) // P told it that nothing came of it
+		s.opt.Fresh = true
+		began = append(began, time.Now())
+		st := p.await("the reason", func(st Status) bool { return st.Replication != nil && st.Replication.Failed == try })
+		if r := st.Replication; st.State != "start" || !strings.Contains(r.Why, "no room") || r.Next == nil || !strings.Contains(st.Detail, "no room") {
+			t.Errorf("try %d: status %+v, %+v", try, st, r)
+		}
+	}
+	for i, least := range []time.Duration{100, 200, 400, 400} {
+		if got := began[i+1].Sub(began[i]); got < least*time.Millisecond*9/10 {
+			t.Errorf("the wait before try %d was %v", i+2, got)
+		}
+	}
+	pair.Primary.SetReply("migrate", "")
+	pair.Primary.SetCOLO("primary")
+	pair.Primary.SetReply("query-migrate", "")
+	s.start()
+	p.await("a pair", func(st Status) bool { return st.State == "checkpointing" }) // its first
+
+	// A connection to QEMU that breaks is no other secondary.
+	pair.Primary.SetFault(qmptest.Garbage, 0)
+	p.await("an error", func(st Status) bool { return st.QMP.Error != "" && !st.QMP.Connected })
+	pair.Primary.SetFault(qmptest.None, 0)
+	since := p.await("QEMU", func(st Status) bool { return st.QMP.Connected }).QMP.Since
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	<-ctx.Done() // the time in which it was given up
+	if st := p.await("a status", func(Status) bool { return true }); st.State != "checkpointing" || !st.QMP.Since.Equal(since) {
+		t.Errorf("behind a new connection to QEMU: %s, %s", st.State, st.Detail)
+	}
+	s.end()
+}
+
+// A pair that did not last is a try that failed; one that did makes the waits short again.
+func TestTriesForget(t *testing.T) {
+	tr := tries{again: syncAgain}
+	for range 20 {
+		tr.paired = time.Now()
+		tr.over()
+	}
+	if wait := time.Until(tr.due); tr.failed != 20 || wait > time.Minute || wait < 50*time.Second {
+		t.Errorf("%d failed, and the next is due in %v", tr.failed, wait)
+	}
+	tr.paired = time.Now().Add(-time.Minute)
+	if tr.lasts(); tr.failed != 20 {
+		t.Error("a minute is not ten times the wait before")
+	}
+	tr.paired = time.Now().Add(-11 * time.Minute)
+	if tr.lasts(); tr.failed != 0 || tr.String() != "" {
+		t.Errorf("a pair that lasted: %s", tr.String())
+	}
+	tr.over()
+	if wait := time.Until(tr.due); tr.failed != 1 || wait > time.Second {
+		t.Errorf("%d failed, and the next is due in %v", tr.failed, wait)
+	}
+}
