@@ -5,7 +5,6 @@ package control
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"os"
 	"sync"
 	"time"
@@ -37,6 +36,8 @@ type monitor struct {
 	path string
 	conn *qmp.Monitor // nil: not connected
 	info qmpInfo
+
+	reported map[string]time.Time // when an event was reported last, by name
 }
 
 // watchQEMU connects, tells, reconnects, until ctx ends.
@@ -122,11 +123,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 			})
 		default:
 			d.post(func() { d.guestEvent(e.Event, e.Data) })
-			level := slog.LevelDebug
-			if remarkable[e.Event] {
-				level = slog.LevelInfo
-			}
-			d.log.Log(ctx, level, "QEMU", "event", e.Event, "data", e.Data)
+			d.reportEvent(e)
 		}
 	}
 	d.post(func() {
@@ -167,12 +164,6 @@ func (d *Daemon) unreachable(err error) {
 	if l.unanswered == maxUnanswered {
 		d.qemuGone(err.Error())
 	}
-}
-
-// remarkable events of QEMU's are worth a line of log.
-var remarkable = map[string]bool{
-	"RESET": true, "SHUTDOWN": true, "POWERDOWN": true, "SUSPEND": true, "WAKEUP": true, "WATCHDOG": true, "GUEST_PANICKED": true,
-	"BLOCK_IO_ERROR": true, "BLOCK_JOB_ERROR": true, "QUORUM_FAILURE": true, "QUORUM_REPORT_BAD": true, "MEMORY_FAILURE": true,
 }
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
