@@ -20,7 +20,7 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 4,
+	LS_ABI_VERSION = 5,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
@@ -370,7 +370,6 @@ struct ls_cli {
 	X(no_ring, "frame dropped: ring full") \
 	X(too_long, "frame dropped: longer than a slot, or headers too long") \
 	X(malformed, "frame dropped: headers do not parse") \
-	X(unsupported, "frame dropped: protocol not compared") \
 	X(peer_junk, "peer frame dropped: not of this protocol") \
 	X(peer_short, "peer frame dropped: truncated") \
 	X(peer_version, "peer frame dropped: other version") \

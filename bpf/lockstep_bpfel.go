@@ -78,7 +78,7 @@ const (
 type LockstepLsConst uint32
 
 const (
-	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 4
+	LockstepLsConstLS_ABI_VERSION   LockstepLsConst = 5
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
 	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
@@ -272,38 +272,37 @@ const (
 	LockstepLsReasonLS_R_noRing        LockstepLsReason = 10
 	LockstepLsReasonLS_R_tooLong       LockstepLsReason = 11
 	LockstepLsReasonLS_R_malformed     LockstepLsReason = 12
-	LockstepLsReasonLS_R_unsupported   LockstepLsReason = 13
-	LockstepLsReasonLS_R_peerJunk      LockstepLsReason = 14
-	LockstepLsReasonLS_R_peerShort     LockstepLsReason = 15
-	LockstepLsReasonLS_R_peerVersion   LockstepLsReason = 16
-	LockstepLsReasonLS_R_peerType      LockstepLsReason = 17
-	LockstepLsReasonLS_R_peerTag       LockstepLsReason = 18
-	LockstepLsReasonLS_R_peerTerm      LockstepLsReason = 19
-	LockstepLsReasonLS_R_peerEpoch     LockstepLsReason = 20
-	LockstepLsReasonLS_R_recordIn      LockstepLsReason = 21
-	LockstepLsReasonLS_R_recordOut     LockstepLsReason = 22
-	LockstepLsReasonLS_R_copyLost      LockstepLsReason = 23
-	LockstepLsReasonLS_R_pending       LockstepLsReason = 24
-	LockstepLsReasonLS_R_svmOnly       LockstepLsReason = 25
-	LockstepLsReasonLS_R_delivered     LockstepLsReason = 26
-	LockstepLsReasonLS_R_parked        LockstepLsReason = 27
-	LockstepLsReasonLS_R_gated         LockstepLsReason = 28
-	LockstepLsReasonLS_R_connFull      LockstepLsReason = 29
-	LockstepLsReasonLS_R_rewriteFailed LockstepLsReason = 30
-	LockstepLsReasonLS_R_releasedOut   LockstepLsReason = 31
-	LockstepLsReasonLS_R_letIn         LockstepLsReason = 32
-	LockstepLsReasonLS_R_primaryOnly   LockstepLsReason = 33
-	LockstepLsReasonLS_R_peerReplay    LockstepLsReason = 34
-	LockstepLsReasonLS_R_nackOut       LockstepLsReason = 35
-	LockstepLsReasonLS_R_nackIn        LockstepLsReason = 36
-	LockstepLsReasonLS_R_resent        LockstepLsReason = 37
-	LockstepLsReasonLS_R_resendGone    LockstepLsReason = 38
-	LockstepLsReasonLS_R_echoIn        LockstepLsReason = 39
-	LockstepLsReasonLS_R_echoOut       LockstepLsReason = 40
-	LockstepLsReasonLS_R_neighOut      LockstepLsReason = 41
-	LockstepLsReasonLS_R_xdpPassed     LockstepLsReason = 42
-	LockstepLsReasonLS_R_xdpDropped    LockstepLsReason = 43
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 44
+	LockstepLsReasonLS_R_peerJunk      LockstepLsReason = 13
+	LockstepLsReasonLS_R_peerShort     LockstepLsReason = 14
+	LockstepLsReasonLS_R_peerVersion   LockstepLsReason = 15
+	LockstepLsReasonLS_R_peerType      LockstepLsReason = 16
+	LockstepLsReasonLS_R_peerTag       LockstepLsReason = 17
+	LockstepLsReasonLS_R_peerTerm      LockstepLsReason = 18
+	LockstepLsReasonLS_R_peerEpoch     LockstepLsReason = 19
+	LockstepLsReasonLS_R_recordIn      LockstepLsReason = 20
+	LockstepLsReasonLS_R_recordOut     LockstepLsReason = 21
+	LockstepLsReasonLS_R_copyLost      LockstepLsReason = 22
+	LockstepLsReasonLS_R_pending       LockstepLsReason = 23
+	LockstepLsReasonLS_R_svmOnly       LockstepLsReason = 24
+	LockstepLsReasonLS_R_delivered     LockstepLsReason = 25
+	LockstepLsReasonLS_R_parked        LockstepLsReason = 26
+	LockstepLsReasonLS_R_gated         LockstepLsReason = 27
+	LockstepLsReasonLS_R_connFull      LockstepLsReason = 28
+	LockstepLsReasonLS_R_rewriteFailed LockstepLsReason = 29
+	LockstepLsReasonLS_R_releasedOut   LockstepLsReason = 30
+	LockstepLsReasonLS_R_letIn         LockstepLsReason = 31
+	LockstepLsReasonLS_R_primaryOnly   LockstepLsReason = 32
+	LockstepLsReasonLS_R_peerReplay    LockstepLsReason = 33
+	LockstepLsReasonLS_R_nackOut       LockstepLsReason = 34
+	LockstepLsReasonLS_R_nackIn        LockstepLsReason = 35
+	LockstepLsReasonLS_R_resent        LockstepLsReason = 36
+	LockstepLsReasonLS_R_resendGone    LockstepLsReason = 37
+	LockstepLsReasonLS_R_echoIn        LockstepLsReason = 38
+	LockstepLsReasonLS_R_echoOut       LockstepLsReason = 39
+	LockstepLsReasonLS_R_neighOut      LockstepLsReason = 40
+	LockstepLsReasonLS_R_xdpPassed     LockstepLsReason = 41
+	LockstepLsReasonLS_R_xdpDropped    LockstepLsReason = 42
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 43
 )
 
 type LockstepLsRec struct {
