@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/journal"
 )
 
 // maxStrangers bounds the connections that have not said who they are.
@@ -292,6 +293,7 @@ func (d *Daemon) up(ok bool) {
 	d.linkUp, d.linkSince, d.linkErr = true, time.Now(), ""
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
+	d.event(journal.Session, "began", map[string]any{"address": d.peerAddr, "term": d.term})
 	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
 	d.paired()
 }
@@ -398,6 +400,9 @@ func (d *Daemon) unlink(l *link, why error) {
 		return
 	}
 	l.close(why)
+	if d.linkUp {
+		d.event(journal.Session, "ended: "+why.Error(), nil)
+	}
 	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
 	d.step(ckptEvent{Kind: evLinkDown})

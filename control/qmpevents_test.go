@@ -7,6 +7,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -138,12 +139,7 @@ func TestEventsActedOn(t *testing.T) {
 func TestReportedEvents(t *testing.T) {
 	pair := newPair(t)
 	p, _ := hosts(t, pair)
-	dir := t.TempDir()
-	j, err := journal.Open(dir, "web1", "alpha", journal.DefaultLimit, p.opt.Log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.opt.Journal = j
+	read := p.keepJournal()
 	p.start()
 	p.await("QMP", func(st Status) bool { return st.QMP.Connected })
 	now := time.Now()
@@ -157,18 +153,55 @@ func TestReportedEvents(t *testing.T) {
 	pair.Primary.Stop() // behind all of them
 	p.await("the stop", func(st Status) bool { return st.QMP.State == "paused" })
 	p.end()
-	j.Close()
-	events, err := journal.Read(dir, "web1", "alpha", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
 	count := make(map[string]int)
-	for _, e := range events {
+	for _, e := range read() {
 		if e.Kind == journal.QEMU {
 			count[e.Cause]++
 		}
 	}
 	if n := count["MEMORY_FAILURE"]; count["SUSPEND"] != 1 || count["SOMETHING_NEW"] != 1 || count["RTC_CHANGE"] != 0 || n == 0 || n > storm/2 {
 		t.Errorf("reported: %v", count)
+	}
+}
+
+// keepJournal has a side's daemon write a journal; read ends and returns it.
+func (s *side) keepJournal() (read func() []journal.Event) {
+	s.t.Helper()
+	dir := s.t.TempDir()
+	j, err := journal.Open(dir, "web1", s.opt.Node, journal.DefaultLimit, slog.New(slog.DiscardHandler))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(j.Close)
+	s.opt.Journal = j
+	return func() []journal.Event {
+		s.t.Helper()
+		j.Close()
+		events, err := journal.Read(dir, "web1", s.opt.Node, 0)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return events
+	}
+}
+
+// The journal tells of sessions: when one began, and why it ended.
+func TestSessionEvents(t *testing.T) {
+	p, s := hosts(t, nil)
+	read := p.keepJournal()
+	p.start()
+	s.start()
+	p.replicating()
+	s.end()
+	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.end()
+	var causes []string
+	for _, e := range read() {
+		if e.Kind == journal.Session {
+			causes = append(causes, e.Cause)
+		}
+	}
+	if len(causes) != 2 || causes[0] != "began" || causes[1] != "ended: EOF" {
+		t.Errorf("sessions: %q", causes)
 	}
 }

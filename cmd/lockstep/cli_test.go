@@ -24,6 +24,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/journal"
 )
 
 const pairYAML = `vm: web1
@@ -370,6 +371,22 @@ func TestRunLife(t *testing.T) {
 	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (term 2, speaker alpha)")
 	ends = []error{control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak", "primary term 2, speaker alpha discard=true")
+
+	// When a daemon began, and why it ended, is in the journal.
+	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var daemon []string
+	for _, e := range events {
+		if e.Kind == journal.Daemon {
+			daemon = append(daemon, e.Cause)
+		}
+	}
+	ended := "ended: " + control.ErrFenced.Error()
+	if want := []string{"started", ended, "started", ended}; !slices.Equal(daemon, want) {
+		t.Errorf("daemon events %q, want %q", daemon, want)
+	}
 }
 
 // A pair that could not fail over is refused.
