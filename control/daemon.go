@@ -88,6 +88,8 @@ type Options struct {
 	link       linkTiming
 	qmpTimeout time.Duration
 	qmpPoll    time.Duration
+	dialQMP    dialQMP
+	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
 	ckpt       *ckptConfig
@@ -115,6 +117,9 @@ func (o *Options) setDefaults() error {
 		set(&o.qmpPoll, qmpPollLife)
 	}
 	set(&o.qmpPoll, qmpPoll)
+	if o.dialQMP == nil {
+		o.dialQMP = dialMonitor
+	}
 	set(&o.orderEvery, orderEvery)
 	set(&o.entryEvery, entryEvery)
 	if o.link == (linkTiming{}) {

@@ -295,11 +295,16 @@ func (b *backoff) take() time.Duration {
 }
 
 // wait returns false when ctx ends first.
-func (b *backoff) wait(ctx context.Context) bool {
+func (b *backoff) wait(ctx context.Context) bool { return b.waitUnless(ctx, nil) }
+
+// waitUnless is wait, but no longer than until sooner is closed.
+func (b *backoff) waitUnless(ctx context.Context, sooner <-chan struct{}) bool {
 	t := time.NewTimer(b.take())
 	defer t.Stop()
 	select {
 	case <-t.C:
+		return true
+	case <-sooner:
 		return true
 	case <-ctx.Done():
 		return false

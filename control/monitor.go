@@ -4,8 +4,6 @@ package control
 
 import (
 	"context"
-	"errors"
-	"os"
 	"sync"
 	"time"
 
@@ -43,15 +41,22 @@ type monitor struct {
 // watchQEMU connects, tells, reconnects, until ctx ends.
 func (d *Daemon) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
+	process := owner{path: d.qmp.path, noAsk: d.opt.noAskQEMU}
+	if d.life != nil {
+		process.guest = d.life.Guest
+	}
+	defer process.forget()
 	for ctx.Err() == nil {
 		began := time.Now()
-		m, err := qmp.Dial(ctx, d.qmp.path, d.opt.qmpTimeout)
+		m, err := d.opt.dialQMP(ctx, d.qmp.path, &d.opt, process.connected)
 		connected := err == nil
 		if connected {
 			again.reset()
 			err = d.watchMonitor(ctx, m)
 		} else {
-			d.post(func() { d.unreachable(err) })
+			var r reach
+			r, err = process.judge(err)
+			d.post(func() { d.unreachable(r, err) })
 		}
 		d.post(func() {
 			if why := err.Error(); d.qmp.info.err != why && ctx.Err() == nil {
@@ -62,7 +67,7 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 		if connected && time.Since(began) > qmpRetry {
 			continue // at once it is found out whether QEMU died
 		}
-		if !again.wait(ctx) {
+		if !again.waitUnless(ctx, process.ended()) {
 			return
 		}
 	}
@@ -90,8 +95,11 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
 		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
 		if d.life != nil {
-			d.life.hadQEMU, d.life.unanswered = true, 0
-			if d.life.untold {
+			d.life.hadQEMU, d.life.unanswered, d.life.outOfReach = true, 0, false
+			switch {
+			case d.life.untold && d.life.p != nil:
+				d.tellAlone()
+			case d.life.untold:
 				d.tellQEMU()
 			}
 		}
@@ -151,20 +159,6 @@ func (d *Daemon) ran(ev ckptEvent) {
 // maxUnanswered is how often in a row a QEMU may not answer a new connection before
 // it counts as dead.
 const maxUnanswered = 2
-
-// unreachable: no connection to QEMU could be made.
-func (d *Daemon) unreachable(err error) {
-	l := d.life
-	if l == nil || !l.hadQEMU {
-		return // it comes
-	}
-	if l.unanswered++; !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, qmp.ErrTimeout) && !errors.Is(err, context.DeadlineExceeded) {
-		l.unanswered = maxUnanswered // refused: nobody is there
-	}
-	if l.unanswered == maxUnanswered {
-		d.qemuGone(err.Error())
-	}
-}
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
 // the connection.

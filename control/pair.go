@@ -82,9 +82,10 @@ type pairLife struct {
 	prepared   chan struct{} // S: closed when QEMU waits for a primary's
 	ready      bool          // S: that is so
 	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
-	untold     bool          // S: QEMU has to be told to take over, once it is connected
+	untold     bool          // QEMU has to be told to take over (S), to go on alone (P), once it is connected
 	hadQEMU    bool          // there was one, so its absence is its death
 	unanswered int           // connections to it that it did not answer, in a row
+	outOfReach bool          // it lives, but its monitor cannot be reached
 }
 
 func newPairLife(l Life, o *Options) (*pairLife, error) {
@@ -333,6 +334,17 @@ func (d *Daemon) goAlone() error {
 	}
 	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.term)
 	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.term})
+	d.tellAlone()
+	return d.remember(func(*state.State) {})
+}
+
+// tellAlone has QEMU leave COLO (P). One that cannot be reached is told when it can:
+// its guest runs meanwhile.
+func (d *Daemon) tellAlone() {
+	l := d.life
+	if l.untold = d.qmp.conn == nil; l.untold {
+		return
+	}
 	d.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
 		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
 			return err
@@ -347,7 +359,6 @@ func (d *Daemon) goAlone() error {
 			d.live(lifeEvent{Kind: lvQEMUDead})
 		}
 	})
-	return d.remember(func(*state.State) {})
 }
 
 // promote has the SVM speak (R21 v, R22), and ends this daemon's part.
@@ -516,10 +527,11 @@ func (d *Daemon) paired() {
 }
 
 // knowsQEMU is an error until this host's QEMU is connected: what a session means
-// depends on what that does (P).
+// depends on what that does (P). Of a pair that there was, and a QEMU that lives but
+// cannot be reached, it is still what it was; were there no session, S would take over.
 func (d *Daemon) knowsQEMU(ctx context.Context) error {
 	known := false
-	if err := d.ask(ctx, func() { known = d.qmp.conn != nil }); err != nil || known {
+	if err := d.ask(ctx, func() { known = d.qmp.conn != nil || d.life.outOfReach && d.life.p.state == lpPair }); err != nil || known {
 		return err
 	}
 	return errors.New("the primary's QEMU is not connected yet")
