@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -34,10 +35,12 @@ import (
 //	both   ping       now and then
 const (
 	linkVersion = 3
-	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
-	maxQueue    = 1024     // messages that wait to be written: the edges of a million connections
+	maxMessage  = 64 << 10 // a line; TestMessagesFit has the longest of each type
+	maxQueue    = 1024     // messages that wait to be written
 	maxEdges    = 1000     // in one message
 	maxNICs     = 256
+	maxDisks    = 256
+	maxCause    = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
 // message is one line.
@@ -172,6 +175,7 @@ type link struct {
 	quiet time.Duration
 	ping  time.Duration
 	out   chan message
+	bulk  chan message // is written when nothing is in out
 	done  chan struct{}
 	once  sync.Once
 	err   error // why it closed; set before done closes
@@ -180,7 +184,7 @@ type link struct {
 func newLink(conn net.Conn, t linkTiming) *link {
 	l := &link{
 		conn: conn, lines: bufio.NewScanner(conn), quiet: t.silence, ping: t.ping,
-		out: make(chan message, maxQueue), done: make(chan struct{}),
+		out: make(chan message, maxQueue), bulk: make(chan message), done: make(chan struct{}),
 	}
 	l.lines.Buffer(nil, maxMessage)
 	l.lines.Split(func(b []byte, atEOF bool) (int, []byte, error) {
@@ -218,9 +222,13 @@ func (l *link) read(d time.Duration) (message, error) {
 
 // write sends a message at once.
 func (l *link) write(m message) error {
+	m.Cause = m.Cause[:min(len(m.Cause), maxCause)] // it may quote what somebody else said
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err
+	}
+	if len(b) >= maxMessage {
+		return fmt.Errorf("a message %q of %d bytes is longer than the peer takes", m.Type, len(b))
 	}
 	if err := l.conn.SetWriteDeadline(time.Now().Add(l.quiet)); err != nil {
 		return err
@@ -237,6 +245,25 @@ func (l *link) send(m message) {
 	default:
 		l.close(errors.New("the peer does not read"))
 	}
+}
+
+// stream writes messages as fast as the peer takes them, between those that are sent
+// meanwhile, and reports whether all were written before the link closed.
+func (l *link) stream(ms iter.Seq[message]) bool {
+	for m := range ms {
+		m.written = make(chan struct{})
+		select {
+		case l.bulk <- m:
+		case <-l.done:
+			return false
+		}
+		select {
+		case <-m.written:
+		case <-l.done:
+			return false
+		}
+	}
+	return true
 }
 
 // flush waits, not for long, until what was queued is written.
@@ -269,9 +296,14 @@ func (l *link) pump() {
 		m := message{Type: "ping"}
 		select {
 		case m = <-l.out:
-		case <-ping.C:
-		case <-l.done:
-			return
+		default:
+			select {
+			case m = <-l.out:
+			case m = <-l.bulk:
+			case <-ping.C:
+			case <-l.done:
+				return
+			}
 		}
 		if err := l.write(m); err != nil {
 			l.close(err)

@@ -102,13 +102,13 @@ func (o *owner) judge(err error) (reach, error) {
 		return qemuLives, fmt.Errorf("QEMU, process %d, serves another client on its monitor, %s, and takes one at a time: nothing leaves and no checkpoint is made until that one closes its connection; give it a monitor of its own (-qmp)",
 			o.proc.Pid(), client)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		if o.proc == nil {
+			return qemuEnded, err
+		}
 		listens, unknown := o.proc.Listens(o.path)
 		if !listens && unknown == nil {
 			o.forget()
-			return qemuEnded, err
-		}
-		if listens {
-			return qemuLives, fmt.Errorf("something listens on the monitor's socket, but its file is not there any more, or another one is: nothing leaves and no checkpoint is made until QEMU is started again or the file is back: %w", err)
+			return qemuEnded, err // it is about to end, and its guest does not run any more
 		}
 	}
 	if o.proc == nil {

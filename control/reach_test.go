@@ -114,6 +114,35 @@ func TestMutationMonitor(t *testing.T) {
 	p.ends(ErrFenced)
 }
 
+// Somebody removes the file of the monitor's socket, on which QEMU still listens.
+func TestMonitorFileGone(t *testing.T) {
+	t.Parallel()
+	pair := newPair(t)
+	p, s, a := lives(t, pair)
+	dials := p.dials()
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	if err := os.Rename(p.opt.QMP, p.opt.QMP+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.d.ask(t.Context(), func() { p.d.qmp.conn.Disconnect() }); err != nil {
+		t.Fatal(err)
+	}
+	tried(t, dials, 1+maxUnanswered)
+	p.await("the reason", func(st Status) bool {
+		return strings.Contains(st.QMP.Error, "lives, but its monitor cannot be reached")
+	})
+	if a.now.Term != 1 {
+		t.Fatalf("the record is %v", a.now)
+	}
+	if err := os.Rename(p.opt.QMP+".away", p.opt.QMP); err != nil {
+		t.Fatal(err)
+	}
+	p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+}
+
 // A primary whose monitor somebody holds loses its secondary: it goes on alone, and
 // tells QEMU when it can.
 func TestAloneWithoutMonitor(t *testing.T) {

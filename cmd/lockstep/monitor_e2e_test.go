@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+// TestUnreachableMonitor: the primary's daemon cannot reach QEMU's monitor, once because
+// it is out of descriptors, once because another client is served. QEMU lives, so nobody
+// takes over, and the pair goes on by itself. A QEMU that dies meanwhile is found at once.
+func TestUnreachableMonitor(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.open()
+	whole := func(what string) {
+		t.Helper()
+		s := p.await("alpha", func(s *control.Status) bool { return s.QMP.Connected && s.State == "replicating" && s.Covered })
+		if s.Record != p.record {
+			t.Fatalf("%s: the record is of term %d, not %d", what, s.Record, p.record)
+		}
+		c.ask(1)
+	}
+
+	// Out of descriptors. The connection there is breaks because QEMU stands still for a
+	// moment; it cannot be made anew.
+	daemon := p.procs["alpha"].Process.Pid
+	var before unix.Rlimit
+	none := unix.Rlimit{Cur: 8} // poll takes no more either
+	if err := unix.Prlimit(daemon, unix.RLIMIT_NOFILE, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	none.Max = before.Max
+	if err := unix.Prlimit(daemon, unix.RLIMIT_NOFILE, &none, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.signal("alpha", syscall.SIGSTOP)
+	lt.Eventually(t, 30*time.Second, func() (bool, string) {
+		log := p.log("alpha")
+		return strings.Contains(log, "lives, but its monitor cannot be reached") && strings.Contains(log, syscall.EMFILE.Error()), log
+	})
+	p.signal("alpha", syscall.SIGCONT)
+	if err := unix.Prlimit(daemon, unix.RLIMIT_NOFILE, &before, nil); err != nil {
+		t.Fatal(err)
+	}
+	whole("after EMFILE")
+
+	// Another client waits for its turn, and gets it when the daemon is started again.
+	held := func() *net.UnixConn {
+		t.Helper()
+		conn, err := net.Dial("unix", filepath.Join(p.Dir, "run/web1-alpha.qmp"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.kill("alpha")
+		p.run("alpha", "primary")
+		want := fmt.Sprintf("another client on its monitor, process %d (", os.Getpid())
+		s := p.await("alpha", func(s *control.Status) bool { return strings.Contains(s.QMP.Error, want) && s.Peer.Connected })
+		if s.Record != p.record || s.QMP.Connected {
+			t.Fatalf("with another client: the record is of term %d, not %d; connected: %v", s.Record, p.record, s.QMP.Connected)
+		}
+		return conn.(*net.UnixConn)
+	}
+	other := held()
+	answered := c.askLater() // what both guests say leaves; the daemon knows that the pair was whole
+	if err := <-answered; err != nil {
+		t.Fatal(err)
+	}
+	c.n++
+	// Longer than two attempts to connect, after which a QEMU that hangs is dead.
+	later := time.Now().Add(6 * time.Second)
+	p.await("alpha", func(s *control.Status) bool {
+		if s.Record != p.record || s.State == "failover" || s.State == "solo" || !s.Peer.Connected {
+			t.Fatalf("with another client: %+v", s)
+		}
+		return time.Now().After(later)
+	})
+	other.Close()
+	whole("after another client")
+
+	other = held()
+	defer other.Close()
+	began := time.Now()
+	p.killQEMU("alpha")
+	c.ask(1)
+	t.Logf("QEMU died while another client was served: the first answer took %v", time.Since(began))
+	if b := p.await("beta", func(s *control.Status) bool { return s.State == "solo" }); b.Record != p.record+1 {
+		t.Errorf("the record is of term %d, want %d", b.Record, p.record+1)
+	}
+	twoTurns(t, heard)
+}
