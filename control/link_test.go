@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"math"
 	"net"
+	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -164,6 +166,50 @@ func TestNonsenseOnTheControlAddress(t *testing.T) {
 		t.Errorf("term %d: the session was lost", st.Term)
 	}
 	s.replicating()
+}
+
+// TestStrangers: clients that connect and say nothing do not keep the secondary out,
+// neither those from its own address, whose oldest make room, nor others, who are not let in.
+func TestStrangers(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.opt.link.handshake, s.opt.link.handshake = patience, patience // whoever waits for that is late
+	p.opt.PeerAddr, s.opt.OwnAddr = netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.1")
+	p.start()
+	silent := func(from string) net.Conn {
+		t.Helper()
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		conn, err := d.DialContext(t.Context(), "tcp", p.opt.Control)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	p.await("a status", func(Status) bool { return true }) // it listens
+	for range 3 {
+		conn := silent("127.0.0.2")
+		conn.SetReadDeadline(time.Now().Add(patience / 2))
+		if n, err := conn.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("a client from elsewhere: %d bytes, %v", n, err)
+		}
+	}
+	p.await("the reason", func(st Status) bool { return strings.Contains(st.Peer.Error, "beta is 127.0.0.1: that node has to connect from its control address") })
+	for range 3 * maxStrangers {
+		silent("127.0.0.1")
+	}
+	began := time.Now()
+	s.start()
+	p.replicating()
+	if took := time.Since(began); took > patience/2 {
+		t.Errorf("the session took %v", took)
+	}
+	// They do not end the session either.
+	for range 3 * maxStrangers {
+		silent("127.0.0.1")
+	}
+	if st := p.replicating(); st.Term != 1 {
+		t.Errorf("term %d: the session was lost", st.Term)
+	}
 }
 
 // A peer that is there but says nothing, or says what makes no sense, is lost.

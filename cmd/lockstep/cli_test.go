@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -253,6 +254,10 @@ func TestRunWiring(t *testing.T) {
 		}
 		w := tc.want
 		w.VM, w.Control, w.Fresh = "web1", "192.0.2.1:7700", true
+		w.OwnAddr, w.PeerAddr = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+		if w.Role == control.RoleSecondary {
+			w.OwnAddr, w.PeerAddr = w.PeerAddr, w.OwnAddr
+		}
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
 		w.Compare.KeepYoung, w.Copies.MaxCopies = true, maxCopies/2
 		if len(got.ConfigDigest) != 64 {
@@ -261,7 +266,7 @@ func TestRunWiring(t *testing.T) {
 		w.ConfigDigest = got.ConfigDigest
 		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
 		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatSpeak
-		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
+		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log"), cmpopts.EquateComparable(netip.Addr{})); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
 	}

@@ -110,8 +110,9 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		ConfigDigest: hex.EncodeToString(digest[:]),
 		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
-		TLS:     protected,
-		QMP:     o.self.QMP,
+		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
+		TLS: protected,
+		QMP: o.self.QMP,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
