@@ -107,6 +107,7 @@ type NIC struct {
 	objs      bpf.LockstepObjects
 	maps      map[string]*ebpf.Map // those of objs that are pinned, by name
 	guards    []guard
+	readers   map[string]int   // packet sockets on the tap that CheckOrder has told of: process by inode
 	adopted   *control.Adopted // nil: the tables were made anew
 	programs  []control.Program
 	conf      *confMemory
@@ -168,6 +169,9 @@ func Open(o Options) (_ *NIC, err error) {
 	tap, err := netlink.LinkByName(o.Tap)
 	if err != nil {
 		return nil, fmt.Errorf("tap %s: %w", o.Tap, err)
+	}
+	if err := CheckTap(o.Tap); err != nil {
+		return nil, err
 	}
 	peer, err := netlink.LinkByName(o.PeerDevice)
 	if err != nil {

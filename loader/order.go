@@ -37,7 +37,45 @@ func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
 			intruder, tap = what, onTap
 		}
 	}
+	if tap {
+		return intruder, tap, nil
+	}
+	front, err := n.inFront()
+	if err != nil {
+		return "", true, err
+	}
+	if front != "" {
+		intruder, tap = front, true
+	}
 	return intruder, tap, nil
+}
+
+// inFront names what sees the tap's frames before tcx does and can pass them on. Who
+// only reads is told of in the log, once.
+func (n *NIC) inFront() (string, error) {
+	tap, err := netlink.LinkByIndex(n.tap.Attrs().Index)
+	if err != nil {
+		return "", fmt.Errorf("tap %s: %w", n.tap.Attrs().Name, err)
+	}
+	if x := foreignXDP(tap); x != "" {
+		return x, nil
+	}
+	all, err := watchers(tap.Attrs().Index, n.readers)
+	if err != nil {
+		return "", err
+	}
+	readers := make(map[string]int)
+	for _, w := range all {
+		if w.PassOn != "" {
+			return w.passesOn(tap.Attrs().Name), nil
+		}
+		readers[w.inode] = w.pid
+		if _, told := n.readers[w.inode]; !told {
+			n.log.Warn(w.reads(tap.Attrs().Name))
+		}
+	}
+	n.readers = readers
+	return "", nil
 }
 
 func programName(id ebpf.ProgramID) string {
