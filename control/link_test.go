@@ -193,7 +193,9 @@ func TestStrangers(t *testing.T) {
 			t.Fatalf("a client from elsewhere: %d bytes, %v", n, err)
 		}
 	}
-	p.await("the reason", func(st Status) bool { return strings.Contains(st.Peer.Error, "beta is 127.0.0.1: that node has to connect from its control address") })
+	p.await("the reason", func(st Status) bool {
+		return strings.Contains(st.Peer.Error, "beta is 127.0.0.1: that node has to connect from its control address")
+	})
 	for range 3 * maxStrangers {
 		silent("127.0.0.1")
 	}
@@ -309,9 +311,7 @@ func TestMessagesFit(t *testing.T) {
 func TestManyEdges(t *testing.T) {
 	const edges = 2_000_000
 	pair := newPair(t)
-	p, s, _ := lives(t, pair)
-	p.opt.Life.Timeout, s.opt.Life.Timeout = patience, patience // the test is of the queue, not of a slow machine
-	p.opt.link.silence, s.opt.link.silence = patience, patience
+	p, s, _ := calmLives(t, pair)
 	p.edges = make([]Edge, edges)
 	for i := range p.edges {
 		p.edges[i] = Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
@@ -364,7 +364,7 @@ func TestManyEdges(t *testing.T) {
 // The edges, and that it is covered, are told again to a secondary whose link broke.
 func TestEdgesAgain(t *testing.T) {
 	pair := newPair(t)
-	p, s, _ := lives(t, pair)
+	p, s, _ := calmLives(t, pair)
 	p.edges = []Edge{{Tuple: testTuple, Seq: 1}}
 	p.start()
 	s.start()

@@ -4,6 +4,7 @@ package control
 
 import (
 	"context"
+	"net"
 	"sync"
 	"time"
 
@@ -48,7 +49,10 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 	defer process.forget()
 	for ctx.Err() == nil {
 		began := time.Now()
-		m, err := d.opt.dialQMP(ctx, d.qmp.path, &d.opt, process.connected)
+		m, err := d.opt.dialQMP(ctx, d.qmp.path, &d.opt, func(conn *net.UnixConn) {
+			process.connected(conn)
+			d.slowToAnswer(ctx)
+		})
 		connected := err == nil
 		if connected {
 			again.reset()

@@ -483,6 +483,9 @@ func (d *Daemon) replicate() error {
 		if err != nil {
 			return err
 		}
+		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
+			return err
+		}
 		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Progress: func(p qemu.Progress) {
 			if time.Since(told) < progressEvery {
 				return
@@ -767,6 +770,9 @@ func (d *Daemon) prepare() {
 	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
+			return err
+		}
+		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
 			return err
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)

@@ -117,6 +117,23 @@ func (o *owner) judge(err error) (reach, error) {
 	return qemuLives, fmt.Errorf("QEMU, process %d, lives, but its monitor cannot be reached: %w", o.proc.Pid(), err)
 }
 
+// slowToAnswer: QEMU's process has just taken a connection into its queue, and is given
+// a moment to answer before it counts as out of reach. To find out what it is that
+// keeps it takes longer than a secondary waits for a daemon that is started again.
+func (d *Daemon) slowToAnswer(ctx context.Context) {
+	d.work.Go(func() {
+		again := backoff{last: d.opt.qmpTimeout / 4, first: d.opt.qmpTimeout / 4}
+		if !again.wait(ctx) {
+			return
+		}
+		d.post(func() {
+			if d.life != nil && d.qmp.conn == nil {
+				d.life.outOfReach = true
+			}
+		})
+	})
+}
+
 // unreachable: no connection to QEMU could be made.
 func (d *Daemon) unreachable(r reach, why error) {
 	l := d.life

@@ -15,7 +15,18 @@ import (
 
 	"lockstep/control/arbiter"
 	"lockstep/control/qmp"
+	"lockstep/control/qmptest"
 )
+
+// calmLives are lives in which a slow machine is not taken for a dead host.
+func calmLives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
+	t.Helper()
+	p, s, a = lives(t, pair)
+	for _, x := range []*side{p, s} {
+		x.opt.Life.Timeout, x.opt.link.silence = patience/4, patience/4
+	}
+	return p, s, a
+}
 
 // holdMonitor waits in the queue of p's monitor, has the daemon lose its connection and
 // returns when the other client is served in its place.
@@ -69,7 +80,7 @@ func TestHeldMonitor(t *testing.T) {
 		t.Run(fmt.Sprintf("dies=%v", dies), func(t *testing.T) {
 			t.Parallel()
 			pair := newPair(t)
-			p, s, a := lives(t, pair)
+			p, s, a := calmLives(t, pair)
 			p.opt.Life.doubt = 100 * time.Millisecond // a doubt that nobody can end is no reason to go on alone
 			dials := p.dials()
 			p.start()
@@ -103,7 +114,7 @@ func TestHeldMonitor(t *testing.T) {
 func TestMutationMonitor(t *testing.T) {
 	t.Parallel()
 	pair := newPair(t)
-	p, s, _ := lives(t, pair)
+	p, s, _ := calmLives(t, pair)
 	p.opt.noAskQEMU = true
 	p.start()
 	s.start()
@@ -114,11 +125,35 @@ func TestMutationMonitor(t *testing.T) {
 	p.ends(ErrFenced)
 }
 
+// A primary's daemon is started again and finds another client on the monitor. Of the
+// pair that there was it has a session all the same; the secondary would take over else.
+func TestRestartWithHeldMonitor(t *testing.T) {
+	t.Parallel()
+	pair := newPair(t)
+	p, s, a := calmLives(t, pair)
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	other := p.holdMonitor()
+	p.end()
+	p.opt.Life.Begin = Begin{Role: RolePrimary, Record: a.now, primary: lpPair, covered: true}
+	p.start()
+	p.await("a session without QMP", func(st Status) bool {
+		return st.Peer.Connected && !st.QMP.Connected && strings.Contains(st.QMP.Error, "another client")
+	})
+	other.Close()
+	p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+	if a.now.Term != 1 {
+		t.Errorf("the record is %v", a.now)
+	}
+}
+
 // Somebody removes the file of the monitor's socket, on which QEMU still listens.
 func TestMonitorFileGone(t *testing.T) {
 	t.Parallel()
 	pair := newPair(t)
-	p, s, a := lives(t, pair)
+	p, s, a := calmLives(t, pair)
 	dials := p.dials()
 	p.start()
 	s.start()
@@ -147,7 +182,7 @@ func TestMonitorFileGone(t *testing.T) {
 // tells QEMU when it can.
 func TestAloneWithoutMonitor(t *testing.T) {
 	pair := newPair(t)
-	p, s, a := lives(t, pair)
+	p, s, a := calmLives(t, pair)
 	p.start()
 	s.start()
 	p.covered()
@@ -182,7 +217,7 @@ func TestDialErrors(t *testing.T) {
 		t.Run(errno.Error(), func(t *testing.T) {
 			t.Parallel()
 			pair := newPair(t)
-			p, s, a := lives(t, pair)
+			p, s, a := calmLives(t, pair)
 			var fail atomic.Bool
 			dials := new(atomic.Int64)
 			p.opt.dialQMP = func(ctx context.Context, path string, o *Options, connected func(*net.UnixConn)) (*qmp.Monitor, error) {
