@@ -106,8 +106,6 @@ func (o *Options) setDefaults() error {
 		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
 	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
 		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
-	case o.Life != nil && len(o.Life.Disks) > maxDisks:
-		return fmt.Errorf("%d disks: there can be up to %d", len(o.Life.Disks), maxDisks)
 	}
 	set := func(d *time.Duration, v time.Duration) {
 		if *d == 0 {

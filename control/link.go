@@ -39,7 +39,6 @@ const (
 	maxQueue    = 1024     // messages that wait to be written
 	maxEdges    = 1000     // in one message
 	maxNICs     = 256
-	maxDisks    = 256
 	maxCause    = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 

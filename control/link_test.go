@@ -269,7 +269,7 @@ func TestMessagesFit(t *testing.T) {
 	for range maxNICs {
 		longest.NICs = append(longest.NICs, "02:00:00:00:00:01")
 	}
-	disks := slices.Repeat([]int64{math.MaxInt64}, maxDisks)
+	disks := slices.Repeat([]int64{math.MaxInt64}, 16)
 	keys := new(compare.Keys)
 	b, err := binary.Append(nil, binary.LittleEndian, make([]Edge, maxEdges))
 	if err != nil {

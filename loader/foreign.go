@@ -5,6 +5,7 @@ package loader
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -57,7 +58,12 @@ func InFront(tap string) (passOn, read []string, err error) {
 	if x := foreignXDP(l); x != "" {
 		passOn = append(passOn, x)
 	}
-	all, err := watchers(l.Attrs().Index, nil)
+	f, err := openPackets()
+	if err != nil {
+		return passOn, nil, err
+	}
+	defer f.Close()
+	all, err := watchers(f, l.Attrs().Index, nil)
 	for _, w := range all {
 		if w.PassOn != "" {
 			passOn = append(passOn, w.passesOn(tap))
@@ -68,10 +74,20 @@ func InFront(tap string) (passOn, read []string, err error) {
 	return passOn, read, err
 }
 
-// watchers lists the packet sockets that read all frames of a device of this thread's
-// network namespace. known are the processes that had some, by inode; nil: none.
-func watchers(ifindex int, known map[string]int) (list []Watcher, err error) {
-	socks, err := packetSockets()
+// openPackets opens the list of packet sockets in this thread's network namespace. It
+// may be read again and again.
+func openPackets() (*os.File, error) {
+	f, err := os.Open("/proc/thread-self/net/packet")
+	if err != nil {
+		return nil, fmt.Errorf("packet sockets: %w", err)
+	}
+	return f, nil
+}
+
+// watchers lists the packet sockets that read all frames of a device. known are the
+// processes that had some, by inode; nil: none.
+func watchers(f *os.File, ifindex int, known map[string]int) (list []Watcher, err error) {
+	socks, err := packetSockets(f)
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +106,7 @@ func watchers(ifindex int, known map[string]int) (list []Watcher, err error) {
 			w.Owner = fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name)))
 			w.PassOn = wayOut(pid, inode)
 		default:
-			again, err := packetSockets()
+			again, err := packetSockets(f)
 			if err != nil {
 				return nil, err
 			}
@@ -109,13 +125,11 @@ type packetSocket struct {
 	ifindex int  // 0: of any device
 }
 
-// packetSockets are those of this thread's network namespace, by inode.
-func packetSockets() (map[string]packetSocket, error) {
-	f, err := os.Open("/proc/thread-self/net/packet")
-	if err != nil {
+// packetSockets reads openPackets' file, by inode.
+func packetSockets(f *os.File) (map[string]packetSocket, error) {
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, fmt.Errorf("packet sockets: %w", err)
 	}
-	defer f.Close()
 	socks := make(map[string]packetSocket)
 	lines := bufio.NewScanner(f)
 	lines.Scan() // sk RefCnt Type Proto Iface R Rmem User Inode

@@ -7,7 +7,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 )
 
 // CheckOrder implements [control.DataPath].
@@ -53,14 +52,14 @@ func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
 // inFront names what sees the tap's frames before tcx does and can pass them on. Who
 // only reads is told of in the log, once.
 func (n *NIC) inFront() (string, error) {
-	tap, err := netlink.LinkByIndex(n.tap.Attrs().Index)
+	tap, err := n.rt.LinkByIndex(n.tap.Attrs().Index)
 	if err != nil {
 		return "", fmt.Errorf("tap %s: %w", n.tap.Attrs().Name, err)
 	}
 	if x := foreignXDP(tap); x != "" {
 		return x, nil
 	}
-	all, err := watchers(tap.Attrs().Index, n.readers)
+	all, err := watchers(n.packets, tap.Attrs().Index, n.readers)
 	if err != nil {
 		return "", err
 	}
@@ -93,9 +92,9 @@ func programName(id ebpf.ProgramID) string {
 
 // SetTap implements [control.DataPath].
 func (n *NIC) SetTap(up bool) error {
-	set, how := netlink.LinkSetDown, "down"
+	set, how := n.rt.LinkSetDown, "down"
 	if up {
-		set, how = netlink.LinkSetUp, "up"
+		set, how = n.rt.LinkSetUp, "up"
 	}
 	if err := set(n.tap); err != nil {
 		return fmt.Errorf("set tap %s %s: %w", n.tap.Attrs().Name, how, err)
