@@ -191,3 +191,82 @@ func TestNoMachinePaths(t *testing.T) {
 		}
 	}
 }
+
+// Whoever reads the journal, the log or the counters looks for what is declared there:
+// every kind and every reason is given by something.
+func TestKindsAndReasonsAreGiven(t *testing.T) {
+	declared := make(map[string]bool) // by name: is given
+	kernel := regexp.MustCompile(`(?m)^\s+X\((\w+), "`)
+	for _, m := range kernel.FindAllStringSubmatch(read(t, "bpf/abi.h"), -1) {
+		declared["LS_R_"+m[1]] = false
+	}
+	files := goFiles(t)
+	for file, kind := range map[string]string{"control/journal/journal.go": "Kind", "compare/reason.go": "Reason"} {
+		before := len(declared)
+		for _, d := range files[file].Decls {
+			g, ok := d.(*ast.GenDecl)
+			if !ok || g.Tok != token.CONST {
+				continue
+			}
+			of := ""
+			for _, s := range g.Specs {
+				v := s.(*ast.ValueSpec)
+				if id, ok := v.Type.(*ast.Ident); ok {
+					of = id.Name
+				}
+				if of == kind && v.Names[0].Name != "ReasonCount" {
+					declared[v.Names[0].Name] = false
+				}
+			}
+		}
+		if len(declared) < before+5 {
+			t.Errorf("%s declares %d constants of type %s: does the test still find them?", file, len(declared)-before, kind)
+		}
+	}
+	for file, f := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		inKinds := file == "control/journal/journal.go"
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.ValueSpec:
+				return n.Type == nil || file != "compare/reason.go" && !inKinds // not the declarations
+			case *ast.SelectorExpr:
+				if x, ok := n.X.(*ast.Ident); ok && (x.Name == "journal" || x.Name == "compare") {
+					declared[n.Sel.Name] = true
+				}
+			case *ast.Ident:
+				if file != "compare/reason.go" && (inKinds || path.Dir(file) == "compare") {
+					declared[n.Name] = true
+				}
+			}
+			return true
+		})
+	}
+	for _, pattern := range []string{"bpf/*.c", "bpf/*.h"} {
+		sources, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range sources {
+			for _, name := range regexp.MustCompile(`\bLS_R_\w+`).FindAllString(read(t, file), -1) {
+				declared[name] = true
+			}
+		}
+	}
+	for name, given := range declared {
+		if !given {
+			t.Errorf("nothing gives %s: remove it, or give it", name)
+		}
+	}
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

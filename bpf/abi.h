@@ -373,7 +373,6 @@ struct ls_cli {
 	X(no_ring, "frame dropped: ring full") \
 	X(too_long, "frame dropped: longer than a slot, or headers too long") \
 	X(malformed, "frame dropped: headers do not parse") \
-	X(unsupported, "frame dropped: protocol not compared") \
 	X(peer_junk, "peer frame dropped: not of this protocol") \
 	X(peer_short, "peer frame dropped: truncated") \
 	X(peer_version, "peer frame dropped: other version") \

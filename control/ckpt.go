@@ -392,8 +392,9 @@ func (c *ckptPrimary) fail(cause string) {
 	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
 }
 
-// stuck tells whether nothing leaves, and not because somebody has the PVM wait.
-func (c *ckptPrimary) stuck() bool { return c.doubt != "" && !c.unasked }
+// stuck tells whether nothing leaves, and not because somebody has the PVM wait or
+// keeps its QEMU's monitor: then QEMU cannot be told to go on alone either.
+func (c *ckptPrimary) stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
 
 // able tells whether an attempt could begin.
 func (c *ckptPrimary) able() bool {

@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -57,8 +58,12 @@ type Options struct {
 	// Control is where the primary listens and the secondary connects: the
 	// primary's control address.
 	Control string
-	TLS     *tls.Config // nil: the control link is not protected
-	QMP     string      // QEMU's socket; "": none, checkpoints are counted but not made
+	// Where the control link is made from: by this host as the secondary, by the peer.
+	// The zero Addr: from anywhere.
+	OwnAddr, PeerAddr netip.Addr
+
+	TLS *tls.Config // nil: the control link is not protected
+	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
 
 	NICs []DataPath // as many as the peer has, in the same order; closed when Run returns
 	// Fresh tells that a NIC's tables were made at this start, not found pinned
@@ -88,6 +93,8 @@ type Options struct {
 	link       linkTiming
 	qmpTimeout time.Duration
 	qmpPoll    time.Duration
+	dialQMP    dialQMP
+	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
 	ckpt       *ckptConfig
@@ -115,6 +122,9 @@ func (o *Options) setDefaults() error {
 		set(&o.qmpPoll, qmpPollLife)
 	}
 	set(&o.qmpPoll, qmpPoll)
+	if o.dialQMP == nil {
+		o.dialQMP = dialMonitor
+	}
 	set(&o.orderEvery, orderEvery)
 	set(&o.entryEvery, entryEvery)
 	if o.link == (linkTiming{}) {
@@ -180,6 +190,8 @@ type Daemon struct {
 	linkUp      bool  // its session holds
 	linkSince   time.Time
 	linkErr     string
+	refusals    int // P: connections, since the last line of log about them
+	refusalLog  time.Time
 	peerAddr    string
 	peerParty   party
 	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way

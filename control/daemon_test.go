@@ -27,6 +27,8 @@ type side struct {
 	path *fakePath
 	// change alters what a daemon finds.
 	change func(*Adopted)
+	edges  []Edge    // that a daemon finds
+	known  func(int) // is told how many edges a daemon knows
 
 	stop context.CancelFunc
 	done chan error
@@ -82,6 +84,7 @@ func (s *side) start() *side {
 			s.change(s.path.adopted)
 		}
 	}
+	s.path.edges, s.path.known = s.edges, s.known
 	s.opt.NICs = []DataPath{s.path}
 	s.opt.Log = slog.New(slog.NewTextHandler(logWriter{s.t}, nil)).With("node", s.opt.Node)
 	d, err := New(s.opt)

@@ -35,6 +35,8 @@ type fakePath struct {
 	failure error
 	closed  bool
 	echoed  int64
+	edges   []Edge
+	known   func(int)
 
 	adopted  *Adopted
 	acked    map[compare.Tuple]uint32
@@ -149,8 +151,17 @@ func (f *fakePath) Echoed() int64 {
 	return f.echoed
 }
 func (f *fakePath) TakeOver(guard uint32) error { return f.note("take over") }
-func (f *fakePath) Edges() ([]Edge, error)      { return nil, nil }
-func (f *fakePath) AddEdges([]Edge) error       { return nil }
+func (f *fakePath) Edges() ([]Edge, error)      { return f.edges, nil }
+func (f *fakePath) AddEdges(e []Edge) error {
+	f.mu.Lock()
+	f.edges = append(f.edges, e...)
+	n := len(f.edges)
+	f.mu.Unlock()
+	if f.known != nil {
+		f.known(n)
+	}
+	return nil
+}
 func (f *fakePath) InstallSession(s Session) error {
 	f.mu.Lock()
 	f.session = s

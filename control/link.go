@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -34,10 +35,11 @@ import (
 //	both   ping       now and then
 const (
 	linkVersion = 3
-	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
-	maxQueue    = 1024     // messages that wait to be written: the edges of a million connections
+	maxMessage  = 64 << 10 // a line; TestMessagesFit has the longest of each type
+	maxQueue    = 1024     // messages that wait to be written
 	maxEdges    = 1000     // in one message
 	maxNICs     = 256
+	maxCause    = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
 // message is one line.
@@ -175,6 +177,7 @@ type link struct {
 	quiet time.Duration
 	ping  time.Duration
 	out   chan message
+	bulk  chan message // is written when nothing is in out
 	done  chan struct{}
 	once  sync.Once
 	err   error // why it closed; set before done closes
@@ -183,7 +186,7 @@ type link struct {
 func newLink(conn net.Conn, t linkTiming) *link {
 	l := &link{
 		conn: conn, lines: bufio.NewScanner(conn), quiet: t.silence, ping: t.ping,
-		out: make(chan message, maxQueue), done: make(chan struct{}),
+		out: make(chan message, maxQueue), bulk: make(chan message), done: make(chan struct{}),
 	}
 	l.lines.Buffer(nil, maxMessage)
 	l.lines.Split(func(b []byte, atEOF bool) (int, []byte, error) {
@@ -221,9 +224,13 @@ func (l *link) read(d time.Duration) (message, error) {
 
 // write sends a message at once.
 func (l *link) write(m message) error {
+	m.Cause = m.Cause[:min(len(m.Cause), maxCause)] // it may quote what somebody else said
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err
+	}
+	if len(b) >= maxMessage {
+		return fmt.Errorf("a message %q of %d bytes is longer than the peer takes", m.Type, len(b))
 	}
 	if err := l.conn.SetWriteDeadline(time.Now().Add(l.quiet)); err != nil {
 		return err
@@ -240,6 +247,25 @@ func (l *link) send(m message) {
 	default:
 		l.close(errors.New("the peer does not read"))
 	}
+}
+
+// stream writes messages as fast as the peer takes them, between those that are sent
+// meanwhile, and reports whether all were written before the link closed.
+func (l *link) stream(ms iter.Seq[message]) bool {
+	for m := range ms {
+		m.written = make(chan struct{})
+		select {
+		case l.bulk <- m:
+		case <-l.done:
+			return false
+		}
+		select {
+		case <-m.written:
+		case <-l.done:
+			return false
+		}
+	}
+	return true
 }
 
 // flush waits, not for long, until what was queued is written.
@@ -272,9 +298,14 @@ func (l *link) pump() {
 		m := message{Type: "ping"}
 		select {
 		case m = <-l.out:
-		case <-ping.C:
-		case <-l.done:
-			return
+		default:
+			select {
+			case m = <-l.out:
+			case m = <-l.bulk:
+			case <-ping.C:
+			case <-l.done:
+				return
+			}
 		}
 		if err := l.write(m); err != nil {
 			l.close(err)
@@ -298,11 +329,16 @@ func (b *backoff) take() time.Duration {
 }
 
 // wait returns false when ctx ends first.
-func (b *backoff) wait(ctx context.Context) bool {
+func (b *backoff) wait(ctx context.Context) bool { return b.waitUnless(ctx, nil) }
+
+// waitUnless is wait, but no longer than until sooner is closed.
+func (b *backoff) waitUnless(ctx context.Context, sooner <-chan struct{}) bool {
 	t := time.NewTimer(b.take())
 	defer t.Stop()
 	select {
 	case <-t.C:
+		return true
+	case <-sooner:
 		return true
 	case <-ctx.Done():
 		return false

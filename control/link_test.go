@@ -5,8 +5,14 @@ package control
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"net"
+	"net/netip"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -162,6 +168,52 @@ func TestNonsenseOnTheControlAddress(t *testing.T) {
 	s.replicating()
 }
 
+// TestStrangers: clients that connect and say nothing do not keep the secondary out,
+// neither those from its own address, whose oldest make room, nor others, who are not let in.
+func TestStrangers(t *testing.T) {
+	p, s := hosts(t, nil)
+	p.opt.link.handshake, s.opt.link.handshake = patience, patience // whoever waits for that is late
+	p.opt.PeerAddr, s.opt.OwnAddr = netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.1")
+	p.start()
+	silent := func(from string) net.Conn {
+		t.Helper()
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		conn, err := d.DialContext(t.Context(), "tcp", p.opt.Control)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	p.await("a status", func(Status) bool { return true }) // it listens
+	for range 3 {
+		conn := silent("127.0.0.2")
+		conn.SetReadDeadline(time.Now().Add(patience / 2))
+		if n, err := conn.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("a client from elsewhere: %d bytes, %v", n, err)
+		}
+	}
+	p.await("the reason", func(st Status) bool {
+		return strings.Contains(st.Peer.Error, "beta is 127.0.0.1: that node has to connect from its control address")
+	})
+	for range 3 * maxStrangers {
+		silent("127.0.0.1")
+	}
+	began := time.Now()
+	s.start()
+	p.replicating()
+	if took := time.Since(began); took > patience/2 {
+		t.Errorf("the session took %v", took)
+	}
+	// They do not end the session either.
+	for range 3 * maxStrangers {
+		silent("127.0.0.1")
+	}
+	if st := p.replicating(); st.Term != 1 {
+		t.Errorf("term %d: the session was lost", st.Term)
+	}
+}
+
 // A peer that is there but says nothing, or says what makes no sense, is lost.
 func TestSilentPeer(t *testing.T) {
 	p, _ := hosts(t, nil)
@@ -208,22 +260,124 @@ func TestSignKeys(t *testing.T) {
 	}
 }
 
-// A session of as many NICs as are allowed fits into a line.
-func TestMessageFits(t *testing.T) {
-	s := session{Digest: keyBytes(new(compare.Keys)), Sign: make([]byte, seedLen)}
-	for range maxNICs {
-		s.NICs = append(s.NICs, "02:00:00:00:00:01")
+// The longest message of each type fits into a line that the peer takes.
+func TestMessagesFit(t *testing.T) {
+	name := strings.Repeat("n", 32) // as long as the config lets it be
+	longest := party{
+		Version: math.MaxInt, VM: name, Node: name, Role: "secondary", Term: math.MaxUint32, QMP: true, Config: strings.Repeat("f", 64),
 	}
-	a, b := net.Pipe()
-	defer a.Close()
-	defer b.Close()
-	sent := make(chan error, 1)
-	go func() {
-		sent <- newLink(a, linkTiming{silence: patience, ping: patience}).write(message{Type: "session", Session: &s})
-	}()
-	m, err := newLink(b, linkTiming{silence: patience, ping: patience}).read(patience)
-	if err != nil || len(m.Session.NICs) != maxNICs || <-sent != nil {
-		t.Errorf("%v", err)
+	for range maxNICs {
+		longest.NICs = append(longest.NICs, "02:00:00:00:00:01")
+	}
+	disks := slices.Repeat([]int64{math.MaxInt64}, 16)
+	keys := new(compare.Keys)
+	b, err := binary.Append(nil, binary.LittleEndian, make([]Edge, maxEdges))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed := make([]byte, seedLen)
+	for i, m := range []message{
+		{Type: "hello", Hello: &hello{party: longest, Fresh: true, Whole: true, Epoch: math.MaxUint32, Connections: math.MaxInt, COLO: true, Disks: disks}},
+		{Type: "session", Session: &session{party: longest, Epoch: math.MaxUint32, Digest: keyBytes(keys), Sign: seed, Doubt: true, Record: math.MaxUint64, Pair: true}},
+		{Type: "edges", NIC: maxNICs - 1, Edges: b},
+		{Type: "rekey", Rekey: &rekey{Term: math.MaxUint32, Sign: seed}},
+		{Type: "refuse", Cause: strings.Repeat("\x00", maxMessage)}, // six bytes each in JSON
+		{Type: "abort", Epoch: math.MaxUint32, Cause: strings.Repeat("<", maxMessage)},
+		{Type: "resumed", Epoch: math.MaxUint32, PauseNS: math.MinInt64},
+	} {
+		a, b := net.Pipe()
+		sent := make(chan error, 1)
+		go func() { sent <- newLink(a, linkTiming{silence: patience, ping: patience}).write(m) }()
+		got, err := newLink(b, linkTiming{silence: patience, ping: patience}).read(patience)
+		if err != nil || got.Type != m.Type || len(got.Edges) != len(m.Edges) {
+			t.Errorf("message %d, %s: %v", i, m.Type, err)
+		}
+		b.Close()
+		if err := <-sent; err != nil {
+			t.Errorf("message %d, %s: %v", i, m.Type, err)
+		}
+		a.Close()
+	}
+	// What would not fit is this side's mistake, and no puzzle for the peer.
+	long := message{Type: "edges", Edges: make([]byte, maxMessage)}
+	if err := newLink(&bytesConn{}, linkTiming{}).write(long); err == nil || !strings.Contains(err.Error(), "longer than the peer takes") {
+		t.Errorf("a message that is too long: %v", err)
+	}
+}
+
+// TestManyEdges: the primary tells of two million connections that an earlier host took
+// over. It waits for a secondary that takes them slowly, its queue stays free for
+// everything else, and the secondary is covered when it knows all, not before.
+func TestManyEdges(t *testing.T) {
+	const edges = 2_000_000
+	pair := newPair(t)
+	p, s, _ := calmLives(t, pair)
+	p.edges = make([]Edge, edges)
+	for i := range p.edges {
+		p.edges[i] = Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
+	}
+	first, goOn := make(chan struct{}), make(chan struct{})
+	s.known = func(n int) {
+		if n == maxEdges {
+			close(first)
+			<-goOn
+		}
+	}
+	p.start()
+	s.start()
+	select {
+	case <-first:
+	case <-time.After(patience):
+		t.Fatal("the edges do not come")
+	}
+	queued, up := 0, false
+	if err := p.d.ask(t.Context(), func() {
+		if up = p.d.linkUp; up {
+			queued = len(p.d.link.out)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	close(goOn)
+	if !up || queued > 10 {
+		t.Errorf("while the secondary takes nothing: link %v, %d messages queued", up, queued)
+	}
+	for covered := false; !covered; {
+		covered = s.await("a status", func(Status) bool { return true }).Covered
+		s.path.mu.Lock()
+		n := len(s.path.edges)
+		s.path.mu.Unlock()
+		if covered && n != edges {
+			t.Fatalf("covered with %d edges of %d", n, edges)
+		}
+	}
+	for i, e := range s.path.edges {
+		if e.Seq != uint32(i) {
+			t.Fatalf("edge %d is %+v", i, e)
+		}
+	}
+	if st := p.await("a commit", func(st Status) bool { return st.CheckpointsDone > 0 }); st.Term != 1 {
+		t.Errorf("term %d: the link was lost on the way", st.Term)
+	}
+}
+
+// The edges, and that it is covered, are told again to a secondary whose link broke.
+func TestEdgesAgain(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := calmLives(t, pair)
+	p.edges = []Edge{{Tuple: testTuple, Seq: 1}}
+	p.start()
+	s.start()
+	s.covered()
+	for want := 2; want < 4; want++ {
+		if err := p.d.ask(t.Context(), func() { p.d.unlink(p.d.link, errors.New("cut by the test")) }); err != nil {
+			t.Fatal(err)
+		}
+		s.await("the edges again", func(st Status) bool {
+			s.path.mu.Lock()
+			defer s.path.mu.Unlock()
+			return len(s.path.edges) >= want && st.Covered
+		})
 	}
 }
 

@@ -4,9 +4,7 @@ package control
 
 import (
 	"context"
-	"errors"
-	"log/slog"
-	"os"
+	"net"
 	"sync"
 	"time"
 
@@ -37,20 +35,32 @@ type monitor struct {
 	path string
 	conn *qmp.Monitor // nil: not connected
 	info qmpInfo
+
+	reported map[string]time.Time // when an event was reported last, by name
 }
 
 // watchQEMU connects, tells, reconnects, until ctx ends.
 func (d *Daemon) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
+	process := owner{path: d.qmp.path, noAsk: d.opt.noAskQEMU}
+	if d.life != nil {
+		process.guest = d.life.Guest
+	}
+	defer process.forget()
 	for ctx.Err() == nil {
 		began := time.Now()
-		m, err := qmp.Dial(ctx, d.qmp.path, d.opt.qmpTimeout)
+		m, err := d.opt.dialQMP(ctx, d.qmp.path, &d.opt, func(conn *net.UnixConn) {
+			process.connected(conn)
+			d.slowToAnswer(ctx)
+		})
 		connected := err == nil
 		if connected {
 			again.reset()
 			err = d.watchMonitor(ctx, m)
 		} else {
-			d.post(func() { d.unreachable(err) })
+			var r reach
+			r, err = process.judge(err)
+			d.post(func() { d.unreachable(r, err) })
 		}
 		d.post(func() {
 			if why := err.Error(); d.qmp.info.err != why && ctx.Err() == nil {
@@ -61,7 +71,7 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 		if connected && time.Since(began) > qmpRetry {
 			continue // at once it is found out whether QEMU died
 		}
-		if !again.wait(ctx) {
+		if !again.waitUnless(ctx, process.ended()) {
 			return
 		}
 	}
@@ -89,7 +99,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
 		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
 		if d.life != nil {
-			d.life.hadQEMU, d.life.unanswered = true, 0
+			d.life.hadQEMU, d.life.unanswered, d.life.outOfReach = true, 0, false
 			if d.life.untold {
 				d.tellQEMU()
 			}
@@ -123,11 +133,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 			})
 		default:
 			d.post(func() { d.guestEvent(e.Event, e.Data) })
-			level := slog.LevelDebug
-			if remarkable[e.Event] {
-				level = slog.LevelInfo
-			}
-			d.log.Log(ctx, level, "QEMU", "event", e.Event, "data", e.Data)
+			d.reportEvent(e)
 		}
 	}
 	d.post(func() {
@@ -155,26 +161,6 @@ func (d *Daemon) ran(ev ckptEvent) {
 // maxUnanswered is how often in a row a QEMU may not answer a new connection before
 // it counts as dead.
 const maxUnanswered = 2
-
-// unreachable: no connection to QEMU could be made.
-func (d *Daemon) unreachable(err error) {
-	l := d.life
-	if l == nil || !l.hadQEMU {
-		return // it comes
-	}
-	if l.unanswered++; !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, qmp.ErrTimeout) && !errors.Is(err, context.DeadlineExceeded) {
-		l.unanswered = maxUnanswered // refused: nobody is there
-	}
-	if l.unanswered == maxUnanswered {
-		d.qemuGone(err.Error())
-	}
-}
-
-// remarkable events of QEMU's are worth a line of log.
-var remarkable = map[string]bool{
-	"RESET": true, "SHUTDOWN": true, "POWERDOWN": true, "SUSPEND": true, "WAKEUP": true, "WATCHDOG": true, "GUEST_PANICKED": true,
-	"BLOCK_IO_ERROR": true, "BLOCK_JOB_ERROR": true, "QUORUM_FAILURE": true, "QUORUM_REPORT_BAD": true, "MEMORY_FAILURE": true,
-}
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
 // the connection.

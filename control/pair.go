@@ -98,6 +98,9 @@ type pairLife struct {
 	untold     bool          // S: QEMU has to be told to take over, once it is connected
 	hadQEMU    bool          // there was one, so its absence is its death
 	unanswered int           // connections to it that it did not answer, in a row
+	edgesTo    *link         // P: the link on which the edges are told
+	edgesTold  *link         // P: and the one on which all were
+	outOfReach bool          // it lives, but its monitor cannot be reached
 }
 
 func newPairLife(l Life, o *Options) (*pairLife, error) {
@@ -188,12 +191,11 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 	case lxPair:
 		l.tries.paired = time.Now()
 		d.event(journal.Sync, "the guest replicates", nil)
+		l.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
 		if err := d.each("begin a pair", func(n *nic) error { return n.renew(d.opt.Compare, d.epoch) }); err != nil {
 			return err
 		}
-		if err := d.tellEdges(); err != nil {
-			return err
-		}
+		d.tellEdges()
 		d.step(ckptEvent{Kind: evPair, OK: true})
 	case lxUnpair:
 		d.step(ckptEvent{Kind: evPair})
@@ -205,7 +207,9 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 			return err
 		}
 		d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
-		d.send(message{Type: "covered", Record: fx.Term})
+		if l.edgesTold == d.link { // else tellEdges does it
+			d.send(message{Type: "covered", Record: fx.Term})
+		}
 	case lxQuiet:
 		d.log.Warn("the primary is gone: taking over")
 		d.event(journal.Failover, "the primary is gone", nil)
@@ -472,6 +476,9 @@ func (d *Daemon) replicate() error {
 		if err != nil {
 			return err
 		}
+		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
+			return err
+		}
 		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: func(p qemu.Progress) {
 			if time.Since(told) < progressEvery {
 				return
@@ -534,22 +541,30 @@ func (d *Daemon) paired() {
 			return // the session in which the pair began, and only QMP's connection is new
 		}
 		ok := mode == "primary" && l.hello.COLO
-		if !d.held(ok) {
-			d.live(lifeEvent{Kind: lvLinkUp, OK: ok})
+		if d.held(ok) {
+			return
+		}
+		d.live(lifeEvent{Kind: lvLinkUp, OK: ok})
+		if l.p.state == lpPair && l.edgesTo != peer {
+			d.tellEdges() // what was told on the link before this one may be lost
 		}
 	})
 }
 
 // fitsQEMU is an error until this host's QEMU is connected, because what a session means
-// depends on what that does, and unless the two QEMUs can be a pair (P).
+// depends on what that does, and unless the two QEMUs can be a pair (P). Of a pair that
+// there was, and a QEMU that lives but cannot be reached, it is still what it was; were
+// there no session, S would take over.
 func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 	var caps qemu.Caps
 	var unfit error
+	known := false
 	if err := d.ask(ctx, func() {
+		known = d.life.outOfReach && d.life.p.state == lpPair
 		if d.qmp.conn != nil {
 			caps, unfit = d.life.caps, d.life.unfit
 		}
-	}); err != nil {
+	}); err != nil || known {
 		return err
 	}
 	switch {
@@ -647,19 +662,48 @@ func (d *Daemon) heardOf(m message) bool {
 }
 
 // tellEdges tells S of the connections that were taken over by this host or by one
-// before it (P).
-func (d *Daemon) tellEdges() error {
+// before it (P). There may be millions, so that takes a while, beside everything else.
+// S hears that it is covered only behind them.
+func (d *Daemon) tellEdges() {
+	l, peer := d.life, d.link
+	if peer == nil {
+		return // whoever comes is told
+	}
+	l.edgesTo = peer
+	d.work.Go(func() {
+		err := d.streamEdges(peer)
+		d.post(func() {
+			switch {
+			case d.link != peer:
+			case err != nil:
+				d.unlink(peer, err) // the next session tries again
+			default:
+				if l.edgesTold = peer; l.p.covered {
+					d.send(message{Type: "covered", Record: l.p.term})
+				}
+			}
+		})
+	})
+}
+
+func (d *Daemon) streamEdges(peer *link) error {
 	for _, n := range d.nics {
 		edges, err := n.dp.Edges()
 		if err != nil {
 			return fmt.Errorf("nic %d: %w", n.index, err)
 		}
-		for some := range slices.Chunk(edges, maxEdges) {
-			b, err := binary.Append(nil, binary.LittleEndian, some)
-			if err != nil {
-				panic(err) // fields of fixed size
+		if !peer.stream(func(yield func(message) bool) {
+			for some := range slices.Chunk(edges, maxEdges) {
+				b, err := binary.Append(nil, binary.LittleEndian, some)
+				if err != nil {
+					panic(err) // fields of fixed size
+				}
+				if !yield(message{Type: "edges", NIC: n.index, Edges: b}) {
+					return
+				}
 			}
-			d.send(message{Type: "edges", NIC: n.index, Edges: b})
+		}) {
+			return errors.New("the link was lost while edges were told")
 		}
 	}
 	return nil
@@ -771,6 +815,9 @@ func (d *Daemon) prepare() {
 	var caps qemu.Caps
 	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
 		if caps, err = qemu.Probe(m); err != nil {
+			return err
+		}
+		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
 			return err
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)

@@ -9,9 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/journal"
 )
 
 // maxStrangers bounds the connections that have not said who they are.
@@ -32,7 +36,7 @@ func (d *Daemon) party() party {
 // accept lets the secondary in (P).
 func (d *Daemon) accept(ctx context.Context, ln net.Listener) error {
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
-	strangers := make(chan struct{}, maxStrangers)
+	strangers := &strangers{peer: d.opt.PeerAddr}
 	again := backoff{first: d.opt.link.retry, last: d.opt.link.retryMax}
 	for {
 		conn, err := ln.Accept()
@@ -46,32 +50,75 @@ func (d *Daemon) accept(ctx context.Context, ln net.Listener) error {
 			continue
 		}
 		again.reset()
-		select {
-		case strangers <- struct{}{}:
-		default:
-			conn.Close() // the secondary comes again
+		if !strangers.take(conn) {
+			d.refused(conn, fmt.Errorf("it comes from %s, and %s is %s: that node has to connect from its control address", conn.RemoteAddr(), d.opt.Peer, d.opt.PeerAddr))
 			continue
 		}
 		d.work.Go(func() {
-			err := d.greet(ctx, conn)
-			<-strangers
-			if err == nil {
-				return
+			err := d.greet(ctx, conn, func() bool { return strangers.known(conn) })
+			strangers.known(conn)
+			if err != nil {
+				d.refused(conn, err)
 			}
-			conn.Close()
-			d.post(func() {
-				if !d.linkUp {
-					d.linkErr = err.Error()
-				}
-			})
-			d.log.Warn("control connection refused", "from", conn.RemoteAddr(), "err", err)
 		})
 	}
 }
 
+// refused closes a connection that does not become the link (P). Those who knock
+// without end do not fill the log.
+func (d *Daemon) refused(conn net.Conn, err error) {
+	conn.Close()
+	d.post(func() {
+		if !d.linkUp {
+			d.linkErr = err.Error()
+		}
+		if d.refusals++; time.Since(d.refusalLog) >= quietRequest {
+			d.log.Warn("control connection refused", "from", conn.RemoteAddr(), "err", err, "connections", d.refusals)
+			d.refusalLog, d.refusals = time.Now(), 0
+		}
+	})
+}
+
+// strangers are the connections that have not said who they are. Only the peer's
+// address may have any; when they are too many, the oldest goes: the peer's daemon says
+// who it is at once, and whoever stays silent was there before it.
+type strangers struct {
+	peer netip.Addr // the zero Addr: from everywhere
+
+	mu   sync.Mutex
+	list []net.Conn // oldest first
+}
+
+// take lets conn in; false: it comes from elsewhere.
+func (s *strangers) take(conn net.Conn) bool {
+	if from, ok := conn.RemoteAddr().(*net.TCPAddr); ok && s.peer.IsValid() && from.AddrPort().Addr().Unmap().WithZone("") != s.peer.WithZone("") {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.list) == maxStrangers {
+		s.list[0].Close() // its greeting fails
+		s.list = slices.Delete(s.list, 0, 1)
+	}
+	s.list = append(s.list, conn)
+	return true
+}
+
+// known takes conn out; false: it had to go already.
+func (s *strangers) known(conn net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.Index(s.list, conn)
+	if i < 0 {
+		return false
+	}
+	s.list = slices.Delete(s.list, i, i+1)
+	return true
+}
+
 // greet takes a hello and, when it is the secondary's, hands the link to the
-// controller (P).
-func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
+// controller (P). known is asked before that.
+func (d *Daemon) greet(ctx context.Context, raw net.Conn, known func() bool) error {
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
 	conn, err := d.secure(ctx, raw)
 	if err != nil {
@@ -101,6 +148,9 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn) error {
 			_ = l.write(message{Type: "refuse", Cause: err.Error()})
 			return err
 		}
+	}
+	if !known() {
+		return errors.New("newer connections took its place")
 	}
 	return d.ask(ctx, func() { d.offer(l, *m.Hello) })
 }
@@ -205,6 +255,9 @@ func (d *Daemon) connect(ctx context.Context) {
 // join makes one link and stays until it ends (S). up: there was a session.
 func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	dialer := net.Dialer{Timeout: d.opt.link.handshake}
+	if d.opt.OwnAddr.IsValid() { // the primary lets nobody else in
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(d.opt.OwnAddr, 0))
+	}
 	raw, err := dialer.DialContext(ctx, "tcp", d.opt.Control)
 	if err != nil {
 		return false, err
@@ -295,6 +348,7 @@ func (d *Daemon) up(ok bool) {
 	d.linkUp, d.linkSince, d.linkErr = true, time.Now(), ""
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
+	d.event(journal.Session, "began", map[string]any{"address": d.peerAddr, "term": d.term})
 	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
 	d.paired()
 }
@@ -401,6 +455,9 @@ func (d *Daemon) unlink(l *link, why error) {
 		return
 	}
 	l.close(why)
+	if d.linkUp {
+		d.event(journal.Session, "ended: "+why.Error(), nil)
+	}
 	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
 	d.step(ckptEvent{Kind: evLinkDown})

@@ -108,6 +108,9 @@ type NIC struct {
 	objs      bpf.LockstepObjects
 	maps      map[string]*ebpf.Map // those of objs that are pinned, by name
 	guards    []guard
+	rt        *netlink.Handle // these two are kept open: who is first is found out without descriptors, too
+	packets   *os.File
+	readers   map[string]int   // packet sockets on the tap that CheckOrder has told of: process by inode
 	adopted   *control.Adopted // nil: the tables were made anew
 	programs  []control.Program
 	conf      *confMemory
@@ -170,6 +173,9 @@ func Open(o Options) (_ *NIC, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}
+	if err := CheckTap(o.Tap); err != nil {
+		return nil, err
+	}
 	peer, err := netlink.LinkByName(o.PeerDevice)
 	if err != nil {
 		return nil, fmt.Errorf("peer device %s: %w", o.PeerDevice, err)
@@ -197,6 +203,12 @@ func Open(o Options) (_ *NIC, err error) {
 			err = errors.Join(err, n.Close())
 		}
 	}()
+	if n.rt, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	if n.packets, err = openPackets(); err != nil {
+		return nil, err
+	}
 	if err := n.load(o, old); err != nil {
 		return nil, err
 	}
@@ -1007,6 +1019,12 @@ func (n *NIC) flush() {
 // Close implements [control.DataPath]: pins stay, the programs go on.
 func (n *NIC) Close() error {
 	var errs []error
+	if n.rt != nil {
+		n.rt.Close()
+	}
+	if n.packets != nil {
+		errs = append(errs, n.packets.Close())
+	}
 	if n.ring != nil {
 		errs = append(errs, n.ring.Close())
 	}

@@ -7,7 +7,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 )
 
 // CheckOrder implements [control.DataPath].
@@ -37,7 +36,45 @@ func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
 			intruder, tap = what, onTap
 		}
 	}
+	if tap {
+		return intruder, tap, nil
+	}
+	front, err := n.inFront()
+	if err != nil {
+		return "", true, err
+	}
+	if front != "" {
+		intruder, tap = front, true
+	}
 	return intruder, tap, nil
+}
+
+// inFront names what sees the tap's frames before tcx does and can pass them on. Who
+// only reads is told of in the log, once.
+func (n *NIC) inFront() (string, error) {
+	tap, err := n.rt.LinkByIndex(n.tap.Attrs().Index)
+	if err != nil {
+		return "", fmt.Errorf("tap %s: %w", n.tap.Attrs().Name, err)
+	}
+	if x := foreignXDP(tap); x != "" {
+		return x, nil
+	}
+	all, err := watchers(n.packets, tap.Attrs().Index, n.readers)
+	if err != nil {
+		return "", err
+	}
+	readers := make(map[string]int)
+	for _, w := range all {
+		if w.PassOn != "" {
+			return w.passesOn(tap.Attrs().Name), nil
+		}
+		readers[w.inode] = w.pid
+		if _, told := n.readers[w.inode]; !told {
+			n.log.Warn(w.reads(tap.Attrs().Name))
+		}
+	}
+	n.readers = readers
+	return "", nil
 }
 
 func programName(id ebpf.ProgramID) string {
@@ -55,9 +92,9 @@ func programName(id ebpf.ProgramID) string {
 
 // SetTap implements [control.DataPath].
 func (n *NIC) SetTap(up bool) error {
-	set, how := netlink.LinkSetDown, "down"
+	set, how := n.rt.LinkSetDown, "down"
 	if up {
-		set, how = netlink.LinkSetUp, "up"
+		set, how = n.rt.LinkSetUp, "up"
 	}
 	if err := set(n.tap); err != nil {
 		return fmt.Errorf("set tap %s %s: %w", n.tap.Attrs().Name, how, err)

@@ -96,6 +96,22 @@ func TestCheckOrder(t *testing.T) {
 	}
 }
 
+// A daemon that is out of descriptors knows who is first all the same: it does not shut
+// a guest for that.
+func TestOrderWithoutDescriptors(t *testing.T) {
+	h := newHosts(t)
+	var before unix.Rlimit
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &before))
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: before.Max}))
+	intruder, tap, err := h.p.CheckOrder()
+	down, up := h.p.SetTap(false), h.p.SetTap(true)
+	_, none := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &before))
+	if intruder != "" || tap || err != nil || down != nil || up != nil || !errors.Is(none, unix.EMFILE) {
+		t.Errorf("order %q, %v, %v; tap down %v, up %v; a socket: %v", intruder, tap, err, down, up, none)
+	}
+}
+
 // A firewall behind ours works on what leaves; one in front would let everything
 // out, which the tap's being down prevents.
 func TestForeignPrograms(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/journal"
 )
 
 const pairYAML = `vm: web1
@@ -252,6 +254,10 @@ func TestRunWiring(t *testing.T) {
 		}
 		w := tc.want
 		w.VM, w.Control, w.Fresh = "web1", "192.0.2.1:7700", true
+		w.OwnAddr, w.PeerAddr = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+		if w.Role == control.RoleSecondary {
+			w.OwnAddr, w.PeerAddr = w.PeerAddr, w.OwnAddr
+		}
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
 		w.Compare.KeepYoung, w.Copies.MaxCopies = true, maxCopies/2
 		if len(got.ConfigDigest) != 64 {
@@ -260,7 +266,7 @@ func TestRunWiring(t *testing.T) {
 		w.ConfigDigest = got.ConfigDigest
 		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
 		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatSpeak
-		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log")); diff != "" || len(got.NICs) != 1 {
+		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log"), cmpopts.EquateComparable(netip.Addr{})); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
 	}
@@ -370,12 +376,30 @@ func TestRunLife(t *testing.T) {
 	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (term 2, speaker alpha)")
 	ends = []error{control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak", "primary term 2, speaker alpha discard=true")
+
+	// When a daemon began, and why it ended, is in the journal.
+	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var daemon []string
+	for _, e := range events {
+		if e.Kind == journal.Daemon {
+			daemon = append(daemon, e.Cause)
+		}
+	}
+	ended := "ended: " + control.ErrFenced.Error()
+	if want := []string{"started", ended, "started", ended}; !slices.Equal(daemon, want) {
+		t.Errorf("daemon events %q, want %q", daemon, want)
+	}
 }
 
 // A pair that could not fail over is refused.
 func TestRunUnfit(t *testing.T) {
 	for _, tc := range []struct{ more, want string }{
 		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host speak when it has lost the other"},
+		{"arbiter: {type: none}\nqemu: {memory: 1G, extra: [-device, 'vfio-pci,host=01:10.0']}\n",
+			"-device vfio-pci: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC speaks past lockstep; use an emulated one, for a NIC give the guest a tap in a bridge and list it under nics"},
 		{"arbiter: {type: none}\n", "without QEMU's socket nobody can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
 	} {
 		c := newCLI(t)

@@ -11,12 +11,14 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 
 	"github.com/cilium/ebpf"
 
 	"lockstep/compare"
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/qemu"
 )
 
 // kernel is what the program needs of the kernel: package loader, or a test's.
@@ -110,8 +112,9 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		ConfigDigest: hex.EncodeToString(digest[:]),
 		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
-		TLS:     protected,
-		QMP:     o.self.QMP,
+		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
+		TLS: protected,
+		QMP: o.self.QMP,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
@@ -158,6 +161,12 @@ func unfit(o runOptions) error {
 		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host speak when it has lost the other")
 	case o.self.QMP == "" && c.Arbiter.Type != "":
 		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
+	}
+	if q := o.config.QEMU; q != nil && o.self.Starts {
+		if i, err := qemu.CheckExtra(q.Extra); err != nil {
+			what, fix, _ := strings.Cut(err.Error(), "; ")
+			return o.config.Refuse(fmt.Sprintf("qemu.extra[%d]", i), what, fix)
+		}
 	}
 	return nil
 }

@@ -38,6 +38,8 @@ type machine struct {
 	programs     func() error
 	vxlan        func() error
 	nativeXDP    func(device string) (bool, error)
+	tap          func(device string) error // fit to be a guest's
+	inFront      func(tap string) (passOn, read []string, err error)
 	synchronised func() (bool, error) // CLOCK_REALTIME
 	addresses    func() ([]netip.Addr, error)
 	route        func(v *config.VXLAN) error // to the other end, from this one
@@ -483,7 +485,13 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 		d.missing(name("tap"), fmt.Sprintf("ip tuntap add dev %s mode tap; or start QEMU, which makes it", nic.Tap), "there is no device %s: %v", nic.Tap, err)
 		return // what is right for the others depends on it
 	}
+	if err := d.m.tap(nic.Tap); err != nil {
+		found, fix, _ := strings.Cut(err.Error(), "; ")
+		d.missing(name("tap"), fix, "%s", found)
+		return
+	}
 	d.ok(name("tap"), "%s, MTU %d", nic.Tap, tap.MTU)
+	d.inFront(name("order"), nic.Tap)
 
 	key, dev, need := name("peer"), nic.PeerDevice, tap.MTU
 	v := nic.PeerVXLAN
@@ -529,6 +537,24 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 		d.ok(name("xdp"), "not known, and not needed: %v", err)
 	default:
 		d.ok(name("xdp"), "%s's driver runs none, and none is needed", dev)
+	}
+}
+
+// inFront looks for who sees the guest's frames before lockstep does.
+func (d *doctor) inFront(name, tap string) {
+	passOn, read, err := d.m.inFront(tap)
+	if err != nil {
+		d.warn(name, "", "%v", err)
+	}
+	for _, what := range passOn {
+		found, fix, _ := strings.Cut(what, ": ")
+		d.missing(name, fix, "%s", found)
+	}
+	for _, what := range read {
+		d.warn(name, "end it where that matters", "%s", what)
+	}
+	if len(passOn) == 0 && len(read) == 0 && err == nil {
+		d.ok(name, "nobody sees %s's frames before lockstep does", tap)
 	}
 }
 

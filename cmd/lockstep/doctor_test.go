@@ -30,6 +30,8 @@ func healthy() machine {
 		programs:     func() error { return nil },
 		vxlan:        func() error { return nil },
 		nativeXDP:    func(string) (bool, error) { return true, nil },
+		tap:          func(string) error { return nil },
+		inFront:      func(string) (passOn, read []string, err error) { return nil, nil, nil },
 		synchronised: func() (bool, error) { return true, nil },
 		addresses:    func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.2")}, nil },
 		route:        func(*config.VXLAN) error { return nil },
@@ -173,6 +175,22 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(c *cli) {
 				c.machine.addresses = addresses("192.0.2.1")
 				c.kernel.device = devices(map[string]int{"tapP": 1500})
+			}},
+		{name: "macvtap", check: "nics[0].tap", state: "missing", found: "is a macvtap", fix: "a tap in a bridge", line: atBeta,
+			spoil: func(c *cli) {
+				c.machine.tap = func(string) error { return errors.New("tap tapS is a macvtap; give the guest a tap in a bridge") }
+			}},
+		{name: "user-space switch", check: "nics[0].order", state: "missing", found: "process 7 (switch) passes on", fix: "take tapS out of it", line: atBeta,
+			spoil: func(c *cli) {
+				c.machine.inFront = func(tap string) (passOn, read []string, err error) {
+					return []string{"process 7 (switch) passes on: take " + tap + " out of it"}, nil, nil
+				}
+			}},
+		{name: "capture", check: "nics[0].order", state: "warning", found: "process 7 (tcpdump) reads", fix: "end it", line: atBeta,
+			spoil: func(c *cli) {
+				c.machine.inFront = func(string) (passOn, read []string, err error) {
+					return nil, []string{"process 7 (tcpdump) reads"}, nil
+				}
 			}},
 		{name: "small peer device", check: "nics[0].peer", state: "missing", found: "MTU 1400", fix: "ip link set peerP mtu 1500", line: "doctor -c @/pair.yaml",
 			spoil: func(c *cli) {

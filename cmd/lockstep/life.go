@@ -36,8 +36,7 @@ type partLife struct {
 	afresh  bool // whatever is found belongs to an SVM that is not wanted any more
 }
 
-// runLife runs one part after the other: a secondary that took over goes on as the
-// primary, one that follows nobody any more begins afresh (DESIGN §7).
+// runLife runs this node's parts in the pair, and notes when the daemon began and ended.
 func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) error {
 	c, self := o.config, o.self.Name
 	a, err := arbiter.Open(c, self)
@@ -60,7 +59,22 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 		o.log.Info(fmt.Sprintf("%s powered off and stays off; `lockstep start -c %s --node %s` has the next run boot it", c.VM, c.File, self))
 		return nil
 	}
-	life := &partLife{arbiter: a, store: store, journal: j}
+	j.Add(journal.Event{Kind: journal.Daemon, Cause: "started", Fields: map[string]any{"version": versionString()}})
+	err = runParts(ctx, e, o, protected, &partLife{arbiter: a, store: store, journal: j})
+	ended := "ended: it was told to"
+	switch {
+	case err != nil:
+		ended = "ended: " + err.Error()
+	case ctx.Err() == nil:
+		ended = "ended: " + control.ErrPoweredOff.Error()
+	}
+	j.Add(journal.Event{Kind: journal.Daemon, Cause: ended})
+	return err
+}
+
+// runParts runs one part after the other: a secondary that took over goes on as the
+// primary, one that follows nobody any more begins afresh.
+func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) (err error) {
 	for {
 		if life.begin, err = decide(ctx, e, o, life); err != nil {
 			return err
@@ -70,7 +84,7 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 		if part.primary != o.primary {
 			o.log.Warn("this node's role is not the one it was started with: the arbiter's record says so", "role", life.begin.Role, "record", life.begin.Record)
 		}
-		j.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": life.begin.Role, "term": life.begin.Record.Term}})
+		life.journal.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": life.begin.Role, "term": life.begin.Record.Term}})
 		err := runPart(ctx, e, part, protected, life)
 		life.afresh = errors.Is(err, control.ErrAfresh)
 		switch {

@@ -35,6 +35,8 @@ var realMachine = machine{
 	programs:     loader.CheckPrograms,
 	vxlan:        loader.CheckVXLAN,
 	nativeXDP:    loader.NativeXDP,
+	tap:          loader.CheckTap,
+	inFront:      loader.InFront,
 	synchronised: synchronised,
 	addresses:    addresses,
 	route: func(v *config.VXLAN) error {

@@ -31,7 +31,7 @@ func TestNeighbours(t *testing.T) {
 		lt.Run(t, "nsenter", "--net=/run/netns/"+p.SVM, "sysctl", "-qw",
 			"net."+family+".neigh.eth0.base_reachable_time_ms=100", "net."+family+".neigh.eth0.delay_first_probe_time=0")
 	}
-	svm, seen := lt.OpenWire(t, p.HostS, "tapS"), lt.OpenWire(t, p.Client, "eth0")
+	svm, seen := lt.OpenSent(t, p.SVM, "eth0"), lt.OpenWire(t, p.Client, "eth0")
 	asks := map[string]func([]byte) bool{
 		"v4": func(f []byte) bool { return isARP(f) && f[21] == 1 },
 		"v6": func(f []byte) bool {

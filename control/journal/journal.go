@@ -27,7 +27,7 @@ const (
 	Daemon     Kind = "daemon"     // started, ended
 	Session    Kind = "session"    // the control link came up or broke
 	Role       Kind = "role"       // this node's part in the pair changed
-	Sync       Kind = "sync"       // replication began, made progress, holds, broke
+	Sync       Kind = "sync"       // replication began, holds, did not begin
 	Checkpoint Kind = "checkpoint" // an attempt at one
 	Failover   Kind = "failover"   // this node began to speak alone, or tried
 	Arbiter    Kind = "arbiter"    // it was asked, and what it said

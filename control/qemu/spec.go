@@ -220,6 +220,9 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 			bad("NIC: there is no tap %s: %w", n.Tap, err)
 		}
 	}
+	if _, err := CheckExtra(s.Extra); err != nil {
+		bad("extra: %w", err)
+	}
 	if _, err := os.Stat(filepath.Dir(s.QMP)); err != nil {
 		bad("QMP socket: %w", err)
 	} else if c, err := net.Dial("unix", s.QMP); err == nil {

@@ -23,6 +23,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/digitalocean/go-qemu/qmp"
@@ -92,13 +93,19 @@ type reply struct {
 // Dial connects to the monitor socket at path. Commands, the handshake
 // included, have to be answered within timeout.
 func Dial(ctx context.Context, path string, timeout time.Duration) (*Monitor, error) {
+	return DialTo(ctx, path, timeout, func(*net.UnixConn) {})
+}
+
+// DialTo is Dial, and hands on the connection before the monitor has answered on it:
+// one that serves somebody else does not.
+func DialTo(ctx context.Context, path string, timeout time.Duration, connected func(*net.UnixConn)) (*Monitor, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
+	conn, err := connect(ctx, path)
 	if err != nil {
 		return nil, fmt.Errorf("qmp: %w", err)
 	}
+	connected(conn)
 	m := &Monitor{conn: conn, timeout: timeout, events: make(chan Event, maxEvents), waiting: make(map[uint64]chan reply)}
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(nil, maxLine)
@@ -120,6 +127,27 @@ func Dial(ctx context.Context, path string, timeout time.Duration) (*Monitor, er
 		return nil, err
 	}
 	return m, nil
+}
+
+// connect waits while the queue of those who wait to be served is full.
+func connect(ctx context.Context, path string) (*net.UnixConn, error) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	var d net.Dialer
+	for {
+		conn, err := d.DialContext(ctx, "unix", path)
+		if err == nil {
+			return conn.(*net.UnixConn), nil
+		}
+		if !errors.Is(err, syscall.EAGAIN) {
+			return nil, err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil, ErrTimeout
+		}
+	}
 }
 
 func (m *Monitor) greeting(lines *bufio.Scanner) error {

@@ -135,7 +135,7 @@ func delay(t testing.TB, ns string, from, to int) {
 		t.Fatalf("packet socket: %v", err) // partial checksums stay partial
 	}
 	var waiting sync.WaitGroup
-	receive(t, fd, func(frame, _ []byte) {
+	receive(t, fd, false, func(frame, _ []byte) {
 		f := bytes.Clone(frame)
 		waiting.Add(1)
 		time.AfterFunc(slowness, func() {

@@ -54,7 +54,7 @@ func WatchSpeakers(t testing.TB, ns string, ports ...string) *Speakers {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
 			t.Fatalf("packet socket: %v", err)
 		}
-		receive(t, fd, func(frame, oob []byte) {
+		receive(t, fd, false, func(frame, oob []byte) {
 			if len(frame) < 14 || !bytes.Equal(frame[6:12], guest) {
 				return
 			}

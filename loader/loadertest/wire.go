@@ -29,12 +29,23 @@ type Wire struct {
 // OpenWire opens a Wire on a device of namespace ns. It is closed with the test.
 func OpenWire(t testing.TB, ns, device string) *Wire {
 	t.Helper()
+	return openWire(t, ns, device, false)
+}
+
+// OpenSent is a Wire whose frames are those that the device's own host sends.
+func OpenSent(t testing.TB, ns, device string) *Wire {
+	t.Helper()
+	return openWire(t, ns, device, true)
+}
+
+func openWire(t testing.TB, ns, device string, sent bool) *Wire {
+	t.Helper()
 	w := &Wire{index: Index(t, ns, device)}
 	w.fd = packetSocket(t, ns, w.index)
 	if err := unix.SetsockoptInt(w.fd, unix.SOL_PACKET, unix.PACKET_AUXDATA, 1); err != nil {
 		t.Fatalf("packet socket: %v", err)
 	}
-	receive(t, w.fd, func(frame, oob []byte) {
+	receive(t, w.fd, sent, func(frame, oob []byte) {
 		f := withTag(bytes.Clone(frame), oob)
 		w.mu.Lock()
 		w.frames = append(w.frames, f)
@@ -65,9 +76,9 @@ func packetSocket(t testing.TB, ns string, index int) (fd int) {
 	return fd
 }
 
-// receive calls f for every frame that comes in, until the test ends; then it
-// calls last and closes the socket.
-func receive(t testing.TB, fd int, f func(frame, oob []byte), last func()) {
+// receive calls f for every frame that comes in, or that is sent, until the test ends;
+// then it calls last and closes the socket.
+func receive(t testing.TB, fd int, sent bool, f func(frame, oob []byte), last func()) {
 	done := make(chan struct{})
 	var reader sync.WaitGroup
 	reader.Go(func() {
@@ -82,7 +93,7 @@ func receive(t testing.TB, fd int, f func(frame, oob []byte), last func()) {
 			if err != nil {
 				continue // the time-out, which lets done be seen
 			}
-			if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype != unix.PACKET_OUTGOING {
+			if ll, ok := from.(*unix.SockaddrLinklayer); ok && (ll.Pkttype == unix.PACKET_OUTGOING) == sent {
 				f(buf[:n], oob[:noob])
 			}
 		}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"lockstep/control/qmp"
+	lt "lockstep/loader/loadertest"
+)
+
+func TestCheckExtra(t *testing.T) {
+	for line, want := range map[string]string{
+		"-display none -serial file:x":                        "",
+		"-device virtio-rng-pci -device virtio-net-pci,id=e9": "",
+		"-nic none":                                        "",
+		"-netdev vhost-user,id=n,chardev=c":                "0 -netdev vhost-user: another process",
+		"-display none -netdev vhost-vdpa,x=y":             "2 -netdev vhost-vdpa: another process",
+		"--netdev user,id=n":                               "0 --netdev user: what the guest says there does not pass lockstep",
+		"-nic tap,ifname=t":                                "0 -nic tap: a tap that is not under nics",
+		`-netdev {"id":"n","type":"stream"}`:               "0 -netdev stream: ",
+		"-net socket,listen=:1":                            "0 -net socket: ",
+		"-device vfio-pci,host=01:10.0":                    "0 -device vfio-pci: a device of the host",
+		"-device driver=vfio-pci-nohotplug":                "0 -device vfio-pci-nohotplug: a device",
+		`-device {"driver":"vhost-user-fs-pci","tag":"x"}`: "0 -device vhost-user-fs-pci: another process has a part",
+		"-netdev": "0 -netdev : ",
+	} {
+		i, err := CheckExtra(strings.Fields(line))
+		got := ""
+		if err != nil {
+			got = string(rune('0'+i)) + " " + err.Error()
+		}
+		if !strings.HasPrefix(got, want) || want == "" && got != "" {
+			t.Errorf("%s: %q, want %q", line, got, want)
+		}
+	}
+}
+
+// A QEMU that somebody else has started is asked for its NICs and devices.
+func TestCheckNICs(t *testing.T) {
+	binary, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		lt.Missing(t, "no QEMU to ask: %v", err)
+	}
+	dir := t.TempDir()
+	for name, c := range map[string]struct {
+		nics int
+		args string
+		want string
+	}{
+		"none":       {0, "", ""},
+		"two":        {2, "-device virtio-net-pci,id=n0 -device e1000", ""},
+		"one unsaid": {1, "-device virtio-net-pci,id=n0 -device e1000", "has 2 NICs, and the config lists 1"},
+		"user":       {1, "-netdev user,id=u0 -device virtio-net-pci,netdev=u0", "backend u0 is a user: what the guest says there does not pass lockstep"},
+		"socket":     {1, "-netdev dgram,id=s0,local.type=unix,local.path=" + dir + "/a,remote.type=unix,remote.path=" + dir + "/b -device e1000,netdev=s0", "backend s0 is a dgram: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(dir, name)
+			args := append([]string{"-accel", "tcg", "-nodefaults", "-display", "none", "-m", "16M", "-S", "-qmp", "unix:" + path + ",server=on,wait=off"}, strings.Fields(c.args)...)
+			cmd := exec.CommandContext(t.Context(), binary, args...)
+			said := new(strings.Builder)
+			cmd.Stderr = said
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer cmd.Wait()
+			defer cmd.Process.Kill()
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			m, err := qmp.Dial(ctx, path, 30*time.Second)
+			for ; err != nil; m, err = qmp.Dial(ctx, path, 30*time.Second) {
+				select {
+				case <-tick.C:
+				case <-ctx.Done():
+					t.Fatalf("%v: %s", err, said)
+				}
+			}
+			defer m.Disconnect()
+			if models, err := devices(m); name == "two" && (models["n0"] != "virtio-net-pci" || len(models) != 2) || err != nil {
+				t.Errorf("devices %v, %v", models, err)
+			}
+			switch err := CheckNICs(m, c.nics); {
+			case c.want == "" && err != nil:
+				t.Error(err)
+			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
+				t.Errorf("%v, want %q", err, c.want)
+			}
+		})
+	}
+}

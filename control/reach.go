@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"syscall"
+
+	"lockstep/control/qemu"
+	"lockstep/control/qmp"
+)
+
+// A QEMU whose monitor cannot be reached is not dead yet: a monitor serves one client
+// at a time, and this host may be out of descriptors. Its process is asked: it is dead
+// when that is gone, or when it takes no connection though it serves nobody else.
+
+// reach is why a monitor could not be reached.
+type reach uint8
+
+const (
+	qemuLives reach = iota + 1 // or nothing says that it does not
+	qemuMute                   // it may hang: maxUnanswered of these in a row, and it counts as dead
+	qemuEnded
+)
+
+// dialQMP is how QEMU's monitor is dialled, but in tests.
+type dialQMP func(ctx context.Context, path string, o *Options, connected func(*net.UnixConn)) (*qmp.Monitor, error)
+
+func dialMonitor(ctx context.Context, path string, o *Options, connected func(*net.UnixConn)) (*qmp.Monitor, error) {
+	return qmp.DialTo(ctx, path, o.qmpTimeout, connected)
+}
+
+// owner is the process that listens on a monitor socket, as far as it is known.
+type owner struct {
+	path  string        // as the process bound it
+	proc  *qemu.Process // nil: not known
+	guest *qemu.Spec    // of a QEMU that lockstep starts; nil: of somebody else's
+
+	noAsk bool // mutation: the process is not asked
+}
+
+// connected takes the process from a connection to its socket.
+func (o *owner) connected(conn *net.UnixConn) {
+	p, err := qemu.Owner(conn)
+	if err != nil {
+		return // the one known so far, then
+	}
+	o.forget()
+	o.proc, o.path = p, conn.RemoteAddr().String()
+}
+
+func (o *owner) forget() {
+	if o.proc != nil {
+		o.proc.Release()
+		o.proc = nil
+	}
+}
+
+// ended is closed when the process has ended; nil where it is not known.
+func (o *owner) ended() <-chan struct{} {
+	if o.proc == nil {
+		return nil
+	}
+	return o.proc.Done()
+}
+
+// judge finds out what it means that the monitor could not be reached, and why.
+func (o *owner) judge(err error) (reach, error) {
+	noAnswer := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, qmp.ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
+	switch {
+	case o.noAsk && noAnswer:
+		return qemuMute, err
+	case o.noAsk:
+		return qemuEnded, err
+	}
+	if o.proc == nil && o.guest != nil {
+		p, notFound := qemu.Find(o.guest)
+		if errors.Is(notFound, qemu.ErrNotRunning) {
+			return qemuEnded, err
+		}
+		o.proc = p
+	}
+	if o.proc != nil && !o.proc.Alive() {
+		pid := o.proc.Pid()
+		o.forget()
+		return qemuEnded, fmt.Errorf("QEMU, process %d, has ended: %w", pid, err)
+	}
+	switch {
+	case noAnswer:
+		if o.proc == nil || o.proc.Stopped() {
+			return qemuMute, err
+		}
+		client, unknown := o.proc.Client(o.path)
+		if client == "" {
+			return qemuMute, errors.Join(err, unknown)
+		}
+		return qemuLives, fmt.Errorf("QEMU, process %d, serves another client on its monitor, %s, and takes one at a time: nothing leaves and no checkpoint is made until that one closes its connection; give it a monitor of its own (-qmp)",
+			o.proc.Pid(), client)
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		if o.proc == nil {
+			return qemuEnded, err
+		}
+		listens, unknown := o.proc.Listens(o.path)
+		if !listens && unknown == nil {
+			o.forget()
+			return qemuEnded, err // it is about to end, and its guest does not run any more
+		}
+	}
+	if o.proc == nil {
+		return qemuLives, fmt.Errorf("whether QEMU lives is not known: %w", err)
+	}
+	return qemuLives, fmt.Errorf("QEMU, process %d, lives, but its monitor cannot be reached: %w", o.proc.Pid(), err)
+}
+
+// slowToAnswer: QEMU's process has just taken a connection into its queue, and is given
+// a moment to answer before it counts as out of reach. To find out what it is that
+// keeps it takes longer than a secondary waits for a daemon that is started again.
+func (d *Daemon) slowToAnswer(ctx context.Context) {
+	d.work.Go(func() {
+		again := backoff{last: d.opt.qmpTimeout / 4, first: d.opt.qmpTimeout / 4}
+		if !again.wait(ctx) {
+			return
+		}
+		d.post(func() {
+			if d.life != nil && d.qmp.conn == nil {
+				d.life.outOfReach = true
+			}
+		})
+	})
+}
+
+// unreachable: no connection to QEMU could be made.
+func (d *Daemon) unreachable(r reach, why error) {
+	l := d.life
+	if l == nil || !l.hadQEMU {
+		return // it comes
+	}
+	l.outOfReach = r == qemuLives
+	switch r {
+	case qemuLives:
+		l.unanswered = 0
+	case qemuMute:
+		l.unanswered++
+	case qemuEnded:
+		l.unanswered = maxUnanswered
+	}
+	if l.unanswered == maxUnanswered {
+		d.qemuGone(why.Error())
+	}
+}
