@@ -96,9 +96,17 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	return p, nil
 }
 
+// startup bounds how long QEMU may take from its start to its monitor's first answer;
+// with much memory that it has to touch first it is minutes. gone bounds how long one
+// that was killed may take to be gone: it may wait for storage that does not answer.
+// Tests shorten them.
+var startup, gone = 5 * time.Minute, 30 * time.Second
+
 // answers waits until the monitor answers. The socket is there earlier; QEMU may
 // still fail to make the guest's devices.
 func (p *Process) answers(ctx context.Context, path string) error {
+	ctx, done := context.WithTimeoutCause(ctx, startup, fmt.Errorf("not within %v", startup))
+	defer done()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -201,6 +209,8 @@ func (p *Process) Kill(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("QEMU, process %d: kill: %w", p.pid, err)
 	}
+	ctx, done := context.WithTimeoutCause(ctx, gone, fmt.Errorf("for %v: is the storage there that its images are on?", gone))
+	defer done()
 	select {
 	case <-p.done:
 		return nil
