@@ -284,22 +284,27 @@ func (d *Daemon) claim(term uint64) {
 }
 
 // Swap makes the record to if it is from, and returns when that is known, or ctx has
-// ended.
+// ended. An arbiter that answers with from has decided nothing: as one that does not
+// answer it is asked again, at a growing distance, since each time may fence a host.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
 	again := arbiterRetry
 	for {
-		if now, won, err = a.Swap(ctx, from, to); err != nil {
-			failed(err)
-			if !again.wait(ctx) {
-				return now, false, ctx.Err()
-			}
-			if now, err = Settle(ctx, a, failed); err != nil {
-				return now, false, err
-			}
-			won = now == to
+		now, won, err = a.Swap(ctx, from, to)
+		if err == nil && !won && now == from {
+			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
 		}
-		if won || now != from {
+		if err == nil {
 			return now, won, nil
+		}
+		failed(err)
+		if !again.wait(ctx) {
+			return now, false, ctx.Err()
+		}
+		if now, err = Settle(ctx, a, failed); err != nil {
+			return now, false, err
+		}
+		if now == to || now != from {
+			return now, now == to, nil
 		}
 	}
 }
@@ -320,7 +325,7 @@ func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter
 }
 
 // arbiterRetry paces the questions to an arbiter that does not answer.
-var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
+var arbiterRetry = backoff{first: 50 * time.Millisecond, last: 5 * time.Second}
 
 // goAlone has P speak without S (R21): what is held leaves first.
 func (d *Daemon) goAlone() error {

@@ -290,9 +290,13 @@ const askTimeout = 10 * time.Second
 // listenStatus opens the status socket. A dead daemon's is replaced, a living
 // one's is not.
 func listenStatus(ctx context.Context, path string) (net.Listener, error) {
-	if conn, err := new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
+	conn, err := (&net.Dialer{Timeout: askTimeout}).DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
 		conn.Close()
 		return nil, fmt.Errorf("a daemon already answers on %s; stop it first", path)
+	case errors.Is(err, syscall.EAGAIN):
+		return nil, fmt.Errorf("a daemon listens on %s and takes no connection: it stands still; stop it first", path)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("status socket: %w", err)
