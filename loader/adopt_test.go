@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 
 	"lockstep/bpf"
 	"lockstep/compare"
@@ -363,7 +364,47 @@ func TestUnloadPromoted(t *testing.T) {
 	wantAttached(t, "tapS", "ls_sec_out", "ls_sec_gate")
 	check(t, Unload(pins, o.VM, o.Node, true))
 	wantAttached(t, "tapS")
-	if !up(t, "tapS") {
-		t.Error("the promoted guest's tap was set down")
+	if up(t, "tapS") {
+		t.Error("the guest was let loose")
+	}
+}
+
+// TestLetGo: the one speaker that there is goes on without its programs.
+func TestLetGo(t *testing.T) {
+	devices(t)
+	pins := mountBPFFS(t)
+	for _, o := range []Options{options(pins, "a", Primary), options(pins, "b", Secondary)} {
+		n, err := Open(o)
+		check(t, err)
+		check(t, n.SetMode(control.ModeSolo))
+		check(t, n.Close())
+		check(t, LetGo(pins, o.VM, o.Node, true))
+		wantAttached(t, o.Tap)
+		if !up(t, o.Tap) {
+			t.Errorf("%s was set down", o.Tap)
+		}
+	}
+}
+
+// TestUnloadElsewhere: whose tap is not to be found is not let loose, with force neither.
+func TestUnloadElsewhere(t *testing.T) {
+	devices(t)
+	home, err := netns.Get()
+	check(t, err)
+	defer home.Close()
+	pins := mountBPFFS(t)
+	for _, o := range []Options{options(pins, "a", Primary), options(pins, "b", Secondary)} {
+		n, err := Open(o)
+		check(t, err)
+		check(t, n.Close())
+		elsewhere, err := netns.New()
+		check(t, err)
+		wantError(t, Unload(pins, o.VM, o.Node, true), "not in this network namespace")
+		check(t, elsewhere.Close())
+		check(t, netns.Set(home))
+		if names := entries(t, nodeDir(pins, o.VM, o.Node)); len(names) == 0 {
+			t.Error("the pins are gone")
+		}
+		check(t, Unload(pins, o.VM, o.Node, true))
 	}
 }
