@@ -98,6 +98,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.guestState(state)
 		d.checkMasked()
 		d.prepare()
+		d.rescue(running, state)
 		d.paired()
 	})
 

@@ -112,7 +112,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return pl, nil
 	}
 	term := l.Begin.Record.Term
-	if l.Begin.takeOver {
+	if l.Begin.takeOver && l.Begin.Record.Speaker == o.Node {
 		term-- // the pair's
 	}
 	pl.s = newLifeSecondary(cfg, term, l.Begin.covered, now)
@@ -384,6 +384,12 @@ func (d *Daemon) out() {
 		end = ErrAfresh
 	}
 	d.event(journal.Fencing, "this node has no say any more", nil)
+	if d.life.s != nil {
+		// So that a daemon after this one knows that the SVM may be ended.
+		if err := d.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
+			d.log.Error("what becomes of this secondary could not be noted", "err", err)
+		}
+	}
 	if d.qmp.conn == nil {
 		d.fatal = end
 		return
@@ -673,13 +679,14 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	}
 	p, err := qemu.Find(l.Guest)
 	switch {
-	case err == nil && l.Begin.Discard:
+	case err == nil && l.Begin.ends():
 		err = p.Kill(ctx)
 		p.Release()
 		if err != nil {
 			return err
 		}
 	case err == nil:
+		d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
 		p.Release()
 		l.hadQEMU = true
 		return nil
@@ -688,6 +695,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	case l.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
+	l.Begin.orphan = false // a new one has told clients nothing
 	var in *qemu.Incoming
 	if l.s != nil {
 		in = &l.Own
