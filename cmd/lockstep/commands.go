@@ -175,46 +175,6 @@ func newUpgrade(e env) *cobra.Command {
 	return cmd
 }
 
-func newUnload(e env) *cobra.Command {
-	var t target
-	var force bool
-	cmd := &cobra.Command{
-		Use:   "unload -c pair.yaml --node NAME",
-		Short: "Remove the pinned programs and maps of a daemon that is gone",
-		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
-			"the peer devices, its maps go, and the guest's frames flow uncompared from then on.\n" +
-			"It refuses while the daemon lives, and on a secondary that took over, whose guest is\n" +
-			"the one that clients talk to. The tap of any other secondary is set down: its guest\n" +
-			"is a second copy and must not be heard. Run it in the daemon's network namespace.",
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
-			if err != nil {
-				return err
-			}
-			if err := e.kernel.unload(c.PinDir, c.VM, self.Name, force); err != nil {
-				return err
-			}
-			for _, nic := range self.NICs {
-				if v := nic.PeerVXLAN; v != nil {
-					if err := e.kernel.removeVXLAN(v.Device()); err != nil {
-						return err
-					}
-				}
-				if nic.Bridge != "" {
-					if err := e.kernel.removeTap(nic.Tap); err != nil {
-						return err
-					}
-				}
-			}
-			return nil
-		},
-	}
-	t.flags(cmd)
-	cmd.Flags().BoolVar(&force, "force", false, "remove also what is not whole, not of this version, or of a secondary that took over")
-	return cmd
-}
-
 func newVersion(e env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",

@@ -24,6 +24,8 @@ var realKernel = kernel{
 	removeVXLAN: loader.RemoveVXLAN,
 	ensureTap:   loader.EnsureTap,
 	removeTap:   loader.RemoveTap,
+	inUse:       loader.TapInUse,
+	mute:        loader.Mute,
 	open:        func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
 	upgradable: func(o nicOptions) (string, error) {
 		l := loaderOptions(o, 0)
@@ -31,6 +33,7 @@ var realKernel = kernel{
 		return loader.CheckUpgrade(l)
 	},
 	unload: loader.Unload,
+	letGo:  loader.LetGo,
 	found:  func(o nicOptions) (control.Found, error) { return loader.Found(loaderOptions(o, 0)) },
 }
 
