@@ -71,8 +71,8 @@ func Decide(role Role, self, peer string, st state.State, rec arbiter.Record, fo
 	b := Begin{Role: RoleSecondary, Record: rec}
 	covered := st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
 	switch {
-	case found.Role != RoleSecondary:
-		b.Discard = true
+	case found.Role != RoleSecondary, st.Term < rec.Term:
+		b.Discard = true // nothing, a former primary's, or an SVM's that followed an earlier term
 	case found.Mode == ModeRun, found.Mode == ModePark:
 		// The SVM follows on: parked, too, it is the one that P knows.
 	case covered && found.Mode == ModeQuiet:

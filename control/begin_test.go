@@ -63,6 +63,8 @@ func TestDecide(t *testing.T) {
 		{name: "covered for an earlier term, and its tables are gone", role: RoleSecondary, rec: beta, st: covered,
 			want: Begin{Role: RoleSecondary, Discard: true}},
 		{name: "a secondary of an earlier term", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeRun},
+			want: Begin{Role: RoleSecondary, Discard: true}},
+		{name: "a secondary, not covered yet", role: RoleSecondary, rec: beta, st: state.State{Role: "secondary", Term: 5}, found: Found{RoleSecondary, ModeRun},
 			want: Begin{Role: RoleSecondary}},
 		{name: "a secondary that lost", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeQuiet}, want: Begin{Role: RoleSecondary, Discard: true}},
 		{name: "somebody else's record", role: RoleSecondary, rec: arbiter.Record{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},

@@ -139,3 +139,24 @@ func TestStillDaemon(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTakes: who takes a daemon's place alone must be one that its peer will have.
+func TestTakes(t *testing.T) {
+	hash := strings.Repeat("00", 32)
+	other := strings.Repeat("00", 5*4) + "01" + hash[5*4*2+2:] // the heartbeat's share
+	for _, x := range []struct {
+		s    Status
+		want string
+	}{
+		{Status{Protocol: linkVersion, Config: hash}, ""},
+		{Status{Protocol: linkVersion, Config: other}, "another config (heartbeat)"},
+		{Status{Protocol: linkVersion, Config: other, State: "solo"}, ""},
+		{Status{Protocol: linkVersion, Config: "short"}, "does not tell in what"},
+		{Status{Protocol: linkVersion - 1, Config: hash, Peer: PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", linkVersion-1, linkVersion)},
+		{Status{}, "too old"},
+	} {
+		if err := x.s.Takes(hash); (err != nil) != (x.want != "") || err != nil && !strings.Contains(err.Error(), x.want) {
+			t.Errorf("%+v: %v, want %q", x.s, err, x.want)
+		}
+	}
+}

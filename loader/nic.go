@@ -60,9 +60,12 @@ type Options struct {
 	Rules            []Rule   // of datagrams that leave uncompared
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
-	Version          string   // of this lockstep
-	Discard          bool     // what is pinned for this NIC goes, whatever it is
-	Log              *slog.Logger
+	// Differ names the settings that keep a config from going on with the tables that one
+	// of another hash made; alone: the guest speaks alone. nil: all do.
+	Differ  func(pinned [32]byte, alone bool) []string
+	Version string // of this lockstep
+	Discard bool   // what is pinned for this NIC goes, whatever it is
+	Log     *slog.Logger
 
 	// Mutation switches a rule of the kernel half off ; tests
 	// only: nothing in the config or on the command line reaches it.
@@ -320,14 +323,15 @@ func (n *NIC) load(o Options, old *tables) error {
 	var meta bpf.LockstepLsMeta
 	if old != nil {
 		meta = old.meta
+		meta.Config = o.ConfigHash
 	} else {
 		meta = metaOf(o)
 		if s := n.tap.Attrs().Statistics; s != nil {
 			meta.TapBase = uint32(s.TxPackets + s.TxDropped)
 		}
-		if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
-			return fmt.Errorf("write down what the tables are for: %w", err)
-		}
+	}
+	if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
+		return fmt.Errorf("write down what the tables are for: %w", err)
 	}
 	n.tapBase = meta.TapBase
 	if n.conf, err = mapConf(n.objs.LsConf); err != nil {

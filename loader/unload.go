@@ -13,7 +13,6 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
 	"lockstep/control"
 )
 
@@ -69,16 +68,8 @@ func promoted(nic string) (bool, error) {
 	if _, err := os.Stat(filepath.Join(nic, linkPrefix+secOut)); errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
-	m, err := ebpf.LoadPinnedMap(filepath.Join(nic, bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
-	if err != nil {
-		return false, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsConf, err)
-	}
-	defer m.Close()
-	var c conf
-	if err := m.Lookup(uint32(0), &c); err != nil {
-		return false, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
-	}
-	return control.Mode(c.Mode) == control.ModeSolo, nil
+	mode, err := pinnedMode(nic)
+	return mode == control.ModeSolo, err
 }
 
 // silence sets the tap that the pinned link guards down. No such pin is no error.

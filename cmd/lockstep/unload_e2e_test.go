@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -173,30 +174,85 @@ func TestPinsGone(t *testing.T) {
 	}
 }
 
-// TestUnloadAlone: the one guest that speaks goes on when lockstep is taken away from it,
-// and when it comes back; the other host cannot speak beside it.
-func TestUnloadAlone(t *testing.T) {
-	p := newLivingPair(t, 0, "")
+// change gives a node a config of its own, with what the last one had and another text in
+// place of old. Its daemon takes it up when it is started again.
+func (p *livingPair) change(node, old, text string) {
+	p.t.Helper()
+	b, err := os.ReadFile(cmp.Or(p.own[node], p.config))
+	if err != nil || !strings.Contains(string(b), old) {
+		p.t.Fatalf("no %q in the config of %s: %v", old, node, err)
+	}
+	p.own[node] = filepath.Join(p.Dir, node+".yaml")
+	if err := os.WriteFile(p.own[node], []byte(strings.Replace(string(b), old, text, 1)), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// TestChangeSettings: the settings of a running pair are changed as docs/CONFIG.md says,
+// and one session lives through all of it; so does it when lockstep is taken away from the
+// one guest that speaks, and comes back.
+func TestChangeSettings(t *testing.T) {
+	p := newLivingPair(t, 0, "compare: {timeout: 10s, slots: 16384}\ncheckpoint: {period: 20s}\nheartbeat: {interval: 50ms, timeout: 500ms, speak: 400ms}")
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
 	c := p.open()
-	pvm := p.qemu("alpha")
-	p.killQEMU("beta")
+	pvm, svm := p.qemu("alpha"), p.qemu("beta")
+	// A daemon's own settings: on either host, in any order.
+	for node, role := range map[string]string{"alpha": "primary", "beta": "secondary"} {
+		p.change(node, "timeout: 10s", "timeout: 9s")
+		p.change(node, "period: 20s", "period: 19s")
+		p.kill(node)
+		p.run(node, role)
+		c.ask(5)
+		p.covered()
+	}
+	if s := p.status("alpha"); s.Record != p.record {
+		t.Errorf("the record is of term %d, and was of %d: somebody spoke alone", s.Record, p.record)
+	}
+	// Those that both must agree on are refused, by name, while the pair replicates.
+	p.kill("alpha")
+	p.change("alpha", "timeout: 500ms", "timeout: 600ms")
+	p.run("alpha", "primary")
+	p.refused("alpha", "another heartbeat")
+	p.change("alpha", "timeout: 600ms", "timeout: 500ms")
+	p.run("alpha", "primary")
+	c.ask(5)
+	p.sameGuest("alpha", pvm)
+	p.sameGuest("beta", svm)
+	p.covered()
+	// The secondary goes; the primary, alone, takes them up.
 	p.kill("beta")
+	p.killQEMU("beta")
 	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.kill("alpha")
+	p.change("alpha", "timeout: 500ms", "timeout: 600ms")
+	p.run("alpha", "primary")
+	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	c.ask(5)
+	// Lockstep is taken away from it, and comes back.
 	p.kill("alpha")
 	if out, err := p.orderHere("alpha", "unload", "--force"); err != nil || !strings.Contains(out, "the guest goes on") {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	p.wantTap("alpha", true)
-	c.ask(20)
-	p.run("beta", "secondary") // it finds nobody to follow
 	c.ask(5)
 	p.run("alpha", "primary")
-	p.covered()
+	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
 	p.sameGuest("alpha", pvm)
-	c.ask(20)
-	if turns := heard.Turns(); len(turns) != 1 {
-		t.Errorf("turns of speech: %v", turns)
+	c.ask(5)
+	// A new secondary with tables of another size, and then the old primary.
+	p.change("beta", "timeout: 500ms", "timeout: 600ms")
+	p.change("beta", "slots: 16384", "slots: 4096, max_connections: 5000")
+	p.run("beta", "secondary")
+	p.covered()
+	c.ask(5)
+	if out, err := p.order("beta", "failover"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
 	}
+	c.ask(5)
+	p.change("alpha", "slots: 16384", "slots: 4096, max_connections: 5000")
+	p.rejoin("alpha")
+	p.covered()
+	c.ask(5)
+	twoTurns(t, heard)
 }

@@ -52,6 +52,12 @@ func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
 		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
+		Differ: func(pinned [32]byte, alone bool) []string {
+			if alone { // nobody else depends on the rest
+				return config.DifferFixed(pinned, o.hash)
+			}
+			return config.Differ(pinned, o.hash)
+		},
 		Log: o.log, Mutation: mutation, Discard: o.discard,
 	}
 }
