@@ -107,3 +107,16 @@ func TestBeginMeets(t *testing.T) {
 		}
 	}
 }
+
+// TestMutationKeep: without the rule the only guest that knows what clients were told is
+// ended because its tables are gone.
+func TestMutationKeep(t *testing.T) {
+	b, err := Decide(RoleSecondary, "alpha", "beta", state.State{Role: "secondary", Term: 4, Covered: 4}, arbiter.Record{Term: 4, Speaker: "beta"}, Found{})
+	if err != nil || b.Meets(true) == nil {
+		t.Fatalf("%+v, %v: it begins", b, err)
+	}
+	b.keep = false
+	if b.Meets(true) != nil || !b.ends() {
+		t.Errorf("%+v: the guest lives without the rule, too", b)
+	}
+}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"lockstep/control/program"
 	"lockstep/control/qmp"
 )
 
@@ -156,12 +157,34 @@ func Find(s *Spec) (*Process, error) {
 	}
 	// Behind a crash or a reboot the number may be another's. The command line of
 	// the process that fd is, for as long as fd says that it lives.
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	line, err := commandLine(pid)
+	if errors.Is(err, program.ErrGivenUp) {
+		unix.Close(fd)
+		return nil, fmt.Errorf("process %d: whether it is the guest's is not known: its command line cannot be read: %w", pid, err)
+	}
 	if err != nil || !bytes.Contains(line, []byte("\x00-pidfile\x00"+s.file(".pid")+"\x00")) || unix.PidfdSendSignal(fd, 0, nil, 0) != nil {
 		unix.Close(fd)
 		return nil, ErrNotRunning
 	}
 	return watch(pid, fd)
+}
+
+// commandLine is a process's. To read it the kernel waits for one that holds its own
+// memory, as while it waits for storage.
+func commandLine(pid int) ([]byte, error) {
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	path := fmt.Sprintf("/proc/%d/cmdline", pid)
+	read := make(chan []byte, 1)
+	err := program.Within(ctx, path, func() error {
+		b, err := os.ReadFile(path)
+		read <- b
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return <-read, nil
 }
 
 // watch takes over fd.

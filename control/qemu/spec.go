@@ -146,7 +146,7 @@ type node map[string]any
 func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	d := &s.Disks[i]
 	driver := "file"
-	if info, err := os.Stat(d.Image); err != nil {
+	if info, err := stat(d.Image); err != nil {
 		return nil, err
 	} else if info.Mode()&fs.ModeDevice != 0 {
 		driver = "host_device"
@@ -200,7 +200,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		if f == "" {
 			continue
 		}
-		if _, err := os.Stat(f); err != nil {
+		if _, err := stat(f); err != nil {
 			bad("boot file: %w", err)
 		}
 	}
@@ -302,7 +302,7 @@ func (s *Spec) checkDisks(secondary bool, peer []int64) []error {
 		if !secondary {
 			continue
 		}
-		if info, err := os.Stat(d.OverlayDir); err == nil && !info.IsDir() {
+		if info, err := stat(d.OverlayDir); err == nil && !info.IsDir() {
 			bad("disk %s: overlay_dir %s is no folder", d.ID, d.OverlayDir)
 		} else if err != nil && !errors.Is(err, fs.ErrNotExist) { // Start makes it
 			bad("disk %s: overlay_dir: %w", d.ID, err)
@@ -320,6 +320,15 @@ func onStorage(path string, f func() error) error {
 		return fmt.Errorf("%s cannot be opened: %w; is the storage there that it is on?", path, err)
 	}
 	return err
+}
+
+func stat(path string) (info fs.FileInfo, err error) {
+	var found fs.FileInfo
+	err = onStorage(path, func() (err error) { found, err = os.Stat(path); return err })
+	if err == nil {
+		info = found // after an error it may still be written
+	}
+	return info, err
 }
 
 func opens(path string) error {
