@@ -287,10 +287,12 @@ func (d *Daemon) claim(term uint64) {
 // ended. An arbiter that answers with from has decided nothing: as one that does not
 // answer it is asked again, at a growing distance, since each time may fence a host.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
-	again := arbiterRetry
+	silent, unmoved := arbiterRetry, unmovedRetry
 	for {
+		again := &silent
 		now, won, err = a.Swap(ctx, from, to)
 		if err == nil && !won && now == from {
+			again = &unmoved
 			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
 		}
 		if err == nil {
@@ -325,7 +327,10 @@ func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter
 }
 
 // arbiterRetry paces the questions to an arbiter that does not answer.
-var arbiterRetry = backoff{first: 50 * time.Millisecond, last: 5 * time.Second}
+var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
+
+// unmovedRetry paces them to one that answers with the old record.
+var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}
 
 // goAlone has P speak without S (R21): what is held leaves first.
 func (d *Daemon) goAlone() error {

@@ -104,7 +104,9 @@ func TestUnloadSpeakers(t *testing.T) {
 	p.covered()
 	p.wantTap("beta", true)
 	c.ask(5)
-	svm = p.qemu("beta")
+	if now := p.qemu("beta"); now == svm {
+		t.Error("the old secondary's guest still runs")
+	}
 
 	// The primary's daemon dies, its guest is muted, and the secondary takes over. Whatever
 	// is tried on the old primary's host, its guest is not heard.
