@@ -711,7 +711,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	if l.state.Unmerged {
 		if l.p != nil {
 			d.log.Warn("merging what the guest wrote after its takeover into its images")
-			if err := qemu.MergeOverlays(l.Guest); err != nil {
+			if err := qemu.MergeOverlays(ctx, l.Guest); err != nil {
 				return err
 			}
 		}

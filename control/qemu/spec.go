@@ -437,6 +437,11 @@ var patience = 10 * time.Second
 func qemuImg(args ...string) ([]byte, error) {
 	ctx, done := context.WithTimeout(context.Background(), patience)
 	defer done()
+	return qemuImgUntil(ctx, args...)
+}
+
+// qemuImgUntil is qemuImg for what may take its time.
+func qemuImgUntil(ctx context.Context, args ...string) ([]byte, error) {
 	out, said, err := program.Output(ctx, "qemu-img", args...)
 	switch {
 	case errors.Is(err, program.ErrGivenUp):
