@@ -19,14 +19,35 @@ type Found struct {
 // Begin is how a node's part in a pair's life begins (R19).
 type Begin struct {
 	Role Role
-	// Discard: what is found in the kernel and the guest that goes with it are of a
-	// part that is over. They go. Else they are those of the daemon before this one.
+	// Discard: the tables that are found in the kernel are of a part that is over, or
+	// there are none. They are made anew. Else they are those of the daemon before this
+	// one.
 	Discard bool
 	Record  arbiter.Record // the pair's
 
 	primary  lpState
 	covered  bool
-	takeOver bool // S: the daemon before this one won, and could not end what it began
+	takeOver bool // S: the daemon before this one had begun to, and could not end it
+	keep     bool // a guest that runs may be the only one that knows what clients were told
+	orphan   bool // P: if a guest runs, clients know it, but nothing in the kernel does
+}
+
+// ends reports whether a guest that runs is one that follows nobody any more: a former
+// primary's, which the arbiter does not name, or an SVM that could not take over.
+func (b *Begin) ends() bool { return b.Role == RoleSecondary && b.Discard }
+
+// Meets is the last word on how a node begins: runs says whether its guest runs already.
+// What is not known to be of no use is not ended, so then it does not begin.
+func (b Begin) Meets(runs bool) error {
+	if !runs || !b.keep {
+		return nil
+	}
+	if b.Role == RolePrimary {
+		return fmt.Errorf("the arbiter (%s) has this node speak, but the guest that runs here is a secondary's that no checkpoint covers; it is left as it is, and is not heard. "+
+			"If no better one runs on the other node, end its QEMU and start again: the guest boots from this node's disks then", b.Record)
+	}
+	return fmt.Errorf("the guest that runs here could take over (%s), but its tables in the kernel are gone: it may be the only one that knows what clients were told. "+
+		"It is left as it is, and is not heard. If %s serves the guest, end the QEMU on this node and start again: a new secondary begins", b.Record, b.Record.Speaker)
 }
 
 // Decide says what a node has to be: role is what its command line says, st what it
@@ -48,14 +69,25 @@ func Decide(role Role, self, peer string, st state.State, rec arbiter.Record, fo
 			self, peer, rec)
 	}
 	b := Begin{Role: RoleSecondary, Record: rec}
-	// The SVM follows on: parked, too, it is the one that P knows.
-	b.Discard = found.Role != RoleSecondary || found.Mode != ModeRun && found.Mode != ModePark
-	b.covered = !b.Discard && st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
+	covered := st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
+	switch {
+	case found.Role != RoleSecondary, st.Term < rec.Term:
+		b.Discard = true // nothing, a former primary's, or an SVM's that followed an earlier term
+	case found.Mode == ModeRun, found.Mode == ModePark:
+		// The SVM follows on: parked, too, it is the one that P knows.
+	case covered && found.Mode == ModeQuiet:
+		b.takeOver = true // it had not claimed yet, and P may be dead
+	default:
+		// Shut while a daemon began, or for a foreign program, it follows on as well.
+		b.Discard = !covered || found.Mode != ModeShut
+	}
+	b.covered, b.keep = covered && !b.Discard, covered && b.Discard
 	return b, nil
 }
 
 func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
 	b := Begin{Role: RolePrimary, Record: rec, Discard: found == Found{}}
+	b.orphan = b.Discard && st.Role == string(RolePrimary) && st.Term == rec.Term
 	switch {
 	case found.Role == RoleSecondary && found.Mode != ModeSolo:
 		if st.Covered == rec.Term-1 && st.Covered != 0 {
@@ -64,11 +96,25 @@ func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
 		}
 		// It cannot have won with a guest that nothing covers; whose tables these
 		// are nobody knows.
-		b.Discard = true
+		b.Discard, b.keep = true, true
 	case found.Mode == ModeSolo:
 		b.primary = lpSolo
 	case found.Mode == ModeHold:
 		b.primary, b.covered = lpPair, st.Covered == rec.Term
 	}
 	return b
+}
+
+// rescue has a P go on with a guest that clients know and whose tables are gone. What was
+// compared before is not known any more, and an S that was covered may be about to take
+// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
+// for its secondary.
+func (d *Daemon) rescue(running bool, state string) {
+	l := d.life
+	if l == nil || l.p == nil || !l.Begin.orphan || !running && state != "paused" && state != "colo" {
+		return
+	}
+	l.Begin.orphan = false
+	d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
+	d.live(lifeEvent{Kind: lvTakeOver})
 }

@@ -31,6 +31,7 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/journal"
+	"lockstep/control/program"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
@@ -394,11 +395,17 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	return err
 }
 
+// notify tells systemd, and does not wait for one that stands still.
 func notify(log *slog.Logger, state string) {
-	if _, err := sd.SdNotify(false, state); err != nil {
+	ctx, done := context.WithTimeout(context.Background(), notifyTimeout)
+	defer done()
+	err := program.Within(ctx, "sd_notify "+state, func() error { _, err := sd.SdNotify(false, state); return err })
+	if err != nil {
 		log.Warn("systemd does not listen", "err", err)
 	}
 }
+
+const notifyTimeout = time.Second
 
 // ownKeys has the kernel digest with this daemon's keys. What it captured with
 // those of an earlier one is repeated by the guest; no record is accepted until

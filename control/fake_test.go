@@ -42,6 +42,7 @@ type fakePath struct {
 	acked    map[compare.Tuple]uint32
 	intruder string
 	onTap    bool
+	tapDown  bool
 	orderErr error
 }
 
@@ -305,7 +306,15 @@ func (f *fakePath) CheckOrder() (string, bool, error) {
 	return f.intruder, f.onTap, f.orderErr
 }
 
+// SetTap notes changes: the tap is up at first.
 func (f *fakePath) SetTap(up bool) error {
+	f.mu.Lock()
+	same := f.tapDown == !up
+	f.tapDown = !up
+	f.mu.Unlock()
+	if same {
+		return nil
+	}
 	return f.note("tap %s", map[bool]string{true: "up", false: "down"}[up])
 }
 

@@ -4,6 +4,7 @@ package control
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -13,10 +14,12 @@ import (
 	"iter"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/config"
 )
 
 // The control link: one TCP connection, which the secondary makes, and JSON
@@ -134,7 +137,8 @@ func checkPeer(own, peer party, peerNode, peerRole string) error {
 	case peer.Role != peerRole:
 		return fmt.Errorf("role %q here, %q there: one is to be primary, one secondary", own.Role, peer.Role)
 	case peer.Config != own.Config:
-		return errors.New("the two nodes' configs differ in what both must agree on (docs/CONFIG.md lists it): give both the same file")
+		in := strings.Join(config.DifferHex(own.Config, peer.Config), ", ")
+		return fmt.Errorf("the two nodes' configs differ in what both must agree on (%s): give both the same file; docs/CONFIG.md says under \"Changing a setting\" how a pair that runs gets another", cmp.Or(in, "what, the versions do not tell"))
 	case len(peer.NICs) != len(own.NICs):
 		return fmt.Errorf("%d NICs here, %d there", len(own.NICs), len(peer.NICs))
 	case peer.QMP != own.QMP:

@@ -215,7 +215,7 @@ func TestMetricsHandler(t *testing.T) {
 
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
-	known := strings.Fields(`VM Node Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
+	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))

@@ -109,6 +109,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		d.checkMasked()
 		d.prepare()
 		d.probe()
+		d.rescue(running, state)
 		d.paired()
 	})
 

@@ -63,7 +63,7 @@ type nic struct {
 	mode              Mode    // the one to be in when no foreign program is in front
 	intruder          string  // that is; "": none
 	intruded          uint64  // times
-	tapDown           bool    // on its account
+	tapSet, tapDown   bool    // the tap was set up or down; down, on its account
 	applyErr          uint64
 	applyLog          time.Time
 	echoEvery, echoAt int64 // P: time between echoes, ns (0: none yet), and when the next is due
@@ -341,10 +341,11 @@ func (n *nic) bar(intruder string, onTap bool) error {
 		n.intruded++
 		errs = append(errs, n.dp.SetMode(ModeShut))
 	}
-	if onTap != n.tapDown {
+	// At first, too: whatever set the tap down, the programs are in their place now.
+	if onTap != n.tapDown || !n.tapSet {
 		err := n.dp.SetTap(!onTap)
 		if err == nil {
-			n.tapDown = onTap
+			n.tapSet, n.tapDown = true, onTap
 		}
 		errs = append(errs, err)
 	}

@@ -131,7 +131,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return pl, nil
 	}
 	term := l.Begin.Record.Term
-	if l.Begin.takeOver {
+	if l.Begin.takeOver && l.Begin.Record.Speaker == o.Node {
 		term-- // the pair's
 	}
 	pl.s = newLifeSecondary(cfg, term, l.Begin.covered, now)
@@ -304,22 +304,29 @@ func (d *Daemon) claim(term uint64) {
 }
 
 // Swap makes the record to if it is from, and returns when that is known, or ctx has
-// ended.
+// ended. An arbiter that answers with from has decided nothing: as one that does not
+// answer it is asked again, at a growing distance, since each time may fence a host.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
-	again := arbiterRetry
+	silent, unmoved := arbiterRetry, unmovedRetry
 	for {
-		if now, won, err = a.Swap(ctx, from, to); err != nil {
-			failed(err)
-			if !again.wait(ctx) {
-				return now, false, ctx.Err()
-			}
-			if now, err = Settle(ctx, a, failed); err != nil {
-				return now, false, err
-			}
-			won = now == to
+		again := &silent
+		now, won, err = a.Swap(ctx, from, to)
+		if err == nil && !won && now == from {
+			again = &unmoved
+			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
 		}
-		if won || now != from {
+		if err == nil {
 			return now, won, nil
+		}
+		failed(err)
+		if !again.wait(ctx) {
+			return now, false, ctx.Err()
+		}
+		if now, err = Settle(ctx, a, failed); err != nil {
+			return now, false, err
+		}
+		if now == to || now != from {
+			return now, now == to, nil
 		}
 	}
 }
@@ -341,6 +348,9 @@ func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter
 
 // arbiterRetry paces the questions to an arbiter that does not answer.
 var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
+
+// unmovedRetry paces them to one that answers with the old record.
+var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}
 
 // goAlone has P speak without S (R21): what is held leaves first.
 func (d *Daemon) goAlone() error {
@@ -386,6 +396,12 @@ func (d *Daemon) out() {
 		end = ErrAfresh
 	}
 	d.event(journal.Fencing, "this node has no say any more", nil)
+	if d.life.s != nil {
+		// So that a daemon after this one knows that the SVM may be ended.
+		if err := d.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
+			d.log.Error("what becomes of this secondary could not be noted", "err", err)
+		}
+	}
 	if d.qmp.conn == nil {
 		d.fatal = end
 		return
@@ -763,13 +779,14 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	}
 	p, err := qemu.Find(l.Guest)
 	switch {
-	case err == nil && l.Begin.Discard:
+	case err == nil && l.Begin.ends():
 		err = p.Kill(ctx)
 		p.Release()
 		if err != nil {
 			return err
 		}
 	case err == nil:
+		d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
 		p.Release()
 		l.hadQEMU = true
 		return nil
@@ -778,6 +795,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	case l.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
+	l.Begin.orphan = false // a new one has told clients nothing
 	var in *qemu.Incoming
 	if l.s != nil {
 		in = &l.Own
@@ -788,7 +806,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	if l.state.Unmerged {
 		if l.p != nil {
 			d.log.Warn("merging what the guest wrote after its takeover into its images")
-			if err := qemu.MergeOverlays(l.Guest); err != nil {
+			if err := qemu.MergeOverlays(ctx, l.Guest); err != nil {
 				return err
 			}
 		}

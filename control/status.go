@@ -20,12 +20,17 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/config"
 )
 
 // Status is what a daemon says of itself.
 type Status struct {
-	VM     string `json:"vm"`
-	Node   string `json:"node"`
+	VM   string `json:"vm"`
+	Node string `json:"node"`
+	// What a daemon that takes this one's place must have as well, or the peer refuses it.
+	Protocol int    `json:"protocol"` // of the control link
+	Config   string `json:"config"`   // digest of what both nodes must agree on
+
 	Role   string `json:"role"`             // "primary", "secondary"
 	State  string `json:"state"`            // "start", "replicating", "checkpointing", "failover", "solo", "resync"
 	Detail string `json:"detail,omitempty"` // why it is frozen, parked or shut
@@ -167,6 +172,7 @@ func (d *Daemon) ownStatus() Status {
 	s := Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
 		CheckpointsRequested: d.requested.Load(), CheckpointsDone: d.committed,
+		Protocol: linkVersion, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]ProgramStatus),
 		Peer: PeerStatus{
 			Node: d.opt.Peer, Address: d.peerAddr, Connected: d.linkUp, Since: d.linkSince,
@@ -313,9 +319,13 @@ const askTimeout = 10 * time.Second
 // listenStatus opens the status socket. A dead daemon's is replaced, a living
 // one's is not.
 func listenStatus(ctx context.Context, path string) (net.Listener, error) {
-	if conn, err := new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
+	conn, err := (&net.Dialer{Timeout: askTimeout}).DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
 		conn.Close()
 		return nil, fmt.Errorf("a daemon already answers on %s; stop it first", path)
+	case errors.Is(err, syscall.EAGAIN):
+		return nil, fmt.Errorf("a daemon listens on %s and takes no connection: it stands still; stop it first", path)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("status socket: %w", err)
@@ -382,6 +392,23 @@ func reply(w http.ResponseWriter, v any) {
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
 	_ = enc.Encode(v) // an error here is the asker's
+}
+
+// Takes tells whether a daemon of this version, with a config of this digest, can take the
+// place of the one whose status s is: whether the peer will have it.
+func (s *Status) Takes(digest string) error {
+	switch in := strings.Join(config.DifferHex(s.Config, digest), ", "); {
+	case s.Protocol == 0:
+		return errors.New("the daemon that runs does not tell what its peer expects: it is too old to be replaced alone")
+	case s.Protocol != linkVersion:
+		return fmt.Errorf("the daemon that runs speaks control protocol %d with %s, and this lockstep %d", s.Protocol, s.Peer.Node, linkVersion)
+	case s.State == "solo" || s.Config == digest:
+		return nil
+	case in == "":
+		return errors.New("the daemon that runs has another config, and its version does not tell in what")
+	default:
+		return fmt.Errorf("the daemon that runs has another config (%s)", in)
+	}
 }
 
 // ErrNoDaemon means that nothing listens on a status socket.

@@ -47,25 +47,33 @@ func inherited(name string) bool {
 // nothing to go on from. Tables of a guest that is gone are nothing: its tap is,
 // and who is behind another one under the same name has none of its connections.
 func findTables(dir string, o Options, tap netlink.Link) (*tables, error) {
+	if here, err := guardHere(dir, o, tap); !here || err != nil {
+		return nil, err
+	}
+	return openTables(dir, o)
+}
+
+// guardHere tells whether what is pinned in dir guards the tap.
+func guardHere(dir string, o Options, tap netlink.Link) (bool, error) {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+		return false, nil
 	}
 	guarded := 0
 	for _, name := range []string{priOut, secOut} {
 		at, err := deviceOf(filepath.Join(dir, linkPrefix+name))
 		if err != nil {
-			return nil, err
+			return false, err
 		}
 		guarded = max(guarded, at)
 	}
 	switch guarded {
 	case tap.Attrs().Index:
-		return openTables(dir, o)
+		return true, nil
 	case 0:
 		o.Log.Info("tables made anew: the tap that they were for is gone", "nic", o.NIC, "tap", o.Tap)
-		return nil, nil
+		return false, nil
 	}
-	return nil, fmt.Errorf("tap %s is device %d, but the pinned programs guard device %d; run `lockstep unload` with the old config first",
+	return false, fmt.Errorf("tap %s is device %d, but the pinned programs guard device %d: a guest keeps its tap as long as it runs; name that one, or end the guest and run `lockstep unload`",
 		o.Tap, tap.Attrs().Index, guarded)
 }
 
@@ -106,29 +114,24 @@ func deviceOf(pin string) (int, error) {
 // openTables opens the maps in dir, unless they are of another lockstep or for
 // something else than the options say.
 func openTables(dir string, o Options) (_ *tables, err error) {
-	t := &tables{maps: make(map[string]*ebpf.Map)}
+	t, err := openMeta(dir)
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			t.close()
 		}
 	}()
-	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsMeta), nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("what is pinned in %s is of a lockstep that did not write down what it is for; "+
-			"run that one again, or stop it and run `lockstep unload`, %s", dir, unloadLoses)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsMeta, err)
-	}
-	t.maps[bpf.LockstepMapLsMeta] = meta
-	// Another ABI may have another size.
-	raw := make([]byte, meta.ValueSize())
-	if err := meta.Lookup(uint32(0), raw); err != nil {
-		return nil, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsMeta, err)
-	}
-	copy(bytesOf(&t.meta), raw)
 	own := metaOf(o)
 	differ := differences(&t.meta, &own)
+	if t.meta.Abi == own.Abi {
+		mode, err := pinnedMode(dir)
+		if err != nil {
+			return nil, err
+		}
+		differ = append(differ, o.settings(t.meta.Config, mode == control.ModeSolo)...)
+	}
 	o.Role = Role(t.meta.Role) // or it is among what differs
 	spec, err := sized(o.sizes())
 	if err != nil {
@@ -155,6 +158,55 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 		return nil, refusal(&t.meta, &own, differ)
 	}
 	return t, nil
+}
+
+// openMeta opens what the tables in dir were made for, and no other map.
+func openMeta(dir string) (*tables, error) {
+	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsMeta), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("what is pinned in %s is of a lockstep that did not write down what it is for; "+
+			"run that one again, or end the guest and run `lockstep unload`", dir)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsMeta, err)
+	}
+	t := &tables{maps: map[string]*ebpf.Map{bpf.LockstepMapLsMeta: meta}}
+	// Another ABI may have another size.
+	raw := make([]byte, meta.ValueSize())
+	if err := meta.Lookup(uint32(0), raw); err != nil {
+		t.close()
+		return nil, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsMeta, err)
+	}
+	copy(bytesOf(&t.meta), raw)
+	return t, nil
+}
+
+// pinnedMode is the mode of the programs that are pinned in dir.
+func pinnedMode(dir string) (control.Mode, error) {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return 0, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsConf, err)
+	}
+	defer m.Close()
+	var c conf
+	if err := m.Lookup(uint32(0), &c); err != nil {
+		return 0, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
+	}
+	return control.Mode(c.Mode), nil
+}
+
+// settings are the differences of a config whose hash is pinned.
+func (o *Options) settings(pinned [32]byte, alone bool) (out []difference) {
+	if pinned == o.ConfigHash {
+		return nil
+	}
+	if o.Differ == nil {
+		return []difference{{fmt.Sprintf("config %x", pinned[:4]), fmt.Sprintf("config %x", o.ConfigHash[:4])}}
+	}
+	for _, name := range o.Differ(pinned, alone) {
+		out = append(out, difference{"another " + name, "this " + name})
+	}
+	return out
 }
 
 // metaOf is what tables are made for.
@@ -186,13 +238,8 @@ func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
 	numbers("max_connections", pinned.MaxConns, own.MaxConns)
 	numbers("slots", pinned.Slots, own.Slots)
 	numbers("gso_slots", pinned.GsoSlots, own.GsoSlots)
-	if pinned.Config != own.Config {
-		out = append(out, difference{fmt.Sprintf("config %x", pinned.Config[:4]), fmt.Sprintf("config %x", own.Config[:4])})
-	}
 	return out
 }
-
-const unloadLoses = "which loses the connections' translation: without a checkpoint they break"
 
 // refusal names both sides.
 func refusal(pinned, own *bpf.LockstepLsMeta, differ []difference) error {
@@ -200,9 +247,9 @@ func refusal(pinned, own *bpf.LockstepLsMeta, differ []difference) error {
 	for _, d := range differ {
 		theirs, ours = append(theirs, d.pinned), append(ours, d.own)
 	}
-	return fmt.Errorf("pinned by lockstep %s with %s; this is lockstep %s with %s: run lockstep %[1]s with the config it had, "+
-		"or stop it and run `lockstep unload`, %[5]s",
-		versionOf(pinned), strings.Join(theirs, ", "), versionOf(own), strings.Join(ours, ", "), unloadLoses)
+	return fmt.Errorf("pinned by lockstep %s with %s; this is lockstep %s with %s: run lockstep %[1]s with the config it had; "+
+		"docs/CONFIG.md says under \"Changing a setting\" how a pair that runs gets another",
+		versionOf(pinned), strings.Join(theirs, ", "), versionOf(own), strings.Join(ours, ", "))
 }
 
 func versionOf(m *bpf.LockstepLsMeta) string {
@@ -241,6 +288,15 @@ func CheckUpgrade(o Options) (version string, err error) {
 	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
 	if _, err := os.Stat(dir); err != nil {
 		return "", fmt.Errorf("nothing to take over: %w", err)
+	}
+	tap, err := netlink.LinkByName(o.Tap)
+	if err != nil {
+		return "", fmt.Errorf("nothing to take over: tap %s: %w", o.Tap, err)
+	}
+	if here, err := guardHere(dir, o, tap); err != nil {
+		return "", err
+	} else if !here {
+		return "", fmt.Errorf("nothing to take over: what is pinned does not guard tap %s", o.Tap)
 	}
 	old, err := openTables(dir, o)
 	if err != nil {

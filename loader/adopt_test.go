@@ -14,6 +14,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
 	"lockstep/compare"
@@ -216,16 +218,25 @@ func TestAdoptRefuses(t *testing.T) {
 	untouched := func() {
 		t.Helper()
 		wantAttached(t, "tapP", "ls_pri_out", "ls_mirror")
-		if n, err := pinnedMode(nicDir(pins, o.VM, o.Node, 0)); err != nil || n != uint32(control.ModeHold) {
+		if n, err := pinnedMode(nicDir(pins, o.VM, o.Node, 0)); err != nil || n != control.ModeHold {
 			t.Errorf("mode %d, %v: a refused daemon changed it", n, err)
 		}
 	}
-	const fix = "run lockstep v1.2 with the config it had, or stop it and run `lockstep unload`"
+	const fix = `run lockstep v1.2 with the config it had; docs/CONFIG.md says under "Changing a setting"`
 	for name, c := range map[string]struct {
 		change func(*Options)
 		want   []string
 	}{
-		"config":      {func(o *Options) { o.ConfigHash[0] = 0xff }, []string{"config 01020304", "config ff020304"}},
+		"config": {func(o *Options) { o.ConfigHash[0] = 0xff }, []string{"config 01020304", "config ff020304"}},
+		"setting": {func(o *Options) {
+			o.ConfigHash[0] = 0xff
+			o.Differ = func(pinned [32]byte, alone bool) []string {
+				if pinned[0] != 1 || alone {
+					t.Errorf("pinned %x, alone: %v", pinned, alone)
+				}
+				return []string{"heartbeat", "qemu"}
+			}
+		}, []string{"another heartbeat, another qemu", "this heartbeat, this qemu"}},
 		"role":        {func(o *Options) { o.Role = Secondary }, []string{"role primary", "role secondary"}},
 		"connections": {func(o *Options) { o.MaxConnections = 65 }, []string{"max_connections 64", "max_connections 65"}},
 		"slots":       {func(o *Options) { o.Slots = 9 }, []string{"slots 8", "slots 9"}},
@@ -245,8 +256,19 @@ func TestAdoptRefuses(t *testing.T) {
 		untouched()
 	}
 
-	// What would fit, whatever the role is called: nothing changes.
+	// What is found does not have to fit.
+	found, err := Found(o)
+	if want := (control.Found{Role: control.RolePrimary, Mode: control.ModeHold}); err != nil || found != want {
+		t.Errorf("found %+v, %v", found, err)
+	}
 	other := o
+	other.ConfigHash[0], other.Slots, other.MaxConnections = 0xff, 9, 65
+	if f, err := Found(other); err != nil || f != found {
+		t.Errorf("found %+v, %v", f, err)
+	}
+
+	// What would fit, whatever the role is called: nothing changes.
+	other = o
 	other.Version, other.Role = "v1.3", 0
 	if v, err := CheckUpgrade(other); err != nil || v != "v1.2" {
 		t.Errorf("upgrade from %q, %v", v, err)
@@ -279,21 +301,45 @@ func TestAdoptRefuses(t *testing.T) {
 	untouched()
 	check(t, os.Remove(filepath.Join(dir, bpf.LockstepMapLsMeta)))
 	_, err = Open(o)
-	wantError(t, err, "did not write down what it is for", "lockstep unload")
+	wantError(t, err, "did not write down what it is for", "end the guest and run `lockstep unload`")
 	untouched()
 	check(t, Unload(pins, o.VM, o.Node, false))
 }
 
-// pinnedMode is the mode in a pinned configuration.
-func pinnedMode(dir string) (uint32, error) {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsConf), nil)
-	if err != nil {
-		return 0, err
+// TestAdoptOtherSettings: settings that keep nobody from going on are taken up, and what
+// is pinned says so to the next daemon; which ones those are may depend on whether the
+// guest speaks alone.
+func TestAdoptOtherSettings(t *testing.T) {
+	devices(t)
+	o := options(mountBPFFS(t), "a", Primary)
+	o.Differ = func(_ [32]byte, alone bool) []string {
+		if alone {
+			return nil
+		}
+		return []string{"heartbeat"}
 	}
-	defer m.Close()
-	var c conf
-	err = m.Lookup(uint32(0), &c)
-	return c.Mode, err
+	n, err := Open(o)
+	check(t, err)
+	check(t, n.SetMode(control.ModeHold))
+	check(t, n.Close())
+	old := o
+	o.ConfigHash[0] = 1
+	_, err = Open(o)
+	wantError(t, err, "another heartbeat")
+	n, err = Open(old)
+	check(t, err)
+	check(t, n.SetMode(control.ModeSolo))
+	check(t, n.Close())
+	n, err = Open(o)
+	check(t, err)
+	check(t, n.SetMode(control.ModeHold))
+	check(t, n.Close())
+	_, err = Open(old)
+	wantError(t, err, "another heartbeat")
+	n, err = Open(o)
+	check(t, err)
+	check(t, n.Close())
+	check(t, Unload(o.PinDir, o.VM, o.Node, false))
 }
 
 // TestAdoptOtherDevices: a peer device made anew gets its program again; a tap made
@@ -363,7 +409,82 @@ func TestUnloadPromoted(t *testing.T) {
 	wantAttached(t, "tapS", "ls_sec_out", "ls_sec_gate")
 	check(t, Unload(pins, o.VM, o.Node, true))
 	wantAttached(t, "tapS")
-	if !up(t, "tapS") {
-		t.Error("the promoted guest's tap was set down")
+	if up(t, "tapS") {
+		t.Error("the guest was let loose")
+	}
+}
+
+// TestUnloadMutes: when the programs are gone, nothing of the guest's is seen on the bridge;
+// it would be, were the tap not set down before.
+func TestUnloadMutes(t *testing.T) {
+	for name, x := range map[string]struct {
+		unload func(pinDir, vm, node string, force bool) error
+		heard  bool
+	}{"unload": {Unload, false}, "without the rule": {LetGo, true}} {
+		for _, role := range []Role{Primary, Secondary} {
+			t.Run(fmt.Sprintf("%s, %v", name, role), func(t *testing.T) {
+				devices(t)
+				pins := mountBPFFS(t)
+				o, end := options(pins, "a", Primary), "guestP"
+				if role == Secondary {
+					o, end = options(pins, "b", Secondary), "guestS"
+					check(t, netlink.LinkSetMaster(device(t, "tapS"), device(t, "br")))
+				}
+				veth(t, "other", "elsewhere")
+				check(t, netlink.LinkSetMaster(device(t, "other"), device(t, "br")))
+				n, err := Open(o)
+				check(t, err)
+				check(t, n.Close())
+				guest, elsewhere, client := newWire(t, end), newWire(t, "elsewhere"), newWire(t, "client")
+				said, last := segment(false, 0, 1, compare.ACK, nil, randomBytes(100)), segment(false, 7, 1, compare.ACK, nil, randomBytes(100))
+				check(t, x.unload(pins, o.VM, o.Node, false))
+				_, _ = unix.Write(guest.fd, said) // fails, or does not, on a cable that is cut
+				elsewhere.send(last)
+				got := client.recv()
+				if heard := bytes.Equal(got, said); heard != x.heard || !heard && !bytes.Equal(got, last) {
+					t.Errorf("heard % x; the guest said % x", got, said)
+				}
+			})
+		}
+	}
+}
+
+// TestLetGo: the one speaker that there is goes on without its programs.
+func TestLetGo(t *testing.T) {
+	devices(t)
+	pins := mountBPFFS(t)
+	for _, o := range []Options{options(pins, "a", Primary), options(pins, "b", Secondary)} {
+		n, err := Open(o)
+		check(t, err)
+		check(t, n.SetMode(control.ModeSolo))
+		check(t, n.Close())
+		check(t, LetGo(pins, o.VM, o.Node, true))
+		wantAttached(t, o.Tap)
+		if !up(t, o.Tap) {
+			t.Errorf("%s was set down", o.Tap)
+		}
+	}
+}
+
+// TestUnloadElsewhere: whose tap is not to be found is not let loose, with force neither.
+func TestUnloadElsewhere(t *testing.T) {
+	devices(t)
+	home, err := netns.Get()
+	check(t, err)
+	defer home.Close()
+	pins := mountBPFFS(t)
+	for _, o := range []Options{options(pins, "a", Primary), options(pins, "b", Secondary)} {
+		n, err := Open(o)
+		check(t, err)
+		check(t, n.Close())
+		elsewhere, err := netns.New()
+		check(t, err)
+		wantError(t, Unload(pins, o.VM, o.Node, true), "not in this network namespace")
+		check(t, elsewhere.Close())
+		check(t, netns.Set(home))
+		if names := entries(t, nodeDir(pins, o.VM, o.Node)); len(names) == 0 {
+			t.Error("the pins are gone")
+		}
+		check(t, Unload(pins, o.VM, o.Node, true))
 	}
 }

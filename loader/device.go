@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -93,8 +94,9 @@ func RemoveVXLAN(name string) error {
 // tapAlias marks taps that EnsureTap made.
 const tapAlias = "made by lockstep"
 
-// EnsureTap makes a tap that outlives who uses it, where there is none, puts it into
-// the bridge and sets it up.
+// EnsureTap makes a tap that outlives who uses it, where there is none, and puts it into
+// the bridge. It does not set it up: who is behind it must not be heard before the
+// programs are in their place ([control.DataPath].SetTap).
 func EnsureTap(name, bridge string) error {
 	br, err := netlink.LinkByName(bridge)
 	if err != nil {
@@ -121,10 +123,49 @@ func EnsureTap(name, bridge string) error {
 			return fmt.Errorf("put tap %s into bridge %s: %w", name, bridge, err)
 		}
 	}
-	if err := netlink.LinkSetUp(tap); err != nil {
-		return fmt.Errorf("tap %s: set up: %w", name, err)
-	}
 	return nil
+}
+
+// TapInUse reports whether a process has the tap open: a QEMU, then. What is no tap is
+// in use by nobody, and neither is what does not exist.
+func TapInUse(name string) (bool, error) {
+	l, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("tap %s: %w", name, err)
+	}
+	if _, ok := l.(*netlink.Tuntap); !ok {
+		return false, nil
+	}
+	return carrier(l)
+}
+
+// carrier is what the driver says of the device, which has to be down for it as well as
+// up: the flag LOWER_UP goes with either. The kernel gives a tap its carrier when
+// somebody opens it, and takes it when the last one closes it.
+func carrier(l netlink.Link) (bool, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(l.Attrs().Index)
+	req.AddData(msg)
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return false, fmt.Errorf("carrier of %s: %w", l.Attrs().Name, err)
+	}
+	for _, m := range msgs {
+		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+		if err != nil {
+			return false, fmt.Errorf("carrier of %s: %w", l.Attrs().Name, err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.IFLA_CARRIER && len(a.Value) == 1 {
+				return a.Value[0] != 0, nil
+			}
+		}
+	}
+	return false, fmt.Errorf("carrier of %s: the kernel does not tell it", l.Attrs().Name)
 }
 
 // RemoveTap removes a tap that EnsureTap made and that nobody uses.
@@ -136,9 +177,11 @@ func RemoveTap(name string) error {
 	if err != nil {
 		return fmt.Errorf("remove tap %s: %w", name, err)
 	}
-	// A tap that nobody has open has no carrier.
-	if l.Attrs().Alias != tapAlias || l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0 {
+	if l.Attrs().Alias != tapAlias {
 		return nil
+	}
+	if used, err := TapInUse(name); used || err != nil {
+		return err
 	}
 	if err := netlink.LinkDel(l); err != nil {
 		return fmt.Errorf("remove tap %s: %w", name, err)

@@ -22,7 +22,7 @@ func TestTap(t *testing.T) {
 	}
 	tap, err := netlink.LinkByName("tap0")
 	check(t, err)
-	if a := tap.Attrs(); tap.Type() != "tuntap" && tap.Type() != "tun" || a.MasterIndex != br.Attrs().Index || a.Flags&1 == 0 {
+	if a := tap.Attrs(); tap.Type() != "tuntap" && tap.Type() != "tun" || a.MasterIndex != br.Attrs().Index || up(t, "tap0") {
 		t.Errorf("made a %s: %+v", tap.Type(), a)
 	}
 	// QEMU has it open.
@@ -32,11 +32,22 @@ func TestTap(t *testing.T) {
 	check(t, err)
 	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
 	check(t, unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr))
-	check(t, RemoveTap("tap0"))
-	if _, err := netlink.LinkByName("tap0"); err != nil {
-		t.Error("a tap that is in use is gone")
+	used := func(want bool) {
+		t.Helper()
+		if used, err := TapInUse("tap0"); used != want || err != nil {
+			t.Errorf("in use: %v, %v", used, err)
+		}
+	}
+	for _, set := range []func(netlink.Link) error{netlink.LinkSetDown, netlink.LinkSetUp, netlink.LinkSetDown} {
+		check(t, set(tap))
+		used(true)
+		check(t, RemoveTap("tap0"))
+		if _, err := netlink.LinkByName("tap0"); err != nil {
+			t.Fatal("a tap that is in use is gone")
+		}
 	}
 	check(t, unix.Close(fd))
+	used(false)
 	check(t, RemoveTap("tap0"))
 	if _, err := netlink.LinkByName("tap0"); err == nil {
 		t.Error("it is still there")

@@ -16,7 +16,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -62,9 +61,12 @@ type Options struct {
 	Rules            []Rule   // of datagrams that leave uncompared
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
-	Version          string   // of this lockstep
-	Discard          bool     // what is pinned for this NIC goes, whatever it is
-	Log              *slog.Logger
+	// Differ names the settings that keep a config from going on with the tables that one
+	// of another hash made; alone: the guest speaks alone. nil: all do.
+	Differ  func(pinned [32]byte, alone bool) []string
+	Version string // of this lockstep
+	Discard bool   // what is pinned for this NIC goes, whatever it is
+	Log     *slog.Logger
 
 	// Mutation switches a rule of the kernel half off ; tests
 	// only: nothing in the config or on the command line reaches it.
@@ -365,14 +367,15 @@ func (n *NIC) load(o Options, old *tables) error {
 	var meta bpf.LockstepLsMeta
 	if old != nil {
 		meta = old.meta
+		meta.Config = o.ConfigHash
 	} else {
 		meta = metaOf(o)
 		if s := n.tap.Attrs().Statistics; s != nil {
 			meta.TapBase = uint32(s.TxPackets + s.TxDropped)
 		}
-		if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
-			return fmt.Errorf("write down what the tables are for: %w", err)
-		}
+	}
+	if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
+		return fmt.Errorf("write down what the tables are for: %w", err)
 	}
 	n.tapBase = meta.TapBase
 	if n.conf, err = mapConf(n.objs.LsConf); err != nil {
@@ -503,93 +506,6 @@ func hook(at ebpf.AttachType) string {
 		return "tcx-egress"
 	}
 	return "tcx-ingress"
-}
-
-// Unload removes what is pinned for a node, programs and maps. The tap of a
-// secondary is set down first: its guest is a second copy and must not be heard.
-// Without force, a secondary that was promoted and a folder that is not whole are
-// refused.
-func Unload(pinDir, vm, node string, force bool) error {
-	release, err := Lock(pinDir, vm, node)
-	if err != nil {
-		return err
-	}
-	defer release()
-	dir := nodeDir(pinDir, vm, node)
-	nics, err := filepath.Glob(filepath.Join(dir, "nic*"))
-	if err != nil {
-		return fmt.Errorf("list pins: %w", err)
-	}
-	for _, nic := range nics {
-		alone, err := promoted(nic)
-		switch {
-		case err != nil && !force:
-			return fmt.Errorf("%w; --force removes the pins all the same", err)
-		case alone && !force:
-			return fmt.Errorf("the secondary was promoted: its guest is the one that clients talk to, through programs that translate the "+
-				"connections it took over and keep a muted tap muted; without them (%s) those connections break, and the guest speaks even where "+
-				"another speaks for it; --force removes them and leaves the tap as it is", filepath.Base(nic))
-		case alone:
-			continue
-		}
-		if err := silence(filepath.Join(nic, linkPrefix+secOut)); err != nil && !force {
-			return fmt.Errorf("%w; --force removes the pins all the same", err)
-		}
-	}
-	return removePins(dir)
-}
-
-// promoted tells whether the folder is that of a secondary that took over.
-func promoted(nic string) (bool, error) {
-	if _, err := os.Stat(filepath.Join(nic, linkPrefix+secOut)); errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	m, err := ebpf.LoadPinnedMap(filepath.Join(nic, bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
-	if err != nil {
-		return false, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsConf, err)
-	}
-	defer m.Close()
-	var c conf
-	if err := m.Lookup(uint32(0), &c); err != nil {
-		return false, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
-	}
-	return control.Mode(c.Mode) == control.ModeSolo, nil
-}
-
-// silence sets the tap that the pinned link guards down. No such pin is no error.
-func silence(pin string) error {
-	if _, err := os.Stat(pin); errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return fmt.Errorf("pinned link %s: %w", pin, err)
-	}
-	defer l.Close()
-	info, err := l.Info()
-	if err != nil {
-		return fmt.Errorf("pinned link %s: %w", pin, err)
-	}
-	tcx := info.TCX()
-	if tcx == nil || tcx.Ifindex == 0 {
-		return nil // the device is gone
-	}
-	// Its number means another device in another namespace.
-	q, err := link.QueryPrograms(link.QueryOptions{Target: int(tcx.Ifindex), Attach: ebpf.AttachTCXIngress})
-	if err != nil || !slices.ContainsFunc(q.Programs, func(p link.AttachedProgram) bool {
-		id, ok := p.LinkID()
-		return ok && id == info.ID
-	}) {
-		return fmt.Errorf("the secondary's tap (device %d) is not in this network namespace; run this where the daemon ran", tcx.Ifindex)
-	}
-	dev, err := netlink.LinkByIndex(int(tcx.Ifindex))
-	if err != nil {
-		return fmt.Errorf("the secondary's tap (device %d): %w", tcx.Ifindex, err)
-	}
-	if err := netlink.LinkSetDown(dev); err != nil {
-		return fmt.Errorf("set the secondary's tap %s down: %w", dev.Attrs().Name, err)
-	}
-	return nil
 }
 
 // Wake implements [control.DataPath].

@@ -143,8 +143,8 @@ func TestOpenPrimary(t *testing.T) {
 	if _, err := os.Stat(nodeDir(pins, o.VM, o.Node)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("pins are left: %v", err)
 	}
-	if !up(t, "tapP") {
-		t.Error("the primary's tap was set down")
+	if up(t, "tapP") {
+		t.Error("the primary's tap is still up")
 	}
 }
 

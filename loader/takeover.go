@@ -151,17 +151,25 @@ func Found(o Options) (control.Found, error) {
 	if err != nil {
 		return control.Found{}, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}
-	o.Role = 0
-	t, err := findTables(nicDir(o.PinDir, o.VM, o.Node, o.NIC), o, tap)
-	if t == nil || err != nil {
+	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
+	if here, err := guardHere(dir, o, tap); !here || err != nil {
 		return control.Found{}, err
 	}
-	defer t.close()
-	c, err := t.conf()
+	// Whether they fit is asked only by whoever goes on from them.
+	t, err := openMeta(dir)
 	if err != nil {
 		return control.Found{}, err
 	}
-	return control.Found{Role: control.Role(Role(t.meta.Role).String()), Mode: control.Mode(c.Mode)}, nil
+	defer t.close()
+	own := metaOf(o)
+	if t.meta.Abi != own.Abi {
+		return control.Found{}, refusal(&t.meta, &own, differences(&t.meta, &own))
+	}
+	mode, err := pinnedMode(dir)
+	if err != nil {
+		return control.Found{}, err
+	}
+	return control.Found{Role: control.Role(Role(t.meta.Role).String()), Mode: mode}, nil
 }
 
 // conf is what the tables' programs go by.

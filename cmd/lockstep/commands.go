@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -147,8 +148,9 @@ func newUpgrade(e env) *cobra.Command {
 		Use:   "upgrade -c pair.yaml --node NAME",
 		Short: "Check whether this lockstep can take over from the daemon that runs",
 		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
-			"has pinned: that it has the same ABI and sizes, the same config, and that the kernel\n" +
-			"takes its programs over them. It changes nothing and says what to do next.",
+			"has pinned: that it has the same ABI and sizes and a config that fits, that the kernel\n" +
+			"takes its programs over them, and that the peer will have it. It changes nothing and\n" +
+			"says what to do next.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, _, err := t.load()
@@ -158,9 +160,19 @@ func newUpgrade(e env) *cobra.Command {
 			from := ""
 			for i, nic := range self.NICs {
 				if from, err = e.kernel.upgradable(nicOptions{
-					pinDir: c.PinDir, vm: c.VM, node: self.Name, index: i, tap: nic.Tap, compare: c.Compare, hash: c.Hash(),
+					pinDir: c.PinDir, vm: c.VM, node: self.Name, index: i, tap: nic.Tap, compare: c.Compare, hash: c.Hash(), log: discard,
 				}); err != nil {
 					return fmt.Errorf("nic %d: %w", i, err)
+				}
+			}
+			digest := c.Hash()
+			switch s, err := control.FetchStatus(cmd.Context(), c.Socket(self.Name)); {
+			case errors.Is(err, control.ErrNoDaemon): // it is gone already; who starts one finds out
+			case err != nil:
+				return err
+			default:
+				if err := s.Takes(hex.EncodeToString(digest[:])); err != nil {
+					return fmt.Errorf("%w; docs/CONFIG.md says under \"Changing a setting\" in which order both nodes get it", err)
 				}
 			}
 			_, err = fmt.Fprintf(e.stdout, "lockstep %s can take over %s on %s from lockstep %s.\n"+
@@ -172,46 +184,6 @@ func newUpgrade(e env) *cobra.Command {
 		},
 	}
 	t.flags(cmd)
-	return cmd
-}
-
-func newUnload(e env) *cobra.Command {
-	var t target
-	var force bool
-	cmd := &cobra.Command{
-		Use:   "unload -c pair.yaml --node NAME",
-		Short: "Remove the pinned programs and maps of a daemon that is gone",
-		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
-			"the peer devices, its maps go, and the guest's frames flow uncompared from then on.\n" +
-			"It refuses while the daemon lives, and on a secondary that took over, whose guest is\n" +
-			"the one that clients talk to. The tap of any other secondary is set down: its guest\n" +
-			"is a second copy and must not be heard. Run it in the daemon's network namespace.",
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
-			if err != nil {
-				return err
-			}
-			if err := e.kernel.unload(c.PinDir, c.VM, self.Name, force); err != nil {
-				return err
-			}
-			for _, nic := range self.NICs {
-				if v := nic.PeerVXLAN; v != nil {
-					if err := e.kernel.removeVXLAN(v.Device()); err != nil {
-						return err
-					}
-				}
-				if nic.Bridge != "" {
-					if err := e.kernel.removeTap(nic.Tap); err != nil {
-						return err
-					}
-				}
-			}
-			return nil
-		},
-	}
-	t.flags(cmd)
-	cmd.Flags().BoolVar(&force, "force", false, "remove also what is not whole, not of this version, or of a secondary that took over")
 	return cmd
 }
 

@@ -30,10 +30,13 @@ type kernel struct {
 	removeVXLAN func(device string) error
 	ensureTap   func(tap, bridge string) error
 	removeTap   func(tap string) error
+	inUse       func(tap string) (bool, error) // a process has it open
+	mute        func(tap string) error         // sets it down
 	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
-	upgradable  func(nicOptions) (from string, err error) // the version to take over from
-	unload      func(pinDir, vm, node string, force bool) error
-	found       func(nicOptions) (control.Found, error) // what an earlier daemon left
+	upgradable  func(nicOptions) (from string, err error)       // the version to take over from
+	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
+	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
+	found       func(nicOptions) (control.Found, error)         // what an earlier daemon left
 }
 
 // nicOptions are what a NIC's programs and maps are made with.

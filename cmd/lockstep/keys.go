@@ -85,6 +85,10 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 			return fmt.Errorf("make certificates: %s has a certificate of %s but no CA: put the %s and %s that made it there, or use another folder", dir, n.Name, caCert, caKey)
 		case !there:
 			missing = append(missing, n.Name)
+		default:
+			if err := usable(c, dir, n.Name); err != nil {
+				return err
+			}
 		}
 	}
 	if len(missing) == 0 {
@@ -109,6 +113,12 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		}
 		fmt.Fprintf(out, "made   %s\nmade   %s\n", filepath.Join(dir, node+".pem"), filepath.Join(dir, node+".key"))
 	}
+	// Said only of what the daemons will take.
+	for _, n := range c.Nodes {
+		if err := usable(c, dir, n.Name); err != nil {
+			return err
+		}
+	}
 	for _, n := range c.Nodes {
 		_, cert, key := c.TLS.Files(n.Name)
 		to := ""
@@ -119,6 +129,21 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 	}
 	_, err = fmt.Fprintf(out, "copy   %s nowhere: whoever has it can be either node; keep it off both hosts\n", caKey)
 	return err
+}
+
+// usable finds out whether a node's daemon would start with what is in dir, and its peer
+// take it.
+func usable(c *config.Config, dir, node string) error {
+	_, other, err := c.Node(node)
+	if err != nil {
+		return err
+	}
+	file := func(name string) string { return filepath.Join(dir, name) }
+	files := control.Certificates{CA: file(caCert), Cert: file(node + ".pem"), Key: file(node + ".key"), VM: c.VM, Node: node, Peer: other.Name}
+	if _, err := files.TLS(); err != nil {
+		return fmt.Errorf("make certificates: those of %s in %s are of no use, and nothing is overwritten: remove %[1]s.pem and %[1]s.key: %[3]w", node, dir, err)
+	}
+	return nil
 }
 
 // both tells whether the two files of a pair exist. One alone is an error.
@@ -202,21 +227,25 @@ func issue(dir, name string, template, ca *x509.Certificate, signer crypto.Signe
 	if err != nil {
 		return fmt.Errorf("make a key for %s: %w", name, err)
 	}
-	if err := writeNew(filepath.Join(dir, name+".key"), 0o600, "PRIVATE KEY", secret); err != nil {
+	keyFile := filepath.Join(dir, name+".key")
+	if err := writeNew(keyFile, 0o600, "PRIVATE KEY", secret); err != nil {
 		return err
 	}
-	return writeNew(filepath.Join(dir, name+".pem"), 0o644, "CERTIFICATE", der)
+	if err := writeNew(filepath.Join(dir, name+".pem"), 0o644, "CERTIFICATE", der); err != nil {
+		return errors.Join(err, os.Remove(keyFile)) // one without the other is of no use
+	}
+	return nil
 }
 
-// writeNew makes a file that does not exist.
+// writeNew makes a file that does not exist: all of it, or none.
 func writeNew(file string, mode fs.FileMode, kind string, der []byte) error {
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
 		return fmt.Errorf("make certificates: %w", err)
 	}
-	err = errors.Join(pem.Encode(f, &pem.Block{Type: kind, Bytes: der}), f.Close())
+	err = errors.Join(pem.Encode(f, &pem.Block{Type: kind, Bytes: der}), f.Sync(), f.Close())
 	if err != nil {
-		return fmt.Errorf("make certificates: write %s: %w", file, err)
+		return errors.Join(fmt.Errorf("make certificates: write %s: %w", file, err), os.Remove(file))
 	}
 	return nil
 }

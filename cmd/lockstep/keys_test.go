@@ -7,12 +7,15 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"lockstep/control"
 )
@@ -122,6 +125,56 @@ copy   ca.key nowhere: whoever has it can be either node; keep it off both hosts
 	c.write(t, "ca.yaml", strings.ReplaceAll(protectedYAML, "alpha:", "ca:"))
 	if code, _, stderr := c.run(t.Context(), "keys -c @/ca.yaml -d @/more"); code != 2 || !strings.Contains(stderr, "a node called ca would have the CA's files") {
 		t.Errorf("a node called ca: exit %d, %s", code, stderr)
+	}
+}
+
+// TestKeysOfNoUse: success is said only of certificates that the daemons take.
+func TestKeysOfNoUse(t *testing.T) {
+	c := newCLI(t)
+	for _, dir := range []string{"one", "two"} {
+		if code, _, stderr := c.run(t.Context(), "keys -c @/pair.yaml -d @/"+dir); code != 0 {
+			t.Fatalf("exit %d, %s", code, stderr)
+		}
+	}
+	path := func(name string) string { return filepath.Join(c.dir, name) }
+	move := func(from, to string) {
+		t.Helper()
+		if err := os.Rename(path(from), path(to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Alpha's is another CA's, and beta's is missing: nothing is made.
+	for _, ext := range []string{".pem", ".key"} {
+		move("two/alpha"+ext, "one/alpha"+ext)
+		if err := os.Remove(path("one/beta" + ext)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	code, stdout, stderr := c.run(t.Context(), "keys -c @/pair.yaml -d @/one")
+	if code != 1 || stdout != "" || !strings.Contains(stderr, "those of alpha in @/one are of no use") || !strings.Contains(stderr, "is signed by") {
+		t.Errorf("exit %d, %s%s", code, stdout, stderr)
+	}
+	if _, err := os.Stat(path("one/beta.key")); err == nil {
+		t.Error("beta's was made")
+	}
+	// A certificate that cannot be written leaves no key.
+	if os.Geteuid() != 0 {
+		return
+	}
+	tiny := path("tiny")
+	if err := errors.Join(os.Mkdir(tiny, 0o700), unix.Mount("none", tiny, "tmpfs", 0, "size=4k")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(tiny, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if code, stdout, stderr := c.run(t.Context(), "keys -c @/pair.yaml -d @/tiny"); code != 1 || stdout != "" || !strings.Contains(stderr, "no space left") {
+		t.Errorf("on a full disk: exit %d, %s%s", code, stdout, stderr)
+	}
+	if left, err := os.ReadDir(tiny); err != nil || len(left) != 0 {
+		t.Errorf("on a full disk: %v, %v", left, err)
 	}
 }
 

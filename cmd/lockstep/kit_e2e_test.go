@@ -239,6 +239,8 @@ type pair struct {
 	own    map[string]string // a node's config file, where it is not config
 	procs  map[string]*exec.Cmd
 	acts   string // what the daemons run as
+
+	endGuest func(node string) // ends a node's guest; nil: the guests are not QEMUs
 }
 
 // newPair makes a world, starts the guests' services and both daemons and waits
@@ -394,6 +396,9 @@ func (p *pair) daemon(node, ns, role string) {
 		cmd.Wait()
 		if p.t.Failed() {
 			p.t.Logf("log of %s:\n%s", node, p.log(node))
+		}
+		if p.endGuest != nil {
+			p.endGuest(node) // one that runs is not let loose
 		}
 		unload := lt.Command(ns, p.self(), "unload", "--force", "-c", p.config, "--node", node)
 		unload.Env = append(os.Environ(), actAs+"=lockstep")

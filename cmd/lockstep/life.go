@@ -109,6 +109,10 @@ func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, l
 // know, and leaves everything as it is.
 func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.Begin, error) {
 	self, other := o.self.Name, o.other.Name
+	found, running, err := meet(e, o)
+	if err != nil {
+		return control.Begin{}, err
+	}
 	warned := false
 	rec, err := control.Settle(ctx, life.arbiter, func(err error) {
 		if !warned {
@@ -119,6 +123,15 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 	if err != nil {
 		return control.Begin{}, err
 	}
+	st, err := life.store.Load()
+	if err != nil {
+		return control.Begin{}, err
+	}
+	// `none` forgets with its process.
+	if rec.Term < st.Term && o.config.Arbiter.Type != config.ArbiterNone {
+		return control.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
+			"name the arbiter that was, or put the record back; docs/ARBITER.md says how to move to another one")
+	}
 	if o.primary && rec == (arbiter.Record{}) {
 		first := arbiter.Record{Term: 1, Speaker: self}
 		if rec, _, err = control.Swap(ctx, life.arbiter, rec, first, func(err error) {
@@ -127,39 +140,54 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 			return control.Begin{}, err
 		}
 	}
-	st, err := life.store.Load()
-	if err != nil {
-		return control.Begin{}, err
-	}
-	found, err := e.kernel.found(nicOptions{
-		pinDir: o.config.PinDir, vm: o.config.VM, node: self, tap: o.self.NICs[0].Tap, compare: o.config.Compare, hash: o.config.Hash(), log: o.log,
-	})
-	if err != nil {
-		return control.Begin{}, err
-	}
 	role := control.RoleSecondary
 	if o.primary {
 		role = control.RolePrimary
 	}
-	if life.afresh || o.self.Starts && !guestRuns(o) {
+	if !running && o.self.Starts {
 		found = control.Found{} // tables are of no use without the guest whose connections they know
 	}
+	if life.afresh {
+		found, st.Covered = control.Found{}, 0
+	}
 	b, err := control.Decide(role, self, other, st, rec, found)
+	if err == nil {
+		err = b.Meets(running)
+	}
 	if err != nil {
 		return b, usageError{err}
 	}
 	return b, nil
 }
 
-// guestRuns reports whether a QEMU that an earlier daemon started is there.
-func guestRuns(o runOptions) bool {
+// meet finds what an earlier daemon left in the kernel, and whether the guest that
+// lockstep started runs. One that runs without its tables, which somebody has removed, is
+// muted before anything else: who may speak is not known yet.
+func meet(e env, o runOptions) (found control.Found, running bool, err error) {
+	if found, err = e.kernel.found(nicOptions{
+		pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, tap: o.self.NICs[0].Tap, compare: o.config.Compare, hash: o.config.Hash(), log: o.log,
+	}); err != nil || !o.self.Starts {
+		return found, false, err
+	}
 	spec := guestSpec(o.config, o.self)
 	p, err := qemu.Find(&spec)
-	if err != nil {
-		return !errors.Is(err, qemu.ErrNotRunning)
+	if errors.Is(err, qemu.ErrNotRunning) {
+		return found, false, nil
 	}
-	p.Release()
-	return true
+	if err != nil {
+		return found, false, err
+	}
+	defer p.Release()
+	if found != (control.Found{}) {
+		return found, true, nil
+	}
+	o.log.Warn("QEMU runs, and its programs and tables in the kernel are gone: muted until it is known who may speak", "pid", p.Pid())
+	for _, nic := range o.self.NICs {
+		if err := e.kernel.mute(nic.Tap); err != nil {
+			return found, true, err
+		}
+	}
+	return found, true, nil
 }
 
 // fill tells control what the config says of the pair's life.

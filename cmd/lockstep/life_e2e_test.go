@@ -49,6 +49,7 @@ func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, me
 	w := lt.NewHosts(t)
 	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), acts: "lockstep"}
 	p.procs = make(map[string]*exec.Cmd)
+	p.endGuest = p.killQEMU
 	g.Service = p.self()
 	kernel, initrd := qemutest.Image(t, g)
 	var images []string

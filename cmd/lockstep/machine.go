@@ -18,6 +18,7 @@ import (
 
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/program"
 	"lockstep/control/qemu"
 	"lockstep/loader"
 )
@@ -101,11 +102,11 @@ func memory() (total, available int64, err error) {
 func command(ctx context.Context, name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*patience) // a first start may read much from disk
 	defer cancel()
-	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	out, errs, err := program.Output(ctx, name, args...)
 	if ended := (*exec.ExitError)(nil); errors.As(err, &ended) && ended.Exited() {
 		err = nil
 	}
-	return string(out), err
+	return out + errs, err
 }
 
 func release() (string, error) {

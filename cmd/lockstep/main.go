@@ -89,6 +89,9 @@ type notYetError struct{ error }
 
 func (e notYetError) Unwrap() error { return e.error }
 
+// discard is for what is only looked at.
+var discard = slog.New(slog.DiscardHandler)
+
 // newLogger writes for people, to stderr. The journal has its own clock.
 func newLogger(e env, level slog.Level) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: level}

@@ -155,7 +155,7 @@ func serveMetrics(ctx context.Context, o runOptions) (stop func(), err error) {
 		}
 		return &s
 	}))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(o.log.Handler(), slog.LevelWarn)}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, ErrorLog: slog.NewLogLogger(o.log.Handler(), slog.LevelWarn)}
 	go srv.Serve(l)
 	o.log.Info("metrics", "address", l.Addr())
 	return func() { srv.Close() }, nil

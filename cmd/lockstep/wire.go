@@ -24,6 +24,8 @@ var realKernel = kernel{
 	removeVXLAN: loader.RemoveVXLAN,
 	ensureTap:   loader.EnsureTap,
 	removeTap:   loader.RemoveTap,
+	inUse:       loader.TapInUse,
+	mute:        loader.Mute,
 	open:        func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, 0) },
 	upgradable: func(o nicOptions) (string, error) {
 		l := loaderOptions(o, 0)
@@ -31,6 +33,7 @@ var realKernel = kernel{
 		return loader.CheckUpgrade(l)
 	},
 	unload: loader.Unload,
+	letGo:  loader.LetGo,
 	found:  func(o nicOptions) (control.Found, error) { return loader.Found(loaderOptions(o, 0)) },
 }
 
@@ -49,6 +52,12 @@ func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
 		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
+		Differ: func(pinned [32]byte, alone bool) []string {
+			if alone { // nobody else depends on the rest
+				return config.DifferFixed(pinned, o.hash)
+			}
+			return config.Differ(pinned, o.hash)
+		},
 		Log: o.log, Mutation: mutation, Discard: o.discard,
 	}
 }

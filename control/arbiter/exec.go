@@ -3,14 +3,14 @@
 package arbiter
 
 import (
-	"bytes"
 	"context"
+	"errors"
 	"fmt"
-	"os/exec"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
+
+	"lockstep/control/program"
 )
 
 // execArbiter asks a command, which fences the other host and keeps the record
@@ -74,29 +74,19 @@ func (e *execArbiter) Settle(ctx context.Context) (Record, error) {
 func (e *execArbiter) run(ctx context.Context, args ...string) (Record, error) {
 	ctx, done := context.WithTimeout(ctx, e.timeout)
 	defer done()
-	var stdout, stderr tail
-	cmd := exec.CommandContext(ctx, e.command[0], append(e.command[1:len(e.command):len(e.command)], args...)...)
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its children too
-	cmd.WaitDelay = time.Second                                                          // one that left the group may hold the pipes
-	err := cmd.Run()
-	fail := func(err error) (Record, error) {
+	stdout, stderr, err := program.Output(ctx, e.command[0], append(e.command[1:len(e.command):len(e.command)], args...)...)
+	var r Record
+	if err == nil {
+		r, err = parseAnswer(stdout[max(0, len(stdout)-maxRecord):])
+	} else if errors.Is(err, program.ErrGivenUp) {
+		err = fmt.Errorf("no answer in time, ended: %w", err)
+	}
+	if err != nil {
 		said := ""
-		if s := strings.TrimSpace(stderr.String()); s != "" {
-			said = "; it said: " + s
+		if stderr != "" {
+			said = "; it said: " + stderr[max(0, len(stderr)-maxRecord):]
 		}
 		return Record{}, fmt.Errorf("arbiter exec: %s %s: %w%s", e.command[0], args[0], err, said)
-	}
-	if ctx.Err() != nil {
-		return fail(fmt.Errorf("no answer in time, ended: %w", ctx.Err()))
-	}
-	if err != nil {
-		return fail(err)
-	}
-	r, err := parseAnswer(stdout.String())
-	if err != nil {
-		return fail(err)
 	}
 	return r, nil
 }
@@ -116,14 +106,4 @@ func parseAnswer(s string) (r Record, err error) {
 		r.Speaker = words[1]
 	}
 	return r, nil
-}
-
-// tail keeps the last bytes of what is written to it.
-type tail struct{ bytes.Buffer }
-
-func (t *tail) Write(p []byte) (int, error) {
-	n := len(p)
-	t.Buffer.Write(p[max(0, n-maxRecord):])
-	t.Next(max(0, t.Len()-maxRecord))
-	return n, nil
 }

@@ -371,39 +371,3 @@ func (c *Config) pos(key string) Pos {
 		key = key[:i]
 	}
 }
-
-// Hash is over what both daemons must agree on: the guest and its machine, the
-// two nodes' names, control addresses and peer links, the ports, the arbiter and
-// the rules. Paths, taps, sockets, certificates, timeouts of requests and slot
-// counts are each host's own.
-func (c *Config) Hash() [32]byte {
-	h := sha256.New()
-	fmt.Fprintf(h, "lockstep config 3\nvm %s\ninsecure %v\nheartbeat %d %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d %d\n",
-		c.VM, c.TLS.Insecure,
-		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak, c.Heartbeat.Restart,
-		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly,
-		c.Checkpoint.Period, c.Checkpoint.MinInterval, c.Checkpoint.TargetPause)
-	a, b := &c.Nodes[0], &c.Nodes[1]
-	if a.Name > b.Name { // the file's order means nothing
-		a, b = b, a
-	}
-	for _, n := range []*Node{a, b} {
-		fmt.Fprintf(h, "node %s %s %d\n", n.Name, n.Control, len(n.NICs))
-		for i, nic := range n.NICs {
-			if v := nic.PeerVXLAN; v != nil {
-				fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
-			}
-		}
-	}
-	// Where the paths of two copies of the file lead is each host's own.
-	fmt.Fprintf(h, "migration %d %v %d\n", c.Migration.Port, c.Migration.Unix != "", c.Migration.NBDPort)
-	if q := c.QEMU; q != nil {
-		fmt.Fprintf(h, "qemu %q %q %q %d %d %q %s\n", q.Machine, q.Accel, q.CPU, q.Memory, q.SMP, q.NICModel, q.MACs)
-		for _, d := range q.Disks {
-			fmt.Fprintf(h, "disk %s\n", d.ID)
-		}
-	}
-	endpoints := slices.Sorted(slices.Values(c.Arbiter.Endpoints))
-	fmt.Fprintf(h, "arbiter %s %q %v %q %q\n", c.Arbiter.Type, endpoints, c.Arbiter.TLS != nil, c.Arbiter.Path, c.Arbiter.Command)
-	return [32]byte(h.Sum(nil))
-}

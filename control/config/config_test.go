@@ -3,12 +3,14 @@
 package config
 
 import (
+	"encoding/hex"
 	"errors"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -402,6 +404,9 @@ func TestHash(t *testing.T) {
 		}
 		return c.Hash()
 	}
+	if len(sections)*part != len([32]byte{}) {
+		t.Fatalf("%d sections do not fill the hash", len(sections))
+	}
 	base := hash(example)
 	replace := func(old, new string) string {
 		t.Helper()
@@ -430,43 +435,60 @@ func TestHash(t *testing.T) {
 		"order of etcds": replace(`"192.0.2.9:2379", "etcd.example:2379"`, `"etcd.example:2379", "192.0.2.9:2379"`),
 		"etcd's CA":      replace("certs/etcd.pem", "etcd.pem"),
 		"patience":       replace("{type: etcd,", "{type: etcd, timeout: 1s,"),
+		"timeout":        replace("timeout: 2s", "timeout: 3s"),
+		"cut_delay":      replace("cut_delay: 3ms", "cut_delay: 4ms"),
+		"connections":    replace("max_connections: 100", "max_connections: 101"),
+		"period":         replace("period: 4s", "period: 6s"),
+		"min_interval":   replace("min_interval: 5ms", "min_interval: 6ms"),
+		"pause":          replace("target_pause: 20ms", "target_pause: 21ms"),
 	} {
 		if hash(s) != base {
 			t.Errorf("another %s gives another hash", name)
 		}
 	}
-	for name, s := range map[string]string{
-		"vm":      replace("web1", "web2"),
-		"node":    replace("alpha", "gamma"),
-		"control": replace("192.0.2.1:7700", "192.0.2.1:7701"),
-		"vxlan":   replace("id: 77", "id: 78"),
-		"timeout": replace("timeout: 2s", "timeout: 3s"),
-		"period":  replace("period: 4s", "period: 6s"),
-		"beat":    replace("interval: 20ms", "interval: 21ms"),
-		"silence": replace("timeout: 300ms", "timeout: 301ms"),
-		"speak":   replace("speak: 200ms", "speak: 201ms"),
-		"restart": replace("restart: 900ms", "restart: 901ms"),
-		"rule":    replace("remote_port: 123", "guest_port: 123"),
-		"rules":   replace("{proto: 47}, ", ""),
-		"pause":   replace("target_pause: 20ms", "target_pause: 21ms"),
-		"port":    replace("port: 9001", "port: 9003"),
-		"nbd":     replace("nbd_port: 9002", "nbd_port: 9003"),
-		"unix":    replace("{port: 9001,", "{port: 9001, unix: sock,"),
-		"mac":     replace("00:00:07", "00:00:08"),
-		"disk":    replace("id: disk1", "id: disk2"),
-		"disks":   replace(", {id: disk1, image: /vms/b.qcow2}", ""),
-		"memory":  replace("512M", "513M"),
-		"machine": replace("q35", "pc"),
-		"etcd":    replace("192.0.2.9", "192.0.2.8"),
-		"arbiter": replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: none}\n"),
-		"exec":    replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: exec, command: [x]}\n"),
-		"file":    replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: file, path: /x}\n"),
-		"secrecy": replace(example[strings.Index(example, ", tls: {ca: certs/etcd"):], "}\n"),
-		"tls":     replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"),
+	for name, x := range map[string]struct{ config, section string }{
+		"vm":      {replace("web1", "web2"), "vm"},
+		"node":    {replace("alpha", "gamma"), "nodes"},
+		"control": {replace("192.0.2.1:7700", "192.0.2.1:7701"), "nodes"},
+		"vxlan":   {replace("id: 77", "id: 78"), "nodes"},
+		"beat":    {replace("interval: 20ms", "interval: 21ms"), "heartbeat"},
+		"silence": {replace("timeout: 300ms", "timeout: 301ms"), "heartbeat"},
+		"speak":   {replace("speak: 200ms", "speak: 201ms"), "heartbeat"},
+		"restart": {replace("restart: 900ms", "restart: 901ms"), "heartbeat"},
+		"rule":    {replace("remote_port: 123", "guest_port: 123"), "compare.primary_only"},
+		"rules":   {replace("{proto: 47}, ", ""), "compare.primary_only"},
+		"port":    {replace("port: 9001", "port: 9003"), "migration"},
+		"nbd":     {replace("nbd_port: 9002", "nbd_port: 9003"), "migration"},
+		"unix":    {replace("{port: 9001,", "{port: 9001, unix: sock,"), "migration"},
+		"mac":     {replace("00:00:07", "00:00:08"), "qemu"},
+		"disk":    {replace("id: disk1", "id: disk2"), "qemu"},
+		"disks":   {replace(", {id: disk1, image: /vms/b.qcow2}", ""), "qemu"},
+		"memory":  {replace("512M", "513M"), "qemu"},
+		"machine": {replace("q35", "pc"), "qemu"},
+		"etcd":    {replace("192.0.2.9", "192.0.2.8"), "arbiter"},
+		"arbiter": {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: none}\n"), "arbiter"},
+		"exec":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: exec, command: [x]}\n"), "arbiter"},
+		"file":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: file, path: /x}\n"), "arbiter"},
+		"secrecy": {replace(example[strings.Index(example, ", tls: {ca: certs/etcd"):], "}\n"), "arbiter"},
+		"tls":     {replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"), "tls.insecure"},
 	} {
-		if hash(s) == base {
-			t.Errorf("another %s gives the same hash", name)
+		other := hash(x.config)
+		if got := Differ(base, other); !slices.Equal(got, []string{x.section}) {
+			t.Errorf("another %s differs in %q, want %s", name, got, x.section)
 		}
+		if got := DifferHex(hex.EncodeToString(base[:]), hex.EncodeToString(other[:])); !slices.Equal(got, []string{x.section}) {
+			t.Errorf("another %s differs, in hex, in %q", name, got)
+		}
+		fixed := slices.Contains([]string{"vm", "arbiter", "qemu"}, x.section)
+		if got := DifferFixed(base, other); (len(got) == 1) != fixed {
+			t.Errorf("another %s differs, while the guest runs, in %q", name, got)
+		}
+	}
+	if got := Differ(base, base); len(got) > 0 {
+		t.Errorf("the same differs in %q", got)
+	}
+	if got := DifferHex("other", hex.EncodeToString(base[:])); got != nil {
+		t.Errorf("no hash differs in %q", got)
 	}
 }
 

@@ -61,8 +61,8 @@ func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
 	return f()
 }
 
-// patience tells a copy that goes on from one that stands still.
-type patience struct {
+// stall tells a copy that goes on from one that stands still.
+type stall struct {
 	limit time.Duration
 	moved int64
 	at    time.Time
@@ -70,7 +70,7 @@ type patience struct {
 
 // spent takes what was copied so far, and is true when that has not grown for too
 // long.
-func (p *patience) spent(moved int64) bool {
+func (p *stall) spent(moved int64) bool {
 	if now := time.Now(); moved != p.moved || p.at.IsZero() {
 		p.moved, p.at = moved, now
 	}

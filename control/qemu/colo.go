@@ -414,7 +414,7 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 
 // diskCopy follows the copy of one disk.
 type diskCopy struct {
-	still patience
+	still stall
 	speed meter
 	size  int64     // when it began
 	again time.Time // since when only what the guest writes meanwhile is left
@@ -505,7 +505,7 @@ func migration(m *qmp.Monitor) (s migrationState, err error) {
 func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
 	copying, cancel := context.WithTimeout(ctx, o.Timeout)
 	defer cancel()
-	still, halted := patience{limit: o.Stalled}, patience{limit: pause}
+	still, halted := stall{limit: o.Stalled}, stall{limit: pause}
 	var speed meter
 	var last Progress
 	err := until(copying, "the memory is copied", func() (bool, error) {
@@ -555,7 +555,7 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 
 // standsStill is an error when a guest that ran has stood still for too long, because
 // the secondary does not take the last of its state.
-func standsStill(m *qmp.Monitor, ran bool, halted *patience) error {
+func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
 	is, _, err := m.Status()
 	if err != nil || !ran {
 		return err

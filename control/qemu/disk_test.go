@@ -205,7 +205,7 @@ func TestMergeOverlays(t *testing.T) {
 			if !merged {
 				lt.Run(t, "rm", filler)
 			}
-			if err := qemu.MergeOverlays(b.spec); err != nil {
+			if err := qemu.MergeOverlays(t.Context(), b.spec); err != nil {
 				t.Fatal(err)
 			}
 			b = w.start("b", false)

@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"regexp"
@@ -283,10 +284,10 @@ func Replicated(m *qmp.Monitor, disks []Disk) error {
 }
 
 // MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its
-// images. It may be repeated: a merge that was cut off begins anew. One that QEMU has
-// made is not made again, because the image is newer than the overlays then: QEMU closes
-// them behind it.
-func MergeOverlays(s *Spec) error {
+// images. It takes as long as there is to merge, and ends early with ctx; it may be
+// repeated: a merge that was cut off begins anew. One that QEMU has made is not made
+// again, because the image is newer than the overlays then: QEMU closes them behind it.
+func MergeOverlays(ctx context.Context, s *Spec) error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
 		active, hidden := s.overlay(d, "active"), s.overlay(d, "hidden")
@@ -307,7 +308,7 @@ func MergeOverlays(s *Spec) error {
 			{"rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", hidden, active},
 			{"commit", "-q", "-d", "-f", "qcow2", "-b", d.Image, active},
 		} {
-			if _, err := qemuImg(args...); err != nil {
+			if _, err := qemuImgUntil(ctx, args...); err != nil {
 				return fmt.Errorf("disk %s: what the guest wrote since it took over is in %s and %s, and cannot be merged into %s: %w", d.ID, active, hidden, d.Image, err)
 			}
 		}

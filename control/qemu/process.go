@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"lockstep/control/program"
 	"lockstep/control/qmp"
 )
 
@@ -100,9 +101,17 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	return p, nil
 }
 
+// startup bounds how long QEMU may take from its start to its monitor's first answer;
+// with much memory that it has to touch first it is minutes. gone bounds how long one
+// that was killed may take to be gone: it may wait for storage that does not answer.
+// Tests shorten them.
+var startup, gone = 5 * time.Minute, 30 * time.Second
+
 // answers waits until the monitor answers. The socket is there earlier; QEMU may
 // still fail to make the guest's devices.
 func (p *Process) answers(ctx context.Context, path string) error {
+	ctx, done := context.WithTimeoutCause(ctx, startup, fmt.Errorf("not within %v", startup))
+	defer done()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -152,12 +161,34 @@ func Find(s *Spec) (*Process, error) {
 	}
 	// Behind a crash or a reboot the number may be another's. The command line of
 	// the process that fd is, for as long as fd says that it lives.
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	line, err := commandLine(pid)
+	if errors.Is(err, program.ErrGivenUp) {
+		unix.Close(fd)
+		return nil, fmt.Errorf("process %d: whether it is the guest's is not known: its command line cannot be read: %w", pid, err)
+	}
 	if err != nil || !bytes.Contains(line, []byte("\x00-pidfile\x00"+s.file(".pid")+"\x00")) || unix.PidfdSendSignal(fd, 0, nil, 0) != nil {
 		unix.Close(fd)
 		return nil, ErrNotRunning
 	}
 	return watch(pid, fd)
+}
+
+// commandLine is a process's. To read it the kernel waits for one that holds its own
+// memory, as while it waits for storage.
+func commandLine(pid int) ([]byte, error) {
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	path := fmt.Sprintf("/proc/%d/cmdline", pid)
+	read := make(chan []byte, 1)
+	err := program.Within(ctx, path, func() error {
+		b, err := os.ReadFile(path)
+		read <- b
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return <-read, nil
 }
 
 // watch takes over fd.
@@ -205,6 +236,8 @@ func (p *Process) Kill(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("QEMU, process %d: kill: %w", p.pid, err)
 	}
+	ctx, done := context.WithTimeoutCause(ctx, gone, fmt.Errorf("for %v: is the storage there that its images are on?", gone))
+	defer done()
 	select {
 	case <-p.done:
 		return nil

@@ -10,6 +10,7 @@
 package qemu
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,6 +24,10 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control/program"
 )
 
 // Spec is one guest on one host.
@@ -154,7 +159,7 @@ type node map[string]any
 func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	d := &s.Disks[i]
 	driver := "file"
-	if info, err := os.Stat(d.Image); err != nil {
+	if info, err := stat(d.Image); err != nil {
 		return nil, err
 	} else if info.Mode()&fs.ModeDevice != 0 {
 		driver = "host_device"
@@ -208,7 +213,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		if f == "" {
 			continue
 		}
-		if _, err := os.Stat(f); err != nil {
+		if _, err := stat(f); err != nil {
 			bad("boot file: %w", err)
 		}
 	}
@@ -225,9 +230,11 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 	}
 	if _, err := os.Stat(filepath.Dir(s.QMP)); err != nil {
 		bad("QMP socket: %w", err)
-	} else if c, err := net.Dial("unix", s.QMP); err == nil {
+	} else if c, err := net.DialTimeout("unix", s.QMP, patience); err == nil {
 		c.Close()
 		bad("a QEMU answers at %s already: stop it, or name the socket as the node's qmp to attach to it", s.QMP)
+	} else if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.EAGAIN) {
+		bad("a process listens at %s already and takes no connection: stop it, or name another run_dir", s.QMP)
 	}
 	if p, err := Find(s); err == nil {
 		bad("guest %s runs on this host already, as process %d", s.VM, p.Pid())
@@ -247,11 +254,16 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 
 func checkAccel(binary, accel string) error {
 	name, _, _ := strings.Cut(accel, ",")
-	out, err := exec.Command(binary, "-accel", "help").Output()
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	out, _, err := program.Output(ctx, binary, "-accel", "help")
+	if errors.Is(err, program.ErrGivenUp) {
+		return fmt.Errorf("QEMU: `%s -accel help` does not end: %w; run it by hand: is the storage there that the program and its libraries are on?", binary, err)
+	}
 	if err != nil {
 		return fmt.Errorf("QEMU: %s -accel help: %w", binary, err)
 	}
-	known := strings.Fields(string(out))
+	known := strings.Fields(out)
 	found := false
 	for _, k := range known {
 		found = found || k == name
@@ -294,12 +306,10 @@ func (s *Spec) checkDisks(secondary bool, peer []int64) []error {
 			bad("disk %s: format %q is neither qcow2 nor raw", d.ID, f)
 			continue
 		}
-		f, err := os.OpenFile(d.Image, os.O_RDWR, 0)
-		if err != nil {
+		if err := onStorage(d.Image, func() error { return opens(d.Image) }); err != nil {
 			bad("disk %s: image: %w", d.ID, err)
 			continue
 		}
-		f.Close()
 		size, err := d.size(false)
 		if err != nil {
 			errs = append(errs, err)
@@ -311,13 +321,41 @@ func (s *Spec) checkDisks(secondary bool, peer []int64) []error {
 		if !secondary {
 			continue
 		}
-		if info, err := os.Stat(d.OverlayDir); err == nil && !info.IsDir() {
+		if info, err := stat(d.OverlayDir); err == nil && !info.IsDir() {
 			bad("disk %s: overlay_dir %s is no folder", d.ID, d.OverlayDir)
 		} else if err != nil && !errors.Is(err, fs.ErrNotExist) { // Start makes it
 			bad("disk %s: overlay_dir: %w", d.ID, err)
 		}
 	}
 	return errs
+}
+
+// onStorage runs f, which looks at path, and does not wait for storage that is gone.
+func onStorage(path string, f func() error) error {
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	err := program.Within(ctx, path, f)
+	if errors.Is(err, program.ErrGivenUp) {
+		return fmt.Errorf("%s cannot be opened: %w; is the storage there that it is on?", path, err)
+	}
+	return err
+}
+
+func stat(path string) (info fs.FileInfo, err error) {
+	var found fs.FileInfo
+	err = onStorage(path, func() (err error) { found, err = os.Stat(path); return err })
+	if err == nil {
+		info = found // after an error it may still be written
+	}
+	return info, err
+}
+
+func opens(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // checkIncoming finds out whether the secondary can listen.
@@ -398,10 +436,13 @@ func (s *Spec) makeOverlays() error {
 		if err != nil {
 			return err
 		}
-		if _, err := os.Stat(d.OverlayDir); errors.Is(err, fs.ErrNotExist) {
-			if err := errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir)); err != nil {
-				return fmt.Errorf("disk %s: %w", d.ID, err)
+		if err := onStorage(d.OverlayDir, func() error {
+			if _, err := os.Stat(d.OverlayDir); !errors.Is(err, fs.ErrNotExist) {
+				return err
 			}
+			return errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir))
+		}); err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 		for _, kind := range []string{"active", "hidden"} {
 			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
@@ -415,17 +456,27 @@ func (s *Spec) makeOverlays() error {
 	return nil
 }
 
+// patience bounds what may wait for storage that does not answer, or for a process that
+// stands still. A test shortens it.
+var patience = 10 * time.Second
+
 // qemuImg returns what qemu-img prints; an error is its own words.
 func qemuImg(args ...string) ([]byte, error) {
-	cmd := exec.Command("qemu-img", args...)
-	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return nil, errors.New(strings.Join(strings.Fields(string(exit.Stderr)), " "))
-	}
-	if err != nil {
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	return qemuImgUntil(ctx, args...)
+}
+
+// qemuImgUntil is qemuImg for what may take its time.
+func qemuImgUntil(ctx context.Context, args ...string) ([]byte, error) {
+	out, said, err := program.Output(ctx, "qemu-img", args...)
+	switch {
+	case errors.Is(err, program.ErrGivenUp):
+		return nil, fmt.Errorf("`qemu-img %s` does not end: %w; is the storage there that the image is on?", strings.Join(args, " "), err)
+	case errors.As(err, new(*exec.ExitError)) && said != "":
+		return nil, errors.New(strings.Join(strings.Fields(said), " "))
+	case err != nil:
 		return nil, fmt.Errorf("qemu-img: %w", err)
 	}
-	return out, nil
+	return []byte(out), nil
 }

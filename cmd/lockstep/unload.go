@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"lockstep/control"
+	"lockstep/control/arbiter"
+	"lockstep/control/config"
+	"lockstep/control/qemu"
+)
+
+func newUnload(e env) *cobra.Command {
+	var t target
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "unload -c pair.yaml --node NAME",
+		Short: "Remove the pinned programs and maps of a daemon that is gone",
+		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
+			"the peer devices, its maps go, and the guest's taps are set down. It refuses while the\n" +
+			"daemon lives, and while the guest runs here: without the programs it could be heard\n" +
+			"beside the other host's. With --force such a guest is muted: its taps are set down.\n" +
+			"Only one that speaks alone, as the arbiter confirms, goes on, and the connections\n" +
+			"that it took over break. Run it in the daemon's network namespace.\n" +
+			"No setting needs it on a pair that runs: see docs/CONFIG.md, \"Changing a setting\".",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, _, err := t.load()
+			if err != nil {
+				return err
+			}
+			return unload(cmd.Context(), e, c, self, force)
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "also while the guest runs, which is muted unless it alone speaks; remove also what is not whole, not of this version, or of a secondary that took over")
+	return cmd
+}
+
+func unload(ctx context.Context, e env, c *config.Config, self *config.Node, force bool) error {
+	// The lock of a daemon that lives is in a bpffs, which somebody may have unmounted.
+	if _, err := control.FetchStatus(ctx, c.Socket(self.Name)); !errors.Is(err, control.ErrNoDaemon) {
+		return fmt.Errorf("a daemon of %s on %s answers at %s; stop it first", c.VM, self.Name, c.Socket(self.Name))
+	}
+	running, err := guestRuns(e.kernel, c, self)
+	if err != nil {
+		return fmt.Errorf("whether the guest of %s runs on %s is not known: %w", c.VM, self.Name, err)
+	}
+	if running != "" && !force {
+		return fmt.Errorf("the guest of %s runs on %s (%s), and without lockstep's programs it could be heard beside the other host's. "+
+			"To change a setting, see docs/CONFIG.md, \"Changing a setting\"; for another version, `lockstep upgrade`. "+
+			"To remove lockstep from this host, end its QEMU first; --force mutes the guest, unless the arbiter says that it alone speaks", c.VM, self.Name, running)
+	}
+	remove, goesOn := e.kernel.unload, false
+	if running != "" {
+		why := ""
+		if goesOn, why = speaksAlone(ctx, e, c, self); goesOn {
+			remove = e.kernel.letGo
+		}
+		fmt.Fprintf(e.stderr, "lockstep: %s\n", why)
+	}
+	if !goesOn {
+		// What is pinned may not be all that there is, or was.
+		for _, nic := range self.NICs {
+			if err := e.kernel.mute(nic.Tap); err != nil {
+				return err
+			}
+		}
+	}
+	if err := remove(c.PinDir, c.VM, self.Name, force); err != nil {
+		return err
+	}
+	for _, nic := range self.NICs {
+		if v := nic.PeerVXLAN; v != nil {
+			if err := e.kernel.removeVXLAN(v.Device()); err != nil {
+				return err
+			}
+		}
+		if nic.Bridge != "" {
+			if err := e.kernel.removeTap(nic.Tap); err != nil {
+				return err
+			}
+		}
+	}
+	if running != "" && !goesOn {
+		_, err = fmt.Fprintf(e.stdout, "The guest of %s on %s (%s) is muted: its taps are down.\n", c.VM, self.Name, running)
+	}
+	return err
+}
+
+// guestRuns names what runs of the guest on this host; "": nothing does. A QEMU that
+// somebody else started is known by the taps that it has open.
+func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
+	if self.Starts {
+		spec := guestSpec(c, self)
+		p, err := qemu.Find(&spec)
+		if err == nil {
+			defer p.Release()
+			return fmt.Sprintf("QEMU is process %d", p.Pid()), nil
+		}
+		if !errors.Is(err, qemu.ErrNotRunning) {
+			return "", err
+		}
+	}
+	for _, nic := range self.NICs {
+		used, err := k.inUse(nic.Tap)
+		if err != nil {
+			return "", err
+		}
+		if used {
+			return fmt.Sprintf("a process has tap %s open", nic.Tap), nil
+		}
+	}
+	return "", nil
+}
+
+// speaksAlone tells whether the guest that runs here is the only one that clients hear,
+// and will be: it spoke alone when its daemon ended, and the arbiter names this node. In a
+// pair that never fails over that is the primary's. why says what was found.
+func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node) (alone bool, why string) {
+	found, err := e.kernel.found(nicOptions{
+		pinDir: c.PinDir, vm: c.VM, node: self.Name, tap: self.NICs[0].Tap, compare: c.Compare, hash: c.Hash(), log: discard,
+	})
+	if err != nil {
+		return false, fmt.Sprintf("what the guest was to the pair is not known, so it is muted: %v", err)
+	}
+	if c.Arbiter.Type == "" {
+		if found.Role != control.RolePrimary {
+			return false, "the guest is not the primary's, so it is muted"
+		}
+		return true, "the guest goes on, and nothing compares what it says"
+	}
+	if found.Mode != control.ModeSolo {
+		return false, "the guest did not speak alone when its daemon ended, so it is muted"
+	}
+	a, err := arbiter.Open(c, self.Name)
+	if err != nil {
+		return false, fmt.Sprintf("the arbiter cannot be asked, so the guest is muted: %v", err)
+	}
+	defer a.Close()
+	rec, err := a.Read(ctx)
+	switch {
+	case err != nil:
+		return false, fmt.Sprintf("the arbiter does not tell who may speak, so the guest is muted: %v", err)
+	case rec.Speaker != self.Name:
+		return false, fmt.Sprintf("the arbiter (%s) does not have this node speak, so the guest is muted", rec)
+	}
+	return true, fmt.Sprintf("the arbiter (%s) has this node speak: the guest goes on, and the connections that it took over break", rec)
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+
+	"lockstep/control"
+)
+
+// Unload removes what is pinned for a node, programs and maps. The taps are set down
+// first: whoever is behind one is not heard without its programs. Without force, a
+// secondary that was promoted and a folder that is not whole are refused.
+func Unload(pinDir, vm, node string, force bool) error {
+	return unload(pinDir, vm, node, force, true)
+}
+
+// LetGo is Unload for the one guest that may be heard without its programs: its taps stay
+// as they are. Who calls it knows that no other host speaks for it, and none will.
+func LetGo(pinDir, vm, node string, force bool) error {
+	return unload(pinDir, vm, node, force, false)
+}
+
+func unload(pinDir, vm, node string, force, mute bool) error {
+	release, err := Lock(pinDir, vm, node)
+	if err != nil {
+		return err
+	}
+	defer release()
+	dir := nodeDir(pinDir, vm, node)
+	nics, err := filepath.Glob(filepath.Join(dir, "nic*"))
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	for _, nic := range nics {
+		alone, err := promoted(nic)
+		switch {
+		case force:
+		case err != nil:
+			return fmt.Errorf("%w; --force removes the pins all the same", err)
+		case alone:
+			return fmt.Errorf("the secondary was promoted: its guest is the one that clients talk to, through programs that translate the "+
+				"connections it took over; without them (%s) those connections break; --force removes them", filepath.Base(nic))
+		}
+		if !mute {
+			continue
+		}
+		// Not even force lets a guest loose.
+		for _, name := range []string{priOut, secOut} {
+			if err := silence(filepath.Join(nic, linkPrefix+name)); err != nil {
+				return err
+			}
+		}
+	}
+	return removePins(dir)
+}
+
+// promoted tells whether the folder is that of a secondary that took over.
+func promoted(nic string) (bool, error) {
+	if _, err := os.Stat(filepath.Join(nic, linkPrefix+secOut)); errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	mode, err := pinnedMode(nic)
+	return mode == control.ModeSolo, err
+}
+
+// silence sets the tap that the pinned link guards down. No such pin is no error.
+func silence(pin string) error {
+	if _, err := os.Stat(pin); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return fmt.Errorf("pinned link %s: %w", pin, err)
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("pinned link %s: %w", pin, err)
+	}
+	tcx := info.TCX()
+	if tcx == nil || tcx.Ifindex == 0 {
+		return nil // the device is gone
+	}
+	// Its number means another device in another namespace.
+	q, err := link.QueryPrograms(link.QueryOptions{Target: int(tcx.Ifindex), Attach: ebpf.AttachTCXIngress})
+	if err != nil || !slices.ContainsFunc(q.Programs, func(p link.AttachedProgram) bool {
+		id, ok := p.LinkID()
+		return ok && id == info.ID
+	}) {
+		return fmt.Errorf("the guest's tap (device %d) is not in this network namespace; run this where the daemon ran", tcx.Ifindex)
+	}
+	dev, err := netlink.LinkByIndex(int(tcx.Ifindex))
+	if err != nil {
+		return fmt.Errorf("the guest's tap (device %d): %w", tcx.Ifindex, err)
+	}
+	return setDown(dev)
+}
+
+func setDown(tap netlink.Link) error {
+	if err := netlink.LinkSetDown(tap); err != nil {
+		return fmt.Errorf("set the guest's tap %s down: %w", tap.Attrs().Name, err)
+	}
+	return nil
+}
+
+// Mute sets a tap down. Who is behind it is not heard, whatever is attached to it. No
+// such tap is no error.
+func Mute(tap string) error {
+	l, err := netlink.LinkByName(tap)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("tap %s: %w", tap, err)
+	}
+	return setDown(l)
+}
