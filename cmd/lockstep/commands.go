@@ -150,7 +150,7 @@ func newUpgrade(e env) *cobra.Command {
 		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
 			"has pinned: that it has the same ABI and sizes and a config that fits, that the kernel\n" +
 			"takes its programs over them, and that the peer will have it. It changes nothing and\n" +
-			"says what to do next.",
+			"says what to do next. Run it in the daemon's network namespace.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, _, err := t.load()

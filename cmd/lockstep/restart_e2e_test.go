@@ -177,7 +177,9 @@ func TestRestartInTransfer(t *testing.T) {
 func TestUpgradeCheck(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
 	upgrade := func() (string, error) {
-		out, err := p.lockstep("upgrade", "-c", p.config, "--node", "alpha").CombinedOutput()
+		cmd := lt.Command(p.HostP, p.self(), "upgrade", "-c", p.config, "--node", "alpha")
+		cmd.Env = append(os.Environ(), actAs+"=lockstep")
+		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
 	if out, err := upgrade(); err != nil || !strings.Contains(out, "can take over web1 on alpha") {
