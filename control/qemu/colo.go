@@ -98,7 +98,7 @@ func BrokenCOLO(v [3]int, accel string) string {
 	case v[0] == 10 && v[1] == 1:
 		return "COLO is broken in 10.1"
 	case v[0] >= 11 && accel == "tcg":
-		return "under TCG, from 11 on, a COLO secondary crashes at a checkpoint"
+		return "under TCG, from 11 on, a COLO secondary crashes or falls silent at a checkpoint"
 	}
 	return ""
 }
