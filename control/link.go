@@ -29,11 +29,12 @@ import (
 //	P → S  rekey      the next term and its signing keys; S answers ok
 //	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
 //	P → S  covered    S may take over from now on (R18); over: P goes on without S; off: the guest powered off
+//	P → S  refused    why replication does not begin, "" when it is tried again
 //	S → P  yield      fall silent and say dead: S takes over because an operator wants it to
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
 const (
-	linkVersion = 3
+	linkVersion = 4
 	maxMessage  = 64 << 10 // a session of 256 NICs takes less: 22 KiB of keys, 20 B of each NIC
 	maxQueue    = 1024     // messages that wait to be written: the edges of a million connections
 	maxEdges    = 1000     // in one message
@@ -44,7 +45,7 @@ const (
 type message struct {
 	Type    string   `json:"type"`
 	Epoch   uint32   `json:"epoch,omitempty"` // prepare, abort, ready, stopped, resumed
-	Cause   string   `json:"cause,omitempty"` // refuse, abort
+	Cause   string   `json:"cause,omitempty"` // refuse, abort, refused
 	PauseNS int64    `json:"pause_ns,omitempty"`
 	Hello   *hello   `json:"hello,omitempty"`
 	Session *session `json:"session,omitempty"`

@@ -115,6 +115,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 			put(1, program, p.Device, p.Attach)
 		}
 	}, "program", "device", "attach")
+	gauge("replication_refused", "Whether replication does not begin before somebody does something, as status says: 1 or 0.", func(s *Status) float64 { return truth(s.Refused != "") })
 	gauge("peer_connected", "Whether the control link holds: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Connected) })
 	gauge("peer_insecure", "Whether the control link is in the clear: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Insecure) })
 	gauge("qmp_configured", "Whether there is a QEMU to talk to: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Configured) })

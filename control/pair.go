@@ -30,6 +30,8 @@ type Life struct {
 	Timeout time.Duration // of a silent peer, before it counts as dead
 	Restart time.Duration // for a daemon that ended on a living host to come back; 0: MaxRejoin
 
+	FirstStart FirstStart // what is done about the disks before a first replication
+
 	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
 	Disks []qemu.Disk
 	// Where a secondary's QEMU waits: this host's, the other's.
@@ -72,9 +74,12 @@ type pairLife struct {
 
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing    qemu.Progress      // how far it is
+	refused    string             // why replication does not begin, which somebody has to mend; "": nothing is known
 	guestLife
 	said uint64 // P: records of the SVM until the last commit
 	mute int    // P: commits in a row without one
+
+	imagesRetry backoff // P: of comparisons that could not be made
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
@@ -96,7 +101,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{})}
+	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), imagesRetry: imagesRetry}
 	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
 	cfg.noR26Entry = l.noR26Entry
 	if l.Restart != 0 {
@@ -454,29 +459,29 @@ func (d *Daemon) listen(cause string) error {
 
 // replicate has QEMU begin to replicate to S's (P).
 func (d *Daemon) replicate() error {
+	if !d.life.state.Replicated {
+		return d.replicateFirst()
+	}
+	return d.replicateTo(true)
+}
+
+// replicateTo does it; resync: the disks are copied first.
+func (d *Daemon) replicateTo(resync bool) error {
 	l := d.life
-	resync := l.state.Replicated
 	if err := d.remember(func(st *state.State) { st.Replicated = true }); err != nil {
 		return err
 	}
 	peer := d.link
 	d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
 	d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
-	var told time.Time
 	l.syncing = qemu.Progress{}
+	told := d.progress()
 	l.cancelSync = d.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Progress: func(p qemu.Progress) {
-			if time.Since(told) < progressEvery {
-				return
-			}
-			told = time.Now()
-			d.opt.Progress(p)
-			d.post(func() { l.syncing = p })
-		}})
+		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Progress: told})
 	}, func(err error) {
 		l.cancelSync, l.syncing = nil, qemu.Progress{}
 		d.opt.Progress(qemu.Progress{})
@@ -493,6 +498,19 @@ func (d *Daemon) replicate() error {
 		}
 	})
 	return nil
+}
+
+// progress hands on how far something is, to whoever waits for it and to status.
+func (d *Daemon) progress() func(qemu.Progress) {
+	var told time.Time
+	return func(p qemu.Progress) {
+		if time.Since(told) < progressEvery {
+			return
+		}
+		told = time.Now()
+		d.opt.Progress(p)
+		d.post(func() { d.life.syncing = p })
+	}
 }
 
 // progressEvery is between two words on how far a replication that begins is.
@@ -532,6 +550,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	if l == nil {
 		return
 	}
+	l.refused = ""
 	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
 	if err := d.remember(func(st *state.State) {
 		st.Replicated = true
@@ -584,6 +603,8 @@ func (d *Daemon) heardOf(m message) bool {
 		}
 	case m.Type == "off" && l.s != nil:
 		d.live(lifeEvent{Kind: lvOff})
+	case m.Type == "refused" && l.s != nil:
+		d.noteRefused(m.Cause)
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
 		d.live(lifeEvent{Kind: lvOver})
@@ -766,6 +787,7 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 // status tells where the pair's life is.
 func (l *pairLife) status(s *Status) {
 	s.Record = l.side.term
+	defer l.statusOfImages(s)
 	if l.p != nil {
 		s.Covered = l.p.covered
 		switch l.p.state {
@@ -778,8 +800,12 @@ func (l *pairLife) status(s *Status) {
 			if l.p.solo {
 				s.State = "resync"
 			}
-			if t := l.syncing.Total; t > 0 {
-				s.Detail = fmt.Sprintf("%s: %d of %d MiB", l.syncing.What, l.syncing.Done>>20, t>>20)
+			if p := l.syncing; p.Total > 0 {
+				what := p.What
+				if p.Compare {
+					what = "comparing the images of " + what
+				}
+				s.Detail = fmt.Sprintf("%s: %d of %d MiB", what, p.Done>>20, p.Total>>20)
 			}
 		case lpClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"

@@ -35,6 +35,8 @@ type Status struct {
 	// arbiter's record that this node goes by.
 	Covered bool   `json:"covered"`
 	Record  uint64 `json:"record,omitempty"`
+	// Why replication does not begin before somebody does something about it.
+	Refused string `json:"refused,omitempty"`
 
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`

@@ -157,7 +157,7 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	}
 	if q := c.QEMU; q != nil {
 		spec := guestSpec(c, o.self)
-		life.Disks = spec.Disks
+		life.Disks, life.FirstStart = spec.Disks, control.FirstStart(q.FirstStart)
 		if o.self.Starts {
 			life.Guest = &spec
 		}
@@ -204,12 +204,19 @@ func progress(e env, o runOptions) func(qemu.Progress) {
 				return
 			}
 			at = time.Now()
-			o.log.Info("copying to the secondary", "what", p.What, "percent", 100*p.Done/p.Total, "bytes", p.Done, "of", p.Total)
+			doing := "copying to the secondary"
+			if p.Compare {
+				doing = "comparing with the secondary's"
+			}
+			o.log.Info(doing, "what", p.What, "percent", 100*p.Done/p.Total, "bytes", p.Done, "of", p.Total)
 		}
 	}
 	var bar *progressbar.ProgressBar
 	what := ""
 	return func(p qemu.Progress) {
+		if p.Compare {
+			p.What = "comparing " + p.What
+		}
 		if bar != nil && p.What != what {
 			bar.Finish()
 			fmt.Fprintln(f)

@@ -185,9 +185,11 @@ type Options struct {
 	Progress func(Progress)
 }
 
-// Progress is how much is done of copying one disk, or the memory.
+// Progress is how much is done of copying one disk, or the memory, or of comparing a
+// disk's images.
 type Progress struct {
 	What        string // "memory" or the disk's ID
+	Compare     bool   // both hosts' images are compared, and nothing is copied
 	Done, Total int64  // bytes; Total may grow
 }
 

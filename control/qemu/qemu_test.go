@@ -191,9 +191,10 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 		ip(in + "addr add 10.77.0.1/24 dev tap0")
 		// While there is no guest, nobody finds out that there is none.
 		ip(in + "neigh replace " + guestAddr + " lladdr " + guestMAC.String() + " dev tap0 nud permanent")
-		for i := range disks {
-			qemutest.Disk(t, w.image(host, i), diskSize, false)
-		}
+	}
+	for i := range disks {
+		qemutest.Disk(t, w.image("a", i), diskSize, false)
+		lt.Run(t, "cp", w.image("a", i), w.image("b", i))
 	}
 	ip("link add ctl netns " + w.ns("a") + " type veth peer name ctl netns " + w.ns("b"))
 	for i, host := range []string{"a", "b"} {
