@@ -31,6 +31,7 @@ type Life struct {
 	Restart time.Duration // for a daemon that ended on a living host to come back; 0: MaxRejoin
 
 	FirstStart FirstStart // what is done about the disks before a first replication
+	Setback    *Setback   // one of a node's, for all of its parts; nil: a new one
 
 	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
 	Disks []qemu.Disk
@@ -79,7 +80,9 @@ type pairLife struct {
 	said uint64 // P: records of the SVM until the last commit
 	mute int    // P: commits in a row without one
 
-	imagesRetry backoff // P: of comparisons that could not be made
+	imagesRetry backoff         // P: of comparisons that could not be made
+	overlays    []OverlayStatus // S: as they are; P: as S told
+	pause       *backoff        // S: before the next one may begin; nil: at once
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
@@ -95,6 +98,9 @@ type pairLife struct {
 func newPairLife(l Life, o *Options) (*pairLife, error) {
 	if l.Timeout == 0 {
 		l.Timeout = 500 * time.Millisecond
+	}
+	if l.Setback == nil {
+		l.Setback = new(Setback)
 	}
 	st, err := l.Store.Load()
 	if err != nil {
@@ -385,14 +391,14 @@ func (d *Daemon) out() {
 	}
 	d.event(journal.Fencing, "this node has no say any more", nil)
 	if d.qmp.conn == nil {
-		d.fatal = end
+		d.endPart(end)
 		return
 	}
 	d.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
 		if err != nil {
 			d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
 		}
-		d.fatal = end
+		d.endPart(end)
 	})
 }
 
@@ -605,6 +611,8 @@ func (d *Daemon) heardOf(m message) bool {
 		d.live(lifeEvent{Kind: lvOff})
 	case m.Type == "refused" && l.s != nil:
 		d.noteRefused(m.Cause)
+	case m.Type == "overlays" && l.p != nil:
+		d.peersOverlays(m)
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
 		d.live(lifeEvent{Kind: lvOver})
@@ -704,10 +712,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	case l.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
-	var in *qemu.Incoming
-	if l.s != nil {
-		in = &l.Own
-	}
+	in := d.incoming()
 	if err := l.Guest.Check(in, nil); err != nil {
 		return err
 	}
@@ -722,13 +727,30 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 			return err
 		}
 	}
-	if p, err = qemu.Start(ctx, l.Guest, in); err != nil {
+	if err := d.startQEMU(ctx); err != nil {
+		return err
+	}
+	l.hadQEMU = true
+	return nil
+}
+
+// incoming is where this host's QEMU waits for another's; nil: it does not.
+func (d *Daemon) incoming() *qemu.Incoming {
+	if d.life.s == nil {
+		return nil
+	}
+	return &d.life.Own
+}
+
+// startQEMU starts this host's QEMU, which does not run.
+func (d *Daemon) startQEMU(ctx context.Context) error {
+	p, err := qemu.Start(ctx, d.life.Guest, d.incoming())
+	if err != nil {
 		return err
 	}
 	d.log.Info("QEMU started", "pid", p.Pid())
 	d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
 	p.Release()
-	l.hadQEMU = true
 	return nil
 }
 
@@ -787,7 +809,10 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 // status tells where the pair's life is.
 func (l *pairLife) status(s *Status) {
 	s.Record = l.side.term
-	defer l.statusOfImages(s)
+	defer func() {
+		l.statusOfImages(s)
+		l.statusOfOverlays(s)
+	}()
 	if l.p != nil {
 		s.Covered = l.p.covered
 		switch l.p.state {

@@ -57,10 +57,11 @@ type Status struct {
 	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason
 	Programs map[string]ProgramStatus `json:"programs"` // by name; of further NICs by name@device
 
-	Peer        PeerStatus   `json:"peer"`
-	QMP         QMPStatus    `json:"qmp"`
-	Causes      []Cause      `json:"causes"`      // the last requests, oldest first
-	Checkpoints []Checkpoint `json:"checkpoints"` // the last attempts, oldest first
+	Peer        PeerStatus      `json:"peer"`
+	QMP         QMPStatus       `json:"qmp"`
+	Overlays    []OverlayStatus `json:"overlays,omitempty"` // the secondary's, one of each file system
+	Causes      []Cause         `json:"causes"`             // the last requests, oldest first
+	Checkpoints []Checkpoint    `json:"checkpoints"`        // the last attempts, oldest first
 }
 
 // ProgramStatus is where a program is attached.

@@ -33,6 +33,7 @@ type partLife struct {
 	arbiter arbiter.Arbiter
 	store   *state.Store
 	journal *journal.Journal
+	setback control.Setback
 	afresh  bool // whatever is found belongs to an SVM that is not wanted any more
 }
 
@@ -153,7 +154,8 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
 	life := &control.Life{
 		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
-		Own: incoming(c, o.self), Peers: incoming(c, o.other),
+		Setback: &l.setback,
+		Own:     incoming(c, o.self), Peers: incoming(c, o.other),
 	}
 	if q := c.QEMU; q != nil {
 		spec := guestSpec(c, o.self)
