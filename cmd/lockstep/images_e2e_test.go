@@ -26,6 +26,13 @@ func firstStart(t *testing.T) *livingPair {
 // setFirstStart changes the config, and has a node's daemon read it.
 func (p *livingPair) setFirstStart(node, role, how string) {
 	p.t.Helper()
+	p.writeFirstStart(how)
+	p.kill(node)
+	p.run(node, role)
+}
+
+func (p *livingPair) writeFirstStart(how string) {
+	p.t.Helper()
 	b, err := os.ReadFile(p.config)
 	if err != nil {
 		p.t.Fatal(err)
@@ -38,8 +45,6 @@ func (p *livingPair) setFirstStart(node, role, how string) {
 	if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	p.kill(node)
-	p.run(node, role)
 }
 
 // keepsFile checks that what is written now is on the survivor's disk.
@@ -95,6 +100,16 @@ func TestFirstStart(t *testing.T) {
 	p.booted()
 	p.lockstepped()
 	p.keepsFile()
+}
+
+// TestFirstStartTrusted is the mutation of TestFirstStart: where nobody looks, an empty
+// image counts as a replica. That is what trust says, and why it is not the default.
+func TestFirstStartTrusted(t *testing.T) {
+	p := firstStart(t)
+	p.run("beta", "secondary")
+	p.writeFirstStart("trust")
+	p.run("alpha", "primary")
+	p.covered()
 }
 
 // TestFirstStartAlone: the guest ran alone before it ever replicated, so its image goes on
