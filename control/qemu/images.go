@@ -74,18 +74,28 @@ func atRest(m *qmp.Monitor) (string, error) {
 	return state, err
 }
 
-// exportDisks has QEMU show its disks, read-only, to whoever may use the socket.
+// exportDisks has QEMU show the images of its disks, read-only and under the disks' IDs, to
+// whoever may use the socket. It is the quorum's first child that is shown: a read of the
+// quorum may also ask what stands for the other host's image.
 func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
+	g, err := blockGraph(m)
+	if err != nil {
+		return err
+	}
+	images := make(map[string]string)
+	for i := range disks {
+		name, ok := g.first(&disks[i])
+		if !ok {
+			return fmt.Errorf("disk %s: QEMU has no quorum of this name over an image", disks[i].ID)
+		}
+		images[disks[i].ID] = name
+	}
 	var exports []struct{ ID string }
 	if err := m.Execute("query-block-exports", nil, &exports); err != nil {
 		return err
 	}
-	ours := make(map[string]bool)
-	for i := range disks {
-		ours[disks[i].ID] = true
-	}
 	for _, e := range exports {
-		if !ours[e.ID] {
+		if images[e.ID] == "" {
 			return fmt.Errorf("QEMU has the block export %q, which is not lockstep's: to compare the images it has to go", e.ID)
 		}
 	}
@@ -94,12 +104,23 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 	if err := m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "unix", "data": map[string]string{"path": socket}}}, nil); err != nil {
 		return err
 	}
-	for i := range disks {
-		if err := m.Execute("nbd-server-add", map[string]any{"device": disks[i].ID}, nil); err != nil {
-			return errors.Join(fmt.Errorf("disk %s: %w", disks[i].ID, err), m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
+	for id, image := range images {
+		if err := m.Execute("nbd-server-add", map[string]any{"device": image, "name": id}, nil); err != nil {
+			return errors.Join(fmt.Errorf("disk %s: %w", id, err), m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
 		}
 	}
 	return nil
+}
+
+// first is the node of a disk's image: its quorum's first child.
+func (g *graph) first(d *Disk) (string, bool) {
+	disk, ok := g.disk(d)
+	for _, e := range g.Edges {
+		if ok && e.Parent == disk && e.Name == "children.0" {
+			return g.name(e.Child), true
+		}
+	}
+	return "", false
 }
 
 // compareExports has qemu-img compare two NBD exports, of each side's options.
