@@ -362,7 +362,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	if d.life != nil && d.life.p != nil {
 		start(func() error { d.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
-	if l := d.life; l != nil && l.s != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
+	if l := d.life; l != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
 		start(func() error { d.watchOverlays(ctx); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)

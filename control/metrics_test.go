@@ -109,18 +109,18 @@ lockstep_last_checkpoint_timestamp_seconds{node="alpha",vm="web1"} 1.70000000025
 # HELP lockstep_masked_disks Disks on which QEMU hides faults of one replica from the guest.
 # TYPE lockstep_masked_disks gauge
 lockstep_masked_disks{node="alpha",vm="web1"} 1
-# HELP lockstep_overlay_free_bytes What is left for the secondary's overlays.
+# HELP lockstep_overlay_free_bytes What is left for those overlays.
 # TYPE lockstep_overlay_free_bytes gauge
-lockstep_overlay_free_bytes{disks="d0,d1",node="alpha",overlay_dir="/o",secondary="beta",vm="web1"} 2
+lockstep_overlay_free_bytes{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 2
 # HELP lockstep_overlay_full Whether a secondary could not start, or came to an end, for want of room for its overlays: 1 or 0.
 # TYPE lockstep_overlay_full gauge
-lockstep_overlay_full{disks="d0,d1",node="alpha",overlay_dir="/o",secondary="beta",vm="web1"} 1
-# HELP lockstep_overlay_growth_bytes_per_second How fast the secondary's overlays grow.
+lockstep_overlay_full{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 1
+# HELP lockstep_overlay_growth_bytes_per_second How fast those overlays grow.
 # TYPE lockstep_overlay_growth_bytes_per_second gauge
-lockstep_overlay_growth_bytes_per_second{disks="d0,d1",node="alpha",overlay_dir="/o",secondary="beta",vm="web1"} 3
-# HELP lockstep_overlay_used_bytes What the secondary's overlays take.
+lockstep_overlay_growth_bytes_per_second{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 3
+# HELP lockstep_overlay_used_bytes What a secondary's overlays take, or those of a host that took over and has not merged them yet.
 # TYPE lockstep_overlay_used_bytes gauge
-lockstep_overlay_used_bytes{disks="d0,d1",node="alpha",overlay_dir="/o",secondary="beta",vm="web1"} 1
+lockstep_overlay_used_bytes{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 1
 # HELP lockstep_peer_connected Whether the control link holds: 1 or 0.
 # TYPE lockstep_peer_connected gauge
 lockstep_peer_connected{node="alpha",vm="web1"} 1

@@ -21,7 +21,7 @@ import (
 
 // OverlayStatus is about a file system that holds a secondary's overlays.
 type OverlayStatus struct {
-	Node           string   `json:"node"` // the secondary
+	Node           string   `json:"node"` // the secondary, or a host that took over and has not merged them yet
 	Dir            string   `json:"overlay_dir"`
 	Disks          []string `json:"disks"`
 	UsedBytes      int64    `json:"used_bytes"` // by the overlays
@@ -125,7 +125,7 @@ func (s *Setback) trouble(dir string) string {
 	return s.why
 }
 
-// watchOverlays looks at the overlays now and then, until ctx ends (S).
+// watchOverlays looks at this host's overlays now and then, until ctx ends.
 func (d *Daemon) watchOverlays(ctx context.Context) {
 	tick := time.NewTicker(overlayEvery)
 	defer tick.Stop()
@@ -156,9 +156,16 @@ func (d *Daemon) watchOverlays(ctx context.Context) {
 	}
 }
 
-// overlaysAre takes what was seen of the overlays, and tells P (S).
+// overlaysAre takes what was seen of the overlays, and tells P (S). A host that took over
+// has them until they are merged, and no checkpoint empties them.
 func (d *Daemon) overlaysAre(all []OverlayStatus, ask string, tell bool) {
 	l := d.life
+	if l.p != nil {
+		if l.own = nil; l.state.Unmerged {
+			l.own = all
+		}
+		return
+	}
 	if l.s.covered && time.Since(l.Setback.at) > overlayForget {
 		l.Setback.why = ""
 	}
@@ -187,7 +194,7 @@ func (d *Daemon) peersOverlays(m message) {
 		known := slices.ContainsFunc(l.overlays, func(k OverlayStatus) bool { return k.Trouble == o.Trouble })
 		if o.Trouble != "" && !known {
 			d.log.Error("the secondary has no room", "why", o.Trouble)
-			d.event(journal.Sync, o.Trouble, nil)
+			d.event(journal.Disk, o.Trouble, nil)
 		}
 	}
 	l.overlays = m.Overlays
@@ -245,7 +252,7 @@ func (d *Daemon) startGuest(ctx context.Context) error {
 func (d *Daemon) noRoom(dir, why string) *backoff {
 	why = d.opt.Node + ": " + why
 	d.log.Error("the secondary has no room", "why", why)
-	d.event(journal.Sync, why, nil)
+	d.event(journal.Disk, why, nil)
 	return d.life.Setback.note(dir, why)
 }
 
@@ -309,6 +316,7 @@ func (d *Daemon) endPart(end error) {
 
 // statusOfOverlays adds what is known of the secondary's overlays.
 func (l *pairLife) statusOfOverlays(s *Status) {
+	s.Overlays = append(s.Overlays, l.own...)
 	for _, o := range l.overlays {
 		if l.p == nil || s.Peer.Connected || o.Trouble != "" {
 			s.Overlays = append(s.Overlays, o)

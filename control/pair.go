@@ -81,7 +81,8 @@ type pairLife struct {
 	mute int    // P: commits in a row without one
 
 	imagesRetry backoff         // P: of comparisons that could not be made
-	overlays    []OverlayStatus // S: as they are; P: as S told
+	overlays    []OverlayStatus // the secondary's
+	own         []OverlayStatus // P: those that are not merged yet
 	pause       *backoff        // S: before the next one may begin; nil: at once
 
 	sizing     sync.Mutex
