@@ -82,7 +82,9 @@ func (d *Daemon) imagesFit(ctx context.Context, m *qmp.Monitor, progress func(qe
 	case err != nil:
 		return err
 	case l.FirstStart == FirstCopy:
-		d.log.Warn(fmt.Sprintf("first start: %s's images are copied over %s's: what %s's image holds is lost", d.opt.Node, d.opt.Peer, d.opt.Peer))
+		what := fmt.Sprintf("first start: %s's images are copied over %s's: what %s's image holds is lost", d.opt.Node, d.opt.Peer, d.opt.Peer)
+		d.log.Warn(what)
+		d.event(journal.Sync, what, nil)
 		return nil
 	case running:
 		return runs

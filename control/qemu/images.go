@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -33,8 +35,8 @@ func (e *DifferentError) Error() string {
 
 // CompareImages compares what this guest's disks hold with the images of the secondary
 // at to, which is prepared: a [*DifferentError] when one differs. The guest must not run,
-// or it is [ErrRuns]. sizes are the disks' in bytes; QEMU listens on the path socket
-// meanwhile.
+// or it is [ErrRuns]. sizes are the disks' in bytes; socket is a path, on which QEMU
+// listens meanwhile.
 //
 // Both QEMUs are asked over NBD for what is on the disks. So it is what the guest would
 // read, in whatever format and by whomever QEMU was started. Holes are skipped.
@@ -48,7 +50,7 @@ func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []in
 	}
 	defer func() {
 		err = errors.Join(err, m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
-		os.Remove(socket) // where QEMU did not
+		os.Remove(socket)
 	}()
 	for i := range disks {
 		d := &disks[i]
@@ -101,7 +103,7 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 	}
 	// Of a daemon that was killed meanwhile; mostly there is none.
 	_ = m.ExecuteWithin(slow, "nbd-server-stop", nil, nil)
-	if err := m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "unix", "data": map[string]string{"path": socket}}}, nil); err != nil {
+	if err := serveNBD(m, socket); err != nil {
 		return err
 	}
 	for id, image := range images {
@@ -110,6 +112,32 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 		}
 	}
 	return nil
+}
+
+// serveNBD has QEMU listen on a path. QEMU may run as a user who can make no file there.
+func serveNBD(m *qmp.Monitor, path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return err
+	}
+	f, err := l.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const name = "lockstep-nbd"
+	if err := m.PassFile(name, f); err != nil {
+		return err
+	}
+	return m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "fd", "data": map[string]string{"str": name}}}, nil)
 }
 
 // first is the node of a disk's image: its quorum's first child.

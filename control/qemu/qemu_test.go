@@ -161,6 +161,7 @@ type world struct {
 	disks          int
 	images         map[string]string // folders of the hosts' images; "": dir
 	overlays       map[string]string // of their overlays
+	extra          []string          // further arguments of QEMU
 	mask           bool              // a mutation: one replica's word is enough
 	seed           bool              // QEMU's command lines have the disks as COLO-FT.txt does
 }
@@ -237,6 +238,7 @@ func (w *world) spec(host string) *qemu.Spec {
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})
 	}
+	s.Extra = append(s.Extra, w.extra...)
 	qemu.SetMask(s, w.mask)
 	return s
 }
