@@ -257,14 +257,16 @@ func (d *Daemon) noRoom(dir, why string) *backoff {
 }
 
 // outOfRoom ends a secondary whose guest stopped because a write of it found no room: at
-// once, because nothing leaves P until it goes alone. disk is "" where it is not known.
+// once, because nothing leaves P until it goes alone. Where P is gone, the secondary is all
+// there is, and the write is tried again once it has taken over. disk is "" where it is not
+// known.
 func (d *Daemon) outOfRoom(disk string) {
 	l := d.life
 	if l == nil || l.s == nil || l.s.state > lsPair && l.s.state != lsOut {
 		return // of a host that takes over or speaks it is the guest that counts
 	}
 	if d.noteFull(disk) {
-		d.live(lifeEvent{Kind: lvQEMUDead})
+		d.live(lifeEvent{Kind: lvSick})
 	}
 }
 
