@@ -344,7 +344,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
-	if err := d.ensureGuest(ctx); err != nil {
+	if err := d.startGuest(ctx); err != nil {
 		return err
 	}
 	for _, n := range d.nics {
@@ -353,7 +353,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 
 	// Whatever ends first ends the rest.
-	ends := make(chan error, len(d.nics)+7)
+	ends := make(chan error, len(d.nics)+8)
 	start := func(f func() error) { d.work.Go(func() { ends <- f() }) }
 	for _, n := range d.nics {
 		start(func() error { return n.run(ctx) })
@@ -374,6 +374,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	if d.life != nil && d.life.p != nil {
 		start(func() error { d.watchEntry(ctx, d.opt.entryEvery); return nil })
+	}
+	if l := d.life; l != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
+		start(func() error { d.watchOverlays(ctx); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)
 	err = <-ends

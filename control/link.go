@@ -33,11 +33,13 @@ import (
 //	P → S  rekey      the next term and its signing keys; S answers ok
 //	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
 //	P → S  covered    S may take over from now on (R18); over: P goes on without S; off: the guest powered off
+//	P → S  refused    why replication does not begin, "" when it is tried again
+//	S → P  overlays   what room they have, and in Cause why P should make a checkpoint
 //	S → P  yield      fall silent and say dead: S takes over because an operator wants it to
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
 const (
-	linkVersion = 3
+	linkVersion = 4
 	maxMessage  = 64 << 10 // a line; TestMessagesFit has the longest of each type
 	maxQueue    = 1024     // messages that wait to be written
 	maxEdges    = 1000     // in one message
@@ -49,7 +51,7 @@ const (
 type message struct {
 	Type    string   `json:"type"`
 	Epoch   uint32   `json:"epoch,omitempty"` // prepare, abort, ready, stopped, resumed
-	Cause   string   `json:"cause,omitempty"` // refuse, abort
+	Cause   string   `json:"cause,omitempty"` // refuse, abort, refused, overlays
 	PauseNS int64    `json:"pause_ns,omitempty"`
 	Hello   *hello   `json:"hello,omitempty"`
 	Session *session `json:"session,omitempty"`
@@ -57,6 +59,8 @@ type message struct {
 	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
 	NIC     int      `json:"nic,omitempty"`    // edges
 	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
+
+	Overlays []OverlayStatus `json:"overlays,omitempty"`
 
 	written chan struct{} // closed when the message was; nil: nobody waits
 }

@@ -53,7 +53,7 @@ func TestRefusals(t *testing.T) {
 		change func(*party)
 		want   string
 	}{
-		{"version", func(p *party) { p.Version = 1 }, "control protocol 3 here, 1 there"},
+		{"version", func(p *party) { p.Version = 1 }, fmt.Sprintf("control protocol %d here, 1 there", linkVersion)},
 		{"vm", func(p *party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
 		{"node", func(p *party) { p.Node = "gamma" }, `but "gamma" is there`},
 		{"role", func(p *party) { p.Role = "boss" }, `"boss" there: one is to be primary`},

@@ -126,6 +126,19 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 			put(1, program, p.Device, p.Attach)
 		}
 	}, "program", "device", "attach")
+	gauge("replication_refused", "Whether replication does not begin before somebody does something, as status says: 1 or 0.", func(s *Status) float64 { return truth(s.Refused != "") })
+	overlay := func(name, help string, get func(*OverlayStatus) float64) {
+		add(prometheus.GaugeValue, name, help, func(s *Status, put func(float64, ...string)) {
+			for i := range s.Overlays {
+				o := &s.Overlays[i]
+				put(get(o), o.Node, o.Dir, strings.Join(o.Disks, ","))
+			}
+		}, "host", "overlay_dir", "disks")
+	}
+	overlay("overlay_used_bytes", "What a secondary's overlays take, or those of a host that took over and has not merged them yet.", func(o *OverlayStatus) float64 { return float64(o.UsedBytes) })
+	overlay("overlay_free_bytes", "What is left for those overlays.", func(o *OverlayStatus) float64 { return float64(o.FreeBytes) })
+	overlay("overlay_growth_bytes_per_second", "How fast those overlays grow.", func(o *OverlayStatus) float64 { return o.BytesPerSecond })
+	overlay("overlay_full", "Whether a secondary could not start, or came to an end, for want of room for its overlays: 1 or 0.", func(o *OverlayStatus) float64 { return truth(o.Trouble != "") })
 	gauge("peer_connected", "Whether the control link holds: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Connected) })
 	gauge("peer_insecure", "Whether the control link is in the clear: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Insecure) })
 	gauge("qmp_configured", "Whether there is a QEMU to talk to: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Configured) })

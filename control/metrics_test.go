@@ -27,6 +27,8 @@ func fullStatus() *Status {
 		Peer:        PeerStatus{Node: "beta", Connected: true},
 		Replication: &Replication{What: "memory", Rate: 1000, Failed: 2},
 		QMP:         QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
+		Refused:     "the images differ",
+		Overlays:    []OverlayStatus{{Node: "beta", Dir: "/o", Disks: []string{"d0", "d1"}, UsedBytes: 1, FreeBytes: 2, BytesPerSecond: 3, Trouble: "full"}},
 		Checkpoints: []Checkpoint{
 			{Epoch: 6, Result: "QEMU went away"},
 			{Epoch: 7, At: time.Unix(1700000000, 250e6), Result: "committed", FrozenMS: 30, PVMPauseMS: 20, SVMPauseMS: 10.5},
@@ -108,6 +110,18 @@ lockstep_last_checkpoint_timestamp_seconds{node="alpha",vm="web1"} 1.70000000025
 # HELP lockstep_masked_disks Disks on which QEMU hides faults of one replica from the guest.
 # TYPE lockstep_masked_disks gauge
 lockstep_masked_disks{node="alpha",vm="web1"} 1
+# HELP lockstep_overlay_free_bytes What is left for those overlays.
+# TYPE lockstep_overlay_free_bytes gauge
+lockstep_overlay_free_bytes{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 2
+# HELP lockstep_overlay_full Whether a secondary could not start, or came to an end, for want of room for its overlays: 1 or 0.
+# TYPE lockstep_overlay_full gauge
+lockstep_overlay_full{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 1
+# HELP lockstep_overlay_growth_bytes_per_second How fast those overlays grow.
+# TYPE lockstep_overlay_growth_bytes_per_second gauge
+lockstep_overlay_growth_bytes_per_second{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 3
+# HELP lockstep_overlay_used_bytes What a secondary's overlays take, or those of a host that took over and has not merged them yet.
+# TYPE lockstep_overlay_used_bytes gauge
+lockstep_overlay_used_bytes{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 1
 # HELP lockstep_peer_connected Whether the control link holds: 1 or 0.
 # TYPE lockstep_peer_connected gauge
 lockstep_peer_connected{node="alpha",vm="web1"} 1
@@ -139,6 +153,9 @@ lockstep_replication_dirtied_bytes_per_second{node="alpha",vm="web1"} 0
 # HELP lockstep_replication_failed_tries Tries to replicate that failed since the last one that lasted.
 # TYPE lockstep_replication_failed_tries gauge
 lockstep_replication_failed_tries{node="alpha",vm="web1"} 2
+# HELP lockstep_replication_refused Whether replication does not begin before somebody does something, as status says: 1 or 0.
+# TYPE lockstep_replication_refused gauge
+lockstep_replication_refused{node="alpha",vm="web1"} 1
 # HELP lockstep_role This node's part in the pair: 1 for the present one.
 # TYPE lockstep_role gauge
 lockstep_role{node="alpha",role="primary",vm="web1"} 1
@@ -216,7 +233,8 @@ func TestMetricsHandler(t *testing.T) {
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
-		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints`)
+		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
+		Refused Overlays`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

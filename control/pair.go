@@ -31,6 +31,9 @@ type Life struct {
 	Timeout time.Duration // of a silent peer, before it counts as dead
 	Restart time.Duration // for a daemon that ended on a living host to come back; 0: MaxRejoin
 
+	FirstStart FirstStart // what is done about the disks before a first replication
+	Setback    *Setback   // one of a node's, for all of its parts; nil: a new one
+
 	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
 	Disks []qemu.Disk
 	// Where a secondary's QEMU waits: this host's, the other's.
@@ -77,6 +80,7 @@ type pairLife struct {
 
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing    qemu.Progress      // how far it is
+	refused    string             // why replication does not begin, which somebody has to mend; "": nothing is known
 	guestLife
 	gaveUp   string // why it was cancelled
 	syncedOn *link  // the session in which it ended well
@@ -86,6 +90,11 @@ type pairLife struct {
 	endAgain backoff
 	said     uint64 // P: records of the SVM until the last commit
 	mute     int    // P: commits in a row without one
+
+	imagesRetry backoff         // P: of comparisons that could not be made
+	overlays    []OverlayStatus // the secondary's
+	own         []OverlayStatus // P: those that are not merged yet
+	pause       *backoff        // S: before the next one may begin; nil: at once
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
@@ -107,12 +116,15 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	if l.Timeout == 0 {
 		l.Timeout = 500 * time.Millisecond
 	}
+	if l.Setback == nil {
+		l.Setback = new(Setback)
+	}
 	st, err := l.Store.Load()
 	if err != nil {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain}
+	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
 	if l.again != (backoff{}) {
 		pl.tries.again = l.again
 	}
@@ -403,14 +415,14 @@ func (d *Daemon) out() {
 		}
 	}
 	if d.qmp.conn == nil {
-		d.fatal = end
+		d.endPart(end)
 		return
 	}
 	d.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
 		if err != nil {
 			d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
 		}
-		d.fatal = end
+		d.endPart(end)
 	})
 }
 
@@ -477,16 +489,23 @@ func (d *Daemon) listen(cause string) error {
 
 // replicate has QEMU begin to replicate to S's (P).
 func (d *Daemon) replicate() error {
+	if !d.life.state.Replicated {
+		return d.replicateFirst()
+	}
+	return d.replicateTo(true)
+}
+
+// replicateTo does it; resync: the disks are copied first.
+func (d *Daemon) replicateTo(resync bool) error {
 	l := d.life
-	resync := l.state.Replicated
 	if err := d.remember(func(st *state.State) { st.Replicated = true }); err != nil {
 		return err
 	}
 	peer := d.link
 	d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
 	d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
-	var told time.Time
 	l.syncing, l.gaveUp = qemu.Progress{}, ""
+	told := d.progress()
 	l.cancelSync = d.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
@@ -495,14 +514,7 @@ func (d *Daemon) replicate() error {
 		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: func(p qemu.Progress) {
-			if time.Since(told) < progressEvery {
-				return
-			}
-			told = time.Now()
-			d.opt.Progress(p)
-			d.post(func() { l.syncing = p })
-		}})
+		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: told})
 	}, func(err error) {
 		l.cancelSync, l.syncing = nil, qemu.Progress{}
 		d.opt.Progress(qemu.Progress{})
@@ -533,6 +545,19 @@ func (l *pairLife) stopSync(why string) {
 	if l.cancelSync != nil {
 		l.cancelSync()
 		l.gaveUp = why
+	}
+}
+
+// progress hands on how far something is, to whoever waits for it and to status.
+func (d *Daemon) progress() func(qemu.Progress) {
+	var told time.Time
+	return func(p qemu.Progress) {
+		if time.Since(told) < progressEvery {
+			return
+		}
+		told = time.Now()
+		d.opt.Progress(p)
+		d.post(func() { d.life.syncing = p })
 	}
 }
 
@@ -618,6 +643,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	if l == nil {
 		return
 	}
+	l.refused = ""
 	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
 	if err := d.remember(func(st *state.State) {
 		st.Replicated = true
@@ -668,6 +694,10 @@ func (d *Daemon) heardOf(m message) bool {
 		}
 	case m.Type == "off" && l.s != nil:
 		d.live(lifeEvent{Kind: lvOff})
+	case m.Type == "refused" && l.s != nil:
+		d.noteRefused(m.Cause)
+	case m.Type == "overlays" && l.p != nil:
+		d.peersOverlays(m)
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
 		d.live(lifeEvent{Kind: lvOver})
@@ -796,10 +826,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 		return nil // it died; watchQEMU finds that out
 	}
 	l.Begin.orphan = false // a new one has told clients nothing
-	var in *qemu.Incoming
-	if l.s != nil {
-		in = &l.Own
-	}
+	in := d.incoming()
 	if err := l.Guest.Check(in, nil); err != nil {
 		return err
 	}
@@ -814,13 +841,30 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 			return err
 		}
 	}
-	if p, err = qemu.Start(ctx, l.Guest, in); err != nil {
+	if err := d.startQEMU(ctx); err != nil {
+		return err
+	}
+	l.hadQEMU = true
+	return nil
+}
+
+// incoming is where this host's QEMU waits for another's; nil: it does not.
+func (d *Daemon) incoming() *qemu.Incoming {
+	if d.life.s == nil {
+		return nil
+	}
+	return &d.life.Own
+}
+
+// startQEMU starts this host's QEMU, which does not run.
+func (d *Daemon) startQEMU(ctx context.Context) error {
+	p, err := qemu.Start(ctx, d.life.Guest, d.incoming())
+	if err != nil {
 		return err
 	}
 	d.log.Info("QEMU started", "pid", p.Pid())
 	d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
 	p.Release()
-	l.hadQEMU = true
 	return nil
 }
 
@@ -882,6 +926,10 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 // status tells where the pair's life is.
 func (l *pairLife) status(s *Status) {
 	s.Record = l.side.term
+	defer func() {
+		l.statusOfImages(s)
+		l.statusOfOverlays(s)
+	}()
 	if l.p != nil {
 		s.Covered, s.Replication = l.p.covered, l.replication()
 		switch l.p.state {

@@ -42,6 +42,8 @@ type Status struct {
 	Record  uint64 `json:"record,omitempty"`
 	// P: how far replication is that begins, and what came of the tries so far.
 	Replication *Replication `json:"replication,omitempty"`
+	// Why replication does not begin before somebody does something about it.
+	Refused string `json:"refused,omitempty"`
 
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`
@@ -62,10 +64,11 @@ type Status struct {
 	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason
 	Programs map[string]ProgramStatus `json:"programs"` // by name; of further NICs by name@device
 
-	Peer        PeerStatus   `json:"peer"`
-	QMP         QMPStatus    `json:"qmp"`
-	Causes      []Cause      `json:"causes"`      // the last requests, oldest first
-	Checkpoints []Checkpoint `json:"checkpoints"` // the last attempts, oldest first
+	Peer        PeerStatus      `json:"peer"`
+	QMP         QMPStatus       `json:"qmp"`
+	Overlays    []OverlayStatus `json:"overlays,omitempty"` // the secondary's, one of each file system
+	Causes      []Cause         `json:"causes"`             // the last requests, oldest first
+	Checkpoints []Checkpoint    `json:"checkpoints"`        // the last attempts, oldest first
 }
 
 // Replication is a primary's beginning of one.

@@ -48,6 +48,7 @@ type machine struct {
 	arbiter      func(ctx context.Context, c *config.Config, node string) (record string, err error)
 	guest        func(c *config.Config, self *config.Node) (running string, err error)
 	memory       func() (total, available int64, err error) // bytes
+	overlays     func(c *config.Config, self *config.Node) ([]overlayRoom, error)
 }
 
 // States of a check.
@@ -441,6 +442,44 @@ func (d *doctor) failover(ctx context.Context, c *config.Config, self *config.No
 		d.ok("guest", "%s", running)
 	default:
 		d.ok("guest", "QEMU can start it")
+	}
+	rooms, err := d.m.overlays(c, self)
+	if err != nil {
+		d.missing("overlay_dir", largerOverlays, "%s: %v", self.Name, err)
+	}
+	for _, o := range rooms {
+		d.overlays(c, self, &o)
+	}
+}
+
+// overlayRoom is a file system for the overlays of a guest's disks.
+type overlayRoom struct {
+	qemu.OverlaySpace
+	most int64 // bytes that they can take at most; 0: not known
+}
+
+const (
+	largerOverlays = "free some of it, or name a larger overlay_dir: what both guests write between two checkpoints has to be there"
+	// busyGuest is a rate at which guests do write now and then, bytes a second.
+	busyGuest = 100_000_000
+)
+
+// overlays tells how long the room for a secondary's overlays lasts. Either host may come
+// to be the secondary's.
+func (d *doctor) overlays(c *config.Config, self *config.Node, o *overlayRoom) {
+	const name = "overlay_dir"
+	what := fmt.Sprintf("%s: %s, of disk %s, has %d MiB", self.Name, o.Dir, strings.Join(o.Disks, ", "), (o.Free+o.Used)>>20)
+	room := o.Free + o.Used
+	lasts := time.Duration(room/busyGuest) * time.Second
+	switch need := qemu.MinOverlayRoom * int64(len(o.Disks)); {
+	case room < need:
+		d.missing(name, largerOverlays, "%s, and no secondary starts with less than %d MiB", what, need>>20)
+	case o.most > 0 && room >= o.most:
+		d.ok(name, "%s, as much as overlays can take", what)
+	case lasts < c.Checkpoint.Period:
+		d.warn(name, largerOverlays, "%s: %v of writing 100 MB/s, and checkpoint.period is %v; checkpoints come earlier then", what, lasts, c.Checkpoint.Period)
+	default:
+		d.ok(name, "%s: %v of writing 100 MB/s", what, lasts)
 	}
 }
 

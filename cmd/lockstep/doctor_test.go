@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"lockstep/control/config"
+	"lockstep/control/qemu"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -40,6 +41,14 @@ func healthy() machine {
 		arbiter:      func(context.Context, *config.Config, string) (string, error) { return "term 3, speaker alpha", nil },
 		guest:        func(*config.Config, *config.Node) (string, error) { return "", nil },
 		memory:       func() (int64, int64, error) { return 8 << 30, 4 << 30, nil },
+		overlays:     roomOf(4<<30, 0),
+	}
+}
+
+// roomOf is a machine whose overlay_dir has so many bytes; a disk's overlays may take most.
+func roomOf(free, most int64) func(*config.Config, *config.Node) ([]overlayRoom, error) {
+	return func(*config.Config, *config.Node) ([]overlayRoom, error) {
+		return []overlayRoom{{qemu.OverlaySpace{Dir: "/o", Disks: []string{"d0", "d1"}, Free: free}, most}}, nil
 	}
 }
 
@@ -225,6 +234,14 @@ func TestDoctorMisses(t *testing.T) {
 				c.machine.guest = func(*config.Config, *config.Node) (string, error) {
 					return "", errors.Join(errors.New("there is no image"), errors.New("no CPU"))
 				}
+			}},
+		{name: "overlays", check: "overlay_dir", state: "missing", found: "beta: /o, of disk d0, d1, has 7 MiB, and no secondary starts", fix: "a larger overlay_dir", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) { c.machine.overlays = roomOf(7<<20, 0) }},
+		{name: "small overlays", check: "overlay_dir", state: "warning", found: "10s of writing 100 MB/s, and checkpoint.period is 20s", fix: "a larger overlay_dir", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) { c.machine.overlays = roomOf(1<<30, 2<<30) }},
+		{name: "overlay_dir", check: "overlay_dir", state: "missing", found: "beta: not a folder", fix: "a larger overlay_dir", line: "doctor -c @/life.yaml",
+			spoil: func(c *cli) {
+				c.machine.overlays = func(*config.Config, *config.Node) ([]overlayRoom, error) { return nil, errors.New("not a folder") }
 			}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -66,7 +67,7 @@ const (
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
-	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "read NAME\n"
+	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
 
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
@@ -178,7 +179,9 @@ func serveDisk(c *net.TCPConn) {
 			continue
 		}
 		f, err := os.Create(path)
-		if err == nil {
+		if mib, bad := strconv.Atoi(text); err == nil && what == "fill" && bad == nil {
+			_, err = io.Copy(onlyWriter{f}, io.LimitReader(&pattern{}, int64(mib)<<20))
+		} else if err == nil {
 			_, err = f.WriteString(text)
 		}
 		if err == nil {

@@ -33,6 +33,7 @@ type partLife struct {
 	arbiter arbiter.Arbiter
 	store   *state.Store
 	journal *journal.Journal
+	setback control.Setback
 	afresh  bool // whatever is found belongs to an SVM that is not wanted any more
 }
 
@@ -195,12 +196,13 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
 	life := &control.Life{
 		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
-		Own: incoming(c, o.self), Peers: incoming(c, o.other),
+		Setback: &l.setback,
+		Own:     incoming(c, o.self), Peers: incoming(c, o.other),
 		Limits: qemu.Limits{Bandwidth: c.Migration.Bandwidth, AutoConverge: c.Migration.AutoConverge, Timeout: c.Migration.Timeout},
 	}
 	if q := c.QEMU; q != nil {
 		spec := guestSpec(c, o.self)
-		life.Disks = spec.Disks
+		life.Disks, life.FirstStart = spec.Disks, control.FirstStart(q.FirstStart)
 		if o.self.Starts {
 			life.Guest = &spec
 		}
@@ -247,12 +249,19 @@ func progress(e env, o runOptions) func(qemu.Progress) {
 				return
 			}
 			at = time.Now()
-			o.log.Info("copying to the secondary", "what", p.What, "percent", 100*p.Done/p.Total, "bytes", p.Done, "of", p.Total)
+			doing := "copying to the secondary"
+			if p.Compare {
+				doing = "comparing with the secondary's"
+			}
+			o.log.Info(doing, "what", p.What, "percent", 100*p.Done/p.Total, "bytes", p.Done, "of", p.Total)
 		}
 	}
 	var bar *progressbar.ProgressBar
 	what := ""
 	return func(p qemu.Progress) {
+		if p.Compare {
+			p.What = "comparing " + p.What
+		}
 		if bar != nil && p.What != what {
 			bar.Finish()
 			fmt.Fprintln(f)

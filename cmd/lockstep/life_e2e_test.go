@@ -54,10 +54,10 @@ func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, me
 	kernel, initrd := qemutest.Image(t, g)
 	var images []string
 	for i := range disks {
-		images = append(images, fmt.Sprintf("{id: colo-disk%d, image: '{node}%d.qcow2', overlay_dir: run}", i, i))
-		for _, node := range []string{"alpha", "beta"} {
-			qemutest.Disk(t, filepath.Join(w.Dir, fmt.Sprintf("%s%d.qcow2", node, i)), 64<<20, true)
-		}
+		images = append(images, fmt.Sprintf("{id: colo-disk%d, image: '{node}%d.qcow2', overlay_dir: 'overlays-{node}'}", i, i))
+		image := func(node string) string { return filepath.Join(w.Dir, fmt.Sprintf("%s%d.qcow2", node, i)) }
+		qemutest.Disk(t, image("alpha"), 64<<20, true)
+		lt.Run(t, "cp", image("alpha"), image("beta"))
 	}
 	if !strings.Contains(extra, "arbiter:") {
 		extra += fmt.Sprintf("\narbiter: {type: file, path: %s}", filepath.Join(w.Dir, "arbiter"))

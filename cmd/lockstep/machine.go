@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -70,6 +71,22 @@ var realMachine = machine{
 		return "", spec.Check(nil, nil)
 	},
 	memory: memory,
+	overlays: func(c *config.Config, self *config.Node) ([]overlayRoom, error) {
+		spec := guestSpec(c, self)
+		spaces, err := spec.Overlays()
+		sizes, unknown := spec.DiskSizes() // where they are not known, the check of the guest says why
+		var rooms []overlayRoom
+		for _, o := range spaces {
+			r := overlayRoom{OverlaySpace: o}
+			for i := range spec.Disks {
+				if unknown == nil && slices.Contains(o.Disks, spec.Disks[i].ID) {
+					r.most += 2*sizes[i] + sizes[i]/256 // both overlays, and qcow2's tables
+				}
+			}
+			rooms = append(rooms, r)
+		}
+		return rooms, err
+	},
 }
 
 // memory reads /proc/meminfo.

@@ -82,6 +82,14 @@ func printStatus(out io.Writer, s control.Status) error {
 	if len(s.MaskedDisks) > 0 {
 		fmt.Fprintf(w, "MASKED:\tfaults of one replica of %s are hidden from the guest: start QEMU with vote-threshold=2\n", strings.Join(s.MaskedDisks, ", "))
 	}
+	label = "overlays:"
+	for i := range s.Overlays {
+		fmt.Fprintf(w, "%s\t%s\n", label, &s.Overlays[i])
+		if why := s.Overlays[i].Trouble; why != "" {
+			fmt.Fprintf(w, "OVERLAYS FULL:\t%s\n", why)
+		}
+		label = ""
+	}
 	fmt.Fprintf(w, "connections:\t%d\n", s.Connections)
 	fmt.Fprintf(w, "held:\t%d packets, %d bytes\n", s.HeldPackets, s.HeldBytes)
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)

@@ -168,21 +168,31 @@ type Checkpoint struct {
 // QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only
 // MACs and Disks mean anything.
 type QEMU struct {
-	Binary   string // a path, or a name to look up in PATH
-	Machine  string
-	Accel    string // "kvm" or "tcg", and QEMU's options behind a comma
-	CPU      string
-	Memory   int64 // bytes, whole MiB
-	SMP      int
-	Kernel   string // "": the guest boots from its disks
-	Initrd   string
-	Append   string
-	Disks    []Disk
-	NICModel string
-	MACs     []net.HardwareAddr // one per NIC, the same on both nodes
-	Extra    []string           // further arguments
-	User     string             // that QEMU becomes: a name or uid:gid; "": it stays what lockstep is
+	Binary  string // a path, or a name to look up in PATH
+	Machine string
+	Accel   string // "kvm" or "tcg", and QEMU's options behind a comma
+	CPU     string
+	Memory  int64 // bytes, whole MiB
+	SMP     int
+	Kernel  string // "": the guest boots from its disks
+	Initrd  string
+	Append  string
+	Disks   []Disk
+	// FirstStart is what is done about the disks' contents before the first replication:
+	// one of the constants below.
+	FirstStart string
+	NICModel   string
+	MACs       []net.HardwareAddr // one per NIC, the same on both nodes
+	Extra      []string           // further arguments
+	User       string             // that QEMU becomes: a name or uid:gid; "": it stays what lockstep is
 }
+
+// What QEMU.FirstStart may say.
+const (
+	FirstCompare = "compare" // refuse images that are not the same
+	FirstCopy    = "copy"    // the primary's over the secondary's
+	FirstTrust   = "trust"   // the operator has copied them
+)
 
 // Disk is replicated from the primary's image to the secondary's.
 type Disk struct {

@@ -46,6 +46,7 @@ qemu:
   initrd: "boot/{node}.img"
   append: "console=ttyS0 host={node}"
   disks: [{id: disk0, image: "{node}/a.qcow2", overlay_dir: "/dev/shm/{node}"}, {id: disk1, image: /vms/b.qcow2}]
+  first_start: copy
   nic_model: e1000
   macs: ["52:54:00:00:00:07"]
   extra: [-display, none, -name, "on {node}"]
@@ -93,8 +94,9 @@ func TestParse(t *testing.T) {
 		QEMU: &QEMU{
 			Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
 			Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
-			Disks:    []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
-			NICModel: "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
+			Disks:      []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
+			FirstStart: "copy",
+			NICModel:   "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
 		},
 		Migration: Migration{Port: 9001, NBDPort: 9002, Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute},
 		Arbiter: Arbiter{Type: "etcd", Endpoints: []string{"192.0.2.9:2379", "etcd.example:2379"}, Timeout: 2 * time.Second,
@@ -163,7 +165,7 @@ func TestGuestDefaults(t *testing.T) {
 		return c
 	}
 	c := parse("run_dir: /r\nqemu: {disks: [{id: d, image: d.qcow2}]}\n")
-	want := &QEMU{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci",
+	want := &QEMU{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci", FirstStart: "compare",
 		Disks: []Disk{{"d", "d.qcow2", "/r"}}, MACs: []net.HardwareAddr{MAC("web1", 0)}}
 	if d := cmp.Diff(want, c.QEMU); d != "" {
 		t.Errorf("-want +got\n%s", d)
@@ -430,6 +432,7 @@ func TestHash(t *testing.T) {
 		"binary":         replace("/opt/qemu", "/opt/qemu7"),
 		"kernel":         replace("boot/vmlinuz", "vmlinuz"),
 		"image":          replace("/vms/b.qcow2", "/vms/c.qcow2"),
+		"first start":    replace("first_start: copy", "first_start: trust"),
 		"overlay_dir":    replace("/dev/shm", "/tmp"),
 		"argument":       replace("-display, none", "-display, gtk"),
 		"order of etcds": replace(`"192.0.2.9:2379", "etcd.example:2379"`, `"etcd.example:2379", "192.0.2.9:2379"`),

@@ -183,7 +183,7 @@ func (r *reader) tls(v value, t *TLS) {
 func (r *reader) qemu(v value, c *Config) {
 	q := &QEMU{
 		Binary: DefaultBinary, Machine: DefaultMachine, Accel: DefaultAccel,
-		Memory: DefaultMemory, SMP: DefaultSMP, NICModel: DefaultNICModel,
+		Memory: DefaultMemory, SMP: DefaultSMP, NICModel: DefaultNICModel, FirstStart: FirstCompare,
 	}
 	c.QEMU = q
 	r.mapping(v, []field{
@@ -212,6 +212,7 @@ func (r *reader) qemu(v value, c *Config) {
 				q.Disks = append(q.Disks, d)
 			})
 		}},
+		{"first_start", "", r.word(&q.FirstStart, FirstCompare, FirstCopy, FirstTrust)},
 		{"nic_model", "", r.option(&q.NICModel, `a NIC of QEMU like "virtio-net-pci"`)},
 		{"macs", "", func(v value) {
 			r.list(v, `a list like ["52:54:00:12:34:56"]`, maxNICs, func(v value) { r.mac(v, &q.MACs) })

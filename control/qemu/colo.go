@@ -217,16 +217,22 @@ type Options struct {
 	Limits
 }
 
-// Progress is how much is done of copying one disk, or the memory.
+// Progress is how much is done of copying one disk, or the memory, or of comparing a
+// disk's images.
 type Progress struct {
 	What        string // "memory" or the disk's ID
+	Compare     bool   // both hosts' images are compared, and nothing is copied
 	Done, Total int64  // bytes; Total may grow
 	Rate        int64  // bytes per second; 0: not measured yet
 	Dirtied     int64  // of memory: bytes per second that the guest writes meanwhile; 0: not measured yet
 }
 
 func (p Progress) String() string {
-	s := fmt.Sprintf("%s: %d of %d MiB", p.What, p.Done>>20, p.Total>>20)
+	what := p.What
+	if p.Compare {
+		what = "comparing the images of " + what
+	}
+	s := fmt.Sprintf("%s: %d of %d MiB", what, p.Done>>20, p.Total>>20)
 	if p.Rate > 0 {
 		s += ", " + perSecond(p.Rate)
 	}

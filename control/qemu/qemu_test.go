@@ -161,6 +161,7 @@ type world struct {
 	disks          int
 	images         map[string]string // folders of the hosts' images; "": dir
 	overlays       map[string]string // of their overlays
+	extra          []string          // further arguments of QEMU
 	mask           bool              // a mutation: one replica's word is enough
 	seed           bool              // QEMU's command lines have the disks as COLO-FT.txt does
 }
@@ -191,9 +192,10 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 		ip(in + "addr add 10.77.0.1/24 dev tap0")
 		// While there is no guest, nobody finds out that there is none.
 		ip(in + "neigh replace " + guestAddr + " lladdr " + guestMAC.String() + " dev tap0 nud permanent")
-		for i := range disks {
-			qemutest.Disk(t, w.image(host, i), diskSize, false)
-		}
+	}
+	for i := range disks {
+		qemutest.Disk(t, w.image("a", i), diskSize, false)
+		lt.Run(t, "cp", w.image("a", i), w.image("b", i))
 	}
 	ip("link add ctl netns " + w.ns("a") + " type veth peer name ctl netns " + w.ns("b"))
 	for i, host := range []string{"a", "b"} {
@@ -237,6 +239,7 @@ func (w *world) spec(host string) *qemu.Spec {
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})
 	}
+	s.Extra = append(s.Extra, w.extra...)
 	qemu.SetMask(s, w.mask)
 	return s
 }

@@ -428,8 +428,12 @@ type imageInfo struct {
 
 // makeOverlays makes the secondary's overlays anew: what they held was against
 // another state of the image. With lazy refcounts one is marked as dirty from its first
-// write on until QEMU closes it.
+// write on until QEMU closes it. What the folder does not let it do is an
+// [*OverlayError].
 func (s *Spec) makeOverlays() error {
+	if err := s.roomForOverlays(); err != nil {
+		return err
+	}
 	for i := range s.Disks {
 		d := &s.Disks[i]
 		size, err := d.size(false)
@@ -444,9 +448,9 @@ func (s *Spec) makeOverlays() error {
 		}); err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
-		for _, kind := range []string{"active", "hidden"} {
+		for _, kind := range overlayKinds {
 			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
-				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)
+				return &OverlayError{d.OverlayDir, []string{d.ID}, err.Error()}
 			}
 			if err := s.give(s.overlay(d, kind)); err != nil {
 				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)

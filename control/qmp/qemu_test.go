@@ -56,6 +56,19 @@ func TestQEMU(t *testing.T) {
 	if running, state, err := m.Status(); err != nil || !running || state != "running" {
 		t.Errorf("status: %t, %q, %v", running, state, err)
 	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	if err := m.PassFile("null", null); err != nil {
+		t.Error(err)
+	}
+	for _, there := range []bool{true, false} { // it is closed once
+		if err := m.Execute("closefd", map[string]string{"fdname": "null"}, nil); (err == nil) != there {
+			t.Errorf("an open file that was passed, there %v: %v", there, err)
+		}
+	}
 	if mode, err := m.COLO(); err != nil || mode != "none" {
 		t.Errorf("colo: %q, %v", mode, err)
 	}

@@ -21,6 +21,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -269,6 +270,20 @@ func (m *Monitor) ExecuteWithin(timeout time.Duration, command string, args, res
 		return err
 	}
 	return decode(command, out, result)
+}
+
+// PassFile gives QEMU an open file: a command may name it, where it takes a file's name
+// or number.
+func (m *Monitor) PassFile(name string, f *os.File) error {
+	conn, ok := m.conn.(*net.UnixConn)
+	if !ok {
+		return errors.New("qmp getfd: files can be passed over a unix socket only")
+	}
+	// QEMU keeps the last file that came, until it is given a name.
+	if _, _, err := conn.WriteMsgUnix([]byte("\n"), syscall.UnixRights(int(f.Fd())), nil); err != nil {
+		return fmt.Errorf("qmp getfd: %w", err)
+	}
+	return m.Execute("getfd", map[string]string{"fdname": name}, nil)
 }
 
 func decode(command string, line []byte, result any) error {

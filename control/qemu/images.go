@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"time"
+
+	"lockstep/control/qmp"
+)
+
+// ErrRuns means that a guest runs, so that its images change while they are looked at.
+var ErrRuns = errors.New("the guest runs")
+
+// DifferentError is about a disk whose images on the two hosts are not the same.
+type DifferentError struct {
+	Disk   string
+	Offset int64 // bytes, of the first difference
+}
+
+func (e *DifferentError) Error() string {
+	return fmt.Sprintf("disk %s: the images differ at byte %d", e.Disk, e.Offset)
+}
+
+// CompareImages compares what this guest's disks hold with the images of the secondary
+// at to, which is prepared: a [*DifferentError] when one differs. The guest must not run,
+// or it is [ErrRuns]. sizes are the disks' in bytes; socket is a path, on which QEMU
+// listens meanwhile.
+//
+// Both QEMUs are asked over NBD for what is on the disks. So it is what the guest would
+// read, in whatever format and by whomever QEMU was started. Holes are skipped.
+func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []int64, to netip.AddrPort, socket string, progress func(Progress)) (err error) {
+	before, err := atRest(m)
+	if err != nil {
+		return err
+	}
+	if err := exportDisks(m, disks, socket); err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
+		os.Remove(socket)
+	}()
+	for i := range disks {
+		d := &disks[i]
+		own := []string{"server.type=unix", "server.path=" + esc(socket), "export=" + esc(d.ID)}
+		peers := []string{"server.type=inet", "server.host=" + to.Addr().String(), fmt.Sprint("server.port=", to.Port()), "export=" + parentNode(i)}
+		if err := compareExports(ctx, d, sizes[i], own, peers, progress); err != nil {
+			return err
+		}
+	}
+	after, err := atRest(m)
+	if err == nil && after != before {
+		err = ErrRuns // it did in between
+	}
+	return err
+}
+
+// atRest is QEMU's word for the state of a guest that does not run.
+func atRest(m *qmp.Monitor) (string, error) {
+	running, state, err := m.Status()
+	if err == nil && running {
+		err = ErrRuns
+	}
+	return state, err
+}
+
+// exportDisks has QEMU show the images of its disks, read-only and under the disks' IDs, to
+// whoever may use the socket. It is the quorum's first child that is shown: a read of the
+// quorum may also ask what stands for the other host's image.
+func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
+	g, err := blockGraph(m)
+	if err != nil {
+		return err
+	}
+	images := make(map[string]string)
+	for i := range disks {
+		name, ok := g.first(&disks[i])
+		if !ok {
+			return fmt.Errorf("disk %s: QEMU has no quorum of this name over an image", disks[i].ID)
+		}
+		images[disks[i].ID] = name
+	}
+	var exports []struct{ ID string }
+	if err := m.Execute("query-block-exports", nil, &exports); err != nil {
+		return err
+	}
+	for _, e := range exports {
+		if images[e.ID] == "" {
+			return fmt.Errorf("QEMU has the block export %q, which is not lockstep's: to compare the images it has to go", e.ID)
+		}
+	}
+	// Of a daemon that was killed meanwhile; mostly there is none.
+	_ = m.ExecuteWithin(slow, "nbd-server-stop", nil, nil)
+	if err := serveNBD(m, socket); err != nil {
+		return err
+	}
+	for id, image := range images {
+		if err := m.Execute("nbd-server-add", map[string]any{"device": image, "name": id}, nil); err != nil {
+			return errors.Join(fmt.Errorf("disk %s: %w", id, err), m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
+		}
+	}
+	return nil
+}
+
+// serveNBD has QEMU listen on a path. QEMU may run as a user who can make no file there.
+func serveNBD(m *qmp.Monitor, path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		return err
+	}
+	f, err := l.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const name = "lockstep-nbd"
+	if err := m.PassFile(name, f); err != nil {
+		return err
+	}
+	return m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "fd", "data": map[string]string{"str": name}}}, nil)
+}
+
+// first is the node of a disk's image: its quorum's first child.
+func (g *graph) first(d *Disk) (string, bool) {
+	disk, ok := g.disk(d)
+	for _, e := range g.Edges {
+		if ok && e.Parent == disk && e.Name == "children.0" {
+			return g.name(e.Child), true
+		}
+	}
+	return "", false
+}
+
+// compareExports has qemu-img compare two NBD exports, of each side's options.
+func compareExports(ctx context.Context, d *Disk, size int64, own, peers []string, progress func(Progress)) error {
+	image := func(options []string) string { // the bytes as they are: formats are QEMU's business
+		return "driver=raw,file.driver=nbd,file." + strings.Join(options, ",file.")
+	}
+	cmd := exec.CommandContext(ctx, "qemu-img", "compare", "-p", "--image-opts", image(own), image(peers))
+	cmd.WaitDelay = time.Second
+	var complaint bytes.Buffer
+	cmd.Stderr = &complaint
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		return fmt.Errorf("qemu-img: %w", err)
+	}
+	// "    (12.50/100%)\r" again and again, then "Content mismatch at offset 512!\n" if so.
+	different := int64(-1)
+	lines := bufio.NewScanner(out)
+	lines.Split(scanReturns)
+	for lines.Scan() {
+		word := strings.TrimSpace(lines.Text())
+		if percent, ok := strings.CutPrefix(word, "("); ok {
+			percent, _, _ = strings.Cut(percent, "/")
+			if p, err := strconv.ParseFloat(percent, 64); err == nil {
+				progress(Progress{What: d.ID, Compare: true, Done: int64(p / 100 * float64(size)), Total: size})
+			}
+		} else if at, ok := strings.CutPrefix(word, "Content mismatch at offset "); ok {
+			if n, err := strconv.ParseInt(strings.TrimSuffix(at, "!"), 10, 64); err == nil {
+				different = n
+			}
+		}
+	}
+	err = cmd.Wait()
+	switch code := cmd.ProcessState.ExitCode(); {
+	case ctx.Err() != nil:
+		return fmt.Errorf("disk %s: comparing the images: %w", d.ID, context.Cause(ctx))
+	case code == 1 && different >= 0:
+		return &DifferentError{d.ID, different}
+	case err != nil:
+		return fmt.Errorf("disk %s: comparing the images: qemu-img: %w: %s", d.ID, err, strings.Join(strings.Fields(complaint.String()), " "))
+	}
+	return nil
+}
+
+// scanReturns splits at line ends and carriage returns.
+func scanReturns(b []byte, atEOF bool) (advance int, word []byte, err error) {
+	if i := bytes.IndexAny(b, "\r\n"); i >= 0 {
+		return i + 1, b[:i], nil
+	}
+	if atEOF && len(b) > 0 {
+		return len(b), b, nil
+	}
+	return 0, nil, nil
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu_test
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"lockstep/control/qemu"
+	lt "lockstep/loader/loadertest"
+)
+
+// Both hosts' images are compared before a first replication, of QEMUs that lockstep
+// started and of others.
+func TestCompareImages(t *testing.T) {
+	for _, seed := range []bool{false, true} {
+		t.Run(map[bool]string{false: "started", true: "attached"}[seed], func(t *testing.T) {
+			w := newWorld(t, map[bool]int{false: 2, true: 1}[seed])
+			if w.seed = seed; !seed {
+				w.extra = []string{"-runas", "nobody"} // who can make no socket here
+			}
+			last := w.disks - 1
+			// Of both, so that there is something to find equal.
+			for _, host := range []string{"a", "b"} {
+				lt.Run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 1M", w.image(host, last))
+			}
+			a, b := w.start("a", false), w.start("b", true)
+			if err := qemu.PrepareSecondary(t.Context(), b.m, b.caps, b.spec.Disks, b.in.NBD); err != nil {
+				t.Fatal(err)
+			}
+			sizes, err := a.spec.DiskSizes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var progress qemu.Progress
+			compare := func(ctx context.Context) (err error) {
+				lt.In(t, w.ns("a"), func() {
+					err = qemu.CompareImages(ctx, a.m, a.spec.Disks, sizes, b.in.NBD, filepath.Join(w.dir, "a, nbd"), func(p qemu.Progress) { progress = p })
+				})
+				return err
+			}
+			for range 2 { // nothing of the first stays
+				if err := compare(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if d := a.spec.Disks[last].ID; progress.What != d || !progress.Compare || progress.Done != diskSize || progress.Total != diskSize {
+				t.Errorf("progress ends with %+v", progress)
+			}
+			gone, cancel := context.WithCancel(t.Context())
+			cancel()
+			if err := compare(gone); !errors.Is(err, context.Canceled) {
+				t.Errorf("with a context that has ended: %v", err)
+			}
+			// Written over NBD as a guest's writes are: the image is QEMU's.
+			lt.In(t, w.ns("b"), func() {
+				lt.Run(t, "qemu-io", "-f", "raw", "-c", "write -P 8 1228800 1", "nbd://"+b.in.NBD.String()+"/parent"+string(rune('0'+last)))
+			})
+			differ := (*qemu.DifferentError)(nil)
+			if err := compare(t.Context()); !errors.As(err, &differ) || differ.Disk != a.spec.Disks[last].ID || differ.Offset != 1228800 {
+				t.Errorf("of images that differ at byte 1228800: %v", err)
+			}
+			if err := qemu.Cont(a.m); err != nil {
+				t.Fatal(err)
+			}
+			if err := compare(t.Context()); !errors.Is(err, qemu.ErrRuns) {
+				t.Errorf("while the guest runs: %v", err)
+			}
+		})
+	}
+}
