@@ -20,7 +20,7 @@
 
 /* Numbers that Go needs too: enumerators, so that its constants come from here. */
 enum ls_const {
-	LS_ABI_VERSION = 4,
+	LS_ABI_VERSION = 5,
 
 	/* IEEE 802 local experimental ethertype 1, host order: lockstep's own frames. */
 	LS_ETHERTYPE = 0x88b5,
@@ -45,6 +45,7 @@ enum ls_const {
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
+	LS_DGRAM_SHARE = 4,	    /* one slot in so many is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 
@@ -213,6 +214,7 @@ enum ls_rec_type {
 
 enum ls_rec_flag {
 	LS_REC_INHERITED = 1, /* no incarnation: the connection came with a checkpoint */
+	LS_REC_AGAIN = 2,     /* sent again (R6): P may have it */
 };
 
 enum ls_dir {
@@ -400,7 +402,9 @@ struct ls_cli {
 	X(echo_out, "echo returned to the primary") \
 	X(neigh_out, "SVM's neighbour request handed to the primary") \
 	X(xdp_passed, "peer frame let past XDP") \
-	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic")
+	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
+	X(sacked, "ACK for the PVM alone: it is to repeat what found no slot (R6)") \
+	X(peer_again, "record sent again that was here already")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

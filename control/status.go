@@ -130,7 +130,7 @@ var notDrops = map[string]bool{
 	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
 	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
 	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
-	"xdp_passed": true,
+	"xdp_passed": true, "sacked": true, "peer_again": true,
 }
 
 // Status gathers what the daemon knows.
