@@ -56,9 +56,8 @@ func (p *Primary) took(c *conn, h *piece, n int) {
 	}
 }
 
-// noRoom: the kernel had no slot for s and dropped it.
+// noRoom: the kernel had no slot for s, dropped it and counted it.
 func (p *Primary) noRoom(s *Segment) {
-	p.stats.Drops[ReasonNoRoom]++
 	if c := p.conns[s.Tuple]; c != nil {
 		p.makeRoom(c, classOf(s.Large))
 	}
