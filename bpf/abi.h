@@ -403,7 +403,7 @@ struct ls_cli {
 	X(neigh_out, "SVM's neighbour request handed to the primary") \
 	X(xdp_passed, "peer frame let past XDP") \
 	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
-	X(sacked, "ACK for the PVM alone: it is to repeat what found no slot (R6)") \
+	X(sacked, "ACK for the PVM alone: it is to repeat what is missing (R6)") \
 	X(peer_again, "record sent again beside the first one (R6)")
 
 enum ls_reason {

@@ -113,7 +113,6 @@ func (p *Primary) sackAs(op Op, c *conn, there *sackSet) {
 	o.ackOptions(nil, there.b[:min(there.n, maxBlocks)])
 	e := p.emit(op, &c.tuple)
 	e.Seq, e.OptLen, e.Opts = c.compared, o.n, o.b
-	p.stats.SACKs++
 }
 
 // maxBlocks is how many SACK blocks fit beside a timestamp (RFC 2018, 3).

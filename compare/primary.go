@@ -107,7 +107,7 @@ type Stats struct {
 	ReleasedDatagrams         uint64
 	Records                   uint64 // of what the SVM said
 	Asks, Announces           uint64
-	Queries, Remirrors, SACKs uint64 // R6
+	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
 	Evicted                   uint64 // half-open connections that made room (R11)
 	Checkpoints, Drops        [ReasonCount]uint64

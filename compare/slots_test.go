@@ -20,9 +20,10 @@ type crowd struct {
 	conns []*talker
 	slots map[Slot]*talker
 	next  Slot
-	most  int // slots in use
-	drops int
-	marks int // SACKs that came
+	most  int  // slots in use
+	away  bool // S is
+	ring  int  // of so many frames one finds no room in the ring, and P does not hear of it; 0: all do
+	said  int
 }
 
 // talker says segments of segLen bytes. all[i]: what is known of segment i.
@@ -52,12 +53,13 @@ func (k *talker) say(i int) {
 	b := make([]byte, segLen)
 	s := Segment{Tuple: k.tuple, Seq: k.seq(i), Len: segLen, Ack: 1, Win: 100, Flags: ACK, Slot: NoSlot, At: c.now, Sum: c.keys.Sum(k.seq(i), b)}
 	k.all[i].lost = false
+	if c.said++; c.away && c.ring > 0 && c.said%c.ring == 0 {
+		return
+	}
 	if len(c.slots) < c.most {
 		c.next++
 		s.Slot, s.Payload = c.next, b
 		c.slots[s.Slot] = k
-	} else {
-		c.drops++
 	}
 	c.step(Event{Kind: EvPVM, Seg: s})
 }
@@ -71,7 +73,7 @@ func (k *talker) record(i, j int) {
 	}
 }
 
-// go on: what is lost, then what is new, within the window.
+// goOn says what is lost, then what is new, within the window.
 func (k *talker) goOn() {
 	flying := 0
 	for i := k.una; i < k.sent; i++ {
@@ -133,7 +135,6 @@ func (c *crowd) sacked(e *Effect) {
 	if len(blocks) == 0 {
 		c.t.Fatal("no SACK block")
 	}
-	c.marks++
 	newest := 0
 	for _, b := range blocks {
 		if !after(b.left, e.Seq) || !after(b.right, b.left) {
@@ -191,6 +192,7 @@ func (c *crowd) run(d time.Duration) (timers int) {
 func recovers(t *rapid.T, mut mutation) (ok bool, state string) {
 	c := &crowd{t: t, keys: testKeys(7), now: 1e9, slots: map[Slot]*talker{}}
 	conns := rapid.IntRange(1, 5).Draw(t, "connections")
+	c.ring = rapid.SampledFrom([]int{0, 7, 13}).Draw(t, "ring")
 	c.most = rapid.IntRange(2*conns+2, 40).Draw(t, "slots")
 	c.p = NewPrimary(Config{Timeout: time.Hour, Slots: c.most}, c.keys)
 	c.p.mutate(mut)
@@ -208,7 +210,9 @@ func recovers(t *rapid.T, mut mutation) (ok bool, state string) {
 			c.step(Event{Kind: kind, Seg: s})
 		}
 	}
+	c.away = true
 	c.run(time.Duration(rapid.IntRange(1, 2000).Draw(t, "outage, ms")) * time.Millisecond)
+	c.away = false
 	for _, k := range c.conns {
 		k.record(0, len(k.all))
 		k.rto = c.now + int64(unheldRTO) // it has backed off no longer than that
