@@ -45,6 +45,7 @@ enum ls_const {
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
+	LS_DGRAM_SHARE = 4,	    /* one slot in so many is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 
@@ -216,6 +217,7 @@ enum ls_rec_type {
 
 enum ls_rec_flag {
 	LS_REC_INHERITED = 1, /* no incarnation: the connection came with a checkpoint */
+	LS_REC_AGAIN = 2,     /* sent again (R6): P may have it */
 };
 
 enum ls_dir {
@@ -362,7 +364,7 @@ struct ls_cli {
 #define LS_REASONS(X) \
 	X(released, "released frame turned back into the tap") \
 	X(mirrored, "frame for the guest cloned to the peer") \
-	X(mirror_failed, "clone to the peer link failed") \
+	X(mirror_failed, "clone for the peer dropped: the peer link refused it") \
 	X(held, "PVM frame held in a slot") \
 	X(held_ack, "PVM pure ACK told to user space") \
 	X(announced, "SYN announced to the peer") \
@@ -383,12 +385,12 @@ struct ls_cli {
 	X(record_in, "record taken") \
 	X(record_out, "record sent for an SVM frame") \
 	X(copy_lost, "SVM frame recorded without a copy: no slot or ring") \
-	X(pending, "SVM frame waits: offset not known yet") \
+	X(pending, "SVM frame dropped: offset not known yet") \
 	X(svm_only, "SVM frame dropped: leaves from the PVM only") \
 	X(delivered, "mirrored frame delivered to the SVM") \
 	X(parked, "mirrored frame parked") \
 	X(gated, "frame for the SVM dropped: not mirrored") \
-	X(conn_full, "connection table full") \
+	X(conn_full, "frame dropped: connection table full") \
 	X(rewrite_failed, "frame dropped: rewriting failed") \
 	X(released_out, "released frame let out") \
 	X(let_in, "mirrored frame let into the SVM, counted as its tap counts: by segment where " \
@@ -399,12 +401,14 @@ struct ls_cli {
 	X(nack_in, "request for records taken") \
 	X(resent, "record sent again") \
 	X(resend_gone, "record asked for again, but not kept any more") \
-	X(echo_in, "echo taken: speaking allowed for a while") \
+	X(echo_in, "echo taken: output allowed for a while") \
 	X(echo_out, "echo returned to the primary") \
 	X(neigh_out, "SVM's neighbour request handed to the primary") \
 	X(xdp_passed, "peer frame let past XDP") \
 	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
-	X(crowded, "frame dropped: its connection is not open, and half of the ring is taken")
+	X(crowded, "frame dropped: its connection is not open, and half of the ring is taken") \
+	X(sacked, "ACK for the PVM alone: it is to repeat what is missing (R6)") \
+	X(peer_again, "record sent again beside the first one (R6)")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

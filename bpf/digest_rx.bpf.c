@@ -49,8 +49,9 @@ int ls_digest_rx(struct __sk_buff *skb)
 	why = rec_check(skb, sc, conf, LS_DIR_S2P, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	if (!win_take(&sc->rec, &gap))
-		return count(LS_R_peer_replay, skb, TCX_DROP);
+	why = win_take(&sc->rec, &gap);
+	if (why != LS_R_record_in)
+		return count(why, skb, TCX_DROP);
 	if (sc->rec.type == LS_REC_ECHO) {
 		echo_taken(conf, sc->rec.sum[0]);
 		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();

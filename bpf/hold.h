@@ -20,7 +20,6 @@
 #include "parse.h"
 
 #define LS_PROBES 32	 /* slots looked at before "none free" */
-#define LS_DGRAM_SHARE 4 /* one slot in so many is for datagrams */
 #define LS_QUIET_MAX 128 /* copies without a wake-up; a GSO frame counts for 16 */
 #define LS_CHECKSUM_PARTIAL 3
 #define LS_GSO_DODGY (1 << 1) /* SKB_GSO_DODGY: user space made it */

@@ -120,6 +120,38 @@ func TestWindow(t *testing.T) {
 	}
 }
 
+// What was sent again comes beside the original, in either order, and that is nobody's
+// replay; whoever repeats one of both once more is.
+func TestWindowAgain(t *testing.T) {
+	k := newKit(t)
+	k.setMode(hold)
+	give := func(no uint64, again bool, want string) {
+		t.Helper()
+		r := numbered(2, no)
+		if again {
+			r.Flags = uint8(bpf.LockstepLsRecFlagLS_REC_AGAIN)
+		}
+		k.check(k.LsDigestRx, k.wire(r), drop, want)
+		k.events()
+	}
+	give(5000, false, "record_in")
+	for range 3 { // asked for as the lane's newest
+		give(5000, true, "peer_again")
+	}
+	give(5000, false, "peer_replay")
+	give(5001, true, "record_in")
+	give(5001, false, "peer_again") // overtaken
+	give(5001, false, "peer_replay")
+	give(5000-2*window, true, "peer_again") // too late
+	give(5000-2*window, false, "peer_replay")
+	// A number in a word that is used again.
+	give(5002, true, "record_in")
+	for no := uint64(5003); no < 5002+window+64; no++ {
+		give(no, false, "record_in")
+	}
+	give(5002+window, false, "peer_replay")
+}
+
 // Numbers at random, against a set.
 func TestWindowRandom(t *testing.T) {
 	k := newKit(t)
@@ -352,6 +384,7 @@ func TestLiveResend(t *testing.T) {
 		})
 		for _, rec := range recs {
 			rec := *rec
+			rec.Flags |= uint8(bpf.LockstepLsRecFlagLS_REC_AGAIN)
 			_, got := l.read(l.far)
 			if want := peerFrame(frame, 54, sign(&rec, k.sipTx), peerMAC, ownMAC)[:54+recBase]; !bytes.Equal(got, want) {
 				t.Errorf("record %d again\n% x, want\n% x", rec.LaneNo, got, want)

@@ -97,6 +97,7 @@ const (
 	LockstepLsConstLS_PROTO_ETH     LockstepLsConst = 255
 	LockstepLsConstLS_SLOT_DATA     LockstepLsConst = 1984
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568
+	LockstepLsConstLS_DGRAM_SHARE   LockstepLsConst = 4
 	LockstepLsConstLS_SLOT_NONE     LockstepLsConst = 4294967295
 	LockstepLsConstLS_SLOT_GSO      LockstepLsConst = 2147483648
 	LockstepLsConstLS_LANES         LockstepLsConst = 2
@@ -312,7 +313,9 @@ const (
 	LockstepLsReasonLS_R_xdpPassed     LockstepLsReason = 41
 	LockstepLsReasonLS_R_xdpDropped    LockstepLsReason = 42
 	LockstepLsReasonLS_R_crowded       LockstepLsReason = 43
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 44
+	LockstepLsReasonLS_R_sacked        LockstepLsReason = 44
+	LockstepLsReasonLS_R_peerAgain     LockstepLsReason = 45
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 46
 )
 
 type LockstepLsRec struct {
@@ -347,6 +350,7 @@ type LockstepLsRecFlag uint32
 
 const (
 	LockstepLsRecFlagLS_REC_INHERITED LockstepLsRecFlag = 1
+	LockstepLsRecFlagLS_REC_AGAIN     LockstepLsRecFlag = 2
 )
 
 type LockstepLsRecType uint32
@@ -472,9 +476,10 @@ type LockstepLsWindow struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Term uint32
-	Top  uint64
-	Bits [16]uint64
+	Term  uint32
+	Top   uint64
+	Bits  [16]uint64
+	Again [16]uint64
 }
 
 // Names of all BPF objects in the ELF.

@@ -18,7 +18,7 @@
 volatile const __u32 ls_tap;	  /* ifindex of the guest's tap */
 volatile const __u32 ls_peer;	  /* ifindex of the peer device */
 volatile const __u32 ls_mark_rel; /* a released frame; on S one that is said again (R22) */
-volatile const __u32 ls_mark_in;  /* on S: a mirrored frame on its way to the tap */
+volatile const __u32 ls_mark_in;  /* S: a mirrored frame on its way to the tap; P: not to mirror */
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
 volatile const __u32 ls_nrules; /* of ls_rules in use */
@@ -133,6 +133,7 @@ struct ls_window {
 	__u32 term; /* of the numbers; a later one begins afresh */
 	__u64 top;  /* highest */
 	__u64 bits[LS_WINDOW / 64];
+	__u64 again[LS_WINDOW / 64]; /* taken as one that was sent again */
 };
 
 struct {

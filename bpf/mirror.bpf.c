@@ -78,6 +78,12 @@ int ls_mirror(struct __sk_buff *skb)
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
 	mode = mode_of(conf);
+	if (skb->mark == ls_mark_in) { /* in the guest's numbers already */
+		skb->mark = 0;
+		if (mode != LS_MODE_HOLD)
+			return count(LS_R_shut, skb, TCX_DROP);
+		return count(LS_R_sacked, skb, TCX_NEXT);
+	}
 	if (mode == LS_MODE_SOLO) {
 		/* Who follows this guest next has to know what the remote has (R8). */
 		if (parse(skb, &sc->p, 0) == LS_TCP) {

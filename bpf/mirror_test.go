@@ -79,6 +79,17 @@ func TestLiveMirrorSamples(t *testing.T) {
 				t.Errorf("verdict %d, mark %#x, frame\n% x", int32(v), mark, out)
 			}
 		})
+		// For the PVM alone: nobody else hears it, and it is no news.
+		for m, want := range map[bpf.LockstepLsMode]string{hold: "sacked", solo: "shut", shut: "shut"} {
+			k.setMode(m)
+			k.expect(counts{want: 1}, func() {
+				v, out, mark := k.run(k.LsMirror, input{frame: s.frame, mark: markIn})
+				if mark != 0 || v != map[string]uint32{"sacked": next, "shut": drop}[want] || !bytes.Equal(out, s.frame) {
+					t.Errorf("mode %d: verdict %d, mark %#x, frame\n% x", m, int32(v), mark, out)
+				}
+			})
+			k.none()
+		}
 		if t.Failed() {
 			t.Fatal(s.name)
 		}

@@ -68,10 +68,10 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 
 /* The last thing that happens to a frame that leaves. */
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
-				     const struct ls_conf *conf)
+				     const struct ls_conf *conf, enum ls_reason as)
 {
 	if (!has_edges(conf) || parse(skb, &sc->p, 1) != LS_TCP || !edge_out(skb, sc, conf))
-		return TCX_NEXT;
+		return count(as, skb, TCX_NEXT);
 	return count(LS_R_rewrite_failed, skb, TCX_DROP);
 }
 
@@ -89,13 +89,13 @@ int ls_pri_out(struct __sk_buff *skb)
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		skb->mark = 0;
-		return count(LS_R_released_out, skb, pri_leave(skb, sc, conf));
+		return pri_leave(skb, sc, conf, LS_R_released_out);
 	}
 	mode = mode_of(conf);
 	if (mode == LS_MODE_SOLO) {
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
-		return count(LS_R_passed, skb, pri_leave(skb, sc, conf));
+		return pri_leave(skb, sc, conf, LS_R_passed);
 	}
 	keys = keys_in_use(conf);
 	if (mode != LS_MODE_HOLD || !keys)

@@ -85,26 +85,28 @@ static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls
 }
 
 /*
- * Notes the lane number of sc->rec, which is authentic. Returns 0 when it was seen
- * before or is too old to tell. *gap is the first number that was left out before
- * it, 0 for none. A term's first number is taken as it comes, and once a lane has
- * seen a term the ones before are over: nobody replays them after a rotation.
+ * Notes the lane number of sc->rec, which is authentic. Returns LS_R_record_in, or
+ * LS_R_peer_replay when it was seen before or is too old to tell. That is nobody's
+ * replay, but LS_R_peer_again, where one of both is the record sent again (R6): the
+ * newest of each lane are asked for while anything waits. *gap is the first number that was left
+ * out before it, 0 for none. A term's first number is taken as it comes, and once a lane has seen a
+ * term the ones before are over: nobody replays them after a rotation.
  */
-static __always_inline int win_take(const struct ls_rec *r, __u64 *gap)
+static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *gap)
 {
 	__u32 lane = r->lane == LS_LANE_USER ? LS_LANE_MAX : r->lane;
 	__u64 no = r->lane_no, word = no / 64, bit = 1ull << (no & 63);
+	enum ls_reason why = r->flags & LS_REC_AGAIN ? LS_R_peer_again : LS_R_peer_replay;
 	const __u64 words = LS_WINDOW / 64;
 	struct ls_window *w;
-	int fresh = 0;
 	__u64 from;
 
 	*gap = 0;
 	if (lane > LS_LANE_MAX || (lane == LS_LANE_MAX && r->lane != LS_LANE_USER))
-		return 0;
+		return LS_R_peer_replay;
 	w = bpf_map_lookup_elem(&ls_win, &lane);
 	if (!w)
-		return 0;
+		return LS_R_peer_replay;
 	bpf_spin_lock(&w->lock);
 	if (w->term != r->term) {
 		if ((__s32)(r->term - w->term) < 0 && w->term)
@@ -112,6 +114,7 @@ static __always_inline int win_take(const struct ls_rec *r, __u64 *gap)
 		w->term = r->term;
 		w->top = no;
 		__builtin_memset(w->bits, 0, sizeof(w->bits));
+		__builtin_memset(w->again, 0, sizeof(w->again));
 	} else if (no > w->top) {
 		from = w->top / 64;
 		if (no != w->top + 1)
@@ -120,16 +123,25 @@ static __always_inline int win_take(const struct ls_rec *r, __u64 *gap)
 			if (from + i > word)
 				break;
 			w->bits[(from + i) % words] = 0;
+			w->again[(from + i) % words] = 0;
 		}
 		w->top = no;
-	} else if (word + words <= w->top / 64 || w->bits[word % words] & bit) {
+	} else if (word + words <= w->top / 64) {
+		goto out;
+	} else if (w->bits[word % words] & bit) {
+		if (w->again[word % words] & bit) {
+			w->again[word % words] &= ~bit;
+			why = LS_R_peer_again;
+		}
 		goto out;
 	}
 	w->bits[word % words] |= bit;
-	fresh = 1;
+	if (r->flags & LS_REC_AGAIN)
+		w->again[word % words] |= bit;
+	why = LS_R_record_in;
 out:
 	bpf_spin_unlock(&w->lock);
-	return fresh || ls_mutate & LS_MUTATE_REPLAY;
+	return ls_mutate & LS_MUTATE_REPLAY ? LS_R_record_in : why;
 }
 
 /* Hands sc->rec to user space. */

@@ -98,6 +98,7 @@ static long resend_step(__u32 i, struct ls_resend *q)
 		return count(LS_R_resend_gone, q->skb, 0);
 	r->nsum = 0;
 	r->stride = 0;
+	r->flags |= LS_REC_AGAIN;
 	rec_sign(r, q->keys);
 	if (rec_put(q->skb, q->sc, q->conf, q->off) || bpf_clone_redirect(q->skb, ls_peer, 0))
 		return count(LS_R_rewrite_failed, q->skb, 1);
@@ -151,8 +152,9 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	why = rec_check(skb, sc, conf, LS_DIR_P2S, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	if (!win_take(&sc->rec, &gap))
-		return count(LS_R_peer_replay, skb, TCX_DROP);
+	why = win_take(&sc->rec, &gap);
+	if (why != LS_R_record_in)
+		return count(why, skb, TCX_DROP);
 	switch (sc->rec.type) {
 	case LS_REC_ANNOUNCE:
 		return sec_announce(skb, sc, conf, keys, off);

@@ -34,7 +34,7 @@ func (p *Primary) adopt(s *Segment) {
 func (p *Primary) acked(c *conn, una uint32) {
 	n, held := 0, c.held.view()
 	for n < len(held) && !after(held[n].end, una) {
-		p.freePiece(&held[n], ReasonAcked)
+		p.freePiece(c, &held[n], ReasonAcked)
 		n++
 	}
 	c.held.drop(n)

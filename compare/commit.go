@@ -183,7 +183,7 @@ func (p *Primary) commitConn(c *conn, at int64, out []leaving) []leaving {
 			if h.fin {
 				c.pFIN = mark{}
 			}
-			p.freePiece(&h, ReasonYoung)
+			p.freePiece(c, &h, ReasonYoung)
 		}
 	}
 	c.held.remove(young, len(held))
@@ -270,7 +270,7 @@ func (p *Primary) leave(out []leaving) {
 			c.released = h.start
 		}
 		p.send(c, h, h.end, true)
-		p.unheld(h)
+		p.unheld(c, h)
 	}
 }
 

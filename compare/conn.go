@@ -52,8 +52,9 @@ type conn struct {
 	pvmEnd, svmEnd          uint32 // highest end of the data of each
 	pFIN, sFIN, cliFIN      mark   // FIN positions; cliFIN: what acknowledges the remote's
 
-	held deque[piece]
-	rst  piece // the PVM's RST waiting for the SVM's
+	held  deque[piece]
+	holds [slotClasses]int // slots
+	rst   piece            // the PVM's RST waiting for the SVM's
 	// rstHeld, rstSent: states of rst. sRST: what the SVM's RST said.
 	rstHeld, rstSent bool
 	sRST             svmReset
@@ -139,7 +140,7 @@ func (p *Primary) reset(c *conn) {
 // freeHeld drops all that c holds.
 func (p *Primary) freeHeld(c *conn, why Reason) {
 	for i := range c.held.view() {
-		p.freePiece(&c.held.view()[i], why)
+		p.freePiece(c, &c.held.view()[i], why)
 	}
 	c.held.reset()
 	p.freeRST(c, why)
@@ -147,7 +148,7 @@ func (p *Primary) freeHeld(c *conn, why Reason) {
 
 func (p *Primary) freeRST(c *conn, why Reason) {
 	if c.rstHeld {
-		p.freePiece(&c.rst, why)
+		p.freePiece(c, &c.rst, why)
 		c.rst, c.rstHeld = piece{}, false
 	}
 }

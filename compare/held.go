@@ -19,6 +19,7 @@ type piece struct {
 	win        uint16
 	ack        uint32
 	payload    []byte
+	large      bool
 	rest       Sum // of the data at and above the compared point
 	at         int64
 	no         uint64 // of the event: the order of capture
@@ -29,7 +30,7 @@ func (h *piece) fill(s *Segment, no uint64) {
 	*h = piece{
 		start: s.Seq, end: s.End(), base: s.PayloadStart(),
 		fin: s.Flags&FIN != 0, flags: s.Flags,
-		slot: s.Slot, gso: s.GSO, win: s.Win, ack: s.Ack,
+		slot: s.Slot, large: s.Large, gso: s.GSO, win: s.Win, ack: s.Ack,
 		payload: s.Payload, rest: s.Sum, at: s.At, no: no,
 	}
 	h.opts.set(s.Opts)
@@ -46,17 +47,19 @@ func (h *piece) dataEnd() uint32 {
 func (h *piece) bytes(from, to uint32) []byte { return h.payload[from-h.base : to-h.base] }
 
 // freePiece drops what is left of a held frame.
-func (p *Primary) freePiece(h *piece, why Reason) {
-	p.unheld(h)
+func (p *Primary) freePiece(c *conn, h *piece, why Reason) {
+	p.unheld(c, h)
 	p.drop(h.slot, why)
 }
 
-func (p *Primary) unheld(h *piece) {
+func (p *Primary) unheld(c *conn, h *piece) {
+	p.took(c, h, -1)
 	p.stats.HeldPackets--
 	p.stats.HeldBytes -= len(h.payload)
 }
 
-func (p *Primary) nowHeld(h *piece) {
+func (p *Primary) nowHeld(c *conn, h *piece) {
+	p.took(c, h, 1)
 	p.stats.HeldPackets++
 	p.stats.HeldBytes += len(h.payload)
 }
@@ -102,28 +105,11 @@ func (p *Primary) hold(c *conn, s *Segment) {
 		h.rest = p.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 	}
 	c.held.insert(i, h)
-	p.nowHeld(&h)
+	p.nowHeld(c, &h)
 	if !h.syn {
 		c.rstSent, c.sRST.ok = false, false // it goes on after all
 	}
-}
-
-// noRoom: the kernel had no slot for s and dropped it. What the connection holds
-// behind s can leave only after s, and may be what takes the slots: it makes room, and
-// the guest repeats it all. Else its repetitions of s would find no slot for ever.
-func (p *Primary) noRoom(s *Segment) {
-	p.stats.Drops[ReasonNoRoom]++
-	c := p.conns[s.Tuple]
-	if c == nil || p.frozen || c.diverged || before(s.Seq, c.compared) {
-		return
-	}
-	held := c.held.view()
-	i := sort.Search(len(held), func(i int) bool { return !before(held[i].start, s.Seq) })
-	for j := i; j < len(held); j++ {
-		p.freePiece(&held[j], ReasonNoRoom)
-	}
-	c.held.remove(i, len(held))
-	p.pump(c)
+	p.makeRoom(c, classOf(h.large))
 }
 
 // closeAt notes where the PVM's data and stream end, and refuses what
@@ -163,7 +149,7 @@ func (p *Primary) trim(c *conn, h *piece) (at int, fresh bool) {
 	}
 	j := i
 	for ; j < n && !after(held[j].end, h.end); j++ {
-		p.freePiece(&held[j], ReasonDuplicate)
+		p.freePiece(c, &held[j], ReasonDuplicate)
 	}
 	c.held.remove(i, j)
 	if held = c.held.view(); i < len(held) && before(held[i].start, h.end) {
@@ -242,7 +228,7 @@ func (p *Primary) release(c *conn) {
 		}
 		if !after(h.end, c.compared) {
 			p.send(c, h, h.end, true)
-			p.unheld(h)
+			p.unheld(c, h)
 			c.held.drop(1)
 			c.cutAt = 0
 			continue

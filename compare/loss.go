@@ -64,6 +64,7 @@ func (p *Primary) unstick(c *conn) {
 	if c.adopted {
 		p.emit(OpAdopt, &c.tuple)
 	}
+	p.sack(c)
 	if c.held.len() > 0 && !c.synWait && !(c.svmSaid && after(c.svmEnd, c.compared)) {
 		p.remirror(c)
 	}
@@ -78,6 +79,44 @@ func (p *Primary) remirror(c *conn) {
 	p.stats.Remirrors++
 	p.emit(OpRemirror, &c.tuple)
 }
+
+// sackAsked is how often S was asked for a hole in what the SVM said before the SVM is.
+const sackAsked = 3
+
+// sack has a guest repeat what is missing at the compared point at once, where what stands
+// behind it is at hand: it gets the SACK blocks that the remote would send if that had
+// left. The guest's own timer has grown with all the time that its frames were held. Should
+// P lose what it spoke of, the guest finds its data unacknowledged, and repeats it (RFC
+// 2018, 8).
+func (p *Primary) sack(c *conn) {
+	if c.floating || c.synWait || p.off(mutR6) {
+		return
+	}
+	if held := c.held.view(); len(held) > 0 && after(held[0].start, c.compared) {
+		var there sackSet
+		for i := range held {
+			there.add(block{held[i].start, held[i].end}, c.compared)
+		}
+		p.sackAs(OpSACK, c, &there)
+	}
+	if from, _, ok := c.hole(); ok && from == c.compared && c.query.n >= sackAsked {
+		var there sackSet
+		for i := range c.svm.loose {
+			there.add(block{c.svm.loose[i].from, c.svm.loose[i].end()}, from)
+		}
+		p.sackAs(OpRemirror, c, &there)
+	}
+}
+
+func (p *Primary) sackAs(op Op, c *conn, there *sackSet) {
+	var o options
+	o.ackOptions(nil, there.b[:min(there.n, maxBlocks)])
+	e := p.emit(op, &c.tuple)
+	e.Seq, e.OptLen, e.Opts = c.compared, o.n, o.b
+}
+
+// maxBlocks is how many SACK blocks fit beside a timestamp (RFC 2018, 3).
+const maxBlocks = 3
 
 // repeated looks at a record before its sums are taken in: if it says only what is
 // compared already, the SVM misses the remote's ACK or window. A probe of its window,

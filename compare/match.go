@@ -177,7 +177,7 @@ func (p *Primary) matchRST(c *conn) bool {
 	// The remote believes a RST only at the very position it expects (RFC 5961).
 	p.sendRST(c, c.pvmSeen && r.same)
 	for i := range c.held.view() {
-		p.freePiece(&c.held.view()[i], ReasonReset)
+		p.freePiece(c, &c.held.view()[i], ReasonReset)
 	}
 	c.held.reset()
 	return true
@@ -203,7 +203,7 @@ func (p *Primary) sendRST(c *conn, atEnd bool) {
 	}
 	e.OptLen, e.Opts = h.opts.n, h.opts.b
 	p.stats.ReleasedPackets++
-	p.unheld(h)
+	p.unheld(c, h)
 	*h, c.rstHeld, c.rstSent = piece{}, false, true
 }
 
@@ -317,7 +317,7 @@ func (p *Primary) pvmRST(c *conn, s *Segment) {
 	p.freeRST(c, ReasonDuplicate)
 	c.rst.fill(s, p.eventNo)
 	c.rstHeld = true
-	p.nowHeld(&c.rst)
+	p.nowHeld(c, &c.rst)
 }
 
 // svm takes in a record.

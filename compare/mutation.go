@@ -20,6 +20,7 @@ const (
 	mutR16                           // S: all that was parked is delivered
 	mutR22                           // S: nothing is said again
 	mutDatagram                      // datagrams need not match
+	mutRoom                          // no frame makes room for another
 )
 
 func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }

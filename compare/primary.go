@@ -19,6 +19,10 @@ type Config struct {
 	HalfOpen       time.Duration // what a connection may take to open; 60 s
 	Idle           time.Duration // 2 h
 
+	// What the kernel can hold of TCP: frames of the usual size and large ones. An eighth
+	// is kept free, so that what fills a hole finds a slot.
+	Slots, LargeSlots int // 12288, 768
+
 	MaxPoints  int // known positions of SVM streams, over all connections; 1 Mi
 	ConnPoints int // in one connection; 4096
 	MaxNext    int // records of the next epoch kept until its commit; 4096
@@ -45,6 +49,8 @@ func (c *Config) setDefaults() {
 	c.MaxHalfOpen = cmp.Or(c.MaxHalfOpen, 1<<14)
 	c.HalfOpen = cmp.Or(c.HalfOpen, time.Minute)
 	c.Idle = cmp.Or(c.Idle, 2*time.Hour)
+	c.Slots = cmp.Or(c.Slots, 12288)
+	c.LargeSlots = cmp.Or(c.LargeSlots, 768)
 	c.MaxPoints = cmp.Or(c.MaxPoints, 1<<20)
 	c.ConnPoints = cmp.Or(c.ConnPoints, 1<<12)
 	c.MaxNext = cmp.Or(c.MaxNext, 1<<12)
@@ -73,8 +79,10 @@ type Primary struct {
 	spare        []*conn
 	spareFlows   []*dgramFlow
 	points       int // of all connections
-	dgrams       int // held, of all flows
-	said         int // datagrams of the SVM that the PVM has not said, of all flows
+	slots        [slotClasses]slotUse
+	sharedAt     int64 // before it no connection is looked for that holds too much
+	dgrams       int   // held, of all flows
+	said         int   // datagrams of the SVM that the PVM has not said, of all flows
 	fullAsked    bool
 	fullAt       int64
 	queryAt      int64 // before it no query is made
@@ -135,6 +143,7 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 		flows: make(map[Tuple]*dgramFlow),
 		asked: make(map[neighKey]struct{}),
 		opens: make(map[openKey]*openSet),
+		slots: [slotClasses]slotUse{{limit: slotLimit(cfg.Slots)}, {limit: slotLimit(cfg.LargeSlots)}},
 	}
 }
 

@@ -3,8 +3,6 @@
 package compare
 
 import (
-	"math/rand/v2"
-	"slices"
 	"testing"
 )
 
@@ -61,47 +59,5 @@ func BenchmarkMatch(b *testing.B) {
 		out = x.p.Step(x.now, &svm, out)
 		pvm.Seg.Seq += 1448
 		svm.Seg.Seq += 1448
-	}
-}
-
-// A segment that found no slot: what is held behind it makes room, for the guest's
-// repetition would find none either; what stands before it stays.
-func TestNoRoom(t *testing.T) {
-	keys, err := NewKeys(rand.NewChaCha8([32]byte{1}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := NewPrimary(Config{}, keys)
-	tuple := Tuple{GuestPort: 80, RemotePort: 4000, Proto: 6}
-	say := func(seq uint32, slot Slot) (freed []Slot) {
-		b := make([]byte, 100)
-		s := Segment{Tuple: tuple, Seq: seq, Len: 100, Ack: 1, Win: 100, Flags: ACK, Sum: keys.Sum(seq, b), Slot: slot, Payload: b, At: 1}
-		if slot == NoSlot {
-			s.Payload = nil
-		}
-		for _, e := range p.Step(1, &Event{Kind: EvPVM, Seg: s}, nil) {
-			if e.Op == OpFree {
-				freed = append(freed, e.Slot)
-			}
-		}
-		return freed
-	}
-	for i, x := range []struct {
-		seq  uint32
-		slot Slot
-		want []Slot
-	}{
-		{1000, 1, nil}, {1200, 2, nil}, {1300, 3, nil},
-		{1100, NoSlot, []Slot{2, 3}},
-		{1100, NoSlot, nil},
-		{1100, 2, nil},
-		{900, NoSlot, nil}, // below the compared point
-	} {
-		if got := say(x.seq, x.slot); !slices.Equal(got, x.want) {
-			t.Errorf("step %d: freed %v, want %v", i, got, x.want)
-		}
-	}
-	if n := p.Stats().HeldPackets; n != 2 {
-		t.Errorf("%d packets held, want 2", n)
 	}
 }

@@ -43,7 +43,7 @@ const (
 	ReasonNeigh      // a neighbour request of the SVM that was passed on just now, or one too many
 	ReasonHalfOpen   // a half-open connection had to make room (R11)
 	ReasonBeforeMark // S: a datagram that the SVM has heard as the PVM (R16)
-	ReasonNoRoom     // the kernel had no slot for it, or for what it stands behind
+	ReasonNoRoom     // gave up its slot to what others wait for
 	ReasonCount
 )
 

@@ -22,14 +22,14 @@ import (
 // Transcripts live in testdata/primary and testdata/secondary; -rewrite writes
 // what happens now into them. Their commands:
 //
-//	config [timeout=1s] [cut=1ms] [max=n] [half=n] [points=n] [next=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
+//	config [timeout=1s] [cut=1ms] [max=n] [half=n] [points=n] [next=n] [slots=n] [large=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
 //	       [copies=n] [keep-young]
 //	run            one event per line; lines with effects come back, effects below
 //	flows | stats
 //
 // Events, with sequence numbers as they are:
 //
-//	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n[/echo]] [ago=dur]
+//	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n[/echo]] [ago=dur] [large] [noslot]
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
 //	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
@@ -43,15 +43,16 @@ import (
 // a segment with payload, SYN, FIN or RST and a datagram take the next slot, which is printed
 // as #n, and every slot must be freed once, which is checked at the end.
 type transcript struct {
-	t     testing.TB
-	keys  *Keys
-	mut   mutation
-	p     *Primary
-	s     *Secondary
-	now   int64
-	slots map[Slot]bool // held
-	next  Slot
-	out   strings.Builder
+	t      testing.TB
+	keys   *Keys
+	mut    mutation
+	p      *Primary
+	s      *Secondary
+	now    int64
+	slots  map[Slot]bool // held
+	next   Slot
+	noSlot bool // the event's frame finds none
+	out    strings.Builder
 }
 
 func newTranscript(t testing.TB, mut mutation) *transcript {
@@ -96,6 +97,10 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				c.ConnPoints = int(x.number(v))
 			case "next":
 				c.MaxNext = int(x.number(v))
+			case "slots":
+				c.Slots = int(x.number(v))
+			case "large":
+				c.LargeSlots = int(x.number(v))
 			case "dgrams":
 				c.MaxDatagrams = int(x.number(v))
 			case "flow-dgrams":
@@ -169,7 +174,9 @@ func (x *transcript) line(line string) {
 
 func (x *transcript) step(title string, ev Event) {
 	if ev.Kind == EvPVM || ev.Kind == EvCopy || ev.Kind == EvPark {
-		if s := &ev.Seg; s.Len > 0 || s.Datagram || s.Flags&(SYN|FIN|RST) != 0 || ev.Kind == EvPark {
+		if s := &ev.Seg; x.noSlot {
+			s.Payload = nil
+		} else if s.Len > 0 || s.Datagram || s.Flags&(SYN|FIN|RST) != 0 || ev.Kind == EvPark {
 			x.next++
 			s.Slot = x.next
 			x.slots[s.Slot] = true
@@ -245,8 +252,11 @@ func (x *transcript) effect(e *Effect) string {
 		fmt.Fprintf(&b, "deliver%s", slot)
 	case OpNeigh:
 		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
-	case OpRemirror:
-		b.WriteString("remirror")
+	case OpRemirror, OpSACK:
+		b.WriteString(map[Op]string{OpRemirror: "remirror", OpSACK: "sack"}[e.Op])
+		for _, k := range sackBlocks(nil, e.Opts[:e.OptLen]) {
+			fmt.Fprintf(&b, " %d<%d-%d", e.Seq, k.left, k.right)
+		}
 	case OpAdopt:
 		b.WriteString("adopt")
 	case OpQuery:
@@ -302,6 +312,7 @@ func (x *transcript) parse(line string) Event {
 	s.Remote[15], s.Remote[10], s.Remote[11] = 2, 0xff, 0xff
 	var differ []uint32
 	var stride, id uint32
+	x.noSlot = false
 	datagram := func(proto uint8, guest, remote uint16) {
 		s.Datagram, s.Proto, s.GuestPort, s.RemotePort = true, proto, guest, remote
 	}
@@ -323,6 +334,10 @@ func (x *transcript) parse(line string) Event {
 		case "epoch":
 			s.Epoch = x.number(val)
 			ev.Epoch = s.Epoch
+		case "noslot":
+			x.noSlot = true
+		case "large":
+			s.Large = true
 		case "una":
 			s.ClientAck = x.number(val)
 		case "udp":
@@ -463,6 +478,8 @@ func TestMutations(t *testing.T) {
 		{mutR4, "r4_repeat"},
 		{mutR5, "r5_cut"},
 		{mutR6, "r6_loss"},
+		{mutR6, "r6_hole"},
+		{mutRoom, "slots"},
 		{mutR7, "r7_time"},
 		{mutR8, "r8_incarnations"},
 		{mutR14, "r14_commit"},

@@ -71,6 +71,7 @@ type Segment struct {
 	GSO     uint16 // segment size of a GSO frame, else 0
 	At      int64  // capture time, boottime ns
 	Header  []byte // L2 and L3 header (a pure ACK's template); valid during Step only
+	Large   bool   // the frame needs a large slot (PVM)
 
 	// SVM segments only.
 	Inc       uint32 // incarnation: the PVM's ISN
@@ -187,7 +188,8 @@ const (
 	// OpNeigh: ask who has Tuple.Remote, in the name of Tuple.Guest, whose MAC is in
 	// Opts (P).
 	OpNeigh
-	// OpRemirror: give S the header of the remote's newest segment again (R6).
+	// OpRemirror: give S the header of the remote's newest segment again (R6), with the
+	// SACK option in Opts, if any; then only if the remote has acknowledged Seq.
 	OpRemirror
 	// OpQuery: ask S for the newest record of every lane (R6).
 	OpQuery
@@ -195,6 +197,9 @@ const (
 	OpAdopt
 	// OpReplay: send the copy in Slot in the guest's name, then free it (S).
 	OpReplay
+	// OpSACK: give the PVM the header of the remote's newest segment again, with the SACK
+	// option in Opts, if the remote has acknowledged Seq (P, R6).
+	OpSACK
 )
 
 // Reason says why a frame was dropped or a checkpoint is needed.

@@ -194,6 +194,14 @@ func TestReplication(t *testing.T) {
 	p.path.await(t, mark, "send 1000+5")
 	p.await("a release", func(st Status) bool { return st.ReleasedPackets == 1 && st.HeldPackets == 0 })
 
+	// Datagrams are released too.
+	for _, kind := range []compare.EventKind{compare.EvPVM, compare.EvSVM} {
+		seg := p.path.segment(0, []byte("hello"))
+		seg.Datagram, seg.Proto, seg.Seq, seg.Epoch, seg.At = true, 17, 0, 1, p.path.Now()
+		p.path.put(compare.Event{Kind: kind, Seg: seg})
+	}
+	p.await("a released datagram", func(st Status) bool { return st.ReleasedPackets == 2 && st.HeldPackets == 0 })
+
 	flows, err := FetchFlows(t.Context(), p.opt.StatusSocket)
 	if err != nil || len(flows) != 1 {
 		t.Fatalf("flows: %+v, %v", flows, err)

@@ -101,8 +101,8 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("replication_dirtied_bytes_per_second", "Rate at which the guest writes to its memory while that is copied.", replication(func(r *Replication) float64 { return float64(r.Dirtied) }))
 	gauge("connections", "Connections that are tracked; on the secondary those with an offset.", func(s *Status) float64 { return float64(s.Connections) })
 	gauge("held_packets", "Packets that wait for their match; on the secondary copies and parked ones.", func(s *Status) float64 { return float64(s.HeldPackets) })
-	gauge("held_bytes", "Bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })
-	counter("released_packets_total", "Packets that left after their match.", func(s *Status) float64 { return float64(s.ReleasedPackets) })
+	gauge("held_bytes", "Payload bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })
+	counter("released_packets_total", "Frames that left after they were held, datagrams too; pure ACKs are not among them.", func(s *Status) float64 { return float64(s.ReleasedPackets) })
 	counter("half_open_evicted_total", "Half-open connections that made room for others.", func(s *Status) float64 { return float64(s.HalfOpenEvicted) })
 	counter("checkpoints_requested_total", "Requests for a checkpoint by divergence, timeout or doubt.", func(s *Status) float64 { return float64(s.CheckpointsRequested) })
 	counter("checkpoints_committed_total", "Checkpoints that were committed.", func(s *Status) float64 { return float64(s.CheckpointsDone) })
@@ -119,7 +119,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("disks_unmerged", "Whether what the guest wrote since it took over is in the overlays and not yet in its images: 1 or 0.", func(s *Status) float64 { return truth(s.Unmerged) })
 	gauge("masked_disks", "Disks on which QEMU hides faults of one replica from the guest.", func(s *Status) float64 { return float64(len(s.MaskedDisks)) })
 	byReason("dropped_frames_total", "Frames that were dropped, by reason.", func(s *Status) map[string]uint64 { return s.Dropped })
-	byReason("frames_total", "Verdicts of the kernel half, by reason; one frame may have several.", func(s *Status) map[string]uint64 { return s.Counters })
+	byReason("frames_total", "What became of frames in the kernel half, by reason; one frame may have several. Some reasons count events.", func(s *Status) map[string]uint64 { return s.Counters })
 	add(prometheus.GaugeValue, "program_attached", "Programs that are attached: 1.", func(s *Status, put func(float64, ...string)) {
 		for name, p := range s.Programs {
 			program, _, _ := strings.Cut(name, "@")

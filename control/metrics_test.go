@@ -5,7 +5,9 @@ package control
 import (
 	"io"
 	"net/http/httptest"
+	"os"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -76,14 +78,14 @@ lockstep_dropped_frames_total{node="alpha",reason="no_slot",vm="web1"} 18
 # HELP lockstep_epoch Number of the last checkpoint's epoch.
 # TYPE lockstep_epoch gauge
 lockstep_epoch{node="alpha",vm="web1"} 7
-# HELP lockstep_frames_total Verdicts of the kernel half, by reason; one frame may have several.
+# HELP lockstep_frames_total What became of frames in the kernel half, by reason; one frame may have several. Some reasons count events.
 # TYPE lockstep_frames_total counter
 lockstep_frames_total{node="alpha",reason="held",vm="web1"} 20
 lockstep_frames_total{node="alpha",reason="no_slot",vm="web1"} 18
 # HELP lockstep_half_open_evicted_total Half-open connections that made room for others.
 # TYPE lockstep_half_open_evicted_total counter
 lockstep_half_open_evicted_total{node="alpha",vm="web1"} 15
-# HELP lockstep_held_bytes Bytes of the packets that are held.
+# HELP lockstep_held_bytes Payload bytes of the packets that are held.
 # TYPE lockstep_held_bytes gauge
 lockstep_held_bytes{node="alpha",vm="web1"} 13
 # HELP lockstep_held_packets Packets that wait for their match; on the secondary copies and parked ones.
@@ -141,7 +143,7 @@ lockstep_qmp_configured{node="alpha",vm="web1"} 1
 # HELP lockstep_qmp_connected Whether QEMU's QMP socket is connected: 1 or 0.
 # TYPE lockstep_qmp_connected gauge
 lockstep_qmp_connected{node="alpha",vm="web1"} 1
-# HELP lockstep_released_packets_total Packets that left after their match.
+# HELP lockstep_released_packets_total Frames that left after they were held, datagrams too; pure ACKs are not among them.
 # TYPE lockstep_released_packets_total counter
 lockstep_released_packets_total{node="alpha",vm="web1"} 14
 # HELP lockstep_replication_copied_bytes_per_second Rate at which disks or memory are being copied to the secondary.
@@ -237,5 +239,29 @@ func TestMetricsWholeStatus(t *testing.T) {
 		Refused Overlays`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
+	}
+}
+
+// Each of the kernel's reasons is a drop where its description says so, and only there.
+func TestDropsAreDrops(t *testing.T) {
+	abi, err := os.ReadFile("../bpf/abi.h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	reasons := regexp.MustCompile(`(?m)^\tX\((\w+), "([^"]+)"\)`).FindAllStringSubmatch(string(abi), -1)
+	if len(reasons) < 40 {
+		t.Fatalf("%d reasons found in abi.h", len(reasons))
+	}
+	known := make(map[string]bool)
+	for _, r := range reasons {
+		known[r[1]] = true
+		if says := strings.Contains(r[2], "dropped"); says == notDrops[r[1]] {
+			t.Errorf("%s: %q, but counted as a drop: %v", r[1], r[2], !notDrops[r[1]])
+		}
+	}
+	for name := range notDrops {
+		if !known[name] {
+			t.Errorf("no such reason: %s", name)
+		}
 	}
 }

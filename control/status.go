@@ -48,7 +48,7 @@ type Status struct {
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`
 	HeldBytes       int    `json:"held_bytes"`
-	ReleasedPackets uint64 `json:"released_packets"`
+	ReleasedPackets uint64 `json:"released_packets"`  // that were held, datagrams too; not pure ACKs
 	HalfOpenEvicted uint64 `json:"half_open_evicted"` // connections that made room (R11)
 	// CheckpointsRequested counts what asked for one: divergences, timeouts,
 	// doubt. The period is not among them. CheckpointsDone counts commits.
@@ -61,7 +61,7 @@ type Status struct {
 	MaskedDisks []string `json:"masked_disks,omitempty"` // P: on these QEMU hides such faults from the guest
 
 	Dropped  map[string]uint64        `json:"dropped"`  // frames by reason
-	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason
+	Counters map[string]uint64        `json:"counters"` // all of the kernel's, by reason, and what is no frame
 	Programs map[string]ProgramStatus `json:"programs"` // by name; of further NICs by name@device
 
 	Peer        PeerStatus      `json:"peer"`
@@ -153,7 +153,7 @@ var notDrops = map[string]bool{
 	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
 	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
 	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
-	"xdp_passed": true,
+	"xdp_passed": true, "sacked": true, "peer_again": true, "copy_lost": true, "resend_gone": true,
 }
 
 // Status gathers what the daemon knows.
@@ -199,7 +199,11 @@ func (d *Daemon) ownStatus() Status {
 func (n *nic) status(s *Status) error {
 	drops := func(d *[compare.ReasonCount]uint64) {
 		for r, count := range d {
-			if count > 0 {
+			switch {
+			case count == 0:
+			case compare.Reason(r) == compare.ReasonForgotten: // positions
+				s.Counters[compare.ReasonForgotten.String()] += count
+			default:
 				s.Dropped[compare.Reason(r).String()] += count
 			}
 		}
@@ -216,7 +220,7 @@ func (n *nic) status(s *Status) error {
 			s.Connections += st.Connections
 			s.HeldPackets += st.HeldPackets
 			s.HeldBytes += st.HeldBytes
-			s.ReleasedPackets += st.ReleasedPackets
+			s.ReleasedPackets += st.ReleasedPackets + st.ReleasedDatagrams
 			s.HalfOpenEvicted += st.Evicted
 			drops(&st.Drops)
 			return nil

@@ -93,6 +93,7 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 		Sum: ev.Sum, Slot: slot, GSO: ev.GsoSize, At: int64(ev.At),
 		Inc: ev.Inc, Inherited: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED) != 0, ClientAck: ev.CliAck,
 		Datagram: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_DGRAM) != 0, Frag: ev.Frag,
+		Large: ev.FrameLen > uint32(bpf.LockstepLsConstLS_SLOT_DATA),
 	}}
 	s := &e.Seg
 	if l4 := int(ev.L4Off); l4 >= ethLen && l4+tcpHdrLen <= len(hdr) {

@@ -29,6 +29,9 @@ const (
 	protoUDP    = 17
 	protoICMPv6 = 58
 	minIPHeader = 20
+
+	optNOP       = 1
+	optTimestamp = 8
 )
 
 // l3Offset is where the IP header of a frame begins: behind at most two tags.
@@ -105,6 +108,23 @@ func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tpid, tci uint16, p
 	binary.LittleEndian.PutUint16(vh[6:], uint16(l4-vnetHdrLen))
 	binary.LittleEndian.PutUint16(vh[8:], tcpCsumOff)
 	return dst, true
+}
+
+// timestamp is the timestamp option among TCP options, with two NOPs before it, or nothing.
+func timestamp(opts []byte) []byte {
+	for len(opts) > 1 && opts[0] != 0 {
+		n := 1
+		if opts[0] != optNOP {
+			if n = int(opts[1]); n < 2 || n > len(opts) {
+				break
+			}
+			if opts[0] == optTimestamp && n == 10 {
+				return append([]byte{optNOP, optNOP}, opts[:n]...)
+			}
+		}
+		opts = opts[n:]
+	}
+	return nil
 }
 
 func sum16(s uint32, b []byte) uint32 {

@@ -90,27 +90,77 @@ func TestNeighbourRequest(t *testing.T) {
 	}
 }
 
-// The remote's newest ACK reaches the SVM again, without its payload.
-func TestRemirror(t *testing.T) {
+// The remote's newest ACK reaches the SVM again, without its payload, or the PVM, which
+// alone it goes to then. With SACK blocks it is three of them, once the remote has got all
+// that stands before.
+func TestRepeatedACK(t *testing.T) {
 	h := newHosts(t)
-	client, svm := newWire(t, "client"), newWire(t, "guestS")
+	client, svm, pvm := newWire(t, "client"), newWire(t, "guestS"), newWire(t, "guestP")
 	ts := []byte{1, 1, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9}
-	for _, tci := range []uint16{0, 5} {
-		client.send(segment(false, tci, 100, compare.ACK|compare.PSH, ts, randomBytes(50)))
-		svm.recv()
-		key := compare.Tuple{Guest: addr(10, 0, 0, 2), Remote: addr(10, 0, 0, 1), GuestPort: 80, RemotePort: 12345, VLAN: tci, Proto: protoTCP}
-		apply(t, h.p, compare.Effect{Op: compare.OpRemirror, Tuple: key})
-		want := segment(false, tci, 150, compare.ACK, ts, nil)
-		got := svm.recv()
-		if len(got) == len(want) { // its checksum is still partial here
-			copy(got[len(got)-len(ts)-4:], want[len(want)-len(ts)-4:][:2])
-		}
-		if !bytes.Equal(got, want) {
-			t.Errorf("tag %d: the SVM got % x, want % x", tci, got, want)
+	sack := append([]byte{1, 1, 5, 18}, bytes.Repeat([]byte{0, 0, 2, 0, 0, 0, 3, 0}, 2)...)
+	unsacked := append(bytes.Clone(ts), 1, 1, 5, 10, 0, 0, 1, 0, 0, 0, 1, 9) // the remote's own block goes
+	for _, tc := range []struct {
+		name string
+		v6   bool
+		tci  uint16
+		op   compare.Op
+		came []byte // options
+		sack []byte
+		want []byte
+	}{
+		{"plain", false, 0, compare.OpRemirror, ts, nil, ts},
+		{"tagged", false, 5, compare.OpRemirror, ts, nil, ts},
+		{"to the SVM", false, 5, compare.OpRemirror, unsacked, sack, append(bytes.Clone(ts), sack...)},
+		{"to the PVM", false, 0, compare.OpSACK, unsacked, sack, append(bytes.Clone(ts), sack...)},
+		{"to the PVM, tagged", false, 5, compare.OpSACK, ts, sack, append(bytes.Clone(ts), sack...)},
+		{"to the PVM, IPv6", true, 0, compare.OpSACK, ts, sack, append(bytes.Clone(ts), sack...)},
+		{"without a timestamp", false, 7, compare.OpSACK, nil, sack, sack},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			to := svm
+			if tc.op == compare.OpSACK {
+				to = pvm
+			}
+			came := segment(tc.v6, tc.tci, 100, compare.ACK|compare.PSH, tc.came, randomBytes(50))
+			client.send(came)
+			svm.recv()
+			pvm.recv()
+			key := compare.Tuple{Guest: addr(10, 0, 0, 2), Remote: addr(10, 0, 0, 1), GuestPort: 80, RemotePort: 12345, VLAN: tc.tci, Proto: protoTCP}
+			if tc.v6 {
+				l3 := l3Offset(came)
+				key.Guest, key.Remote = [16]byte(came[l3+24:]), [16]byte(came[l3+8:])
+			}
+			e := compare.Effect{Op: tc.op, Tuple: key}
+			e.OptLen = uint8(copy(e.Opts[:], tc.sack))
+			times := 1
+			if tc.sack != nil {
+				apply(t, h.p, e) // the remote has acknowledged something else than 0
+				e.Seq, times = segmentAck, dupThresh
+			}
+			apply(t, h.p, e)
+			want := segment(tc.v6, tc.tci, 150, compare.ACK, tc.want, nil)
+			for range times {
+				got := to.recv()
+				if len(got) == len(want) { // its checksum is still partial here
+					copy(got[len(got)-len(tc.want)-4:], want[len(want)-len(tc.want)-4:][:2])
+				}
+				if !bytes.Equal(got, want) {
+					t.Errorf("got % x, want % x", got, want)
+				}
+			}
+		})
+	}
+	// Nothing else came: none was mirrored, none before its time. Of a connection that
+	// nothing is known of, nothing is said.
+	apply(t, h.p, compare.Effect{Op: compare.OpRemirror, Tuple: askTuple})
+	last := segment(false, 9, 1, compare.ACK, nil, nil)
+	client.send(last)
+	for name, w := range map[string]*wire{"SVM": svm, "PVM": pvm} {
+		if got := w.recv(); !bytes.Equal(got, last) {
+			t.Errorf("the %s got % x beside", name, got)
 		}
 	}
-	// Of a connection that nothing is known of, nothing is said.
-	apply(t, h.p, compare.Effect{Op: compare.OpRemirror, Tuple: askTuple})
+	counts(t, h.p, "sacked", 4*dupThresh)
 }
 
 // Records that P has not are sent again when it asks for the newest: they come
@@ -132,7 +182,8 @@ func TestQuery(t *testing.T) {
 	if s := event(t, h.p, compare.EvSVM); s.Seq != 2 {
 		t.Errorf("came %+v, want the record that was missed", s)
 	}
-	counts(t, h.p, "peer_replay", 2)
+	counts(t, h.p, "peer_again", 2)
+	counts(t, h.p, "peer_replay", 0)
 }
 
 // A gap in the numbers brings what is missing, without user space.

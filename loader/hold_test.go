@@ -13,9 +13,12 @@ import (
 	"lockstep/control"
 )
 
+// segmentAck is what every segment acknowledges.
+const segmentAck = 0x11223344
+
 // segment is a frame of the guest with right checksums.
 func segment(v6 bool, tci uint16, seq uint32, flags compare.Flags, opts, payload []byte) []byte {
-	e := compare.Effect{Seq: seq, Ack: 0x11223344, Win: 500, Flags: flags, OptLen: uint8(len(opts))}
+	e := compare.Effect{Seq: seq, Ack: segmentAck, Win: 500, Flags: flags, OptLen: uint8(len(opts))}
 	copy(e.Opts[:], opts)
 	out, ok := buildHeader(newHead(), l2l3(v6, 0), []byte{0x30, 0x39, 0, 80}, &e, ethVLAN, tci, len(payload), 0)
 	if !ok {

@@ -50,6 +50,9 @@ func (c *confMemory) unmap() error {
 	return unix.Munmap(c.mem)
 }
 
+// TCPSlots is how many of n slots are for TCP: the others are for datagrams.
+func TCPSlots(n int) int { return n - n/int(bpf.LockstepLsConstLS_DGRAM_SHARE) }
+
 // slots are the kernel's frame slots, both sizes.
 type slots struct {
 	small, gso []byte

@@ -127,6 +127,7 @@ type NIC struct {
 
 	toTap, toPeer *packetConn
 	replays       *packetConn // S: to the tap, with the release mark
+	toGuest       *packetConn // P: to the tap, not to be mirrored
 	heads         [batch][maxHeader + signedMax]byte
 	nheads        int
 	frees         []compare.Slot
@@ -402,6 +403,9 @@ func (n *NIC) load(o Options, old *tables) error {
 		return err
 	}
 	if n.replays, err = newPacketConn(n.tap.Attrs().Index, rel); err != nil {
+		return err
+	}
+	if n.toGuest, err = newPacketConn(n.tap.Attrs().Index, in); err != nil {
 		return err
 	}
 	n.toPeer, err = newPacketConn(n.peer.Attrs().Index, 0)
@@ -812,7 +816,9 @@ func (n *NIC) Apply(effs []compare.Effect) error {
 		case compare.OpNeigh:
 			n.toTap.queue(neighRequest(n.head(), e), nil)
 		case compare.OpRemirror:
-			n.remirror(e)
+			n.repeatACK(n.toPeer, e)
+		case compare.OpSACK:
+			n.repeatACK(n.toGuest, e)
 		case compare.OpQuery:
 			n.toPeer.queue(n.signer.query(n.head()), nil)
 		case compare.OpFree:
@@ -861,8 +867,13 @@ func (n *NIC) send(e *compare.Effect) {
 	}
 }
 
-// remirror gives S the remote's newest segment again, without its payload (R6).
-func (n *NIC) remirror(e *compare.Effect) {
+// dupThresh is how many duplicate ACKs make a sender repeat (RFC 5681, 3.2).
+const dupThresh = 3
+
+// repeatACK gives S or the PVM the remote's newest segment again, without its payload
+// (R6). With a SACK option it is to repeat what the remote has not got: so only if the
+// remote has all before that, and as often as it takes.
+func (n *NIC) repeatACK(to *packetConn, e *compare.Effect) {
 	var c bpf.LockstepLsCli
 	key := toTuple(e.Tuple)
 	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
@@ -873,13 +884,22 @@ func (n *NIC) remirror(e *compare.Effect) {
 		return
 	}
 	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: compare.ACK}
-	ack.OptLen = uint8(copy(ack.Opts[:], c.Hdr[l4+tcpHdrLen:end]))
+	opts, times := c.Hdr[l4+tcpHdrLen:end], 1
+	if e.OptLen > 0 {
+		if c.Ack != e.Seq {
+			return
+		}
+		opts, times = append(timestamp(opts), e.Opts[:e.OptLen]...), dupThresh
+	}
+	ack.OptLen = uint8(copy(ack.Opts[:], opts))
 	tpid := uint16(ethVLAN)
 	if c.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
 		tpid = ethQinQ
 	}
 	if head, ok := buildHeader(n.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
-		n.toPeer.queue(head, nil)
+		for range times {
+			to.queue(head, nil)
+		}
 	}
 }
 
@@ -914,7 +934,7 @@ func (n *NIC) tell(typ bpf.LockstepLsRecType, e *compare.Effect) {
 }
 
 func (n *NIC) flush() {
-	for _, c := range []*packetConn{n.toTap, n.replays} {
+	for _, c := range []*packetConn{n.toTap, n.replays, n.toGuest} {
 		if lost, err := c.flush(); lost > 0 {
 			n.lost.tap.Add(uint64(lost))
 			n.log.Debug("frames not sent", "device", n.tap.Attrs().Name, "frames", lost, "err", err)
@@ -947,7 +967,7 @@ func (n *NIC) Close() error {
 	if n.waiter != nil {
 		errs = append(errs, n.waiter.close())
 	}
-	for _, c := range []*packetConn{n.toTap, n.replays, n.toPeer} {
+	for _, c := range []*packetConn{n.toTap, n.replays, n.toGuest, n.toPeer} {
 		if c != nil {
 			errs = append(errs, c.close())
 		}

@@ -335,6 +335,7 @@ func TestRunWiring(t *testing.T) {
 		}
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
 		w.Compare.KeepYoung, w.Copies.MaxCopies = true, maxCopies/2
+		w.Compare.Slots, w.Compare.LargeSlots = config.DefaultSlots*3/4, config.DefaultGSOSlots*3/4
 		if len(got.ConfigDigest) != 64 {
 			t.Errorf("%s: config digest %q, want 32 bytes in hex", tc.line, got.ConfigDigest)
 		}

@@ -19,6 +19,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/config"
 	"lockstep/control/qemu"
+	"lockstep/loader"
 )
 
 // kernel is what the program needs of the kernel: package loader, or a test's.
@@ -120,6 +121,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		QMP: o.self.QMP,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
+			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
 		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots

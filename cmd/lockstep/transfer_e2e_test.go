@@ -66,6 +66,12 @@ func (p *pair) source(host string, n int64) {
 // expectPattern reads n bytes of a fresh pattern.
 func (p *pair) expectPattern(r io.Reader, n int64) {
 	p.t.Helper()
+	if err := readPattern(r, n); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func readPattern(r io.Reader, n int64) error {
 	var (
 		want = &pattern{}
 		a    = make([]byte, 1<<16)
@@ -75,14 +81,15 @@ func (p *pair) expectPattern(r io.Reader, n int64) {
 		k := min(left, int64(len(a)))
 		m, err := io.ReadFull(r, a[:k])
 		if err != nil {
-			p.t.Fatalf("%d of %d bytes missing: %v", left-int64(m), n, err)
+			return fmt.Errorf("%d of %d bytes missing: %w", left-int64(m), n, err)
 		}
 		want.Read(b[:k])
 		if !bytes.Equal(a[:k], b[:k]) {
-			p.t.Fatalf("bytes differ in the block at %d", n-left)
+			return fmt.Errorf("bytes differ in the block at %d", n-left)
 		}
 		left -= k
 	}
+	return nil
 }
 
 func (p *pair) sink(host string, n int64) {

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+import "time"
+
+// The kernel's slots are shared by all connections. When they run out, the frame that
+// comes last is dropped, and that may be the one that all others wait for. So P keeps an
+// eighth of them free: beyond that the connection that holds more than its share gives
+// up frames, from the end that leaves last. The guest repeats those.
+
+// slotClass tells slots for frames of the usual size from large ones.
+type slotClass uint8
+
+const (
+	smallSlot slotClass = iota
+	largeSlot
+	slotClasses
+)
+
+func classOf(large bool) slotClass {
+	if large {
+		return largeSlot
+	}
+	return smallSlot
+}
+
+// slotUse is how the slots of a class are used.
+type slotUse struct {
+	limit   int
+	held    int
+	holders int // connections that hold any
+}
+
+// slotLimit is how many of n slots may be held.
+func slotLimit(n int) int { return max(1, n-max(1, n/8)) }
+
+// shareEvery is how often all connections are looked at for one that holds too much.
+const shareEvery = time.Millisecond
+
+// took notes that c holds one slot more, or, with n = -1, less.
+func (p *Primary) took(c *conn, h *piece, n int) {
+	if h.slot == NoSlot {
+		return
+	}
+	class := classOf(h.large)
+	u := &p.slots[class]
+	before := c.holds[class]
+	c.holds[class] += n
+	u.held += n
+	switch {
+	case before == 0:
+		u.holders++
+	case c.holds[class] == 0:
+		u.holders--
+	}
+}
+
+// noRoom: the kernel had no slot for s, dropped it and counted it.
+func (p *Primary) noRoom(s *Segment) {
+	if c := p.conns[s.Tuple]; c != nil {
+		p.makeRoom(c, classOf(s.Large))
+	}
+}
+
+// makeRoom has c give up a frame if too many slots are in use and c has more than its
+// share of them; else others give up what they have beyond theirs.
+func (p *Primary) makeRoom(c *conn, class slotClass) {
+	u := &p.slots[class]
+	if p.frozen || p.solo || u.held <= u.limit || p.off(mutRoom) {
+		return
+	}
+	share := u.limit / u.holders
+	switch {
+	case share == 0: // nobody has more than one frame
+	case c.holds[class] > share:
+		p.giveUp(c, class)
+	case p.now >= p.sharedAt:
+		p.sharedAt = p.now + int64(shareEvery)
+		for _, t := range p.timers {
+			for t.conn != nil && u.held > u.limit && t.conn.holds[class] > share && p.giveUp(t.conn, class) {
+			}
+		}
+	}
+}
+
+// giveUp drops the last frame but one that c holds in a slot of the class, and reports
+// whether there was any. The last one of all stays as long as it can: it tells the guest,
+// by a SACK block, that what stands before it was lost.
+func (p *Primary) giveUp(c *conn, class slotClass) bool {
+	held := c.held.view()
+	end := len(held) - 1
+	i := end - 1
+	for i > 0 && classOf(held[i].large) != class {
+		i--
+	}
+	if i <= 0 {
+		if i = end; i <= 0 || classOf(held[i].large) != class {
+			return false // the first one is what all others wait for
+		}
+	}
+	p.freePiece(c, &held[i], ReasonNoRoom)
+	c.held.remove(i, i+1)
+	return true
+}
