@@ -156,6 +156,7 @@ type Compare struct {
 	Slots          int // held frames, per NIC
 	GSOSlots       int // held GSO frames, per NIC
 	PrimaryOnly    []Rule
+	MPTCP          bool // the guests may use it; else its option is taken out of SYNs
 }
 
 // Checkpoint paces the checkpoints.
@@ -378,10 +379,10 @@ func (c *Config) pos(key string) Pos {
 // counts are each host's own.
 func (c *Config) Hash() [32]byte {
 	h := sha256.New()
-	fmt.Fprintf(h, "lockstep config 3\nvm %s\ninsecure %v\nheartbeat %d %d %d %d\ncompare %d %d %d %v\ncheckpoint %d %d %d\n",
+	fmt.Fprintf(h, "lockstep config 4\nvm %s\ninsecure %v\nheartbeat %d %d %d %d\ncompare %d %d %d %v %v\ncheckpoint %d %d %d\n",
 		c.VM, c.TLS.Insecure,
 		c.Heartbeat.Interval, c.Heartbeat.Timeout, c.Heartbeat.Speak, c.Heartbeat.Restart,
-		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly,
+		c.Compare.Timeout, c.Compare.CutDelay, c.Compare.MaxConnections, c.Compare.PrimaryOnly, c.Compare.MPTCP,
 		c.Checkpoint.Period, c.Checkpoint.MinInterval, c.Checkpoint.TargetPause)
 	a, b := &c.Nodes[0], &c.Nodes[1]
 	if a.Name > b.Name { // the file's order means nothing
@@ -391,7 +392,7 @@ func (c *Config) Hash() [32]byte {
 		fmt.Fprintf(h, "node %s %s %d\n", n.Name, n.Control, len(n.NICs))
 		for i, nic := range n.NICs {
 			if v := nic.PeerVXLAN; v != nil {
-				fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
+		fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
 			}
 		}
 	}
@@ -400,7 +401,7 @@ func (c *Config) Hash() [32]byte {
 	if q := c.QEMU; q != nil {
 		fmt.Fprintf(h, "qemu %q %q %q %d %d %q %s\n", q.Machine, q.Accel, q.CPU, q.Memory, q.SMP, q.NICModel, q.MACs)
 		for _, d := range q.Disks {
-			fmt.Fprintf(h, "disk %s\n", d.ID)
+	fmt.Fprintf(h, "disk %s\n", d.ID)
 		}
 	}
 	endpoints := slices.Sorted(slices.Values(c.Arbiter.Endpoints))
