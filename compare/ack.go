@@ -96,9 +96,9 @@ func (c *conn) once() Flags {
 
 // urgent has e point to where a frame with sequence number seq points. What was urgent
 // before e is so no more.
-func (e *Effect) urgent(seq uint32, urg uint16) {
+func (p *Primary) urgent(e *Effect, seq uint32, urg uint16) {
 	e.Urg = urg
-	if e.Flags&URG == 0 || e.Seq == seq {
+	if e.Flags&URG == 0 || e.Seq == seq || p.off(mutURG) {
 		return
 	}
 	at := seq + uint32(urg) - e.Seq
@@ -239,7 +239,7 @@ func (p *Primary) sendACK(c *conn, seq uint32) {
 	}
 	e.Seq, e.Flags = seq, ACK|t.flags&(ackFlags|URG)
 	e.Ack, e.Win = p.acknowledge(c, ACK)
-	e.urgent(t.seq, t.urg)
+	p.urgent(e, t.seq, t.urg)
 
 	// SACK blocks that both have; those of the side that lags.
 	var buf, have [4]block

@@ -87,10 +87,10 @@ type conn struct {
 }
 
 // look notes what a segment of the PVM tells of how it has to be treated.
-func (c *conn) look(s *Segment) {
+func (p *Primary) look(c *conn, s *Segment) {
 	c.accECN = c.accECN || s.Flags&AE != 0
 	if !c.pvmSeen || s.Flags&SYN != 0 {
-		c.sealed = sealed(s.Opts)
+		c.sealed = sealed(s.Opts) && !p.off(mutSealed)
 	}
 }
 

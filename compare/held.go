@@ -348,7 +348,7 @@ func (p *Primary) send(c *conn, h *piece, to uint32, last bool) {
 		p.asItWas(c, e, h.ack, h.win, h.urg, &h.opts)
 		return
 	}
-	e.Seq, e.Flags = h.start, h.flags
+	e.Seq, e.Ack, e.Flags = h.start, h.ack, h.flags // without the flag the ACK says nothing
 	if !h.syn {
 		e.From = h.start - h.base
 		e.To = minSeq(to, h.dataEnd()) - h.base
@@ -362,7 +362,7 @@ func (p *Primary) send(c *conn, h *piece, to uint32, last bool) {
 	if e.From > 0 {
 		e.Flags &^= c.once()
 	}
-	e.urgent(h.seq(), h.urg)
+	p.urgent(e, h.seq(), h.urg)
 	o := h.opts
 	switch {
 	case h.flags&ACK != 0:

@@ -198,14 +198,12 @@ func (p *Primary) sendRST(c *conn, atEnd bool) {
 	if atEnd && !c.sealed && after(h.start, c.released) && (!c.pvmSaid || !after(h.start, c.pvmNext())) {
 		e.Seq = c.released
 	}
-	if h.flags&ACK != 0 {
-		e.Ack = h.ack
-		if c.pvmSeen && c.canACK(ACK) && !c.sealed {
-			m, _ := p.minimum(c, ACK)
-			e.Ack = m.ack
-		}
+	e.Ack = h.ack
+	if h.flags&ACK != 0 && c.pvmSeen && c.canACK(ACK) && !c.sealed {
+		m, _ := p.minimum(c, ACK)
+		e.Ack = m.ack
 	}
-	e.urgent(h.start, h.urg)
+	p.urgent(e, h.start, h.urg)
 	e.OptLen, e.Opts = h.opts.n, h.opts.b
 	p.stats.ReleasedPackets++
 	p.unheld(h)
@@ -240,7 +238,7 @@ func (p *Primary) pvm(s *Segment) {
 			}
 		}
 		c.last = p.now
-		c.look(s)
+		p.look(c, s)
 		p.pvmRST(c, s)
 		p.pump(c)
 		return
@@ -254,7 +252,7 @@ func (p *Primary) pvm(s *Segment) {
 			return
 		}
 	}
-	c.look(s)
+	p.look(c, s)
 	c.last, c.pvmSeen = p.now, true
 	if c.rstHeld && s.At-c.rst.at > int64(goesOn) {
 		p.freeRST(c, ReasonSuperseded)

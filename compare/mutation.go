@@ -20,6 +20,8 @@ const (
 	mutR16                           // S: all that was parked is delivered
 	mutR22                           // S: nothing is said again
 	mutDatagram                      // datagrams need not match
+	mutURG                           // a cut leaves the urgent pointer as it is
+	mutSealed                        // what a digest covers is changed
 )
 
 func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }
