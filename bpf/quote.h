@@ -12,6 +12,7 @@
 #include "parse.h"
 
 #define LS_QUOTE_MIN 8	  /* bytes that every router quotes: ports and sequence number */
+#define LS_QUOTE_ACK 12	  /* and the ACK */
 #define LS_QUOTE_FLAGS 14 /* with so many the flags are there */
 #define LS_QUOTE_CSUM 18  /* and with so many the checksum */
 #define LS_QUOTE_EXT 4	  /* IPv6 extension headers that are walked */
@@ -148,7 +149,8 @@ __noinline int quote_find(struct __sk_buff *skb, struct ls_scratch *sc, int from
 /*
  * Adds *delta to the numbers in sc->q, there and in the skb, as far as they are quoted.
  * The quoted checksum answers for the change, so ICMP's, which covers both, stays as
- * it is. Where that is not quoted ICMP's has to follow.
+ * it is. Where that is not quoted ICMP's has to follow. An option that is cut stays as
+ * it is.
  */
 __noinline int quote_move(struct __sk_buff *skb, struct ls_scratch *sc,
 			  const struct ls_delta *delta)
@@ -163,7 +165,9 @@ __noinline int quote_move(struct __sk_buff *skb, struct ls_scratch *sc,
 	d = *delta;
 	q = &sc->q;
 	len = q->len;
-	if (len < LS_QUOTE_FLAGS || !(q->tcp[13] & LS_ACK))
+	/* Where the flags are not quoted, a number that is not 0 is taken for an ACK. */
+	if (len < LS_QUOTE_FLAGS ? len < LS_QUOTE_ACK || !*(__u32 *)(q->tcp + 8)
+				 : !(q->tcp[13] & LS_ACK))
 		d.ack = d.tsecr = 0;
 	if (!(d.seq | d.ack | d.tsval | d.tsecr) || ls_mutate & LS_MUTATE_QUOTE)
 		return 0;
