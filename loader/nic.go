@@ -86,7 +86,7 @@ type Mutation uint32
 // records again and again, MutateTag takes forged ones, MutateGuard leaves timestamps
 // behind and MutateEdge numbers as they are where a connection was taken over,
 // MutateQuote what ICMP errors quote, and MutateMode has released frames leave in every
-// mode.
+// mode. MutateWait has SetMode return while programs go by the mode before.
 const (
 	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
 	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
@@ -97,6 +97,7 @@ const (
 	MutateEdge   = Mutation(bpf.LockstepLsMutationLS_MUTATE_EDGE)
 	MutateQuote  = Mutation(bpf.LockstepLsMutationLS_MUTATE_QUOTE)
 	MutateMode   = Mutation(bpf.LockstepLsMutationLS_MUTATE_MODE)
+	MutateWait   = Mutation(1 << 31) // SetMode does not wait
 )
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.
@@ -132,6 +133,7 @@ type NIC struct {
 	frees         []compare.Slot
 	signer        signer
 
+	hasty   bool   // tests only: MutateWait
 	tapBase uint32 // the tap's frame count before the first one was let in, mod 2^32
 	lost    struct{ tap, peer, events, unread atomic.Uint64 }
 }
@@ -196,7 +198,7 @@ func Open(o Options) (_ *NIC, err error) {
 		defer old.close()
 		defer taken.close()
 	}
-	n := &NIC{log: o.Log, role: o.Role, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta)}
+	n := &NIC{log: o.Log, role: o.Role, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta), hasty: o.Mutation&MutateWait != 0}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -610,7 +612,7 @@ func (n *NIC) Programs() []control.Program { return n.programs }
 // SetMode implements [control.DataPath].
 func (n *NIC) SetMode(m control.Mode) error {
 	atomic.StoreUint32(&n.conf.Mode, uint32(m))
-	if m != control.ModeShut && m != control.ModeQuiet {
+	if m != control.ModeShut && m != control.ModeQuiet || n.hasty {
 		return nil
 	}
 	// Who looked at the mode before may still let a frame out, or return an echo.
