@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+// Headers that real TCP stacks act upon: errors that quote them, MPTCP, TCP-MD5, urgent
+// data.
+
+// routed has the guests reach other networks through the client.
+func (p *pair) routed() {
+	p.t.Helper()
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.Run(p.t, "ip", "-n", guest, "route", "add", "203.0.113.0/24", "via", lt.Client4)
+		lt.Run(p.t, "ip", "-n", guest, "route", "add", "2001:db8:77::/48", "via", lt.Client6)
+	}
+	lt.Run(p.t, "nsenter", "--net=/run/netns/"+p.Client, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1",
+		"net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0", "net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0")
+}
+
+// unreachable has both guests connect to an address that a router calls unreachable, and
+// then to the client. It returns what they say within limit.
+func (p *pair) unreachable(to, client string, limit time.Duration) (said [2]string, err error) {
+	p.t.Helper()
+	var l net.Listener
+	lt.In(p.t, p.Client, func() {
+		var err error
+		if l, err = net.Listen("tcp", net.JoinHostPort(client, "9009")); err != nil {
+			p.t.Fatal(err)
+		}
+	})
+	defer l.Close()
+	go acceptAll(l, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+	c := p.mustDial(lt.Guest4, portDial)
+	r := bufio.NewReader(c)
+	c.SetDeadline(time.Now().Add(limit))
+	for i, line := range []string{net.JoinHostPort(to, "9") + " 41000", net.JoinHostPort(client, "9009") + " 41001"} {
+		fmt.Fprintln(c, line)
+		if said[i], err = r.ReadString('\n'); err != nil {
+			return said, err
+		}
+	}
+	return said, nil
+}
+
+// TestUnreachable: a router tells the guest that it cannot reach what it connects to,
+// quoting the PVM's SYN. The SVM believes it too, at once, so both go on alike.
+func TestUnreachable(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p.routed()
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "2001:db8:77::/48")
+	for to, client := range map[string]string{"203.0.113.9": lt.Client4, "2001:db8:77::9": lt.Client6} {
+		said, err := p.unreachable(to, client, 5*time.Second)
+		if err != nil || !strings.Contains(said[0], "no route to host") || said[1] != "<nil>\n" {
+			t.Errorf("%s: the guests said %q, %v", to, said, err)
+		}
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+}
+
+// TestMutationQuotes: with the PVM's numbers quoted the SVM does not believe the error,
+// and goes on trying.
+func TestMutationQuotes(t *testing.T) {
+	p := newPairOf(t, "lockstep without quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p.routed()
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
+	if said, err := p.unreachable("203.0.113.9", lt.Client4, 3*time.Second); !os.IsTimeout(err) {
+		t.Errorf("the guests said %q, %v", said, err)
+	}
+	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+}
+
+// far makes a host behind the client, on a path that the guest's large frames do not fit.
+func (p *pair) far() (ns string) {
+	p.t.Helper()
+	ns = p.Client + "f"
+	lt.Run(p.t, "ip", "netns", "add", ns)
+	p.t.Cleanup(func() { lt.Run(p.t, "ip", "netns", "del", ns) })
+	lt.Run(p.t, "ip", "link", "add", "tofar", "netns", p.Client, "type", "veth", "peer", "name", "eth0", "netns", ns)
+	for _, args := range []string{
+		p.Client + " link set tofar mtu 1300 up", ns + " link set eth0 up",
+		p.Client + " addr add 203.0.113.1/24 dev tofar", ns + " addr add 203.0.113.2/24 dev eth0",
+		p.Client + " addr add 2001:db8:77::1/64 dev tofar nodad", ns + " addr add 2001:db8:77::2/64 dev eth0 nodad",
+		ns + " route add 10.77.0.0/24 via 203.0.113.1", ns + " route add fd77::/64 via 2001:db8:77::1",
+	} {
+		lt.Run(p.t, "ip", append([]string{"-n"}, strings.Fields(args)...)...)
+	}
+	return ns
+}
+
+// pathMTU has the SVM take over connections from far away, and then say more than fits
+// the path. It returns what became of them.
+func pathMTU(t *testing.T, acts string, limit time.Duration) map[string]error {
+	p, q := coveredPair(t, acts)
+	p.routed()
+	far := p.far()
+	const n = 200_000
+	conns := make(map[string]net.Conn)
+	for _, guest := range []string{lt.Guest4, lt.Guest6} {
+		lt.In(t, far, func() {
+			c, err := net.DialTimeout("tcp", net.JoinHostPort(guest, portAhead), 10*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			c.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintln(c, "svm 5") // both have an offset then
+			if err := wantPattern(c, 5); err != nil {
+				t.Fatal(err)
+			}
+			conns[guest] = c
+		})
+	}
+	q.Primary.Close()
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	out := make(map[string]error)
+	for guest, c := range conns {
+		c.SetDeadline(time.Now().Add(limit))
+		fmt.Fprintf(c, "svm %d\n", n)
+		out[guest] = wantPattern(c, n)
+	}
+	return out
+}
+
+func wantPattern(r io.Reader, n int) error {
+	got, want := make([]byte, n), make([]byte, n)
+	if _, err := io.ReadFull(r, got); err != nil {
+		return err
+	}
+	if (&pattern{}).Read(want); string(got) != string(want) {
+		return fmt.Errorf("%d bytes, and others than the guest said", n)
+	}
+	return nil
+}
+
+// TestPathMTU: after a takeover a router tells that a frame does not fit, and quotes the
+// numbers that the PVM began with. The guest, whose are others, makes them smaller.
+func TestPathMTU(t *testing.T) {
+	for guest, err := range pathMTU(t, "lockstep", 10*time.Second) {
+		if err != nil {
+			t.Errorf("%s: %v", guest, err)
+		}
+	}
+}
+
+// TestMutationPathMTU: else the path is a black hole.
+func TestMutationPathMTU(t *testing.T) {
+	for guest, err := range pathMTU(t, "lockstep without quotes", 2*time.Second) {
+		if !os.IsTimeout(err) {
+			t.Errorf("%s: %v, though the guest cannot know", guest, err)
+		}
+	}
+}
+
+// multipath dials the guests, whose service takes MPTCP as Go's listeners do, by MPTCP.
+func (p *pair) multipath(limit time.Duration) (used bool, err error) {
+	p.t.Helper()
+	var c net.Conn
+	lt.In(p.t, p.Client, func() {
+		d := net.Dialer{Timeout: limit}
+		d.SetMultipathTCP(true)
+		c, err = d.Dial("tcp", net.JoinHostPort(lt.Guest4, portEcho))
+	})
+	if err != nil {
+		return false, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	if err := echo(c, 0); err != nil {
+		return false, err
+	}
+	return c.(*net.TCPConn).MultipathTCP()
+}
+
+// TestMultipath: a client that offers MPTCP gets TCP, without a checkpoint.
+func TestMultipath(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	if used, err := p.multipath(10 * time.Second); used || err != nil {
+		t.Errorf("MPTCP %v, %v", used, err)
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+}
+
+// TestMultipathKept: with mptcp in the config the guests' keys differ, and the connection
+// waits for a checkpoint.
+func TestMultipathKept(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms, mptcp: true}")
+	if used, err := p.multipath(2 * time.Second); !os.IsTimeout(err) {
+		t.Errorf("MPTCP %v, %v", used, err)
+	}
+	if s := p.status("alpha"); !causes(s)["syn differs"] {
+		t.Errorf("causes %v", s.Causes)
+	}
+}
+
+// signed has a socket sign what it says to an address, and demand the same (TCP-MD5).
+func signed(to string) sockopt {
+	return func(_, _ string, c syscall.RawConn) error {
+		sig := unix.TCPMD5Sig{Addr: unix.SockaddrStorage{Family: unix.AF_INET}}
+		for i, b := range net.ParseIP(to).To4() {
+			sig.Addr.Data[2+i] = b
+		}
+		sig.Keylen = uint16(copy(sig.Key[:], "a secret"))
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptTCPMD5Sig(int(fd), unix.IPPROTO_TCP, unix.TCP_MD5SIG, &sig) }); e != nil {
+			return e
+		}
+		return err
+	}
+}
+
+// TestSigned: TCP-MD5's digest covers a sequence number that the SVM does not have. The
+// connection is held back until a checkpoint has made them one, and says why.
+func TestSigned(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.In(t, guest, func() {
+			l := net.ListenConfig{Control: signed(lt.Client4)}
+			l.SetMultipathTCP(false) // which knows no signatures
+			s, err := l.Listen(context.Background(), "tcp4", ":7179")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Close() })
+			go acceptAll(s, func(c *net.TCPConn) { io.Copy(c, c) })
+		})
+	}
+	lt.In(t, p.Client, func() {
+		d := net.Dialer{Timeout: time.Second, Control: signed(lt.Guest4)}
+		if c, err := d.Dial("tcp4", lt.Guest4+":7179"); !os.IsTimeout(err) {
+			t.Errorf("connected %v, %v", c != nil, err)
+		}
+	})
+	p.await("alpha", func(s *control.Status) bool { return causes(s)["signed segment"] })
+}
+
+func causes(s *control.Status) map[string]bool {
+	m := make(map[string]bool)
+	for _, c := range s.Causes {
+		m[c.Reason] = true
+	}
+	return m
+}
