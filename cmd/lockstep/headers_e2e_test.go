@@ -35,8 +35,8 @@ func (p *pair) routed() {
 }
 
 // unreachable has both guests connect to an address that a router calls unreachable, and
-// then to the client. It returns what they say within limit.
-func (p *pair) unreachable(to, client string, limit time.Duration) (said [2]string, err error) {
+// then to the client, from ports that both take. It returns what they say within limit.
+func (p *pair) unreachable(to, client, from string, limit time.Duration) (said [2]string, err error) {
 	p.t.Helper()
 	var l net.Listener
 	lt.In(p.t, p.Client, func() {
@@ -50,7 +50,7 @@ func (p *pair) unreachable(to, client string, limit time.Duration) (said [2]stri
 	c := p.mustDial(lt.Guest4, portDial)
 	r := bufio.NewReader(c)
 	c.SetDeadline(time.Now().Add(limit))
-	for i, line := range []string{net.JoinHostPort(to, "9") + " 41000", net.JoinHostPort(client, "9009") + " 41001"} {
+	for i, line := range []string{net.JoinHostPort(to, "9") + " " + from, net.JoinHostPort(client, "9009") + " 1" + from} {
 		fmt.Fprintln(c, line)
 		if said[i], err = r.ReadString('\n'); err != nil {
 			return said, err
@@ -66,9 +66,9 @@ func TestUnreachable(t *testing.T) {
 	p.routed()
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "2001:db8:77::/48")
-	for to, client := range map[string]string{"203.0.113.9": lt.Client4, "2001:db8:77::9": lt.Client6} {
-		said, err := p.unreachable(to, client, 5*time.Second)
-		if err != nil || !strings.Contains(said[0], "no route to host") || said[1] != "<nil>\n" {
+	for _, to := range [][]string{{"203.0.113.9", lt.Client4, "4100"}, {"2001:db8:77::9", lt.Client6, "4101"}} {
+		said, err := p.unreachable(to[0], to[1], to[2], 5*time.Second)
+		if err != nil || !strings.Contains(said[0], "no route to host") && !strings.Contains(said[0], "network is unreachable") || said[1] != "<nil>\n" {
 			t.Errorf("%s: the guests said %q, %v", to, said, err)
 		}
 	}
@@ -83,7 +83,7 @@ func TestMutationQuotes(t *testing.T) {
 	p := newPairOf(t, "lockstep without quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
 	p.routed()
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
-	if said, err := p.unreachable("203.0.113.9", lt.Client4, 3*time.Second); !os.IsTimeout(err) {
+	if said, err := p.unreachable("203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
 		t.Errorf("the guests said %q, %v", said, err)
 	}
 	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
