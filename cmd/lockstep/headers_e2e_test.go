@@ -5,6 +5,8 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -87,6 +89,115 @@ func TestMutationQuotes(t *testing.T) {
 		t.Errorf("the guests said %q, %v", said, err)
 	}
 	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+}
+
+// complains has a guest answer the first segment with payload that comes to port with an
+// ICMP error that quotes it, as a firewall does, with the numbers that it has heard.
+func (p *pair) complains(guest string, port uint16) {
+	p.t.Helper()
+	lt.In(p.t, guest, func() {
+		const all = unix.ETH_P_ALL << 8 // in network order: who asks for all hears before the skew is taken out
+		dev, err := net.InterfaceByName("eth0")
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, all)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { unix.Close(fd) })
+		if err := errors.Join(
+			unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1),
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}),
+			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: dev.Index}),
+		); err != nil {
+			p.t.Fatal(err)
+		}
+		out, err := net.Dial("ip4:icmp", lt.Client4)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { out.Close() })
+		go func() {
+			b := make([]byte, 1<<16)
+			for {
+				n, err := unix.Read(fd, b)
+				if err != nil {
+					return
+				}
+				ip := b[:n]
+				if n < 40 || ip[0] != 0x45 {
+					continue
+				}
+				if l4 := 20; ip[9] != unix.IPPROTO_TCP || binary.BigEndian.Uint16(ip[l4+2:]) != port || n <= l4+int(ip[l4+12]>>4)*4 {
+					continue
+				}
+				msg := append([]byte{3, 13, 0, 0, 0, 0, 0, 0}, ip...)
+				binary.BigEndian.PutUint16(msg[2:], internetChecksum(msg))
+				_, _ = out.Write(msg) // what does not come is missed
+				return
+			}
+		}()
+	})
+}
+
+func internetChecksum(b []byte) uint16 {
+	var sum uint32
+	for i, c := range b {
+		sum += uint32(c) << (8 * (1 - i&1))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// complaint tells whether what both guests complain of reaches the client within limit.
+func complaint(t *testing.T, acts string, limit time.Duration) (arrived bool) {
+	p := newPairOf(t, acts, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	const port = 7000 // portEcho
+	var in net.PacketConn
+	lt.In(t, p.Client, func() {
+		var err error
+		if in, err = net.ListenPacket("ip4:icmp", lt.Client4); err != nil {
+			t.Fatal(err)
+		}
+	})
+	defer in.Close()
+	c := p.mustDial(lt.Guest4, portEcho)
+	p.complains(p.PVM, port)
+	p.complains(p.SVM, port)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.SetReadDeadline(time.Now().Add(limit)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1<<16)
+	for {
+		n, _, err := in.ReadFrom(b)
+		if err != nil {
+			return false
+		}
+		if n > 30 && b[0] == 3 && b[1] == 13 && binary.BigEndian.Uint16(b[30:]) == port {
+			return true
+		}
+	}
+}
+
+// TestComplaint: both guests quote the remote's segment, which each has heard with
+// other numbers, and say the same of it.
+func TestComplaint(t *testing.T) {
+	if !complaint(t, "lockstep", 5*time.Second) {
+		t.Error("the guests' ICMP error did not come")
+	}
+}
+
+// TestMutationComplaint: else their errors differ, and neither leaves.
+func TestMutationComplaint(t *testing.T) {
+	if complaint(t, "lockstep without quotes", 2*time.Second) {
+		t.Error("the guests' ICMP errors are equal without translation")
+	}
 }
 
 // far makes a host behind the client, on a path that the guest's large frames do not fit.
