@@ -345,18 +345,7 @@ func signed(to string) sockopt {
 // connection is held back until a checkpoint has made them one, and says why.
 func TestSigned(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	for _, guest := range []string{p.PVM, p.SVM} {
-		lt.In(t, guest, func() {
-			l := net.ListenConfig{Control: signed(lt.Client4)}
-			l.SetMultipathTCP(false) // which knows no signatures
-			s, err := l.Listen(context.Background(), "tcp4", ":7179")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { s.Close() })
-			go acceptAll(s, func(c *net.TCPConn) { io.Copy(c, c) })
-		})
-	}
+	p.serveIn("tcp4", "7179", signed(lt.Client4), func(c *net.TCPConn) { io.Copy(c, c) })
 	lt.In(t, p.Client, func() {
 		d := net.Dialer{Timeout: time.Second, Control: signed(lt.Guest4)}
 		if c, err := d.Dial("tcp4", lt.Guest4+":7179"); !os.IsTimeout(err) {
@@ -372,4 +361,67 @@ func causes(s *control.Status) map[string]bool {
 		m[c.Reason] = true
 	}
 	return m
+}
+
+// serveIn gives f each connection to a port of both guests, until the test ends.
+func (p *pair) serveIn(network, port string, control sockopt, f func(*net.TCPConn)) {
+	p.t.Helper()
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.In(p.t, guest, func() {
+			l := net.ListenConfig{Control: control}
+			l.SetMultipathTCP(false) // which knows neither signatures nor urgent data
+			s, err := l.Listen(context.Background(), network, ":"+port)
+			if err != nil {
+				p.t.Fatal(err)
+			}
+			p.t.Cleanup(func() { s.Close() })
+			go acceptAll(s, f)
+		})
+	}
+}
+
+// TestUrgentByte: the client's kernel takes the byte for urgent that the guest meant, and
+// none is missing of the others.
+func TestUrgentByte(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "")
+	p.serveIn("tcp", "7180", nil, func(c *net.TCPConn) {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return
+		}
+		for r := bufio.NewScanner(c); r.Scan(); {
+			fmt.Fprint(c, "before")
+			if err := raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("at once!"), unix.MSG_OOB, nil) == nil }); err != nil {
+				return
+			}
+			fmt.Fprint(c, "behind\n")
+		}
+	})
+	for _, guest := range []string{lt.Guest4, lt.Guest6} {
+		c := p.mustDial(guest, "7180")
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in := bufio.NewReader(c)
+		for i := range 20 {
+			fmt.Fprintln(c, "go on")
+			// Before what stands around it: who has read on does not get it any more.
+			var urgent [8]byte
+			n := 0
+			if e := raw.Control(func(fd uintptr) {
+				if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}, 5000); err == nil {
+					n, _, err = unix.Recvfrom(int(fd), urgent[:], unix.MSG_OOB)
+				}
+			}); e != nil {
+				t.Fatal(e)
+			}
+			if err != nil || string(urgent[:n]) != "!" {
+				t.Fatalf("%s, %d: %q urgent, %v", guest, i, urgent[:max(n, 0)], err)
+			}
+			if line, err := in.ReadString('\n'); err != nil || line != "beforeat oncebehind\n" {
+				t.Fatalf("%s, %d: %q in band, %v", guest, i, line, err)
+			}
+		}
+	}
 }
