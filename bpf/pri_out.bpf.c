@@ -112,9 +112,7 @@ int ls_pri_out(struct __sk_buff *skb)
 	case LS_DGRAM:
 		if (!rule_matches(&sc->p))
 			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
-		if (!may_speak(conf))
-			return count(LS_R_muted, skb, TCX_DROP);
-		return count(LS_R_primary_only, skb, TCX_NEXT);
+		return pri_leave(skb, sc, conf, LS_R_primary_only);
 	case LS_LINK:
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);

@@ -243,9 +243,9 @@ static __always_inline int quote_leave(struct __sk_buff *skb, struct ls_scratch 
 	return quote_move(skb, sc, &d);
 }
 
-/* What P's guest says, at P's outermost edge. */
-static __always_inline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
-				    const struct ls_conf *conf)
+/* What P's guest says, at P's outermost edge. Not in line: there are several ways out. */
+static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
+			       const struct ls_conf *conf)
 {
 	enum ls_class class = parse(skb, &sc->p, 1);
 	struct ls_conn *e;

@@ -200,6 +200,20 @@ func (k *kit) dgramSum(mode bpf.LockstepLsMode, frame []byte) [2]uint64 {
 	return sum
 }
 
+// TestQuoteRule: what leaves uncompared has the numbers that the remote knows, too.
+func TestQuoteRule(t *testing.T) {
+	k := newKit(t, variable("ls_nrules", 1))
+	if err := k.LsRules.Put(uint32(0), &bpf.LockstepLsRule{Proto: 1}); err != nil {
+		t.Fatal(err)
+	}
+	f := flows["IPv4"]
+	k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS})
+	k.setMode(hold)
+	out := func(ack, ecr uint32) []byte { return f.icmp(true, 3, 3, f.to(quoted(5, ack, 6, ecr, ack+50)), 1000) }
+	k.turned(k.LsPriOut, 0, out(1000, 2000), out(1000-edge, 2000-edgeTS), "primary_only")
+	k.none()
+}
+
 // TestQuoteHalfOpen: an error about the guests' SYN comes before there is a connection.
 func TestQuoteHalfOpen(t *testing.T) {
 	k := newKit(t)
