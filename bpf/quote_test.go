@@ -210,7 +210,8 @@ func TestQuoteRule(t *testing.T) {
 	k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS})
 	k.setMode(hold)
 	out := func(ack, ecr uint32) []byte { return f.icmp(true, 3, 3, f.to(quoted(5, ack, 6, ecr, ack+50)), 1000) }
-	k.turned(k.LsPriOut, 0, out(1000, 2000), out(1000-edge, 2000-edgeTS), "primary_only")
+	ack, ecr := uint32(1000), uint32(2000)
+	k.turned(k.LsPriOut, 0, out(ack, ecr), out(ack-edge, ecr-edgeTS), "primary_only")
 	k.none()
 }
 
