@@ -392,7 +392,7 @@ func (c *Config) Hash() [32]byte {
 		fmt.Fprintf(h, "node %s %s %d\n", n.Name, n.Control, len(n.NICs))
 		for i, nic := range n.NICs {
 			if v := nic.PeerVXLAN; v != nil {
-		fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
+				fmt.Fprintf(h, "vxlan %d %d %d %s %s\n", i, v.ID, v.Port, v.Local, v.Remote)
 			}
 		}
 	}
@@ -401,7 +401,7 @@ func (c *Config) Hash() [32]byte {
 	if q := c.QEMU; q != nil {
 		fmt.Fprintf(h, "qemu %q %q %q %d %d %q %s\n", q.Machine, q.Accel, q.CPU, q.Memory, q.SMP, q.NICModel, q.MACs)
 		for _, d := range q.Disks {
-	fmt.Fprintf(h, "disk %s\n", d.ID)
+			fmt.Fprintf(h, "disk %s\n", d.ID)
 		}
 	}
 	endpoints := slices.Sorted(slices.Values(c.Arbiter.Endpoints))
