@@ -40,7 +40,7 @@ func lateRecord(t *testing.T, h *hosts, turns int) bool {
 	defer wg.Wait()
 	defer close(stop)
 	count := func(r bpf.LockstepLsReason) uint64 {
-		n, err := h.s.count(uint32(r))
+		n, err := h.s.counter(uint32(r))
 		check(t, err)
 		return n
 	}
