@@ -66,6 +66,8 @@ enum ls_mutation {
 	LS_MUTATE_EDGE = 64,   /* connections taken over from another host are not translated */
 	LS_MUTATE_FLOOD = 128, /* what is not open takes all of the ring and of TCP's slots */
 	LS_MUTATE_DRAIN = 256, /* R13: frames count once where the tap counts their segments */
+	LS_MUTATE_QUOTE = 512, /* what ICMP errors quote is not translated */
+	LS_MUTATE_MODE = 1024, /* released frames leave in every mode */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */

@@ -223,13 +223,12 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);
 }
 
-/* The edge of sc->p's connection, on a host that took over; NULL: there is none. */
-static __always_inline struct ls_conn *edge_of(const struct ls_conf *conf,
-					       const struct ls_scratch *sc)
+/* The edge of a connection, on a host that took over; NULL: there is none. */
+static __always_inline struct ls_conn *edge_of(const struct ls_conf *conf, const struct ls_tuple *t)
 {
 	if (!has_edges(conf) || ls_mutate & LS_MUTATE_EDGE)
 		return NULL;
-	return bpf_map_lookup_elem(&ls_edge, &sc->p.t);
+	return bpf_map_lookup_elem(&ls_edge, t);
 }
 
 /*
@@ -309,30 +308,6 @@ static __always_inline int enter(struct __sk_buff *skb, struct ls_scratch *sc, s
 		d.tsecr += edge->ts_off;
 	}
 	return translate(skb, sc, &d);
-}
-
-/* What P's guest says, at P's outermost edge. */
-static __always_inline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
-				    const struct ls_conf *conf)
-{
-	struct ls_conn *e = edge_of(conf, sc);
-
-	if (!e)
-		return 0;
-	if (sc->p.flags & LS_SYN) { /* another connection */
-		bpf_map_delete_elem(&ls_edge, &sc->p.t);
-		return 0;
-	}
-	return leave(skb, sc, e, NULL, 0);
-}
-
-/* What P's guest hears, before anybody looks at it. */
-static __always_inline int edge_in(struct __sk_buff *skb, struct ls_scratch *sc,
-				   const struct ls_conf *conf)
-{
-	struct ls_conn *e = edge_of(conf, sc);
-
-	return e ? enter(skb, sc, e, NULL) : 0;
 }
 
 #endif

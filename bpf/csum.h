@@ -18,6 +18,9 @@
 #define LS_OPT_NOP 1
 #define LS_OPT_SACK 5
 #define LS_OPT_TS 8
+#define LS_OPT_MD5 19
+#define LS_OPT_AO 29
+#define LS_OPT_MPTCP 30
 #define LS_TCP_MIN 20
 #define LS_TCP_MAX 60
 
@@ -70,6 +73,14 @@ static long opt_step(__u32 i, struct ls_scratch **ctx)
 			add32(tcp + at + b, w->d.ack);
 			add32(tcp + at + b + 4, w->d.ack);
 		}
+	} else if (kind == LS_OPT_MD5 || kind == LS_OPT_AO) {
+		w->is_sealed = 1;
+	} else if (kind == LS_OPT_MPTCP && w->d.strip) {
+		for (__u32 b = 0; b < LS_OPTS_MAX && b < len; b++) {
+			if (at + b > LS_TCP_MAX - 1)
+				return 1;
+			tcp[at + b] = LS_OPT_NOP;
+		}
 	}
 	return 0;
 }
@@ -84,6 +95,7 @@ static __always_inline struct ls_walk *opts_walk(struct ls_scratch *sc, __u32 op
 	w->at = LS_TCP_MIN;
 	w->end = LS_TCP_MIN + optlen;
 	w->has_ts = 0;
+	w->is_sealed = 0;
 	w->tsval = 0;
 	w->tsecr = 0;
 	if (optlen)
@@ -91,25 +103,35 @@ static __always_inline struct ls_walk *opts_walk(struct ls_scratch *sc, __u32 op
 	return w;
 }
 
-/* Adds *d to the frame's TCP numbers, in sc->p and in the skb. */
-static __always_inline int translate(struct __sk_buff *skb, struct ls_scratch *sc,
-				     const struct ls_delta *delta)
+/*
+ * Adds *d to the frame's TCP numbers, in sc->p and in the skb. Where TCP-MD5 or TCP-AO
+ * has put its digest, another timestamp would only make it wrong. A global function:
+ * verified once, and not again wherever something is translated.
+ */
+__noinline int translate(struct __sk_buff *skb, struct ls_scratch *sc, const struct ls_delta *delta)
 {
-	struct ls_delta d = *delta;
-	struct ls_pkt *p = &sc->p;
-	__u32 l4 = p->l4_off;
-	__u32 optlen = p->optlen;
+	struct ls_delta d;
+	struct ls_pkt *p;
+	__u32 l4, optlen;
 	__s64 diff;
 
+	if (!sc || !delta)
+		return -1;
+	d = *delta;
+	p = &sc->p;
+	l4 = p->l4_off;
+	optlen = p->optlen;
 	if (!(p->flags & LS_ACK))
 		d.ack = d.tsecr = 0;
-	if (!(d.seq | d.ack | d.tsval | d.tsecr))
+	if (!(d.seq | d.ack | d.tsval | d.tsecr | d.strip))
 		return 0;
 
 	__builtin_memcpy(sc->tcp, p->tcp, sizeof(sc->tcp));
 	add32(sc->tcp + 4, d.seq);
 	add32(sc->tcp + 8, d.ack);
 	opts_walk(sc, optlen, &d);
+	if (sc->walk.is_sealed && !(d.seq | d.ack | d.strip))
+		return 0;
 
 	diff = bpf_csum_diff((__be32 *)p->tcp, LS_TCP_MAX, (__be32 *)sc->tcp, LS_TCP_MAX, 0);
 	if (bpf_skb_store_bytes(skb, l4 + 4, sc->tcp + 4, 8, 0))
@@ -124,6 +146,19 @@ static __always_inline int translate(struct __sk_buff *skb, struct ls_scratch *s
 	p->seq += d.seq;
 	p->ack += d.ack;
 	return 0;
+}
+
+/*
+ * Takes MPTCP out of the SYN in sc->p. Each guest would answer with a random key of its
+ * own, and what is said under it could not be compared, nor taken over.
+ */
+static __always_inline int strip_mptcp(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	const struct ls_delta d = {.strip = 1};
+
+	if (ls_mptcp || !(sc->p.flags & LS_SYN) || !sc->p.optlen)
+		return 0;
+	return translate(skb, sc, &d);
 }
 
 #endif

@@ -20,6 +20,7 @@
 #include "hold.h"
 #include "rec.h"
 #include "conn.h"
+#include "quote.h"
 
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"

@@ -252,6 +252,8 @@ const (
 	LockstepLsMutationLS_MUTATE_EDGE   LockstepLsMutation = 64
 	LockstepLsMutationLS_MUTATE_FLOOD  LockstepLsMutation = 128
 	LockstepLsMutationLS_MUTATE_DRAIN  LockstepLsMutation = 256
+	LockstepLsMutationLS_MUTATE_QUOTE  LockstepLsMutation = 512
+	LockstepLsMutationLS_MUTATE_MODE   LockstepLsMutation = 1024
 )
 
 type LockstepLsNumber struct {
@@ -398,7 +400,15 @@ type LockstepLsScratch struct {
 		_      [6]byte
 		Tcp    [64]uint8
 	}
-	Tcp  [64]uint8
+	Tcp [64]uint8
+	Q   struct {
+		_   structs.HostLayout
+		T   LockstepLsTuple
+		Off uint32
+		Len uint32
+		_   [4]byte
+		Tcp [64]uint8
+	}
 	Rec  LockstepLsRec
 	Walk struct {
 		_ structs.HostLayout
@@ -408,12 +418,14 @@ type LockstepLsScratch struct {
 			Ack   uint32
 			Tsval uint32
 			Tsecr uint32
+			Strip uint32
 		}
-		At    uint32
-		End   uint32
-		HasTs uint32
-		Tsval uint32
-		Tsecr uint32
+		At       uint32
+		End      uint32
+		HasTs    uint32
+		IsSealed uint32
+		Tsval    uint32
+		Tsecr    uint32
 	}
 	_      [4]byte
 	Digest struct {
@@ -512,6 +524,7 @@ const (
 	LockstepProgLsSecOut   = "ls_sec_out"
 	LockstepVarLsMarkIn    = "ls_mark_in"
 	LockstepVarLsMarkRel   = "ls_mark_rel"
+	LockstepVarLsMptcp     = "ls_mptcp"
 	LockstepVarLsMutate    = "ls_mutate"
 	LockstepVarLsNgslots   = "ls_ngslots"
 	LockstepVarLsNrules    = "ls_nrules"
@@ -600,6 +613,7 @@ type LockstepMapSpecs struct {
 type LockstepVariableSpecs struct {
 	LsMarkIn  *ebpf.VariableSpec `ebpf:"ls_mark_in"`
 	LsMarkRel *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
+	LsMptcp   *ebpf.VariableSpec `ebpf:"ls_mptcp"`
 	LsMutate  *ebpf.VariableSpec `ebpf:"ls_mutate"`
 	LsNgslots *ebpf.VariableSpec `ebpf:"ls_ngslots"`
 	LsNrules  *ebpf.VariableSpec `ebpf:"ls_nrules"`
@@ -675,6 +689,7 @@ func (m *LockstepMaps) Close() error {
 type LockstepVariables struct {
 	LsMarkIn  *ebpf.Variable `ebpf:"ls_mark_in"`
 	LsMarkRel *ebpf.Variable `ebpf:"ls_mark_rel"`
+	LsMptcp   *ebpf.Variable `ebpf:"ls_mptcp"`
 	LsMutate  *ebpf.Variable `ebpf:"ls_mutate"`
 	LsNgslots *ebpf.Variable `ebpf:"ls_ngslots"`
 	LsNrules  *ebpf.Variable `ebpf:"ls_nrules"`

@@ -22,6 +22,7 @@ volatile const __u32 ls_mark_in;  /* S: a mirrored frame on its way to the tap; 
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
 volatile const __u32 ls_nrules; /* of ls_rules in use */
+volatile const __u32 ls_mptcp;	/* not 0: MPTCP's option stays in SYNs */
 volatile const __u32 ls_mutate; /* enum ls_mutation; tests only */
 
 struct {
@@ -197,6 +198,14 @@ struct ls_pkt {
 	__u8 tcp[64] __attribute__((aligned(8))); /* TCP header and options, rest 0 */
 };
 
+/* The TCP header that an ICMP error quotes. Its sender is the error's receiver. */
+struct ls_quote {
+	struct ls_tuple t;
+	__u32 off; /* from the frame's start */
+	__u32 len; /* bytes of it that are quoted, 8 at least; 0: there is none */
+	__u8 tcp[64] __attribute__((aligned(8))); /* them, rest 0 */
+};
+
 /* Digest input, at most a block: up to 3 zeros, the bytes, 64 zeros. */
 struct ls_piece {
 	__u64 sum[LS_LANES]; /* result */
@@ -220,6 +229,7 @@ struct ls_delta {
 	__u32 ack; /* SACK blocks too; only with the ACK flag */
 	__u32 tsval;
 	__u32 tsecr; /* only with the ACK flag, and not to 0, which means "none" */
+	__u32 strip; /* not 0: MPTCP's option becomes NOPs */
 };
 
 /* A walk over the TCP options in ls_scratch.tcp. */
@@ -228,7 +238,8 @@ struct ls_walk {
 	__u32 at;
 	__u32 end;
 	__u32 has_ts;
-	__u32 tsval; /* as found, before the addition */
+	__u32 is_sealed; /* has an option whose digest covers the numbers */
+	__u32 tsval;	 /* as found, before the addition */
 	__u32 tsecr;
 };
 
@@ -239,6 +250,7 @@ struct ls_walk {
 struct ls_scratch {
 	struct ls_pkt p;
 	__u8 tcp[64] __attribute__((aligned(8))); /* translated copy of p.tcp */
+	struct ls_quote q;
 	struct ls_rec rec;
 	struct ls_walk walk;
 	struct ls_digest digest;

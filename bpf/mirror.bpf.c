@@ -43,16 +43,11 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
  * SYN, FIN and RST of the remote begin and end what user space tracks. Returns
  * LS_R_mirrored, or why neither guest may hear the frame.
  */
-static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc,
-						  const struct ls_conf *conf)
+static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
 
-	if (parse(skb, p, 0) != LS_TCP)
-		return LS_R_mirrored;
-	if (edge_in(skb, sc, conf))
-		return LS_R_rewrite_failed;
 	if (pri_not_open(p) && ring_crowded())
 		return LS_R_crowded;
 	mirror_note(skb, sc);
@@ -65,6 +60,22 @@ static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct 
 	return LS_R_mirrored;
 }
 
+/*
+ * What is done to a frame before either guest hears it. Returns 1 for a TCP segment, 0 for
+ * anything else, -1 when it failed.
+ */
+static __always_inline int mirror_take(struct __sk_buff *skb, struct ls_scratch *sc,
+				       const struct ls_conf *conf)
+{
+	enum ls_class class = parse(skb, &sc->p, 0);
+
+	if (edge_in(skb, sc, conf, class))
+		return -1;
+	if (class != LS_TCP)
+		return 0;
+	return strip_mptcp(skb, sc) ? -1 : 1;
+}
+
 SEC("tcx/egress")
 int ls_mirror(struct __sk_buff *skb)
 {
@@ -72,6 +83,7 @@ int ls_mirror(struct __sk_buff *skb)
 	struct ls_conf *conf = config();
 	enum ls_reason why;
 	__u32 mode;
+	int took;
 
 	if (skb->mark == ls_mark_rel)
 		return count(LS_R_released, skb, bpf_redirect(ls_tap, BPF_F_INGRESS));
@@ -84,20 +96,20 @@ int ls_mirror(struct __sk_buff *skb)
 			return count(LS_R_shut, skb, TCX_DROP);
 		return count(LS_R_sacked, skb, TCX_NEXT);
 	}
+	if (mode != LS_MODE_SOLO && mode != LS_MODE_HOLD)
+		return count(LS_R_shut, skb, TCX_DROP);
+	took = mirror_take(skb, sc, conf);
+	if (took < 0)
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	if (mode == LS_MODE_SOLO) {
 		/* Who follows this guest next has to know what the remote has (R8). */
-		if (parse(skb, &sc->p, 0) == LS_TCP) {
-			if (edge_in(skb, sc, conf))
-				return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		if (took)
 			mirror_note(skb, sc);
-		}
 		return count(LS_R_passed, skb, TCX_NEXT);
 	}
-	if (mode != LS_MODE_HOLD)
-		return count(LS_R_shut, skb, TCX_DROP);
 
 	/* Neither guest hears what user space could not be told. */
-	why = mirror_tell(skb, sc, conf);
+	why = took ? mirror_tell(skb, sc) : LS_R_mirrored;
 	if (why != LS_R_mirrored)
 		return count(why, skb, TCX_DROP);
 	/* A clone that was lost heals by the remote's retransmission. */

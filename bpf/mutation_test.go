@@ -26,6 +26,8 @@ var mutations = map[string]struct {
 	"EDGE":   {bpf.LockstepLsMutationLS_MUTATE_EDGE, []string{"TestTakeover", "TestEdge", "TestLiveEdgeMirrored"}},
 	"FLOOD":  {bpf.LockstepLsMutationLS_MUTATE_FLOOD, []string{"TestFlood", "TestFloodOfSlots"}},
 	"DRAIN":  {bpf.LockstepLsMutationLS_MUTATE_DRAIN, []string{"TestLiveGateCounts"}},
+	"QUOTE":  {bpf.LockstepLsMutationLS_MUTATE_QUOTE, []string{"TestQuote", "TestQuoteHalfOpen"}},
+	"MODE":   {bpf.LockstepLsMutationLS_MUTATE_MODE, []string{"TestPriOutReleased"}},
 	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz"}},
 }
 

@@ -22,7 +22,10 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 
 	if (!ev)
 		return LS_R_no_ring;
-	if (digest(skb, sc, keys, 0) >= 0) {
+	sc->q.len = 0;
+	if (sc->p.dgram)
+		quote_find(skb, sc, 1);
+	if (digest_dgram(skb, sc, keys) >= 0) {
 		ev->sum[0] = sc->digest.sum[0];
 		ev->sum[1] = sc->digest.sum[1];
 		why = slot_keep(skb, sc, &ev->slot);
@@ -56,6 +59,8 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	struct ls_pkt *p = &sc->p;
 	enum ls_reason why;
 
+	if (strip_mptcp(skb, sc))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
 		return pri_ack(skb, p);
 	if (pri_not_open(p) && ring_crowded())
@@ -68,11 +73,13 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 
 /* The last thing that happens to a frame that leaves. */
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
-				     const struct ls_conf *conf, enum ls_reason as)
+				     const struct ls_conf *conf, enum ls_reason reason)
 {
-	if (!has_edges(conf) || parse(skb, &sc->p, 1) != LS_TCP || !edge_out(skb, sc, conf))
-		return count(as, skb, TCX_NEXT);
-	return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	if (!may_speak(conf))
+		return count(LS_R_muted, skb, TCX_DROP);
+	if (has_edges(conf) && edge_out(skb, sc, conf))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return count(reason, skb, TCX_NEXT);
 }
 
 SEC("tcx/ingress")
@@ -85,18 +92,16 @@ int ls_pri_out(struct __sk_buff *skb)
 
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
+	mode = mode_of(conf);
 	if (skb->mark == ls_mark_rel) {
-		if (!may_speak(conf))
-			return count(LS_R_muted, skb, TCX_DROP);
+		/* User space may not know yet that the gate was shut. */
+		if (mode != LS_MODE_HOLD && mode != LS_MODE_SOLO && !(ls_mutate & LS_MUTATE_MODE))
+			return count(LS_R_shut, skb, TCX_DROP);
 		skb->mark = 0;
 		return pri_leave(skb, sc, conf, LS_R_released_out);
 	}
-	mode = mode_of(conf);
-	if (mode == LS_MODE_SOLO) {
-		if (!may_speak(conf))
-			return count(LS_R_muted, skb, TCX_DROP);
+	if (mode == LS_MODE_SOLO)
 		return pri_leave(skb, sc, conf, LS_R_passed);
-	}
 	keys = keys_in_use(conf);
 	if (mode != LS_MODE_HOLD || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
@@ -107,9 +112,7 @@ int ls_pri_out(struct __sk_buff *skb)
 	case LS_DGRAM:
 		if (!rule_matches(&sc->p))
 			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
-		if (!may_speak(conf))
-			return count(LS_R_muted, skb, TCX_DROP);
-		return count(LS_R_primary_only, skb, TCX_NEXT);
+		return pri_leave(skb, sc, conf, LS_R_primary_only);
 	case LS_LINK:
 		if (!may_speak(conf))
 			return count(LS_R_muted, skb, TCX_DROP);

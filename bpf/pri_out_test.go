@@ -13,6 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/cilium/ebpf"
+
 	"lockstep/bpf"
 )
 
@@ -328,11 +330,22 @@ func TestPriOutModes(t *testing.T) {
 	k.none()
 }
 
-// A released frame passes whatever it is, under R20 only, and loses its mark.
+// A released frame passes whatever it is, under R20, and loses its mark; but when the gate
+// was shut meanwhile none does, on S neither.
 func TestPriOutReleased(t *testing.T) {
 	k := newKit(t)
 	frame := flows["IPv6"].from(seg{flags: syn})
-	for _, m := range []bpf.LockstepLsMode{shut, hold, solo} {
+	for _, m := range []bpf.LockstepLsMode{shut, run, park, quiet} {
+		k.setMode(m)
+		for _, prog := range []*ebpf.Program{k.LsPriOut, k.LsSecOut} {
+			k.expect(counts{"shut": 1}, func() {
+				if verdict, _, _ := k.run(prog, input{frame: frame, mark: markRel}); verdict != drop {
+					t.Errorf("mode %d, %s: verdict %d", m, prog, int32(verdict))
+				}
+			})
+		}
+	}
+	for _, m := range []bpf.LockstepLsMode{hold, solo} {
 		k.conf.SpeakUntil = math.MaxUint64
 		k.setMode(m)
 		k.expect(counts{"released_out": 1}, func() {

@@ -33,28 +33,47 @@ static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch
 	return len > size ? (len + size - 1) / size : 1;
 }
 
+/* Gives what comes for an SVM that speaks alone the SVM's numbers. */
+static __always_inline int sec_enter(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_conf *conf)
+{
+	struct ls_conn *conn;
+
+	switch (parse(skb, &sc->p, 0)) {
+	case LS_TCP:
+		if (strip_mptcp(skb, sc))
+			return -1;
+		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
+		return conn ? enter(skb, sc, conn, edge_of(conf, &sc->p.t)) : 0;
+	case LS_DGRAM:
+		if (!quote_find(skb, sc, 0))
+			return 0;
+		conn = bpf_map_lookup_elem(&ls_conn, &sc->q.t);
+		return conn ? quote_enter(skb, sc, conn, edge_of(conf, &sc->q.t)) : 0;
+	default:
+		return 0;
+	}
+}
+
 SEC("tcx/egress")
 int ls_sec_gate(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
-	struct ls_conn *conn;
+	__u32 mode;
 
 	if (skb->mark == ls_mark_rel)
 		return count(LS_R_released, skb, bpf_redirect(ls_tap, BPF_F_INGRESS));
 	if (!conf || !sc)
 		return count(LS_R_gated, skb, TCX_DROP);
-	if (skb->mark == ls_mark_in) {
+	mode = mode_of(conf);
+	if (skb->mark == ls_mark_in && mode != LS_MODE_SHUT && mode != LS_MODE_QUIET) {
 		skb->mark = 0;
 		return count_as(LS_R_let_in, skb, tap_frames(skb, sc), TCX_NEXT);
 	}
-	if (mode_of(conf) != LS_MODE_SOLO)
+	if (mode != LS_MODE_SOLO)
 		return count(LS_R_gated, skb, TCX_DROP);
-
-	if (parse(skb, &sc->p, 0) == LS_TCP) {
-		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
-		if (conn && enter(skb, sc, conn, edge_of(conf, sc)))
-			return count(LS_R_rewrite_failed, skb, TCX_DROP);
-	}
+	if (sec_enter(skb, sc, conf))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(LS_R_passed, skb, TCX_NEXT);
 }

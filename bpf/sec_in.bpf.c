@@ -233,6 +233,19 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;
 }
 
+/* Translates what an ICMP error quotes of what the PVM said. */
+static __always_inline int sec_quote_in(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	struct ls_delta d = {};
+	struct ls_offset o;
+
+	if (!quote_find(skb, sc, 0) || !quote_offset(sc, &o))
+		return 0;
+	d.seq = o.off;
+	d.tsval = o.ts_off;
+	return quote_move(skb, sc, &d);
+}
+
 /* P's own network stack speaks on the peer device too: that is no mirrored frame. */
 static __always_inline int sec_is_host(struct __sk_buff *skb, const struct ls_conf *conf)
 {
@@ -266,10 +279,18 @@ int ls_sec_in(struct __sk_buff *skb)
 		return count(LS_R_peer_junk, skb, TCX_DROP);
 	if (mode == LS_MODE_PARK)
 		return sec_park(skb, sc);
-	if (parse(skb, &sc->p, 0) == LS_TCP) {
+	switch (parse(skb, &sc->p, 0)) {
+	case LS_TCP:
 		why = sec_translate_in(skb, sc);
 		if (why != LS_R_delivered)
 			return count(why, skb, TCX_DROP);
+		break;
+	case LS_DGRAM:
+		if (sec_quote_in(skb, sc))
+			return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		break;
+	default:
+		break;
 	}
 	skb->mark = ls_mark_in;
 	return count(LS_R_delivered, skb, bpf_redirect(ls_tap, 0));

@@ -119,6 +119,8 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	int nsum, verdict;
 	__u32 cli_ack, stride;
 
+	if (strip_mptcp(skb, sc))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	known = sec_lookup(sc, &o, &cli_ack);
 	if (known == LS_PENDING)
 		return count(LS_R_pending, skb, TCX_DROP);
@@ -153,6 +155,19 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, verdict);
 }
 
+/* Gives the SVM's ICMP error the numbers that the PVM's quotes. */
+static __always_inline int sec_quote_out(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	struct ls_delta d = {};
+	struct ls_offset o;
+
+	if (!quote_find(skb, sc, 1) || !quote_offset(sc, &o))
+		return 0;
+	d.ack = -o.off;
+	d.tsecr = -o.ts_off;
+	return quote_move(skb, sc, &d);
+}
+
 static __always_inline int sec_dgram(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, const struct ls_keys *keys)
 {
@@ -160,12 +175,14 @@ static __always_inline int sec_dgram(struct __sk_buff *skb, struct ls_scratch *s
 	struct ls_rec *r = &sc->rec;
 	int verdict;
 
+	if (sec_quote_out(skb, sc))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	rec_begin(r, conf, LS_REC_DGRAM, LS_DIR_S2P);
 	r->t = p->t;
 	r->seq = p->seq;
 	r->end = p->seq + p->paylen;
 	r->frag = p->frag;
-	if (digest(skb, sc, keys, 0) < 0)
+	if (digest_dgram(skb, sc, keys) < 0)
 		return count(LS_R_malformed, skb, TCX_DROP);
 	r->sum[0] = sc->digest.sum[0];
 	r->sum[1] = sc->digest.sum[1];
@@ -193,6 +210,18 @@ static __always_inline int sec_neigh(struct __sk_buff *skb, struct ls_scratch *s
 	return count(LS_R_neigh_out, skb, verdict);
 }
 
+/* The same of an SVM that speaks alone. */
+static __always_inline int sec_quote_solo(struct __sk_buff *skb, struct ls_scratch *sc,
+					  const struct ls_conf *conf)
+{
+	struct ls_conn *conn;
+
+	if (!quote_find(skb, sc, 1))
+		return 0;
+	conn = bpf_map_lookup_elem(&ls_conn, &sc->q.t);
+	return conn ? quote_leave(skb, sc, conn, edge_of(conf, &sc->q.t)) : 0;
+}
+
 /*
  * Alone after a takeover: the SVM speaks with the numbers that the remote knows for
  * what began before.
@@ -207,14 +236,23 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 		return count(LS_R_muted, skb, TCX_DROP);
 	if (again)
 		skb->mark = 0;
-	if (parse(skb, &sc->p, 1) == LS_TCP)
+	switch (parse(skb, &sc->p, 1)) {
+	case LS_TCP:
 		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
+		break;
+	case LS_DGRAM:
+		if (sec_quote_solo(skb, sc, conf))
+			return count(LS_R_rewrite_failed, skb, TCX_DROP);
+		break;
+	default:
+		break;
+	}
 	if (conn && sc->p.flags & LS_SYN && conn->isn_svm != sc->p.seq) {
 		bpf_map_delete_elem(&ls_conn, &sc->p.t); /* another connection */
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		conn = NULL;
 	}
-	if (conn && leave(skb, sc, conn, edge_of(conf, sc), again))
+	if (conn && leave(skb, sc, conn, edge_of(conf, &sc->p.t), again))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(again ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
 }
@@ -233,6 +271,9 @@ int ls_sec_out(struct __sk_buff *skb)
 	mode = mode_of(conf);
 	if (mode == LS_MODE_SOLO)
 		return sec_solo(skb, sc, conf);
+	/* User space may not know yet that the gate was shut. */
+	if (skb->mark == ls_mark_rel)
+		return count(LS_R_shut, skb, TCX_DROP);
 	keys = keys_in_use(conf);
 	if ((mode != LS_MODE_RUN && mode != LS_MODE_QUIET) || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);

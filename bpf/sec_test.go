@@ -649,10 +649,18 @@ func TestSolo(t *testing.T) {
 func TestSecGate(t *testing.T) {
 	k := newKit(t)
 	frame := flows["IPv4"].to(seg{ack: 1, flags: ack})
-	for _, m := range []bpf.LockstepLsMode{shut, hold, run, park, solo} {
+	for _, m := range []bpf.LockstepLsMode{shut, hold, run, park, solo, quiet} {
 		k.setMode(m)
 		if m != solo {
 			k.check(k.LsSecGate, frame, drop, "gated")
+		}
+		if m == shut || m == quiet { // a mirrored frame that was on its way
+			k.expect(counts{"gated": 1}, func() {
+				if v, _, _ := k.run(k.LsSecGate, input{frame: frame, mark: markIn}); v != drop {
+					t.Errorf("mode %d: verdict %d", m, int32(v))
+				}
+			})
+			continue
 		}
 		k.expect(counts{"let_in": 1}, func() {
 			if v, out, mark := k.run(k.LsSecGate, input{frame: frame, mark: markIn}); v != next || mark != 0 || !bytes.Equal(out, frame) {

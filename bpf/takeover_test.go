@@ -201,3 +201,31 @@ func TestLiveEdgeMirrored(t *testing.T) {
 	}
 	k.none()
 }
+
+// TestSignedTakeover: a digest of TCP-MD5 or TCP-AO covers the header. On a connection that
+// has no offset the guard would only make it wrong.
+func TestSignedTakeover(t *testing.T) {
+	k := newKit(t)
+	k.setMode(solo)
+	for family, f := range flows {
+		if err := k.LsConn.Put(f.tuple(), &bpf.LockstepLsConn{State: stInherited | stGuarded, Guard: guard}); err != nil {
+			t.Fatal(err)
+		}
+		for name, signature := range map[string][]byte{
+			"TCP-MD5": append([]byte{1, 1, 19, 18}, make([]byte, 16)...),
+			"TCP-AO":  append([]byte{29, 16}, make([]byte, 14)...),
+		} {
+			said := f.from(seg{seq: 5, ack: 6, flags: ack, opts: append(timestamps(7, 8), signature...)})
+			k.turned(k.LsSecOut, 0, said, said, "passed")
+			heard := f.to(seg{seq: 6, ack: 5, flags: ack, opts: append(timestamps(8, guard+9), signature...)})
+			k.turned(k.LsSecGate, 0, heard, heard, "passed")
+			if t.Failed() {
+				t.Fatal(family, name)
+			}
+		}
+		plain := seg{seq: 5, ack: 6, flags: ack, opts: timestamps(7, 8)}
+		moved := plain
+		moved.opts = timestamps(7+guard, 8)
+		k.turned(k.LsSecOut, 0, f.from(plain), f.from(moved), "passed")
+	}
+}

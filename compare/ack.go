@@ -51,28 +51,63 @@ type ackMark struct {
 type template struct {
 	ok, pure bool
 	flags    Flags
+	seq, ack uint32 // with the urgent pointer, what it said itself
+	win, urg uint16
 	hdrLen   uint8
 	hdr      [176]byte
 	opts     options
 }
 
-func (t *template) set(s *Segment) {
+func (t *template) set(c *conn, s *Segment) {
 	if len(s.Header) == 0 || len(s.Header) > len(t.hdr) {
 		return
 	}
 	// The IP header of a pure ACK differs from that of data (ECN), so the ones
 	// that came with data serve only until there is a better one.
 	pure := s.Len == 0 && s.Flags&FIN == 0
+	if !pure && c.sealed {
+		return
+	}
 	if pure || !t.pure {
 		t.hdrLen = uint8(copy(t.hdr[:], s.Header))
-		t.flags = s.Flags
+	}
+	t.flags, t.urg = s.Flags, s.Urg
+	if !pure {
+		t.flags &^= URG | c.once()
+		t.urg = 0
 	}
 	t.opts.set(s.Opts)
+	t.seq, t.ack, t.win = s.Seq, s.Ack, s.Win
 	t.ok, t.pure = true, t.pure || pure
 }
 
-// ece is kept in pure ACKs: ECN's echo of the PVM.
-const ece Flags = 0x40
+// ackFlags are kept in pure ACKs: what the PVM tells of congestion, which AccECN counts
+// in all three bits, and the reserved bits.
+const ackFlags = ECE | CWR | AE | 0xe00
+
+// once are the flags that belong to one frame's first part alone. CWR does, unless it
+// is a digit of AccECN's counter. Without AccECN AE is never set.
+func (c *conn) once() Flags {
+	if c.accECN {
+		return 0
+	}
+	return CWR
+}
+
+// urgent has e point to where a frame with sequence number seq points. What was urgent
+// before e is so no more.
+func (p *Primary) urgent(e *Effect, seq uint32, urg uint16) {
+	e.Urg = urg
+	if e.Flags&URG == 0 || e.Seq == seq || p.off(mutURG) {
+		return
+	}
+	at := seq + uint32(urg) - e.Seq
+	if at == 0 || at > 0xffff {
+		e.Flags &^= URG
+		at = 0
+	}
+	e.Urg = uint16(at)
+}
 
 // synScale gives the scale of s's window: windows of SYNs are never scaled.
 func (c *conn) synScale(f Flags) int8 {
@@ -97,7 +132,7 @@ func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
 		c.pSACK.add(b, c.p.ack)
 	}
 	if s.Flags&SYN == 0 {
-		c.tmpl.set(s)
+		c.tmpl.set(c, s)
 	}
 	return grew
 }
@@ -190,16 +225,27 @@ func (p *Primary) sendACK(c *conn, seq uint32) {
 	if !c.tmpl.ok || !c.canACK(ACK) || c.synWait {
 		return
 	}
+	t := &c.tmpl
+	if c.sealed && (!t.pure || after(t.ack, c.s.ack)) {
+		return
+	}
 	e := p.emit(OpSend, &c.tuple)
-	e.Seq, e.Flags = seq, ACK|c.tmpl.flags&ece
+	e.HdrLen, e.Header = t.hdrLen, t.hdr
+	p.stats.SentACKs++
+	if c.sealed {
+		e.Seq, e.Flags = t.seq, t.flags
+		p.asItWas(c, e, t.ack, t.win, t.urg, &t.opts)
+		return
+	}
+	e.Seq, e.Flags = seq, ACK|t.flags&(ackFlags|URG)
 	e.Ack, e.Win = p.acknowledge(c, ACK)
-	e.HdrLen, e.Header = c.tmpl.hdrLen, c.tmpl.hdr
+	p.urgent(e, t.seq, t.urg)
 
 	// SACK blocks that both have; those of the side that lags.
 	var buf, have [4]block
 	n := 0
 	if before(c.p.ack, c.s.ack) {
-		for _, b := range sackBlocks(buf[:0], c.tmpl.opts.bytes()) {
+		for _, b := range sackBlocks(buf[:0], t.opts.bytes()) {
 			if b, ok := c.sSACK.common(b, c.s.ack); ok && n < len(have) {
 				have[n] = b
 				n++
@@ -214,10 +260,24 @@ func (p *Primary) sendACK(c *conn, seq uint32) {
 		}
 	}
 	var o options
-	o.ackOptions(tsOpt(c.tmpl.opts.bytes()), have[:n])
+	o.ackOptions(t.opts.bytes(), have[:n])
 	c.stamp(&o)
 	e.OptLen, e.Opts = o.n, o.b
-	p.stats.SentACKs++
+}
+
+// asItWas fills in what a digest covers and nobody may change: e leaves as it was
+// captured, with an ACK that the SVM has confirmed, or not at all.
+func (p *Primary) asItWas(c *conn, e *Effect, ack uint32, win, urg uint16, o *options) {
+	e.Ack, e.Win, e.Urg = ack, win, urg
+	e.OptLen, e.Opts = o.n, o.b
+	if e.Flags&ACK != 0 {
+		c.out.update(ack, win, c.synScale(e.Flags), nil)
+	}
+}
+
+// whole tells whether all of the frame behind h may leave.
+func (p *Primary) whole(c *conn, h *piece) bool {
+	return !after(h.frameEnd(), c.compared) && (h.flags&ACK == 0 || p.off(mutR2) || !after(h.ack, c.s.ack))
 }
 
 // pureACK takes an ACK of the PVM that nothing else is in.

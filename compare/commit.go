@@ -317,7 +317,7 @@ func (p *Primary) pass(s *Segment) {
 	e := p.emit(OpSend, &s.Tuple)
 	e.Slot, e.Free = s.Slot, s.Slot != NoSlot
 	e.To = s.Len
-	e.Seq, e.Ack, e.Win, e.Flags = s.Seq, s.Ack, s.Win, s.Flags
+	e.Seq, e.Ack, e.Win, e.Urg, e.Flags = s.Seq, s.Ack, s.Win, s.Urg, s.Flags
 	e.OptLen = uint8(copy(e.Opts[:], s.Opts))
 	if s.Slot == NoSlot {
 		e.HdrLen = uint8(copy(e.Header[:], s.Header))

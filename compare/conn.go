@@ -70,6 +70,8 @@ type conn struct {
 	tmpl         template
 	tsSent       uint32 // highest TSval sent
 	tsKnown      bool
+	accECN       bool // AE was seen: with CWR and ECE it is a counter
+	sealed       bool // by a digest over the header: frames leave as they are
 
 	// Timers; 0: off.
 	waiting  bool // R7's clock runs, from progress
@@ -83,6 +85,14 @@ type conn struct {
 	annAt    int64
 	annDelay int64
 	annLeft  int
+}
+
+// look notes what a segment of the PVM tells of how it has to be treated.
+func (p *Primary) look(c *conn, s *Segment) {
+	c.accECN = c.accECN || s.Flags&AE != 0
+	if !c.pvmSeen || s.Flags&SYN != 0 {
+		c.sealed = sealed(s.Opts) && !p.off(mutSealed)
+	}
 }
 
 const scaleUnknown = -1

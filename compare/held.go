@@ -16,7 +16,7 @@ type piece struct {
 	flags      Flags
 	slot       Slot
 	gso        uint16
-	win        uint16
+	win, urg   uint16
 	ack        uint32
 	payload    []byte
 	large      bool
@@ -30,7 +30,7 @@ func (h *piece) fill(s *Segment, no uint64) {
 	*h = piece{
 		start: s.Seq, end: s.End(), base: s.PayloadStart(),
 		fin: s.Flags&FIN != 0, flags: s.Flags,
-		slot: s.Slot, large: s.Large, gso: s.GSO, win: s.Win, ack: s.Ack,
+		slot: s.Slot, large: s.Large, gso: s.GSO, win: s.Win, urg: s.Urg, ack: s.Ack,
 		payload: s.Payload, rest: s.Sum, at: s.At, no: no,
 	}
 	h.opts.set(s.Opts)
@@ -42,6 +42,26 @@ func (h *piece) dataEnd() uint32 {
 		return h.end - 1
 	}
 	return h.end
+}
+
+// seq is the sequence number that the frame was captured with, frameEnd the position
+// behind all of it.
+func (h *piece) seq() uint32 {
+	if h.syn {
+		return h.base - 1
+	}
+	return h.base
+}
+
+func (h *piece) frameEnd() uint32 {
+	end := h.base + uint32(len(h.payload))
+	switch {
+	case h.syn:
+		return h.base
+	case h.flags&FIN != 0:
+		return end + 1
+	}
+	return end
 }
 
 func (h *piece) bytes(from, to uint32) []byte { return h.payload[from-h.base : to-h.base] }
@@ -162,9 +182,16 @@ func (p *Primary) trim(c *conn, h *piece) (at int, fresh bool) {
 // repeats (R4), or drops it when it must not leave now. last: nothing else
 // of the frame is kept.
 func (p *Primary) repeat(c *conn, h *piece, last bool) {
+	said := len(h.payload)
 	if why := p.mayRepeat(c, h); why != ReasonNone {
 		if last {
 			p.drop(h.slot, why)
+		}
+		return
+	}
+	if c.sealed && (len(h.payload) != said || !p.whole(c, h)) {
+		if last {
+			p.drop(h.slot, ReasonSealed)
 		}
 		return
 	}
@@ -223,7 +250,7 @@ func (p *Primary) mayRepeat(c *conn, h *piece) Reason {
 func (p *Primary) release(c *conn) {
 	for c.held.len() > 0 {
 		h := &c.held.view()[0]
-		if !after(c.compared, h.start) || !c.canACK(h.flags) {
+		if !after(c.compared, h.start) || !c.canACK(h.flags) || c.sealed && !p.whole(c, h) {
 			break
 		}
 		if !after(h.end, c.compared) {
@@ -279,7 +306,7 @@ func (p *Primary) cut(c *conn) {
 	p.release(c)
 	if c.held.len() > 0 {
 		h := &c.held.view()[0]
-		if (waited || h.gso == 0) && after(c.compared, h.start) && c.canACK(h.flags) && !p.off(mutR5) {
+		if (waited || h.gso == 0) && after(c.compared, h.start) && c.canACK(h.flags) && !p.off(mutR5) && !c.sealed {
 			p.sendFront(c, h, c.compared)
 		}
 	}
@@ -297,7 +324,17 @@ func (p *Primary) sendFront(c *conn, h *piece, to uint32) {
 func (p *Primary) send(c *conn, h *piece, to uint32, last bool) {
 	e := p.emit(OpSend, &c.tuple)
 	e.Slot, e.Free = h.slot, last
-	e.Seq, e.Flags = h.start, h.flags
+	if end := maxSeq(h.start, to); after(end, c.released) {
+		c.released = end
+	}
+	p.stats.ReleasedPackets++
+	if c.sealed {
+		e.Seq, e.Flags, e.To = h.seq(), h.flags, uint32(len(h.payload))
+		p.stats.ReleasedBytes += uint64(e.To)
+		p.asItWas(c, e, h.ack, h.win, h.urg, &h.opts)
+		return
+	}
+	e.Seq, e.Ack, e.Flags = h.start, h.ack, h.flags // without the flag the ACK says nothing
 	if !h.syn {
 		e.From = h.start - h.base
 		e.To = minSeq(to, h.dataEnd()) - h.base
@@ -308,6 +345,10 @@ func (p *Primary) send(c *conn, h *piece, to uint32, last bool) {
 	if e.From == e.To || e.To != uint32(len(h.payload)) {
 		e.Flags &^= PSH
 	}
+	if e.From > 0 {
+		e.Flags &^= c.once()
+	}
+	p.urgent(e, h.seq(), h.urg)
 	o := h.opts
 	switch {
 	case h.flags&ACK != 0:
@@ -320,9 +361,5 @@ func (p *Primary) send(c *conn, h *piece, to uint32, last bool) {
 	}
 	c.stamp(&o)
 	e.OptLen, e.Opts = o.n, o.b
-	if end := maxSeq(h.start, to); after(end, c.released) {
-		c.released = end
-	}
-	p.stats.ReleasedPackets++
 	p.stats.ReleasedBytes += uint64(e.To - e.From)
 }

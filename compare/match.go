@@ -60,6 +60,10 @@ func (p *Primary) matchSYN(c *conn) bool {
 		if !c.sSYN {
 			return false
 		}
+		if !c.sSYNSame && c.sealed {
+			p.diverge(c, ReasonSealed)
+			return false
+		}
 		if !c.sSYNSame {
 			p.diverge(c, ReasonSYN)
 			return false
@@ -170,7 +174,7 @@ func (p *Primary) matchRST(c *conn) bool {
 		return false
 	}
 	h, r := &c.rst, &c.sRST
-	same := h.start == r.seq && (h.flags&ACK == 0 || h.ack == r.ack) && h.flags == r.flags
+	same := h.start == r.seq && (h.flags&ACK == 0 || h.ack == r.ack) && (h.flags^r.flags)&0xff == 0 // of a record P has no more
 	if !same && (!r.same || !c.pvmSeen) {
 		return false
 	}
@@ -191,16 +195,15 @@ func (p *Primary) sendRST(c *conn, atEnd bool) {
 	e := p.emit(OpSend, &c.tuple)
 	e.Slot, e.Free = h.slot, true
 	e.Seq, e.Flags, e.Win = h.start, h.flags, h.win
-	if atEnd && after(h.start, c.released) && (!c.pvmSaid || !after(h.start, c.pvmNext())) {
+	if atEnd && !c.sealed && after(h.start, c.released) && (!c.pvmSaid || !after(h.start, c.pvmNext())) {
 		e.Seq = c.released
 	}
-	if h.flags&ACK != 0 {
-		e.Ack = h.ack
-		if c.pvmSeen && c.canACK(ACK) {
-			m, _ := p.minimum(c, ACK)
-			e.Ack = m.ack
-		}
+	e.Ack = h.ack
+	if h.flags&ACK != 0 && c.pvmSeen && c.canACK(ACK) && !c.sealed {
+		m, _ := p.minimum(c, ACK)
+		e.Ack = m.ack
 	}
+	p.urgent(e, h.start, h.urg)
 	e.OptLen, e.Opts = h.opts.n, h.opts.b
 	p.stats.ReleasedPackets++
 	p.unheld(c, h)
@@ -235,6 +238,7 @@ func (p *Primary) pvm(s *Segment) {
 			}
 		}
 		c.last = p.now
+		p.look(c, s)
 		p.pvmRST(c, s)
 		p.pump(c)
 		return
@@ -248,6 +252,7 @@ func (p *Primary) pvm(s *Segment) {
 			return
 		}
 	}
+	p.look(c, s)
 	c.last, c.pvmSeen = p.now, true
 	if c.rstHeld && s.At-c.rst.at > int64(goesOn) {
 		p.freeRST(c, ReasonSuperseded)

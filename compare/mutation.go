@@ -21,6 +21,8 @@ const (
 	mutR22                           // S: nothing is said again
 	mutDatagram                      // datagrams need not match
 	mutRoom                          // no frame makes room for another
+	mutURG                           // a cut leaves the urgent pointer as it is
+	mutSealed                        // what a digest covers is changed
 )
 
 func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }

@@ -14,6 +14,8 @@ const (
 	optWScale = 3
 	optSACK   = 5
 	optTS     = 8
+	optMD5    = 19
+	optAO     = 29
 )
 
 const maxOpts = 40
@@ -65,6 +67,10 @@ func wscale(b []byte) (scale uint8, ok bool) {
 	}
 	return 0, false
 }
+
+// sealed tells whether a digest of TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925) covers the
+// segment's header.
+func sealed(b []byte) bool { return findOpt(b, optMD5) != nil || findOpt(b, optAO) != nil }
 
 // sameOptions tells whether two SYNs offer the same. Timestamp values are each
 // guest's own clock.
@@ -185,12 +191,31 @@ func (o *options) keepSACK(other *sackSet, ack uint32) {
 	}
 }
 
-// ackOptions makes the options of a pure ACK: a timestamp option (or nil) and
-// as many blocks as fit.
-func (o *options) ackOptions(ts []byte, blocks []block) {
+// ackOptions makes the options of a pure ACK: the template's, with blocks in the place of
+// its SACK blocks, as many as fit.
+func (o *options) ackOptions(template []byte, blocks []block) {
+	if len(blocks) == 0 && findOpt(template, optSACK) == nil {
+		o.set(template)
+		return
+	}
 	b := o.b[:0]
-	if ts != nil {
-		b = append(append(b, optNOP, optNOP), ts...)
+	for from, rest := template, template; len(rest) > 0 && rest[0] != optEnd; {
+		if rest[0] == optNOP {
+			rest = rest[1:]
+			continue
+		}
+		if len(rest) < 2 || rest[1] < 2 || int(rest[1]) > len(rest) {
+			break
+		}
+		kind := rest[0]
+		rest = rest[rest[1]:]
+		if kind != optSACK {
+			b = append(b, from[:len(from)-len(rest)]...) // with the NOPs in front
+		}
+		from = rest
+	}
+	for len(b)%4 != 0 {
+		b = append(b, optNOP)
 	}
 	if n := min(len(blocks), (maxOpts-len(b)-4)/8); n > 0 {
 		b = append(b, optNOP, optNOP, optSACK, byte(2+8*n))

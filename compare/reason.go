@@ -44,6 +44,7 @@ const (
 	ReasonHalfOpen   // a half-open connection had to make room (R11)
 	ReasonBeforeMark // S: a datagram that the SVM has heard as the PVM (R16)
 	ReasonNoRoom     // gave up its slot to what others wait for
+	ReasonSealed     // checkpoint, or drop: TCP-MD5 or TCP-AO forbid to change what would have to be changed
 	ReasonCount
 )
 
@@ -54,7 +55,7 @@ var reasonNames = [ReasonCount]string{
 	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
 	"unmatched rst", "forgotten", "over budget", "acked", "void",
 	"datagram differs", "icmp error", "too many datagrams", "unmatched svm datagram", "neighbour requests",
-	"half-open evicted", "before mark", "no room",
+	"half-open evicted", "before mark", "no room", "signed segment",
 }
 
 func (r Reason) String() string {

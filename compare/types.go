@@ -23,8 +23,8 @@ type Slot uint32
 // NoSlot is the slot of a segment that takes none (a pure ACK).
 const NoSlot Slot = 0xffffffff
 
-// Flags are TCP flags as in the header.
-type Flags uint8
+// Flags are TCP flags as in the header, the four bits between its length and them too.
+type Flags uint16
 
 // TCP flags.
 const (
@@ -34,6 +34,9 @@ const (
 	PSH
 	ACK
 	URG
+	ECE
+	CWR
+	AE // of AccECN; the bits above are reserved
 )
 
 // Bound is a sum known at a position: the digest of [payload start, Pos).
@@ -56,6 +59,7 @@ type Segment struct {
 	Ack   uint32
 	Win   uint16 // as in the header, unscaled
 	Flags Flags
+	Urg   uint16 // urgent pointer, from Seq on
 	Opts  []byte // TCP options as in the header; valid during Step only
 	Sum   Sum    // of the payload
 
@@ -165,7 +169,7 @@ type Op uint8
 // Effects. The caller carries them out in order.
 const (
 	// OpSend: send a frame in the PVM's name (P). Header from the frame in
-	// Slot, or from Header when Slot is NoSlot; TCP fields from Seq, Ack, Win,
+	// Slot, or from Header when Slot is NoSlot; TCP fields from Seq, Ack, Win, Urg,
 	// Flags, Opts; payload [From, To) of the frame's payload bytes, counted
 	// from its payload's first byte; GSO segment size as in the slot. Free: the
 	// slot is free once it was sent.
@@ -213,7 +217,7 @@ type Effect struct {
 	Free      bool
 	From, To  uint32
 	Seq, Ack  uint32
-	Win       uint16
+	Win, Urg  uint16
 	Flags     Flags
 	OptLen    uint8
 	Opts      [40]byte

@@ -20,8 +20,9 @@ import (
 // fakePath is a data path without a kernel: a test puts events in and looks at
 // what the daemon did, in order.
 type fakePath struct {
-	mac  net.HardwareAddr
-	wake chan struct{}
+	lease int64 // of SetSpeakUntil
+	mac   net.HardwareAddr
+	wake  chan struct{}
 
 	mu      sync.Mutex
 	events  []compare.Event
@@ -48,7 +49,7 @@ type fakePath struct {
 
 func newFakePath(last byte) *fakePath {
 	return &fakePath{
-		mac: net.HardwareAddr{2, 0, 0, 0, 0, last}, wake: make(chan struct{}, 1),
+		lease: 1, mac: net.HardwareAddr{2, 0, 0, 0, 0, last}, wake: make(chan struct{}, 1),
 		changed: make(chan struct{}), offsets: make(map[compare.Tuple]Offset),
 	}
 }
@@ -134,7 +135,12 @@ func (f *fakePath) SetEpoch(e uint32) error {
 	f.mu.Unlock()
 	return f.note("epoch %d", e)
 }
-func (f *fakePath) SetSpeakUntil(at int64) error    { return f.note("speak") }
+func (f *fakePath) SetSpeakUntil(at int64) error {
+	f.mu.Lock()
+	f.lease = at
+	f.mu.Unlock()
+	return f.note("speak")
+}
 func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
 func (f *fakePath) Mark() error                     { return f.note("mark") }
 

@@ -57,9 +57,12 @@ var (
 	ErrFenced = errors.New("this node does not speak for the guest any more, which was stopped here")
 )
 
-// guardTicks is G of R22, in ticks of the guests' TCP timestamps, 1 ms each or
-// slower: what the SVM says is newer than what the PVM said.
-const guardTicks = 20_000
+// guardTicks is G of R22: what the SVM says is newer than what the PVM said. Nothing on
+// the wire tells how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
+// with Linux's route feature tcp_usec_ts, and up to 1 s elsewhere (RFC 7323). So it is
+// 16 s of the fastest clock and 194 days of the slowest; a receiver takes any step
+// below 2^31 ticks for one ahead.
+const guardTicks = 1 << 24
 
 // lifeMachine is lifePrimary or lifeSecondary.
 type lifeMachine interface {
@@ -990,7 +993,8 @@ func (d *Daemon) follows(ctx context.Context) (bool, error) {
 // shut: nothing in or out, and no echoes.
 func (n *nic) shut() error {
 	n.echoEvery = 0
-	return n.setMode(ModeShut)
+	// No program is left that takes an echo when the mode is set.
+	return errors.Join(n.setMode(ModeShut), n.dp.SetSpeakUntil(0))
 }
 
 // renew begins a pair with an empty core; the guest goes on in mid-stream.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -321,4 +322,17 @@ func TestUncoveredAsks(t *testing.T) {
 	}
 	a.setCut(false)
 	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 2 })
+}
+
+// Who is shut has no lease left, and an echo that is still on its way opens none: nothing
+// takes echoes when it is closed.
+func TestShutEndsLease(t *testing.T) {
+	f := newFakePath(1)
+	n := &nic{dp: f, echoEvery: 1}
+	if err := n.shut(); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"mode shut", "speak"}; !slices.Equal(f.trace, want) || f.lease != 0 || n.echoEvery != 0 {
+		t.Errorf("%v, lease until %d, echoes every %d", f.trace, f.lease, n.echoEvery)
+	}
 }

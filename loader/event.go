@@ -97,6 +97,8 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 	}}
 	s := &e.Seg
 	if l4 := int(ev.L4Off); l4 >= ethLen && l4+tcpHdrLen <= len(hdr) {
+		s.Flags = compare.Flags(binary.BigEndian.Uint16(hdr[l4+tcpFlagsOff:]) & flagsMask)
+		s.Urg = binary.BigEndian.Uint16(hdr[l4+tcpUrgOff:])
 		s.Header = hdr[:l4]
 		if ev.Tci != 0 { // a template has its tag in its bytes
 			s.Header = append(appendTag(append(n.tagged[i][:0], hdr[:12]...), tpid(ev), ev.Tci), hdr[12:l4]...)

@@ -13,7 +13,10 @@ const (
 	ethLen      = 14
 	ip4CsumOff  = 10
 	tcpHdrLen   = 20
+	tcpFlagsOff = 12 // the header's length is in it too
+	flagsMask   = 0xfff
 	tcpCsumOff  = 16
+	tcpUrgOff   = 18
 	maxHeader   = 320 // virtio-net, Ethernet, tags, IP and TCP headers as built here
 	vnetHdrLen  = 10  // struct virtio_net_hdr
 	vnetCsum    = 1   // VIRTIO_NET_HDR_F_NEEDS_CSUM
@@ -21,6 +24,7 @@ const (
 	gsoTCPv6    = 4   // VIRTIO_NET_HDR_GSO_TCPV6
 	gsoUFO      = 3   // VIRTIO_NET_HDR_GSO_UDP: fragments of one datagram
 	gsoUDP      = 5   // VIRTIO_NET_HDR_GSO_UDP_L4: datagrams
+	gsoECN      = 128 // VIRTIO_NET_HDR_GSO_ECN: CWR is the first segment's alone
 	ethARP      = 0x0806
 	ethVLAN     = 0x8100
 	ethIPv6     = 0x86dd
@@ -71,9 +75,10 @@ func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tpid, tci uint16, p
 	dst = binary.BigEndian.AppendUint32(dst, e.Seq)
 	dst = binary.BigEndian.AppendUint32(dst, e.Ack)
 	optLen := (int(e.OptLen) + 3) &^ 3
-	dst = append(dst, byte((tcpHdrLen+optLen)/4)<<4, byte(e.Flags))
+	dst = binary.BigEndian.AppendUint16(dst, uint16((tcpHdrLen+optLen)/4)<<12|uint16(e.Flags)&flagsMask)
 	dst = binary.BigEndian.AppendUint16(dst, e.Win)
-	dst = append(dst, 0, 0, 0, 0)
+	dst = append(dst, 0, 0) // checksum
+	dst = binary.BigEndian.AppendUint16(dst, e.Urg)
 	dst = append(dst, e.Opts[:optLen]...)
 
 	tcpLen := len(dst) - l4 + payLen
@@ -101,6 +106,9 @@ func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tpid, tci uint16, p
 		vh[1] = gsoTCPv6
 		if v4 {
 			vh[1] = gsoTCPv4
+		}
+		if e.Flags&compare.CWR != 0 {
+			vh[1] |= gsoECN
 		}
 		binary.LittleEndian.PutUint16(vh[2:], uint16(len(dst)-vnetHdrLen))
 		binary.LittleEndian.PutUint16(vh[4:], gso)

@@ -59,6 +59,7 @@ type Options struct {
 	MaxConnections   int
 	Slots, GSOSlots  int      // held frames of up to 1984 bytes, and of up to 68 KiB
 	Rules            []Rule   // of datagrams that leave uncompared
+	MPTCP            bool     // the guests may use it
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
 	// Differ names the settings that keep a config from going on with the tables that one
@@ -85,7 +86,9 @@ type Mutation uint32
 // MutateR9 has the rewriter ignore announcements and guess. MutateR6 leaves gaps
 // in a lane's numbers alone, MutateR20 lets guests speak for ever, MutateReplay takes
 // records again and again, MutateTag takes forged ones, MutateGuard leaves timestamps
-// behind and MutateEdge numbers as they are where a connection was taken over.
+// behind and MutateEdge numbers as they are where a connection was taken over,
+// MutateQuote what ICMP errors quote, and MutateMode has released frames leave in every
+// mode. MutateWait has SetMode return while programs go by the mode before.
 const (
 	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
 	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
@@ -94,6 +97,9 @@ const (
 	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)
 	MutateGuard  = Mutation(bpf.LockstepLsMutationLS_MUTATE_GUARD)
 	MutateEdge   = Mutation(bpf.LockstepLsMutationLS_MUTATE_EDGE)
+	MutateQuote  = Mutation(bpf.LockstepLsMutationLS_MUTATE_QUOTE)
+	MutateMode   = Mutation(bpf.LockstepLsMutationLS_MUTATE_MODE)
+	MutateWait   = Mutation(1 << 31) // SetMode does not wait
 )
 
 // maxHalf bounds half-open connections (R11): a flood costs only these.
@@ -133,6 +139,7 @@ type NIC struct {
 	frees         []compare.Slot
 	signer        signer
 
+	hasty   bool   // tests only: MutateWait
 	tapBase uint32 // the tap's frame count before the first one was let in, mod 2^32
 	lost    struct{ tap, peer, events, unread atomic.Uint64 }
 }
@@ -200,7 +207,7 @@ func Open(o Options) (_ *NIC, err error) {
 		defer old.close()
 		defer taken.close()
 	}
-	n := &NIC{log: o.Log, role: o.Role, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta)}
+	n := &NIC{log: o.Log, role: o.Role, tap: tap, peer: peer, meta: make(map[compare.Slot]frameMeta), hasty: o.Mutation&MutateWait != 0}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -346,11 +353,15 @@ func (n *NIC) load(o Options, old *tables) error {
 	}
 	rel := rand.Uint32() | 1
 	in := rel ^ (rand.Uint32()<<1 | 2) // differs, and is odd as well, so not 0
+	mptcp := uint32(0)
+	if o.MPTCP {
+		mptcp = 1
+	}
 	for name, v := range map[string]uint32{
 		bpf.LockstepVarLsTap: uint32(n.tap.Attrs().Index), bpf.LockstepVarLsPeer: uint32(n.peer.Attrs().Index),
 		bpf.LockstepVarLsMarkRel: rel, bpf.LockstepVarLsMarkIn: in,
 		bpf.LockstepVarLsNslots: uint32(o.Slots), bpf.LockstepVarLsNgslots: uint32(o.GSOSlots),
-		bpf.LockstepVarLsNrules: uint32(len(o.Rules)), bpf.LockstepVarLsMutate: uint32(o.Mutation),
+		bpf.LockstepVarLsNrules: uint32(len(o.Rules)), bpf.LockstepVarLsMutate: uint32(o.Mutation), bpf.LockstepVarLsMptcp: mptcp,
 	} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -533,7 +544,11 @@ func (n *NIC) Programs() []control.Program { return n.programs }
 // SetMode implements [control.DataPath].
 func (n *NIC) SetMode(m control.Mode) error {
 	atomic.StoreUint32(&n.conf.Mode, uint32(m))
-	return nil
+	if m != control.ModeShut && m != control.ModeQuiet || n.hasty {
+		return nil
+	}
+	// Who looked at the mode before may still let a frame out, or return an echo.
+	return grace()
 }
 
 // SetEpoch implements [control.DataPath].
@@ -883,7 +898,8 @@ func (n *NIC) repeatACK(to *packetConn, e *compare.Effect) {
 	if compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) != compare.ACK || l4+tcpHdrLen > end || end > len(c.Hdr) {
 		return
 	}
-	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: compare.ACK}
+	flags := compare.Flags(binary.BigEndian.Uint16(c.Hdr[l4+tcpFlagsOff:])&flagsMask) &^ (compare.FIN | compare.SYN | compare.PSH | compare.URG)
+	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: flags}
 	opts, times := c.Hdr[l4+tcpHdrLen:end], 1
 	if e.OptLen > 0 {
 		if c.Ack != e.Seq {

@@ -31,13 +31,17 @@ const (
 	etherIPv6 = 0x86dd
 	protoTCP  = 6
 
-	offSeq = 4
-	offAck = 8
+	offSeq  = 4
+	offAck  = 8
+	offCsum = 16
 
 	optEnd  = 0
 	optNop  = 1
 	optSACK = 5
 	optTS   = 8
+	optMD5  = 19
+	optAO   = 29
+	optMP   = 30 // MPTCP
 	tsLen   = 10
 )
 
@@ -62,16 +66,27 @@ func (h TCP) Options() Options { return Options(h[tcpLen:]) }
 // pseudo header only. A field at an odd offset, as options may be, has its bytes in the
 // other halves of the checksum's words.
 func (h TCP) Add(at int, n uint32, partial bool) {
-	old := binary.BigEndian.Uint32(h[at:])
-	binary.BigEndian.PutUint32(h[at:], old+n)
-	if n == 0 || partial {
+	if partial {
+		binary.BigEndian.PutUint32(h[at:], binary.BigEndian.Uint32(h[at:])+n)
+		return
+	}
+	add(h, at, offCsum, n)
+}
+
+// add adds n to the 32-bit field of b at offset at, for which the checksum at offset csum
+// answers.
+func add(b []byte, at, csum int, n uint32) {
+	old := binary.BigEndian.Uint32(b[at:])
+	binary.BigEndian.PutUint32(b[at:], old+n)
+	if n == 0 {
 		return
 	}
 	diff := fold(words(^old) + words(old+n))
-	if at&1 != 0 {
+	if (at^csum)&1 != 0 {
 		diff = diff<<8&0xff00 | diff>>8
 	}
-	binary.BigEndian.PutUint16(h[16:], ^uint16(fold(uint32(^h.Checksum())+diff)))
+	sum := ^binary.BigEndian.Uint16(b[csum:])
+	binary.BigEndian.PutUint16(b[csum:], ^uint16(fold(uint32(sum)+diff)))
 }
 
 func words(v uint32) uint32 { return v>>16 + v&0xffff }
@@ -112,6 +127,41 @@ func (o Options) timestamps() iter.Seq[int] {
 		for at, end := range o.all() {
 			if o[at] == optTS && end-at == tsLen && !yield(at+2) {
 				return
+			}
+		}
+	}
+}
+
+// sealed tells whether a digest of TCP-MD5 or TCP-AO covers the segment: another
+// timestamp would only make it wrong.
+func (o Options) sealed() bool {
+	for at := range o.all() {
+		if o[at] == optMD5 || o[at] == optAO {
+			return true
+		}
+	}
+	return false
+}
+
+// stripMPTCP turns MPTCP's option in a SYN into fillers.
+func (s *Segment) stripMPTCP() {
+	h := s.TCP()
+	if h.Flags()&SYN == 0 {
+		return
+	}
+	o := h.Options()
+	for at, end := range o.all() {
+		if o[at] != optMP {
+			continue
+		}
+		for i := at; i < end; i++ {
+			old := o[i]
+			o[i] = optNop
+			if diff := fold(uint32(^uint16(old)) + optNop); !s.Partial {
+				if i&1 == 0 { // the upper half of its word
+					diff = diff<<8&0xff00 | diff>>8
+				}
+				binary.BigEndian.PutUint16(h[offCsum:], ^uint16(fold(uint32(^h.Checksum())+diff)))
 			}
 		}
 	}
@@ -252,8 +302,11 @@ func (s *Segment) toSVM(off offset) {
 	if h.Flags()&ACK == 0 {
 		return
 	}
-	h.Add(offAck, off.seq, s.Partial)
 	o := h.Options()
+	if off.seq == 0 && o.sealed() {
+		return
+	}
+	h.Add(offAck, off.seq, s.Partial)
 	for at, end := range o.all() {
 		if o[at] != optSACK {
 			continue
@@ -274,6 +327,9 @@ func (s *Segment) toSVM(off offset) {
 // ack, SACK blocks and TSecr are about the remote's numbers, which both guests share.
 func (s *Segment) toPVM(off offset) {
 	h := s.TCP()
+	if off.seq == 0 && h.Options().sealed() {
+		return
+	}
 	h.Add(offSeq, -off.seq, s.Partial)
 	for at := range h.Options().timestamps() {
 		h.Add(tcpLen+at, -off.ts, s.Partial)

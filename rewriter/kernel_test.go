@@ -69,9 +69,9 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	} {
 		must(t, spec.Variables[name].Set(v))
 	}
-	if os.Getenv(mutationEnv) == "R9" {
-		must(t, spec.Variables["ls_mutate"].Set(uint32(bpf.LockstepLsMutationLS_MUTATE_R9)))
-	}
+	must(t, spec.Variables["ls_mutate"].Set(uint32(map[string]bpf.LockstepLsMutation{
+		"R9": bpf.LockstepLsMutationLS_MUTATE_R9, "QUOTE": bpf.LockstepLsMutationLS_MUTATE_QUOTE,
+	}[os.Getenv(mutationEnv)])))
 	k := &kernel{lanes: make(map[uint16]uint64)}
 	must(t, spec.LoadAndAssign(&k.LockstepObjects, nil))
 	t.Cleanup(func() { _ = k.Close() })
@@ -633,8 +633,74 @@ func (d *duel) open() {
 	d.inbound(seg{flow: f, toGuest: true, seq: d.cli[0] + 1, ack: ack, flags: answer, opts: d.tcpOptions()}.bytes())
 }
 
+// icmpError: an error for the guest, or of it, that quotes a segment which went the
+// other way, or a part of it.
+func (d *duel) icmpError(toGuest, alone bool) {
+	s := d.segment(!toGuest)
+	whole := s.bytes()
+	quoted := whole[etherHeader : len(whole)-s.flow.pad]
+	quoted = quoted[:rapid.IntRange(0, len(quoted)).Draw(d.T, "quoted")]
+	if rapid.IntRange(0, 9).Draw(d.T, "spoil") == 0 && len(quoted) > 0 {
+		quoted[rapid.IntRange(0, len(quoted)-1).Draw(d.T, "at")] ^= 1 << rapid.IntRange(0, 7).Draw(d.T, "bit")
+	}
+	types := []byte{0, 3, 4, 5, 8, 11, 12}
+	if s.flow.v6 {
+		types = []byte{1, 2, 3, 4, 127, 128}
+	}
+	icmp := append([]byte{rapid.SampledFrom(types).Draw(d.T, "type"), 4, 0x12, 0x34, 0, 0, 5, 0xdc}, quoted...)
+	f := s.flow
+	src, dst := byte(77), f.guest
+	if !toGuest {
+		src, dst = dst, src
+	}
+	frame := seg{flow: flow{v6: f.v6, guest: src, rem: dst, ipOpts: f.ipOpts}}.bytes()
+	ip := frame[etherHeader : len(frame)-20]
+	if f.v6 {
+		ip[6] = 58
+		be.PutUint16(ip[4:], uint16(len(icmp)))
+	} else {
+		ip[9] = 1
+		be.PutUint16(ip[2:], uint16(len(ip)+len(icmp)))
+	}
+	frame = append(frame[:etherHeader+len(ip)], icmp...)
+
+	prog, mode := d.k.LsSecIn, bpf.LockstepLsModeLS_MODE_RUN
+	switch {
+	case alone && toGuest:
+		prog, mode = d.k.LsSecGate, bpf.LockstepLsModeLS_MODE_SOLO
+	case alone:
+		prog, mode = d.k.LsSecOut, bpf.LockstepLsModeLS_MODE_SOLO
+	case !toGuest:
+		prog = d.k.LsSecOut
+	}
+	d.k.mode(d.T, mode)
+	d.pass("ICMP error", prog, frame)
+	d.k.mode(d.T, bpf.LockstepLsModeLS_MODE_RUN)
+	var e rewriter.ICMPError
+	is := e.Parse(d.changed, toGuest)
+	if is {
+		d.tab.Error(&e, toGuest, alone)
+	}
+	switch {
+	case alone:
+		d.judge(next, "passed")
+		d.sameBytes("frame", d.out, d.changed)
+	case toGuest:
+		d.judge(redirect, "delivered")
+		d.sameBytes("frame", d.out, d.changed)
+	default:
+		d.judge(redirect, "record_out")
+		r, _ := d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_DGRAM, d.out)
+		pay := d.changed[etherHeader+len(ip)+4:]
+		if is {
+			e.ClearChecksum()
+		}
+		d.expect("sum", compare.Sum(r.Sum), d.k.digest.Sum(4, pay))
+	}
+}
+
 func (d *duel) step() {
-	switch rapid.SampledFrom([]string{"in", "in", "out", "out", "out", "other", "announce", "open", "alone", "checkpoint", "idle"}).Draw(d.T, "step") {
+	switch rapid.SampledFrom([]string{"in", "in", "out", "out", "out", "other", "announce", "open", "alone", "error", "error", "checkpoint", "idle"}).Draw(d.T, "step") {
 	case "in":
 		d.inbound(d.damaged(d.segment(true).bytes()))
 	case "out":
@@ -653,6 +719,8 @@ func (d *duel) step() {
 	case "alone":
 		toGuest := rapid.Bool().Draw(d.T, "to guest")
 		d.alone(toGuest, d.segment(toGuest).bytes())
+	case "error":
+		d.icmpError(rapid.Bool().Draw(d.T, "to guest"), rapid.Bool().Draw(d.T, "alone"))
 	case "checkpoint":
 		if rapid.IntRange(0, 5).Draw(d.T, "now") == 0 {
 			d.tab.Reset()

@@ -24,6 +24,7 @@ func TestMutations(t *testing.T) {
 			"TestExchange", "TestPassiveOpen", "TestActiveOpen", "TestSimultaneousOpen",
 			"TestOvertakingAck", "TestTupleReuse", "TestKernel",
 		},
+		"QUOTE": {"TestKernel"},
 	} {
 		for _, name := range tests {
 			t.Run(rule+"/"+name, func(t *testing.T) {

@@ -145,6 +145,7 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 // Outbound translates a segment of the SVM, in place, and fills *r with the
 // record for P when sent.
 func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool) {
+	s.stripMPTCP()
 	key, h := s.tuple(false), s.TCP()
 	flags := h.Flags()
 	if flags&(RST|ACK) == RST|ACK && h.Seq() == 0 {
@@ -196,6 +197,9 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 
 // Alone translates a segment to or from an SVM that has taken over, in place.
 func (t *Table) Alone(s *Segment, toGuest bool, now int64) {
+	if toGuest {
+		s.stripMPTCP()
+	}
 	key, h := s.tuple(toGuest), s.TCP()
 	if c, ok := t.conn[key]; ok && !toGuest && h.Flags()&SYN != 0 && c.ISNSVM != h.Seq() {
 		delete(t.conn, key) // another connection

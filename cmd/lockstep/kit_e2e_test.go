@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 		main()
 	case strings.HasPrefix(as, "lockstep without "):
 		rule := map[string]loader.Mutation{
-			"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge,
+			"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge, "quotes": loader.MutateQuote,
 		}[strings.TrimPrefix(as, "lockstep without ")]
 		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, rule) }
 		main()
@@ -67,6 +67,7 @@ const (
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
+	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and says what came of it
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
 
@@ -117,6 +118,12 @@ func serveGuest(as string) {
 				fmt.Fprintln(c, r.Text(), unix.Reboot(how))
 			}
 		},
+		portDial: func(c *net.TCPConn) {
+			for r := bufio.NewScanner(c); r.Scan(); {
+				to, port, _ := strings.Cut(r.Text(), " ")
+				fmt.Fprintln(c, dialFrom(to, port))
+			}
+		},
 		portDirty: func(c *net.TCPConn) {
 			b := dirty()
 			stop := make(chan struct{})
@@ -157,6 +164,20 @@ func serveGuest(as string) {
 	}
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test closes it
+}
+
+// dialFrom connects from a port that both guests take, and closes at once.
+func dialFrom(to, port string) error {
+	local, err := net.ResolveTCPAddr("tcp", ":"+port)
+	if err != nil {
+		return err
+	}
+	d := net.Dialer{LocalAddr: local, Timeout: 20 * time.Second}
+	c, err := d.Dial("tcp", to)
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // dirty is memory that the guest, which has little, allocates once.

@@ -61,6 +61,28 @@ func TestTakeoverSkewed(t *testing.T) {
 	}
 }
 
+// TestGuardMicroseconds: a guest's timestamps may count microseconds. A clock of them that
+// has lost twelve seconds is behind by more ticks than a slow one ever is.
+func TestGuardMicroseconds(t *testing.T) {
+	p, q := coveredPair(t, "lockstep")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.Skew.LoseTime(t, 12_000_000)
+	if err := echo(c, 1); err != nil { // no clock runs backwards: what is said again has lost them too
+		t.Fatal(err)
+	}
+	q.Primary.Close()
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	for i := range 3 { // what echoes the guard, too
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestMutationGuard: without the guard of R22 the client takes what the SVM says for
 // old, and drops it until its clock has caught up.
 func TestMutationGuard(t *testing.T) {

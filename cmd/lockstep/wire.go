@@ -51,7 +51,7 @@ func loaderOptions(o nicOptions, mutation loader.Mutation) loader.Options {
 		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
 		Tap: o.tap, PeerDevice: o.peer,
 		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
-		Rules: rules, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
+		Rules: rules, MPTCP: o.compare.MPTCP, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
 		Differ: func(pinned [32]byte, alone bool) []string {
 			if alone { // nobody else depends on the rest
 				return config.DifferFixed(pinned, o.hash)

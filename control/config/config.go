@@ -156,6 +156,7 @@ type Compare struct {
 	Slots          int // held frames, per NIC
 	GSOSlots       int // held GSO frames, per NIC
 	PrimaryOnly    []Rule
+	MPTCP          bool // the guests may use it; else its option is taken out of SYNs
 }
 
 // Checkpoint paces the checkpoints.

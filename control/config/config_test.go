@@ -31,7 +31,7 @@ tls:
   rekey: 2h
 heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms, restart: 900ms}
 pin_dir: /sys/fs/bpf/lockstep
-compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
+compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, mptcp: true, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
 checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms}
 run_dir: /tmp/run
 state_dir: state
@@ -89,7 +89,7 @@ func TestParse(t *testing.T) {
 		RunDir:    "/tmp/run",
 		StateDir:  "etc/state",
 		Compare: Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300,
-			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}},
+			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, MPTCP: true},
 		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
 		QEMU: &QEMU{
 			Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
@@ -132,7 +132,7 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil}, c.Compare); d != "" {
+	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil, false}, c.Compare); d != "" {
 		t.Errorf("compare: -want +got\n%s", d)
 	}
 	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, DefaultHeartbeatRestart}); c.Heartbeat != want {
@@ -458,8 +458,8 @@ func TestHash(t *testing.T) {
 		"silence": {replace("timeout: 300ms", "timeout: 301ms"), "heartbeat"},
 		"speak":   {replace("speak: 200ms", "speak: 201ms"), "heartbeat"},
 		"restart": {replace("restart: 900ms", "restart: 901ms"), "heartbeat"},
-		"rule":    {replace("remote_port: 123", "guest_port: 123"), "compare.primary_only"},
-		"rules":   {replace("{proto: 47}, ", ""), "compare.primary_only"},
+		"rule":    {replace("remote_port: 123", "guest_port: 123"), "compare.primary_only or compare.mptcp"},
+		"rules":   {replace("{proto: 47}, ", ""), "compare.primary_only or compare.mptcp"},
 		"port":    {replace("port: 9001", "port: 9003"), "migration"},
 		"nbd":     {replace("nbd_port: 9002", "nbd_port: 9003"), "migration"},
 		"unix":    {replace("{port: 9001,", "{port: 9001, unix: sock,"), "migration"},

@@ -165,13 +165,47 @@ static __always_inline void sack(struct seg *s, __u32 seq, const __u32 at)
 			add(&s->new[at + i], seq);
 }
 
+/* An ICMP error quotes a segment as others know it. No options, as Linux sends them. */
+static __always_inline void quoted(struct __sk_buff *skb)
+{
+	int v6 = skb->protocol == bpf_htons(ETH_P_IPV6);
+	__u32 ip = v6 ? 40 : 20, icmp = ETH_HLEN + ip, inner = icmp + 8;
+	__u32 words[2], seq;
+	struct key k = {};
+	struct skew *w;
+	__u8 proto = 0, type = 0;
+
+	bpf_skb_load_bytes(skb, ETH_HLEN + (v6 ? 6 : 9), &proto, 1);
+	bpf_skb_load_bytes(skb, icmp, &type, 1);
+	if (v6 ? proto != IPPROTO_ICMPV6 || type > 4
+	       : proto != IPPROTO_ICMP || (type != 3 && type != 11))
+		return;
+	if (bpf_skb_load_bytes(skb, inner + (v6 ? 6 : 9), &proto, 1) || proto != IPPROTO_TCP)
+		return;
+	if (v6 ? bpf_skb_load_bytes(skb, inner + 24, k.remote, 16)
+	       : bpf_skb_load_bytes(skb, inner + 16, k.remote, 4))
+		return;
+	if (bpf_skb_load_bytes(skb, inner + ip, words, sizeof(words)))
+		return;
+	k.ports = bpf_ntohl(words[0]);
+	w = bpf_map_lookup_elem(&skews, &k);
+	if (!w)
+		return;
+	seq = bpf_htonl(bpf_ntohl(words[1]) - w->seq);
+	bpf_skb_store_bytes(skb, inner + ip + 4, &seq, sizeof(seq), 0);
+	bpf_l4_csum_replace(skb, icmp + 2, words[1], seq, sizeof(seq));
+	__sync_fetch_and_add(&unskewed, 1);
+}
+
 SEC("tcx/ingress") int skew_in(struct __sk_buff *skb)
 {
 	struct seg s = {};
 	struct skew *w;
 
-	if (parse(skb, &s, 0))
+	if (parse(skb, &s, 0)) {
+		quoted(skb);
 		return -1;
+	}
 	w = bpf_map_lookup_elem(&skews, &s.k);
 	if (!w || !(bpf_ntohl(s.old[FLAGS]) & F_ACK))
 		return -1;

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"sync"
+	"testing"
+
+	"lockstep/bpf"
+	"lockstep/compare"
+	"lockstep/control"
+)
+
+// lateRecord tells whether an SVM that says large frames without pause was recorded, in one
+// of so many turns, after SetMode(ModeQuiet) had returned: the record may then be
+// confirmed, and what it is of leave, though S takes over (R21).
+func lateRecord(t *testing.T, h *hosts, turns int) bool {
+	c, err := newPacketConn(device(t, "guestS").Attrs().Index, 0)
+	check(t, err)
+	defer c.close()
+	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
+	pay := randomBytes(60000)
+	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, ethVLAN, 0, len(pay), gsoSegment)
+	if !ok {
+		t.Fatal("refused")
+	}
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				c.queue(head, pay)
+				_, _ = c.flush() // one that finds no room is one less
+			}
+		}
+	})
+	defer wg.Wait()
+	defer close(stop)
+	count := func(r bpf.LockstepLsReason) uint64 {
+		n, err := h.s.counter(uint32(r))
+		check(t, err)
+		return n
+	}
+	// Copies find no slot soon, which says nothing about records.
+	records := func() uint64 {
+		return count(bpf.LockstepLsReasonLS_R_copyLost) + count(bpf.LockstepLsReasonLS_R_recordOut)
+	}
+	grows := func(f func() uint64) {
+		for was := f(); f() == was; {
+		}
+	}
+	for range turns {
+		check(t, h.s.SetMode(control.ModeRun))
+		grows(records)
+		check(t, h.s.SetMode(control.ModeQuiet))
+		was := records()
+		grows(func() uint64 { return count(bpf.LockstepLsReasonLS_R_shut) })
+		grows(func() uint64 { return count(bpf.LockstepLsReasonLS_R_shut) })
+		if records() != was {
+			return true
+		}
+	}
+	return false
+}
+
+// TestQuietAtOnce: when SetMode returns no program goes by the mode before.
+func TestQuietAtOnce(t *testing.T) {
+	h := newHosts(t)
+	if lateRecord(t, h, 10) {
+		t.Error("a record was made after SetMode had returned")
+	}
+}
+
+// TestMutationWait: without the wait TestQuietAtOnce fails.
+func TestMutationWait(t *testing.T) {
+	h := newHosts(t)
+	h.s.hasty = true
+	if !lateRecord(t, h, 500) {
+		t.Error("no record was made after a SetMode that does not wait")
+	}
+}
