@@ -312,6 +312,8 @@ func TestManyEdges(t *testing.T) {
 	const edges = 2_000_000
 	pair := newPair(t)
 	p, s, _ := calmLives(t, pair)
+	p.opt.Life.Timeout, s.opt.Life.Timeout, p.opt.Life.doubt = patience, patience, 10*patience // the test is of the queue
+	p.opt.link.silence, s.opt.link.silence = patience, patience
 	p.edges = make([]Edge, edges)
 	for i := range p.edges {
 		p.edges[i] = Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
@@ -342,7 +344,11 @@ func TestManyEdges(t *testing.T) {
 	if !up || queued > 10 {
 		t.Errorf("while the secondary takes nothing: link %v, %d messages queued", up, queued)
 	}
+	late := time.Now().Add(2 * patience)
 	for covered := false; !covered; {
+		if time.Now().After(late) {
+			t.Fatal("the secondary is not covered")
+		}
 		covered = s.await("a status", func(Status) bool { return true }).Covered
 		s.path.mu.Lock()
 		n := len(s.path.edges)
