@@ -79,6 +79,7 @@ func TestHangs(t *testing.T) {
 	// A QEMU whose monitor never answers.
 	script(t, dir, "qemu-img", "exit 0")
 	s.Disks = nil
+	s.Binary = script(t, dir, "mute", `case "$*" in *help*) echo "pc-i440fx-7.2 x (default)"; exit;; esac; sleep 1000`)
 	_, err = Start(t.Context(), s, nil)
 	want(err, "monitor does not answer: not within 500ms")
 	if _, err := Find(s); err != ErrNotRunning {
