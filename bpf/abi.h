@@ -395,8 +395,7 @@ struct ls_cli {
 	X(conn_full, "frame dropped: connection table full") \
 	X(rewrite_failed, "frame dropped: rewriting failed") \
 	X(released_out, "released frame let out") \
-	X(let_in, "mirrored frame let into the SVM, counted as its tap counts: by segment where " \
-		  "that takes no larger ones") \
+	X(let_in, "mirrored frame let into the SVM, in the unit that its tap counts in") \
 	X(primary_only, "PVM frame passed by a primary-only rule") \
 	X(peer_replay, "peer frame dropped: lane number seen before, or too old") \
 	X(nack_out, "gap in a lane's numbers: records asked for again") \

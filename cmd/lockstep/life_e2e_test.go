@@ -876,7 +876,7 @@ func TestMidCheckpoint(t *testing.T) {
 // TestDaemonsRestart: daemons are killed and started again, in every state of the
 // pair: nobody takes over, no connection breaks.
 func TestDaemonsRestart(t *testing.T) {
-	p := newLivingPair(t, 0, "compare: {timeout: 10s}")
+	p := newLivingPair(t, 0, "compare: {timeout: 10s}\nheartbeat: {restart: 20s}")
 	p.start()
 	c := p.open()
 	for _, nodes := range [][]string{{"beta"}, {"alpha"}, {"beta", "alpha"}} {
