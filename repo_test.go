@@ -270,3 +270,36 @@ func read(t *testing.T, file string) string {
 	}
 	return string(b)
 }
+
+// TestGuarantees: every test that docs/GUARANTEES.md names is there.
+func TestGuarantees(t *testing.T) {
+	doc, err := os.ReadFile("docs/GUARANTEES.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`(?:([a-z/]+)\\.)?(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(string(doc), -1)
+	if len(named) < 40 {
+		t.Errorf("only %d tests are named", len(named))
+	}
+	for _, n := range named {
+		dir := n[1]
+		if dir == "" {
+			dir = "cmd/lockstep"
+		}
+		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+		if err != nil || len(files) == 0 {
+			t.Errorf("%s: no tests in %s, %v", n[2], dir, err)
+		}
+		found := false
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			found = found || strings.Contains(string(b), "\nfunc "+n[2]+"(")
+		}
+		if !found {
+			t.Errorf("%s has no %s", dir, n[2])
+		}
+	}
+}

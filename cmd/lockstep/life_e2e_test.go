@@ -742,6 +742,47 @@ func TestFrozen(t *testing.T) {
 	twoTurns(t, heard)
 }
 
+// TestStarved: neither daemon gets its CPU for two timeouts. Whoever transmits
+// afterwards, it is one host, and at most one has taken over from the other.
+func TestStarved(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.open()
+	for _, node := range []string{"alpha", "beta"} {
+		p.signalDaemon(node, syscall.SIGSTOP)
+	}
+	<-time.After(time.Second) // what is tested: two timeouts without a CPU
+	for _, node := range []string{"alpha", "beta"} {
+		p.signalDaemon(node, syscall.SIGCONT)
+	}
+	c.ask(50)
+	turns := heard.Turns()
+	t.Log(turns)
+	if len(turns) > 2 {
+		t.Errorf("turns: %v", turns)
+	}
+}
+
+// TestDaemonStaysDead: a primary's daemon ends on a living host and does not come back:
+// the other host waits for it as long as heartbeat.restart says.
+func TestDaemonStaysDead(t *testing.T) {
+	p := newLivingPair(t, 0, "heartbeat: {restart: 1s}")
+	p.start()
+	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	c := p.open()
+	p.kill("alpha")
+	began := time.Now()
+	c.ask(1)
+	t.Logf("the first answer took %v", time.Since(began))
+	c.ask(49)
+	twoTurns(t, heard)
+	p.run("alpha", "secondary") // its QEMU is ended, and makes room for a new one
+	p.covered()
+	c.ask(1)
+	twoTurns(t, heard)
+}
+
 // TestFrozenWinner: a secondary that has won the arbiter stands still before its guest
 // speaks, for longer than QEMU has for an answer. The old primary, woken first, does
 // not speak; the winner, woken later, does.
