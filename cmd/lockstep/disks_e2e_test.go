@@ -208,13 +208,6 @@ func newDiskPair(t *testing.T, x diskFault) (*livingPair, *smallDisk) {
 	t.Helper()
 	p := newLivingPair(t, 1, "checkpoint: {period: 500ms}\nmigration: {unix: migration.sock, nbd_port: 10809}")
 	d := newSmallDisk(t, filepath.Join(p.Dir, "small"), 48<<20)
-	image, err := os.ReadFile(filepath.Join(p.Dir, "alpha0.qcow2"))
-	if err == nil {
-		err = os.WriteFile(filepath.Join(p.Dir, "beta0.qcow2"), image, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
 	x.place(p, d)
 	p.start()
 	return p, d
@@ -325,13 +318,6 @@ func TestDiskFaultSeen(t *testing.T) {
 // daemons again, in any order.
 func TestColdStart(t *testing.T) {
 	p := newLivingPair(t, 1, "")
-	image, err := os.ReadFile(filepath.Join(p.Dir, "alpha0.qcow2"))
-	if err == nil {
-		err = os.WriteFile(filepath.Join(p.Dir, "beta0.qcow2"), image, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
 	p.start()
 	kill := func(nodes ...string) {
 		for _, node := range nodes {
