@@ -10,13 +10,18 @@ CLANG_MAJOR := 19
 # What the tests need beyond Go, as Debian 12 names it.
 PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
-	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client
+	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client \
+	gcc libc6-dev
 
 # Committed output of bpf2go, and the C it comes from.
 GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')
 C_FILES   = $(shell git ls-files '*.c' '*.h')
 
-# Nothing here needs a C compiler, so that the tests build what is released.
+# Packages with goroutines of their own that need no guest and no device.
+RACED := ./control ./control/arbiter ./control/journal ./control/program ./control/qmp ./control/state
+
+# Nothing but the race detector needs a C compiler, so that the tests build what is
+# released.
 export CGO_ENABLED := 0
 
 .PHONY: build
@@ -54,8 +59,12 @@ lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
 # Packages one after the other: many make devices and namespaces, and two cores
 # are all that is counted on.
 .PHONY: test
-test: deps lint check-generated build ## everything CI checks
-	$(GO) test -count=1 -p 1 -timeout 20m ./...
+test: deps lint check-generated build race ## everything CI checks
+	$(GO) test -count=1 -p 1 -timeout 40m ./...
+
+.PHONY: race
+race: ## the race detector over what needs neither guest nor device
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m $(RACED)
 
 .PHONY: demo
 demo: deps build ## as root: a real pair, a client that does not notice how its hosts die

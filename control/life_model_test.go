@@ -30,6 +30,12 @@ type lifeModel struct {
 	linkGen                    int
 	svmCovered                 bool // the truth: a commit in HOLD made the SVM a copy
 	forced                     bool // an operator has said that it need not be
+
+	mask    bool // mutation: QEMU has a vote threshold of 1
+	broken  bool // S's replica of the disk takes no writes
+	stopped bool // QEMU has stopped the PVM, with a write queued
+	pending bool // a write was confirmed that S's replica lacks
+	missed  bool // and the SVM was loaded since with a state that counts on it
 }
 
 type lifeTimed struct {
@@ -112,6 +118,12 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		if h == 1 && x.qemu && !m.svmCovered && !m.forced {
 			m.fault = "the SVM speaks, and no commit covers it"
 		}
+		if h == 1 && x.qemu && m.missed {
+			m.fault = "the SVM speaks, and its disk lacks a confirmed write"
+		}
+		if h == 0 {
+			m.detached()
+		}
 		x.mode = ModeSolo
 	case lxDead:
 		m.send(h, lifeEvent{Kind: lvPeerDead})
@@ -128,6 +140,8 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		m.forceSometimes()
 		m.after(m.ms(300), func() { m.step(0, lifeEvent{Kind: lvSynced, OK: m.linked && m.host[1].qemu}) })
 	case lxPair:
+		m.detached() // the disks were copied
+		m.missed = false
 		x.mode = ModeHold
 		m.forceSometimes()
 		gen := m.linkGen
@@ -144,6 +158,35 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		x.covered = false
 	case lxQEMU:
 		m.after(m.ms(20), func() { m.step(h, lifeEvent{Kind: lvQEMU, OK: x.qemu}) })
+	}
+}
+
+// detached: S's replica is none of the disk's any more, and a write that waited is done.
+func (m *lifeModel) detached() { m.broken, m.stopped, m.pending = false, false, false }
+
+// write is one of the PVM's (R24). QEMU's event of one that failed comes late where it is
+// but an event, and is what stops the guest where the threshold is 2.
+func (m *lifeModel) write() {
+	p := &m.host[0]
+	if !m.broken || m.stopped || !p.qemu || p.p.state != lpPair || p.mode != ModeHold {
+		return
+	}
+	late := 20
+	if m.stopped, m.pending = !m.mask, m.mask; m.mask {
+		late = 1200
+	}
+	m.after(m.ms(late), func() {
+		if m.stopped || m.pending {
+			m.step(0, lifeEvent{Kind: lvReplica})
+		}
+	})
+}
+
+// commit is a checkpoint's of a pair that is covered.
+func (m *lifeModel) commit() {
+	p, s := &m.host[0], &m.host[1]
+	if m.pending && m.linked && p.qemu && s.qemu && !p.frozen && !s.frozen && p.p.state == lpPair && p.covered {
+		m.missed = true
 	}
 }
 
@@ -252,7 +295,7 @@ func (m *lifeModel) trouble() {
 			m.after(m.ms(4000), func() { m.step(h, lifeEvent{Kind: lvHealthy}) })
 		}
 	case 11:
-		m.step(0, lifeEvent{Kind: lvReplica})
+		m.broken = true
 	case 12:
 		if m.rng.IntN(8) == 0 && m.host[0].qemu {
 			m.step(0, lifeEvent{Kind: lvOff})
@@ -359,13 +402,16 @@ func (m *lifeModel) restart(h int) {
 	}
 }
 
-func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
+func runLife(seed uint64, change func(*lifeConfig)) *lifeModel { return runLifeOn(seed, false, change) }
+
+// runLifeOn has QEMUs that mask a replica's faults, or none.
+func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	rng := rand.New(rand.NewPCG(seed, 11))
 	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond)
 	if change != nil {
 		change(&cfg)
 	}
-	m := &lifeModel{rng: rng, cfg: cfg, peerLink: true, control: true, arbiter: true, record: lifeRecord{1, 0}}
+	m := &lifeModel{rng: rng, cfg: cfg, mask: mask, peerLink: true, control: true, arbiter: true, record: lifeRecord{1, 0}}
 	for h := range m.host {
 		m.host[h] = lifeHost{rate: 1 + (rng.Float64()-0.5)/100, qemu: true}
 	}
@@ -391,6 +437,8 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel {
 			}
 		}
 	})
+	every(int64(20*time.Millisecond), m.write)
+	every(int64(300*time.Millisecond), m.commit)
 	every(int64(time.Second), func() {
 		if m.arbiter {
 			m.step(0, lifeEvent{Kind: lvEntry, Term: m.record.term, OK: m.record.speaker == 0})
@@ -471,4 +519,13 @@ func TestLifeMutations(t *testing.T) {
 			t.Error("3000 schedules did not find it")
 		})
 	}
+	t.Run("R24 threshold", func(t *testing.T) {
+		for seed := range uint64(3000) {
+			if m := runLifeOn(seed, true, nil); strings.Contains(m.fault, "lacks a confirmed write") {
+				t.Logf("seed %d: %s", seed, m.fault)
+				return
+			}
+		}
+		t.Error("3000 schedules did not find it")
+	})
 }
