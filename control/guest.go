@@ -118,9 +118,7 @@ func (d *Daemon) diskFailed(node, operation, why string) {
 		d.live(lifeEvent{Kind: lvSick})
 		return
 	}
-	if l.cancelSync != nil {
-		l.cancelSync() // what is copied is not what the guest has
-	}
+	l.stopSync(fmt.Sprintf("disk %s on %s: %s: %s", disk, host, operation, why)) // what is copied is not what the guest has
 	d.live(lifeEvent{Kind: lvReplica})
 }
 
