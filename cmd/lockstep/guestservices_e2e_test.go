@@ -109,7 +109,7 @@ func TestGuestServices(t *testing.T) {
 	lt.Run(t, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", id)
 	files := libraries(t, "/usr/bin/redis-server", "/usr/sbin/dnsmasq", "/usr/sbin/dropbear")
 	files["/authorized_keys"] = id + ".pub"
-	p := newLivingPairOf(t, 0, "compare: {timeout: 500ms}", qemutest.Guest{Env: []string{actAs + "=real services"}, Files: files}, qemutest.Memory+(64<<20))
+	p := newLivingPairOf(t, 0, "compare: {timeout: 500ms}", qemutest.Guest{Env: []string{actAs + "=real services"}, Files: files}, qemutest.Memory+(128<<20))
 	p.start()
 	client := func(name string, args ...string) string {
 		t.Helper()

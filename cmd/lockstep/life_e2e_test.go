@@ -678,7 +678,7 @@ func TestOperator(t *testing.T) {
 		t.Errorf("checkpoint on the secondary: %q, %v", out, err)
 	}
 	// A planned takeover.
-	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta takes over") {
+	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta transmits alone") {
 		t.Fatalf("failover: %q, %v", out, err)
 	}
 	t.Log(out)
@@ -696,7 +696,7 @@ func TestOperator(t *testing.T) {
 	p.covered()
 	c.ask(1)
 	// The primary goes on alone, and its secondary begins afresh.
-	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta speaks alone") {
+	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta transmits alone") {
 		t.Errorf("failover of the primary: %q, %v", out, err)
 	}
 	p.covered()
