@@ -137,7 +137,11 @@ func TestWriteNeedsBoth(t *testing.T) {
 		"secondary's overlays": func(w *world, dir string) { w.overlays = map[string]string{"b": dir} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorldIn(t, 1, func(w *world) { where(w, small(t, filepath.Join(w.dir, "small"), room)) })
+			var dir string
+			w := newWorldIn(t, 1, func(w *world) {
+				dir = small(t, filepath.Join(w.dir, "small"), map[string]int{"secondary's image": room, "secondary's overlays": 16 * room}[name])
+				where(w, dir)
+			})
 			a := w.start("a", false)
 			b := a.replicate("b", qemu.Options{})
 			qemutest.Await(t, w.serial("a"), "ready")
@@ -150,6 +154,9 @@ func TestWriteNeedsBoth(t *testing.T) {
 				first = "new"
 			}
 			a.checkpoint()
+			if w.overlays != nil {
+				fillUp(t, filepath.Join(dir, "filler"))
+			}
 			confirmed := a.fill(first, func() {})
 			b.kill()
 			a.takeOver() // what was refused is written

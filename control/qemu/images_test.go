@@ -19,7 +19,7 @@ func TestCompareImages(t *testing.T) {
 		t.Run(map[bool]string{false: "started", true: "attached"}[seed], func(t *testing.T) {
 			w := newWorld(t, map[bool]int{false: 2, true: 1}[seed])
 			if w.seed = seed; !seed {
-				w.extra = []string{"-runas", "nobody"} // who can make no socket here
+				w.runAs("nobody") // who can make no socket here
 			}
 			last := w.disks - 1
 			// Of both, so that there is something to find equal.

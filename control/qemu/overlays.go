@@ -87,7 +87,12 @@ func (e *OverlayError) Error() string {
 func (s *Spec) roomForOverlays() error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
-		if err := os.MkdirAll(d.OverlayDir, 0o700); err != nil {
+		if err := onStorage(d.OverlayDir, func() error {
+			if _, err := os.Stat(d.OverlayDir); !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			return errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir))
+		}); err != nil {
 			return &OverlayError{d.OverlayDir, []string{d.ID}, err.Error()}
 		}
 		for _, kind := range overlayKinds {

@@ -161,7 +161,7 @@ type world struct {
 	disks          int
 	images         map[string]string // folders of the hosts' images; "": dir
 	overlays       map[string]string // of their overlays
-	extra          []string          // further arguments of QEMU
+	user           string            // that QEMU becomes
 	mask           bool              // a mutation: one replica's word is enough
 	seed           bool              // QEMU's command lines have the disks as COLO-FT.txt does
 }
@@ -205,6 +205,22 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 	return w
 }
 
+// runAs has the QEMUs become a user, who may use their images.
+func (w *world) runAs(name string) {
+	w.t.Helper()
+	w.user = name
+	for _, dir := range []string{w.dir, filepath.Dir(w.dir)} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	for _, host := range []string{"a", "b"} {
+		for i := range w.disks {
+			lt.Run(w.t, "chown", name, w.image(host, i))
+		}
+	}
+}
+
 func (w *world) ns(host string) string { return fmt.Sprintf("lsq%x%s", os.Getpid(), host) }
 
 func (w *world) image(host string, i int) string {
@@ -239,7 +255,7 @@ func (w *world) spec(host string) *qemu.Spec {
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})
 	}
-	s.Extra = append(s.Extra, w.extra...)
+	s.User = w.user
 	qemu.SetMask(s, w.mask)
 	return s
 }
@@ -790,7 +806,7 @@ func TestReplicateFails(t *testing.T) {
 			bandwidth(4 << 20)
 			to, o := *w.incoming("b"), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
 			if tt.at == "slow" {
-				o.Timeout = 2 * time.Second
+				o.Timeout, o.Stalled = 2*time.Second, 0 // the disk has its time
 			}
 			if tt.do != nil {
 				s := w.start("b", true)

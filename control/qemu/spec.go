@@ -440,14 +440,6 @@ func (s *Spec) makeOverlays() error {
 		if err != nil {
 			return err
 		}
-		if err := onStorage(d.OverlayDir, func() error {
-			if _, err := os.Stat(d.OverlayDir); !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-			return errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir))
-		}); err != nil {
-			return fmt.Errorf("disk %s: %w", d.ID, err)
-		}
 		for _, kind := range overlayKinds {
 			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
 				return &OverlayError{d.OverlayDir, []string{d.ID}, err.Error()}
