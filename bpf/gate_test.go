@@ -43,7 +43,7 @@ func (f flow) udpTo(payload []byte, kind uint8, size int) (vnet, []byte) {
 }
 
 // R13: S's gate counts what it lets in as the tap does, whatever the tap's reader takes
-// and whoever made the frame: else the difference of the two, which tells whether the
+// and whoever made the frame: else the difference of the two, which reports whether the
 // SVM has read everything, would be wrong for ever.
 func TestLiveGateCounts(t *testing.T) {
 	const (

@@ -12,7 +12,7 @@ type side struct {
 	echo       uint32
 }
 
-// update takes an ACK in, with the options beside it, and tells whether ack, or the
+// update takes an ACK in, with the options beside it, and reports whether ack, or the
 // window, grew. An unknown scale counts as 0, which understates the edge.
 func (d *side) update(ack uint32, win uint16, scale int8, opts []byte) (ackGrew, grew bool) {
 	edge := ack + uint32(win)<<max(scale, 0)
@@ -117,7 +117,7 @@ func (c *conn) synScale(f Flags) int8 {
 	return c.scale
 }
 
-// pvmACK takes the ACK of a PVM segment in and tells whether it brought news.
+// pvmACK takes the ACK of a PVM segment in and reports whether it brought news.
 func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
 		return false
@@ -137,7 +137,7 @@ func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
 	return grew
 }
 
-// svmACK takes the ACK of a record in: A and E (R2). It tells whether the
+// svmACK takes the ACK of a record in: A and E (R2). It reports whether the
 // record brought news.
 func (p *Primary) svmACK(c *conn, s *Segment) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
@@ -275,7 +275,7 @@ func (p *Primary) asItWas(c *conn, e *Effect, ack uint32, win, urg uint16, o *op
 	}
 }
 
-// whole tells whether all of the frame behind h may leave.
+// whole reports whether all of the frame behind h may leave.
 func (p *Primary) whole(c *conn, h *piece) bool {
 	return !after(h.frameEnd(), c.compared) && (h.flags&ACK == 0 || p.off(mutR2) || !after(h.ack, c.s.ack))
 }

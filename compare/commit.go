@@ -15,7 +15,7 @@ const (
 	maxMarks = 64
 )
 
-// inEpoch tells whether a record is of this epoch. One of the next is kept for
+// inEpoch reports whether a record is of this epoch. One of the next is kept for
 // after the commit (R17), one of an older is dropped.
 func (p *Primary) inEpoch(s *Segment) bool {
 	switch d := int32(s.Epoch - p.epoch); {
@@ -159,7 +159,7 @@ func (p *Primary) commit(epoch uint32, at int64) {
 	}
 }
 
-// before tells whether a capture time belongs to the old epoch.
+// before reports whether a capture time belongs to the old epoch.
 func (p *Primary) before(t, at int64) bool { return t < at || p.off(mutR14) }
 
 // commitConn brings c to its state at a commit and appends to out what leaves.

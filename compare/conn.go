@@ -188,7 +188,7 @@ func (p *Primary) tableFull(s *Segment) {
 	p.checkpoint(&s.Tuple, ReasonTableFull)
 }
 
-// accept tells whether a record belongs to c's incarnation (R8). A connection
+// accept reports whether a record belongs to c's incarnation (R8). A connection
 // that P met in mid-stream takes over that of the newest record, until something has
 // been verified.
 func (p *Primary) accept(c *conn, s *Segment) bool {
@@ -217,13 +217,13 @@ func (p *Primary) accept(c *conn, s *Segment) bool {
 // unverified: c was adopted, and nothing of it has been compared yet.
 func (c *conn) unverified() bool { return c.adopted && c.compared == c.low }
 
-// closed tells whether both sides are through with c.
+// closed reports whether both sides are through with c.
 func (c *conn) closed() bool {
 	return c.rstSent ||
 		c.pFIN.ok && after(c.released, c.pFIN.pos) && c.cliFIN.ok && c.out.ok && !before(c.out.ack, c.cliFIN.pos)
 }
 
-// unmatched tells whether something that is not an ACK was said by one side
+// unmatched reports whether something that is not an ACK was said by one side
 // only (R7).
 func (c *conn) unmatched() bool {
 	switch {

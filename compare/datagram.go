@@ -151,7 +151,7 @@ func (p *Primary) svmDatagram(s *Segment) {
 	p.waitFlow(f)
 }
 
-// takeSaid tells whether the SVM has said k once more than the PVM, and strikes it
+// takeSaid reports whether the SVM has said k once more than the PVM, and strikes it
 // off.
 func (p *Primary) takeSaid(f *dgramFlow, k *dgramKey) bool {
 	for i, r := range f.said.view() {
@@ -213,7 +213,7 @@ func (p *Primary) releaseFlow(f *dgramFlow) {
 	}
 }
 
-// icmpError tells whether t is of ICMP's error messages. A fragment's type is not
+// icmpError reports whether t is of ICMP's error messages. A fragment's type is not
 // known and 0.
 func (t *Tuple) icmpError() bool {
 	switch t.Proto {

@@ -28,7 +28,7 @@ func (b *backoff) run(now int64) {
 	}
 }
 
-// due tells whether it is time for a try, and sets the next one.
+// due reports whether it is time for a try, and sets the next one.
 func (b *backoff) due(now int64) bool {
 	if b.at == 0 || b.at > now {
 		return false
@@ -41,7 +41,7 @@ func (b *backoff) due(now int64) bool {
 	return true
 }
 
-// stuck tells whether something of the PVM waits for the SVM.
+// stuck reports whether something of the PVM waits for the SVM.
 func (c *conn) stuck() bool {
 	return c.pvmSeen && !c.diverged && !c.closed() &&
 		(c.held.len() > 0 || c.rstHeld || c.p.ok && (!c.s.ok || after(c.p.ack, c.s.ack)))

@@ -68,11 +68,11 @@ func wscale(b []byte) (scale uint8, ok bool) {
 	return 0, false
 }
 
-// sealed tells whether a digest of TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925) covers the
+// sealed reports whether a digest of TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925) covers the
 // segment's header.
 func sealed(b []byte) bool { return findOpt(b, optMD5) != nil || findOpt(b, optAO) != nil }
 
-// sameOptions tells whether two SYNs offer the same. Timestamp values are each
+// sameOptions reports whether two SYNs offer the same. Timestamp values are each
 // guest's own clock.
 func sameOptions(a, b []byte) bool {
 	var x, y options
@@ -145,7 +145,7 @@ func (s *sackSet) trim(ack uint32) {
 	s.n = n
 }
 
-// has tells whether b is held: below ack or in a block.
+// has reports whether b is held: below ack or in a block.
 func (s *sackSet) has(b block, ack uint32) bool {
 	if !after(b.right, ack) {
 		return true

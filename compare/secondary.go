@@ -215,7 +215,7 @@ func (f *copies) search(pos uint32) int {
 	return sort.Search(len(v), func(i int) bool { return after(v[i].start, pos) })
 }
 
-// covers tells whether one copy has all that k has.
+// covers reports whether one copy has all that k has.
 func (f *copies) covers(k *frameCopy) bool {
 	i := f.search(k.start)
 	return i > 0 && !after(k.end, f.byPos.view()[i-1].end)

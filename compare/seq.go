@@ -26,5 +26,5 @@ func maxSeq(a, b uint32) uint32 {
 // largest window is as much.
 const reach = 1 << 30
 
-// near tells whether pos lies within reach of mid.
+// near reports whether pos lies within reach of mid.
 func near(pos, mid uint32) bool { return pos-mid+reach <= 2*reach }

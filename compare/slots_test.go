@@ -188,7 +188,7 @@ func (c *crowd) run(d time.Duration) (timers int) {
 }
 
 // recovers has connections overrun the slots while S is away, of which there are two each
-// at least, and tells whether all of it leaves within two RTOs once S is back.
+// at least, and reports whether all of it leaves within two RTOs once S is back.
 func recovers(t *rapid.T, mut mutation) (ok bool, state string) {
 	c := &crowd{t: t, keys: testKeys(7), now: 1e9, slots: map[Slot]*talker{}}
 	conns := rapid.IntRange(1, 5).Draw(t, "connections")

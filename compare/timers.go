@@ -170,7 +170,7 @@ func (p *Primary) fire(c *conn) {
 	p.timers.set(&c.timer, p.deadline(c))
 }
 
-// stalled: R7's clock ran out. It tells whether c was removed.
+// stalled: R7's clock ran out. It reports whether c was removed.
 func (p *Primary) stalled(c *conn) bool {
 	if c.clientRST {
 		// The remote has reset the connection, and one guest saw it before it
@@ -215,7 +215,7 @@ func (p *Primary) startAnnouncing(c *conn, times int) {
 	c.annAt = p.now + c.annDelay
 }
 
-// askEnd tells whether something is held at the compared point that the SVM's
+// askEnd reports whether something is held at the compared point that the SVM's
 // records do not resolve, and up to where to ask. soon: they reach beyond it.
 func (p *Primary) askEnd(c *conn) (end uint32, soon, ok bool) {
 	if c.synWait || c.diverged || p.frozen {

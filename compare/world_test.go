@@ -533,5 +533,5 @@ func (w *world) restart() {
 	}
 }
 
-// whole tells whether the remote has got everything.
+// whole reports whether the remote has got everything.
 func (w *world) whole() bool { return w.gotFIN && !slices.Contains(w.got, false) }

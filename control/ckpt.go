@@ -392,11 +392,11 @@ func (c *ckptPrimary) fail(cause string) {
 	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
 }
 
-// stuck tells whether nothing leaves, and not because somebody has the PVM wait or
+// stuck reports whether nothing leaves, and not because somebody has the PVM wait or
 // keeps its QEMU's monitor: then QEMU cannot be told to go on alone either.
 func (c *ckptPrimary) stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
 
-// able tells whether an attempt could begin.
+// able reports whether an attempt could begin.
 func (c *ckptPrimary) able() bool {
 	return c.started && c.link && !c.handshake && c.qmp && !c.pvmStopped
 }
@@ -672,7 +672,7 @@ func (c *ckptSecondary) hush(ev ckptEvent) {
 	}
 }
 
-// whole tells whether the offsets are those of the SVM as it is. In mid
+// whole reports whether the offsets are those of the SVM as it is. In mid
 // checkpoint they are so only for the P that ordered it.
 func (c *ckptSecondary) whole() bool { return !c.void && c.stage != sStopped }
 

@@ -264,7 +264,7 @@ func (n *nic) thaw() error {
 	return nil
 }
 
-// commit lets leave what the PVM said before at (R14) and tells whether it said
+// commit lets leave what the PVM said before at (R14) and reports whether it said
 // anything between stop and resume.
 func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err error) {
 	// Frames captured before the commit point may still be on their way.

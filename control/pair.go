@@ -975,7 +975,7 @@ func (l *pairLife) status(s *Status) {
 	l.diskStatus(s)
 }
 
-// follows tells whether the SVM follows a PVM, or did so to the end (S).
+// follows reports whether the SVM follows a PVM, or did so to the end (S).
 func (d *Daemon) follows(ctx context.Context) (bool, error) {
 	var m *qmp.Monitor
 	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil {

@@ -79,7 +79,7 @@ func (t *tries) String() string {
 	return s
 }
 
-// held tells whether a session has to wait: for QEMU to end the last pair, or, when a try
+// held reports whether a session has to wait: for QEMU to end the last pair, or, when a try
 // to replicate would follow, until that is due. The machine hears of it later: until then
 // the guest serves alone, and orders are taken.
 func (d *Daemon) held(follows bool) bool {

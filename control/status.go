@@ -401,7 +401,7 @@ func reply(w http.ResponseWriter, v any) {
 	_ = enc.Encode(v) // an error here is the asker's
 }
 
-// Takes tells whether a daemon of this version, with a config of this digest, can take the
+// Takes reports whether a daemon of this version, with a config of this digest, can take the
 // place of the one whose status s is: whether the peer will have it.
 func (s *Status) Takes(digest string) error {
 	switch in := strings.Join(config.DifferHex(s.Config, digest), ", "); {

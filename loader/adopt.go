@@ -37,7 +37,7 @@ func (t *tables) close() {
 	}
 }
 
-// inherited tells whether a map goes from one daemon to the next. What programs
+// inherited reports whether a map goes from one daemon to the next. What programs
 // work on does not, nor do the object's data sections.
 func inherited(name string) bool {
 	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch
@@ -53,7 +53,7 @@ func findTables(dir string, o Options, tap netlink.Link) (*tables, error) {
 	return openTables(dir, o)
 }
 
-// guardHere tells whether what is pinned in dir guards the tap.
+// guardHere reports whether what is pinned in dir guards the tap.
 func guardHere(dir string, o Options, tap netlink.Link) (bool, error) {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return false, nil
@@ -281,7 +281,7 @@ func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects)
 	return maps, nil
 }
 
-// CheckUpgrade tells whether Open with these options would go on from what is
+// CheckUpgrade reports whether Open with these options would go on from what is
 // pinned, down to the kernel's taking the programs, and changes nothing. Role 0
 // is the one that the tables were made for. It returns the version that made them.
 func CheckUpgrade(o Options) (version string, err error) {

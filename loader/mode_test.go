@@ -11,7 +11,7 @@ import (
 	"lockstep/control"
 )
 
-// lateRecord tells whether an SVM that says large frames without pause was recorded, in one
+// lateRecord reports whether an SVM that says large frames without pause was recorded, in one
 // of so many turns, after SetMode(ModeQuiet) had returned: the record may then be
 // confirmed, and what it is of leave, though S takes over (R21).
 func lateRecord(t *testing.T, h *hosts, turns int) bool {

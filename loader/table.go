@@ -74,7 +74,7 @@ func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
 }
 
 // putAll writes elements into a map of tuples. What has no place goes to full, which
-// tells whether the map may do without it.
+// reports whether the map may do without it.
 func putAll[V any](m *ebpf.Map, keys []bpf.LockstepLsTuple, values []V, full func(*V) bool) error {
 	for len(keys) > 0 {
 		part := min(len(keys), walkBatch)

@@ -107,7 +107,7 @@ func (n *NIC) AddEdges(edges []control.Edge) error {
 // needed: a map may not do without it.
 func needed(*bpf.LockstepLsConn) bool { return false }
 
-// edges tells whether what a P took over has to be looked after. An S has only been
+// edges reports whether what a P took over has to be looked after. An S has only been
 // told of it, and sees none of its frames.
 func (n *NIC) edges() bool { return n.role == Primary && atomic.LoadUint32(&n.conf.Edges) != 0 }
 

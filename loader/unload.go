@@ -63,7 +63,7 @@ func unload(pinDir, vm, node string, force, mute bool) error {
 	return removePins(dir)
 }
 
-// promoted tells whether the folder is that of a secondary that took over.
+// promoted reports whether the folder is that of a secondary that took over.
 func promoted(nic string) (bool, error) {
 	if _, err := os.Stat(filepath.Join(nic, linkPrefix+secOut)); errors.Is(err, os.ErrNotExist) {
 		return false, nil

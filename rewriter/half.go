@@ -35,7 +35,7 @@ type Half struct {
 	Last             int64
 }
 
-// paired tells whether both parts belong to one connection (R9): they were
+// paired reports whether both parts belong to one connection (R9): they were
 // paired before, or are active opens of which neither was paired with another, or
 // both guests answered the same SYN of the remote.
 func (h *Half) paired() bool {
@@ -118,7 +118,7 @@ func (h *Half) learnPVM(a *Record, now int64) {
 // largest window TCP has.
 const ackSpan = 1 << 30
 
-// acked tells whether the remote's segment shows that it knows the guest's ISN.
+// acked reports whether the remote's segment shows that it knows the guest's ISN.
 // A RST ends what would begin here, and a SYN|ACK answers an active open only.
 func (h *Half) acked(tcp TCP) bool {
 	flags := tcp.Flags()

@@ -132,7 +132,7 @@ func (o Options) timestamps() iter.Seq[int] {
 	}
 }
 
-// sealed tells whether a digest of TCP-MD5 or TCP-AO covers the segment: another
+// sealed reports whether a digest of TCP-MD5 or TCP-AO covers the segment: another
 // timestamp would only make it wrong.
 func (o Options) sealed() bool {
 	for at := range o.all() {

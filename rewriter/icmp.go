@@ -22,7 +22,7 @@ type ICMPError struct {
 	tuple       Tuple
 }
 
-// Parse makes e a view of frame and tells whether it is such an error. toGuest: it comes
+// Parse makes e a view of frame and reports whether it is such an error. toGuest: it comes
 // for the guest, which then has said what is quoted.
 func (e *ICMPError) Parse(frame []byte, toGuest bool) bool {
 	v6 := false
@@ -126,7 +126,7 @@ func (e *ICMPError) add(at int, n uint32) {
 	add(e.Frame[e.icmp:], e.at-e.icmp+at, icmpCsum, n)
 }
 
-// acks tells whether the quoted segment acknowledges. Where the flags are not quoted a
+// acks reports whether the quoted segment acknowledges. Where the flags are not quoted a
 // number that is not 0 says so.
 func (e *ICMPError) acks() bool {
 	h := e.quoted()

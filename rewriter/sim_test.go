@@ -107,7 +107,7 @@ func (w *world) begin() {
 	w.cur = l
 }
 
-// synAck tells whether the guest's next SYN is a SYN|ACK.
+// synAck reports whether the guest's next SYN is a SYN|ACK.
 func (w *world) synAck(before bool) bool {
 	switch w.cur.open {
 	case passive:

@@ -252,7 +252,7 @@ func mutants(who string, n int) (out [][]byte) {
 	return out
 }
 
-// linkOnly tells whether a frame is of those that leave from the PVM uncompared
+// linkOnly reports whether a frame is of those that leave from the PVM uncompared
 // (R20 alone applies).
 func linkOnly(f []byte) bool {
 	for len(f) >= 18 && (f[12] == 0x81 && f[13] == 0 || f[12] == 0x88 && f[13] == 0xa8) {

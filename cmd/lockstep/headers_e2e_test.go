@@ -152,7 +152,7 @@ func internetChecksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// complaint tells whether what both guests complain of reaches the client within limit.
+// complaint reports whether what both guests complain of reaches the client within limit.
 func complaint(t *testing.T, acts string, limit time.Duration) (arrived bool) {
 	p := newPairOf(t, acts, lt.Veth, "", "", "compare: {timeout: 300ms}")
 	const port = 7000 // portEcho

@@ -146,7 +146,7 @@ func usable(c *config.Config, dir, node string) error {
 	return nil
 }
 
-// both tells whether the two files of a pair exist. One alone is an error.
+// both reports whether the two files of a pair exist. One alone is an error.
 func both(cert, key string) (bool, error) {
 	var there [2]bool
 	for i, f := range []string{cert, key} {

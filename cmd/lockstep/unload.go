@@ -119,7 +119,7 @@ func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
 	return "", nil
 }
 
-// speaksAlone tells whether the guest that runs here is the only one that clients hear,
+// speaksAlone reports whether the guest that runs here is the only one that clients hear,
 // and will be: it spoke alone when its daemon ended, and the arbiter names this node. In a
 // pair that never fails over that is the primary's. why says what was found.
 func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node) (alone bool, why string) {

@@ -113,7 +113,7 @@ func SameMachine(own, peer Caps) error {
 		"or install the same QEMU on both", own.Machine, own.Version, peer.Machine, peer.Version)
 }
 
-// capability tells whether a migration capability is on, and whether it is there at
+// capability reports whether a migration capability is on, and whether it is there at
 // all.
 func capability(m *qmp.Monitor, name string) (on, there bool, err error) {
 	var caps []struct {
@@ -721,7 +721,7 @@ func Retry(m *qmp.Monitor) error {
 	return Cont(m)
 }
 
-// Merged tells whether a guest that took over has merged what it wrote into its
+// Merged reports whether a guest that took over has merged what it wrote into its
 // images, as it does in the background. Until then the images alone are of
 // no use: the overlays hold the rest.
 func Merged(m *qmp.Monitor, disks []Disk) (bool, error) {

@@ -221,7 +221,7 @@ func (p *Process) Pid() int { return p.pid }
 // Done is closed when QEMU has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Alive tells whether QEMU has not ended.
+// Alive reports whether QEMU has not ended.
 func (p *Process) Alive() bool {
 	select {
 	case <-p.done:
