@@ -63,6 +63,8 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	spec.Maps["ls_slots"].MaxEntries = slots
 	spec.Maps["ls_gslots"].MaxEntries = gslots
 	spec.Maps["ls_ring"].MaxEntries = 1 << 16
+	cpus := uint32(ebpf.MustPossibleCPU())
+	spec.Maps["ls_lane"].MaxEntries, spec.Maps["ls_sent"].MaxEntries = cpus, cpus*uint32(bpf.LockstepLsConstLS_SENT)
 	for name, v := range map[string]uint32{
 		"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": 1, "ls_mark_in": 2,
 		"ls_nslots": slots, "ls_ngslots": gslots,
@@ -336,7 +338,9 @@ func (d *duel) pass(what string, prog *ebpf.Program, frame []byte) *rewriter.Seg
 // judge compares verdict and counters.
 func (d *duel) judge(verdict uint32, names ...string) {
 	d.Helper()
-	d.expect("verdict", d.verdict, verdict)
+	if d.verdict != verdict {
+		d.Fatalf("%s: kernel %d %v, model %d %v\nframe % x", d.what, d.verdict, d.names, verdict, names, d.frame)
+	}
 	if !slices.Equal(d.names, names) {
 		d.Fatalf("%s: kernel counted %v, model %v\nframe % x", d.what, d.names, names, d.frame)
 	}
