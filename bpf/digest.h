@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * digest.h: the additive, keyed digest of a stream (DESIGN section 2).
+ * digest.h: the additive, keyed digest of a stream.
  *
  *   D_lane(range) = sum over 4096-byte blocks b of m_lane(b) * sum of w[i] * k_lane[i mod 1024]
  *

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// The checkpoint machines (DESIGN §6). They are pure: events and times come in,
+// The checkpoint machines (R12-R17). They are pure: events and times come in,
 // effects go out, in the order in which they have to be carried out. One
 // sentence rules them: doubt never releases. P freezes matching on any doubt
 // and only a checkpoint that it ordered itself, and saw through, ends it.
@@ -173,7 +173,7 @@ func newCkptPrimary(cfg ckptConfig) *ckptPrimary {
 	return &ckptPrimary{cfg: cfg, period: cfg.period, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
 }
 
-// state is DESIGN §7's word, and what to add to it.
+// state is the pair's state as status names it, and what to add to it.
 func (c *ckptPrimary) state() (word, detail string) {
 	switch {
 	case !c.started:

@@ -68,6 +68,9 @@ func (d *Daemon) guestEvent(event string, data map[string]any) {
 	case "QUORUM_REPORT_BAD":
 		d.diskFailed(text("node-name"), text("type"), text("error"))
 	case "BLOCK_IO_ERROR":
+		if full, _ := data["nospace"].(bool); full {
+			d.outOfRoom(text("node-name"))
+		}
 		if text("action") == "stop" {
 			d.ioStopped(text("node-name"), text("operation"), text("reason"))
 		}

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// The machines of a pair's life (DESIGN §7, R18-R21): who may speak, who is dead,
+// The machines of a pair's life (R18-R21, R24-R26): who may speak, who is dead,
 // who takes over. They are pure, as the checkpoint machines are: events and times
 // come in, effects go out in the order in which they have to be carried out. One
 // sentence rules them: a host speaks alone only after it has won the arbiter, and

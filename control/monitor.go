@@ -120,10 +120,6 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	asking.Go(func() { d.pollMonitor(polling, m) })
 	for e := range events {
 		at, skew := d.boottime(qmp.Time(e))
-		if full, _ := e.Data["nospace"].(bool); full && e.Event == "BLOCK_IO_ERROR" {
-			disk, _ := e.Data["node-name"].(string)
-			d.post(func() { d.outOfRoom(disk) })
-		}
 		switch e.Event {
 		case "STOP":
 			d.post(func() { d.qmp.info.state = "paused"; d.ran(ckptEvent{Kind: evStop, At: at, Skew: skew}) })

@@ -22,7 +22,7 @@ import (
 	"lockstep/control/state"
 )
 
-// Life is what a daemon needs to begin a pair and to end it (DESIGN §7): an arbiter,
+// Life is what a daemon needs to begin a pair and to end it: an arbiter,
 // a place on disk for what it must not forget, and QEMU.
 type Life struct {
 	Begin   Begin

@@ -64,19 +64,7 @@ func (d *smallDisk) take(path string) {
 func (d *smallDisk) filler() string { return filepath.Join(d.dir, "filler") }
 
 // fill leaves no room.
-func (d *smallDisk) fill() {
-	f, err := os.Create(d.filler())
-	if err != nil {
-		d.t.Error(err)
-		return
-	}
-	defer f.Close()
-	for b := make([]byte, 64<<10); len(b) > 0; {
-		if _, err := f.Write(b); err != nil {
-			b = b[:len(b)/2]
-		}
-	}
-}
+func (d *smallDisk) fill() { lt.FillUp(d.t, d.filler()) }
 
 func (d *smallDisk) empty() {
 	if err := os.Remove(d.filler()); err != nil {

@@ -4,7 +4,6 @@ package qemu_test
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -155,7 +154,7 @@ func TestWriteNeedsBoth(t *testing.T) {
 			}
 			a.checkpoint()
 			if w.overlays != nil {
-				fillUp(t, filepath.Join(dir, "filler"))
+				lt.FillUp(t, filepath.Join(dir, "filler"))
 			}
 			confirmed := a.fill(first, func() {})
 			b.kill()
@@ -196,7 +195,7 @@ func TestMergeOverlays(t *testing.T) {
 			a.checkpoint()
 			filler := filepath.Join(room, "filler")
 			if !merged {
-				fillUp(t, filler)
+				lt.FillUp(t, filler)
 			}
 			b.mustWrite("vda", 17, "overlay") // as the SVM
 			b.mustWrite("vda", 34, "overlay")
@@ -223,20 +222,5 @@ func TestMergeOverlays(t *testing.T) {
 			b.mustRead("vda", 17, map[bool]string{true: "image", false: "overlay"}[merged])
 			b.mustRead("vda", 34, "overlay")
 		})
-	}
-}
-
-// fillUp leaves no room in path's file system.
-func fillUp(t *testing.T, path string) {
-	t.Helper()
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for b := make([]byte, 64<<10); len(b) > 0; {
-		if _, err := f.Write(b); err != nil {
-			b = b[:len(b)/2]
-		}
 	}
 }

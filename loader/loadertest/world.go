@@ -319,3 +319,18 @@ func Eventually(t testing.TB, limit time.Duration, cond func() (ok bool, state s
 		}
 	}
 }
+
+// FillUp makes a file that leaves no room in its file system.
+func FillUp(t testing.TB, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for b := make([]byte, 64<<10); len(b) > 0; {
+		if _, err := f.Write(b); err != nil {
+			b = b[:len(b)/2]
+		}
+	}
+}
