@@ -422,7 +422,7 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 type diskCopy struct {
 	still stall
 	speed meter
-	size  int64     // when it began
+	size  int64     // of its first pass; 0: QEMU does not know yet
 	again time.Time // since when only what the guest writes meanwhile is left
 }
 
@@ -430,7 +430,7 @@ func (c *diskCopy) look(d *Disk, j *job, l Limits) (Progress, error) {
 	if c.size == 0 {
 		c.size = j.Total
 	}
-	if c.again.IsZero() && j.Current >= c.size {
+	if c.again.IsZero() && c.size != 0 && j.Current >= c.size {
 		c.again = time.Now()
 	}
 	p := Progress{What: d.ID, Done: j.Current, Total: j.Total, Rate: c.speed.measure(j.Current)}
