@@ -606,9 +606,13 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
 			}
 			if ev.OK && d.primary != nil && d.life != nil {
-				// Whatever was heard of the disks, their state decides (R24).
-				if err := qemu.Replicated(m, d.life.Disks); err != nil {
+				// Whatever was heard of the disks, their state decides (R24). A QEMU
+				// that does not answer may be dead: then S is the better host.
+				switch missing, err := qemu.Unreplicated(m, d.life.Disks); {
+				case err != nil:
 					ev.OK, ev.Cause = false, err.Error()
+				case len(missing) > 0:
+					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
 					d.post(func() { d.live(lifeEvent{Kind: lvReplica}) })
 				}
 			}

@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/qemu"
 	"lockstep/control/qmptest"
 	"lockstep/control/state"
 )
@@ -149,6 +151,76 @@ func TestLifeQMPFaults(t *testing.T) {
 			s.path.await(t, mark, "mode quiet", "take over", "speak", "mode solo")
 			p.path.await(t, 0, "mode hold", "mode shut")
 			p.ends(ErrFenced)
+		})
+	}
+}
+
+// TestQEMUDiesAtCommand: the primary's QEMU dies at each command of a checkpoint. Whatever
+// that looks like at first, the secondary takes over: a claim of the primary's would leave
+// nobody.
+func TestQEMUDiesAtCommand(t *testing.T) {
+	begin := func(t *testing.T) (pair *qmptest.Pair, p, s *side, a *sharedArbiter) {
+		pair = newPair(t)
+		p, s, a = lives(t, pair)
+		pair.Primary.SetReply("x-debug-query-block-graph", `"return": {"nodes": [`+
+			`{"id": 1, "type": "block-driver", "name": "vda"}, `+
+			`{"id": 2, "type": "block-driver", "name": "parent0"}, `+
+			`{"id": 3, "type": "block-driver", "name": "nbd0"}], "edges": [`+
+			`{"parent": 1, "child": 2, "name": "children.0"}, `+
+			`{"parent": 1, "child": 3, "name": "children.1"}]}`)
+		p.start()
+		s.start()
+		p.covered()
+		s.covered()
+		p.d.post(func() { p.d.life.Disks = []qemu.Disk{{ID: "vda"}} }) // of which a played QEMU cannot make a replica
+		return pair, p, s, a
+	}
+	pair, p, _, _ := begin(t)
+	mark := len(pair.Primary.Requests())
+	done := p.await("a status", func(Status) bool { return true }).CheckpointsDone
+	p.d.want(request{nic: -1, reason: "test"})
+	p.await("a checkpoint", func(st Status) bool { return st.CheckpointsDone > done })
+	var commands []string
+	for _, r := range pair.Primary.Requests()[mark:] {
+		if !slices.Contains(commands, r.Execute) {
+			commands = append(commands, r.Execute)
+		}
+	}
+	if !slices.Contains(commands, "x-debug-query-block-graph") {
+		t.Fatalf("a checkpoint takes %v", commands)
+	}
+	for _, command := range commands {
+		t.Run(command, func(t *testing.T) {
+			pair, p, s, a := begin(t)
+			pair.Primary.DieAt(command)
+			p.d.want(request{nic: -1, reason: "test"})
+			s.ends(ErrPromoted)
+			p.ends(ErrFenced)
+			if a.now.Speaker != "beta" {
+				t.Errorf("the entry is %v", a.now)
+			}
+		})
+	}
+}
+
+// TestQEMUEnded: somebody ends the primary's QEMU, which tells of it, and of what it loses
+// on its way. The secondary takes over.
+func TestQEMUEnded(t *testing.T) {
+	for _, reason := range []string{"host-signal", "host-qmp-quit"} {
+		t.Run(reason, func(t *testing.T) {
+			pair := newPair(t)
+			p, s, a := lives(t, pair)
+			p.start()
+			s.start()
+			p.covered()
+			s.covered()
+			pair.Primary.Raw(fmt.Sprintf(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "SHUTDOWN", "data": {"guest": false, "reason": "%s"}}`+"\r\n", reason))
+			pair.Primary.Raw(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "COLO_EXIT", "data": {"mode": "primary", "reason": "error"}}`+"\r\n")
+			s.ends(ErrPromoted)
+			p.ends(ErrFenced)
+			if a.now.Speaker != "beta" {
+				t.Errorf("the entry is %v", a.now)
+			}
 		})
 	}
 }

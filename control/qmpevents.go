@@ -31,7 +31,7 @@ var qmpEvents = map[string]qmpEvent{
 	"STOP":                {act, "a checkpoint's, or one that nobody asked for: what is held stays held (R15)"},
 	"RESUME":              {act, "ends a checkpoint (R14)"},
 	"COLO_EXIT":           {act, "QEMU lost the other host's QEMU"},
-	"SHUTDOWN":            {act, "the guest powered off: the pair stays off (R25); else QEMU is about to end, as its process will show"},
+	"SHUTDOWN":            {act, "the guest powered off: the pair stays off (R25); somebody ends QEMU: it counts as dead at once"},
 	"RESET":               {act, "the guest boots again: a checkpoint has both begin at one point (R25)"},
 	"POWERDOWN":           {report, "the guest was asked to power off; SHUTDOWN follows when it obeys"},
 	"GUEST_PANICKED":      {act, "a guest that QEMU has stopped for it counts as dead (R25)"},

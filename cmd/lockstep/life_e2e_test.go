@@ -162,12 +162,15 @@ func (p *livingPair) signal(node string, sig syscall.Signal) {
 }
 
 // killQEMU ends a node's QEMU at once; nothing, when there is none.
-func (p *livingPair) killQEMU(node string) {
+func (p *livingPair) killQEMU(node string) { p.endQEMU(node, syscall.SIGKILL) }
+
+// endQEMU ends a node's QEMU by a signal.
+func (p *livingPair) endQEMU(node string, sig syscall.Signal) {
 	pid := p.qemu(node)
 	if pid == 0 {
 		return
 	}
-	_ = syscall.Kill(pid, syscall.SIGKILL)
+	_ = syscall.Kill(pid, sig)
 	lt.Eventually(p.t, 10*time.Second, func() (bool, string) {
 		_, err := os.Stat(fmt.Sprintf("/proc/%d/cmdline", pid))
 		return err != nil, "QEMU is there"
@@ -980,8 +983,12 @@ func TestFailovers(t *testing.T) {
 				victim := map[string]string{"primary": primary, "secondary": other(primary)}[dies]
 				q := *p
 				q.pair = p.with(t)
+				sig := syscall.SIGKILL
+				if x.name == "idle" {
+					sig = syscall.SIGTERM // QEMU tells of it, and of what it loses on its way
+				}
 				q.during(x, func() {
-					p.killQEMU(victim)
+					p.endQEMU(victim, sig)
 					c.ask(1)
 				})
 				if t.Failed() {

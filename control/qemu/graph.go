@@ -264,23 +264,24 @@ func Masked(m *qmp.Monitor, disks []Disk) ([]string, error) {
 	return ids, nil
 }
 
-// Replicated is nil when every disk has this host's image and the secondary's as its
-// replicas, and nothing that could stand in for either (P).
-func Replicated(m *qmp.Monitor, disks []Disk) error {
+// Unreplicated are the disks' IDs that do not have this host's image and the
+// secondary's as their replicas, or have something else that could stand in for either
+// (P). An error says nothing about the disks: QEMU did not answer.
+func Unreplicated(m *qmp.Monitor, disks []Disk) (ids []string, err error) {
 	if len(disks) == 0 {
-		return nil
+		return nil, nil
 	}
 	g, err := blockGraph(m)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for i := range disks {
 		d := &disks[i]
 		if _, is := g.child(d, nbdNode(i)); !is || g.alone(i, d) {
-			return fmt.Errorf("disk %s: the secondary's image is no replica of it", d.ID)
+			ids = append(ids, d.ID)
 		}
 	}
-	return nil
+	return ids, nil
 }
 
 // MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its

@@ -49,6 +49,7 @@ type Server struct {
 	mu       sync.Mutex
 	conn     *session
 	fault    Fault
+	diesAt   string // a command; "": none
 	delay    time.Duration
 	running  bool
 	mode     string // COLO's
@@ -147,6 +148,12 @@ func (s *Server) serve(c *session, fault Fault) {
 		s.mu.Lock()
 		s.requests = append(s.requests, r)
 		s.signal()
+		if r.Execute == s.diesAt {
+			s.closed = true
+			s.ln.Close()
+			s.mu.Unlock()
+			return
+		}
 		fault, delay, handle := s.fault, s.delay, s.handle
 		answer := s.answer(c, r)
 		s.mu.Unlock()
@@ -244,6 +251,14 @@ func (s *Server) SetFault(f Fault, delay time.Duration) {
 	if f == HangUp && s.conn != nil {
 		s.conn.conn.Close()
 	}
+}
+
+// DieAt makes the server end at a command, as a QEMU does that is killed before it
+// answers.
+func (s *Server) DieAt(command string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.diesAt = command
 }
 
 // SetReply has a command answered in another way: reply is like `"return": {}`; "" is
