@@ -94,14 +94,19 @@ func (d *Daemon) guestEvent(event string, data map[string]any) {
 			d.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
 		}
 	case "SHUTDOWN":
-		// With -no-reboot a reset is one, too. A QEMU that somebody ends is a death. On its
-		// way it loses the other's QEMU and its disks, which says nothing about them.
-		switch reason := text("reason"); reason {
-		case "guest-shutdown", "guest-reset":
-			d.guestOff()
-		case "host-signal", "host-qmp-quit", "host-ui", "host-error":
-			d.qemuGone("it was told to end: " + reason)
-		}
+		d.shutDown(text("reason"))
+	}
+}
+
+// shutDown follows the end of a guest or of its QEMU.
+func (d *Daemon) shutDown(reason string) {
+	switch reason {
+	case "guest-shutdown", "guest-reset": // a reset with -no-reboot
+		d.guestOff()
+	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
+		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
+		// says nothing about them.
+		d.qemuGone("it was told to end: " + reason)
 	}
 }
 
