@@ -215,7 +215,7 @@ func TestQEMUEnded(t *testing.T) {
 			p.covered()
 			s.covered()
 			pair.Primary.Raw(fmt.Sprintf(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "SHUTDOWN", "data": {"guest": false, "reason": "%s"}}`+"\r\n", reason))
-			pair.Primary.Raw(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "COLO_EXIT", "data": {"mode": "primary", "reason": "error"}}`+"\r\n")
+			pair.Primary.Raw(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "COLO_EXIT", "data": {"mode": "primary", "reason": "error"}}` + "\r\n")
 			s.ends(ErrPromoted)
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
