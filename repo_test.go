@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 const module = "lockstep"
@@ -302,4 +303,23 @@ func TestGuarantees(t *testing.T) {
 			t.Errorf("%s has no %s", dir, n[2])
 		}
 	}
+}
+
+// TestRules: every rule that code or a document cites is in docs/RULES.md, every rule there
+// is cited by code, and the files, functions, tests and mutations that it names are there;
+// so are those of an event's way in ARCHITECTURE.md.
+func TestRules(t *testing.T) {
+	texts := make(map[string]string)
+	for _, f := range files(t) {
+		if info, err := os.Lstat(f); err != nil || !info.Mode().IsRegular() {
+			continue
+		}
+		if b := read(t, f); utf8.ValidString(b) && !generated.MatchString(b) { // no objects and images
+			texts[f] = b
+		}
+	}
+	// This test's own table of faults cites rules that there are not.
+	delete(texts, "rules_test.go")
+	checkRules(texts, t.Errorf)
+	checkWay(texts, t.Errorf)
 }
