@@ -56,7 +56,7 @@ func goFiles(t *testing.T) map[string]*ast.File {
 // under: pkg is dir or below it.
 func under(pkg, dir string) bool { return pkg == dir || strings.HasPrefix(pkg, dir+"/") }
 
-// mayImport is the direction of STYLE: cmd → control, loader; control → compare,
+// mayImport is the direction of imports: cmd → control, loader; control → compare,
 // rewriter; loader → bpf and the interfaces it serves; the cores → nothing.
 func mayImport(from, to string, test bool) bool {
 	switch {
@@ -307,7 +307,7 @@ func TestGuarantees(t *testing.T) {
 
 // TestRules: every rule that code or a document cites is in docs/RULES.md, every rule there
 // is cited by code, and the files, functions, tests and mutations that it names are there;
-// so are those of an event's way in ARCHITECTURE.md.
+// so are those of an event's way in ARCHITECTURE.md, and the paths in all documents.
 func TestRules(t *testing.T) {
 	texts := make(map[string]string)
 	for _, f := range files(t) {
@@ -322,4 +322,5 @@ func TestRules(t *testing.T) {
 	delete(texts, "rules_test.go")
 	checkRules(texts, t.Errorf)
 	checkWay(texts, t.Errorf)
+	checkPaths(texts, t.Errorf)
 }

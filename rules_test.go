@@ -16,8 +16,8 @@ import (
 	"testing"
 )
 
-// The check of docs/RULES.md, and of the way of an event in ARCHITECTURE.md: what they
-// name has to exist, under the name and at the place that they give.
+// The check of docs/RULES.md, of the way of an event in ARCHITECTURE.md and of the paths in
+// all documents: what they name has to exist, under the name and at the place that they give.
 
 // rule is a section of docs/RULES.md.
 type rule struct {
@@ -262,6 +262,37 @@ func checkWay(files map[string]string, fault func(format string, args ...any)) {
 	}
 }
 
+var ourPath = regexp.MustCompile(`^(?:bench|bpf|cmd|compare|control|docs|loader|packaging|rewriter)/[\w./*-]+$`)
+
+// checkPaths checks that the documents name files, folders and patterns that are there.
+func checkPaths(files map[string]string, fault func(format string, args ...any)) {
+	there := make(map[string]bool)
+	for file := range files {
+		for p := file; p != "."; p = path.Dir(p) {
+			there[p] = true
+		}
+	}
+	for file, text := range files {
+		if path.Ext(file) != ".md" {
+			continue
+		}
+		for _, q := range quoted.FindAllStringSubmatch(text, -1) {
+			p := strings.TrimSuffix(q[1], "/")
+			if !ourPath.MatchString(p) || strings.Contains(p, ".Test") || there[p] {
+				continue
+			}
+			found := false
+			for t := range there {
+				matches, err := path.Match(p, t)
+				found = found || matches && err == nil
+			}
+			if !found {
+				fault("%s names %s, which is not there", file, p)
+			}
+		}
+	}
+}
+
 // TestRulesFaults: each kind of fault is found, and a repository without one passes.
 func TestRulesFaults(t *testing.T) {
 	section := func(name string) string {
@@ -277,7 +308,8 @@ func TestRulesFaults(t *testing.T) {
 			"p/a_test.go":                "package p\n\nfunc TestGuard(t) {}\n\nfunc TestMutation(t) { noGuard, LsLS_CHECK }\n",
 			"cmd/lockstep/e2e_test.go":   "package main\n\nfunc TestWhole(t) {} // R1\n",
 			"p/testdata/transcripts/r0":  "# R0: it says so.\n",
-			"docs/other.md":              "R1, R0 and R0-R1.\n",
+			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`.\n",
+			"compare/x.go":               "package compare\n",
 			"cmd/lockstep/unrelated.txt": "",
 		}
 	}
@@ -312,6 +344,8 @@ func TestRulesFaults(t *testing.T) {
 		{"switch that no test turns", "p/a_test.go", "noGuard, ", "", "R1: the tests beside p.TestMutation do not turn the switch noGuard"},
 		{"mutation without a switch", "docs/RULES.md", "`noGuard` by ", "", "R0: the test p.TestMutation stands behind no switch"},
 		{"mutation without a test", "docs/RULES.md", "`noGuard` by `p.TestMutation`; `LS_CHECK` by `p.TestMutation`", "`noGuard`", "R0: no test is named that a mutation makes fail"},
+		{"path that moved", "docs/other.md", "compare/x.go", "compare/y.go", "docs/other.md names compare/y.go, which is not there"},
+		{"pattern without a file", "docs/other.md", "compare/*.go", "compare/*.c", "docs/other.md names compare/*.c"},
 		{"no way", "ARCHITECTURE.md", "From the ring", "Along the ring", "ARCHITECTURE.md has no section"},
 		{"hop without a file", "ARCHITECTURE.md", "1. `p/a.go` ", "1. ", "ARCHITECTURE.md: hop 1 does not begin with a file"},
 		{"hop that moved", "ARCHITECTURE.md", "`check`", "`guard`", "ARCHITECTURE.md: hop 2: p/b.c defines no guard; it is defined in [p/a.go]"},
@@ -329,6 +363,7 @@ func TestRulesFaults(t *testing.T) {
 			note := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 			checkRules(files, note)
 			checkWay(files, note)
+			checkPaths(files, note)
 			if c.fault == "" && len(faults) > 0 || c.fault != "" && !slices.ContainsFunc(faults, func(f string) bool { return strings.Contains(f, c.fault) }) {
 				t.Errorf("found %q, want %q", faults, c.fault)
 			}
