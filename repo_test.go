@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 const module = "lockstep"
@@ -55,7 +56,7 @@ func goFiles(t *testing.T) map[string]*ast.File {
 // under: pkg is dir or below it.
 func under(pkg, dir string) bool { return pkg == dir || strings.HasPrefix(pkg, dir+"/") }
 
-// mayImport is the direction of STYLE: cmd → control, loader; control → compare,
+// mayImport is the direction of imports: cmd → control, loader; control → compare,
 // rewriter; loader → bpf and the interfaces it serves; the cores → nothing.
 func mayImport(from, to string, test bool) bool {
 	switch {
@@ -302,4 +303,24 @@ func TestGuarantees(t *testing.T) {
 			t.Errorf("%s has no %s", dir, n[2])
 		}
 	}
+}
+
+// TestRules: every rule that code or a document cites is in docs/RULES.md, every rule there
+// is cited by code, and the files, functions, tests and mutations that it names are there;
+// so are those of an event's way in ARCHITECTURE.md, and the paths in all documents.
+func TestRules(t *testing.T) {
+	texts := make(map[string]string)
+	for _, f := range files(t) {
+		if info, err := os.Lstat(f); err != nil || !info.Mode().IsRegular() {
+			continue
+		}
+		if b := read(t, f); utf8.ValidString(b) && !generated.MatchString(b) { // no objects and images
+			texts[f] = b
+		}
+	}
+	// This test's own table of faults cites rules that there are not.
+	delete(texts, "rules_test.go")
+	checkRules(texts, t.Errorf)
+	checkWay(texts, t.Errorf)
+	checkPaths(texts, t.Errorf)
 }

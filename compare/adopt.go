@@ -8,7 +8,7 @@ package compare
 // remote's ACK came since; so the caller may be asked to adopt again, with a higher
 // position (see OpAdopt).
 func (p *Primary) adopt(s *Segment) {
-	if p.solo || s.Datagram {
+	if p.solo || s.Datagram || p.off(mutR23) {
 		return
 	}
 	c := p.conns[s.Tuple]

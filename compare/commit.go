@@ -23,7 +23,7 @@ func (p *Primary) inEpoch(s *Segment) bool {
 		return true
 	case d < 0:
 		p.stats.Drops[ReasonOldEpoch]++
-	case len(p.next) >= p.cfg.MaxNext:
+	case len(p.next) >= p.cfg.MaxNext, p.off(mutR17):
 		p.stats.Drops[ReasonNextEpoch]++
 	default:
 		k := *s

@@ -6,7 +6,7 @@
 //
 // [Primary] compares what the PVM said with what the SVM's records say; [Secondary]
 // keeps copies of what the SVM said and answers questions about them. Both speak in
-// events and effects of this package. Rules are numbered as in the design, R1 to R23.
+// events and effects of this package. Rules are numbered as in docs/RULES.md.
 //
 // # How a stream is compared
 //
@@ -46,7 +46,7 @@
 //
 // # What is safe to lose
 //
-// A frame may leave only if the SVM could take over right after it. Everything is
+// A frame may leave only if the SVM could take over right after it (R0). Everything is
 // bounded, and what a bound drops (points, records, repeated frames, datagrams, a
 // connection, half-open ones first: R11, halfopen.go) can only keep something from
 // leaving: then the guests repeat it, S is asked, or R7's clock asks for a

@@ -27,7 +27,7 @@ func (p *Primary) linkHalf(c *conn) {
 		h.oldest = c
 	}
 	h.newest = c
-	if h.n++; h.n > p.cfg.MaxHalfOpen {
+	if h.n++; h.n > p.cfg.MaxHalfOpen && !p.off(mutR11) {
 		p.evict()
 	}
 }

@@ -4,7 +4,7 @@ package compare
 
 // mutation turns rules off, so that tests can show that they would notice. Only
 // tests can set one.
-type mutation uint16
+type mutation uint32
 
 const (
 	mutR1       mutation = 1 << iota // sums count as equal
@@ -15,10 +15,13 @@ const (
 	mutR6                            // nothing is done about loss on the peer link
 	mutR7                            // the clock runs in spite of progress
 	mutR8                            // records of any incarnation count
+	mutR11                           // nothing bounds half-open connections
 	mutR14                           // frames captured behind the commit point leave too
 	mutR15                           // freezing does nothing
 	mutR16                           // S: all that was parked is delivered
+	mutR17                           // records of the next epoch are dropped
 	mutR22                           // S: nothing is said again
+	mutR23                           // what an earlier daemon's tables tell is not used
 	mutDatagram                      // datagrams need not match
 	mutRoom                          // no frame makes room for another
 	mutURG                           // a cut leaves the urgent pointer as it is

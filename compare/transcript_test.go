@@ -482,10 +482,13 @@ func TestMutations(t *testing.T) {
 		{mutRoom, "slots"},
 		{mutR7, "r7_time"},
 		{mutR8, "r8_incarnations"},
+		{mutR11, "r11_halfopen"},
 		{mutR14, "r14_commit"},
 		{mutR15, "r15_freeze"},
 		{mutR16, "r16_mark"},
+		{mutR17, "r17_next_epoch"},
 		{mutR22, "r22_takeover"},
+		{mutR23, "r23_adopt"},
 		{mutDatagram, "datagrams"},
 	} {
 		t.Run(m.file, func(t *testing.T) {

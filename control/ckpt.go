@@ -10,7 +10,7 @@ import (
 
 // The checkpoint machines (R12-R17). They are pure: events and times come in,
 // effects go out, in the order in which they have to be carried out. One
-// sentence rules them: doubt never releases. P freezes matching on any doubt
+// sentence rules them: doubt never releases (R0). P freezes matching on any doubt
 // and only a checkpoint that it ordered itself, and saw through, ends it.
 //
 //	P: idle → prepare ── Ready(k) ──▶ ask ── STOP ──▶ stopped ── RESUME ──▶ verify ── all of R14 ──▶ commit, idle

@@ -98,8 +98,9 @@ type lifeConfig struct {
 	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
 	// does not wait for P's last echo to run out; an uncovered P asks nobody; a forced S
 	// does not look whether P is bound by its lease; a newer entry is not looked at; a
-	// sick P competes with its covered secondary.
-	noR18, noClaim, noWait, noR26Uncovered, noR26Lease, noR26Entry, noR24 bool
+	// sick P competes with its covered secondary; an S takes over from a guest that has
+	// powered off.
+	noR18, noClaim, noWait, noR26Uncovered, noR26Lease, noR26Entry, noR24, noR25 bool
 }
 
 func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
@@ -556,7 +557,7 @@ func (l *lifeSecondary) quit() {
 
 // off: the pair stays off until somebody starts it.
 func (l *lifeSecondary) off() {
-	if l.state >= lsClaim {
+	if l.state >= lsClaim || l.cfg.noR25 {
 		return // the arbiter was asked: that decides
 	}
 	l.state, l.covered = lsOff, false

@@ -31,6 +31,8 @@ type lifeModel struct {
 	svmCovered                 bool // the truth: a commit in HOLD made the SVM a copy
 	forced                     bool // an operator has said that it need not be
 
+	off bool // S has heard, before it claimed, that the guest powered off
+
 	mask    bool // mutation: QEMU has a vote threshold of 1
 	broken  bool // S's replica of the disk takes no writes
 	stopped bool // QEMU has stopped the PVM, with a write queued
@@ -79,6 +81,9 @@ func (m *lifeModel) step(h int, ev lifeEvent) {
 	if h == 1 && ev.Kind == lvTakeOver && ev.OK {
 		m.forced = true
 	}
+	if h == 1 && ev.Kind == lvOff && !x.frozen && x.s.state < lsClaim {
+		m.off = true
+	}
 	if x.frozen {
 		if ev.Kind != lvTick {
 			x.missed = append(x.missed, ev)
@@ -120,6 +125,9 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		}
 		if h == 1 && x.qemu && m.missed {
 			m.fault = "the SVM speaks, and its disk lacks a confirmed write"
+		}
+		if h == 1 && m.off {
+			m.fault = "the SVM speaks, and its guest has powered off"
 		}
 		if h == 0 {
 			m.detached()
@@ -506,6 +514,7 @@ func TestLifeMutations(t *testing.T) {
 		"R21 claim":     func(c *lifeConfig) { c.noClaim = true },
 		"R21 wait":      func(c *lifeConfig) { c.noWait = true },
 		"R24":           func(c *lifeConfig) { c.noR24 = true },
+		"R25":           func(c *lifeConfig) { c.noR25 = true },
 		"R26 uncovered": func(c *lifeConfig) { c.noR26Uncovered = true },
 		"R26 lease":     func(c *lifeConfig) { c.noR26Lease = true },
 	} {

@@ -23,6 +23,19 @@ func TestMachinesDiffer(t *testing.T) {
 	}
 }
 
+// TestMutationMachines: without the comparison such QEMUs become a pair, whose secondary
+// would load the state of other hardware than its own.
+func TestMutationMachines(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.opt.Life.anyMachine = true
+	pair.Secondary.SetReply("qom-get", `"return": "pc-i440fx-10.0-machine"`)
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+}
+
 // TestUnfitQEMU: a primary's QEMU that is known not to work is refused by name before a
 // secondary's is told anything.
 func TestUnfitQEMU(t *testing.T) {

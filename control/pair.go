@@ -43,8 +43,9 @@ type Life struct {
 	doubt      time.Duration // tests shorten it
 	noR26Entry bool          // a mutation: only tests set it
 	again      backoff       // between two tries to replicate; tests shorten it
-	// A mutation, only tests set it: a QEMU that does not end replication counts as dead.
-	fencesUnended bool
+	// Mutations, only tests set them: a QEMU that does not end replication counts as dead;
+	// tries to replicate do not back off; the two QEMUs' machines are not compared.
+	fencesUnended, triesAtOnce, anyMachine bool
 }
 
 // How a daemon's part in a pair's life ends: what Run returns.
@@ -127,7 +128,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
+	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain, atOnce: l.triesAtOnce}, endAgain: endAgain, imagesRetry: imagesRetry}
 	if l.again != (backoff{}) {
 		pl.tries.again = l.again
 	}
@@ -618,6 +619,8 @@ func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 		return errors.New("the primary's QEMU is not connected yet")
 	case h.Machine == "":
 		return nil // an older lockstep does not tell
+	case d.life.anyMachine:
+		return nil
 	}
 	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
 }

@@ -28,12 +28,17 @@ type tries struct {
 	due    time.Time // the next one
 	timer  *time.Timer
 	paired time.Time // since when a pair lasts; zero: there is none
+
+	atOnce bool // a mutation, only tests set it: the next try does not wait
 }
 
 // fail counts a try that came to nothing, or a pair that did not last.
 func (t *tries) fail(why string) {
 	t.failed++
 	t.why, t.due = why, time.Now().Add(t.again.take())
+	if t.atOnce {
+		t.due = time.Now()
+	}
 }
 
 // over is the end of a pair, if there was one.

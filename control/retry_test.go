@@ -51,32 +51,59 @@ func TestUnendedReplicationMutation(t *testing.T) {
 	p.ends(ErrFenced)
 }
 
-// TestTriesBackOff: tries to replicate that come to nothing are made less and less often.
-// The status says why, and when the next one is due; one that succeeds is the last.
-func TestTriesBackOff(t *testing.T) {
-	pair := newPair(t)
-	p, s, _ := lives(t, pair)
+// failedTries has five tries to replicate come to nothing, and returns how long was waited
+// before each of the last four.
+func failedTries(t *testing.T, mutation bool) (pair *qmptest.Pair, p, s *side, waits []time.Duration) {
+	t.Helper()
+	pair = newPair(t)
+	p, s, _ = lives(t, pair)
 	p.opt.Life.again = backoff{first: 100 * time.Millisecond, last: 400 * time.Millisecond}
+	p.opt.Life.triesAtOnce = mutation
 	pair.Primary.SetCOLO("none")
 	pair.Secondary.SetCOLO("none")
 	pair.Primary.SetReply("query-migrate", `"return": {"status": "none"}`)
 	pair.Primary.SetReply("migrate-set-capabilities", `"return": {}`)
 	pair.Primary.SetReply("migrate", `"error": {"class": "GenericError", "desc": "no room at the other host"}`)
 	p.start()
-	var began []time.Time
+	var last time.Time
 	for try := 1; try <= 5; try++ {
 		s.start()
 		s.ends(ErrAfresh) // P told it that nothing came of it
 		s.opt.Fresh = true
-		began = append(began, time.Now())
+		now := time.Now()
+		if try > 1 {
+			waits = append(waits, now.Sub(last))
+		}
+		last = now
 		st := p.await("the reason", func(st Status) bool { return st.Replication != nil && st.Replication.Failed == try })
 		if r := st.Replication; st.State != "start" || !strings.Contains(r.Why, "no room") || r.Next == nil || !strings.Contains(st.Detail, "no room") {
 			t.Errorf("try %d: status %+v, %+v", try, st, r)
 		}
 	}
-	for i, least := range []time.Duration{100, 200, 400, 400} {
-		if got := began[i+1].Sub(began[i]); got < least*time.Millisecond*9/10 {
-			t.Errorf("the wait before try %d was %v", i+2, got)
+	return pair, p, s, waits
+}
+
+// backedOff are the least waits of failedTries.
+var backedOff = [...]time.Duration{90 * time.Millisecond, 180 * time.Millisecond, 360 * time.Millisecond, 360 * time.Millisecond}
+
+// TestTriesBackOffMutation: without the rule the tries follow each other at once.
+func TestTriesBackOffMutation(t *testing.T) {
+	_, _, _, waits := failedTries(t, true)
+	for i, least := range backedOff {
+		if waits[i] < least {
+			return
+		}
+	}
+	t.Errorf("the waits were %v", waits)
+}
+
+// TestTriesBackOff: tries to replicate that come to nothing are made less and less often.
+// The status says why, and when the next one is due; one that succeeds is the last.
+func TestTriesBackOff(t *testing.T) {
+	pair, p, s, waits := failedTries(t, false)
+	for i, least := range backedOff {
+		if waits[i] < least {
+			t.Errorf("the wait before try %d was %v", i+2, waits[i])
 		}
 	}
 	pair.Primary.SetReply("migrate", "")

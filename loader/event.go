@@ -81,7 +81,7 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 	if slot != compare.NoSlot {
 		m := frameMeta{
 			l3: uint32(ev.L3Off), l4: uint32(ev.L4Off), pay: uint32(ev.PayOff), paylen: ev.Paylen, gso: ev.GsoSize,
-			tpid: tpid(ev), tci: ev.Tci, udp: ev.T.Proto == protoUDP, ufo: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_UFO) != 0,
+			tpid: tpid(ev), tci: ev.Tci, udp: ev.T.Proto == protoUDP, ufo: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_UFO) != 0 && !n.noUFO,
 			partial: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_PARTIAL) != 0, csumStart: ev.CsumStart, csumOff: ev.CsumOffset,
 		}
 		ok = uint64(m.pay)+uint64(m.paylen) <= uint64(len(n.slots.data(slot)))

@@ -138,6 +138,20 @@ func TestPacketSocketSeesUnreleased(t *testing.T) {
 	}
 }
 
+// TestMutationPacketSocket: were packet sockets not looked at, such a socket would read on
+// what has not been released.
+func TestMutationPacketSocket(t *testing.T) {
+	h := newHosts(t)
+	h.p.noWatch = true
+	guest, stranger := newWire(t, "guestP"), newWire(t, "tapP")
+	wantOrder(t, h.p, "", false)
+	f := segment(false, 0, 1000, compare.ACK|compare.PSH, nil, randomBytes(10))
+	guest.send(f)
+	if got := stranger.recv(); string(got) != string(f) {
+		t.Errorf("the stranger reads % x, want what the guest has just said", got)
+	}
+}
+
 // XDP on the tap sees frames before tcx does, and can send them anywhere.
 func TestForeignXDP(t *testing.T) {
 	h := newHosts(t)

@@ -140,6 +140,8 @@ type NIC struct {
 	signer        signer
 
 	hasty   bool   // tests only: MutateWait
+	noUFO   bool   // a mutation, only tests set it: what the guest left as UFO leaves as USO
+	noWatch bool   // a mutation, only tests set it: packet sockets are not looked at
 	tapBase uint32 // the tap's frame count before the first one was let in, mod 2^32
 	lost    struct{ tap, peer, events, unread atomic.Uint64 }
 }

@@ -59,6 +59,9 @@ func (n *NIC) inFront() (string, error) {
 	if x := foreignXDP(tap); x != "" {
 		return x, nil
 	}
+	if n.noWatch {
+		return "", nil
+	}
 	all, err := watchers(n.packets, tap.Attrs().Index, n.readers)
 	if err != nil {
 		return "", err

@@ -77,15 +77,35 @@ func fragment(f []byte) (ip, data []byte, at int, more, fragmented bool) {
 	return ip, ip[48:], int(off &^ 7), off&1 != 0, true
 }
 
+// realTap is hosts whose PVM is behind a tap, as it is read and written by guest.
+func realTap(t *testing.T) (guest userTap, h *hosts, client *wire) {
+	t.Helper()
+	devices(t)
+	check(t, netlink.LinkDel(device(t, "tapP")))
+	guest = newTap(t, "tapP", 0)
+	check(t, netlink.LinkSetMaster(device(t, "tapP"), device(t, "br")))
+	return guest, openHosts(t), newWire(t, "client")
+}
+
+// TestReleaseOfDatagramsMutation: released as the other kind, one datagram in fragments
+// becomes many datagrams.
+func TestReleaseOfDatagramsMutation(t *testing.T) {
+	guest, h, client := realTap(t)
+	h.p.noUFO = true
+	pay := randomBytes(10000)
+	if _, err := unix.Write(guest.fd, append(datagramHead(false, 0, gsoUFO, true, pay), pay...)); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, h.p, compare.Effect{Op: compare.OpForward, Slot: event(t, h.p, compare.EvPVM).Slot})
+	if _, _, _, _, fragmented := fragment(client.recv()); fragmented {
+		t.Error("it leaves in fragments although the rule is turned off")
+	}
+}
+
 // What a guest leaves to the device as one datagram in fragments (UFO) leaves as that,
 // and what it leaves as many datagrams (USO) as those.
 func TestReleaseOfDatagrams(t *testing.T) {
-	devices(t)
-	check(t, netlink.LinkDel(device(t, "tapP")))
-	guest := newTap(t, "tapP", 0)
-	check(t, netlink.LinkSetMaster(device(t, "tapP"), device(t, "br")))
-	h := openHosts(t)
-	client := newWire(t, "client")
+	guest, h, client := realTap(t)
 	for _, c := range []struct {
 		name         string
 		kind         byte
