@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"encoding/binary"
@@ -134,7 +134,7 @@ func TestFullSlots(t *testing.T) {
 	const slots, gsoSlots = 64, 16
 	q := qemuPair(t)
 	limits := fmt.Sprintf("slots: %d, gso_slots: %d", slots, gsoSlots)
-	p := newWorldPair(t, "lockstep", lt.Impaired, q.Primary.Path(), q.Secondary.Path(), unasked+"compare: {timeout: 1m, "+limits+"}")
+	p := newWorldPair(t, lt.Impaired, q.Primary.Path(), q.Secondary.Path(), unasked+"compare: {timeout: 1m, "+limits+"}")
 	// S keeps its copies: without them P may have to wait for the timeout, and the
 	// checkpoint it ends in, which copies no guest here.
 	whole, err := os.ReadFile(p.config)

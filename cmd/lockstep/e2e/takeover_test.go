@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"fmt"
@@ -18,11 +18,11 @@ import (
 // skewed, and QEMUs that are played. TestFailovers and others have real ones.
 
 // coveredPair is a pair that may fail over.
-func coveredPair(t *testing.T, acts string) (*pair, *qmptest.Pair) {
+func coveredPair(t *testing.T, without string) (*pair, *qmptest.Pair) {
 	t.Helper()
 	q := qemuPair(t)
 	dir := t.TempDir()
-	p := newPairOf(t, acts, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
+	p := newPairWithout(t, without, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
 		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
 	for _, node := range []string{"alpha", "beta"} {
 		p.await(node, func(s *control.Status) bool { return ready(s) && s.Covered })
@@ -35,7 +35,7 @@ func coveredPair(t *testing.T, acts string) (*pair, *qmptest.Pair) {
 func TestTakeoverSkewed(t *testing.T) {
 	for _, x := range situations {
 		t.Run(x.name, func(t *testing.T) {
-			p, q := coveredPair(t, "lockstep")
+			p, q := coveredPair(t, "")
 			c := p.mustDial(lt.Guest4, portEcho)
 			if err := echo(c, 0); err != nil {
 				t.Fatal(err)
@@ -64,7 +64,7 @@ func TestTakeoverSkewed(t *testing.T) {
 // TestGuardMicroseconds: a guest's timestamps may count microseconds. A clock of them that
 // has lost twelve seconds is behind by more ticks than a slow one ever is.
 func TestGuardMicroseconds(t *testing.T) {
-	p, q := coveredPair(t, "lockstep")
+	p, q := coveredPair(t, "")
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
@@ -86,7 +86,7 @@ func TestGuardMicroseconds(t *testing.T) {
 // TestMutationGuard: without the guard of R22 the client takes what the SVM says for
 // old, and drops it until its clock has caught up.
 func TestMutationGuard(t *testing.T) {
-	p, q := coveredPair(t, "lockstep without guard")
+	p, q := coveredPair(t, "guard")
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
@@ -103,7 +103,7 @@ func TestMutationGuard(t *testing.T) {
 // TestMuteSVM: an SVM that says nothing, though checkpoint after checkpoint makes it
 // the PVM's copy, could not take over. P goes on without it.
 func TestMuteSVM(t *testing.T) {
-	p, q := coveredPair(t, "lockstep")
+	p, q := coveredPair(t, "")
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)

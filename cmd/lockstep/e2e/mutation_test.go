@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"testing"
@@ -12,7 +12,7 @@ import (
 // TestMutationR9: with the rewriter's rule switched off, the skew that
 // TestTransfer runs under breaks the very first echo, and the time-out sees it.
 func TestMutationR9(t *testing.T) {
-	p := newPairOf(t, "lockstep without R9", lt.Veth, "", "", "compare: {timeout: 200ms}")
+	p := newPairWithout(t, "R9", lt.Veth, "", "", "compare: {timeout: 200ms}")
 	if c, err := p.dial(lt.Guest4, portEcho, ""); err == nil {
 		defer c.Close()
 		if err := echo(c, 0); err == nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"bufio"
@@ -82,7 +82,7 @@ func TestUnreachable(t *testing.T) {
 // TestMutationQuotes: with the PVM's numbers quoted the SVM does not believe the error,
 // and goes on trying.
 func TestMutationQuotes(t *testing.T) {
-	p := newPairOf(t, "lockstep without quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p := newPairWithout(t, "quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
 	p.routed()
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
 	if said, err := p.unreachable("203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
@@ -153,8 +153,8 @@ func internetChecksum(b []byte) uint16 {
 }
 
 // complaint reports whether what both guests complain of reaches the client within limit.
-func complaint(t *testing.T, acts string, limit time.Duration) (arrived bool) {
-	p := newPairOf(t, acts, lt.Veth, "", "", "compare: {timeout: 300ms}")
+func complaint(t *testing.T, without string, limit time.Duration) (arrived bool) {
+	p := newPairWithout(t, without, lt.Veth, "", "", "compare: {timeout: 300ms}")
 	const port = 7000 // portEcho
 	var in net.PacketConn
 	lt.In(t, p.Client, func() {
@@ -188,14 +188,14 @@ func complaint(t *testing.T, acts string, limit time.Duration) (arrived bool) {
 // TestComplaint: both guests quote the remote's segment, which each has heard with
 // other numbers, and say the same of it.
 func TestComplaint(t *testing.T) {
-	if !complaint(t, "lockstep", 5*time.Second) {
+	if !complaint(t, "", 5*time.Second) {
 		t.Error("the guests' ICMP error did not come")
 	}
 }
 
 // TestMutationComplaint: else their errors differ, and neither leaves.
 func TestMutationComplaint(t *testing.T) {
-	if complaint(t, "lockstep without quotes", 2*time.Second) {
+	if complaint(t, "quotes", 2*time.Second) {
 		t.Error("the guests' ICMP errors are equal without translation")
 	}
 }
@@ -220,8 +220,8 @@ func (p *pair) far() (ns string) {
 
 // pathMTU has the SVM take over connections from far away, and then say more than fits
 // the path. It returns what became of them.
-func pathMTU(t *testing.T, acts string, limit time.Duration) map[string]error {
-	p, q := coveredPair(t, acts)
+func pathMTU(t *testing.T, without string, limit time.Duration) map[string]error {
+	p, q := coveredPair(t, without)
 	p.routed()
 	far := p.far()
 	const n = 200_000
@@ -266,7 +266,7 @@ func wantPattern(r io.Reader, n int) error {
 // TestPathMTU: after a takeover a router tells that a frame does not fit, and quotes the
 // numbers that the PVM began with. The guest, whose are others, makes them smaller.
 func TestPathMTU(t *testing.T) {
-	for guest, err := range pathMTU(t, "lockstep", 10*time.Second) {
+	for guest, err := range pathMTU(t, "", 10*time.Second) {
 		if err != nil {
 			t.Errorf("%s: %v", guest, err)
 		}
@@ -275,7 +275,7 @@ func TestPathMTU(t *testing.T) {
 
 // TestMutationPathMTU: else the path is a black hole.
 func TestMutationPathMTU(t *testing.T) {
-	for guest, err := range pathMTU(t, "lockstep without quotes", 2*time.Second) {
+	for guest, err := range pathMTU(t, "quotes", 2*time.Second) {
 		if !os.IsTimeout(err) {
 			t.Errorf("%s: %v, though the guest cannot know", guest, err)
 		}

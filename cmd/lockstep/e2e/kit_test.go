@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+// Package e2e tests lockstep as it is run: the built binary on two hosts, which are
+// network namespaces, with guests that are namespaces too or QEMUs.
+package e2e
 
 import (
 	"bufio"
@@ -23,24 +25,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/control"
-	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
-// The test binary is also lockstep itself and the guests' service, told apart
-// by this variable.
+// The test binary is also the guests' service and other processes of the tests, told
+// apart by this variable.
 const actAs = "LOCKSTEP_TEST_ACT_AS"
 
 func TestMain(m *testing.M) {
 	switch as := os.Getenv(actAs); {
-	case as == "lockstep":
-		main()
-	case strings.HasPrefix(as, "lockstep without "):
-		rule := map[string]loader.Mutation{
-			"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge, "quotes": loader.MutateQuote,
-		}[strings.TrimPrefix(as, "lockstep without ")]
-		realKernel.open = func(o nicOptions) (control.DataPath, bool, error) { return openNIC(o, rule) }
-		main()
 	case as == "real services":
 		serveReal()
 	case strings.HasPrefix(as, "guest"):
@@ -52,8 +45,48 @@ func TestMain(m *testing.M) {
 	case strings.HasPrefix(as, "dial "):
 		fetch(strings.TrimPrefix(as, "dial "))
 	default:
-		os.Exit(m.Run())
+		code := m.Run()
+		os.RemoveAll(binaries.dir)
+		os.Exit(code)
 	}
+}
+
+// exitUsage is lockstep's exit code for a command line or config that is wrong.
+const exitUsage = 2
+
+// binaries are the builds of lockstep that the tests run, made when they are needed.
+var binaries struct {
+	sync.Mutex
+	dir     string
+	without map[string]string // by the rule that is left out; "": none
+}
+
+// lockstepBinary is a lockstep without a rule, as mutation in cmd/lockstep names it. The whole
+// one is the one that LOCKSTEP_BINARY names, if it is set.
+func lockstepBinary(t *testing.T, without string) string {
+	t.Helper()
+	if named := os.Getenv("LOCKSTEP_BINARY"); named != "" && without == "" {
+		return named
+	}
+	binaries.Lock()
+	defer binaries.Unlock()
+	if b := binaries.without[without]; b != "" {
+		return b
+	}
+	if binaries.dir == "" {
+		dir, err := os.MkdirTemp("", "lockstep-e2e-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		binaries.dir, binaries.without = dir, make(map[string]string)
+	}
+	b := filepath.Join(binaries.dir, "lockstep"+without)
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -X main.mutation="+without, "-o", b, "lockstep/cmd/lockstep")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build lockstep: %v\n%s", err, out)
+	}
+	binaries.without[without] = b
+	return b
 }
 
 // Ports of the guests' service.
@@ -262,7 +295,7 @@ type pair struct {
 	config string
 	own    map[string]string // a node's config file, where it is not config
 	procs  map[string]*exec.Cmd
-	acts   string // what the daemons run as
+	binary string // of the daemons
 
 	endGuest func(node string) // ends a node's guest; nil: the guests are not QEMUs
 }
@@ -272,12 +305,14 @@ type pair struct {
 // has certificates unless extra has a tls key.
 func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
-	return newPairOf(t, "lockstep", peer, qmpP, qmpS, extra)
+	return newPairWithout(t, "", peer, qmpP, qmpS, extra)
 }
 
-func newPairOf(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+// newPairWithout has daemons without a rule.
+func newPairWithout(t *testing.T, rule string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
-	p := newWorldPair(t, acts, peer, qmpP, qmpS, extra)
+	p := newWorldPair(t, peer, qmpP, qmpS, extra)
+	p.binary = lockstepBinary(t, rule)
 	p.start()
 	return p
 }
@@ -296,11 +331,11 @@ func (p *pair) start() {
 }
 
 // newWorldPair makes the world and the config, and starts nothing.
-func newWorldPair(t *testing.T, acts string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+func newWorldPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	lt.NeedRoot(t)
 	w := lt.NewWorld(t, peer)
-	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), acts: acts}
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), binary: lockstepBinary(t, "")}
 	peerOf := func(name, local, remote string) string {
 		if peer != lt.VXLAN {
 			return "{device: peer" + name + "}"
@@ -396,9 +431,12 @@ func (w *worker) says(want string) {
 }
 
 func (p *pair) lockstep(args ...string) *exec.Cmd {
-	cmd := exec.Command(p.self(), args...)
-	cmd.Env = append(os.Environ(), actAs+"=lockstep")
-	return cmd
+	return exec.Command(lockstepBinary(p.t, ""), args...)
+}
+
+// lockstepIn runs lockstep in a network namespace.
+func (p *pair) lockstepIn(ns string, args ...string) *exec.Cmd {
+	return lt.Command(ns, lockstepBinary(p.t, ""), args...)
 }
 
 func (p *pair) daemon(node, ns, role string) {
@@ -408,8 +446,7 @@ func (p *pair) daemon(node, ns, role string) {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := lt.Command(ns, p.self(), "run", "-c", cmp.Or(p.own[node], p.config), "--node", node, "--role", role)
-	cmd.Env = append(os.Environ(), actAs+"="+p.acts)
+	cmd := lt.Command(ns, p.binary, "run", "-c", cmp.Or(p.own[node], p.config), "--node", node, "--role", role)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)
@@ -424,9 +461,7 @@ func (p *pair) daemon(node, ns, role string) {
 		if p.endGuest != nil {
 			p.endGuest(node) // one that runs is not let loose
 		}
-		unload := lt.Command(ns, p.self(), "unload", "--force", "-c", p.config, "--node", node)
-		unload.Env = append(os.Environ(), actAs+"=lockstep")
-		if out, err := unload.CombinedOutput(); err != nil {
+		if out, err := p.lockstepIn(ns, "unload", "--force", "-c", p.config, "--node", node).CombinedOutput(); err != nil {
 			p.t.Errorf("unload %s: %v\n%s", node, err, out)
 		}
 	})

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"cmp"
@@ -17,9 +17,7 @@ import (
 
 // orderHere runs lockstep on a node's host, as unload has to.
 func (p *livingPair) orderHere(node string, args ...string) (string, error) {
-	cmd := lt.Command(p.host(node), p.self(), append(args, "-c", p.config, "--node", node)...)
-	cmd.Env = append(os.Environ(), actAs+"=lockstep")
-	out, err := cmd.CombinedOutput()
+	out, err := p.lockstepIn(p.host(node), append(args, "-c", p.config, "--node", node)...).CombinedOutput()
 	return string(out), err
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"bytes"
@@ -177,9 +177,7 @@ func TestRestartInTransfer(t *testing.T) {
 func TestUpgradeCheck(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
 	upgrade := func() (string, error) {
-		cmd := lt.Command(p.HostP, p.self(), "upgrade", "-c", p.config, "--node", "alpha")
-		cmd.Env = append(os.Environ(), actAs+"=lockstep")
-		out, err := cmd.CombinedOutput()
+		out, err := p.lockstepIn(p.HostP, "upgrade", "-c", p.config, "--node", "alpha").CombinedOutput()
 		return string(out), err
 	}
 	if out, err := upgrade(); err != nil || !strings.Contains(out, "can take over web1 on alpha") {

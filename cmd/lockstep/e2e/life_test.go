@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package e2e
 
 import (
 	"bufio"
@@ -47,7 +47,7 @@ func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, me
 	lt.NeedRoot(t)
 	p := &livingPair{preload: qemutest.Preload(t)}
 	w := lt.NewHosts(t)
-	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), acts: "lockstep"}
+	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), binary: lockstepBinary(t, "")}
 	p.procs = make(map[string]*exec.Cmd)
 	p.endGuest = p.killQEMU
 	g.Service = p.self()
