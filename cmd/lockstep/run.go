@@ -9,11 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/spf13/cobra"
 
 	"lockstep/compare"
 	"lockstep/control"
@@ -21,38 +21,6 @@ import (
 	"lockstep/control/qemu"
 	"lockstep/loader"
 )
-
-// kernel is what the program needs of the kernel: package loader, or a test's.
-type kernel struct {
-	checkBPFFS  func(pinDir string) error
-	lock        func(pinDir, vm, node string) (release func(), err error)
-	device      func(name string) (*net.Interface, error)
-	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
-	removeVXLAN func(device string) error
-	ensureTap   func(tap, bridge string) error
-	removeTap   func(tap string) error
-	inUse       func(tap string) (bool, error) // a process has it open
-	mute        func(tap string) error         // sets it down
-	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
-	upgradable  func(nicOptions) (from string, err error)       // the version to take over from
-	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
-	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
-	found       func(nicOptions) (control.Found, error)         // what an earlier daemon left
-}
-
-// nicOptions are what a NIC's programs and maps are made with.
-type nicOptions struct {
-	pinDir, vm, node string
-	index            int
-	primary          bool
-	discard          bool   // what is there of an earlier part
-	tap, peer        string // devices
-	compare          config.Compare
-	rules            []config.Rule
-	xdp              string
-	hash             [32]byte // of the config
-	log              *slog.Logger
-}
 
 // maxCopies bounds the SVM's output that is kept, where slots would allow more.
 const maxCopies = 8192
@@ -191,38 +159,42 @@ func certificates(o runOptions) (*tls.Config, error) {
 	return cfg, err
 }
 
-func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }
-
-// devices finds or makes the devices of all NICs before anything is attached to
-// one: a NIC that cannot work must not leave the others shut.
-func devices(k kernel, o runOptions) ([]nicOptions, error) {
-	var nics []nicOptions
-	for i, nic := range o.self.NICs {
-		key := nicKey(o.self, i)
-		if nic.Bridge != "" {
-			if err := k.ensureTap(nic.Tap, nic.Bridge); err != nil {
-				return nil, notYetError{o.config.Refuse(key+".bridge", err.Error(), "")}
+func newRun(e env) *cobra.Command {
+	var (
+		t           target
+		role, level string
+		metrics     string
+		verifierLog bool
+	)
+	cmd := &cobra.Command{
+		Use:   "run -c pair.yaml --node NAME --role primary|secondary",
+		Short: "Run the daemon of this host in the foreground",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, other, err := t.load()
+			if err != nil {
+				return err
 			}
-		}
-		tap, err := k.device(nic.Tap)
-		if err != nil {
-			return nil, notYetError{o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
-				fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", nic.Tap))}
-		}
-		peer := nic.PeerDevice
-		if v := nic.PeerVXLAN; v != nil {
-			if peer, err = k.ensureVXLAN(v, tap.MTU); err != nil {
-				return nil, notYetError{o.config.Refuse(key+".peer.vxlan.underlay", err.Error(), "")}
+			if role != string(control.RolePrimary) && role != string(control.RoleSecondary) {
+				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
 			}
-		} else if _, err := k.device(peer); err != nil {
-			return nil, notYetError{o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
-				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")}
-		}
-		nics = append(nics, nicOptions{
-			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,
-			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare,
-			rules: o.config.Compare.PrimaryOnly, xdp: nic.XDP, hash: o.config.Hash(), log: o.log,
-		})
+			var lv slog.Level
+			if err := lv.UnmarshalText([]byte(level)); err != nil {
+				return usageError{fmt.Errorf("log level %q is none of debug, info, warn, error", level)}
+			}
+			return runDaemon(cmd.Context(), e, runOptions{
+				config: c, self: self, other: other,
+				primary:     role == string(control.RolePrimary),
+				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
+				verifierLog: verifierLog,
+				metrics:     metrics,
+			})
+		},
 	}
-	return nics, nil
+	t.flags(cmd)
+	cmd.Flags().StringVar(&role, "role", "", "the role to begin with: primary or secondary")
+	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&metrics, "metrics", "", "serve Prometheus metrics at this address, like 127.0.0.1:9177; off by default")
+	cmd.Flags().BoolVar(&verifierLog, "verifier-log", false, "print the whole verifier log when the kernel refuses a program")
+	return cmd
 }

@@ -3,12 +3,45 @@
 package main
 
 import (
+	"log/slog"
 	"net"
 
 	"lockstep/control"
 	"lockstep/control/config"
 	"lockstep/loader"
 )
+
+// kernel is what the program needs of the kernel: package loader, or a test's.
+type kernel struct {
+	checkBPFFS  func(pinDir string) error
+	lock        func(pinDir, vm, node string) (release func(), err error)
+	device      func(name string) (*net.Interface, error)
+	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	removeVXLAN func(device string) error
+	ensureTap   func(tap, bridge string) error
+	removeTap   func(tap string) error
+	inUse       func(tap string) (bool, error) // a process has it open
+	mute        func(tap string) error         // sets it down
+	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
+	upgradable  func(nicOptions) (from string, err error)       // the version to take over from
+	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
+	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
+	found       func(nicOptions) (control.Found, error)         // what an earlier daemon left
+}
+
+// nicOptions are what a NIC's programs and maps are made with.
+type nicOptions struct {
+	pinDir, vm, node string
+	index            int
+	primary          bool
+	discard          bool   // what is there of an earlier part
+	tap, peer        string // devices
+	compare          config.Compare
+	rules            []config.Rule
+	xdp              string
+	hash             [32]byte // of the config
+	log              *slog.Logger
+}
 
 // mutation names a rule that this build leaves out, and is empty but in tests that show
 // that they notice it missing: go build -ldflags "-X main.mutation=R9".
