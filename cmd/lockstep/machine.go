@@ -63,7 +63,7 @@ var realMachine = machine{
 		return rec.String(), err
 	},
 	guest: func(c *config.Config, self *config.Node) (string, error) {
-		spec := guestSpec(c, self)
+		spec := c.Guest(self)
 		if p, err := qemu.Find(&spec); err == nil {
 			defer p.Release()
 			return fmt.Sprintf("it runs, as process %d", p.Pid()), nil
@@ -72,7 +72,7 @@ var realMachine = machine{
 	},
 	memory: memory,
 	overlays: func(c *config.Config, self *config.Node) ([]overlayRoom, error) {
-		spec := guestSpec(c, self)
+		spec := c.Guest(self)
 		spaces, err := spec.Overlays()
 		sizes, unknown := spec.DiskSizes() // where they are not known, the check of the guest says why
 		var rooms []overlayRoom

@@ -7,10 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -170,7 +167,7 @@ func meet(e env, o runOptions) (found control.Found, running bool, err error) {
 	}); err != nil || !o.self.Starts {
 		return found, false, err
 	}
-	spec := guestSpec(o.config, o.self)
+	spec := o.config.Guest(o.self)
 	p, err := qemu.Find(&spec)
 	if errors.Is(err, qemu.ErrNotRunning) {
 		return found, false, nil
@@ -197,45 +194,17 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 	life := &control.Life{
 		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
 		Setback: &l.setback,
-		Own:     incoming(c, o.self), Peers: incoming(c, o.other),
-		Limits: qemu.Limits{Bandwidth: c.Migration.Bandwidth, AutoConverge: c.Migration.AutoConverge, Timeout: c.Migration.Timeout},
+		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
+		Limits: c.Migration.Limits,
 	}
 	if q := c.QEMU; q != nil {
-		spec := guestSpec(c, o.self)
+		spec := c.Guest(o.self)
 		life.Disks, life.FirstStart = spec.Disks, control.FirstStart(q.FirstStart)
 		if o.self.Starts {
 			life.Guest = &spec
 		}
 	}
 	opt.Life, opt.Journal, opt.Progress = life, l.journal, progress(e, o)
-}
-
-// incoming is where a node's QEMU waits as a secondary.
-func incoming(c *config.Config, n *config.Node) qemu.Incoming {
-	in := qemu.Incoming{
-		Migration: "tcp:" + net.JoinHostPort(n.Control.Addr().String(), strconv.Itoa(int(c.Migration.Port))),
-		NBD:       netip.AddrPortFrom(n.Control.Addr(), c.Migration.NBDPort),
-	}
-	if c.Migration.Unix != "" {
-		in.Migration = "unix:" + c.Migration.Unix
-	}
-	return in
-}
-
-// guestSpec is the guest on a node.
-func guestSpec(c *config.Config, n *config.Node) qemu.Spec {
-	q := c.QEMU.On(n.Name)
-	s := qemu.Spec{
-		VM: c.VM, Node: n.Name, Binary: q.Binary, Machine: q.Machine, Accel: q.Accel, CPU: q.CPU, Memory: q.Memory, SMP: q.SMP,
-		Kernel: q.Kernel, Initrd: q.Initrd, Append: q.Append, NICModel: q.NICModel, Extra: q.Extra, User: q.User, QMP: n.QMP, Dir: c.RunDir,
-	}
-	for i, nic := range n.NICs {
-		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: q.MACs[i]})
-	}
-	for _, d := range q.Disks {
-		s.Disks = append(s.Disks, qemu.Disk{ID: d.ID, Image: d.Image, OverlayDir: d.OverlayDir})
-	}
-	return s
 }
 
 // progress shows how far a replication is that begins: a bar on a terminal, log lines

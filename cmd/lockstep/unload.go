@@ -97,7 +97,7 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 // somebody else started is known by the taps that it has open.
 func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
 	if self.Starts {
-		spec := guestSpec(c, self)
+		spec := c.Guest(self)
 		p, err := qemu.Find(&spec)
 		if err == nil {
 			defer p.Release()

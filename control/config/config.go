@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"lockstep/control/qemu"
 )
 
 // Defaults of optional keys; docs/CONFIG.md lists them.
@@ -169,23 +171,11 @@ type Checkpoint struct {
 // QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only
 // MACs and Disks mean anything.
 type QEMU struct {
-	Binary  string // a path, or a name to look up in PATH
-	Machine string
-	Accel   string // "kvm" or "tcg", and QEMU's options behind a comma
-	CPU     string
-	Memory  int64 // bytes, whole MiB
-	SMP     int
-	Kernel  string // "": the guest boots from its disks
-	Initrd  string
-	Append  string
-	Disks   []Disk
+	qemu.Guest // "{node}" in Kernel, Initrd, Append, Extra and the disks' paths: see [Config.Guest]
 	// FirstStart is what is done about the disks' contents before the first replication:
 	// one of the constants below.
 	FirstStart string
-	NICModel   string
 	MACs       []net.HardwareAddr // one per NIC, the same on both nodes
-	Extra      []string           // further arguments
-	User       string             // that QEMU becomes: a name or uid:gid; "": it stays what lockstep is
 }
 
 // What QEMU.FirstStart may say.
@@ -195,26 +185,23 @@ const (
 	FirstTrust   = "trust"   // the operator has copied them
 )
 
-// Disk is replicated from the primary's image to the secondary's.
-type Disk struct {
-	ID         string // of the drive, the same on both nodes
-	Image      string
-	OverlayDir string // of the secondary's active and hidden overlays
-}
-
-// On is the guest on a node: {node} in paths, append and extra is replaced.
-func (q *QEMU) On(node string) QEMU {
-	n := *q
-	n.Kernel, n.Initrd, n.Append = forNode(q.Kernel, node), forNode(q.Initrd, node), forNode(q.Append, node)
-	n.Disks, n.Extra = slices.Clone(q.Disks), slices.Clone(q.Extra)
-	for i := range n.Disks {
-		d := &n.Disks[i]
-		d.Image, d.OverlayDir = forNode(d.Image, node), forNode(d.OverlayDir, node)
+// Guest is the config's guest on a node, as QEMU is started with it there. The config
+// has a qemu section.
+func (c *Config) Guest(n *Node) qemu.Spec {
+	s := qemu.Spec{VM: c.VM, Node: n.Name, Guest: c.QEMU.Guest, QMP: n.QMP, Dir: c.RunDir}
+	s.Kernel, s.Initrd, s.Append = forNode(s.Kernel, n.Name), forNode(s.Initrd, n.Name), forNode(s.Append, n.Name)
+	s.Disks, s.Extra = slices.Clone(s.Disks), slices.Clone(s.Extra)
+	for i := range s.Disks {
+		d := &s.Disks[i]
+		d.Image, d.OverlayDir = forNode(d.Image, n.Name), forNode(d.OverlayDir, n.Name)
 	}
-	for i := range n.Extra {
-		n.Extra[i] = forNode(n.Extra[i], node)
+	for i := range s.Extra {
+		s.Extra[i] = forNode(s.Extra[i], n.Name)
 	}
-	return n
+	for i, nic := range n.NICs {
+		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: c.QEMU.MACs[i]})
+	}
+	return s
 }
 
 // MAC is the address of a guest's NIC where the config gives none. A guest's
@@ -225,18 +212,25 @@ func MAC(vm string, nic int) net.HardwareAddr {
 }
 
 // Migration says where the secondary's QEMU waits for the primary's, on the
-// secondary's control address.
+// secondary's control address, and how the guest is copied there.
 type Migration struct {
 	Port    uint16
 	Unix    string // a socket instead of Port, where both QEMUs are on one host
 	NBDPort uint16 // of the disks
+	qemu.Limits
+}
 
-	// How fast memory, and each disk, is copied to a new secondary, in bytes per
-	// second; 0: QEMU's own limit. And for how long a copy may go on to which the guest
-	// writes as fast as it is made.
-	Bandwidth    int64
-	AutoConverge bool // QEMU may slow such a guest down
-	Timeout      time.Duration
+// Incoming is where a node's QEMU waits as a secondary.
+func (c *Config) Incoming(n *Node) qemu.Incoming {
+	host := n.Control.Addr()
+	in := qemu.Incoming{
+		Migration: "tcp:" + netip.AddrPortFrom(host, c.Migration.Port).String(),
+		NBD:       netip.AddrPortFrom(host, c.Migration.NBDPort),
+	}
+	if c.Migration.Unix != "" {
+		in.Migration = "unix:" + c.Migration.Unix
+	}
+	return in
 }
 
 // What Arbiter.Type may say.
@@ -303,7 +297,7 @@ func Parse(file string, data []byte) (*Config, error) {
 		TLS:        TLS{Rekey: DefaultRekey},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
-		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Timeout: DefaultMigrationTimeout},
+		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Limits: qemu.Limits{Timeout: DefaultMigrationTimeout}},
 		at:         r.at,
 	}
 	r.config(root, c)

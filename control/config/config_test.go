@@ -18,6 +18,8 @@ import (
 	"github.com/cockroachdb/datadriven"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"lockstep/control/qemu"
 )
 
 const example = `vm: web1
@@ -92,13 +94,16 @@ func TestParse(t *testing.T) {
 			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, MPTCP: true},
 		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
 		QEMU: &QEMU{
-			Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
-			Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
-			Disks:      []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
+			Guest: qemu.Guest{
+				Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
+				Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
+				Disks:    []qemu.Disk{{ID: "disk0", Image: "etc/{node}/a.qcow2", OverlayDir: "/dev/shm/{node}"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}},
+				NICModel: "e1000", Extra: []string{"-display", "none", "-name", "on {node}"},
+			},
 			FirstStart: "copy",
-			NICModel:   "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
+			MACs:       []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}},
 		},
-		Migration: Migration{Port: 9001, NBDPort: 9002, Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute},
+		Migration: Migration{Port: 9001, NBDPort: 9002, Limits: qemu.Limits{Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute}},
 		Arbiter: Arbiter{Type: "etcd", Endpoints: []string{"192.0.2.9:2379", "etcd.example:2379"}, Timeout: 2 * time.Second,
 			TLS: &TLSFiles{"etc/certs/etcd.pem", "etc/certs/{node}-etcd.pem", "etc/certs/{node}-etcd.key"}},
 	}
@@ -114,16 +119,23 @@ func TestParse(t *testing.T) {
 	if got, want := got.Arbiter.TLS.On("beta"), (TLSFiles{"etc/certs/etcd.pem", "etc/certs/beta-etcd.pem", "etc/certs/beta-etcd.key"}); got != want {
 		t.Errorf("certificates of beta for etcd: %v", got)
 	}
-	on := got.QEMU.On("beta")
-	wantOn := *want.QEMU
+	beta := &got.Nodes[1]
+	on := got.Guest(beta)
+	wantOn := qemu.Spec{
+		VM: "web1", Node: "beta", Guest: want.QEMU.Guest, QMP: "etc/run/beta.qmp", Dir: "/tmp/run",
+		NICs: []qemu.NIC{{Tap: "tapS", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 7}}},
+	}
 	wantOn.Initrd, wantOn.Append = "etc/boot/beta.img", "console=ttyS0 host=beta"
-	wantOn.Disks = []Disk{{"disk0", "etc/beta/a.qcow2", "/dev/shm/beta"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}}
+	wantOn.Disks = []qemu.Disk{{ID: "disk0", Image: "etc/beta/a.qcow2", OverlayDir: "/dev/shm/beta"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}}
 	wantOn.Extra = []string{"-display", "none", "-name", "on beta"}
-	if d := cmp.Diff(wantOn, on); d != "" {
+	if d := cmp.Diff(wantOn, on, cmpopts.IgnoreUnexported(qemu.Spec{})); d != "" {
 		t.Errorf("the guest on beta: -want +got\n%s", d)
 	}
+	if in, want := got.Incoming(beta), (qemu.Incoming{Migration: "tcp:192.0.2.2:9001", NBD: netip.MustParseAddrPort("192.0.2.2:9002")}); in != want {
+		t.Errorf("beta's QEMU waits at %v, want %v", in, want)
+	}
 	if d := cmp.Diff(want.QEMU, got.QEMU); d != "" {
-		t.Errorf("On changed what it was called on: -want +got\n%s", d)
+		t.Errorf("Guest changed the config: -want +got\n%s", d)
 	}
 }
 
@@ -150,7 +162,7 @@ func TestDefaults(t *testing.T) {
 	if c.QEMU != nil || c.Nodes[0].QMP != "" || c.Nodes[0].Starts || c.Arbiter.Type != "" {
 		t.Errorf("qemu %+v, alpha %+v, arbiter %+v", c.QEMU, c.Nodes[0], c.Arbiter)
 	}
-	if want := (Migration{Port: 9998, NBDPort: 9999, Timeout: time.Hour}); c.Migration != want {
+	if want := (Migration{Port: 9998, NBDPort: 9999, Limits: qemu.Limits{Timeout: time.Hour}}); c.Migration != want {
 		t.Errorf("migration %+v, want %+v", c.Migration, want)
 	}
 }
@@ -165,8 +177,11 @@ func TestGuestDefaults(t *testing.T) {
 		return c
 	}
 	c := parse("run_dir: /r\nqemu: {disks: [{id: d, image: d.qcow2}]}\n")
-	want := &QEMU{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci", FirstStart: "compare",
-		Disks: []Disk{{"d", "d.qcow2", "/r"}}, MACs: []net.HardwareAddr{MAC("web1", 0)}}
+	want := &QEMU{
+		Guest: qemu.Guest{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci",
+			Disks: []qemu.Disk{{ID: "d", Image: "d.qcow2", OverlayDir: "/r"}}},
+		FirstStart: "compare", MACs: []net.HardwareAddr{MAC("web1", 0)},
+	}
 	if d := cmp.Diff(want, c.QEMU); d != "" {
 		t.Errorf("-want +got\n%s", d)
 	}

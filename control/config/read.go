@@ -20,6 +20,8 @@ import (
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
+
+	"lockstep/control/qemu"
 )
 
 const (
@@ -183,8 +185,11 @@ func (r *reader) tls(v value, t *TLS) {
 
 func (r *reader) qemu(v value, c *Config) {
 	q := &QEMU{
-		Binary: DefaultBinary, Machine: DefaultMachine, Accel: DefaultAccel,
-		Memory: DefaultMemory, SMP: DefaultSMP, NICModel: DefaultNICModel, FirstStart: FirstCompare,
+		Guest: qemu.Guest{
+			Binary: DefaultBinary, Machine: DefaultMachine, Accel: DefaultAccel,
+			Memory: DefaultMemory, SMP: DefaultSMP, NICModel: DefaultNICModel,
+		},
+		FirstStart: FirstCompare,
 	}
 	c.QEMU = q
 	r.mapping(v, []field{
@@ -204,7 +209,7 @@ func (r *reader) qemu(v value, c *Config) {
 		{"append", "", func(v value) { r.text(v, "the kernel's command line", func(s string) { q.Append = s }) }},
 		{"disks", "", func(v value) {
 			r.list(v, "a list like [{id: colo-disk0, image: web1.qcow2}]", maxDisks, func(v value) {
-				var d Disk
+				var d qemu.Disk
 				r.mapping(v, []field{
 					{"id", "it names the drive on both nodes", r.diskID(&d.ID)},
 					{"image", "it is the disk's file", r.path(&d.Image)},
