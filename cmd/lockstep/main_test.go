@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
 	"lockstep/control/config"
 )
@@ -29,7 +30,7 @@ type cli struct {
 	dir     string // where pair.yaml and the sockets are
 	getenv  func(string) string
 	kernel  kernel
-	machine machine
+	examine func(context.Context, *config.Config, string) doctor.Report
 	control func(context.Context, control.Options) error
 	calls   []string // of the kernel's
 }
@@ -119,7 +120,7 @@ func (c *cli) write(t *testing.T, name, content string) {
 func (c *cli) run(ctx context.Context, line string) (code int, stdout, stderr string) {
 	args := strings.Fields(strings.ReplaceAll(line, "@", c.dir))
 	var out, errs bytes.Buffer
-	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, machine: c.machine, control: c.control})
+	code = run(ctx, env{args: args, stdout: &out, stderr: &errs, getenv: c.getenv, kernel: c.kernel, examine: c.examine, control: c.control})
 	clean := func(b bytes.Buffer) string { return strings.ReplaceAll(b.String(), c.dir, "@") }
 	return code, clean(out), clean(errs)
 }

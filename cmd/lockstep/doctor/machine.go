@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package doctor
 
 import (
 	"context"
@@ -10,9 +10,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -24,7 +26,35 @@ import (
 	"lockstep/loader"
 )
 
-var realMachine = machine{
+// machine is what the doctor looks at: the host it runs on, or a test's.
+type machine struct {
+	checkBPFFS   func(pinDir string) error
+	device       func(name string) (*net.Interface, error)
+	arch         string // Go's name
+	release      func() (string, error)
+	capabilities func() (missing []string, err error)
+	exists       func(path string) bool
+	writable     func(dir string) error // or what is above it
+	tcx          func() error
+	programs     func() error
+	vxlan        func() error
+	nativeXDP    func(device string) (bool, error)
+	tap          func(device string) error // fit to be a guest's
+	inFront      func(tap string) (passOn, read []string, err error)
+	synchronised func() (bool, error) // CLOCK_REALTIME
+	addresses    func() ([]netip.Addr, error)
+	route        func(v *config.VXLAN) error // to the other end, from this one
+	dial         func(ctx context.Context, addr netip.AddrPort) error
+	command      func(ctx context.Context, name string, args ...string) (output string, err error)
+	arbiter      func(ctx context.Context, c *config.Config, node string) (record string, err error)
+	guest        func(c *config.Config, self *config.Node) (running string, err error)
+	memory       func() (total, available int64, err error) // bytes
+	overlays     func(c *config.Config, self *config.Node) ([]overlayRoom, error)
+}
+
+var thisMachine = machine{
+	checkBPFFS:   loader.CheckBPFFS,
+	device:       net.InterfaceByName,
 	arch:         runtime.GOARCH,
 	release:      release,
 	capabilities: missingCapabilities,
@@ -177,4 +207,25 @@ func addresses() ([]netip.Addr, error) {
 		}
 	}
 	return list, nil
+}
+
+// writable looks for what is there of a folder's path, and whether the rest can
+// be made.
+func writable(dir string) error {
+	for at := dir; ; at = filepath.Dir(at) {
+		st, err := os.Stat(at)
+		if errors.Is(err, os.ErrNotExist) && at != filepath.Dir(at) {
+			continue
+		}
+		if err == nil && !st.IsDir() {
+			err = fmt.Errorf("%s is not a folder", at)
+		}
+		if err == nil {
+			const write = 2 // W_OK
+			if err = syscall.Access(at, write); err != nil {
+				err = fmt.Errorf("%s cannot be written: %w", at, err)
+			}
+		}
+		return err
+	}
 }
