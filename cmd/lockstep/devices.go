@@ -4,16 +4,22 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 
 	"lockstep/control/config"
+	"lockstep/loader"
 )
 
 func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }
 
 // devices finds or makes the devices of all NICs before anything is attached to
 // one: a NIC that cannot work must not leave the others shut.
-func devices(k kernel, o runOptions) ([]nicOptions, error) {
-	var nics []nicOptions
+func devices(k kernel, o runOptions) ([]loader.Options, error) {
+	role := loader.Secondary
+	if o.primary {
+		role = loader.Primary
+	}
+	var nics []loader.Options
 	for i, nic := range o.self.NICs {
 		key := nicKey(o.self, i)
 		if nic.Bridge != "" {
@@ -35,11 +41,30 @@ func devices(k kernel, o runOptions) ([]nicOptions, error) {
 			return nil, notYetError{o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
 				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")}
 		}
-		nics = append(nics, nicOptions{
-			pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, index: i,
-			primary: o.primary, tap: nic.Tap, peer: peer, compare: o.config.Compare,
-			rules: o.config.Compare.PrimaryOnly, xdp: nic.XDP, hash: o.config.Hash(), log: o.log,
-		})
+		n := tables(o.config, o.self, i, o.log)
+		n.Role, n.PeerDevice = role, peer
+		nics = append(nics, n)
 	}
 	return nics, nil
+}
+
+// tables are what the programs and maps of a node's NIC are made with. Role and peer
+// device, which only a daemon has, are left out.
+func tables(c *config.Config, self *config.Node, nic int, log *slog.Logger) loader.Options {
+	hash := c.Hash()
+	o := loader.Options{
+		PinDir: c.PinDir, VM: c.VM, Node: self.Name, NIC: nic, Tap: self.NICs[nic].Tap, XDP: self.NICs[nic].XDP,
+		MaxConnections: c.Compare.MaxConnections, Slots: c.Compare.Slots, GSOSlots: c.Compare.GSOSlots, MPTCP: c.Compare.MPTCP,
+		ConfigHash: hash, Version: versionString(), Log: log,
+		Differ: func(pinned [32]byte, alone bool) []string {
+			if alone { // nobody else depends on the rest
+				return config.DifferFixed(pinned, hash)
+			}
+			return config.Differ(pinned, hash)
+		},
+	}
+	for _, r := range c.Compare.PrimaryOnly {
+		o.Rules = append(o.Rules, loader.Rule(r))
+	}
+	return o
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"log/slog"
 	"net"
 
 	"lockstep/control"
@@ -22,25 +21,11 @@ type kernel struct {
 	removeTap   func(tap string) error
 	inUse       func(tap string) (bool, error) // a process has it open
 	mute        func(tap string) error         // sets it down
-	open        func(nicOptions) (dp control.DataPath, fresh bool, err error)
-	upgradable  func(nicOptions) (from string, err error)       // the version to take over from
+	open        func(loader.Options) (dp control.DataPath, fresh bool, err error)
+	upgradable  func(loader.Options) (from string, err error)   // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
 	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
-	found       func(nicOptions) (control.Found, error)         // what an earlier daemon left
-}
-
-// nicOptions are what a NIC's programs and maps are made with.
-type nicOptions struct {
-	pinDir, vm, node string
-	index            int
-	primary          bool
-	discard          bool   // what is there of an earlier part
-	tap, peer        string // devices
-	compare          config.Compare
-	rules            []config.Rule
-	xdp              string
-	hash             [32]byte // of the config
-	log              *slog.Logger
+	found       func(loader.Options) (control.Found, error)     // what an earlier daemon left
 }
 
 // mutation names a rule that this build leaves out, and is empty but in tests that show
@@ -68,43 +53,15 @@ var realKernel = kernel{
 	inUse:       loader.TapInUse,
 	mute:        loader.Mute,
 	open:        openNIC,
-	upgradable: func(o nicOptions) (string, error) {
-		l := loaderOptions(o)
-		l.Role = 0
-		return loader.CheckUpgrade(l)
-	},
-	unload: loader.Unload,
-	letGo:  loader.LetGo,
-	found:  func(o nicOptions) (control.Found, error) { return loader.Found(loaderOptions(o)) },
+	upgradable:  loader.CheckUpgrade,
+	unload:      loader.Unload,
+	letGo:       loader.LetGo,
+	found:       loader.Found,
 }
 
-// loaderOptions are a NIC's.
-func loaderOptions(o nicOptions) loader.Options {
-	role := loader.Secondary
-	if o.primary {
-		role = loader.Primary
-	}
-	var rules []loader.Rule
-	for _, r := range o.rules {
-		rules = append(rules, loader.Rule(r))
-	}
-	return loader.Options{
-		PinDir: o.pinDir, VM: o.vm, Node: o.node, NIC: o.index, Role: role,
-		Tap: o.tap, PeerDevice: o.peer,
-		MaxConnections: o.compare.MaxConnections, Slots: o.compare.Slots, GSOSlots: o.compare.GSOSlots,
-		Rules: rules, MPTCP: o.compare.MPTCP, XDP: o.xdp, ConfigHash: o.hash, Version: versionString(),
-		Differ: func(pinned [32]byte, alone bool) []string {
-			if alone { // nobody else depends on the rest
-				return config.DifferFixed(pinned, o.hash)
-			}
-			return config.Differ(pinned, o.hash)
-		},
-		Log: o.log, Mutation: mutations[mutation], Discard: o.discard,
-	}
-}
-
-func openNIC(o nicOptions) (dp control.DataPath, fresh bool, err error) {
-	n, err := loader.Open(loaderOptions(o))
+func openNIC(o loader.Options) (dp control.DataPath, fresh bool, err error) {
+	o.Mutation = mutations[mutation]
+	n, err := loader.Open(o)
 	if err != nil {
 		return nil, false, err // not n: a nil *NIC in an interface is not nil
 	}

@@ -15,6 +15,7 @@ import (
 	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/loader"
 )
 
 const pairYAML = `vm: web1
@@ -86,15 +87,15 @@ func newCLI(t *testing.T) *cli {
 			call("mute %s", tap)
 			return nil
 		},
-		upgradable: func(o nicOptions) (string, error) {
-			call("upgradable %d %s", o.index, o.tap)
+		upgradable: func(o loader.Options) (string, error) {
+			call("upgradable %d %s", o.NIC, o.Tap)
 			return "v1.2", nil
 		},
-		open: func(o nicOptions) (control.DataPath, bool, error) {
-			call("open %d %s %s", o.index, o.tap, o.peer)
+		open: func(o loader.Options) (control.DataPath, bool, error) {
+			call("open %d %s %s", o.NIC, o.Tap, o.PeerDevice)
 			return newFakePath(), true, nil
 		},
-		found: func(nicOptions) (control.Found, error) { return control.Found{}, nil },
+		found: func(loader.Options) (control.Found, error) { return control.Found{}, nil },
 		unload: func(_, vm, node string, force bool) error {
 			call("unload %s %s %v", vm, node, force)
 			return nil

@@ -162,9 +162,7 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 // lockstep started runs. One that runs without its tables, which somebody has removed, is
 // muted before anything else: who may speak is not known yet.
 func meet(e env, o runOptions) (found control.Found, running bool, err error) {
-	if found, err = e.kernel.found(nicOptions{
-		pinDir: o.config.PinDir, vm: o.config.VM, node: o.self.Name, tap: o.self.NICs[0].Tap, compare: o.config.Compare, hash: o.config.Hash(), log: o.log,
-	}); err != nil || !o.self.Starts {
+	if found, err = e.kernel.found(tables(o.config, o.self, 0, o.log)); err != nil || !o.self.Starts {
 		return found, false, err
 	}
 	spec := o.config.Guest(o.self)

@@ -105,7 +105,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		life.fill(&opt, e, o)
 	}
 	for _, n := range nics {
-		n.discard = life != nil && life.begin.Discard
+		n.Discard = life != nil && life.begin.Discard
 		dp, fresh, err := e.kernel.open(n)
 		if err != nil {
 			for _, dp := range opt.NICs {
@@ -118,7 +118,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 				}
 				return fmt.Errorf("%w; --verifier-log prints the whole log", err)
 			}
-			return c.Refuse(nicKey(o.self, n.index), err.Error(), "")
+			return c.Refuse(nicKey(o.self, n.NIC), err.Error(), "")
 		}
 		opt.NICs = append(opt.NICs, dp)
 		opt.Fresh = opt.Fresh || fresh // one NIC's lost tables are the pair's

@@ -22,6 +22,7 @@ import (
 
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/loader"
 )
 
 // What the config says reaches kernel and control.
@@ -106,12 +107,12 @@ func TestRunRefused(t *testing.T) {
 			}
 		}, 1, "@/pair.yaml:4:138: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
 		{"managed tap", beta, func(k *kernel) {
-			k.open = func(nicOptions) (control.DataPath, bool, error) {
+			k.open = func(loader.Options) (control.DataPath, bool, error) {
 				return nil, false, errors.New("tapS is managed by vm db1; unload that")
 			}
 		}, 2, "@/pair.yaml:4:44: tapS is managed by vm db1; unload that"},
 		{"verifier", beta, func(k *kernel) {
-			k.open = func(nicOptions) (control.DataPath, bool, error) {
+			k.open = func(loader.Options) (control.DataPath, bool, error) {
 				return nil, false, fmt.Errorf("load ls_mirror: %w", &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}})
 			}
 		}, 1, "lockstep: load ls_mirror: : permission denied: last (1 line(s) omitted); --verifier-log prints the whole log"},
@@ -127,7 +128,7 @@ func TestRunRefused(t *testing.T) {
 	}
 	t.Run("verifier log", func(t *testing.T) {
 		c := newCLI(t)
-		c.kernel.open = func(nicOptions) (control.DataPath, bool, error) {
+		c.kernel.open = func(loader.Options) (control.DataPath, bool, error) {
 			return nil, false, &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}}
 		}
 		if code, _, stderr := c.run(t.Context(), beta+" --verifier-log"); code != 1 || !strings.Contains(stderr, "first\n\tlast\n") {
@@ -160,8 +161,8 @@ func TestRunClosesNICs(t *testing.T) {
 		"{device: peerP}}", "{device: peerP}}, {tap: tapQ, peer: {device: peerQ}}",
 		"eth1}}}", "eth1}}}, {tap: tapT, peer: {device: peerT}}").Replace(pairYAML))
 	first := newFakePath()
-	c.kernel.open = func(o nicOptions) (control.DataPath, bool, error) {
-		if o.index == 0 {
+	c.kernel.open = func(o loader.Options) (control.DataPath, bool, error) {
+		if o.NIC == 0 {
 			return first, true, nil
 		}
 		return nil, false, errors.New("no memory")

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"lockstep/control"
+	"lockstep/loader"
 )
 
 func TestUnload(t *testing.T) {
@@ -64,7 +65,7 @@ func TestUnloadRunning(t *testing.T) {
 			}
 			c.write(t, "pair.yaml", yaml)
 			c.kernel.inUse = func(tap string) (bool, error) { return tap == "tapS", nil }
-			c.kernel.found = func(nicOptions) (control.Found, error) { return x.found, x.foundErr }
+			c.kernel.found = func(loader.Options) (control.Found, error) { return x.found, x.foundErr }
 			code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta")
 			if code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "a process has tap tapS open") || !strings.Contains(stderr, "Changing a setting") {
 				t.Errorf("without --force: exit %d, %v, %s", code, c.calls, stderr)

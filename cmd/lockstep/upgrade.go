@@ -28,10 +28,8 @@ func newUpgrade(e env) *cobra.Command {
 				return err
 			}
 			from := ""
-			for i, nic := range self.NICs {
-				if from, err = e.kernel.upgradable(nicOptions{
-					pinDir: c.PinDir, vm: c.VM, node: self.Name, index: i, tap: nic.Tap, compare: c.Compare, hash: c.Hash(), log: discard,
-				}); err != nil {
+			for i := range self.NICs {
+				if from, err = e.kernel.upgradable(tables(c, self, i, discard)); err != nil {
 					return fmt.Errorf("nic %d: %w", i, err)
 				}
 			}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"lockstep/loader"
 )
 
 func TestUpgrade(t *testing.T) {
@@ -20,7 +22,7 @@ func TestUpgrade(t *testing.T) {
 			t.Errorf("%q does not say %q", stdout, want)
 		}
 	}
-	c.kernel.upgradable = func(nicOptions) (string, error) {
+	c.kernel.upgradable = func(loader.Options) (string, error) {
 		return "", errors.New("pinned by v1.2 with ABI 1; this is v1.3 with ABI 2")
 	}
 	code, stdout, stderr = c.run(t.Context(), "upgrade -c @/pair.yaml --node beta")
