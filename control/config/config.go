@@ -6,14 +6,10 @@
 package config
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"io"
-	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -86,56 +82,6 @@ type Config struct {
 	at map[string]Pos // key path → where its value is written
 }
 
-// Node is one of the two hosts.
-type Node struct {
-	Name    string
-	Control netip.AddrPort // the control link's address on this host
-	NICs    []NIC          // as many as the other node has, in the guest's order
-	QMP     string         // socket of this host's QEMU; "": none
-	Starts  bool           // lockstep starts this host's QEMU, with its socket at QMP
-}
-
-// NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
-type NIC struct {
-	Tap        string
-	Bridge     string // lockstep makes the tap, where there is none, and puts it there; "": it is there
-	PeerDevice string // an L2 device that exists
-	PeerVXLAN  *VXLAN // or one that lockstep makes
-	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff
-}
-
-// What NIC.XDP may say.
-const (
-	XDPAuto = "auto" // where the device's driver runs it itself
-	XDPOn   = "on"   // or do not start
-	XDPOff  = "off"
-)
-
-// VXLAN is a peer link that lockstep makes.
-type VXLAN struct {
-	ID            uint32
-	Port          uint16
-	Local, Remote netip.Addr
-	Underlay      string
-}
-
-// Device is the name of the device that lockstep makes.
-func (v *VXLAN) Device() string { return fmt.Sprintf("lsx%d", v.ID) }
-
-// TLS says how the control link is protected: with three files, or not at all.
-type TLS struct {
-	Insecure      bool          // it is not
-	CA, Cert, Key string        // may contain {node}: see Files
-	Rekey         time.Duration // between two rotations of the session's keys
-}
-
-// Files are a node's CA, certificate and private key.
-func (t *TLS) Files(node string) (ca, cert, key string) {
-	return forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)
-}
-
-func forNode(s, node string) string { return strings.ReplaceAll(s, "{node}", node) }
-
 // Heartbeat times the echoes between the kernels (R20).
 type Heartbeat struct {
 	Interval time.Duration // between two echoes
@@ -144,120 +90,11 @@ type Heartbeat struct {
 	Restart  time.Duration // for a daemon that ended on a living host to come back
 }
 
-// Rule names datagrams that leave from the PVM uncompared.
-type Rule struct {
-	Proto                 uint8  // IPPROTO_*, not TCP
-	GuestPort, RemotePort uint16 // UDP only; 0: any
-}
-
-// Compare bounds the comparison.
-type Compare struct {
-	Timeout        time.Duration // of unmatched output, before a checkpoint (R7)
-	CutDelay       time.Duration // before a verified prefix leaves alone (R5)
-	MaxConnections int
-	Slots          int // held frames, per NIC
-	GSOSlots       int // held GSO frames, per NIC
-	PrimaryOnly    []Rule
-	MPTCP          bool // the guests may use it; else its option is taken out of SYNs
-}
-
 // Checkpoint paces the checkpoints.
 type Checkpoint struct {
 	Period      time.Duration // between checkpoints that nothing asked for
 	MinInterval time.Duration // between any two
 	TargetPause time.Duration // the period follows the measured pause, up to Period; 0: it does not
-}
-
-// QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only
-// MACs and Disks mean anything.
-type QEMU struct {
-	qemu.Guest // "{node}" in Kernel, Initrd, Append, Extra and the disks' paths: see [Config.Guest]
-	// FirstStart is what is done about the disks' contents before the first replication:
-	// one of the constants below.
-	FirstStart string
-	MACs       []net.HardwareAddr // one per NIC, the same on both nodes
-}
-
-// What QEMU.FirstStart may say.
-const (
-	FirstCompare = "compare" // refuse images that are not the same
-	FirstCopy    = "copy"    // the primary's over the secondary's
-	FirstTrust   = "trust"   // the operator has copied them
-)
-
-// Guest is the config's guest on a node, as QEMU is started with it there. The config
-// has a qemu section.
-func (c *Config) Guest(n *Node) qemu.Spec {
-	s := qemu.Spec{VM: c.VM, Node: n.Name, Guest: c.QEMU.Guest, QMP: n.QMP, Dir: c.RunDir}
-	s.Kernel, s.Initrd, s.Append = forNode(s.Kernel, n.Name), forNode(s.Initrd, n.Name), forNode(s.Append, n.Name)
-	s.Disks, s.Extra = slices.Clone(s.Disks), slices.Clone(s.Extra)
-	for i := range s.Disks {
-		d := &s.Disks[i]
-		d.Image, d.OverlayDir = forNode(d.Image, n.Name), forNode(d.OverlayDir, n.Name)
-	}
-	for i := range s.Extra {
-		s.Extra[i] = forNode(s.Extra[i], n.Name)
-	}
-	for i, nic := range n.NICs {
-		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: c.QEMU.MACs[i]})
-	}
-	return s
-}
-
-// MAC is the address of a guest's NIC where the config gives none. A guest's
-// NICs differ in the last byte, so never collide.
-func MAC(vm string, nic int) net.HardwareAddr {
-	h := sha256.Sum256([]byte("lockstep mac " + vm))
-	return net.HardwareAddr{0x52, 0x54, 0x00, h[0], h[1], h[2] + byte(nic)}
-}
-
-// Migration says where the secondary's QEMU waits for the primary's, on the
-// secondary's control address, and how the guest is copied there.
-type Migration struct {
-	Port    uint16
-	Unix    string // a socket instead of Port, where both QEMUs are on one host
-	NBDPort uint16 // of the disks
-	qemu.Limits
-}
-
-// Incoming is where a node's QEMU waits as a secondary.
-func (c *Config) Incoming(n *Node) qemu.Incoming {
-	host := n.Control.Addr()
-	in := qemu.Incoming{
-		Migration: "tcp:" + netip.AddrPortFrom(host, c.Migration.Port).String(),
-		NBD:       netip.AddrPortFrom(host, c.Migration.NBDPort),
-	}
-	if c.Migration.Unix != "" {
-		in.Migration = "unix:" + c.Migration.Unix
-	}
-	return in
-}
-
-// What Arbiter.Type may say.
-const (
-	ArbiterEtcd = "etcd"
-	ArbiterFile = "file"
-	ArbiterExec = "exec"
-	ArbiterNone = "none"
-)
-
-// Arbiter decides who may speak alone (R21).
-type Arbiter struct {
-	Type      string        // "": there is none, so nobody takes over by itself
-	Endpoints []string      // etcd: host:port of each member
-	TLS       *TLSFiles     // etcd; nil: in the clear
-	Path      string        // file: a directory, absolute, on storage that both hosts share
-	Command   []string      // exec: the fencing command
-	Timeout   time.Duration // of one request
-}
-
-// TLSFiles protect a client's connection. Cert and Key may be empty: then the
-// server asks for none.
-type TLSFiles struct{ CA, Cert, Key string }
-
-// On are a node's files: {node} is replaced.
-func (t *TLSFiles) On(node string) TLSFiles {
-	return TLSFiles{forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)}
 }
 
 // Load reads and checks a file. An error that is about its content is an
