@@ -285,7 +285,7 @@ func TestGuarantees(t *testing.T) {
 	for _, n := range named {
 		dir := n[1]
 		if dir == "" {
-			dir = "cmd/lockstep"
+			dir = "cmd/lockstep/e2e"
 		}
 		files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
 		if err != nil || len(files) == 0 {

@@ -919,7 +919,7 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 	l.sizing.Lock()
 	defer l.sizing.Unlock()
 	if l.sizes == nil {
-		spec := qemu.Spec{Disks: l.Disks}
+		spec := qemu.Spec{Guest: qemu.Guest{Disks: l.Disks}}
 		sizes, err := spec.DiskSizes()
 		if err != nil {
 			return nil, err

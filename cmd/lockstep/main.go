@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
 	"lockstep/control/config"
 )
@@ -32,8 +33,8 @@ type env struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	kernel         kernel
-	machine        machine
-	control        func(context.Context, control.Options) error // control.Run
+	examine        func(ctx context.Context, c *config.Config, node string) doctor.Report // doctor.Examine
+	control        func(context.Context, control.Options) error                           // control.Run
 }
 
 func main() {
@@ -44,7 +45,7 @@ func main() {
 		stderr:  os.Stderr,
 		getenv:  os.Getenv,
 		kernel:  realKernel,
-		machine: realMachine,
+		examine: doctor.Examine,
 		control: control.Run,
 	})
 	stop()

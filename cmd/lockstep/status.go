@@ -4,53 +4,18 @@ package main
 
 import (
 	"cmp"
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"lockstep/control"
 )
-
-// ask gets what the daemon says and prints it.
-func ask[T any](ctx context.Context, t *target, fetch func(context.Context, string) (T, error), asJSON bool, out io.Writer, show func(io.Writer, T) error) error {
-	c, self, _, err := t.load()
-	if err != nil {
-		return err
-	}
-	socket := c.Socket(self.Name)
-	v, err := fetch(ctx, socket)
-	switch {
-	case errors.Is(err, control.ErrNoDaemon):
-		return noDaemonError{vm: c.VM, node: self.Name, socket: socket}
-	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%s is not yours to read; run this as root", socket)
-	case err != nil:
-		return err
-	}
-	if asJSON {
-		enc := json.NewEncoder(out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(v)
-	}
-	return show(out, v)
-}
-
-// noDaemonError is control.ErrNoDaemon with a remedy.
-type noDaemonError struct{ vm, node, socket string }
-
-func (e noDaemonError) Error() string {
-	return fmt.Sprintf("no daemon of %s runs on node %s (nobody answers on %s); start it with `lockstep run`", e.vm, e.node, e.socket)
-}
-
-func (noDaemonError) Unwrap() error { return control.ErrNoDaemon }
 
 func printStatus(out io.Writer, s control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -141,21 +106,6 @@ func printCounts(w io.Writer, label string, counts map[string]uint64) {
 	}
 }
 
-func printFlows(out io.Writer, flows []control.Flow) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "GUEST\tREMOTE\tVLAN\tSTATE\tOFFSET\tCOMPARED\tHELD\tAGE")
-	for _, f := range flows {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d/%d B\t%v\n", f.Guest, f.Remote, dash(f.VLAN), f.State,
-			dash(f.Offset), dash(f.Compared), f.HeldPackets, f.HeldBytes,
-			time.Duration(f.Age*float64(time.Second)).Round(time.Millisecond))
-	}
-	return w.Flush()
-}
-
-// dash prints what is not known, or does not apply, as a dash.
-func dash[T any](v *T) string {
-	if v == nil {
-		return "-"
-	}
-	return fmt.Sprint(*v)
+func newStatus(e env) *cobra.Command {
+	return newAsk(e, "status", "Show what this host's daemon is doing", control.FetchStatus, printStatus)
 }

@@ -97,7 +97,7 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 // somebody else started is known by the taps that it has open.
 func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
 	if self.Starts {
-		spec := guestSpec(c, self)
+		spec := c.Guest(self)
 		p, err := qemu.Find(&spec)
 		if err == nil {
 			defer p.Release()
@@ -123,9 +123,7 @@ func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
 // and will be: it spoke alone when its daemon ended, and the arbiter names this node. In a
 // pair that never fails over that is the primary's. why says what was found.
 func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node) (alone bool, why string) {
-	found, err := e.kernel.found(nicOptions{
-		pinDir: c.PinDir, vm: c.VM, node: self.Name, tap: self.NICs[0].Tap, compare: c.Compare, hash: c.Hash(), log: discard,
-	})
+	found, err := e.kernel.found(tables(c, self, 0, discard))
 	if err != nil {
 		return false, fmt.Sprintf("what the guest was to the pair is not known, so it is muted: %v", err)
 	}

@@ -6,16 +6,14 @@
 package config
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"io"
-	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
+
+	"lockstep/control/qemu"
 )
 
 // Defaults of optional keys; docs/CONFIG.md lists them.
@@ -84,56 +82,6 @@ type Config struct {
 	at map[string]Pos // key path → where its value is written
 }
 
-// Node is one of the two hosts.
-type Node struct {
-	Name    string
-	Control netip.AddrPort // the control link's address on this host
-	NICs    []NIC          // as many as the other node has, in the guest's order
-	QMP     string         // socket of this host's QEMU; "": none
-	Starts  bool           // lockstep starts this host's QEMU, with its socket at QMP
-}
-
-// NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
-type NIC struct {
-	Tap        string
-	Bridge     string // lockstep makes the tap, where there is none, and puts it there; "": it is there
-	PeerDevice string // an L2 device that exists
-	PeerVXLAN  *VXLAN // or one that lockstep makes
-	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff
-}
-
-// What NIC.XDP may say.
-const (
-	XDPAuto = "auto" // where the device's driver runs it itself
-	XDPOn   = "on"   // or do not start
-	XDPOff  = "off"
-)
-
-// VXLAN is a peer link that lockstep makes.
-type VXLAN struct {
-	ID            uint32
-	Port          uint16
-	Local, Remote netip.Addr
-	Underlay      string
-}
-
-// Device is the name of the device that lockstep makes.
-func (v *VXLAN) Device() string { return fmt.Sprintf("lsx%d", v.ID) }
-
-// TLS says how the control link is protected: with three files, or not at all.
-type TLS struct {
-	Insecure      bool          // it is not
-	CA, Cert, Key string        // may contain {node}: see Files
-	Rekey         time.Duration // between two rotations of the session's keys
-}
-
-// Files are a node's CA, certificate and private key.
-func (t *TLS) Files(node string) (ca, cert, key string) {
-	return forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)
-}
-
-func forNode(s, node string) string { return strings.ReplaceAll(s, "{node}", node) }
-
 // Heartbeat times the echoes between the kernels (R20).
 type Heartbeat struct {
 	Interval time.Duration // between two echoes
@@ -142,128 +90,11 @@ type Heartbeat struct {
 	Restart  time.Duration // for a daemon that ended on a living host to come back
 }
 
-// Rule names datagrams that leave from the PVM uncompared.
-type Rule struct {
-	Proto                 uint8  // IPPROTO_*, not TCP
-	GuestPort, RemotePort uint16 // UDP only; 0: any
-}
-
-// Compare bounds the comparison.
-type Compare struct {
-	Timeout        time.Duration // of unmatched output, before a checkpoint (R7)
-	CutDelay       time.Duration // before a verified prefix leaves alone (R5)
-	MaxConnections int
-	Slots          int // held frames, per NIC
-	GSOSlots       int // held GSO frames, per NIC
-	PrimaryOnly    []Rule
-	MPTCP          bool // the guests may use it; else its option is taken out of SYNs
-}
-
 // Checkpoint paces the checkpoints.
 type Checkpoint struct {
 	Period      time.Duration // between checkpoints that nothing asked for
 	MinInterval time.Duration // between any two
 	TargetPause time.Duration // the period follows the measured pause, up to Period; 0: it does not
-}
-
-// QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only
-// MACs and Disks mean anything.
-type QEMU struct {
-	Binary  string // a path, or a name to look up in PATH
-	Machine string
-	Accel   string // "kvm" or "tcg", and QEMU's options behind a comma
-	CPU     string
-	Memory  int64 // bytes, whole MiB
-	SMP     int
-	Kernel  string // "": the guest boots from its disks
-	Initrd  string
-	Append  string
-	Disks   []Disk
-	// FirstStart is what is done about the disks' contents before the first replication:
-	// one of the constants below.
-	FirstStart string
-	NICModel   string
-	MACs       []net.HardwareAddr // one per NIC, the same on both nodes
-	Extra      []string           // further arguments
-	User       string             // that QEMU becomes: a name or uid:gid; "": it stays what lockstep is
-}
-
-// What QEMU.FirstStart may say.
-const (
-	FirstCompare = "compare" // refuse images that are not the same
-	FirstCopy    = "copy"    // the primary's over the secondary's
-	FirstTrust   = "trust"   // the operator has copied them
-)
-
-// Disk is replicated from the primary's image to the secondary's.
-type Disk struct {
-	ID         string // of the drive, the same on both nodes
-	Image      string
-	OverlayDir string // of the secondary's active and hidden overlays
-}
-
-// On is the guest on a node: {node} in paths, append and extra is replaced.
-func (q *QEMU) On(node string) QEMU {
-	n := *q
-	n.Kernel, n.Initrd, n.Append = forNode(q.Kernel, node), forNode(q.Initrd, node), forNode(q.Append, node)
-	n.Disks, n.Extra = slices.Clone(q.Disks), slices.Clone(q.Extra)
-	for i := range n.Disks {
-		d := &n.Disks[i]
-		d.Image, d.OverlayDir = forNode(d.Image, node), forNode(d.OverlayDir, node)
-	}
-	for i := range n.Extra {
-		n.Extra[i] = forNode(n.Extra[i], node)
-	}
-	return n
-}
-
-// MAC is the address of a guest's NIC where the config gives none. A guest's
-// NICs differ in the last byte, so never collide.
-func MAC(vm string, nic int) net.HardwareAddr {
-	h := sha256.Sum256([]byte("lockstep mac " + vm))
-	return net.HardwareAddr{0x52, 0x54, 0x00, h[0], h[1], h[2] + byte(nic)}
-}
-
-// Migration says where the secondary's QEMU waits for the primary's, on the
-// secondary's control address.
-type Migration struct {
-	Port    uint16
-	Unix    string // a socket instead of Port, where both QEMUs are on one host
-	NBDPort uint16 // of the disks
-
-	// How fast memory, and each disk, is copied to a new secondary, in bytes per
-	// second; 0: QEMU's own limit. And for how long a copy may go on to which the guest
-	// writes as fast as it is made.
-	Bandwidth    int64
-	AutoConverge bool // QEMU may slow such a guest down
-	Timeout      time.Duration
-}
-
-// What Arbiter.Type may say.
-const (
-	ArbiterEtcd = "etcd"
-	ArbiterFile = "file"
-	ArbiterExec = "exec"
-	ArbiterNone = "none"
-)
-
-// Arbiter decides who may speak alone (R21).
-type Arbiter struct {
-	Type      string        // "": there is none, so nobody takes over by itself
-	Endpoints []string      // etcd: host:port of each member
-	TLS       *TLSFiles     // etcd; nil: in the clear
-	Path      string        // file: a directory, absolute, on storage that both hosts share
-	Command   []string      // exec: the fencing command
-	Timeout   time.Duration // of one request
-}
-
-// TLSFiles protect a client's connection. Cert and Key may be empty: then the
-// server asks for none.
-type TLSFiles struct{ CA, Cert, Key string }
-
-// On are a node's files: {node} is replaced.
-func (t *TLSFiles) On(node string) TLSFiles {
-	return TLSFiles{forNode(t.CA, node), forNode(t.Cert, node), forNode(t.Key, node)}
 }
 
 // Load reads and checks a file. An error that is about its content is an
@@ -303,7 +134,7 @@ func Parse(file string, data []byte) (*Config, error) {
 		TLS:        TLS{Rekey: DefaultRekey},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
-		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Timeout: DefaultMigrationTimeout},
+		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Limits: qemu.Limits{Timeout: DefaultMigrationTimeout}},
 		at:         r.at,
 	}
 	r.config(root, c)

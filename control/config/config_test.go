@@ -3,14 +3,12 @@
 package config
 
 import (
-	"encoding/hex"
 	"errors"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +16,8 @@ import (
 	"github.com/cockroachdb/datadriven"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"lockstep/control/qemu"
 )
 
 const example = `vm: web1
@@ -92,13 +92,16 @@ func TestParse(t *testing.T) {
 			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, MPTCP: true},
 		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
 		QEMU: &QEMU{
-			Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
-			Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
-			Disks:      []Disk{{"disk0", "etc/{node}/a.qcow2", "/dev/shm/{node}"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}},
+			Guest: qemu.Guest{
+				Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
+				Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
+				Disks:    []qemu.Disk{{ID: "disk0", Image: "etc/{node}/a.qcow2", OverlayDir: "/dev/shm/{node}"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}},
+				NICModel: "e1000", Extra: []string{"-display", "none", "-name", "on {node}"},
+			},
 			FirstStart: "copy",
-			NICModel:   "e1000", MACs: []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}}, Extra: []string{"-display", "none", "-name", "on {node}"},
+			MACs:       []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}},
 		},
-		Migration: Migration{Port: 9001, NBDPort: 9002, Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute},
+		Migration: Migration{Port: 9001, NBDPort: 9002, Limits: qemu.Limits{Bandwidth: 64 << 20, AutoConverge: true, Timeout: 10 * time.Minute}},
 		Arbiter: Arbiter{Type: "etcd", Endpoints: []string{"192.0.2.9:2379", "etcd.example:2379"}, Timeout: 2 * time.Second,
 			TLS: &TLSFiles{"etc/certs/etcd.pem", "etc/certs/{node}-etcd.pem", "etc/certs/{node}-etcd.key"}},
 	}
@@ -114,16 +117,23 @@ func TestParse(t *testing.T) {
 	if got, want := got.Arbiter.TLS.On("beta"), (TLSFiles{"etc/certs/etcd.pem", "etc/certs/beta-etcd.pem", "etc/certs/beta-etcd.key"}); got != want {
 		t.Errorf("certificates of beta for etcd: %v", got)
 	}
-	on := got.QEMU.On("beta")
-	wantOn := *want.QEMU
+	beta := &got.Nodes[1]
+	on := got.Guest(beta)
+	wantOn := qemu.Spec{
+		VM: "web1", Node: "beta", Guest: want.QEMU.Guest, QMP: "etc/run/beta.qmp", Dir: "/tmp/run",
+		NICs: []qemu.NIC{{Tap: "tapS", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 7}}},
+	}
 	wantOn.Initrd, wantOn.Append = "etc/boot/beta.img", "console=ttyS0 host=beta"
-	wantOn.Disks = []Disk{{"disk0", "etc/beta/a.qcow2", "/dev/shm/beta"}, {"disk1", "/vms/b.qcow2", "/tmp/run"}}
+	wantOn.Disks = []qemu.Disk{{ID: "disk0", Image: "etc/beta/a.qcow2", OverlayDir: "/dev/shm/beta"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}}
 	wantOn.Extra = []string{"-display", "none", "-name", "on beta"}
-	if d := cmp.Diff(wantOn, on); d != "" {
+	if d := cmp.Diff(wantOn, on, cmpopts.IgnoreUnexported(qemu.Spec{})); d != "" {
 		t.Errorf("the guest on beta: -want +got\n%s", d)
 	}
+	if in, want := got.Incoming(beta), (qemu.Incoming{Migration: "tcp:192.0.2.2:9001", NBD: netip.MustParseAddrPort("192.0.2.2:9002")}); in != want {
+		t.Errorf("beta's QEMU waits at %v, want %v", in, want)
+	}
 	if d := cmp.Diff(want.QEMU, got.QEMU); d != "" {
-		t.Errorf("On changed what it was called on: -want +got\n%s", d)
+		t.Errorf("Guest changed the config: -want +got\n%s", d)
 	}
 }
 
@@ -150,7 +160,7 @@ func TestDefaults(t *testing.T) {
 	if c.QEMU != nil || c.Nodes[0].QMP != "" || c.Nodes[0].Starts || c.Arbiter.Type != "" {
 		t.Errorf("qemu %+v, alpha %+v, arbiter %+v", c.QEMU, c.Nodes[0], c.Arbiter)
 	}
-	if want := (Migration{Port: 9998, NBDPort: 9999, Timeout: time.Hour}); c.Migration != want {
+	if want := (Migration{Port: 9998, NBDPort: 9999, Limits: qemu.Limits{Timeout: time.Hour}}); c.Migration != want {
 		t.Errorf("migration %+v, want %+v", c.Migration, want)
 	}
 }
@@ -165,8 +175,11 @@ func TestGuestDefaults(t *testing.T) {
 		return c
 	}
 	c := parse("run_dir: /r\nqemu: {disks: [{id: d, image: d.qcow2}]}\n")
-	want := &QEMU{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci", FirstStart: "compare",
-		Disks: []Disk{{"d", "d.qcow2", "/r"}}, MACs: []net.HardwareAddr{MAC("web1", 0)}}
+	want := &QEMU{
+		Guest: qemu.Guest{Binary: "qemu-system-x86_64", Machine: "pc", Accel: "kvm", CPU: "host", Memory: 4 << 30, SMP: 2, NICModel: "virtio-net-pci",
+			Disks: []qemu.Disk{{ID: "d", Image: "d.qcow2", OverlayDir: "/r"}}},
+		FirstStart: "compare", MACs: []net.HardwareAddr{MAC("web1", 0)},
+	}
 	if d := cmp.Diff(want, c.QEMU); d != "" {
 		t.Errorf("-want +got\n%s", d)
 	}
@@ -394,104 +407,6 @@ func TestNode(t *testing.T) {
 	}
 	if _, _, err := c.Node("gamma"); err == nil || err.Error() != `pair.yaml has no node "gamma"; it has "alpha" and "beta"` {
 		t.Errorf("gamma: %v", err)
-	}
-}
-
-func TestHash(t *testing.T) {
-	hash := func(s string) [32]byte {
-		t.Helper()
-		c, err := Parse("pair.yaml", []byte(s))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c.Hash()
-	}
-	if len(sections)*part != len([32]byte{}) {
-		t.Fatalf("%d sections do not fill the hash", len(sections))
-	}
-	base := hash(example)
-	replace := func(old, new string) string {
-		t.Helper()
-		s := strings.Replace(example, old, new, 1)
-		if s == example {
-			t.Fatalf("example has no %q", old)
-		}
-		return s
-	}
-	lines := strings.SplitAfter(example, "\n")
-	for name, s := range map[string]string{
-		"order of nodes": strings.Join([]string{lines[0], lines[1], lines[3], lines[2], strings.Join(lines[4:], "")}, ""),
-		"pin_dir":        replace("/sys/fs/bpf/lockstep", "/sys/fs/bpf/other"),
-		"tap":            replace("tapP", "tap7"),
-		"qmp":            replace("run/alpha.qmp", "alpha.qmp"),
-		"slots":          replace("slots: 200", "slots: 400"),
-		"certificate":    replace("certs/{node}.pem", "/etc/beta.pem"),
-		"rekey":          replace("rekey: 2h", "rekey: 3h"),
-		"xdp":            replace("xdp: on", "xdp: off"),
-		"state_dir":      replace("state_dir: state", "state_dir: other"),
-		"binary":         replace("/opt/qemu", "/opt/qemu7"),
-		"kernel":         replace("boot/vmlinuz", "vmlinuz"),
-		"image":          replace("/vms/b.qcow2", "/vms/c.qcow2"),
-		"first start":    replace("first_start: copy", "first_start: trust"),
-		"overlay_dir":    replace("/dev/shm", "/tmp"),
-		"argument":       replace("-display, none", "-display, gtk"),
-		"order of etcds": replace(`"192.0.2.9:2379", "etcd.example:2379"`, `"etcd.example:2379", "192.0.2.9:2379"`),
-		"etcd's CA":      replace("certs/etcd.pem", "etcd.pem"),
-		"patience":       replace("{type: etcd,", "{type: etcd, timeout: 1s,"),
-		"timeout":        replace("timeout: 2s", "timeout: 3s"),
-		"cut_delay":      replace("cut_delay: 3ms", "cut_delay: 4ms"),
-		"connections":    replace("max_connections: 100", "max_connections: 101"),
-		"period":         replace("period: 4s", "period: 6s"),
-		"min_interval":   replace("min_interval: 5ms", "min_interval: 6ms"),
-		"pause":          replace("target_pause: 20ms", "target_pause: 21ms"),
-	} {
-		if hash(s) != base {
-			t.Errorf("another %s gives another hash", name)
-		}
-	}
-	for name, x := range map[string]struct{ config, section string }{
-		"vm":      {replace("web1", "web2"), "vm"},
-		"node":    {replace("alpha", "gamma"), "nodes"},
-		"control": {replace("192.0.2.1:7700", "192.0.2.1:7701"), "nodes"},
-		"vxlan":   {replace("id: 77", "id: 78"), "nodes"},
-		"beat":    {replace("interval: 20ms", "interval: 21ms"), "heartbeat"},
-		"silence": {replace("timeout: 300ms", "timeout: 301ms"), "heartbeat"},
-		"speak":   {replace("speak: 200ms", "speak: 201ms"), "heartbeat"},
-		"restart": {replace("restart: 900ms", "restart: 901ms"), "heartbeat"},
-		"rule":    {replace("remote_port: 123", "guest_port: 123"), "compare.primary_only or compare.mptcp"},
-		"rules":   {replace("{proto: 47}, ", ""), "compare.primary_only or compare.mptcp"},
-		"port":    {replace("port: 9001", "port: 9003"), "migration"},
-		"nbd":     {replace("nbd_port: 9002", "nbd_port: 9003"), "migration"},
-		"unix":    {replace("{port: 9001,", "{port: 9001, unix: sock,"), "migration"},
-		"mac":     {replace("00:00:07", "00:00:08"), "qemu"},
-		"disk":    {replace("id: disk1", "id: disk2"), "qemu"},
-		"disks":   {replace(", {id: disk1, image: /vms/b.qcow2}", ""), "qemu"},
-		"memory":  {replace("512M", "513M"), "qemu"},
-		"machine": {replace("q35", "pc"), "qemu"},
-		"etcd":    {replace("192.0.2.9", "192.0.2.8"), "arbiter"},
-		"arbiter": {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: none}\n"), "arbiter"},
-		"exec":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: exec, command: [x]}\n"), "arbiter"},
-		"file":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: file, path: /x}\n"), "arbiter"},
-		"secrecy": {replace(example[strings.Index(example, ", tls: {ca: certs/etcd"):], "}\n"), "arbiter"},
-		"tls":     {replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"), "tls.insecure"},
-	} {
-		other := hash(x.config)
-		if got := Differ(base, other); !slices.Equal(got, []string{x.section}) {
-			t.Errorf("another %s differs in %q, want %s", name, got, x.section)
-		}
-		if got := DifferHex(hex.EncodeToString(base[:]), hex.EncodeToString(other[:])); !slices.Equal(got, []string{x.section}) {
-			t.Errorf("another %s differs, in hex, in %q", name, got)
-		}
-		fixed := slices.Contains([]string{"vm", "arbiter", "qemu"}, x.section)
-		if got := DifferFixed(base, other); (len(got) == 1) != fixed {
-			t.Errorf("another %s differs, while the guest runs, in %q", name, got)
-		}
-	}
-	if got := Differ(base, base); len(got) > 0 {
-		t.Errorf("the same differs in %q", got)
-	}
-	if got := DifferHex("other", hex.EncodeToString(base[:])); got != nil {
-		t.Errorf("no hash differs in %q", got)
 	}
 }
 

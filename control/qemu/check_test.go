@@ -49,10 +49,13 @@ func TestCheck(t *testing.T) {
 
 	good := func() (*Spec, *Incoming) {
 		s := &Spec{
-			VM: "web1", Node: "alpha", Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 1 << 30, SMP: 1,
-			NICModel: "virtio-net-pci", NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}},
-			Disks: []Disk{{ID: "colo-disk0", Image: at("a.qcow2"), OverlayDir: at("new")}, {ID: "d1", Image: at("b.raw"), Format: "raw", OverlayDir: dir}},
-			QMP:   at("qmp"), Dir: dir,
+			VM: "web1", Node: "alpha",
+			Guest: Guest{
+				Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 1 << 30, SMP: 1, NICModel: "virtio-net-pci",
+				Disks: []Disk{{ID: "colo-disk0", Image: at("a.qcow2"), OverlayDir: at("new")}, {ID: "d1", Image: at("b.raw"), Format: "raw", OverlayDir: dir}},
+			},
+			NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}},
+			QMP:  at("qmp"), Dir: dir,
 		}
 		return s, &Incoming{Migration: "tcp:127.0.0.1:0", NBD: netip.MustParseAddrPort("127.0.0.1:0")}
 	}

@@ -45,9 +45,12 @@ func TestHangs(t *testing.T) {
 	}
 	spec := func(image string) *Spec {
 		return &Spec{
-			VM: "web1", Node: "alpha", Binary: hangs, Machine: "pc", Accel: "tcg", CPU: "qemu64", Memory: 1 << 30, SMP: 1,
-			NICModel: "virtio-net-pci", NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}},
-			Disks: []Disk{{ID: "d0", Image: image, OverlayDir: dir}}, QMP: filepath.Join(dir, "qmp"), Dir: dir,
+			VM: "web1", Node: "alpha",
+			Guest: Guest{
+				Binary: hangs, Machine: "pc", Accel: "tcg", CPU: "qemu64", Memory: 1 << 30, SMP: 1, NICModel: "virtio-net-pci",
+				Disks: []Disk{{ID: "d0", Image: image, OverlayDir: dir}},
+			},
+			NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}}, QMP: filepath.Join(dir, "qmp"), Dir: dir,
 		}
 	}
 	want := func(err error, words ...string) {

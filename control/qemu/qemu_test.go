@@ -244,13 +244,17 @@ type guest struct {
 
 func (w *world) spec(host string) *qemu.Spec {
 	s := &qemu.Spec{
-		VM: "web1", Node: host, Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
-		Memory: qemutest.Memory, SMP: 1,
-		Kernel: w.kernel, Initrd: w.initrd, Append: qemutest.Append([]string{guestAddr + "/24"}),
-		NICModel: "virtio-net-pci", NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
-		Extra: []string{"-serial", "file:" + w.serial(host)},
-		Env:   []string{w.preload},
-		QMP:   filepath.Join(w.dir, host+", its.qmp"), Dir: w.dir,
+		VM: "web1", Node: host,
+		Guest: qemu.Guest{
+			Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg", CPU: "qemu64",
+			Memory: qemutest.Memory, SMP: 1,
+			Kernel: w.kernel, Initrd: w.initrd, Append: qemutest.Append([]string{guestAddr + "/24"}),
+			NICModel: "virtio-net-pci",
+			Extra:    []string{"-serial", "file:" + w.serial(host)},
+		},
+		NICs: []qemu.NIC{{Tap: "tap0", MAC: guestMAC}},
+		Env:  []string{w.preload},
+		QMP:  filepath.Join(w.dir, host+", its.qmp"), Dir: w.dir,
 	}
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})

@@ -30,10 +30,8 @@ import (
 	"lockstep/control/program"
 )
 
-// Spec is one guest on one host.
-type Spec struct {
-	VM, Node string // name the files in Dir; Node is this host's
-
+// Guest is what a guest is made of and run with.
+type Guest struct {
 	Binary  string // a path, or a name to look up in PATH
 	Machine string
 	Accel   string // "kvm" or "tcg", and QEMU's options behind a comma
@@ -44,12 +42,18 @@ type Spec struct {
 	Kernel, Initrd, Append string // Kernel "": the guest boots from its disks
 
 	NICModel string // QEMU's device, "virtio-net-pci"
-	NICs     []NIC
 	Disks    []Disk
 
 	Extra []string // further arguments, as they are
 	User  string   // that QEMU becomes, a name or uid:gid; "": it stays what lockstep is
-	Env   []string // QEMU's environment beside the daemon's, "NAME=value"
+}
+
+// Spec is one guest on one host.
+type Spec struct {
+	VM, Node string // name the files in Dir; Node is this host's
+	Guest
+	NICs []NIC
+	Env  []string // QEMU's environment beside the daemon's, "NAME=value"
 
 	mask bool // a mutation: only tests set it
 

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"lockstep/control"
+	"lockstep/control/config"
+	"lockstep/control/qemu"
+	"lockstep/loader"
+)
+
+// pair looks at what the config says of this host.
+func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
+	addrs, err := d.m.addresses()
+	if err != nil {
+		d.missing("control", "", "addresses of this host: %v", err)
+		return
+	}
+	has := func(a netip.Addr) bool { return slices.Contains(addrs, a) }
+	if node == "" { // the one whose address this host has
+		a, b := &c.Nodes[0], &c.Nodes[1]
+		if has(a.Control.Addr()) == has(b.Control.Addr()) {
+			d.missing("control", "name this host with --node", "which of %s and %s is this host? Of their control addresses %s and %s it has %s",
+				a.Name, b.Name, a.Control.Addr(), b.Control.Addr(), map[bool]string{true: "both", false: "neither"}[has(a.Control.Addr())])
+			return
+		}
+		node = a.Name
+		if has(b.Control.Addr()) {
+			node = b.Name
+		}
+	}
+	self, other, _ := c.Node(node) // it is one of the two
+	addr := self.Control.Addr()
+	switch {
+	case has(addr):
+		d.ok("control", "this host is %s: it has %s", self.Name, addr)
+	case has(other.Control.Addr()):
+		d.missing("control", "--node "+other.Name, "%s's address %s is not this host's, but %s's is", self.Name, addr, other.Name)
+	default:
+		d.missing("control", fmt.Sprintf("ip addr add %s/24 dev DEVICE; or correct nodes.%s.control", addr, self.Name),
+			"%s's address %s is not this host's", self.Name, addr)
+	}
+	d.peer(ctx, other)
+	d.certificates(c, self, other)
+	if err := d.m.writable(c.RunDir); err != nil {
+		d.missing("run_dir", fmt.Sprintf("mkdir -p %s; or name another run_dir", c.RunDir), "%v", err)
+	} else {
+		d.ok("run_dir", "%s", c.RunDir)
+	}
+	for i, nic := range self.NICs {
+		d.nic(i, &nic)
+	}
+	d.failover(ctx, c, self)
+}
+
+// failover looks at what a pair needs to begin and to end by itself.
+func (d *doctor) failover(ctx context.Context, c *config.Config, self *config.Node) {
+	if c.Arbiter.Type == "" {
+		d.warn("arbiter", "name one in the config: arbiter: {type: etcd, endpoints: [...]}", "there is none, so nobody takes over by itself when a host dies")
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	switch record, err := d.m.arbiter(ctx, c, self.Name); {
+	case err != nil:
+		d.missing("arbiter", "without it neither host may speak alone: docs/ARBITER.md tells what it needs", "%s does not answer: %v", c.Arbiter.Type, err)
+	case c.Arbiter.Type == config.ArbiterNone:
+		d.warn("arbiter", "name one that both hosts ask", "type none: both hosts may speak after a partition")
+	default:
+		d.ok("arbiter", "%s answers: %s", c.Arbiter.Type, record)
+	}
+	if err := d.m.writable(c.StateDir); err != nil {
+		d.missing("state_dir", fmt.Sprintf("mkdir -p %s; or name another state_dir", c.StateDir), "%v", err)
+	} else {
+		d.ok("state_dir", "%s", c.StateDir)
+	}
+	if !self.Starts {
+		return
+	}
+	running, err := d.m.guest(c, self)
+	d.memory(c, running != "")
+	switch {
+	case err != nil:
+		d.missing("guest", "correct qemu in the config, or this host", "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
+	case running != "":
+		d.ok("guest", "%s", running)
+	default:
+		d.ok("guest", "QEMU can start it")
+	}
+	rooms, err := d.m.overlays(c, self)
+	if err != nil {
+		d.missing("overlay_dir", largerOverlays, "%s: %v", self.Name, err)
+	}
+	for _, o := range rooms {
+		d.overlays(c, self, &o)
+	}
+}
+
+// overlayRoom is a file system for the overlays of a guest's disks.
+type overlayRoom struct {
+	qemu.OverlaySpace
+	most int64 // bytes that they can take at most; 0: not known
+}
+
+const (
+	largerOverlays = "free some of it, or name a larger overlay_dir: what both guests write between two checkpoints has to be there"
+	// busyGuest is a rate at which guests do write now and then, bytes a second.
+	busyGuest = 100_000_000
+)
+
+// overlays tells how long the room for a secondary's overlays lasts. Either host may come
+// to be the secondary's.
+func (d *doctor) overlays(c *config.Config, self *config.Node, o *overlayRoom) {
+	const name = "overlay_dir"
+	what := fmt.Sprintf("%s: %s, of disk %s, has %d MiB", self.Name, o.Dir, strings.Join(o.Disks, ", "), (o.Free+o.Used)>>20)
+	room := o.Free + o.Used
+	lasts := time.Duration(room/busyGuest) * time.Second
+	switch need := qemu.MinOverlayRoom * int64(len(o.Disks)); {
+	case room < need:
+		d.missing(name, largerOverlays, "%s, and no secondary starts with less than %d MiB", what, need>>20)
+	case o.most > 0 && room >= o.most:
+		d.ok(name, "%s, as much as overlays can take", what)
+	case lasts < c.Checkpoint.Period:
+		d.warn(name, largerOverlays, "%s: %v of writing 100 MB/s, and checkpoint.period is %v; checkpoints come earlier then", what, lasts, c.Checkpoint.Period)
+	default:
+		d.ok(name, "%s: %v of writing 100 MB/s", what, lasts)
+	}
+}
+
+// peer tries the other host's control address, where only a primary listens.
+func (d *doctor) peer(ctx context.Context, other *config.Node) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	switch err := d.m.dial(ctx, other.Control); {
+	case err == nil:
+		d.ok("peer", "%s's daemon listens on %s", other.Name, other.Control)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		d.ok("peer", "%s's host answers; no daemon listens on %s, which only the primary's does", other.Name, other.Control)
+	default:
+		d.missing("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
+			"%s's host does not answer: %v", other.Name, err)
+	}
+}
+
+func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
+	if c.TLS.Insecure {
+		d.warn("tls", "name certificates under tls, and make them with `lockstep keys`", "insecure: who can read the control link can forge the secondary's records")
+		return
+	}
+	files := control.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
+	files.CA, files.Cert, files.Key = c.TLS.Files(self.Name)
+	_, err := files.TLS()
+	bad := (*control.CertError)(nil)
+	switch {
+	case errors.As(err, &bad):
+		d.missing("tls", bad.Fix, "tls.%s: %s", bad.What, bad.Reason)
+	case err != nil:
+		d.missing("tls", "", "%v", err)
+	default:
+		d.ok("tls", "%s is this node's, signed and in time", files.Cert)
+	}
+}
+
+func (d *doctor) nic(i int, nic *config.NIC) {
+	name := func(what string) string { return fmt.Sprintf("nics[%d].%s", i, what) }
+	tap, err := d.m.device(nic.Tap)
+	if err != nil {
+		d.missing(name("tap"), fmt.Sprintf("ip tuntap add dev %s mode tap; or start QEMU, which makes it", nic.Tap), "there is no device %s: %v", nic.Tap, err)
+		return // what is right for the others depends on it
+	}
+	if err := d.m.tap(nic.Tap); err != nil {
+		found, fix, _ := strings.Cut(err.Error(), "; ")
+		d.missing(name("tap"), fix, "%s", found)
+		return
+	}
+	d.ok(name("tap"), "%s, MTU %d", nic.Tap, tap.MTU)
+	d.inFront(name("order"), nic.Tap)
+
+	key, dev, need := name("peer"), nic.PeerDevice, tap.MTU
+	v := nic.PeerVXLAN
+	if v != nil {
+		key, dev = name("underlay"), v.Underlay
+		need = (&loader.VXLAN{Local: v.Local.AsSlice(), GuestMTU: tap.MTU}).UnderlayMTU()
+	}
+	l, err := d.m.device(dev)
+	switch {
+	case err != nil && v != nil:
+		d.missing(key, "name the device that has "+v.Local.String()+": ip -br addr", "there is no device %s: %v", dev, err)
+		return
+	case err != nil:
+		d.missing(key, "make the device first; or have lockstep make a VXLAN: peer: {vxlan: {...}}", "there is no device %s: %v", dev, err)
+		return
+	case l.MTU < need && v != nil:
+		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, and VXLAN frames of the guest need %d", dev, l.MTU, need)
+	case l.MTU < need:
+		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, less than the tap's %d", dev, l.MTU, need)
+	case l.Flags&net.FlagUp == 0 && v != nil: // lockstep sets up a peer device itself
+		d.missing(key, fmt.Sprintf("ip link set %s up", dev), "%s is down", dev)
+	default:
+		d.ok(key, "%s, MTU %d", dev, l.MTU)
+	}
+	if v != nil {
+		if err := d.m.route(v); err != nil {
+			d.missing(name("route"), fmt.Sprintf("ip addr add %s/24 dev %s, or ip route add %s dev %s", v.Local, dev, v.Remote, dev),
+				"no way from %s to %s by %s: %v", v.Local, v.Remote, dev, err)
+		} else {
+			d.ok(name("route"), "from %s to %s by %s", v.Local, v.Remote, dev)
+		}
+		return // a VXLAN device has no native XDP
+	}
+	native, err := d.m.nativeXDP(dev)
+	switch {
+	case nic.XDP == config.XDPOff:
+		d.ok(name("xdp"), "switched off in the config")
+	case native:
+		d.ok(name("xdp"), "%s's driver runs it: forged frames are dropped early", dev)
+	case nic.XDP == config.XDPOn && err == nil:
+		d.missing(name("xdp"), "peer.xdp: auto", "%s's driver runs no XDP, and the config insists on it", dev)
+	case err != nil:
+		d.ok(name("xdp"), "not known, and not needed: %v", err)
+	default:
+		d.ok(name("xdp"), "%s's driver runs none, and none is needed", dev)
+	}
+}
+
+// inFront looks for who sees the guest's frames before lockstep does.
+func (d *doctor) inFront(name, tap string) {
+	passOn, read, err := d.m.inFront(tap)
+	if err != nil {
+		d.warn(name, "", "%v", err)
+	}
+	for _, what := range passOn {
+		found, fix, _ := strings.Cut(what, ": ")
+		d.missing(name, fix, "%s", found)
+	}
+	for _, what := range read {
+		d.warn(name, "end it where that matters", "%s", what)
+	}
+	if len(passOn) == 0 && len(read) == 0 && err == nil {
+		d.ok(name, "nobody sees %s's frames before lockstep does", tap)
+	}
+}

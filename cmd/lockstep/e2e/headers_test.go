@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+// Headers that real TCP stacks act upon: errors that quote them, MPTCP, TCP-MD5, urgent
+// data.
+
+// routed has the guests reach other networks through the client.
+func (p *pair) routed() {
+	p.t.Helper()
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.Run(p.t, "ip", "-n", guest, "route", "add", "203.0.113.0/24", "via", lt.Client4)
+		lt.Run(p.t, "ip", "-n", guest, "route", "add", "2001:db8:77::/48", "via", lt.Client6)
+	}
+	lt.Run(p.t, "nsenter", "--net=/run/netns/"+p.Client, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1",
+		"net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0", "net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0")
+}
+
+// unreachable has both guests connect to an address that a router calls unreachable, and
+// then to the client, from ports that both take. It returns what they say within limit.
+func (p *pair) unreachable(to, client, from string, limit time.Duration) (said [2]string, err error) {
+	p.t.Helper()
+	var l net.Listener
+	lt.In(p.t, p.Client, func() {
+		var err error
+		if l, err = net.Listen("tcp", net.JoinHostPort(client, "9009")); err != nil {
+			p.t.Fatal(err)
+		}
+	})
+	defer l.Close()
+	go acceptAll(l, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+	c := p.mustDial(lt.Guest4, portDial)
+	r := bufio.NewReader(c)
+	c.SetDeadline(time.Now().Add(limit))
+	for i, line := range []string{net.JoinHostPort(to, "9") + " " + from, net.JoinHostPort(client, "9009") + " 1" + from} {
+		fmt.Fprintln(c, line)
+		if said[i], err = r.ReadString('\n'); err != nil {
+			return said, err
+		}
+	}
+	return said, nil
+}
+
+// TestUnreachable: a router tells the guest that it cannot reach what it connects to,
+// quoting the PVM's SYN. The SVM believes it too, at once, so both go on alike.
+func TestUnreachable(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p.routed()
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "2001:db8:77::/48")
+	for _, to := range [][]string{{"203.0.113.9", lt.Client4, "4100"}, {"2001:db8:77::9", lt.Client6, "4101"}} {
+		said, err := p.unreachable(to[0], to[1], to[2], 5*time.Second)
+		if err != nil || !strings.Contains(said[0], "no route to host") && !strings.Contains(said[0], "network is unreachable") || said[1] != "<nil>\n" {
+			t.Errorf("%s: the guests said %q, %v", to, said, err)
+		}
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+}
+
+// TestMutationQuotes: with the PVM's numbers quoted the SVM does not believe the error,
+// and goes on trying.
+func TestMutationQuotes(t *testing.T) {
+	p := newPairWithout(t, "quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p.routed()
+	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
+	if said, err := p.unreachable("203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
+		t.Errorf("the guests said %q, %v", said, err)
+	}
+	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+}
+
+// complains has a guest answer the first segment with payload that comes to port with an
+// ICMP error that quotes it, as a firewall does, with the numbers that it has heard.
+func (p *pair) complains(guest string, port uint16) {
+	p.t.Helper()
+	lt.In(p.t, guest, func() {
+		const all = unix.ETH_P_ALL << 8 // in network order: who asks for all hears before the skew is taken out
+		dev, err := net.InterfaceByName("eth0")
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, all)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { unix.Close(fd) })
+		if err := errors.Join(
+			unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1),
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}),
+			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: dev.Index}),
+		); err != nil {
+			p.t.Fatal(err)
+		}
+		out, err := net.Dial("ip4:icmp", lt.Client4)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { out.Close() })
+		go func() {
+			b := make([]byte, 1<<16)
+			for {
+				n, err := unix.Read(fd, b)
+				if err != nil {
+					return
+				}
+				ip := b[:n]
+				if n < 40 || ip[0] != 0x45 {
+					continue
+				}
+				if l4 := 20; ip[9] != unix.IPPROTO_TCP || binary.BigEndian.Uint16(ip[l4+2:]) != port || n <= l4+int(ip[l4+12]>>4)*4 {
+					continue
+				}
+				msg := append([]byte{3, 13, 0, 0, 0, 0, 0, 0}, ip...)
+				binary.BigEndian.PutUint16(msg[2:], internetChecksum(msg))
+				_, _ = out.Write(msg) // what does not come is missed
+				return
+			}
+		}()
+	})
+}
+
+func internetChecksum(b []byte) uint16 {
+	var sum uint32
+	for i, c := range b {
+		sum += uint32(c) << (8 * (1 - i&1))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// complaint reports whether what both guests complain of reaches the client within limit.
+func complaint(t *testing.T, without string, limit time.Duration) (arrived bool) {
+	p := newPairWithout(t, without, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	const port = 7000 // portEcho
+	var in net.PacketConn
+	lt.In(t, p.Client, func() {
+		var err error
+		if in, err = net.ListenPacket("ip4:icmp", lt.Client4); err != nil {
+			t.Fatal(err)
+		}
+	})
+	defer in.Close()
+	c := p.mustDial(lt.Guest4, portEcho)
+	p.complains(p.PVM, port)
+	p.complains(p.SVM, port)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.SetReadDeadline(time.Now().Add(limit)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1<<16)
+	for {
+		n, _, err := in.ReadFrom(b)
+		if err != nil {
+			return false
+		}
+		if n > 30 && b[0] == 3 && b[1] == 13 && binary.BigEndian.Uint16(b[30:]) == port {
+			return true
+		}
+	}
+}
+
+// TestComplaint: both guests quote the remote's segment, which each has heard with
+// other numbers, and say the same of it.
+func TestComplaint(t *testing.T) {
+	if !complaint(t, "", 5*time.Second) {
+		t.Error("the guests' ICMP error did not come")
+	}
+}
+
+// TestMutationComplaint: else their errors differ, and neither leaves.
+func TestMutationComplaint(t *testing.T) {
+	if complaint(t, "quotes", 2*time.Second) {
+		t.Error("the guests' ICMP errors are equal without translation")
+	}
+}
+
+// far makes a host behind the client, on a path that the guest's large frames do not fit.
+func (p *pair) far() (ns string) {
+	p.t.Helper()
+	ns = p.Client + "f"
+	lt.Run(p.t, "ip", "netns", "add", ns)
+	p.t.Cleanup(func() { lt.Run(p.t, "ip", "netns", "del", ns) })
+	lt.Run(p.t, "ip", "link", "add", "tofar", "netns", p.Client, "type", "veth", "peer", "name", "eth0", "netns", ns)
+	for _, args := range []string{
+		p.Client + " link set tofar mtu 1300 up", ns + " link set eth0 up",
+		p.Client + " addr add 203.0.113.1/24 dev tofar", ns + " addr add 203.0.113.2/24 dev eth0",
+		p.Client + " addr add 2001:db8:77::1/64 dev tofar nodad", ns + " addr add 2001:db8:77::2/64 dev eth0 nodad",
+		ns + " route add 10.77.0.0/24 via 203.0.113.1", ns + " route add fd77::/64 via 2001:db8:77::1",
+	} {
+		lt.Run(p.t, "ip", append([]string{"-n"}, strings.Fields(args)...)...)
+	}
+	return ns
+}
+
+// pathMTU has the SVM take over connections from far away, and then say more than fits
+// the path. It returns what became of them.
+func pathMTU(t *testing.T, without string, limit time.Duration) map[string]error {
+	p, q := coveredPair(t, without)
+	p.routed()
+	far := p.far()
+	const n = 200_000
+	conns := make(map[string]net.Conn)
+	for _, guest := range []string{lt.Guest4, lt.Guest6} {
+		lt.In(t, far, func() {
+			c, err := net.DialTimeout("tcp", net.JoinHostPort(guest, portAhead), 10*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			c.SetDeadline(time.Now().Add(20 * time.Second))
+			fmt.Fprintln(c, "svm 5") // both have an offset then
+			if err := wantPattern(c, 5); err != nil {
+				t.Fatal(err)
+			}
+			conns[guest] = c
+		})
+	}
+	q.Primary.Close()
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	out := make(map[string]error)
+	for guest, c := range conns {
+		c.SetDeadline(time.Now().Add(limit))
+		fmt.Fprintf(c, "svm %d\n", n)
+		out[guest] = wantPattern(c, n)
+	}
+	return out
+}
+
+func wantPattern(r io.Reader, n int) error {
+	got, want := make([]byte, n), make([]byte, n)
+	if _, err := io.ReadFull(r, got); err != nil {
+		return err
+	}
+	if (&pattern{}).Read(want); string(got) != string(want) {
+		return fmt.Errorf("%d bytes, and others than the guest said", n)
+	}
+	return nil
+}
+
+// TestPathMTU: after a takeover a router tells that a frame does not fit, and quotes the
+// numbers that the PVM began with. The guest, whose are others, makes them smaller.
+func TestPathMTU(t *testing.T) {
+	for guest, err := range pathMTU(t, "", 10*time.Second) {
+		if err != nil {
+			t.Errorf("%s: %v", guest, err)
+		}
+	}
+}
+
+// TestMutationPathMTU: else the path is a black hole.
+func TestMutationPathMTU(t *testing.T) {
+	for guest, err := range pathMTU(t, "quotes", 2*time.Second) {
+		if !os.IsTimeout(err) {
+			t.Errorf("%s: %v, though the guest cannot know", guest, err)
+		}
+	}
+}
+
+// multipath dials the guests, whose service takes MPTCP as Go's listeners do, by MPTCP.
+func (p *pair) multipath(limit time.Duration) (used bool, err error) {
+	p.t.Helper()
+	var c net.Conn
+	lt.In(p.t, p.Client, func() {
+		d := net.Dialer{Timeout: limit}
+		d.SetMultipathTCP(true)
+		c, err = d.Dial("tcp", net.JoinHostPort(lt.Guest4, portEcho))
+	})
+	if err != nil {
+		return false, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(10 * time.Second))
+	if err := echo(c, 0); err != nil {
+		return false, err
+	}
+	return c.(*net.TCPConn).MultipathTCP()
+}
+
+// TestMultipath: a client that offers MPTCP gets TCP, without a checkpoint.
+func TestMultipath(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	if used, err := p.multipath(10 * time.Second); used || err != nil {
+		t.Errorf("MPTCP %v, %v", used, err)
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+}
+
+// TestMultipathKept: with mptcp in the config the guests' keys differ, and the connection
+// waits for a checkpoint.
+func TestMultipathKept(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms, mptcp: true}")
+	if used, err := p.multipath(2 * time.Second); !os.IsTimeout(err) {
+		t.Errorf("MPTCP %v, %v", used, err)
+	}
+	if s := p.status("alpha"); !causes(s)["syn differs"] {
+		t.Errorf("causes %v", s.Causes)
+	}
+}
+
+// signed has a socket sign what it says to an address, and demand the same (TCP-MD5).
+func signed(to string) sockopt {
+	return func(_, _ string, c syscall.RawConn) error {
+		sig := unix.TCPMD5Sig{Addr: unix.SockaddrStorage{Family: unix.AF_INET}}
+		for i, b := range net.ParseIP(to).To4() {
+			sig.Addr.Data[2+i] = b
+		}
+		sig.Keylen = uint16(copy(sig.Key[:], "a secret"))
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptTCPMD5Sig(int(fd), unix.IPPROTO_TCP, unix.TCP_MD5SIG, &sig) }); e != nil {
+			return e
+		}
+		return err
+	}
+}
+
+// TestSigned: TCP-MD5's digest covers a sequence number that the SVM does not have. The
+// connection is held back until a checkpoint has made them one, and says why.
+func TestSigned(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p.serveIn("tcp4", "7179", signed(lt.Client4), func(c *net.TCPConn) { io.Copy(c, c) })
+	lt.In(t, p.Client, func() {
+		d := net.Dialer{Timeout: time.Second, Control: signed(lt.Guest4)}
+		if c, err := d.Dial("tcp4", lt.Guest4+":7179"); !os.IsTimeout(err) {
+			t.Errorf("connected %v, %v", c != nil, err)
+		}
+	})
+	p.await("alpha", func(s *control.Status) bool { return causes(s)["signed segment"] })
+}
+
+func causes(s *control.Status) map[string]bool {
+	m := make(map[string]bool)
+	for _, c := range s.Causes {
+		m[c.Reason] = true
+	}
+	return m
+}
+
+// serveIn gives f each connection to a port of both guests, until the test ends.
+func (p *pair) serveIn(network, port string, control sockopt, f func(*net.TCPConn)) {
+	p.t.Helper()
+	for _, guest := range []string{p.PVM, p.SVM} {
+		lt.In(p.t, guest, func() {
+			l := net.ListenConfig{Control: control}
+			l.SetMultipathTCP(false) // which knows neither signatures nor urgent data
+			s, err := l.Listen(context.Background(), network, ":"+port)
+			if err != nil {
+				p.t.Fatal(err)
+			}
+			p.t.Cleanup(func() { s.Close() })
+			go acceptAll(s, f)
+		})
+	}
+}
+
+// TestUrgentByte: the client's kernel takes the byte for urgent that the guest meant, and
+// none is missing of the others.
+func TestUrgentByte(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "")
+	p.serveIn("tcp", "7180", nil, func(c *net.TCPConn) {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return
+		}
+		for r := bufio.NewScanner(c); r.Scan(); {
+			fmt.Fprint(c, "before")
+			if err := raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("at once!"), unix.MSG_OOB, nil) == nil }); err != nil {
+				return
+			}
+			fmt.Fprint(c, "behind\n")
+		}
+	})
+	for _, guest := range []string{lt.Guest4, lt.Guest6} {
+		c := p.mustDial(guest, "7180")
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in := bufio.NewReader(c)
+		for i := range 20 {
+			fmt.Fprintln(c, "go on")
+			// Before what stands around it: who has read on does not get it any more.
+			var urgent [8]byte
+			n := 0
+			if e := raw.Control(func(fd uintptr) {
+				if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}, 5000); err == nil {
+					n, _, err = unix.Recvfrom(int(fd), urgent[:], unix.MSG_OOB)
+				}
+			}); e != nil {
+				t.Fatal(e)
+			}
+			if err != nil || string(urgent[:n]) != "!" {
+				t.Fatalf("%s, %d: %q urgent, %v", guest, i, urgent[:max(n, 0)], err)
+			}
+			if line, err := in.ReadString('\n'); err != nil || line != "beforeat oncebehind\n" {
+				t.Fatalf("%s, %d: %q in band, %v", guest, i, line, err)
+			}
+		}
+	}
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"lockstep/control"
+	lt "lockstep/loader/loadertest"
+)
+
+const (
+	portHTTP  = "8080"
+	portRedis = "6379"
+	httpBody  = 10 << 20
+)
+
+// serveHTTP answers a request for /N with N bytes, any other with 10 MB, and no Date.
+func serveHTTP(c *net.TCPConn) {
+	buf := make([]byte, 4096)
+	for req := []byte(nil); ; {
+		n, err := c.Read(buf)
+		if err != nil {
+			return
+		}
+		if req = append(req, buf[:n]...); !bytes.Contains(req, []byte("\r\n\r\n")) {
+			continue
+		}
+		size := int64(httpBody)
+		fmt.Sscanf(string(req), "GET /%d ", &size)
+		req = nil
+		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
+		io.Copy(onlyWriter{c}, io.LimitReader(&pattern{}, size))
+	}
+}
+
+// TestServices: programs that people use, unchanged, in both guests and at the
+// client: curl and redis.
+func TestServices(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", "")
+	for _, guest := range []string{p.PVM, p.SVM} {
+		start := func(name string, args ...string) {
+			cmd := lt.Command(guest, name, args...)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				cmd.Process.Kill()
+				cmd.Wait()
+			})
+		}
+		start("redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
+		lt.Eventually(t, 10*time.Second, func() (bool, string) {
+			out, err := lt.Command(guest, "redis-cli", "-p", portRedis, "ping").CombinedOutput()
+			return err == nil && strings.TrimSpace(string(out)) == "PONG", string(out)
+		})
+	}
+	client := func(t *testing.T, name string, args ...string) string {
+		t.Helper()
+		cmd := lt.Command(p.Client, name, args...)
+		out, err := cmd.Output()
+		if err != nil {
+			if exit, ok := err.(*exec.ExitError); ok {
+				t.Fatalf("%s: %v\n%s%s", name, err, out, exit.Stderr)
+			}
+			t.Fatalf("%s: %v", name, err)
+		}
+		return string(out)
+	}
+	t.Run("curl", func(t *testing.T) {
+		want := sha256.New()
+		io.Copy(want, io.LimitReader(&pattern{}, httpBody))
+		for _, host := range []string{lt.Guest4, "[" + lt.Guest6 + "]"} {
+			file := filepath.Join(t.TempDir(), "body")
+			client(t, "curl", "-sS", "--max-time", "60", "-o", file, "http://"+host+":"+portHTTP+"/")
+			if got := client(t, "sha256sum", file); !strings.HasPrefix(got, fmt.Sprintf("%x", want.Sum(nil))) {
+				t.Errorf("%s: the body is not what both guests sent: %s", host, got)
+			}
+		}
+	})
+	t.Run("redis", func(t *testing.T) {
+		redis := func(args ...string) string {
+			return strings.TrimSpace(client(t, "redis-cli", append([]string{"-h", lt.Guest4}, args...)...))
+		}
+		for _, x := range []struct{ command, want string }{
+			{"ping", "PONG"}, {"set key value", "OK"}, {"get key", "value"}, {"incr n", "1"}, {"incr n", "2"},
+		} {
+			if got := redis(strings.Fields(x.command)...); got != x.want {
+				t.Errorf("%s: %q, want %q", x.command, got, x.want)
+			}
+		}
+		redis("-r", "500", "incr", "n")
+		if got := redis("get", "n"); got != "502" {
+			t.Errorf("after 502 increments the counter is %s", got)
+		}
+	})
+	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
+		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
+	}
+	p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 })
+}

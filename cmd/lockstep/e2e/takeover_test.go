@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"lockstep/control"
+	"lockstep/control/qmptest"
+	lt "lockstep/loader/loadertest"
+)
+
+// Takeovers with guests that are no copies of each other: namespaces whose numbers are
+// skewed, and QEMUs that are played. TestFailovers and others have real ones.
+
+// coveredPair is a pair that may fail over.
+func coveredPair(t *testing.T, without string) (*pair, *qmptest.Pair) {
+	t.Helper()
+	q := qemuPair(t)
+	dir := t.TempDir()
+	p := newPairWithout(t, without, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
+		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
+	for _, node := range []string{"alpha", "beta"} {
+		p.await(node, func(s *control.Status) bool { return ready(s) && s.Covered })
+	}
+	return p, q
+}
+
+// TestTakeoverSkewed: the SVM takes over in the middle of transfers, with other numbers
+// than the PVM's, and a clock that has lost time.
+func TestTakeoverSkewed(t *testing.T) {
+	for _, x := range situations {
+		t.Run(x.name, func(t *testing.T) {
+			p, q := coveredPair(t, "")
+			c := p.mustDial(lt.Guest4, portEcho)
+			if err := echo(c, 0); err != nil {
+				t.Fatal(err)
+			}
+			l := &livingPair{pair: p}
+			l.during(x, func() {
+				p.Skew.LoseTime(t, 5000)
+				q.Primary.Close()
+				if err := echo(c, 1); err != nil {
+					t.Error(err)
+				}
+			})
+			p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+			if err := echo(c, 2); err != nil {
+				t.Error(err)
+			}
+			// A connection of the days after.
+			d := p.mustDial(lt.Guest6, portEcho)
+			if err := echo(d, 0); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestGuardMicroseconds: a guest's timestamps may count microseconds. A clock of them that
+// has lost twelve seconds is behind by more ticks than a slow one ever is.
+func TestGuardMicroseconds(t *testing.T) {
+	p, q := coveredPair(t, "")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.Skew.LoseTime(t, 12_000_000)
+	if err := echo(c, 1); err != nil { // no clock runs backwards: what is said again has lost them too
+		t.Fatal(err)
+	}
+	q.Primary.Close()
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	for i := range 3 { // what echoes the guard, too
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestMutationGuard: without the guard of R22 the client takes what the SVM says for
+// old, and drops it until its clock has caught up.
+func TestMutationGuard(t *testing.T) {
+	p, q := coveredPair(t, "guard")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.Skew.LoseTime(t, 20_000)
+	q.Primary.Close()
+	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	if err := echo(c, 1); !os.IsTimeout(err) {
+		t.Errorf("an echo, %v, though the SVM's timestamps are older than the PVM's", err)
+	}
+}
+
+// TestMuteSVM: an SVM that says nothing, though checkpoint after checkpoint makes it
+// the PVM's copy, could not take over. P goes on without it.
+func TestMuteSVM(t *testing.T) {
+	p, q := coveredPair(t, "")
+	c := p.mustDial(lt.Guest4, portEcho)
+	if err := echo(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	before := q.Checkpoints()
+	p.SetLink(t, p.SVM, "eth0", false)
+	for i := range 5 {
+		if err := echo(c, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.await("alpha", func(s *control.Status) bool { return s.Record == 2 })
+	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still spoke
+		t.Errorf("%d checkpoints before it was given up", n)
+	}
+}

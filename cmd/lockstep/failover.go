@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"lockstep/control"
+)
+
+func newFailover(e env) *cobra.Command {
+	var force bool
+	order := func(ctx context.Context, path string) (control.FailoverDone, error) {
+		return control.OrderFailover(ctx, path, force)
+	}
+	cmd := newAsk(e, "failover", "Have this host's guest speak alone", order, func(out io.Writer, f control.FailoverDone) error {
+		_, err := fmt.Fprintf(out, "%s %s, after %.3f s.\n", f.Node, f.Result, f.Seconds)
+		return err
+	})
+	cmd.Long = "failover on the secondary has it take over: the primary falls silent, its guest stops, and\n" +
+		"clients go on with this one. On the primary it ends replication: the guest goes on alone,\n" +
+		"and the secondary's begins afresh. A primary that has no secondary yet begins alone.\n" +
+		"A takeover that would lose what the guest has told clients is refused without --force."
+	cmd.Flags().BoolVar(&force, "force", false, "take over even if no checkpoint covers this secondary")
+	return cmd
+}

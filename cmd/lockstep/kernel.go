@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"net"
+
+	"lockstep/control"
+	"lockstep/control/config"
+	"lockstep/loader"
+)
+
+// kernel is what the program needs of the kernel: package loader, or a test's.
+type kernel struct {
+	checkBPFFS  func(pinDir string) error
+	lock        func(pinDir, vm, node string) (release func(), err error)
+	device      func(name string) (*net.Interface, error)
+	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	removeVXLAN func(device string) error
+	ensureTap   func(tap, bridge string) error
+	removeTap   func(tap string) error
+	inUse       func(tap string) (bool, error) // a process has it open
+	mute        func(tap string) error         // sets it down
+	open        func(loader.Options) (dp control.DataPath, fresh bool, err error)
+	upgradable  func(loader.Options) (from string, err error)   // the version to take over from
+	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
+	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
+	found       func(loader.Options) (control.Found, error)     // what an earlier daemon left
+}
+
+// mutation names a rule that this build leaves out, and is empty but in tests that show
+// that they notice it missing: go build -ldflags "-X main.mutation=R9".
+var mutation string
+
+var mutations = map[string]loader.Mutation{
+	"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge, "quotes": loader.MutateQuote,
+}
+
+var realKernel = kernel{
+	checkBPFFS: loader.CheckBPFFS,
+	lock:       loader.Lock,
+	device:     net.InterfaceByName,
+	ensureVXLAN: func(v *config.VXLAN, guestMTU int) (string, error) {
+		return loader.EnsureVXLAN(loader.VXLAN{
+			Name: v.Device(), ID: int(v.ID), Port: int(v.Port),
+			Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
+			Underlay: v.Underlay, GuestMTU: guestMTU,
+		})
+	},
+	removeVXLAN: loader.RemoveVXLAN,
+	ensureTap:   loader.EnsureTap,
+	removeTap:   loader.RemoveTap,
+	inUse:       loader.TapInUse,
+	mute:        loader.Mute,
+	open:        openNIC,
+	upgradable:  loader.CheckUpgrade,
+	unload:      loader.Unload,
+	letGo:       loader.LetGo,
+	found:       loader.Found,
+}
+
+func openNIC(o loader.Options) (dp control.DataPath, fresh bool, err error) {
+	o.Mutation = mutations[mutation]
+	n, err := loader.Open(o)
+	if err != nil {
+		return nil, false, err // not n: a nil *NIC in an interface is not nil
+	}
+	return n, n.Adopted() == nil, nil
+}

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"lockstep/control"
+)
+
+// serveMetrics serves them over all parts of a daemon's life, and while there is none.
+func serveMetrics(ctx context.Context, o runOptions) (stop func(), err error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", o.metrics)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--metrics %s: %w", o.metrics, err)}
+	}
+	socket := o.config.Socket(o.self.Name)
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", control.MetricsHandler(o.config.VM, o.self.Name, func() *control.Status {
+		s, err := control.FetchStatus(ctx, socket)
+		if err != nil {
+			return nil
+		}
+		return &s
+	}))
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, ErrorLog: slog.NewLogLogger(o.log.Handler(), slog.LevelWarn)}
+	go srv.Serve(l)
+	o.log.Info("metrics", "address", l.Addr())
+	return func() { srv.Close() }, nil
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+
+	"lockstep/control"
+	"lockstep/control/arbiter"
+	"lockstep/control/config"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
+	"lockstep/control/state"
+)
+
+// again is the wait before a part begins anew.
+const again = 200 * time.Millisecond
+
+// partLife is what one part in the pair's life is run with.
+type partLife struct {
+	begin   control.Begin
+	arbiter arbiter.Arbiter
+	store   *state.Store
+	journal *journal.Journal
+	setback control.Setback
+	afresh  bool // whatever is found belongs to an SVM that is not wanted any more
+}
+
+// runLife runs this node's parts in the pair, and notes when the daemon began and ended.
+func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) error {
+	c, self := o.config, o.self.Name
+	a, err := arbiter.Open(c, self)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	store, err := state.Open(c.StateDir, c.VM, self)
+	if err != nil {
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
+	}
+	j, err := journal.Open(c.StateDir, c.VM, self, journal.DefaultLimit, o.log)
+	if err != nil {
+		return notYetError{c.Refuse("state_dir", err.Error(), "")}
+	}
+	defer j.Close()
+	if st, err := store.Load(); err != nil {
+		return err
+	} else if st.Off && o.self.Starts {
+		o.log.Info(fmt.Sprintf("%s powered off and stays off; `lockstep start -c %s --node %s` has the next run boot it", c.VM, c.File, self))
+		return nil
+	}
+	j.Add(journal.Event{Kind: journal.Daemon, Cause: "started", Fields: map[string]any{"version": versionString()}})
+	err = runParts(ctx, e, o, protected, &partLife{arbiter: a, store: store, journal: j})
+	ended := "ended: it was told to"
+	switch {
+	case err != nil:
+		ended = "ended: " + err.Error()
+	case ctx.Err() == nil:
+		ended = "ended: " + control.ErrPoweredOff.Error()
+	}
+	j.Add(journal.Event{Kind: journal.Daemon, Cause: ended})
+	return err
+}
+
+// runParts runs one part after the other: a secondary that took over goes on as the
+// primary, one that follows nobody any more begins afresh.
+func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) (err error) {
+	for {
+		if life.begin, err = decide(ctx, e, o, life); err != nil {
+			return err
+		}
+		part := o
+		part.primary = life.begin.Role == control.RolePrimary
+		if part.primary != o.primary {
+			o.log.Warn("this node's role is not the one it was started with: the arbiter's record says so", "role", life.begin.Role, "record", life.begin.Record)
+		}
+		life.journal.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": life.begin.Role, "term": life.begin.Record.Term}})
+		err := runPart(ctx, e, part, protected, life)
+		life.afresh = errors.Is(err, control.ErrAfresh)
+		switch {
+		case errors.Is(err, control.ErrPromoted):
+			o.primary = true
+			continue
+		case errors.Is(err, control.ErrPoweredOff):
+			return nil
+		case !errors.Is(err, control.ErrAfresh):
+			return err
+		}
+		o.log.Warn(err.Error())
+		select {
+		case <-time.After(again):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// decide finds out what this node has to be (R19). Without the arbiter it does not
+// know, and leaves everything as it is.
+func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.Begin, error) {
+	self, other := o.self.Name, o.other.Name
+	found, running, err := meet(e, o)
+	if err != nil {
+		return control.Begin{}, err
+	}
+	warned := false
+	rec, err := control.Settle(ctx, life.arbiter, func(err error) {
+		if !warned {
+			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
+			warned = true
+		}
+	})
+	if err != nil {
+		return control.Begin{}, err
+	}
+	st, err := life.store.Load()
+	if err != nil {
+		return control.Begin{}, err
+	}
+	// `none` forgets with its process.
+	if rec.Term < st.Term && o.config.Arbiter.Type != config.ArbiterNone {
+		return control.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
+			"name the arbiter that was, or put the record back; docs/ARBITER.md says how to move to another one")
+	}
+	if o.primary && rec == (arbiter.Record{}) {
+		first := arbiter.Record{Term: 1, Speaker: self}
+		if rec, _, err = control.Swap(ctx, life.arbiter, rec, first, func(err error) {
+			o.log.Warn("the arbiter does not answer: waiting", "err", err)
+		}); err != nil {
+			return control.Begin{}, err
+		}
+	}
+	role := control.RoleSecondary
+	if o.primary {
+		role = control.RolePrimary
+	}
+	if !running && o.self.Starts {
+		found = control.Found{} // tables are of no use without the guest whose connections they know
+	}
+	if life.afresh {
+		found, st.Covered = control.Found{}, 0
+	}
+	b, err := control.Decide(role, self, other, st, rec, found)
+	if err == nil {
+		err = b.Meets(running)
+	}
+	if err != nil {
+		return b, usageError{err}
+	}
+	return b, nil
+}
+
+// meet finds what an earlier daemon left in the kernel, and whether the guest that
+// lockstep started runs. One that runs without its tables, which somebody has removed, is
+// muted before anything else: who may speak is not known yet.
+func meet(e env, o runOptions) (found control.Found, running bool, err error) {
+	if found, err = e.kernel.found(tables(o.config, o.self, 0, o.log)); err != nil || !o.self.Starts {
+		return found, false, err
+	}
+	spec := o.config.Guest(o.self)
+	p, err := qemu.Find(&spec)
+	if errors.Is(err, qemu.ErrNotRunning) {
+		return found, false, nil
+	}
+	if err != nil {
+		return found, false, err
+	}
+	defer p.Release()
+	if found != (control.Found{}) {
+		return found, true, nil
+	}
+	o.log.Warn("QEMU runs, and its programs and tables in the kernel are gone: muted until it is known who may speak", "pid", p.Pid())
+	for _, nic := range o.self.NICs {
+		if err := e.kernel.mute(nic.Tap); err != nil {
+			return found, true, err
+		}
+	}
+	return found, true, nil
+}
+
+// fill tells control what the config says of the pair's life.
+func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
+	c := o.config
+	life := &control.Life{
+		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
+		Setback: &l.setback,
+		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
+		Limits: c.Migration.Limits,
+	}
+	if q := c.QEMU; q != nil {
+		spec := c.Guest(o.self)
+		life.Disks, life.FirstStart = spec.Disks, control.FirstStart(q.FirstStart)
+		if o.self.Starts {
+			life.Guest = &spec
+		}
+	}
+	opt.Life, opt.Journal, opt.Progress = life, l.journal, progress(e, o)
+}
+
+// progress shows how far a replication is that begins: a bar on a terminal, log lines
+// elsewhere.
+func progress(e env, o runOptions) func(qemu.Progress) {
+	f, ok := e.stderr.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		var at time.Time
+		return func(p qemu.Progress) {
+			if p.Total == 0 || time.Since(at) < 2*time.Second {
+				return
+			}
+			at = time.Now()
+			doing := "copying to the secondary"
+			if p.Compare {
+				doing = "comparing with the secondary's"
+			}
+			o.log.Info(doing, "what", p.What, "percent", 100*p.Done/p.Total, "bytes", p.Done, "of", p.Total)
+		}
+	}
+	var bar *progressbar.ProgressBar
+	what := ""
+	return func(p qemu.Progress) {
+		if p.Compare {
+			p.What = "comparing " + p.What
+		}
+		if bar != nil && p.What != what {
+			bar.Finish()
+			fmt.Fprintln(f)
+			bar = nil
+		}
+		if what = p.What; p.Total == 0 {
+			return
+		}
+		if bar == nil {
+			bar = progressbar.NewOptions64(p.Total, progressbar.OptionSetWriter(f), progressbar.OptionShowBytes(true), progressbar.OptionSetDescription(p.What))
+		}
+		bar.ChangeMax64(p.Total)
+		bar.Set64(p.Done)
+	}
+}

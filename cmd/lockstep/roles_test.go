@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"lockstep/control"
+	"lockstep/control/arbiter"
+	"lockstep/control/journal"
+)
+
+// A node's parts in a pair's life follow each other, as the arbiter's record says.
+func TestRunLife(t *testing.T) {
+	c := newCLI(t)
+	dir := t.TempDir()
+	c.write(t, "life.yaml", pairYAML+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
+	var parts []string
+	ends := []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
+	c.control = func(_ context.Context, o control.Options) error {
+		b := o.Life.Begin
+		parts = append(parts, fmt.Sprintf("%s %s discard=%v", o.Role, b.Record, b.Discard))
+		for _, n := range o.NICs {
+			n.Close()
+		}
+		err := ends[0]
+		if ends = ends[1:]; errors.Is(err, control.ErrPromoted) {
+			// It won the arbiter before.
+			rec := arbiter.Record{Term: 2, Speaker: "alpha"}
+			if _, won, err := o.Life.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
+				t.Errorf("swap: %v, %v", won, err)
+			}
+		}
+		return err
+	}
+	// The first to be primary has the record name it.
+	run := func(line string, wantCode int, says string, want ...string) {
+		t.Helper()
+		parts = nil
+		code, _, stderr := c.run(t.Context(), "run -c @/life.yaml "+line)
+		if code != wantCode || !strings.Contains(lastLine(stderr), says) || !slices.Equal(parts, want) {
+			t.Errorf("%s: exit %d, parts %q\nwant %d, %q\n%s", line, code, parts, wantCode, want, stderr)
+		}
+	}
+	ends = []error{control.ErrFenced}
+	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
+	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary term 1, speaker beta discard=true`)
+	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
+	run("--node alpha --role secondary", 1, "does not speak",
+		"secondary term 1, speaker beta discard=true", "secondary term 1, speaker beta discard=true", "primary term 2, speaker alpha discard=true")
+	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (term 2, speaker alpha)")
+	ends = []error{control.ErrFenced}
+	run("--node alpha --role secondary", 1, "does not speak", "primary term 2, speaker alpha discard=true")
+
+	// When a daemon began, and why it ended, is in the journal.
+	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var daemon []string
+	for _, e := range events {
+		if e.Kind == journal.Daemon {
+			daemon = append(daemon, e.Cause)
+		}
+	}
+	ended := "ended: " + control.ErrFenced.Error()
+	if want := []string{"started", ended, "started", ended}; !slices.Equal(daemon, want) {
+		t.Errorf("daemon events %q, want %q", daemon, want)
+	}
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/spf13/cobra"
+
+	"lockstep/compare"
+	"lockstep/control"
+	"lockstep/control/config"
+	"lockstep/control/qemu"
+	"lockstep/loader"
+)
+
+// maxCopies bounds the SVM's output that is kept, where slots would allow more.
+const maxCopies = 8192
+
+// runOptions are what `run` was asked for.
+type runOptions struct {
+	config      *config.Config
+	self, other *config.Node
+	primary     bool // the role to begin with
+	log         *slog.Logger
+	verifierLog bool
+	metrics     string // address; "": none
+}
+
+// runDaemon runs this node's part in the pair, or one after the other, until ctx
+// ends. Programs and maps stay behind, and so does QEMU.
+func runDaemon(ctx context.Context, e env, o runOptions) error {
+	c := o.config
+	o.log.Info("lockstep", "version", versionString())
+	if err := unfit(o); err != nil {
+		return err
+	}
+	if err := e.kernel.checkBPFFS(c.PinDir); err != nil {
+		return notYetError{c.Refuse("pin_dir", err.Error(), "")}
+	}
+	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
+		return notYetError{c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")}
+	}
+	protected, err := certificates(o)
+	if err != nil {
+		return err
+	}
+	release, err := e.kernel.lock(c.PinDir, c.VM, o.self.Name)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if o.metrics != "" {
+		stop, err := serveMetrics(ctx, o)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	if c.Arbiter.Type == "" {
+		return runPart(ctx, e, o, protected, nil)
+	}
+	return runLife(ctx, e, o, protected)
+}
+
+// runPart puts the kernel half in place for one role and hands it to control. life is
+// nil where nobody takes over.
+func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) error {
+	c := o.config
+	nics, err := devices(e.kernel, o)
+	if err != nil {
+		return err
+	}
+	digest := c.Hash()
+	opt := control.Options{
+		ConfigDigest: hex.EncodeToString(digest[:]),
+		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
+		Control: o.other.Control.String(), // the primary's
+		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
+		TLS: protected,
+		QMP: o.self.QMP,
+		Compare: compare.Config{
+			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
+			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
+			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
+		},
+		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
+		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval, TargetPause: c.Checkpoint.TargetPause,
+		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Speak,
+		StatusSocket: c.Socket(o.self.Name),
+		Log:          o.log,
+	}
+	if o.primary {
+		opt.Role, opt.Control = control.RolePrimary, o.self.Control.String()
+	}
+	if life != nil {
+		life.fill(&opt, e, o)
+	}
+	for _, n := range nics {
+		n.Discard = life != nil && life.begin.Discard
+		dp, fresh, err := e.kernel.open(n)
+		if err != nil {
+			for _, dp := range opt.NICs {
+				err = errors.Join(err, dp.Close())
+			}
+			if rejected := (*ebpf.VerifierError)(nil); errors.As(err, &rejected) {
+				if o.verifierLog {
+					fmt.Fprintf(e.stderr, "%+v\n", rejected)
+					return err
+				}
+				return fmt.Errorf("%w; --verifier-log prints the whole log", err)
+			}
+			return c.Refuse(nicKey(o.self, n.NIC), err.Error(), "")
+		}
+		opt.NICs = append(opt.NICs, dp)
+		opt.Fresh = opt.Fresh || fresh // one NIC's lost tables are the pair's
+	}
+	return e.control(ctx, opt) // closes the NICs
+}
+
+// unfit refuses a config whose parts do not make a whole: a pair that is believed to
+// fail over, and does not, is worse than none.
+func unfit(o runOptions) error {
+	switch c := o.config; {
+	case o.self.Starts && c.Arbiter.Type == "":
+		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host speak when it has lost the other")
+	case o.self.QMP == "" && c.Arbiter.Type != "":
+		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
+	}
+	if q := o.config.QEMU; q != nil && o.self.Starts {
+		if i, err := qemu.CheckExtra(q.Extra); err != nil {
+			what, fix, _ := strings.Cut(err.Error(), "; ")
+			return o.config.Refuse(fmt.Sprintf("qemu.extra[%d]", i), what, fix)
+		}
+	}
+	return nil
+}
+
+// certificates protect the control link; nil where the config wants it insecure.
+func certificates(o runOptions) (*tls.Config, error) {
+	c := o.config
+	if c.TLS.Insecure {
+		return nil, nil
+	}
+	files := control.Certificates{VM: c.VM, Node: o.self.Name, Peer: o.other.Name}
+	files.CA, files.Cert, files.Key = c.TLS.Files(o.self.Name)
+	cfg, err := files.TLS()
+	if wrong := (*control.CertError)(nil); errors.As(err, &wrong) {
+		return nil, c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
+	}
+	return cfg, err
+}
+
+func newRun(e env) *cobra.Command {
+	var (
+		t           target
+		role, level string
+		metrics     string
+		verifierLog bool
+	)
+	cmd := &cobra.Command{
+		Use:   "run -c pair.yaml --node NAME --role primary|secondary",
+		Short: "Run the daemon of this host in the foreground",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, other, err := t.load()
+			if err != nil {
+				return err
+			}
+			if role != string(control.RolePrimary) && role != string(control.RoleSecondary) {
+				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
+			}
+			var lv slog.Level
+			if err := lv.UnmarshalText([]byte(level)); err != nil {
+				return usageError{fmt.Errorf("log level %q is none of debug, info, warn, error", level)}
+			}
+			return runDaemon(cmd.Context(), e, runOptions{
+				config: c, self: self, other: other,
+				primary:     role == string(control.RolePrimary),
+				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
+				verifierLog: verifierLog,
+				metrics:     metrics,
+			})
+		},
+	}
+	t.flags(cmd)
+	cmd.Flags().StringVar(&role, "role", "", "the role to begin with: primary or secondary")
+	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&metrics, "metrics", "", "serve Prometheus metrics at this address, like 127.0.0.1:9177; off by default")
+	cmd.Flags().BoolVar(&verifierLog, "verifier-log", false, "print the whole verifier log when the kernel refuses a program")
+	return cmd
+}

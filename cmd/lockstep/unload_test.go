@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"lockstep/control"
+	"lockstep/loader"
+)
+
+func TestUnload(t *testing.T) {
+	c := newCLI(t)
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	if want := []string{"mute tapS", "unload web1 beta true", "remove lsx7", "remove tap tapS"}; !slices.Equal(c.calls, want) {
+		t.Errorf("%v, want %v", c.calls, want)
+	}
+	c.kernel.unload = func(string, string, string, bool) error { return errors.New("the daemon lives; stop it first") }
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha"); code != 1 || stderr != "lockstep: the daemon lives; stop it first\n" {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+}
+
+// TestUnloadRunning: a guest that runs is not let loose, but where the arbiter says that
+// it alone speaks.
+func TestUnloadRunning(t *testing.T) {
+	alone, holds := control.Found{Role: control.RolePrimary, Mode: control.ModeSolo}, control.Found{Role: control.RolePrimary, Mode: control.ModeHold}
+	for name, x := range map[string]struct {
+		arbiter  string // config
+		record   string // of the arbiter
+		found    control.Found
+		foundErr error
+		goesOn   bool
+		says     string
+	}{
+		"no arbiter, primary":      {found: holds, goesOn: true, says: "nothing compares"},
+		"no arbiter, secondary":    {found: control.Found{Role: control.RoleSecondary, Mode: control.ModeRun}, says: "not the primary's"},
+		"alone":                    {arbiter: "exec", record: "3 beta", found: alone, goesOn: true, says: "has this node speak"},
+		"another speaks":           {arbiter: "exec", record: "4 alpha", found: alone, says: "does not have this node speak"},
+		"replicates":               {arbiter: "exec", record: "3 beta", found: holds, says: "did not speak alone"},
+		"the arbiter is silent":    {arbiter: "exec", record: "", found: alone, says: "does not tell who may speak"},
+		"no tables":                {arbiter: "exec", record: "3 beta", says: "did not speak alone"},
+		"tables of another config": {arbiter: "exec", record: "3 beta", foundErr: errors.New("another ABI"), says: "another ABI"},
+		"nobody keeps a record":    {arbiter: "none", found: alone, says: "does not have this node speak"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCLI(t)
+			yaml := pairYAML
+			switch x.arbiter {
+			case "exec":
+				c.write(t, "fence", "#!/bin/sh\necho "+x.record+"\n")
+				if err := os.Chmod(filepath.Join(c.dir, "fence"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				yaml = pairYAML + "arbiter: {type: exec, command: [" + filepath.Join(c.dir, "fence") + "]}\n"
+			case "none":
+				yaml += "arbiter: {type: none}\n"
+			}
+			c.write(t, "pair.yaml", yaml)
+			c.kernel.inUse = func(tap string) (bool, error) { return tap == "tapS", nil }
+			c.kernel.found = func(loader.Options) (control.Found, error) { return x.found, x.foundErr }
+			code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta")
+			if code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "a process has tap tapS open") || !strings.Contains(stderr, "Changing a setting") {
+				t.Errorf("without --force: exit %d, %v, %s", code, c.calls, stderr)
+			}
+			code, stdout, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force")
+			want := []string{"mute tapS", "unload web1 beta true", "remove lsx7", "remove tap tapS"}
+			if x.goesOn {
+				want = []string{"let go web1 beta true", "remove lsx7", "remove tap tapS"}
+			}
+			if code != 0 || !slices.Equal(c.calls, want) || !strings.Contains(stderr, x.says) || strings.Contains(stdout, "is muted") == x.goesOn {
+				t.Errorf("exit %d, %v\n%s%s", code, c.calls, stdout, stderr)
+			}
+			// Nobody knows whether a guest runs.
+			c.calls = nil
+			c.kernel.inUse = func(string) (bool, error) { return false, errors.New("no netlink") }
+			if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "is not known: no netlink") {
+				t.Errorf("exit %d, %v, %s", code, c.calls, stderr)
+			}
+		})
+	}
+	// What cannot be muted keeps its programs.
+	c := newCLI(t)
+	c.kernel.mute = func(string) error { return errors.New("not permitted") }
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "not permitted") {
+		t.Errorf("exit %d, %v, %s", code, c.calls, stderr)
+	}
+}

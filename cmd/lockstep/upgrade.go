@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"lockstep/control"
+)
+
+func newUpgrade(e env) *cobra.Command {
+	var t target
+	cmd := &cobra.Command{
+		Use:   "upgrade -c pair.yaml --node NAME",
+		Short: "Check whether this lockstep can take over from the daemon that runs",
+		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
+			"has pinned: that it has the same ABI and sizes and a config that fits, that the kernel\n" +
+			"takes its programs over them, and that the peer will have it. It changes nothing and\n" +
+			"says what to do next. Run it in the daemon's network namespace.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, self, _, err := t.load()
+			if err != nil {
+				return err
+			}
+			from := ""
+			for i := range self.NICs {
+				if from, err = e.kernel.upgradable(tables(c, self, i, discard)); err != nil {
+					return fmt.Errorf("nic %d: %w", i, err)
+				}
+			}
+			digest := c.Hash()
+			switch s, err := control.FetchStatus(cmd.Context(), c.Socket(self.Name)); {
+			case errors.Is(err, control.ErrNoDaemon): // it is gone already; who starts one finds out
+			case err != nil:
+				return err
+			default:
+				if err := s.Takes(hex.EncodeToString(digest[:])); err != nil {
+					return fmt.Errorf("%w; docs/CONFIG.md says under \"Changing a setting\" in which order both nodes get it", err)
+				}
+			}
+			_, err = fmt.Fprintf(e.stdout, "lockstep %s can take over %s on %s from lockstep %s.\n"+
+				"Next: restart the daemon with this binary, in the same role. No checkpoint is needed.\n"+
+				"Until the new daemon has its session, at most %v after it started while the peer is well,\n"+
+				"the guest hears its clients but is not heard; what is lost both guests repeat.\n",
+				versionString(), c.VM, self.Name, from, control.MaxRejoin)
+			return err
+		},
+	}
+	t.flags(cmd)
+	return cmd
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"fmt"
+	"strings"
+)
+
+// relations checks what one value says about another.
+func (r *reader) relations(c *Config) {
+	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
+	a, b := &c.Nodes[0], &c.Nodes[1]
+	if a.Control == b.Control {
+		r.refuse(at("nodes.%s.control", b.Name), fmt.Sprintf("%s and %s have the same control address", a.Name, b.Name), "give each host its own")
+	}
+	if len(a.NICs) != len(b.NICs) {
+		r.refuse(at("nodes.%s.nics", b.Name), fmt.Sprintf("%s has %s and %s has %d", a.Name, count(len(a.NICs), "NIC", "NICs"), b.Name, len(b.NICs)),
+			"the guest is the same on both: list the same number, in the same order")
+		return
+	}
+	for _, n := range c.Nodes {
+		seen := make(map[string]string)
+		use := func(dev, key string) {
+			if was, dup := seen[dev]; dup {
+				r.refuse(at("nodes.%s.%s", n.Name, key), fmt.Sprintf("device %q is already %s of this node", dev, was), "give each its own device")
+				return
+			}
+			seen[dev] = key
+		}
+		for i, nic := range n.NICs {
+			use(nic.Tap, fmt.Sprintf("nics[%d].tap", i))
+			if v := nic.PeerVXLAN; v == nil {
+				use(nic.PeerDevice, fmt.Sprintf("nics[%d].peer.device", i))
+			} else {
+				use(v.Device(), fmt.Sprintf("nics[%d].peer.vxlan.id", i))
+				if v.Local.Is4() != v.Remote.Is4() || v.Local == v.Remote {
+					r.refuse(at("nodes.%s.nics[%d].peer.vxlan.remote", n.Name, i), fmt.Sprintf("remote %s does not go with local %s", v.Remote, v.Local),
+						"give two different addresses of one family")
+				}
+			}
+		}
+		if s := c.Socket(n.Name); len(s) > maxSocket {
+			r.refuse(at("run_dir"), fmt.Sprintf("the status socket's path %q has %d bytes, and the kernel takes %d", s, len(s), maxSocket), "shorten run_dir, vm or the node's name")
+		}
+	}
+	for i := range a.NICs {
+		x, y := a.NICs[i].PeerVXLAN, b.NICs[i].PeerVXLAN
+		if x == nil || y == nil {
+			continue // the other end is somebody else's VXLAN device
+		}
+		differ := func(key string, got, want any) {
+			if got != want {
+				r.refuse(at("nodes.%s.nics[%d].peer.vxlan.%s", b.Name, i, key), fmt.Sprintf("%s is %v, and the other end of this link, on %s, makes it %v", key, got, a.Name, want),
+					"the two ends must match")
+			}
+		}
+		differ("id", y.ID, x.ID)
+		differ("port", y.Port, x.Port)
+		differ("local", y.Local, x.Remote)
+		differ("remote", y.Remote, x.Local)
+	}
+	r.guest(c)
+	if h := c.Heartbeat; h.Speak > h.Timeout {
+		r.refuse(at("heartbeat.speak"), fmt.Sprintf("speak %v is above timeout %v", h.Speak, h.Timeout), "a host that counts as dead must have fallen silent; lower it")
+	} else if h.Interval > h.Speak/3 {
+		r.refuse(at("heartbeat.interval"), fmt.Sprintf("interval %v is above a third of speak %v", h.Interval, h.Speak), "one lost echo must not silence the guest; lower it or raise speak")
+	}
+	if h := &c.Heartbeat; h.Restart == 0 {
+		h.Restart = max(DefaultHeartbeatRestart, h.Timeout)
+	} else if h.Restart < h.Timeout {
+		r.refuse(at("heartbeat.restart"), fmt.Sprintf("restart %v is below timeout %v", h.Restart, h.Timeout), "a daemon that ends on a living host is given at least the time of a host that is silent; raise it")
+	}
+	if c.Compare.CutDelay >= c.Compare.Timeout {
+		r.refuse(at("compare.cut_delay"), fmt.Sprintf("cut_delay %v is not below timeout %v", c.Compare.CutDelay, c.Compare.Timeout), "a cut that waits for the timeout never happens; lower it")
+	}
+	if c.Checkpoint.MinInterval > c.Checkpoint.Period {
+		r.refuse(at("checkpoint.min_interval"), fmt.Sprintf("min_interval %v is above period %v", c.Checkpoint.MinInterval, c.Checkpoint.Period), "lower it or raise the period")
+	}
+}
+
+// guest checks how the guest is run and moved.
+func (r *reader) guest(c *Config) {
+	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
+	m := &c.Migration
+	if m.Port == m.NBDPort && m.Unix == "" {
+		r.refuse(at("migration"), fmt.Sprintf("port and nbd_port are both %d", m.Port), "give each its own")
+	}
+	for _, n := range c.Nodes {
+		if n.QMP == "" {
+			continue // nothing migrates
+		}
+		for _, p := range []struct {
+			key  string
+			port uint16
+		}{{"port", m.Port}, {"nbd_port", m.NBDPort}} {
+			if p.port == n.Control.Port() && (p.key != "port" || m.Unix == "") {
+				r.refuse(at("migration.%s", p.key), fmt.Sprintf("%s is %d, which %s uses for the control link", p.key, p.port, n.Name), "give each its own")
+			}
+		}
+	}
+	q := c.QEMU
+	if q == nil {
+		return
+	}
+	if accel, _, _ := strings.Cut(q.Accel, ","); accel == "tcg" && strings.HasPrefix(q.CPU+",", "host,") {
+		r.refuse(at("qemu.cpu"), "cpu host needs accel kvm", "write another CPU model, or remove the key for max")
+	}
+	if q.User != "" && m.Unix != "" {
+		r.refuse(at("qemu.user"), "user does not go with migration.unix: the other QEMU may not use the socket", "remove migration.unix, which is for two QEMUs on one host, or user")
+	}
+	if q.Kernel == "" && q.Initrd != "" {
+		r.refuse(at("qemu.initrd"), "initrd needs kernel", "name the kernel, or remove initrd")
+	}
+	if q.Kernel == "" && q.Append != "" {
+		r.refuse(at("qemu.append"), "append needs kernel", "name the kernel, or remove append")
+	}
+	if nics := len(c.Nodes[0].NICs); len(q.MACs) != nics {
+		r.refuse(at("qemu.macs"), fmt.Sprintf("macs has %s, and the guest has %s", count(len(q.MACs), "entry", "entries"), count(nics, "NIC", "NICs")), "give one per NIC, or remove the key")
+	}
+	for i, d := range q.Disks {
+		for j, o := range q.Disks[:i] {
+			if d.ID == o.ID {
+				r.refuse(at("qemu.disks[%d].id", i), fmt.Sprintf("id %q is already that of disks[%d]", d.ID, j), "give each disk its own")
+			}
+			if d.Image == o.Image {
+				r.refuse(at("qemu.disks[%d].image", i), fmt.Sprintf("image %q is already that of disks[%d]", d.Image, j), "give each disk its own")
+			}
+		}
+	}
+}
