@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter
+package bpfmodel
 
 // State bits of Half and Conn, as enum ls_conn_bit has them.
 type State uint32

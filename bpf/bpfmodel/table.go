@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rewriter is the model of the kernel's TCP rewriter: what ls_sec_in,
+// Package bpfmodel is the model of the kernel's TCP rewriter: what ls_sec_in,
 // ls_sec_out and ls_sec_gate do to segments on the secondary host. It is pure,
 // and what the kernel does is tested against it.
 //
@@ -8,7 +8,7 @@
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
 // what the SVM says on the way out. The offset between the two is not guessed
 // from traffic but announced by P (R9).
-package rewriter
+package bpfmodel
 
 import (
 	"iter"
