@@ -2,68 +2,22 @@
 
 package bpfmodel
 
-// State bits of Half and Conn, as enum ls_conn_bit has them.
-type State uint32
+import "lockstep/rewriter"
 
-const (
-	HasPVM     State = 1 << iota // ISN of the PVM known
-	HasSVM                       // ISN of the SVM known
-	Active                       // the SVM's SYN had no ACK: opened by the guest
-	GuestFIN                     // FIN seen from the guest
-	RemoteFIN                    // FIN seen from the remote
-	WasReset                     // RST seen from either, and the guest believed it
-	Timestamps                   // Conn: both use timestamps
-	PVMActive                    // Half: the PVM's SYN had no ACK
-	PVMTS                        // Half: the PVM's SYN has a timestamp
-	SVMTS                        // Half: the SVM's SYN has a timestamp
-	Done                         // Half: became a Conn once, does not do so again
-)
-
-// Half is a connection before its handshake is over: what was learned of both
-// guests' SYNs. The PVM's part comes with announcements, the SVM's from what it
-// says, in any order.
+// Half is an entry of ls_half: the pair, and what the record of the SVM's SYN is made
+// from.
 type Half struct {
-	State            State
-	ISNPVM, ISNSVM   uint32
-	CliPVM, CliSVM   uint32 // the remote's ISN as the guests' SYN|ACKs name it
-	TSPVM, TSSVM     uint32
-	UsedPVM, UsedSVM uint32 // the pair made last; 0: none
-	Win              uint16 // of the SVM's last SYN, with its flags and options
-	Flags            Flags
-	OptLen           uint8
-	Opts             [maxOpts]byte
-	Last             int64
-}
-
-// paired reports whether both parts belong to one connection (R9): they were
-// paired before, or are active opens of which neither was paired with another, or
-// both guests answered the same SYN of the remote.
-func (h *Half) paired() bool {
-	const parts, active = HasPVM | HasSVM, Active | PVMActive
-	switch {
-	case h.State&parts != parts:
-		return false
-	case h.ISNPVM == h.UsedPVM && h.ISNSVM == h.UsedSVM:
-		return true
-	case h.State&active == active:
-		return h.ISNPVM != h.UsedPVM && h.ISNSVM != h.UsedSVM
-	}
-	return h.CliPVM == h.CliSVM
-}
-
-func (h *Half) timestamps() bool { return h.State&(PVMTS|SVMTS) == PVMTS|SVMTS }
-
-func (h *Half) offset() offset {
-	off := offset{seq: h.ISNSVM - h.ISNPVM}
-	if h.timestamps() {
-		off.ts = h.TSSVM - h.TSPVM
-	}
-	return off
+	rewriter.Half
+	Win    uint16 // of the SVM's last SYN, with its flags and options
+	Flags  Flags
+	OptLen uint8
+	Opts   [maxOpts]byte
+	Last   int64
 }
 
 // pair notes that both parts belong together, if they do.
 func (h *Half) pair() bool {
-	if !h.paired() {
+	if !h.Paired() {
 		return false
 	}
 	h.UsedPVM, h.UsedSVM = h.ISNPVM, h.ISNSVM
@@ -75,17 +29,17 @@ func (h *Half) pair() bool {
 // timestamp then stays what the offset was made with.
 func (h *Half) learnSVM(tcp TCP, now int64) {
 	flags, cli := tcp.Flags(), tcp.Ack()-1
-	if h.State&HasSVM == 0 || h.ISNSVM != tcp.Seq() ||
-		flags&ACK != 0 && h.State&Active == 0 && h.CliSVM != cli {
-		h.State = h.State&^(Active|SVMTS|Done) | HasSVM
+	if h.State&rewriter.HasSVM == 0 || h.ISNSVM != tcp.Seq() ||
+		flags&ACK != 0 && h.State&rewriter.Active == 0 && h.CliSVM != cli {
+		h.State = h.State&^(rewriter.Active|rewriter.SVMTS|rewriter.Done) | rewriter.HasSVM
 		h.ISNSVM, h.CliSVM = tcp.Seq(), 0
 		var ok bool
 		if h.TSSVM, ok = tcp.Options().tsVal(); ok {
-			h.State |= SVMTS
+			h.State |= rewriter.SVMTS
 		}
 	}
 	if flags&ACK == 0 {
-		h.State |= Active
+		h.State |= rewriter.Active
 	} else {
 		h.CliSVM = cli
 	}
@@ -97,17 +51,17 @@ func (h *Half) learnSVM(tcp TCP, now int64) {
 // learnPVM takes the PVM's part from an announcement in the same way.
 func (h *Half) learnPVM(a *Record, now int64) {
 	cli := a.Ack - 1
-	if h.State&HasPVM == 0 || h.ISNPVM != a.Seq ||
-		a.Flags&ACK != 0 && h.State&PVMActive == 0 && h.CliPVM != cli {
-		h.State = h.State&^(PVMActive|PVMTS) | HasPVM
+	if h.State&rewriter.HasPVM == 0 || h.ISNPVM != a.Seq ||
+		a.Flags&ACK != 0 && h.State&rewriter.PVMActive == 0 && h.CliPVM != cli {
+		h.State = h.State&^(rewriter.PVMActive|rewriter.PVMTS) | rewriter.HasPVM
 		h.ISNPVM, h.CliPVM = a.Seq, 0
 		var ok bool
 		if h.TSPVM, ok = a.options().tsVal(); ok {
-			h.State |= PVMTS
+			h.State |= rewriter.PVMTS
 		}
 	}
 	if a.Flags&ACK == 0 {
-		h.State |= PVMActive
+		h.State |= rewriter.PVMActive
 	} else {
 		h.CliPVM = cli
 	}
@@ -122,7 +76,7 @@ const ackSpan = 1 << 30
 // A RST ends what would begin here, and a SYN|ACK answers an active open only.
 func (h *Half) acked(tcp TCP) bool {
 	flags := tcp.Flags()
-	if h.State&Done != 0 || flags&(ACK|RST) != ACK || flags&SYN != 0 && h.State&Active == 0 {
+	if h.State&rewriter.Done != 0 || flags&(ACK|RST) != ACK || flags&SYN != 0 && h.State&rewriter.Active == 0 {
 		return false
 	}
 	return tcp.Ack()-h.ISNPVM-1 < ackSpan
@@ -130,12 +84,12 @@ func (h *Half) acked(tcp TCP) bool {
 
 // conn is the connection that h becomes when the remote acks.
 func (h *Half) conn(ack uint32) Conn {
-	off := h.offset()
-	c := Conn{Off: off.seq, TSOff: off.ts, Inc: h.ISNPVM, ISNSVM: h.ISNSVM, CliAck: ack}
-	c.State = h.State & Active
-	if h.timestamps() {
-		c.State |= Timestamps
+	c := h.Conn()
+	c.State = h.State & rewriter.Active
+	if h.Timestamps() {
+		c.State |= rewriter.Timestamps
 	}
+	c.CliAck = ack
 	return c
 }
 
@@ -148,7 +102,7 @@ func (h *Half) record(key Tuple, r *Record) {
 	if h.Flags&ACK != 0 {
 		r.Ack = h.CliSVM + 1
 	}
-	r.options().addTSVal(-h.offset().ts)
+	r.options().addTSVal(-h.Offset().TS)
 }
 
 // halves is a bounded map that makes room by forgetting the entry least lately

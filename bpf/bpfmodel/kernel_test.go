@@ -20,6 +20,7 @@ import (
 	"lockstep/bpf/bpfmodel"
 	"lockstep/compare"
 	lt "lockstep/loader/loadertest"
+	"lockstep/rewriter"
 )
 
 const (
@@ -265,9 +266,9 @@ func modelTuple(t bpf.LockstepLsTuple) bpfmodel.Tuple {
 }
 
 // conns and halves are the kernel's tables in the model's words, but for the time.
-func (k *kernel) conns(t rapid.TB) map[bpfmodel.Tuple]bpfmodel.Conn {
+func (k *kernel) conns(t rapid.TB) map[bpfmodel.Tuple]rewriter.Conn {
 	t.Helper()
-	m := make(map[bpfmodel.Tuple]bpfmodel.Conn)
+	m := make(map[bpfmodel.Tuple]rewriter.Conn)
 	var key bpf.LockstepLsTuple
 	var c bpf.LockstepLsConn
 	it := k.LsConn.Iterate()
@@ -275,8 +276,8 @@ func (k *kernel) conns(t rapid.TB) map[bpfmodel.Tuple]bpfmodel.Conn {
 		if c.Last == 0 {
 			t.Fatalf("connection never seen: %+v", c)
 		}
-		m[modelTuple(key)] = bpfmodel.Conn{
-			Off: c.Off, TSOff: c.TsOff, Inc: c.Inc, State: bpfmodel.State(c.State), CliAck: c.CliAck, ISNSVM: c.IsnSvm,
+		m[modelTuple(key)] = rewriter.Conn{
+			Off: c.Off, TSOff: c.TsOff, Inc: c.Inc, State: rewriter.State(c.State), CliAck: c.CliAck, ISNSVM: c.IsnSvm,
 		}
 	}
 	must(t, it.Err())
@@ -294,8 +295,10 @@ func (k *kernel) halves(t rapid.TB) map[bpfmodel.Tuple]bpfmodel.Half {
 			t.Fatalf("half-open connection never seen: %+v", h)
 		}
 		m[modelTuple(key)] = bpfmodel.Half{
-			State: bpfmodel.State(h.State), ISNPVM: h.IsnPvm, ISNSVM: h.IsnSvm, CliPVM: h.CliPvm, CliSVM: h.CliSvm,
-			TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
+			Half: rewriter.Half{
+				State: rewriter.State(h.State), ISNPVM: h.IsnPvm, ISNSVM: h.IsnSvm, CliPVM: h.CliPvm, CliSVM: h.CliSvm,
+				TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
+			},
 			Win: h.Win, Flags: bpfmodel.Flags(h.TcpFlags), OptLen: h.Optlen, Opts: h.Opts,
 		}
 	}

@@ -6,9 +6,3 @@ package bpfmodel
 // than half the circle ahead (RFC 9293, section 3.4).
 
 func after(a, b uint32) bool { return int32(a-b) > 0 }
-
-// offset is what lies between two numberings of one connection.
-type offset struct {
-	seq uint32 // ISN_SVM - ISN_PVM
-	ts  uint32 // TSval_SVM - TSval_PVM; 0 without timestamps
-}

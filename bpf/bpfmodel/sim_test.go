@@ -11,6 +11,7 @@ import (
 	"pgregory.net/rapid"
 
 	"lockstep/bpf/bpfmodel"
+	"lockstep/rewriter"
 )
 
 // newTable honours the mutation that TestMutations asks for.
@@ -470,8 +471,8 @@ func (w *world) checkpoint() {
 	w.tab.Reset()
 }
 
-func conns(tab *bpfmodel.Table) map[bpfmodel.Tuple]bpfmodel.Conn {
-	m := make(map[bpfmodel.Tuple]bpfmodel.Conn)
+func conns(tab *bpfmodel.Table) map[bpfmodel.Tuple]rewriter.Conn {
+	m := make(map[bpfmodel.Tuple]rewriter.Conn)
 	for t, c := range tab.Conns() {
 		m[t] = c
 	}
