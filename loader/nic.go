@@ -29,6 +29,7 @@ import (
 	"lockstep/bpf"
 	"lockstep/compare"
 	"lockstep/control"
+	"lockstep/rewriter"
 )
 
 // Role is what a NIC's programs are attached for.
@@ -624,20 +625,6 @@ func empty[V any](m *ebpf.Map) error {
 	return take(m, func(bpf.LockstepLsTuple, *V) {})
 }
 
-// fins are the state bits of a connection that both ends closed.
-const fins = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN | bpf.LockstepLsConnBitLS_CONN_RFIN)
-
-// connState names a connection's state bits.
-func connState(bits uint32) string {
-	switch {
-	case bits&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0:
-		return "reset"
-	case bits&fins != 0:
-		return "closing"
-	}
-	return "open"
-}
-
 // Sweep implements [control.DataPath].
 func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 	now, removed := n.Now(), 0
@@ -648,11 +635,7 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 	for _, m := range maps {
 		var old []bpf.LockstepLsTuple
 		err := each(m, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-			limit := idle
-			if c.State&uint32(bpf.LockstepLsConnBitLS_CONN_RST) != 0 || c.State&fins == fins {
-				limit = min(linger, idle)
-			}
-			if now-int64(c.Last) > int64(limit) {
+			if conn := fromConn(c); conn.Ended(now, linger, idle) {
 				old = append(old, k)
 			}
 		})
@@ -670,7 +653,7 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 // Offsets implements [control.DataPath].
 func (n *NIC) Offsets(yield func(compare.Tuple, control.Offset)) error {
 	if err := each(n.objs.LsConn, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-		yield(fromTuple(&k), control.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: connState(c.State)})
+		yield(fromTuple(&k), control.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: rewriter.State(c.State).String()})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}

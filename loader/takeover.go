@@ -12,15 +12,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/control"
-)
-
-// State bits of a connection.
-const (
-	connInherited = uint32(bpf.LockstepLsConnBitLS_CONN_INHERITED)
-	connGuarded   = uint32(bpf.LockstepLsConnBitLS_CONN_GUARDED)
-	halfParts     = uint32(bpf.LockstepLsConnBitLS_CONN_PVM | bpf.LockstepLsConnBitLS_CONN_SVM)
-	halfTS        = uint32(bpf.LockstepLsConnBitLS_CONN_PTS | bpf.LockstepLsConnBitLS_CONN_STS)
-	halfDone      = uint32(bpf.LockstepLsConnBitLS_CONN_DONE)
+	"lockstep/rewriter"
 )
 
 // Echoed implements [control.DataPath].
@@ -31,45 +23,27 @@ func (n *NIC) Echoed() int64 { return int64(atomic.LoadUint64(&n.conf.Echoed)) }
 // not heard, those that came with a checkpoint, and those that the PVM's host had
 // taken over itself.
 func (n *NIC) TakeOver(guard uint32) error {
-	change := make(map[bpf.LockstepLsTuple]bpf.LockstepLsConn)
-	now := uint64(n.Now())
-	if err := each(n.objs.LsHalf, func(t bpf.LockstepLsTuple, h *bpf.LockstepLsHalf) {
-		if h.State&halfParts != halfParts || h.State&halfDone != 0 || h.IsnPvm != h.UsedPvm || h.IsnSvm != h.UsedSvm {
-			return
-		}
-		c := bpf.LockstepLsConn{Off: h.IsnSvm - h.IsnPvm, Inc: h.IsnPvm, IsnSvm: h.IsnSvm, Last: now}
-		if h.State&halfTS == halfTS {
-			c.TsOff = h.TsSvm - h.TsPvm
-		}
-		change[t] = c
-	}); err != nil {
-		return fmt.Errorf("take over: %w", err)
-	}
-	inherited := func(t bpf.LockstepLsTuple) {
-		if _, ok := change[t]; !ok {
-			change[t] = bpf.LockstepLsConn{State: connInherited, Last: now}
-		}
-	}
+	plan := rewriter.NewTakeover[bpf.LockstepLsTuple](guard, n.Now())
 	if err := errors.Join(
-		each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) { inherited(t) }),
-		each(n.objs.LsInherited, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsInh) { inherited(t) }),
+		each(n.objs.LsHalf, func(t bpf.LockstepLsTuple, h *bpf.LockstepLsHalf) {
+			plan.AddHalf(t, &rewriter.Half{
+				State: rewriter.State(h.State), ISNPVM: h.IsnPvm, ISNSVM: h.IsnSvm,
+				TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
+			})
+		}),
+		each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) { plan.AddInherited(t) }),
+		each(n.objs.LsInherited, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsInh) { plan.AddInherited(t) }),
+		each(n.objs.LsConn, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { plan.AddConn(t, fromConn(c)) }),
 	); err != nil {
-		return fmt.Errorf("take over: %w", err)
-	}
-	if err := each(n.objs.LsConn, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { change[t] = *c }); err != nil {
 		return fmt.Errorf("take over: %w", err)
 	}
 	var keys []bpf.LockstepLsTuple
 	var conns []bpf.LockstepLsConn
-	for t, c := range change {
-		if c.State&connGuarded != 0 {
-			continue // by a daemon before this one
-		}
-		c.Guard, c.State = guard, c.State|connGuarded
-		keys, conns = append(keys, t), append(conns, c)
+	for t, c := range plan.Guarded() {
+		keys, conns = append(keys, t), append(conns, toConn(&c))
 	}
 	// A full table has no place for those that do without an entry.
-	dispensable := func(c *bpf.LockstepLsConn) bool { return c.State&connInherited != 0 }
+	dispensable := func(c *bpf.LockstepLsConn) bool { return rewriter.State(c.State)&rewriter.Inherited != 0 }
 	if err := putAll(n.objs.LsConn, keys, conns, dispensable); err != nil {
 		return fmt.Errorf("take over connections: %w", err)
 	}
@@ -80,7 +54,9 @@ func (n *NIC) TakeOver(guard uint32) error {
 func (n *NIC) Edges() ([]control.Edge, error) {
 	var out []control.Edge
 	if err := each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-		out = append(out, control.Edge{Tuple: fromTuple(&t), Seq: c.Off, TS: c.TsOff - c.Guard})
+		conn := fromConn(c)
+		edge := conn.Edge()
+		out = append(out, control.Edge{Tuple: fromTuple(&t), Seq: edge.Seq, TS: edge.TS})
 	}); err != nil {
 		return nil, fmt.Errorf("list what was taken over: %w", err)
 	}
@@ -104,6 +80,20 @@ func (n *NIC) AddEdges(edges []control.Edge) error {
 	return nil
 }
 
+func fromConn(c *bpf.LockstepLsConn) rewriter.Conn {
+	return rewriter.Conn{
+		Off: c.Off, TSOff: c.TsOff, Inc: c.Inc, State: rewriter.State(c.State), CliAck: c.CliAck, ISNSVM: c.IsnSvm,
+		Guard: c.Guard, TSFirst: c.TsFirst, Last: int64(c.Last),
+	}
+}
+
+func toConn(c *rewriter.Conn) bpf.LockstepLsConn {
+	return bpf.LockstepLsConn{
+		Off: c.Off, TsOff: c.TSOff, Inc: c.Inc, State: uint32(c.State), CliAck: c.CliAck, IsnSvm: c.ISNSVM,
+		Guard: c.Guard, TsFirst: c.TSFirst, Last: uint64(c.Last),
+	}
+}
+
 // needed: a map may not do without it.
 func needed(*bpf.LockstepLsConn) bool { return false }
 
@@ -114,16 +104,18 @@ func (n *NIC) edges() bool { return n.role == Primary && atomic.LoadUint32(&n.co
 // inherit fills the edges of a P with what an S that took over translates, and has it
 // speak as that one did.
 func (n *NIC) inherit(old *tables) error {
-	edges := make(map[bpf.LockstepLsTuple]bpf.LockstepLsConn)
-	if err := each(old.maps[bpf.LockstepMapLsEdge], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) { edges[t] = *c }); err != nil {
+	edges := make(map[bpf.LockstepLsTuple]rewriter.Offset)
+	if err := each(old.maps[bpf.LockstepMapLsEdge], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
+		edge := fromConn(c)
+		edges[t] = edge.Offset()
+	}); err != nil {
 		return err
 	}
 	var keys []bpf.LockstepLsTuple
 	var conns []bpf.LockstepLsConn
 	if err := each(old.maps[bpf.LockstepMapLsConn], func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-		e := edges[t]
-		c.Off, c.TsOff = c.Off+e.Off, c.TsOff+e.TsOff
-		keys, conns = append(keys, t), append(conns, *c)
+		conn := fromConn(c).Behind(edges[t])
+		keys, conns = append(keys, t), append(conns, toConn(&conn))
 	}); err != nil {
 		return fmt.Errorf("connections taken over: %w", err)
 	}

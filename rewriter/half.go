@@ -2,48 +2,32 @@
 
 package rewriter
 
-// State bits of Half and Conn, as enum ls_conn_bit has them.
-type State uint32
-
-const (
-	HasPVM     State = 1 << iota // ISN of the PVM known
-	HasSVM                       // ISN of the SVM known
-	Active                       // the SVM's SYN had no ACK: opened by the guest
-	GuestFIN                     // FIN seen from the guest
-	RemoteFIN                    // FIN seen from the remote
-	WasReset                     // RST seen from either, and the guest believed it
-	Timestamps                   // Conn: both use timestamps
-	PVMActive                    // Half: the PVM's SYN had no ACK
-	PVMTS                        // Half: the PVM's SYN has a timestamp
-	SVMTS                        // Half: the SVM's SYN has a timestamp
-	Done                         // Half: became a Conn once, does not do so again
-)
-
 // Half is a connection before its handshake is over: what was learned of both
 // guests' SYNs. The PVM's part comes with announcements, the SVM's from what it
-// says, in any order.
+// transmits, in any order.
 type Half struct {
 	State            State
 	ISNPVM, ISNSVM   uint32
-	CliPVM, CliSVM   uint32 // the remote's ISN as the guests' SYN|ACKs name it
-	TSPVM, TSSVM     uint32
-	UsedPVM, UsedSVM uint32 // the pair made last; 0: none
-	Win              uint16 // of the SVM's last SYN, with its flags and options
-	Flags            Flags
-	OptLen           uint8
-	Opts             [maxOpts]byte
-	Last             int64
+	CliPVM, CliSVM   uint32 // the remote's ISN as the guests' SYN|ACKs acknowledge it
+	TSPVM, TSSVM     uint32 // TSval of the SYNs
+	UsedPVM, UsedSVM uint32 // ISNs of the pair made last; 0: none
 }
 
-// paired reports whether both parts belong to one connection (R9): they were
+// known reports whether both guests' SYNs are known.
+func (h *Half) known() bool { return h.State&(HasPVM|HasSVM) == HasPVM|HasSVM }
+
+// usedPair reports whether both ISNs are those of the pair made last.
+func (h *Half) usedPair() bool { return h.ISNPVM == h.UsedPVM && h.ISNSVM == h.UsedSVM }
+
+// Paired reports whether both parts belong to one connection (R9): they were
 // paired before, or are active opens of which neither was paired with another, or
 // both guests answered the same SYN of the remote.
-func (h *Half) paired() bool {
-	const parts, active = HasPVM | HasSVM, Active | PVMActive
+func (h *Half) Paired() bool {
+	const active = Active | PVMActive
 	switch {
-	case h.State&parts != parts:
+	case !h.known():
 		return false
-	case h.ISNPVM == h.UsedPVM && h.ISNSVM == h.UsedSVM:
+	case h.usedPair():
 		return true
 	case h.State&active == active:
 		return h.ISNPVM != h.UsedPVM && h.ISNSVM != h.UsedSVM
@@ -51,162 +35,20 @@ func (h *Half) paired() bool {
 	return h.CliPVM == h.CliSVM
 }
 
-func (h *Half) timestamps() bool { return h.State&(PVMTS|SVMTS) == PVMTS|SVMTS }
+// Timestamps reports whether both guests' SYNs have timestamps.
+func (h *Half) Timestamps() bool { return h.State&(PVMTS|SVMTS) == PVMTS|SVMTS }
 
-func (h *Half) offset() offset {
-	off := offset{seq: h.ISNSVM - h.ISNPVM}
-	if h.timestamps() {
-		off.ts = h.TSSVM - h.TSPVM
+// Offset is the translation of a pair.
+func (h *Half) Offset() Offset {
+	off := Offset{Seq: h.ISNSVM - h.ISNPVM}
+	if h.Timestamps() {
+		off.TS = h.TSSVM - h.TSPVM
 	}
 	return off
 }
 
-// pair notes that both parts belong together, if they do.
-func (h *Half) pair() bool {
-	if !h.paired() {
-		return false
-	}
-	h.UsedPVM, h.UsedSVM = h.ISNPVM, h.ISNSVM
-	return true
-}
-
-// learnSVM takes the SVM's part from its SYN or SYN|ACK. One with the ISN that is
-// known is the same said again, or a simultaneous open's second SYN: the
-// timestamp then stays what the offset was made with.
-func (h *Half) learnSVM(tcp TCP, now int64) {
-	flags, cli := tcp.Flags(), tcp.Ack()-1
-	if h.State&HasSVM == 0 || h.ISNSVM != tcp.Seq() ||
-		flags&ACK != 0 && h.State&Active == 0 && h.CliSVM != cli {
-		h.State = h.State&^(Active|SVMTS|Done) | HasSVM
-		h.ISNSVM, h.CliSVM = tcp.Seq(), 0
-		var ok bool
-		if h.TSSVM, ok = tcp.Options().tsVal(); ok {
-			h.State |= SVMTS
-		}
-	}
-	if flags&ACK == 0 {
-		h.State |= Active
-	} else {
-		h.CliSVM = cli
-	}
-	h.Win, h.Flags, h.Last = tcp.Win(), flags, now
-	h.OptLen = uint8(copy(h.Opts[:], tcp.Options()))
-	clear(h.Opts[h.OptLen:])
-}
-
-// learnPVM takes the PVM's part from an announcement in the same way.
-func (h *Half) learnPVM(a *Record, now int64) {
-	cli := a.Ack - 1
-	if h.State&HasPVM == 0 || h.ISNPVM != a.Seq ||
-		a.Flags&ACK != 0 && h.State&PVMActive == 0 && h.CliPVM != cli {
-		h.State = h.State&^(PVMActive|PVMTS) | HasPVM
-		h.ISNPVM, h.CliPVM = a.Seq, 0
-		var ok bool
-		if h.TSPVM, ok = a.options().tsVal(); ok {
-			h.State |= PVMTS
-		}
-	}
-	if a.Flags&ACK == 0 {
-		h.State |= PVMActive
-	} else {
-		h.CliPVM = cli
-	}
-	h.Last = now
-}
-
-// ackSpan is how much of a stream an ack may cover to be taken for one: the
-// largest window TCP has.
-const ackSpan = 1 << 30
-
-// acked reports whether the remote's segment shows that it knows the guest's ISN.
-// A RST ends what would begin here, and a SYN|ACK answers an active open only.
-func (h *Half) acked(tcp TCP) bool {
-	flags := tcp.Flags()
-	if h.State&Done != 0 || flags&(ACK|RST) != ACK || flags&SYN != 0 && h.State&Active == 0 {
-		return false
-	}
-	return tcp.Ack()-h.ISNPVM-1 < ackSpan
-}
-
-// conn is the connection that h becomes when the remote acks.
-func (h *Half) conn(ack uint32) Conn {
-	off := h.offset()
-	c := Conn{Off: off.seq, TSOff: off.ts, Inc: h.ISNPVM, ISNSVM: h.ISNSVM, CliAck: ack}
-	c.State = h.State & Active
-	if h.timestamps() {
-		c.State |= Timestamps
-	}
-	return c
-}
-
-// record makes r the record of the SVM's SYN.
-func (h *Half) record(key Tuple, r *Record) {
-	*r = Record{
-		Tuple: key, Inc: h.ISNPVM, Seq: h.ISNPVM, End: h.ISNPVM + 1, CliAck: h.ISNPVM,
-		Win: h.Win, Flags: h.Flags, OptLen: h.OptLen, Opts: h.Opts,
-	}
-	if h.Flags&ACK != 0 {
-		r.Ack = h.CliSVM + 1
-	}
-	r.options().addTSVal(-h.offset().ts)
-}
-
-// halves is a bounded map that makes room by forgetting the entry least lately
-// used, which costs nothing but a repeated announcement (R11).
-type halves struct {
-	index map[Tuple]int32
-	nodes []node // nodes[0] is the list's anchor: next the newest, prev the oldest
-	max   int
-}
-
-type node struct {
-	prev, next int32
-	key        Tuple
-	Half
-}
-
-func (l *halves) reset(max int) {
-	*l = halves{index: make(map[Tuple]int32), nodes: make([]node, 1), max: max}
-}
-
-func (l *halves) unlink(i int32) {
-	n := &l.nodes[i]
-	l.nodes[n.prev].next, l.nodes[n.next].prev = n.next, n.prev
-}
-
-func (l *halves) push(i int32) {
-	n, head := &l.nodes[i], l.nodes[0].next
-	n.prev, n.next = 0, head
-	l.nodes[head].prev, l.nodes[0].next = i, i
-}
-
-// get returns the entry of key, nil without one.
-func (l *halves) get(key Tuple) *Half {
-	i, ok := l.index[key]
-	if !ok {
-		return nil
-	}
-	l.unlink(i)
-	l.push(i)
-	return &l.nodes[i].Half
-}
-
-// make returns the entry of key, an empty one without one.
-func (l *halves) make(key Tuple) *Half {
-	if h := l.get(key); h != nil {
-		return h
-	}
-	var i int32
-	if len(l.nodes) <= l.max {
-		i = int32(len(l.nodes))
-		l.nodes = append(l.nodes, node{})
-	} else {
-		i = l.nodes[0].prev
-		l.unlink(i)
-		delete(l.index, l.nodes[i].key)
-	}
-	l.nodes[i] = node{key: key}
-	l.index[key] = i
-	l.push(i)
-	return &l.nodes[i].Half
+// Conn is the connection that a pair becomes.
+func (h *Half) Conn() Conn {
+	off := h.Offset()
+	return Conn{Off: off.Seq, TSOff: off.TS, Inc: h.ISNPVM, ISNSVM: h.ISNSVM}
 }

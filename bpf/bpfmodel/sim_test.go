@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter_test
+package bpfmodel_test
 
 import (
 	"bytes"
@@ -10,12 +10,13 @@ import (
 
 	"pgregory.net/rapid"
 
+	"lockstep/bpf/bpfmodel"
 	"lockstep/rewriter"
 )
 
 // newTable honours the mutation that TestMutations asks for.
-func newTable(conns, halves int) *rewriter.Table {
-	tab := rewriter.New(conns, halves)
+func newTable(conns, halves int) *bpfmodel.Table {
+	tab := bpfmodel.New(conns, halves)
 	if os.Getenv(mutationEnv) == "R9" {
 		tab.Guess()
 	}
@@ -42,7 +43,7 @@ type life struct {
 	open          opening
 	pvm, svm, cli host
 
-	announced        []rewriter.Record // by P; the link repeats and reorders them
+	announced        []bpfmodel.Record // by P; the link repeats and reorders them
 	toldSyn, toldAck bool              // the PVM's SYN, SYN|ACK was announced to S
 	svmSyn, svmAck   bool              // the SVM said its SYN, SYN|ACK
 	pvmTS, svmTS     uint32            // TSvals that make ts_off: the first ones
@@ -70,7 +71,7 @@ func (l *life) tsOff() uint32 {
 // world is a remote, two guests and P around the table under test.
 type world struct {
 	*rapid.T
-	tab      *rewriter.Table
+	tab      *bpfmodel.Table
 	flow     flow
 	now      uint32          // ms, also the unit of timestamps
 	cur, old *life           // the SVM lives in old until its first SYN of cur
@@ -166,14 +167,14 @@ func (w *world) expectFrame(what string, got []byte, want seg) {
 func (w *world) in(what string, s, want seg) {
 	w.Helper()
 	frame := s.bytes()
-	w.expect(what, w.tab.Inbound(parse(w.T, w.flow, frame), int64(w.now)), rewriter.Delivered)
+	w.expect(what, w.tab.Inbound(parse(w.T, w.flow, frame), int64(w.now)), bpfmodel.Delivered)
 	w.expectFrame(what, frame, want)
 }
 
 // out lets the SVM say s and holds the record against want, nil when none is due.
-func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict rewriter.Verdict) {
+func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict bpfmodel.Verdict) {
 	w.Helper()
-	var r rewriter.Record
+	var r bpfmodel.Record
 	frame := s.bytes()
 	v, sent := w.tab.Outbound(parse(w.T, w.flow, frame), int64(w.now), &r)
 	w.expect(what, v, verdict)
@@ -186,8 +187,8 @@ func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict r
 }
 
 // recordOf is the record of a segment that is in PVM numbering; inc 0: inherited.
-func recordOf(s seg, inc, cliAck uint32) rewriter.Record {
-	r := rewriter.Record{
+func recordOf(s seg, inc, cliAck uint32) bpfmodel.Record {
+	r := bpfmodel.Record{
 		Tuple: s.flow.tuple(), Inc: inc, Inherited: inc == 0, Seq: s.seq, Ack: s.ack,
 		End: s.seq + uint32(len(s.payload)), Win: s.win, Flags: s.flags, CliAck: cliAck,
 	}
@@ -271,15 +272,15 @@ func (w *world) stale() {
 }
 
 // answer announces a and holds the answer against the SVM's last SYN.
-func (w *world) answer(what string, l *life, a rewriter.Record, due bool) {
-	var r rewriter.Record
+func (w *world) answer(what string, l *life, a bpfmodel.Record, due bool) {
+	var r bpfmodel.Record
 	v, sent := w.tab.Announce(&a, int64(w.now), &r)
 	w.expect(what+": answered", sent, due)
 	if !sent {
-		w.expect(what, v, rewriter.RecordIn)
+		w.expect(what, v, bpfmodel.RecordIn)
 		return
 	}
-	w.expect(what, v, rewriter.RecordOut)
+	w.expect(what, v, bpfmodel.RecordOut)
 	w.expect(what+": incarnation", r.Inc, l.pvm.isn)
 	w.expect(what+": seq", r.Seq, l.pvm.isn)
 	w.expect(what+": end", r.End, l.pvm.isn+1)
@@ -295,7 +296,7 @@ func (w *world) answer(what string, l *life, a rewriter.Record, due bool) {
 	l.shown = true
 }
 
-func tsVal(r *rewriter.Record) uint32 {
+func tsVal(r *bpfmodel.Record) uint32 {
 	if r.OptLen < 15 {
 		return 0
 	}
@@ -325,9 +326,9 @@ func (w *world) svmSyn() {
 		w.outKnown("SVM SYN", l, s)
 		l.shown = true
 	case s.flags&ackF != 0:
-		w.out("unpaired SYN|ACK", s, nil, 0, 0, rewriter.Pending)
+		w.out("unpaired SYN|ACK", s, nil, 0, 0, bpfmodel.Pending)
 	default:
-		w.out("unpaired SYN", s, &s, 0, s.seq-1<<30, rewriter.Pending)
+		w.out("unpaired SYN", s, &s, 0, s.seq-1<<30, bpfmodel.Pending)
 	}
 }
 
@@ -343,7 +344,7 @@ func (w *world) outKnown(what string, l *life, s seg) {
 	if l.kept() {
 		cliAck = l.cliAck
 	}
-	w.out(what, s, &want, l.pvm.isn, cliAck, rewriter.RecordOut)
+	w.out(what, s, &want, l.pvm.isn, cliAck, bpfmodel.RecordOut)
 }
 
 // svmSays: the SVM says anything but a SYN, of the incarnation it lives in.
@@ -356,7 +357,7 @@ func (w *world) svmSays() {
 	}
 	s := seg{
 		flow: w.flow, seq: l.svm.isn + 1 + w.number("position"), ack: l.cli.isn + w.number("ack"),
-		flags: rapid.SampledFrom([]rewriter.Flags{ackF, ackF, ackF | psh, ackF | fin, rst, rst | ackF}).Draw(w.T, "flags"),
+		flags: rapid.SampledFrom([]bpfmodel.Flags{ackF, ackF, ackF | psh, ackF | fin, rst, rst | ackF}).Draw(w.T, "flags"),
 		win:   rapid.Uint16().Draw(w.T, "win"),
 	}
 	if s.flags&rst == 0 {
@@ -374,7 +375,7 @@ func (w *world) svmSays() {
 		}
 		w.outKnown("SVM segment", l, s)
 	default:
-		w.out("unpaired segment", s, nil, 0, 0, rewriter.Pending)
+		w.out("unpaired segment", s, nil, 0, 0, bpfmodel.Pending)
 	}
 }
 
@@ -398,7 +399,7 @@ func (w *world) remoteSays() {
 	at := 1 + position.Draw(w.T, "position")
 	s := seg{
 		flow: w.flow, toGuest: true, seq: l.cli.isn + 1, ack: l.pvm.isn + at,
-		flags: rapid.SampledFrom([]rewriter.Flags{ackF, ackF | psh, ackF | fin, ackF | rst, rst}).Draw(w.T, "flags"),
+		flags: rapid.SampledFrom([]bpfmodel.Flags{ackF, ackF | psh, ackF | fin, ackF | rst, rst}).Draw(w.T, "flags"),
 		win:   9, payload: rapid.SliceOfN(rapid.Byte(), 0, 5).Draw(w.T, "payload"),
 	}
 	if l.open != passive && !l.established && rapid.Bool().Draw(w.T, "syn|ack") {
@@ -470,8 +471,8 @@ func (w *world) checkpoint() {
 	w.tab.Reset()
 }
 
-func conns(tab *rewriter.Table) map[rewriter.Tuple]rewriter.Conn {
-	m := make(map[rewriter.Tuple]rewriter.Conn)
+func conns(tab *bpfmodel.Table) map[bpfmodel.Tuple]rewriter.Conn {
+	m := make(map[bpfmodel.Tuple]rewriter.Conn)
 	for t, c := range tab.Conns() {
 		m[t] = c
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter_test
+package bpfmodel_test
 
 import (
 	"encoding/binary"
@@ -11,7 +11,7 @@ import (
 
 	"pgregory.net/rapid"
 
-	"lockstep/rewriter"
+	"lockstep/bpf/bpfmodel"
 )
 
 // More than rapid's 100 random sequences a test, unless the command line says.
@@ -23,11 +23,11 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	fin  = rewriter.FIN
-	syn  = rewriter.SYN
-	rst  = rewriter.RST
-	psh  = rewriter.PSH
-	ackF = rewriter.ACK
+	fin  = bpfmodel.FIN
+	syn  = bpfmodel.SYN
+	rst  = bpfmodel.RST
+	psh  = bpfmodel.PSH
+	ackF = bpfmodel.ACK
 )
 
 // seg describes a segment; bytes makes the frame.
@@ -35,7 +35,7 @@ type seg struct {
 	flow     flow
 	toGuest  bool
 	seq, ack uint32
-	flags    rewriter.Flags
+	flags    bpfmodel.Flags
 	win      uint16
 	opts     []byte
 	payload  []byte
@@ -58,8 +58,8 @@ func (f flow) addr(last byte) (a [16]byte) {
 	return [16]byte{10: 0xff, 0xff, 192, 0, 2, last}
 }
 
-func (f flow) tuple() rewriter.Tuple {
-	return rewriter.Tuple{
+func (f flow) tuple() bpfmodel.Tuple {
+	return bpfmodel.Tuple{
 		Guest: f.addr(f.guest), Remote: f.addr(f.rem),
 		GuestPort: f.gport, RemotePort: f.rport, VLAN: f.tci & 0xfff, Proto: 6,
 	}
@@ -138,10 +138,10 @@ func tcpSum(src, dst [16]byte, tcp []byte) uint16 {
 	return ^fullSum(sum, tcp)
 }
 
-func parse(t rapid.TB, f flow, frame []byte) *rewriter.Segment {
+func parse(t rapid.TB, f flow, frame []byte) *bpfmodel.Segment {
 	t.Helper()
-	s := &rewriter.Segment{TCI: f.tci}
-	if c := s.Parse(frame); c != rewriter.ClassTCP {
+	s := &bpfmodel.Segment{TCI: f.tci}
+	if c := s.Parse(frame); c != bpfmodel.ClassTCP {
 		t.Fatalf("class %v of % x", c, frame)
 	}
 	return s
@@ -194,12 +194,12 @@ func TestParseAnything(t *testing.T) {
 			frame[rapid.IntRange(0, len(frame)-1).Draw(t, "at")] = rapid.Byte().Draw(t, "byte")
 		}
 		frame = frame[:rapid.IntRange(0, len(frame)).Draw(t, "cut")]
-		var s rewriter.Segment
-		if s.Parse(frame) == rewriter.ClassTCP {
+		var s bpfmodel.Segment
+		if s.Parse(frame) == bpfmodel.ClassTCP {
 			if h := s.TCP(); len(h) < 20 || len(h) != h.Len() || len(h)+len(s.Payload()) > len(frame) {
 				t.Fatalf("header %d, payload %d of %d", len(h), len(s.Payload()), len(frame))
 			}
-			rewriter.New(1, 1).Outbound(&s, 0, new(rewriter.Record))
+			bpfmodel.New(1, 1).Outbound(&s, 0, new(bpfmodel.Record))
 		}
 	})
 }
@@ -211,34 +211,34 @@ func TestParse(t *testing.T) {
 		name string
 		flow flow
 		edit func([]byte) []byte
-		want rewriter.Class
+		want bpfmodel.Class
 	}{
-		{"ipv4", v4, nil, rewriter.ClassTCP},
-		{"ipv6", v6, nil, rewriter.ClassTCP},
-		{"short Ethernet", v4, func(b []byte) []byte { return b[:13] }, rewriter.ClassMalformed},
-		{"short IPv4", v4, func(b []byte) []byte { return b[:33] }, rewriter.ClassMalformed},
-		{"short IPv6", v6, func(b []byte) []byte { return b[:53] }, rewriter.ClassMalformed},
-		{"cut payload", v6, func(b []byte) []byte { return b[:len(b)-1] }, rewriter.ClassMalformed},
-		{"arp", v4, func(b []byte) []byte { b[13] = 6; return b }, rewriter.ClassOther},
-		{"inner tag", v4, func(b []byte) []byte { b[12] = 0x81; return b }, rewriter.ClassOther},
-		{"version", v4, func(b []byte) []byte { b[14] ^= 0x10; return b }, rewriter.ClassMalformed},
-		{"version 6", v6, func(b []byte) []byte { b[14] ^= 0x10; return b }, rewriter.ClassMalformed},
-		{"header length", v4, func(b []byte) []byte { b[14] = 0x44; return b }, rewriter.ClassMalformed},
-		{"total length", v4, func(b []byte) []byte { b[17] = 23; return b }, rewriter.ClassMalformed},
-		{"udp", v4, func(b []byte) []byte { b[23] = 17; return b }, rewriter.ClassOther},
-		{"udp over IPv6", v6, func(b []byte) []byte { b[20] = 17; return b }, rewriter.ClassOther},
-		{"more fragments", v4, func(b []byte) []byte { b[20] = 0x20; return b }, rewriter.ClassOther},
-		{"last fragment", v4, func(b []byte) []byte { b[21] = 1; return b }, rewriter.ClassOther},
-		{"do not fragment", v4, func(b []byte) []byte { b[20] = 0x40; return b }, rewriter.ClassTCP},
-		{"no room for TCP", v6, func(b []byte) []byte { b[19] = 19; return b }, rewriter.ClassMalformed},
-		{"data offset low", v6, func(b []byte) []byte { b[66] = 0x40; return b }, rewriter.ClassMalformed},
-		{"data offset high", v6, func(b []byte) []byte { b[66] = 0x60; return b }, rewriter.ClassMalformed},
+		{"ipv4", v4, nil, bpfmodel.ClassTCP},
+		{"ipv6", v6, nil, bpfmodel.ClassTCP},
+		{"short Ethernet", v4, func(b []byte) []byte { return b[:13] }, bpfmodel.ClassMalformed},
+		{"short IPv4", v4, func(b []byte) []byte { return b[:33] }, bpfmodel.ClassMalformed},
+		{"short IPv6", v6, func(b []byte) []byte { return b[:53] }, bpfmodel.ClassMalformed},
+		{"cut payload", v6, func(b []byte) []byte { return b[:len(b)-1] }, bpfmodel.ClassMalformed},
+		{"arp", v4, func(b []byte) []byte { b[13] = 6; return b }, bpfmodel.ClassOther},
+		{"inner tag", v4, func(b []byte) []byte { b[12] = 0x81; return b }, bpfmodel.ClassOther},
+		{"version", v4, func(b []byte) []byte { b[14] ^= 0x10; return b }, bpfmodel.ClassMalformed},
+		{"version 6", v6, func(b []byte) []byte { b[14] ^= 0x10; return b }, bpfmodel.ClassMalformed},
+		{"header length", v4, func(b []byte) []byte { b[14] = 0x44; return b }, bpfmodel.ClassMalformed},
+		{"total length", v4, func(b []byte) []byte { b[17] = 23; return b }, bpfmodel.ClassMalformed},
+		{"udp", v4, func(b []byte) []byte { b[23] = 17; return b }, bpfmodel.ClassOther},
+		{"udp over IPv6", v6, func(b []byte) []byte { b[20] = 17; return b }, bpfmodel.ClassOther},
+		{"more fragments", v4, func(b []byte) []byte { b[20] = 0x20; return b }, bpfmodel.ClassOther},
+		{"last fragment", v4, func(b []byte) []byte { b[21] = 1; return b }, bpfmodel.ClassOther},
+		{"do not fragment", v4, func(b []byte) []byte { b[20] = 0x40; return b }, bpfmodel.ClassTCP},
+		{"no room for TCP", v6, func(b []byte) []byte { b[19] = 19; return b }, bpfmodel.ClassMalformed},
+		{"data offset low", v6, func(b []byte) []byte { b[66] = 0x40; return b }, bpfmodel.ClassMalformed},
+		{"data offset high", v6, func(b []byte) []byte { b[66] = 0x60; return b }, bpfmodel.ClassMalformed},
 	} {
 		frame := base(tc.flow)
 		if tc.edit != nil {
 			frame = tc.edit(frame)
 		}
-		if got := new(rewriter.Segment).Parse(frame); got != tc.want {
+		if got := new(bpfmodel.Segment).Parse(frame); got != tc.want {
 			t.Errorf("%s: class %v, want %v", tc.name, got, tc.want)
 		}
 	}

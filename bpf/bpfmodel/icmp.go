@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter
+package bpfmodel
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"lockstep/rewriter"
+)
 
 const (
 	protoICMP  = 1
@@ -147,32 +151,32 @@ func (e *ICMPError) options() Options {
 }
 
 // toSVM gives the error, which quotes what the PVM said, the SVM's numbers.
-func (e *ICMPError) toSVM(off offset) {
-	e.add(offSeq, off.seq)
+func (e *ICMPError) toSVM(off rewriter.Offset) {
+	e.add(offSeq, off.Seq)
 	for at := range e.options().timestamps() {
-		e.add(tcpLen+at, off.ts)
+		e.add(tcpLen+at, off.TS)
 	}
 }
 
 // toPVM gives the SVM's error, which quotes what the remote said, the PVM's numbers.
-func (e *ICMPError) toPVM(off offset) {
+func (e *ICMPError) toPVM(off rewriter.Offset) {
 	if !e.acks() {
 		return
 	}
-	e.add(offAck, -off.seq)
+	e.add(offAck, -off.Seq)
 	o := e.options()
 	for at, end := range o.all() {
 		if o[at] != optSACK {
 			continue
 		}
 		for block := at + 2; block+8 <= end; block += 8 {
-			e.add(tcpLen+block, -off.seq)
-			e.add(tcpLen+block+4, -off.seq)
+			e.add(tcpLen+block, -off.Seq)
+			e.add(tcpLen+block+4, -off.Seq)
 		}
 	}
 	for at := range o.timestamps() {
 		if binary.BigEndian.Uint32(o[at+4:]) != 0 {
-			e.add(tcpLen+at+4, -off.ts)
+			e.add(tcpLen+at+4, -off.TS)
 		}
 	}
 }
@@ -180,11 +184,11 @@ func (e *ICMPError) toPVM(off offset) {
 // Error translates an ICMP error for the SVM, or of it, in place. alone: it has taken
 // over, and connections whose offset was not confirmed are connections by then.
 func (t *Table) Error(e *ICMPError, toGuest, alone bool) {
-	var off offset
+	var off rewriter.Offset
 	if c, ok := t.conn[e.tuple]; ok {
-		off = c.offset()
-	} else if h := t.half.get(e.tuple); h != nil && h.paired() && !alone {
-		off = h.offset()
+		off = c.Offset()
+	} else if h := t.half.get(e.tuple); h != nil && h.Paired() && !alone {
+		off = h.Offset()
 	}
 	if toGuest {
 		e.toSVM(off)

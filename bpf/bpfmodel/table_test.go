@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter_test
+package bpfmodel_test
 
 import (
 	"encoding/binary"
@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/rewriter"
+	"lockstep/bpf/bpfmodel"
 )
 
 // Numbers of the table tests' connections: the PVM's wraps soon.
@@ -24,7 +24,7 @@ var (
 // bench is a table with one flow through it.
 type bench struct {
 	*testing.T
-	tab *rewriter.Table
+	tab *bpfmodel.Table
 	flow
 	now int64
 }
@@ -34,7 +34,7 @@ func newBench(t *testing.T, conns, halves int) *bench {
 }
 
 // in mirrors the remote's segment and returns what the SVM gets.
-func (b *bench) in(flags rewriter.Flags, ack uint32, opts ...byte) (rewriter.Verdict, rewriter.TCP) {
+func (b *bench) in(flags bpfmodel.Flags, ack uint32, opts ...byte) (bpfmodel.Verdict, bpfmodel.TCP) {
 	b.Helper()
 	s := parse(b, b.flow, seg{
 		flow: b.flow, toGuest: true, seq: isnCli + 1, ack: ack, flags: flags, opts: opts,
@@ -44,10 +44,10 @@ func (b *bench) in(flags rewriter.Flags, ack uint32, opts ...byte) (rewriter.Ver
 }
 
 // out lets the SVM speak.
-func (b *bench) out(flags rewriter.Flags, seq, ack uint32, opts ...byte) (v rewriter.Verdict, r *rewriter.Record) {
+func (b *bench) out(flags bpfmodel.Flags, seq, ack uint32, opts ...byte) (v bpfmodel.Verdict, r *bpfmodel.Record) {
 	b.Helper()
 	s := parse(b, b.flow, seg{flow: b.flow, seq: seq, ack: ack, flags: flags, opts: opts}.bytes())
-	r = new(rewriter.Record)
+	r = new(bpfmodel.Record)
 	v, sent := b.tab.Outbound(s, b.now, r)
 	if !sent {
 		return v, nil
@@ -55,10 +55,10 @@ func (b *bench) out(flags rewriter.Flags, seq, ack uint32, opts ...byte) (v rewr
 	return v, r
 }
 
-func (b *bench) announce(flags rewriter.Flags, isn, ack uint32, opts ...byte) (rewriter.Verdict, *rewriter.Record) {
-	a := rewriter.Record{Tuple: b.tuple(), Seq: isn, Ack: ack, Flags: flags}
+func (b *bench) announce(flags bpfmodel.Flags, isn, ack uint32, opts ...byte) (bpfmodel.Verdict, *bpfmodel.Record) {
+	a := bpfmodel.Record{Tuple: b.tuple(), Seq: isn, Ack: ack, Flags: flags}
 	a.OptLen = uint8(copy(a.Opts[:], opts))
-	r := new(rewriter.Record)
+	r := new(bpfmodel.Record)
 	v, sent := b.tab.Announce(&a, b.now, r)
 	if !sent {
 		return v, nil
@@ -66,7 +66,7 @@ func (b *bench) announce(flags rewriter.Flags, isn, ack uint32, opts ...byte) (r
 	return v, r
 }
 
-func (b *bench) want(what string, v, want rewriter.Verdict, got, wanted uint32) {
+func (b *bench) want(what string, v, want bpfmodel.Verdict, got, wanted uint32) {
 	b.Helper()
 	if v != want || got != wanted {
 		b.Errorf("%s: %s %#x, want %s %#x", what, v, got, want, wanted)
@@ -77,7 +77,7 @@ func (b *bench) want(what string, v, want rewriter.Verdict, got, wanted uint32) 
 func (b *bench) accept() {
 	b.Helper()
 	b.announce(syn|ackF, isnPVM, isnCli+1, tsOpt(tsPVM, 9)...)
-	if v, r := b.out(syn|ackF, isnSVM, isnCli+1, tsOpt(tsSVM, 9)...); v != rewriter.RecordOut {
+	if v, r := b.out(syn|ackF, isnSVM, isnCli+1, tsOpt(tsSVM, 9)...); v != bpfmodel.RecordOut {
 		b.Fatalf("SYN|ACK: %s %+v", v, r)
 	}
 }
@@ -87,7 +87,7 @@ func (b *bench) establish() {
 	b.Helper()
 	b.accept()
 	v, h := b.in(ackF, isnPVM+1)
-	b.want("third segment", v, rewriter.Delivered, h.Ack(), isnSVM+1)
+	b.want("third segment", v, bpfmodel.Delivered, h.Ack(), isnSVM+1)
 	if n := len(conns(b.tab)); n != 1 {
 		b.Fatalf("%d connections, want 1", n)
 	}
@@ -97,70 +97,70 @@ func TestPassiveOpen(t *testing.T) {
 	b := newBench(t, 1, 1)
 	b.accept()
 	v, r := b.announce(syn|ackF, isnPVM, isnCli+1, tsOpt(tsPVM+7, 9)...)
-	if v != rewriter.RecordOut || r == nil {
+	if v != bpfmodel.RecordOut || r == nil {
 		t.Fatalf("repeated announcement: %s", v)
 	}
-	b.want("repeated announcement", v, rewriter.RecordOut, r.Seq, isnPVM)
-	b.want("its ack", v, rewriter.RecordOut, r.Ack, isnCli+1)
-	b.want("its TSval", v, rewriter.RecordOut, binary.BigEndian.Uint32(r.Opts[2:]), tsPVM)
+	b.want("repeated announcement", v, bpfmodel.RecordOut, r.Seq, isnPVM)
+	b.want("its ack", v, bpfmodel.RecordOut, r.Ack, isnCli+1)
+	b.want("its TSval", v, bpfmodel.RecordOut, binary.BigEndian.Uint32(r.Opts[2:]), tsPVM)
 	v, h := b.in(ackF, isnPVM+5, slices.Concat(tsOpt(9, tsPVM+3), sackOpt(0, 7))...)
-	b.want("ack", v, rewriter.Delivered, h.Ack(), isnSVM+5)
+	b.want("ack", v, bpfmodel.Delivered, h.Ack(), isnSVM+5)
 	o := h.Options()
-	b.want("TSecr", v, rewriter.Delivered, binary.BigEndian.Uint32(o[6:]), tsSVM+3)
-	b.want("SACK", v, rewriter.Delivered, binary.BigEndian.Uint32(o[16:]), skew+7)
+	b.want("TSecr", v, bpfmodel.Delivered, binary.BigEndian.Uint32(o[6:]), tsSVM+3)
+	b.want("SACK", v, bpfmodel.Delivered, binary.BigEndian.Uint32(o[16:]), skew+7)
 	v, r = b.out(ackF, isnSVM+9, isnCli+1, tsOpt(tsSVM+20, 9)...)
-	b.want("segment", v, rewriter.RecordOut, r.Seq, 7)
-	b.want("cli_ack", v, rewriter.RecordOut, r.CliAck, isnPVM+5)
-	b.want("TSval", v, rewriter.RecordOut, binary.BigEndian.Uint32(r.Opts[2:]), tsPVM+20)
+	b.want("segment", v, bpfmodel.RecordOut, r.Seq, 7)
+	b.want("cli_ack", v, bpfmodel.RecordOut, r.CliAck, isnPVM+5)
+	b.want("TSval", v, bpfmodel.RecordOut, binary.BigEndian.Uint32(r.Opts[2:]), tsPVM+20)
 	v, _ = b.announce(syn|ackF, isnPVM, isnCli+1)
-	b.want("late announcement", v, rewriter.RecordIn, 0, 0)
+	b.want("late announcement", v, bpfmodel.RecordIn, 0, 0)
 }
 
 // QEMU's filter-rewriter does not translate active opens at all.
 func TestActiveOpen(t *testing.T) {
 	b := newBench(t, 1, 1)
 	v, r := b.out(syn, isnSVM, 0)
-	if v != rewriter.Pending || r == nil || !r.Inherited || r.Seq != isnSVM {
+	if v != bpfmodel.Pending || r == nil || !r.Inherited || r.Seq != isnSVM {
 		t.Fatalf("SYN before the announcement: %s %+v", v, r)
 	}
 	if v, r = b.announce(syn, isnPVM, 0); r == nil {
 		t.Fatalf("announcement: %s", v)
 	}
-	b.want("announcement", v, rewriter.RecordOut, r.Seq, isnPVM)
+	b.want("announcement", v, bpfmodel.RecordOut, r.Seq, isnPVM)
 	v, r = b.out(syn, isnSVM, 0)
-	b.want("SYN again", v, rewriter.RecordOut, r.Seq, isnPVM)
+	b.want("SYN again", v, bpfmodel.RecordOut, r.Seq, isnPVM)
 	v, h := b.in(syn|ackF, isnPVM+1)
-	b.want("SYN|ACK", v, rewriter.Delivered, h.Ack(), isnSVM+1)
+	b.want("SYN|ACK", v, bpfmodel.Delivered, h.Ack(), isnSVM+1)
 	v, r = b.out(ackF, isnSVM+1, isnCli+1)
-	b.want("ack", v, rewriter.RecordOut, r.Seq, isnPVM+1)
+	b.want("ack", v, bpfmodel.RecordOut, r.Seq, isnPVM+1)
 }
 
 func TestSimultaneousOpen(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
-		steps func(b *bench) *rewriter.Record
+		steps func(b *bench) *bpfmodel.Record
 	}{
-		{"SYNs paired", func(b *bench) *rewriter.Record {
+		{"SYNs paired", func(b *bench) *bpfmodel.Record {
 			b.announce(syn, isnPVM, 0)
 			b.out(syn, isnSVM, 0)
 			b.out(syn|ackF, isnSVM, isnCli+1)
 			_, r := b.announce(syn|ackF, isnPVM, isnCli+1)
 			return r
 		}},
-		{"announced SYN lost", func(b *bench) *rewriter.Record {
+		{"announced SYN lost", func(b *bench) *bpfmodel.Record {
 			b.announce(syn|ackF, isnPVM, isnCli+1)
 			b.out(syn, isnSVM, 0)
 			_, r := b.out(syn|ackF, isnSVM, isnCli+1)
 			return r
 		}},
-		{"announcements reversed", func(b *bench) *rewriter.Record {
+		{"announcements reversed", func(b *bench) *bpfmodel.Record {
 			b.out(syn, isnSVM, 0)
 			b.announce(syn|ackF, isnPVM, isnCli+1)
 			b.announce(syn, isnPVM, 0)
 			_, r := b.out(syn|ackF, isnSVM, isnCli+1)
 			return r
 		}},
-		{"all announced late", func(b *bench) *rewriter.Record {
+		{"all announced late", func(b *bench) *bpfmodel.Record {
 			b.out(syn, isnSVM, 0)
 			b.out(syn|ackF, isnSVM, isnCli+1)
 			_, r := b.announce(syn|ackF, isnPVM, isnCli+1)
@@ -176,7 +176,7 @@ func TestSimultaneousOpen(t *testing.T) {
 			b.want("seq", "", "", r.Seq, isnPVM)
 			b.want("ack", "", "", r.Ack, isnCli+1)
 			v, h := b.in(syn|ackF, isnPVM+1)
-			b.want("SYN|ACK", v, rewriter.Delivered, h.Ack(), isnSVM+1)
+			b.want("SYN|ACK", v, bpfmodel.Delivered, h.Ack(), isnSVM+1)
 			if len(conns(b.tab)) != 1 {
 				t.Error("not established")
 			}
@@ -190,10 +190,10 @@ func TestOvertakingAck(t *testing.T) {
 	b := newBench(t, 1, 1)
 	b.announce(syn|ackF, isnPVM, isnCli+1)
 	v, h := b.in(ackF, isnPVM+1)
-	b.want("early ack", v, rewriter.Delivered, h.Ack(), isnPVM+1)
+	b.want("early ack", v, bpfmodel.Delivered, h.Ack(), isnPVM+1)
 	b.out(syn|ackF, isnSVM, isnCli+1)
 	v, h = b.in(ackF, isnPVM+100)
-	b.want("ack of data", v, rewriter.Delivered, h.Ack(), isnSVM+100)
+	b.want("ack of data", v, bpfmodel.Delivered, h.Ack(), isnSVM+100)
 }
 
 // A checkpoint in mid-handshake does the same to it.
@@ -202,9 +202,9 @@ func TestCheckpointInHandshake(t *testing.T) {
 	b.accept()
 	b.tab.Reset() // the SVM is the PVM now
 	v, h := b.in(ackF, 5)
-	b.want("ack", v, rewriter.Delivered, h.Ack(), 5)
+	b.want("ack", v, bpfmodel.Delivered, h.Ack(), 5)
 	v, r := b.out(ackF, isnPVM+1, isnCli+1)
-	if v != rewriter.RecordOut || !r.Inherited || r.Inc != 0 || r.Seq != isnPVM+1 {
+	if v != bpfmodel.RecordOut || !r.Inherited || r.Inc != 0 || r.Seq != isnPVM+1 {
 		t.Errorf("segment: %s %+v", v, r)
 	}
 }
@@ -216,14 +216,14 @@ func TestTupleReuse(t *testing.T) {
 		b := newBench(t, 1, 1)
 		b.establish()
 		v, r := b.announce(syn|ackF, nextPVM, nextCli+1)
-		if v != rewriter.RecordIn || r != nil {
+		if v != bpfmodel.RecordIn || r != nil {
 			t.Fatalf("announcement: %s %+v", v, r)
 		}
 		v, r = b.out(ackF|fin, isnSVM+4, isnCli+1)
-		b.want("what the SVM still says of the first", v, rewriter.RecordOut, r.Seq, 2)
+		b.want("what the SVM still says of the first", v, bpfmodel.RecordOut, r.Seq, 2)
 		v, r = b.out(syn|ackF, nextSVM, nextCli+1)
-		b.want("SYN|ACK", v, rewriter.RecordOut, r.Seq, nextPVM)
-		b.want("incarnation", v, rewriter.RecordOut, r.Inc, nextPVM)
+		b.want("SYN|ACK", v, bpfmodel.RecordOut, r.Seq, nextPVM)
+		b.want("incarnation", v, bpfmodel.RecordOut, r.Inc, nextPVM)
 		if v, r = b.announce(syn|ackF, isnPVM, isnCli+1); r != nil {
 			t.Errorf("stale announcement: %s %+v", v, r)
 		}
@@ -233,7 +233,7 @@ func TestTupleReuse(t *testing.T) {
 		b.announce(syn, isnPVM, 0)
 		b.out(syn, isnSVM, 0)
 		b.in(syn|ackF, isnPVM+1)
-		if v, r := b.out(syn, nextSVM, 0); v != rewriter.Pending || !r.Inherited {
+		if v, r := b.out(syn, nextSVM, 0); v != bpfmodel.Pending || !r.Inherited {
 			t.Fatalf("SYN: %s %+v", v, r)
 		}
 		if v, r := b.announce(syn, isnPVM, 0); r != nil {
@@ -249,12 +249,12 @@ func TestTupleReuse(t *testing.T) {
 		b.announce(syn, isnPVM, 0)
 		b.out(syn, isnSVM, 0)
 		v, h := b.in(rst|ackF, isnPVM+1)
-		b.want("refusal", v, rewriter.Delivered, h.Ack(), isnSVM+1)
+		b.want("refusal", v, bpfmodel.Delivered, h.Ack(), isnSVM+1)
 		if _, r := b.announce(syn, nextPVM, 0); r != nil {
 			t.Fatalf("paired with the first SYN: %+v", r)
 		}
 		v, r := b.out(syn, nextSVM, 0)
-		b.want("second SYN", v, rewriter.RecordOut, r.Seq, nextPVM)
+		b.want("second SYN", v, bpfmodel.RecordOut, r.Seq, nextPVM)
 	})
 }
 
@@ -263,7 +263,7 @@ func TestRefusal(t *testing.T) {
 	b := newBench(t, 1, 1)
 	b.establish()
 	v, r := b.out(rst|ackF, 0, isnCli+1)
-	if v != rewriter.RecordOut || !r.Inherited || r.Seq != 0 {
+	if v != bpfmodel.RecordOut || !r.Inherited || r.Seq != 0 {
 		t.Errorf("refusal: %s %+v", v, r)
 	}
 }
@@ -289,12 +289,12 @@ func TestFloodEvictsHalvesOnly(t *testing.T) {
 	}
 	b.flow = kept
 	v, h := b.in(ackF, isnPVM+3)
-	b.want("ack of the old connection", v, rewriter.Delivered, h.Ack(), isnSVM+3)
+	b.want("ack of the old connection", v, bpfmodel.Delivered, h.Ack(), isnSVM+3)
 
 	// What was evicted costs one more announcement.
 	b.flow.rport = 5000
 	v, r := b.out(syn|ackF, isnSVM, 1)
-	if v != rewriter.Pending || r != nil {
+	if v != bpfmodel.Pending || r != nil {
 		t.Errorf("evicted: %s %+v", v, r)
 	}
 	if _, r = b.announce(syn|ackF, isnPVM, 1); r == nil || r.Seq != isnPVM {
@@ -308,15 +308,15 @@ func TestConnFull(t *testing.T) {
 	b.establish()
 	b.flow.rport++
 	b.accept()
-	if v, _ := b.in(ackF, isnPVM+1); v != rewriter.ConnFull {
+	if v, _ := b.in(ackF, isnPVM+1); v != bpfmodel.ConnFull {
 		t.Fatalf("with a full table: %s", v)
 	}
-	if v, _ := b.in(rst, 0); v != rewriter.Delivered {
+	if v, _ := b.in(rst, 0); v != bpfmodel.Delivered {
 		t.Fatalf("RST with a full table: %s", v)
 	}
 	b.tab.Sweep(100, 10, 10)
 	v, h := b.in(ackF, isnPVM+1)
-	b.want("with room", v, rewriter.Delivered, h.Ack(), isnSVM+1)
+	b.want("with room", v, bpfmodel.Delivered, h.Ack(), isnSVM+1)
 }
 
 func TestSweep(t *testing.T) {
@@ -357,7 +357,7 @@ func TestSweep(t *testing.T) {
 // After a takeover what has an offset is translated, and nothing else (R22).
 func TestAlone(t *testing.T) {
 	b := newBench(t, 1, 1)
-	alone := func(toGuest bool) rewriter.TCP {
+	alone := func(toGuest bool) bpfmodel.TCP {
 		s := parse(t, b.flow, seg{flow: b.flow, toGuest: toGuest, seq: 70, ack: 90, flags: ackF}.bytes())
 		b.tab.Alone(s, toGuest, 0)
 		return s.TCP()
@@ -380,7 +380,7 @@ func TestPartialChecksum(t *testing.T) {
 	s := parse(t, b.flow, seg{flow: b.flow, seq: isnSVM + 1, flags: ackF}.bytes())
 	s.Partial = true
 	was := s.TCP().Checksum()
-	b.tab.Outbound(s, 0, new(rewriter.Record))
+	b.tab.Outbound(s, 0, new(bpfmodel.Record))
 	if s.TCP().Seq() != isnPVM+1 || s.TCP().Checksum() != was {
 		t.Errorf("seq %#x, checksum %#x, was %#x", s.TCP().Seq(), s.TCP().Checksum(), was)
 	}
@@ -419,8 +419,8 @@ func TestAllocations(t *testing.T) {
 	opts := slices.Concat(tsOpt(1, 2), sackOpt(1, 2, 3, 4))
 	in := seg{flow: b.flow, toGuest: true, flags: ackF, opts: opts}.bytes()
 	out := seg{flow: b.flow, seq: isnSVM + 1, flags: ackF, opts: opts}.bytes()
-	var s rewriter.Segment
-	var r rewriter.Record
+	var s bpfmodel.Segment
+	var r bpfmodel.Record
 	if n := testing.AllocsPerRun(100, func() {
 		s.Parse(in)
 		b.tab.Inbound(&s, 0)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter_test
+package bpfmodel_test
 
 import (
 	"bytes"
@@ -17,6 +17,7 @@ import (
 	"pgregory.net/rapid"
 
 	"lockstep/bpf"
+	"lockstep/bpf/bpfmodel"
 	"lockstep/compare"
 	lt "lockstep/loader/loadertest"
 	"lockstep/rewriter"
@@ -203,7 +204,7 @@ func (k *kernel) kept(t rapid.TB, slot uint32) []byte {
 }
 
 // announcement is the peer frame that P sends for a.
-func (k *kernel) announcement(t rapid.TB, a *rewriter.Record) []byte {
+func (k *kernel) announcement(t rapid.TB, a *bpfmodel.Record) []byte {
 	t.Helper()
 	k.no++
 	r := bpf.LockstepLsRec{
@@ -252,22 +253,22 @@ func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r 
 	return r, frame[preAt+4 : off]
 }
 
-func kernelTuple(t rewriter.Tuple) bpf.LockstepLsTuple {
+func kernelTuple(t bpfmodel.Tuple) bpf.LockstepLsTuple {
 	return bpf.LockstepLsTuple{
 		Guest: t.Guest, Remote: t.Remote, Gport: t.GuestPort, Rport: t.RemotePort, Vlan: t.VLAN, Proto: t.Proto,
 	}
 }
 
-func modelTuple(t bpf.LockstepLsTuple) rewriter.Tuple {
-	return rewriter.Tuple{
+func modelTuple(t bpf.LockstepLsTuple) bpfmodel.Tuple {
+	return bpfmodel.Tuple{
 		Guest: t.Guest, Remote: t.Remote, GuestPort: t.Gport, RemotePort: t.Rport, VLAN: t.Vlan, Proto: t.Proto,
 	}
 }
 
 // conns and halves are the kernel's tables in the model's words, but for the time.
-func (k *kernel) conns(t rapid.TB) map[rewriter.Tuple]rewriter.Conn {
+func (k *kernel) conns(t rapid.TB) map[bpfmodel.Tuple]rewriter.Conn {
 	t.Helper()
-	m := make(map[rewriter.Tuple]rewriter.Conn)
+	m := make(map[bpfmodel.Tuple]rewriter.Conn)
 	var key bpf.LockstepLsTuple
 	var c bpf.LockstepLsConn
 	it := k.LsConn.Iterate()
@@ -283,9 +284,9 @@ func (k *kernel) conns(t rapid.TB) map[rewriter.Tuple]rewriter.Conn {
 	return m
 }
 
-func (k *kernel) halves(t rapid.TB) map[rewriter.Tuple]rewriter.Half {
+func (k *kernel) halves(t rapid.TB) map[bpfmodel.Tuple]bpfmodel.Half {
 	t.Helper()
-	m := make(map[rewriter.Tuple]rewriter.Half)
+	m := make(map[bpfmodel.Tuple]bpfmodel.Half)
 	var key bpf.LockstepLsTuple
 	var h bpf.LockstepLsHalf
 	it := k.LsHalf.Iterate()
@@ -293,10 +294,12 @@ func (k *kernel) halves(t rapid.TB) map[rewriter.Tuple]rewriter.Half {
 		if h.Last == 0 {
 			t.Fatalf("half-open connection never seen: %+v", h)
 		}
-		m[modelTuple(key)] = rewriter.Half{
-			State: rewriter.State(h.State), ISNPVM: h.IsnPvm, ISNSVM: h.IsnSvm, CliPVM: h.CliPvm, CliSVM: h.CliSvm,
-			TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
-			Win: h.Win, Flags: rewriter.Flags(h.TcpFlags), OptLen: h.Optlen, Opts: h.Opts,
+		m[modelTuple(key)] = bpfmodel.Half{
+			Half: rewriter.Half{
+				State: rewriter.State(h.State), ISNPVM: h.IsnPvm, ISNSVM: h.IsnSvm, CliPVM: h.CliPvm, CliSVM: h.CliSvm,
+				TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
+			},
+			Win: h.Win, Flags: bpfmodel.Flags(h.TcpFlags), OptLen: h.Optlen, Opts: h.Opts,
 		}
 	}
 	must(t, it.Err())
@@ -307,7 +310,7 @@ func (k *kernel) halves(t rapid.TB) map[rewriter.Tuple]rewriter.Half {
 type duel struct {
 	*rapid.T
 	k              *kernel
-	tab            *rewriter.Table
+	tab            *bpfmodel.Table
 	flows          []flow
 	pvm, svm, cli  []uint32 // ISNs
 	now            int64
@@ -326,13 +329,13 @@ func (d *duel) expect(what string, got, want any) {
 }
 
 // pass gives frame to the kernel; the model works on a copy.
-func (d *duel) pass(what string, prog *ebpf.Program, frame []byte) *rewriter.Segment {
+func (d *duel) pass(what string, prog *ebpf.Program, frame []byte) *bpfmodel.Segment {
 	d.Helper()
 	d.now++
 	d.what, d.frame, d.changed = what, frame, slices.Clone(frame)
 	d.verdict, d.out = d.k.run(d.T, prog, frame)
 	d.names = d.k.moved(d.T)
-	return new(rewriter.Segment)
+	return new(bpfmodel.Segment)
 }
 
 // judge compares verdict and counters.
@@ -363,7 +366,7 @@ func (d *duel) sameTables() {
 	if got := d.k.conns(d.T); !maps.Equal(got, c) {
 		d.Fatalf("%s: ls_conn:\nkernel %+v\nmodel  %+v\nframe % x", d.what, got, c, d.frame)
 	}
-	h := make(map[rewriter.Tuple]rewriter.Half)
+	h := make(map[bpfmodel.Tuple]bpfmodel.Half)
 	for key, v := range d.tab.Halves() {
 		v.Last = 0
 		h[key] = v
@@ -376,11 +379,11 @@ func (d *duel) sameTables() {
 // inbound: the peer link brings a mirrored frame.
 func (d *duel) inbound(frame []byte) {
 	s := d.pass("inbound", d.k.LsSecIn, frame)
-	v := rewriter.Delivered
-	if s.Parse(d.changed) == rewriter.ClassTCP {
+	v := bpfmodel.Delivered
+	if s.Parse(d.changed) == bpfmodel.ClassTCP {
 		v = d.tab.Inbound(s, d.now)
 	}
-	if v == rewriter.Delivered {
+	if v == bpfmodel.Delivered {
 		d.judge(redirect, string(v))
 		d.sameBytes("frame", d.out, d.changed)
 	} else {
@@ -392,14 +395,14 @@ func (d *duel) inbound(frame []byte) {
 func (d *duel) outbound(frame []byte) {
 	s := d.pass("outbound", d.k.LsSecOut, frame)
 	switch s.Parse(d.changed) {
-	case rewriter.ClassOther:
+	case bpfmodel.ClassOther:
 		d.uncompared(frame)
 		return
-	case rewriter.ClassMalformed:
+	case bpfmodel.ClassMalformed:
 		d.judge(drop, "malformed")
 		return
 	}
-	var want rewriter.Record
+	var want bpfmodel.Record
 	v, sent := d.tab.Outbound(s, d.now, &want)
 	if !sent {
 		d.judge(drop, string(v))
@@ -415,9 +418,9 @@ func (d *duel) outbound(frame []byte) {
 	}
 	ev := evs[0]
 	inherited := ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED) != 0
-	got := rewriter.Record{
+	got := bpfmodel.Record{
 		Tuple: modelTuple(ev.T), Inherited: inherited, Inc: ev.Inc, Seq: ev.Seq, End: want.End, Ack: ev.Ack,
-		Win: ev.Win, Flags: rewriter.Flags(ev.TcpFlags), CliAck: ev.CliAck, OptLen: want.OptLen, Opts: want.Opts,
+		Win: ev.Win, Flags: bpfmodel.Flags(ev.TcpFlags), CliAck: ev.CliAck, OptLen: want.OptLen, Opts: want.Opts,
 	}
 	d.expect("type", ev.Type, uint32(bpf.LockstepLsEvTypeLS_EV_COPY))
 	d.expect("copy", got, want)
@@ -445,12 +448,12 @@ func (d *duel) uncompared(frame []byte) {
 }
 
 // sameRecord holds the record frame that the kernel made against want.
-func (d *duel) sameRecord(want *rewriter.Record, payload []byte) (between []byte) {
+func (d *duel) sameRecord(want *bpfmodel.Record, payload []byte) (between []byte) {
 	d.Helper()
 	r, between := d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_DATA, d.out)
-	got := rewriter.Record{
+	got := bpfmodel.Record{
 		Tuple: modelTuple(r.T), Inherited: r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) != 0,
-		Inc: r.Inc, Seq: r.Seq, End: r.End, Ack: r.Ack, Win: r.Win, Flags: rewriter.Flags(r.TcpFlags),
+		Inc: r.Inc, Seq: r.Seq, End: r.End, Ack: r.Ack, Win: r.Win, Flags: bpfmodel.Flags(r.TcpFlags),
 		OptLen: r.Optlen, Opts: r.Opts, CliAck: want.CliAck, // which is no part of a record
 	}
 	d.expect("record", got, *want)
@@ -463,9 +466,9 @@ func (d *duel) sameRecord(want *rewriter.Record, payload []byte) (between []byte
 }
 
 // announce: P announces the PVM's SYN.
-func (d *duel) announce(a *rewriter.Record) {
+func (d *duel) announce(a *bpfmodel.Record) {
 	d.pass("announcement", d.k.LsSecIn, d.k.announcement(d.T, a))
-	var want rewriter.Record
+	var want bpfmodel.Record
 	v, sent := d.tab.Announce(a, d.now, &want)
 	if !sent {
 		d.judge(drop, string(v))
@@ -483,7 +486,7 @@ func (d *duel) alone(toGuest bool, frame []byte) {
 		prog = d.k.LsSecGate
 	}
 	s := d.pass("alone", prog, frame)
-	if s.Parse(d.changed) == rewriter.ClassTCP {
+	if s.Parse(d.changed) == bpfmodel.ClassTCP {
 		d.tab.Alone(s, toGuest, d.now)
 	}
 	d.judge(next, "passed")
@@ -498,8 +501,8 @@ func (d *duel) near(isns []uint32, label string) uint32 {
 }
 
 var flagSets = rapid.OneOf(
-	rapid.SampledFrom([]rewriter.Flags{ackF, ackF | psh, ackF | fin, syn | ackF, syn, rst, rst | ackF}),
-	rapid.Map(rapid.Byte(), func(b byte) rewriter.Flags { return rewriter.Flags(b) }),
+	rapid.SampledFrom([]bpfmodel.Flags{ackF, ackF | psh, ackF | fin, syn | ackF, syn, rst, rst | ackF}),
+	rapid.Map(rapid.Byte(), func(b byte) bpfmodel.Flags { return bpfmodel.Flags(b) }),
 )
 
 // tcpOptions draws options as stacks write them, oddly laid out ones and rubbish.
@@ -604,7 +607,7 @@ func (d *duel) damaged(frame []byte) []byte {
 }
 
 // guestSyn draws a guest's SYN or SYN|ACK.
-func (d *duel) guestSyn(f flow, flags rewriter.Flags, isns []uint32) seg {
+func (d *duel) guestSyn(f flow, flags bpfmodel.Flags, isns []uint32) seg {
 	s := seg{flow: f, seq: rapid.SampledFrom(isns).Draw(d.T, "isn"), flags: flags, opts: d.tcpOptions()}
 	if flags&ackF != 0 {
 		s.ack = rapid.SampledFrom(d.cli).Draw(d.T, "isn cli") + 1
@@ -612,9 +615,9 @@ func (d *duel) guestSyn(f flow, flags rewriter.Flags, isns []uint32) seg {
 	return s
 }
 
-func (d *duel) announceSyn(f flow, flags rewriter.Flags) {
+func (d *duel) announceSyn(f flow, flags bpfmodel.Flags) {
 	s := d.guestSyn(f, flags, d.pvm)
-	a := rewriter.Record{Tuple: f.tuple(), Seq: s.seq, Ack: s.ack, Flags: flags}
+	a := bpfmodel.Record{Tuple: f.tuple(), Seq: s.seq, Ack: s.ack, Flags: flags}
 	a.OptLen = uint8(copy(a.Opts[:], s.opts))
 	d.announce(&a)
 }
@@ -680,7 +683,7 @@ func (d *duel) icmpError(toGuest, alone bool) {
 	d.k.mode(d.T, mode)
 	d.pass("ICMP error", prog, frame)
 	d.k.mode(d.T, bpf.LockstepLsModeLS_MODE_RUN)
-	var e rewriter.ICMPError
+	var e bpfmodel.ICMPError
 	is := e.Parse(d.changed, toGuest)
 	if is {
 		d.tab.Error(&e, toGuest, alone)
@@ -716,7 +719,7 @@ func (d *duel) step() {
 			d.outbound(d.other(false))
 		}
 	case "announce":
-		flags := rapid.SampledFrom([]rewriter.Flags{syn, syn | ackF, syn | ackF}).Draw(d.T, "flags")
+		flags := rapid.SampledFrom([]bpfmodel.Flags{syn, syn | ackF, syn | ackF}).Draw(d.T, "flags")
 		d.announceSyn(rapid.SampledFrom(d.flows).Draw(d.T, "flow"), flags)
 	case "open":
 		d.open()
@@ -743,7 +746,7 @@ func TestKernel(t *testing.T) {
 		k.reset(t)
 		isns := rapid.SliceOfN(edge(), 2, 2)
 		d := &duel{
-			T: t, k: k, tab: rewriter.New(conns, halves),
+			T: t, k: k, tab: bpfmodel.New(conns, halves),
 			pvm: isns.Draw(t, "isns pvm"), svm: isns.Draw(t, "isns svm"), cli: isns.Draw(t, "isns cli"),
 		}
 		for i := range conns + 1 {
@@ -762,7 +765,7 @@ func TestKernelFlood(t *testing.T) {
 	const conns, halves = 4, 1024
 	k := loadKernel(t, conns, halves)
 	f := flow{guest: 1, rem: 2, gport: 80}
-	a := rewriter.Record{Tuple: f.tuple(), Seq: isnPVM, Ack: isnCli + 1, Flags: syn | ackF}
+	a := bpfmodel.Record{Tuple: f.tuple(), Seq: isnPVM, Ack: isnCli + 1, Flags: syn | ackF}
 	k.run(t, k.LsSecIn, k.announcement(t, &a))
 	k.run(t, k.LsSecOut, seg{flow: f, seq: isnSVM, ack: isnCli + 1, flags: syn | ackF}.bytes())
 	ack := seg{flow: f, toGuest: true, seq: isnCli + 1, ack: isnPVM + 1, flags: ackF}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rewriter is the model of the kernel's TCP rewriter: what ls_sec_in,
+// Package bpfmodel is the model of the kernel's TCP rewriter: what ls_sec_in,
 // ls_sec_out and ls_sec_gate do to segments on the secondary host. It is pure,
 // and what the kernel does is tested against it.
 //
@@ -8,26 +8,18 @@
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
 // what the SVM says on the way out. The offset between the two is not guessed
 // from traffic but announced by P (R9).
-package rewriter
+package bpfmodel
 
 import (
 	"iter"
 	"maps"
 	"time"
+
+	"lockstep/rewriter"
 )
 
-// Conn is a connection whose offset is known. It is never evicted (R11).
-type Conn struct {
-	Off    uint32 // ISN_SVM - ISN_PVM
-	TSOff  uint32 // TSval_SVM - TSval_PVM
-	Inc    uint32 // incarnation: ISN_PVM
-	State  State
-	CliAck uint32 // highest ack of the remote, PVM numbering
-	ISNSVM uint32
-	Last   int64 // boottime ns of the last segment
-}
-
-func (c *Conn) offset() offset { return offset{c.Off, c.TSOff} }
+// Conn is an entry of ls_conn.
+type Conn = rewriter.Conn
 
 // Record is what P is told of a segment of the SVM, in PVM numbering, or, as an
 // announcement, what S is told of the PVM's SYN.
@@ -84,11 +76,7 @@ func (t *Table) Reset() {
 // that were silent for idle, and returns their number (R11).
 func (t *Table) Sweep(now int64, linger, idle time.Duration) (removed int) {
 	for key, c := range t.conn {
-		limit := idle
-		if c.State&WasReset != 0 || c.State&(GuestFIN|RemoteFIN) == GuestFIN|RemoteFIN {
-			limit = min(linger, idle)
-		}
-		if now-c.Last > int64(limit) {
+		if c.Ended(now, linger, idle) {
 			delete(t.conn, key)
 			removed++
 		}
@@ -112,7 +100,7 @@ func (t *Table) Halves() iter.Seq2[Tuple, Half] {
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	key, h := s.tuple(true), s.TCP()
 	if c, ok := t.touch(key, h, false, now); ok {
-		s.toSVM(c.offset())
+		s.toSVM(c.Offset())
 		return Delivered
 	}
 	half := t.half.get(key)
@@ -122,19 +110,19 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 		}
 		return Delivered
 	}
-	if t.guess && half.State&(HasPVM|Active) == 0 && h.Flags()&ACK != 0 {
-		half.State |= HasPVM
+	if t.guess && half.State&(rewriter.HasPVM|rewriter.Active) == 0 && h.Flags()&ACK != 0 {
+		half.State |= rewriter.HasPVM
 		half.ISNPVM, half.CliPVM = h.Ack()-1, half.CliSVM
 	}
-	if !half.paired() {
+	if !half.Paired() {
 		return Delivered
 	}
-	off := half.offset()
+	off := half.Offset()
 	if half.acked(h) {
 		if len(t.conn) >= t.max {
 			return ConnFull
 		}
-		half.State |= Done
+		half.State |= rewriter.Done
 		t.conn[key] = half.conn(h.Ack())
 		t.touch(key, h, false, now)
 	}
@@ -158,7 +146,7 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
 	}
 	if c, ok := t.touch(key, h, true, now); ok {
-		s.toPVM(c.offset())
+		s.toPVM(c.Offset())
 		r.take(key, s, c.Inc, c.CliAck)
 		return RecordOut, true
 	}
@@ -180,9 +168,9 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		return RecordOut, true
 	}
 	switch {
-	case half.paired():
+	case half.Paired():
 		half.Last = now
-		s.toPVM(half.offset())
+		s.toPVM(half.Offset())
 		r.take(key, s, half.ISNPVM, half.ISNPVM)
 		return RecordOut, true
 	case t.guess:
@@ -207,9 +195,9 @@ func (t *Table) Alone(s *Segment, toGuest bool, now int64) {
 	c, ok := t.touch(key, h, !toGuest, now)
 	switch {
 	case ok && toGuest:
-		s.toSVM(c.offset())
+		s.toSVM(c.Offset())
 	case ok:
-		s.toPVM(c.offset())
+		s.toPVM(c.Offset())
 	}
 }
 
@@ -222,13 +210,13 @@ func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) 
 	c.Last = now
 	switch flags := h.Flags(); {
 	case flags&RST != 0:
-		c.State |= WasReset
+		c.State |= rewriter.WasReset
 	case flags&FIN != 0 && fromGuest:
-		c.State |= GuestFIN
+		c.State |= rewriter.GuestFIN
 	case flags&FIN != 0:
-		c.State |= RemoteFIN
+		c.State |= rewriter.RemoteFIN
 	case fromGuest:
-		c.State &^= WasReset // it did not believe the RST: anybody may have sent it
+		c.State &^= rewriter.WasReset // it did not believe the RST: anybody may have sent it
 	}
 	if !fromGuest && h.Flags()&ACK != 0 && after(h.Ack(), c.CliAck) {
 		c.CliAck = h.Ack()

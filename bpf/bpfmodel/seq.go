@@ -1,14 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter
+package bpfmodel
 
 // Sequence numbers and timestamps wrap at 2^32: a comes after b when it is less
 // than half the circle ahead (RFC 9293, section 3.4).
 
 func after(a, b uint32) bool { return int32(a-b) > 0 }
-
-// offset is what lies between two numberings of one connection.
-type offset struct {
-	seq uint32 // ISN_SVM - ISN_PVM
-	ts  uint32 // TSval_SVM - TSval_PVM; 0 without timestamps
-}

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter
+package bpfmodel
 
 import (
 	"encoding/binary"
 	"iter"
+
+	"lockstep/rewriter"
 )
 
 // Flags are TCP flags as in the header.
@@ -297,41 +299,41 @@ func (s *Segment) tuple(toGuest bool) Tuple {
 // toSVM turns the remote's numbers about the PVM into the SVM's (R10): ack, SACK
 // blocks and TSecr, which mean nothing without the ACK flag. A TSecr of 0 says
 // that there is none.
-func (s *Segment) toSVM(off offset) {
+func (s *Segment) toSVM(off rewriter.Offset) {
 	h := s.TCP()
 	if h.Flags()&ACK == 0 {
 		return
 	}
 	o := h.Options()
-	if off.seq == 0 && o.sealed() {
+	if off.Seq == 0 && o.sealed() {
 		return
 	}
-	h.Add(offAck, off.seq, s.Partial)
+	h.Add(offAck, off.Seq, s.Partial)
 	for at, end := range o.all() {
 		if o[at] != optSACK {
 			continue
 		}
 		for block := at + 2; block+8 <= end; block += 8 {
-			h.Add(tcpLen+block, off.seq, s.Partial)
-			h.Add(tcpLen+block+4, off.seq, s.Partial)
+			h.Add(tcpLen+block, off.Seq, s.Partial)
+			h.Add(tcpLen+block+4, off.Seq, s.Partial)
 		}
 	}
 	for at := range o.timestamps() {
 		if binary.BigEndian.Uint32(o[at+4:]) != 0 {
-			h.Add(tcpLen+at+4, off.ts, s.Partial)
+			h.Add(tcpLen+at+4, off.TS, s.Partial)
 		}
 	}
 }
 
 // toPVM turns what the SVM says into the PVM's numbers (R10): seq and TSval. Its
 // ack, SACK blocks and TSecr are about the remote's numbers, which both guests share.
-func (s *Segment) toPVM(off offset) {
+func (s *Segment) toPVM(off rewriter.Offset) {
 	h := s.TCP()
-	if off.seq == 0 && h.Options().sealed() {
+	if off.Seq == 0 && h.Options().sealed() {
 		return
 	}
-	h.Add(offSeq, -off.seq, s.Partial)
+	h.Add(offSeq, -off.Seq, s.Partial)
 	for at := range h.Options().timestamps() {
-		h.Add(tcpLen+at, -off.ts, s.Partial)
+		h.Add(tcpLen+at, -off.TS, s.Partial)
 	}
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package rewriter_test
+package bpfmodel_test
 
 import (
 	"os"
@@ -12,7 +12,7 @@ import (
 )
 
 // mutationEnv names the rule that the tests of this process switch off.
-const mutationEnv = "LOCKSTEP_REWRITER_MUTATION"
+const mutationEnv = "LOCKSTEP_MODEL_MUTATION"
 
 // Without its rule each of these tests fails: it would see the rule broken.
 func TestMutations(t *testing.T) {

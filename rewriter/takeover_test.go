@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package rewriter
+
+import (
+	"maps"
+	"testing"
+	"time"
+)
+
+// R22: every connection on which the PVM may have transmitted gets the guard, whatever
+// table knows it, and of several the one that knows most of it counts, in any order.
+func TestTakeover(t *testing.T) {
+	const guard, now = 1 << 24, 77
+	pair := Half{
+		State: HasPVM | HasSVM | PVMTS | SVMTS, ISNPVM: 10, ISNSVM: 100, TSPVM: 5, TSSVM: 9, UsedPVM: 10, UsedSVM: 100,
+	}
+	with := func(change func(*Half)) *Half { h := pair; change(&h); return &h }
+	kept := Conn{Off: 1, TSOff: 2, Inc: 3, State: GuestFIN, CliAck: 4, ISNSVM: 5, Last: 6}
+	fromHalf := Conn{Off: 90, TSOff: 4, Inc: 10, ISNSVM: 100, Last: now, State: Guarded, Guard: guard}
+	inherited := Conn{State: Inherited | Guarded, Guard: guard, Last: now}
+	fromConn := kept
+	fromConn.State, fromConn.Guard = GuestFIN|Guarded, guard
+	again := Conn{State: Inherited | Guarded, Guard: 1, Last: 2}
+
+	add := []func(*Takeover[string]){
+		func(to *Takeover[string]) {
+			to.AddConn("open", kept)
+			to.AddConn("all", kept)
+			to.AddConn("guarded", again)
+		},
+		func(to *Takeover[string]) {
+			to.AddHalf("pair", &pair)
+			to.AddHalf("all", &pair)
+			to.AddHalf("half and inherited", &pair)
+			to.AddHalf("guarded", &pair)
+			to.AddHalf("no timestamps", with(func(h *Half) { h.State &^= SVMTS }))
+			to.AddHalf("svm unknown", with(func(h *Half) { h.State &^= HasSVM }))
+			to.AddHalf("became a connection", with(func(h *Half) { h.State |= Done }))
+			to.AddHalf("no pair", with(func(h *Half) { h.UsedSVM = 0 }))
+		},
+		func(to *Takeover[string]) {
+			for _, key := range []string{"inherited", "all", "half and inherited", "guarded"} {
+				to.AddInherited(key)
+			}
+		},
+	}
+	noTS := fromHalf
+	noTS.TSOff = 0
+	want := map[string]Conn{
+		"open": fromConn, "all": fromConn, "pair": fromHalf, "half and inherited": fromHalf, "no timestamps": noTS, "inherited": inherited,
+	}
+	for _, order := range [][]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}} {
+		to := NewTakeover[string](guard, now)
+		for _, i := range order {
+			add[i](to)
+		}
+		if got := maps.Collect(to.Guarded()); !maps.Equal(got, want) {
+			t.Errorf("order %v:\n got %+v\nwant %+v", order, got, want)
+		}
+	}
+}
+
+// A connection that two hosts took over, one after the other, is translated by both, and
+// the edge has the guard in it.
+func TestBehind(t *testing.T) {
+	c := Conn{Off: 1 << 31, TSOff: 7, Guard: 10, Inc: 3, State: Guarded}
+	got := c.Behind(Offset{Seq: 1<<31 + 5, TS: 1<<32 - 3})
+	want := c
+	want.Off, want.TSOff = 5, 4
+	if got != want {
+		t.Errorf("behind an edge: %+v, want %+v", got, want)
+	}
+	if off, want := got.Offset(), (Offset{5, 4}); off != want {
+		t.Errorf("offset %+v, want %+v", off, want)
+	}
+	if edge, want := got.Edge(), (Offset{5, 1<<32 - 6}); edge != want {
+		t.Errorf("edge %+v, want %+v", edge, want)
+	}
+}
+
+func TestEnded(t *testing.T) {
+	const linger, idle = 2 * time.Second, time.Hour
+	for _, c := range []struct {
+		state State
+		limit time.Duration
+		name  string
+	}{
+		{0, idle, "open"},
+		{GuestFIN, idle, "closing"},
+		{RemoteFIN | Timestamps, idle, "closing"},
+		{GuestFIN | RemoteFIN, linger, "closing"},
+		{WasReset, linger, "reset"},
+	} {
+		conn := Conn{State: c.state, Last: 5}
+		if conn.Ended(5+int64(c.limit), linger, idle) || !conn.Ended(6+int64(c.limit), linger, idle) {
+			t.Errorf("state %b does not end after %v", c.state, c.limit)
+		}
+		if c.state.String() != c.name {
+			t.Errorf("state %b is %q, want %q", c.state, c.state, c.name)
+		}
+	}
+	reset := Conn{State: WasReset}
+	if !reset.Ended(int64(time.Second)+1, linger, time.Second) {
+		t.Error("a linger longer than idle counts")
+	}
+}
+
+// R9: what makes two SYNs one connection.
+func TestPaired(t *testing.T) {
+	const parts = HasPVM | HasSVM
+	for name, c := range map[string]struct {
+		h    Half
+		want bool
+	}{
+		"one part":                   {Half{State: HasPVM}, false},
+		"answers of one SYN":         {Half{State: parts, ISNPVM: 1, ISNSVM: 2, CliPVM: 3, CliSVM: 3}, true},
+		"answers of two":             {Half{State: parts, ISNPVM: 1, ISNSVM: 2, CliPVM: 3, CliSVM: 4}, false},
+		"active opens":               {Half{State: parts | Active | PVMActive, ISNPVM: 1, ISNSVM: 2, CliSVM: 9}, true},
+		"one of them paired already": {Half{State: parts | Active | PVMActive, ISNPVM: 1, ISNSVM: 2, UsedSVM: 2}, false},
+		"paired before":              {Half{State: parts, ISNPVM: 1, ISNSVM: 2, UsedPVM: 1, UsedSVM: 2, CliSVM: 9}, true},
+	} {
+		if got := c.h.Paired(); got != c.want {
+			t.Errorf("%s: paired %v", name, got)
+		}
+	}
+}
