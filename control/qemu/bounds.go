@@ -3,10 +3,7 @@
 package qemu
 
 import (
-	"context"
 	"errors"
-	"fmt"
-	"slices"
 	"time"
 
 	"lockstep/control/qmp"
@@ -95,65 +92,3 @@ func (r *meter) measure(moved int64) int64 {
 	}
 	return r.rate
 }
-
-// setLimits has the next migration keep to them.
-func setLimits(m *qmp.Monitor, l Limits) error {
-	if l.Bandwidth > 0 {
-		if err := m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": l.Bandwidth}, nil); err != nil {
-			return err
-		}
-	}
-	is, there, err := capability(m, "auto-converge")
-	switch {
-	case err != nil:
-		return err
-	case !there && l.AutoConverge:
-		return fmt.Errorf("QEMU %s has no auto-converge", m.Version())
-	case is == l.AutoConverge:
-		return nil
-	}
-	return setCapabilities(m, l.AutoConverge, "auto-converge")
-}
-
-func setCapabilities(m *qmp.Monitor, on bool, names ...string) error {
-	var list []map[string]any
-	for _, n := range names {
-		list = append(list, map[string]any{"capability": n, "state": on})
-	}
-	return m.Execute("migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
-}
-
-// underWay are the states of a migration that has not ended and is not in COLO.
-var underWay = []string{"setup", "active", "device"}
-
-// endMigration ends what there is of an earlier migration, COLO too, and returns when
-// QEMU can begin another. That is not when query-migrate says so, but when the
-// migration's connection is none that could be cut any more: until then QEMU refuses
-// another one ("duplicate yank instance").
-func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
-	if err := cut(m, disks); err != nil {
-		return err
-	}
-	s, err := migration(m)
-	if err != nil {
-		return err
-	}
-	if slices.Contains(underWay, s.Status) {
-		_ = m.Execute("migrate_cancel", nil, nil) // it may have ended meanwhile
-	}
-	if mode, err := m.COLO(); err != nil {
-		return err
-	} else if mode == "primary" {
-		if err := lostHeartbeat(ctx, m, mode); err != nil {
-			return err
-		}
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
-	defer cancel()
-	return until(ctx, "the last migration has ended", func() (bool, error) {
-		links, err := m.Links()
-		return !slices.ContainsFunc(links, isMigration), err
-	})
-}
-
-func isMigration(l qmp.Link) bool { return l.Type == "migration" }

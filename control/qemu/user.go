@@ -3,7 +3,6 @@
 package qemu
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -12,30 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 )
-
-// confine are the arguments that take from QEMU what it does not need once it runs:
-// system calls, and with User root's rights. QEMU opens the tap, the disks and its
-// sockets before it becomes that user.
-func (s *Spec) confine() ([]string, error) {
-	sandbox := "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
-	if s.User == "" {
-		// With a user this would end QEMU when it becomes that user.
-		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}, nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	help, err := exec.CommandContext(ctx, s.Binary, "-help").Output()
-	if err != nil {
-		return nil, fmt.Errorf("QEMU: %s -help: %w", s.Binary, err)
-	}
-	a := []string{"-sandbox", sandbox}
-	if strings.Contains(string(help), "\n-runas ") { // QEMU before 10
-		return append(a, "-runas", s.User), nil
-	}
-	return append(a, "-run-with", "user="+s.User), nil
-}
 
 // credential is what processes of a user have: a name, or uid:gid.
 func credential(name string) (*syscall.Credential, error) {
