@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/control/config"
+	"lockstep/control/durable"
 )
 
 // file keeps each record in a file of its own, <vm>.<number>, in a directory
@@ -51,7 +52,7 @@ func (f *file) Read(ctx context.Context) (Record, error) {
 		if err != nil {
 			return Record{}, err
 		}
-		return now, f.syncDir() // who acts on a record must not be the only one to know it
+		return now, durable.SyncDir(f.dir) // who acts on a record must not be the only one to know it
 	})
 }
 
@@ -144,7 +145,7 @@ func (f *file) append(ctx context.Context, pick func(now Record) (next Record, w
 		}
 		next, want := pick(now)
 		if !want {
-			return now, f.syncDir()
+			return now, durable.SyncDir(f.dir)
 		}
 		if err := tmp.Truncate(0); err != nil {
 			return Record{}, err
@@ -168,7 +169,7 @@ func (f *file) append(ctx context.Context, pick func(now Record) (next Record, w
 		if err != nil {
 			return Record{}, err
 		}
-		if err := f.syncDir(); err != nil {
+		if err := durable.SyncDir(f.dir); err != nil {
 			return Record{}, err
 		}
 		// A number so old that it was free again is not the newest.
@@ -233,13 +234,4 @@ func (f *file) clean(newest uint64) {
 			os.Remove(f.name(n))
 		}
 	}
-}
-
-func (f *file) syncDir() error {
-	d, err := os.Open(f.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
