@@ -16,17 +16,20 @@ import (
 )
 
 // Record says who may speak alone. The zero Record stands for none yet.
-type Record struct {
+type Entry struct {
 	Term    uint64 `json:"term"`    // grows by one with each change
 	Speaker string `json:"speaker"` // a node's name
 }
 
-func (r Record) String() string {
-	if r == (Record{}) {
+func (r Entry) String() string {
+	if r == (Entry{}) {
 		return "no record"
 	}
 	return fmt.Sprintf("term %d, speaker %s", r.Term, r.Speaker)
 }
+
+// Record is the former name of [Entry].
+type Record = Entry
 
 // Arbiter holds the record of one pair. Its methods give up when ctx ends or
 // after config's arbiter.timeout, whichever is first. It is for one goroutine at
@@ -34,18 +37,18 @@ func (r Record) String() string {
 type Arbiter interface {
 	// Read returns the newest record. After a Swap of unknown outcome it proves
 	// nothing: that Swap may still take effect. Settle does.
-	Read(ctx context.Context) (Record, error)
+	Read(ctx context.Context) (Entry, error)
 
 	// Swap makes the record next if it is old; next is of the term after old's.
 	// With swapped false and no error another one is there, which is returned. That
 	// next is there already counts as swapped, so Swap can be repeated. After an
 	// error the outcome is unknown: stay quiet and call Settle.
-	Swap(ctx context.Context, old, next Record) (now Record, swapped bool, err error)
+	Swap(ctx context.Context, old, next Entry) (now Entry, swapped bool, err error)
 
 	// Settle returns the record when no earlier Swap of this host, also by a
 	// process that has ended, can still take effect. It is the first call at a
 	// daemon's start. After an error call it again.
-	Settle(ctx context.Context) (Record, error)
+	Settle(ctx context.Context) (Entry, error)
 
 	Close() error
 }
@@ -70,7 +73,7 @@ func Open(c *config.Config, node string) (Arbiter, error) {
 }
 
 // checkSwap refuses what would break the record's promise.
-func checkSwap(old, next Record) error {
+func checkSwap(old, next Entry) error {
 	if next.Term != old.Term+1 || next.Speaker == "" {
 		return fmt.Errorf("arbiter: %q cannot follow %q: the term must grow by one, and somebody must speak", next, old)
 	}
@@ -80,17 +83,17 @@ func checkSwap(old, next Record) error {
 var errBehind = errors.New("the record is older than one seen before: the arbiter has lost it")
 
 // checkNow: an arbiter that went back in time decides nothing.
-func checkNow(seen, now Record) error {
+func checkNow(seen, now Entry) error {
 	if now.Term < seen.Term {
 		return fmt.Errorf("%w (%s, was %s); put it back by hand", errBehind, now, seen)
 	}
 	return nil
 }
 
-// maxRecord bounds what is parsed.
-const maxRecord = 4096
+// maxEntry bounds what is parsed.
+const maxEntry = 4096
 
-func (r Record) encode() []byte {
+func (r Entry) encode() []byte {
 	b, err := json.Marshal(r)
 	if err != nil {
 		panic(err) // a number and a string
@@ -98,28 +101,28 @@ func (r Record) encode() []byte {
 	return b
 }
 
-func decode(b []byte) (r Record, err error) {
-	if len(b) > maxRecord {
+func decode(b []byte) (r Entry, err error) {
+	if len(b) > maxEntry {
 		return r, fmt.Errorf("%d bytes are no record", len(b))
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&r); err != nil || d.More() || (r.Term == 0) != (r.Speaker == "") {
-		return Record{}, fmt.Errorf("%q is no record", b)
+		return Entry{}, fmt.Errorf("%q is no record", b)
 	}
 	return r, nil
 }
 
 // none lets whoever asks speak. Both hosts may do so after a partition.
-type none struct{ now Record }
+type none struct{ now Entry }
 
-func (n *none) Read(context.Context) (Record, error)   { return n.now, nil }
-func (n *none) Settle(context.Context) (Record, error) { return n.now, nil }
-func (n *none) Close() error                           { return nil }
+func (n *none) Read(context.Context) (Entry, error)   { return n.now, nil }
+func (n *none) Settle(context.Context) (Entry, error) { return n.now, nil }
+func (n *none) Close() error                          { return nil }
 
-func (n *none) Swap(_ context.Context, old, next Record) (Record, bool, error) {
+func (n *none) Swap(_ context.Context, old, next Entry) (Entry, bool, error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	n.now = next
 	return next, true, nil

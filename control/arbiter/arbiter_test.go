@@ -28,7 +28,7 @@ func open(t testing.TB, node string, a config.Arbiter) Arbiter {
 	return arb
 }
 
-func read(t testing.TB, a Arbiter) Record {
+func read(t testing.TB, a Arbiter) Entry {
 	t.Helper()
 	r, err := a.Read(t.Context())
 	if err != nil {
@@ -37,7 +37,7 @@ func read(t testing.TB, a Arbiter) Record {
 	return r
 }
 
-func settle(t testing.TB, a Arbiter) Record {
+func settle(t testing.TB, a Arbiter) Entry {
 	t.Helper()
 	r, err := a.Settle(t.Context())
 	if err != nil {
@@ -46,7 +46,7 @@ func settle(t testing.TB, a Arbiter) Record {
 	return r
 }
 
-func swap(t testing.TB, a Arbiter, old, next Record) (Record, bool) {
+func swap(t testing.TB, a Arbiter, old, next Entry) (Entry, bool) {
 	t.Helper()
 	now, swapped, err := a.Swap(t.Context(), old, next)
 	if err != nil {
@@ -58,42 +58,42 @@ func swap(t testing.TB, a Arbiter, old, next Record) (Record, bool) {
 // follow checks what every arbiter must do, with two hosts' views of one record.
 func follow(t *testing.T, alpha, beta Arbiter) {
 	t.Helper()
-	if r := read(t, alpha); r != (Record{}) {
+	if r := read(t, alpha); r != (Entry{}) {
 		t.Fatalf("at first there is %s", r)
 	}
-	if r := settle(t, beta); r != (Record{}) {
+	if r := settle(t, beta); r != (Entry{}) {
 		t.Fatalf("nothing is settled as %s", r)
 	}
-	first := Record{1, "alpha"}
-	if now, ok := swap(t, alpha, Record{}, first); !ok || now != first {
+	first := Entry{1, "alpha"}
+	if now, ok := swap(t, alpha, Entry{}, first); !ok || now != first {
 		t.Fatalf("the first record: %s, %v", now, ok)
 	}
-	if now, ok := swap(t, alpha, Record{}, first); !ok || now != first {
+	if now, ok := swap(t, alpha, Entry{}, first); !ok || now != first {
 		t.Fatalf("the same again: %s, %v", now, ok)
 	}
 	if r := read(t, beta); r != first {
 		t.Fatalf("beta reads %s", r)
 	}
-	if now, ok := swap(t, beta, Record{}, Record{1, "beta"}); ok || now != first {
+	if now, ok := swap(t, beta, Entry{}, Entry{1, "beta"}); ok || now != first {
 		t.Fatalf("beta, who knew of no record: %s, %v", now, ok)
 	}
 	if r := settle(t, beta); r != first {
 		t.Fatalf("settled as %s", r)
 	}
-	second := Record{2, "beta"}
+	second := Entry{2, "beta"}
 	if now, ok := swap(t, beta, first, second); !ok || now != second {
 		t.Fatalf("beta takes over: %s, %v", now, ok)
 	}
-	if now, ok := swap(t, alpha, first, Record{2, "alpha"}); ok || now != second {
+	if now, ok := swap(t, alpha, first, Entry{2, "alpha"}); ok || now != second {
 		t.Fatalf("alpha, who lost: %s, %v", now, ok)
 	}
-	for _, bad := range []Record{{}, {1, "alpha"}, {2, "alpha"}, {4, "alpha"}, {3, ""}} {
+	for _, bad := range []Entry{{}, {1, "alpha"}, {2, "alpha"}, {4, "alpha"}, {3, ""}} {
 		if _, ok, err := alpha.Swap(t.Context(), second, bad); ok || err == nil {
 			t.Errorf("%s is followed by %s", second, bad)
 		}
 	}
 	// A record that went back in time decides nothing.
-	if _, ok, err := alpha.Swap(t.Context(), Record{7, "beta"}, Record{8, "alpha"}); ok || err == nil || !strings.Contains(err.Error(), "lost it") {
+	if _, ok, err := alpha.Swap(t.Context(), Entry{7, "beta"}, Entry{8, "alpha"}); ok || err == nil || !strings.Contains(err.Error(), "lost it") {
 		t.Errorf("an arbiter that forgot: %v, %v", ok, err)
 	}
 	if r := read(t, alpha); r != second {
@@ -105,7 +105,7 @@ func follow(t *testing.T, alpha, beta Arbiter) {
 func race(t *testing.T, alpha, beta Arbiter, rounds int) {
 	t.Helper()
 	type claim struct {
-		now Record
+		now Entry
 		won bool
 		err error
 	}
@@ -117,7 +117,7 @@ func race(t *testing.T, alpha, beta Arbiter, rounds int) {
 		for name, a := range map[string]Arbiter{"alpha": alpha, "beta": beta} {
 			go func() {
 				<-start
-				now, won, err := a.Swap(t.Context(), old, Record{old.Term + 1, name})
+				now, won, err := a.Swap(t.Context(), old, Entry{old.Term + 1, name})
 				results <- claim{now, won, err}
 			}()
 		}

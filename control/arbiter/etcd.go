@@ -86,7 +86,7 @@ func clientTLS(f config.TLSFiles) (*tls.Config, error) {
 
 func (e *etcd) Close() error { return e.client.Close() }
 
-func (e *etcd) Read(ctx context.Context) (now Record, err error) {
+func (e *etcd) Read(ctx context.Context) (now Entry, err error) {
 	err = e.try(ctx, "read", func(ctx context.Context) error {
 		now, _, err = e.get(ctx)
 		return err
@@ -94,9 +94,9 @@ func (e *etcd) Read(ctx context.Context) (now Record, err error) {
 	return now, err
 }
 
-func (e *etcd) Swap(ctx context.Context, old, next Record) (now Record, swapped bool, err error) {
+func (e *etcd) Swap(ctx context.Context, old, next Entry) (now Entry, swapped bool, err error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	err = e.try(ctx, "change", func(ctx context.Context) error {
 		for {
@@ -118,7 +118,7 @@ func (e *etcd) Swap(ctx context.Context, old, next Record) (now Record, swapped 
 }
 
 // Settle gives the key a new revision. Whatever was sent before names an older one.
-func (e *etcd) Settle(ctx context.Context) (now Record, err error) {
+func (e *etcd) Settle(ctx context.Context) (now Entry, err error) {
 	if e.noBump {
 		return e.Read(ctx)
 	}
@@ -164,41 +164,41 @@ func (e *etcd) try(ctx context.Context, what string, ask func(context.Context) e
 var errContent = errors.New("somebody else writes there, or another version does")
 
 // get reads through etcd's consensus. The revision is 0 where the key is not there.
-func (e *etcd) get(ctx context.Context) (Record, int64, error) {
+func (e *etcd) get(ctx context.Context) (Entry, int64, error) {
 	resp, err := e.client.Get(ctx, e.key)
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	return e.found((*clientv3.GetResponse)(resp))
 }
 
-func (e *etcd) found(resp *clientv3.GetResponse) (Record, int64, error) {
+func (e *etcd) found(resp *clientv3.GetResponse) (Entry, int64, error) {
 	if len(resp.Kvs) == 0 {
-		return Record{}, 0, nil
+		return Entry{}, 0, nil
 	}
 	kv := resp.Kvs[0]
 	r, err := decode(kv.Value)
 	if err != nil {
-		return Record{}, 0, fmt.Errorf("%w; %w", err, errContent)
+		return Entry{}, 0, fmt.Errorf("%w; %w", err, errContent)
 	}
 	return r, kv.ModRevision, nil
 }
 
 // put writes r if the key still has the revision, and returns what is there then.
-func (e *etcd) put(ctx context.Context, rev int64, r Record) (done bool, now Record, err error) {
+func (e *etcd) put(ctx context.Context, rev int64, r Entry) (done bool, now Entry, err error) {
 	resp, err := e.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.ModRevision(e.key), "=", rev)).
 		Then(clientv3.OpPut(e.key, string(r.encode()))).
 		Else(clientv3.OpGet(e.key)).
 		Commit()
 	if err != nil {
-		return false, Record{}, err
+		return false, Entry{}, err
 	}
 	if resp.Succeeded {
 		return true, r, nil
 	}
 	if len(resp.Responses) != 1 || resp.Responses[0].GetResponseRange() == nil {
-		return false, Record{}, errors.New("the answer to the transaction lacks the key")
+		return false, Entry{}, errors.New("the answer to the transaction lacks the key")
 	}
 	now, _, err = e.found((*clientv3.GetResponse)(resp.Responses[0].GetResponseRange()))
 	return false, now, err

@@ -33,13 +33,13 @@ func TestEtcdRace(t *testing.T) {
 // is on its way.
 func caughtSwap(t *testing.T, p *arbitertest.Proxy, beta *etcd) (*arbitertest.Caught, <-chan error) {
 	t.Helper()
-	if now, ok := swap(t, beta, Record{}, Record{1, "alpha"}); !ok {
+	if now, ok := swap(t, beta, Entry{}, Entry{1, "alpha"}); !ok {
 		t.Fatalf("there is %s", now)
 	}
 	c := p.Catch(`"speaker":"beta"`)
 	result := make(chan error, 1)
 	go func() {
-		_, swapped, err := beta.Swap(context.WithoutCancel(t.Context()), Record{1, "alpha"}, Record{2, "beta"})
+		_, swapped, err := beta.Swap(context.WithoutCancel(t.Context()), Entry{1, "alpha"}, Entry{2, "beta"})
 		if swapped && err != nil {
 			t.Errorf("swapped, and %v", err)
 		}
@@ -57,10 +57,10 @@ func TestEtcdAnswerLost(t *testing.T) {
 	c.Deliver(t)
 	c.Break()
 	unknown(t, result)
-	if r := settle(t, beta); r != (Record{2, "beta"}) {
+	if r := settle(t, beta); r != (Entry{2, "beta"}) {
 		t.Errorf("settled as %s", r)
 	}
-	if now, ok := swap(t, beta, Record{1, "alpha"}, Record{2, "beta"}); !ok {
+	if now, ok := swap(t, beta, Entry{1, "alpha"}, Entry{2, "beta"}); !ok {
 		t.Errorf("the same again is refused: %s", now)
 	}
 }
@@ -78,7 +78,7 @@ func TestEtcdDelayedSwap(t *testing.T) {
 			c.Break()
 			unknown(t, result)
 			settled := settle(t, beta)
-			if settled != (Record{1, "alpha"}) {
+			if settled != (Entry{1, "alpha"}) {
 				t.Fatalf("settled as %s", settled)
 			}
 			c.Deliver(t)
@@ -96,17 +96,17 @@ func TestEtcdDelayedFirst(t *testing.T) {
 	c := p.Catch(`"speaker":"beta"`)
 	result := make(chan error, 1)
 	go func() {
-		_, _, err := beta.Swap(t.Context(), Record{}, Record{1, "beta"})
+		_, _, err := beta.Swap(t.Context(), Entry{}, Entry{1, "beta"})
 		result <- err
 	}()
 	c.Wait(t)
 	c.Break()
 	unknown(t, result)
-	if r := settle(t, beta); r != (Record{}) {
+	if r := settle(t, beta); r != (Entry{}) {
 		t.Fatalf("settled as %s", r)
 	}
 	c.Deliver(t)
-	if r := read(t, beta); r != (Record{}) {
+	if r := read(t, beta); r != (Entry{}) {
 		t.Errorf("settled, and then there is %s", r)
 	}
 }
@@ -116,14 +116,14 @@ func TestEtcdSwapBesideSettle(t *testing.T) {
 	p := arbitertest.NewProxy(t, arbitertest.StartEtcd(t, arbitertest.Options{}))
 	alpha, beta := openEtcds(t, "alpha", long, p.Addr()), openEtcds(t, "beta", long, p.Addr())
 	c, result := caughtSwap(t, p, beta)
-	if r := settle(t, alpha); r != (Record{1, "alpha"}) {
+	if r := settle(t, alpha); r != (Entry{1, "alpha"}) {
 		t.Errorf("settled as %s", r)
 	}
 	c.Release(t)
 	if err := <-result; err != nil {
 		t.Error(err)
 	}
-	if r := read(t, alpha); r != (Record{2, "beta"}) {
+	if r := read(t, alpha); r != (Entry{2, "beta"}) {
 		t.Errorf("there is %s", r)
 	}
 }
@@ -137,7 +137,7 @@ func TestEtcdStoppedInSwap(t *testing.T) {
 	alpha := openEtcds(t, "alpha", long, p.Addr())
 	for range 5 {
 		old := settle(t, alpha)
-		from, to := Record{old.Term + 1, "alpha"}, Record{old.Term + 2, "beta"}
+		from, to := Entry{old.Term + 1, "alpha"}, Entry{old.Term + 2, "beta"}
 		if now, ok := swap(t, alpha, old, from); !ok {
 			t.Fatalf("there is %s", now)
 		}
@@ -171,7 +171,7 @@ func TestEtcdStoppedInSwap(t *testing.T) {
 		if r := read(t, alpha); r != settled {
 			t.Fatalf("settled as %s, and alpha reads %s", settled, r)
 		}
-		if now, ok := swap(t, alpha, settled, Record{settled.Term + 1, "alpha"}); !ok {
+		if now, ok := swap(t, alpha, settled, Entry{settled.Term + 1, "alpha"}); !ok {
 			t.Fatalf("settled as %s, and now there is %s", settled, now)
 		}
 	}
@@ -189,7 +189,7 @@ func TestEtcdKilledInSwap(t *testing.T) {
 	unknown(t, result)
 	e.Start(t)
 	settled := settle(t, beta)
-	if settled != (Record{1, "alpha"}) && settled != (Record{2, "beta"}) {
+	if settled != (Entry{1, "alpha"}) && settled != (Entry{2, "beta"}) {
 		t.Errorf("settled as %s", settled)
 	}
 	if r := read(t, beta); r != settled {
@@ -202,12 +202,12 @@ func TestEtcdDurable(t *testing.T) {
 	e := arbitertest.StartEtcd(t, arbitertest.Options{})
 	p := arbitertest.NewProxy(t, e)
 	beta := openEtcds(t, "beta", long, p.Addr())
-	if _, ok := swap(t, beta, Record{}, Record{1, "beta"}); !ok {
+	if _, ok := swap(t, beta, Entry{}, Entry{1, "beta"}); !ok {
 		t.Fatal("not swapped")
 	}
 	e.Kill(t)
 	e.Start(t)
-	if r := settle(t, beta); r != (Record{1, "beta"}) {
+	if r := settle(t, beta); r != (Entry{1, "beta"}) {
 		t.Errorf("after a crash there is %s", r)
 	}
 }
@@ -223,7 +223,7 @@ func TestEtcdUnreachable(t *testing.T) {
 		func() error { _, err := a.Read(t.Context()); return err },
 		func() error { _, err := a.Settle(t.Context()); return err },
 		func() error {
-			_, ok, err := a.Swap(t.Context(), Record{}, Record{1, "alpha"})
+			_, ok, err := a.Swap(t.Context(), Entry{}, Entry{1, "alpha"})
 			if ok {
 				t.Error("swapped by nobody")
 			}
@@ -254,11 +254,11 @@ func TestEtcdSilentMember(t *testing.T) {
 	a := openEtcds(t, "alpha", 3*time.Second, l.Addr().String(), dead.Addr(), p.Addr())
 	stopped.Stop(t)
 	for term := uint64(1); term < 5; term++ {
-		old := Record{}
+		old := Entry{}
 		if term > 1 {
-			old = Record{term - 1, "alpha"}
+			old = Entry{term - 1, "alpha"}
 		}
-		if now, ok := swap(t, a, old, Record{term, "alpha"}); !ok {
+		if now, ok := swap(t, a, old, Entry{term, "alpha"}); !ok {
 			t.Fatalf("there is %s", now)
 		}
 	}
@@ -268,7 +268,7 @@ func TestEtcdSilentMember(t *testing.T) {
 func TestEtcdForeignKey(t *testing.T) {
 	p := arbitertest.NewProxy(t, arbitertest.StartEtcd(t, arbitertest.Options{}))
 	a := openEtcds(t, "alpha", long, p.Addr())
-	for _, value := range []string{"", "hello", `{"term":1}`, `{"term":1,"speaker":"alpha","lease":7}`, `{"term":1,"speaker":"alpha"} x`, strings.Repeat(" ", maxRecord+1)} {
+	for _, value := range []string{"", "hello", `{"term":1}`, `{"term":1,"speaker":"alpha","lease":7}`, `{"term":1,"speaker":"alpha"} x`, strings.Repeat(" ", maxEntry+1)} {
 		if _, err := a.client.Put(t.Context(), a.key, value); err != nil {
 			t.Fatal(err)
 		}
@@ -276,7 +276,7 @@ func TestEtcdForeignKey(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "somebody else writes there") {
 			t.Errorf("%.20q: %v", value, err)
 		}
-		if _, ok, err := a.Swap(t.Context(), Record{}, Record{1, "alpha"}); ok || err == nil {
+		if _, ok, err := a.Swap(t.Context(), Entry{}, Entry{1, "alpha"}); ok || err == nil {
 			t.Errorf("%.20q is overwritten", value)
 		}
 	}

@@ -34,7 +34,7 @@ func TestEtcdTLS(t *testing.T) {
 		return open(t, "alpha", config.Arbiter{Type: "etcd", Endpoints: []string{p.Addr()}, Timeout: timeout, TLS: tls})
 	}
 	a := with(&config.TLSFiles{CA: file("ca.pem"), Cert: file("{node}.pem"), Key: file("{node}.key")}, long)
-	if now, ok := swap(t, a, Record{}, Record{1, "alpha"}); !ok {
+	if now, ok := swap(t, a, Entry{}, Entry{1, "alpha"}); !ok {
 		t.Errorf("there is %s", now)
 	}
 	for name, tls := range map[string]*config.TLSFiles{

@@ -31,8 +31,8 @@ type file struct {
 	noBump     bool   // a test's mutation: Settle only reads
 }
 
-// keptRecords are left for people to read, and for a listing that is behind.
-const keptRecords = 64
+// keptEntries are left for people to read, and for a listing that is behind.
+const keptEntries = 64
 
 func openFile(vm, node string, a *config.Arbiter) (*file, error) {
 	return &file{dir: a.Path, vm: vm, node: node, timeout: a.Timeout, busy: make(chan struct{}, 1)}, nil
@@ -40,47 +40,47 @@ func openFile(vm, node string, a *config.Arbiter) (*file, error) {
 
 func (f *file) Close() error { return nil }
 
-func (f *file) Read(ctx context.Context) (Record, error) {
-	return f.do(ctx, "read", func(context.Context) (Record, error) {
+func (f *file) Read(ctx context.Context) (Entry, error) {
+	return f.do(ctx, "read", func(context.Context) (Entry, error) {
 		tmp, err := f.temp()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		tmp.Close()
 		defer os.Remove(tmp.Name())
 		now, _, err := f.newest()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		return now, durable.SyncDir(f.dir) // who acts on a record must not be the only one to know it
 	})
 }
 
-func (f *file) Swap(ctx context.Context, old, next Record) (Record, bool, error) {
+func (f *file) Swap(ctx context.Context, old, next Entry) (Entry, bool, error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
-	now, err := f.do(ctx, "change", func(ctx context.Context) (Record, error) {
-		return f.append(ctx, func(now Record) (Record, bool) { return next, now == old })
+	now, err := f.do(ctx, "change", func(ctx context.Context) (Entry, error) {
+		return f.append(ctx, func(now Entry) (Entry, bool) { return next, now == old })
 	})
 	if err == nil {
 		err = checkNow(old, now)
 	}
 	if err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	return now, now == next, nil
 }
 
 // Settle takes the number that an earlier Swap may still want.
-func (f *file) Settle(ctx context.Context) (Record, error) {
+func (f *file) Settle(ctx context.Context) (Entry, error) {
 	if f.noBump {
 		return f.Read(ctx)
 	}
-	return f.do(ctx, "settle", func(ctx context.Context) (Record, error) {
-		now, err := f.append(ctx, func(now Record) (Record, bool) { return now, true })
+	return f.do(ctx, "settle", func(ctx context.Context) (Entry, error) {
+		now, err := f.append(ctx, func(now Entry) (Entry, bool) { return now, true })
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		left, _ := filepath.Glob(filepath.Join(f.dir, f.tempName("*"))) // of processes that ended
 		for _, l := range left {
@@ -92,10 +92,10 @@ func (f *file) Settle(ctx context.Context) (Record, error) {
 
 // do runs op until ctx ends. Storage that does not answer cannot be given up on:
 // op goes on in the background, and later operations wait for it.
-func (f *file) do(ctx context.Context, what string, op func(context.Context) (Record, error)) (Record, error) {
+func (f *file) do(ctx context.Context, what string, op func(context.Context) (Entry, error)) (Entry, error) {
 	ctx, done := context.WithTimeout(ctx, f.timeout)
-	fail := func(err error) (Record, error) {
-		return Record{}, fmt.Errorf("arbiter file: %s the record of %s in %s: %w", what, f.vm, f.dir, err)
+	fail := func(err error) (Entry, error) {
+		return Entry{}, fmt.Errorf("arbiter file: %s the record of %s in %s: %w", what, f.vm, f.dir, err)
 	}
 	select {
 	case f.busy <- struct{}{}:
@@ -104,7 +104,7 @@ func (f *file) do(ctx context.Context, what string, op func(context.Context) (Re
 		return fail(fmt.Errorf("an earlier request still waits for the storage: %w", ctx.Err()))
 	}
 	type result struct {
-		now Record
+		now Entry
 		err error
 	}
 	ended := make(chan result, 1)
@@ -131,33 +131,33 @@ func (f *file) do(ctx context.Context, what string, op func(context.Context) (Re
 
 // append adds the record that pick wants to follow the newest, and returns the
 // newest then: pick's, or what was there if pick wants none.
-func (f *file) append(ctx context.Context, pick func(now Record) (next Record, want bool)) (Record, error) {
+func (f *file) append(ctx context.Context, pick func(now Entry) (next Entry, want bool)) (Entry, error) {
 	tmp, err := f.temp()
 	if err != nil {
-		return Record{}, err
+		return Entry{}, err
 	}
 	defer os.Remove(tmp.Name())
 	defer tmp.Close()
 	for {
 		now, number, err := f.newest()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		next, want := pick(now)
 		if !want {
 			return now, durable.SyncDir(f.dir)
 		}
 		if err := tmp.Truncate(0); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if _, err := tmp.WriteAt(next.encode(), 0); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if err := tmp.Sync(); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if err := ctx.Err(); err != nil { // whoever asked has been told that this is unknown
-			return Record{}, err
+			return Entry{}, err
 		}
 		if f.beforeLink != nil {
 			f.beforeLink()
@@ -167,14 +167,14 @@ func (f *file) append(ctx context.Context, pick func(now Record) (next Record, w
 			continue // by another, or by a link of ours whose answer was lost: pick sees which
 		}
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if err := durable.SyncDir(f.dir); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		// A number so old that it was free again is not the newest.
 		if now, number, err = f.newest(); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		f.clean(number)
 		return now, nil
@@ -204,25 +204,25 @@ func (f *file) numbers() (all []uint64, err error) {
 }
 
 // newest returns the record in force, and its number: 0 where there is none.
-func (f *file) newest() (Record, uint64, error) {
+func (f *file) newest() (Entry, uint64, error) {
 	all, err := f.numbers()
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	number := uint64(0)
 	for _, n := range all {
 		number = max(number, n)
 	}
 	if number == 0 {
-		return Record{}, 0, nil
+		return Entry{}, 0, nil
 	}
 	b, err := os.ReadFile(f.name(number))
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	r, err := decode(b)
 	if err != nil {
-		return Record{}, 0, fmt.Errorf("%s: %w; remove it if the record before it is right", f.name(number), err)
+		return Entry{}, 0, fmt.Errorf("%s: %w; remove it if the record before it is right", f.name(number), err)
 	}
 	return r, number, nil
 }
@@ -230,7 +230,7 @@ func (f *file) newest() (Record, uint64, error) {
 func (f *file) clean(newest uint64) {
 	all, _ := f.numbers()
 	for _, n := range all {
-		if n+keptRecords <= newest {
+		if n+keptEntries <= newest {
 			os.Remove(f.name(n))
 		}
 	}
