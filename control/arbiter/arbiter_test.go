@@ -55,7 +55,7 @@ func swap(t testing.TB, a Arbiter, old, next Entry) (Entry, bool) {
 	return now, swapped
 }
 
-// follow checks what every arbiter must do, with two hosts' views of one record.
+// follow checks what every arbiter must do, with two hosts' views of one entry.
 func follow(t *testing.T, alpha, beta Arbiter) {
 	t.Helper()
 	if r := read(t, alpha); r != (Entry{}) {
@@ -66,7 +66,7 @@ func follow(t *testing.T, alpha, beta Arbiter) {
 	}
 	first := Entry{1, "alpha"}
 	if now, ok := swap(t, alpha, Entry{}, first); !ok || now != first {
-		t.Fatalf("the first record: %s, %v", now, ok)
+		t.Fatalf("the first entry: %s, %v", now, ok)
 	}
 	if now, ok := swap(t, alpha, Entry{}, first); !ok || now != first {
 		t.Fatalf("the same again: %s, %v", now, ok)
@@ -75,7 +75,7 @@ func follow(t *testing.T, alpha, beta Arbiter) {
 		t.Fatalf("beta reads %s", r)
 	}
 	if now, ok := swap(t, beta, Entry{}, Entry{1, "beta"}); ok || now != first {
-		t.Fatalf("beta, who knew of no record: %s, %v", now, ok)
+		t.Fatalf("beta, who knew of no entry: %s, %v", now, ok)
 	}
 	if r := settle(t, beta); r != first {
 		t.Fatalf("settled as %s", r)
@@ -92,7 +92,7 @@ func follow(t *testing.T, alpha, beta Arbiter) {
 			t.Errorf("%s is followed by %s", second, bad)
 		}
 	}
-	// A record that went back in time decides nothing.
+	// An entry older than one seen before decides nothing.
 	if _, ok, err := alpha.Swap(t.Context(), Entry{7, "beta"}, Entry{8, "alpha"}); ok || err == nil || !strings.Contains(err.Error(), "lost it") {
 		t.Errorf("an arbiter that forgot: %v, %v", ok, err)
 	}
@@ -101,7 +101,7 @@ func follow(t *testing.T, alpha, beta Arbiter) {
 	}
 }
 
-// race lets two hosts claim the same term, again and again: one wins each time.
+// race has two hosts claim the same fencing term, again and again: one wins each time.
 func race(t *testing.T, alpha, beta Arbiter, rounds int) {
 	t.Helper()
 	type claim struct {
@@ -130,7 +130,7 @@ func race(t *testing.T, alpha, beta Arbiter, rounds int) {
 			t.Fatalf("round %d: %+v and %+v", i, x, y)
 		}
 		if r := read(t, alpha); r != x.now {
-			t.Fatalf("round %d: %s won, and the record says %s", i, x.now, r)
+			t.Fatalf("round %d: %s won, and the entry says %s", i, x.now, r)
 		}
 		old = x.now
 		wins[old.Speaker]++

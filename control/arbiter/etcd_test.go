@@ -49,7 +49,7 @@ func caughtSwap(t *testing.T, p *arbitertest.Proxy, beta *etcd) (*arbitertest.Ca
 	return c, result
 }
 
-// The record changed, and nobody said so.
+// The entry changed, and the reply was lost.
 func TestEtcdAnswerLost(t *testing.T) {
 	p := arbitertest.NewProxy(t, arbitertest.StartEtcd(t, arbitertest.Options{}))
 	beta := openEtcds(t, "beta", long, p.Addr())
@@ -128,8 +128,8 @@ func TestEtcdSwapBesideSettle(t *testing.T) {
 	}
 }
 
-// etcd halts with the change in its hands, is given up on, and wakes: what Settle
-// says then stays true, and the other host can go on from it.
+// etcd halts while it has the request, the client gives up, and etcd goes on: what
+// Settle returns then stays true, and the other host can continue from it.
 func TestEtcdStoppedInSwap(t *testing.T) {
 	e := arbitertest.StartEtcd(t, arbitertest.Options{})
 	p := arbitertest.NewProxy(t, e)
@@ -177,7 +177,7 @@ func TestEtcdStoppedInSwap(t *testing.T) {
 	}
 }
 
-// etcd dies with the change in its hands.
+// etcd dies while it has the request.
 func TestEtcdKilledInSwap(t *testing.T) {
 	e := arbitertest.StartEtcd(t, arbitertest.Options{})
 	p := arbitertest.NewProxy(t, e)
@@ -197,7 +197,7 @@ func TestEtcdKilledInSwap(t *testing.T) {
 	}
 }
 
-// What was said to be done outlives a crash.
+// A Swap that was reported as done outlives a crash.
 func TestEtcdDurable(t *testing.T) {
 	e := arbitertest.StartEtcd(t, arbitertest.Options{})
 	p := arbitertest.NewProxy(t, e)
@@ -217,7 +217,7 @@ func TestEtcdUnreachable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() // it takes connections, and never says a word
+	defer l.Close() // it takes connections, and never sends a byte
 	a := openEtcds(t, "alpha", short, l.Addr().String())
 	for _, ask := range []func() error{
 		func() error { _, err := a.Read(t.Context()); return err },
@@ -241,7 +241,7 @@ func TestEtcdUnreachable(t *testing.T) {
 	}
 }
 
-// One member is silent, as one on the host that died is: the others answer.
+// One member does not answer, as one on a host that died: the others do.
 func TestEtcdSilentMember(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

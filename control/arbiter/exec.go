@@ -13,13 +13,13 @@ import (
 	"lockstep/control/program"
 )
 
-// execArbiter asks a command, which fences the other host and keeps the record
+// execArbiter runs a command, which fences the other host and keeps the entry
 // (docs/ARBITER.md):
 //
 //	COMMAND... read PAIR
 //	COMMAND... swap PAIR TERM OLD NEW OTHER
 //
-// It prints the record in force then, "TERM SPEAKER" or "0", and exits with 0.
+// It prints the entry in force then, "TERM SPEAKER" or "0", and exits with 0.
 // Anything else is an unknown outcome.
 type execArbiter struct {
 	pair, self, other string
@@ -40,7 +40,7 @@ func (e *execArbiter) Swap(ctx context.Context, old, next Entry) (now Entry, swa
 		return Entry{}, false, err
 	}
 	if next.Speaker != e.self {
-		return Entry{}, false, fmt.Errorf("arbiter exec: %s cannot fence in the name of %s", e.self, next.Speaker)
+		return Entry{}, false, fmt.Errorf("arbiter exec: %s cannot fence on behalf of %s", e.self, next.Speaker)
 	}
 	if e.open != nil && *e.open != [2]Entry{old, next} {
 		return Entry{}, false, fmt.Errorf("arbiter exec: the outcome of the change to %s is still unknown; settle it first", e.open[1])
@@ -61,8 +61,8 @@ func (e *execArbiter) Swap(ctx context.Context, old, next Entry) (now Entry, swa
 	return now, now == next, nil
 }
 
-// Settle repeats what has no answer yet: what the command set in motion cannot be
-// called back, and it is to do the same for the same term.
+// Settle repeats the Swap whose outcome is unknown. What the command began cannot be
+// cancelled, and its contract is to do the same for the same fencing term.
 func (e *execArbiter) Settle(ctx context.Context) (Entry, error) {
 	if e.open == nil {
 		return e.Read(ctx)
@@ -79,21 +79,20 @@ func (e *execArbiter) run(ctx context.Context, args ...string) (Entry, error) {
 	if err == nil {
 		r, err = parseAnswer(stdout[max(0, len(stdout)-maxEntry):])
 	} else if errors.Is(err, program.ErrGivenUp) {
-		err = fmt.Errorf("no answer in time, ended: %w", err)
+		err = fmt.Errorf("no answer in time, killed: %w", err)
 	}
 	if err != nil {
-		said := ""
 		if stderr != "" {
-			said = "; it said: " + stderr[max(0, len(stderr)-maxEntry):]
+			err = fmt.Errorf("%w; it printed: %s", err, stderr[max(0, len(stderr)-maxEntry):])
 		}
-		return Entry{}, fmt.Errorf("arbiter exec: %s %s: %w%s", e.command[0], args[0], err, said)
+		return Entry{}, fmt.Errorf("arbiter exec: %s %s: %w", e.command[0], args[0], err)
 	}
 	return r, nil
 }
 
 // parseAnswer takes one line "TERM SPEAKER", or "0".
 func parseAnswer(s string) (r Entry, err error) {
-	bad := fmt.Errorf(`it printed %q; the record in force was to be there, as "TERM SPEAKER" or "0"`, s)
+	bad := fmt.Errorf(`it printed %q, where the entry in force was expected, as "TERM SPEAKER" or "0"`, s)
 	line, rest, _ := strings.Cut(s, "\n")
 	words := strings.Fields(line)
 	if rest != "" || len(words) == 0 || len(words) > 2 {

@@ -54,7 +54,7 @@ func TestExecRace(t *testing.T) {
 	race(t, openExec(t, "alpha", long, sh(keeper, dir)...), openExec(t, "beta", long, sh(keeper, dir)...), 20)
 }
 
-// What it is told.
+// The arguments of the command.
 func TestExecArguments(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "told")
 	a := openExec(t, "beta", long, sh(`f=$1; shift; echo "$*" >>"$f"; [ $1 = read ] && echo 4 alpha || echo "$3 $5"`, file)...)
@@ -85,14 +85,14 @@ func TestExecBadAnswers(t *testing.T) {
 		"killed":            "echo 2 beta; kill -9 $$",
 		"words":             "echo fenced it",
 		"half":              "echo 2",
-		"no term":           "echo beta",
+		"no fencing term":   "echo beta",
 		"too much":          "echo 2 beta now",
 		"two lines":         "echo 2 beta; echo 2 beta",
 		"negative":          "echo -2 beta",
 		"zero with speaker": "echo 0 beta",
 		"overflow":          "echo 99999999999999999999 beta",
 		"endless":           "while :; do echo 2 beta; done | head -c 1000000",
-		"an older record":   "echo 0",
+		"an older entry":    "echo 0",
 	} {
 		a := openExec(t, "beta", long, sh(script)...)
 		now, ok, err := a.Swap(t.Context(), Entry{1, "alpha"}, Entry{2, "beta"})

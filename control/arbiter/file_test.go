@@ -59,7 +59,7 @@ type claim struct {
 	Error          string
 }
 
-// process is a claimant; what is not Swap is the test's own.
+// process is a claimant. Only Swap runs in it, the other methods in the test.
 type process struct {
 	*file
 	cmd *exec.Cmd
@@ -132,7 +132,7 @@ func TestFileRace(t *testing.T) {
 	}
 }
 
-// A host that dies with its record written and not yet in its place changed nothing.
+// A host that dies between writing its entry and linking it has changed nothing.
 func TestFileCrashBeforeLink(t *testing.T) {
 	dir := t.TempDir()
 	alpha := openDir(t, dir, "alpha")
@@ -162,7 +162,7 @@ func TestFileCrashBeforeLink(t *testing.T) {
 }
 
 // A change that was begun before Settle, and comes after it, must not count. The
-// mutation shows that Settle's record is what stops it.
+// mutation shows that Settle's entry is what stops it.
 func TestFileDelayedSwap(t *testing.T) {
 	for name, mutate := range map[string]bool{"settled": false, "mutation": true} {
 		t.Run(name, func(t *testing.T) {
@@ -214,8 +214,8 @@ func TestFileSwapBesideSettle(t *testing.T) {
 	}
 }
 
-// While the storage hangs over a change that was given up on, nothing is settled.
-// Then Settle says what became of it.
+// While storage hangs on a change whose caller gave up, nothing is settled. Behind it
+// Settle tells the outcome.
 func TestFileSlowStorage(t *testing.T) {
 	dir := t.TempDir()
 	a := openDir(t, dir, "alpha")
@@ -280,7 +280,7 @@ func TestFileBadStorage(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	// Other guests' records, and what somebody else keeps there, are not ours.
+	// Other guests' entries and other files there are not ours.
 	if err := os.Remove(a.name(9)); err != nil {
 		t.Fatal(err)
 	}
