@@ -4,6 +4,7 @@ package qemu
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"lockstep/control/qmp"
@@ -58,37 +59,40 @@ func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
 	return f()
 }
 
-// stall tells a copy that goes on from one that stands still.
+// stall distinguishes a copy that makes progress from one that stands still.
 type stall struct {
 	limit time.Duration
-	moved int64
-	at    time.Time
+	moved int64     // bytes copied at the last progress
+	since time.Time // of the last progress; zero: nothing was reported yet
 }
 
-// spent takes what was copied so far, and is true when that has not grown for too
-// long.
-func (p *stall) spent(moved int64) bool {
-	if now := time.Now(); moved != p.moved || p.at.IsZero() {
-		p.moved, p.at = moved, now
+// spent takes how many bytes are copied by now, and reports whether that has not grown
+// for longer than the limit.
+func (s *stall) spent(now time.Time, moved int64) bool {
+	if moved != s.moved || s.since.IsZero() {
+		s.moved, s.since = moved, now
 	}
-	return time.Since(p.at) > p.limit
+	return now.Sub(s.since) > s.limit
 }
 
-// meter measures a copy's rate over at least a second.
+// meter measures the rate of a copy, over a second at least.
 type meter struct {
-	at   time.Time
-	from int64
-	rate int64
+	since time.Time
+	from  int64 // bytes copied then
+	rate  int64 // bytes per second
 }
 
-func (r *meter) measure(moved int64) int64 {
-	now := time.Now()
-	switch took := now.Sub(r.at); {
-	case r.at.IsZero() || moved < r.from:
-		r.at, r.from = now, moved
+// measure takes how many bytes are copied by now, and returns the rate in bytes per
+// second; 0: not measured yet.
+func (m *meter) measure(now time.Time, moved int64) int64 {
+	switch took := now.Sub(m.since); {
+	case m.since.IsZero() || moved < m.from:
+		m.since, m.from = now, moved
 	case took >= time.Second:
-		r.rate = int64(float64(moved-r.from) / took.Seconds())
-		r.at, r.from = now, moved
+		m.rate = int64(float64(moved-m.from) / took.Seconds())
+		m.since, m.from = now, moved
 	}
-	return r.rate
+	return m.rate
 }
+
+func perSecond(rate int64) string { return fmt.Sprintf("%.1f MiB/s", float64(rate)/(1<<20)) }

@@ -46,41 +46,53 @@ func migration(m *qmp.Monitor) (s migrationState, err error) {
 	return s, err
 }
 
+// memoryCopy follows the copy of the memory, and says when it has to be given up.
+type memoryCopy struct {
+	began time.Time
+	still stall
+	speed meter
+}
+
+// look takes what QEMU says of the migration. done: it is in COLO.
+func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress, done bool, err error) {
+	switch {
+	case s.Status == "colo":
+		return p, true, nil
+	case !slices.Contains(underWay, s.Status):
+		if s.Why == "" {
+			s.Why = "its state is " + s.Status
+		}
+		return p, false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
+	}
+	p = Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total,
+		Rate: c.speed.measure(now, s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}
+	switch still := c.still.spent(now, s.RAM.Transferred); {
+	case still:
+		return p, false, fmt.Errorf("copying the memory to the secondary has stood still for %v, at %d of %d MiB", l.Stalled, p.Done>>20, p.Total>>20)
+	case now.Sub(c.began) > l.Timeout:
+		return p, false, fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
+			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
+			l.Timeout, perSecond(p.Rate), perSecond(p.Dirtied), (p.Total-p.Done)>>20, p.Total>>20)
+	}
+	return p, false, nil
+}
+
 // finish waits until COLO is on and the guest runs in it. running: it did before, and
 // must not stand still for long.
 func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
-	copying, cancel := context.WithTimeout(ctx, o.Timeout)
-	defer cancel()
-	still, halted := stall{limit: o.Stalled}, stall{limit: pause}
-	var speed meter
-	var last Progress
-	err := until(copying, "the memory is copied", func() (bool, error) {
+	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: pause}
+	err := until(ctx, "the memory is copied", func() (bool, error) {
 		s, err := migration(m)
 		if err != nil {
 			return false, err
 		}
-		switch s.Status {
-		case "colo":
-			return true, nil
-		case "setup", "active", "device":
-			last = Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total,
-				Rate: speed.measure(s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}
-			o.Progress(last)
-			if still.spent(s.RAM.Transferred) {
-				return false, fmt.Errorf("copying the memory to the secondary has stood still for %v, at %d of %d MiB", o.Stalled, last.Done>>20, last.Total>>20)
-			}
-			return false, standsStill(m, running, &halted)
+		p, done, err := memory.look(time.Now(), s, o.Limits)
+		if done || err != nil {
+			return done, err
 		}
-		if s.Why == "" {
-			s.Why = "its state is " + s.Status
-		}
-		return false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
+		o.Progress(p)
+		return false, standsStill(m, running, &halted)
 	})
-	if err != nil && ctx.Err() == nil && copying.Err() != nil {
-		return fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
-			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
-			o.Timeout, perSecond(last.Rate), perSecond(last.Dirtied), (last.Total-last.Done)>>20, last.Total>>20)
-	}
 	if err != nil {
 		return err
 	}
@@ -107,10 +119,10 @@ func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
 		return err
 	}
 	if is {
-		halted.at = time.Time{}
+		*halted = stall{limit: halted.limit}
 		return nil
 	}
-	if halted.spent(0) {
+	if halted.spent(time.Now(), 0) {
 		return fmt.Errorf("the guest has stood still for %v, because the secondary does not take the last of its state", halted.limit)
 	}
 	return nil

@@ -83,7 +83,7 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 			if j == nil || j.finished() {
 				return false, mirrorFailed(&disks[i], j)
 			}
-			p, err := copies[i].look(&disks[i], j, o.Limits)
+			p, err := copies[i].look(time.Now(), &disks[i], j, o.Limits)
 			if err != nil {
 				return false, err
 			}
@@ -94,27 +94,27 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 	})
 }
 
-// diskCopy follows the copy of one disk.
+// diskCopy follows the copy of one disk, and says when it has to be given up.
 type diskCopy struct {
 	still stall
 	speed meter
-	size  int64     // of its first pass; 0: QEMU does not know yet
-	again time.Time // since when only what the guest writes meanwhile is left
+	size  int64     // bytes of the first pass; 0: QEMU does not know yet
+	first time.Time // end of the first pass: from then on what the guest writes is copied; zero: it lasts
 }
 
-func (c *diskCopy) look(d *Disk, j *job, l Limits) (Progress, error) {
+func (c *diskCopy) look(now time.Time, d *Disk, j *job, l Limits) (Progress, error) {
 	if c.size == 0 {
 		c.size = j.Total
 	}
-	if c.again.IsZero() && c.size != 0 && j.Current >= c.size {
-		c.again = time.Now()
+	if c.first.IsZero() && c.size != 0 && j.Current >= c.size {
+		c.first = now
 	}
-	p := Progress{What: d.ID, Done: j.Current, Total: j.Total, Rate: c.speed.measure(j.Current)}
-	switch still := c.still.spent(j.Current); {
+	p := Progress{What: d.ID, Done: j.Current, Total: j.Total, Rate: c.speed.measure(now, j.Current)}
+	switch still := c.still.spent(now, j.Current); {
 	case j.ready():
 	case still:
 		return p, fmt.Errorf("disk %s: copying it to the secondary has stood still for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
-	case !c.again.IsZero() && time.Since(c.again) > l.Timeout:
+	case !c.first.IsZero() && now.Sub(c.first) > l.Timeout:
 		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s; a faster link, a higher migration.bandwidth or less load ends that",
 			d.ID, l.Timeout, perSecond(p.Rate))
 	}

@@ -49,8 +49,6 @@ func (p Progress) String() string {
 	return s
 }
 
-func perSecond(rate int64) string { return fmt.Sprintf("%.1f MiB/s", float64(rate)/(1<<20)) }
-
 // PrepareSecondary makes a secondary that waits for its primary ready for it:
 // behind it the primary may call [Replicate]. nbd is where it serves its disks'
 // images.
