@@ -3,35 +3,28 @@
 package qemu
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io/fs"
-	"os/exec"
 	"strconv"
 	"strings"
-	"time"
 )
 
-// args is QEMU's command line.
-func (s *Spec) args(in *Incoming) ([]string, error) {
+// args is QEMU's command line: of a primary, or with in of a secondary.
+func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 	a := []string{
 		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on", "-only-migratable",
 		"-no-shutdown", // a guest that powers off is told of to the other host first
-		"-machine", s.Machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
+		"-machine", d.machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
 		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP),
 	}
-	if s.monitorObject {
+	if d.monitorObject {
 		a = append(a, "-object", "monitor-qmp,id=lockstep-mon,chardev=lockstep")
 	} else {
 		a = append(a, "-mon", "chardev=lockstep,mode=control")
 	}
-	confined, err := s.confine()
-	if err != nil {
-		return nil, err
-	}
-	a = append(a, confined...)
+	a = append(a, confine(s.User, d)...)
 	for _, o := range []struct{ flag, value string }{{"-kernel", s.Kernel}, {"-initrd", s.Initrd}, {"-append", s.Append}} {
 		if o.value != "" {
 			a = append(a, o.flag, o.value)
@@ -101,23 +94,16 @@ func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 func esc(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 // confine are the arguments that take from QEMU what it does not need once it runs:
-// system calls, and with User root's rights. QEMU opens the tap, the disks and its
+// system calls, and with a user root's rights. QEMU opens the tap, the disks and its
 // sockets before it becomes that user.
-func (s *Spec) confine() ([]string, error) {
-	sandbox := "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
-	if s.User == "" {
+func confine(user string, d dialect) []string {
+	const sandbox = "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
+	switch {
+	case user == "":
 		// With a user this would end QEMU when it becomes that user.
-		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}, nil
+		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}
+	case d.runWith:
+		return []string{"-sandbox", sandbox, "-run-with", "user=" + user}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	help, err := exec.CommandContext(ctx, s.Binary, "-help").Output()
-	if err != nil {
-		return nil, fmt.Errorf("QEMU: %s -help: %w", s.Binary, err)
-	}
-	a := []string{"-sandbox", sandbox}
-	if strings.Contains(string(help), "\n-runas ") { // QEMU before 10
-		return append(a, "-runas", s.User), nil
-	}
-	return append(a, "-run-with", "user="+s.User), nil
+	return []string{"-sandbox", sandbox, "-runas", user}
 }

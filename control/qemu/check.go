@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -29,9 +30,9 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 	var errs []error
 	bad := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
 
-	if binary, err := exec.LookPath(s.Binary); err != nil {
+	if _, err := exec.LookPath(s.Binary); err != nil {
 		bad("QEMU: %w; install it (Debian: qemu-system-x86) or give another binary", err)
-	} else if err := checkAccel(binary, s.Accel); err != nil {
+	} else if err := s.checkAccel(); err != nil {
 		errs = append(errs, err)
 	}
 	if s.Memory < 1<<20 || s.Memory%1024 != 0 {
@@ -72,7 +73,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		p.Release()
 	}
 	errs = append(errs, s.checkDisks(in != nil, peer)...)
-	if err := s.checkUser(in != nil); err != nil {
+	if err := checkUser(s.User, s.Disks, in != nil); err != nil {
 		errs = append(errs, err)
 	}
 	if in != nil {
@@ -83,24 +84,14 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 	return errors.Join(errs...)
 }
 
-func checkAccel(binary, accel string) error {
-	name, _, _ := strings.Cut(accel, ",")
-	ctx, done := context.WithTimeout(context.Background(), patience)
-	defer done()
-	out, _, err := program.Output(ctx, binary, "-accel", "help")
-	if errors.Is(err, program.ErrGivenUp) {
-		return fmt.Errorf("QEMU: `%s -accel help` does not end: %w; run it by hand: is the storage there that the program and its libraries are on?", binary, err)
-	}
+func (s *Spec) checkAccel() error {
+	name, _, _ := strings.Cut(s.Accel, ",")
+	known, err := s.ask(context.Background(), "-accel", "help")
 	if err != nil {
-		return fmt.Errorf("QEMU: %s -accel help: %w", binary, err)
+		return err
 	}
-	known := strings.Fields(out)
-	found := false
-	for _, k := range known {
-		found = found || k == name
-	}
-	if !found {
-		return fmt.Errorf("accel: %s has no accelerator %q", binary, name)
+	if !slices.Contains(strings.Fields(known), name) {
+		return fmt.Errorf("accel: %s has no accelerator %q", s.Binary, name)
 	}
 	if name == "kvm" {
 		f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)

@@ -96,7 +96,7 @@ func (s *Spec) roomForOverlays() error {
 			if _, err := os.Stat(d.OverlayDir); !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
-			return errors.Join(os.MkdirAll(d.OverlayDir, 0o700), s.give(d.OverlayDir))
+			return errors.Join(os.MkdirAll(d.OverlayDir, 0o700), give(s.User, d.OverlayDir))
 		}); err != nil {
 			return &OverlayError{d.OverlayDir, []string{d.ID}, err.Error()}
 		}
@@ -140,7 +140,7 @@ func (s *Spec) makeOverlays() error {
 			if _, err := qemuImg("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", s.overlay(d, kind), strconv.FormatInt(size, 10)); err != nil {
 				return &OverlayError{d.OverlayDir, []string{d.ID}, err.Error()}
 			}
-			if err := s.give(s.overlay(d, kind)); err != nil {
+			if err := give(s.User, s.overlay(d, kind)); err != nil {
 				return fmt.Errorf("disk %s: overlay: %w", d.ID, err)
 			}
 		}

@@ -36,12 +36,10 @@ type Spec struct {
 	User  string   // that QEMU becomes, a name or uid:gid; "": it stays what lockstep is
 	Env   []string // QEMU's environment beside the daemon's, "NAME=value"
 
-	mask bool // a mutation: only tests set it
-
 	QMP string // path of the monitor's socket
-	Dir string // pid file and log
+	Dir string // of pid file and log
 
-	monitorObject bool // QEMU makes monitors as objects
+	mask bool // mutation, set by tests: a disk's vote threshold is 1 (R24)
 }
 
 // NIC is a guest NIC on a tap that exists.
