@@ -5,6 +5,8 @@ package qemu_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +15,7 @@ import (
 
 	"lockstep/control/qemu"
 	"lockstep/control/qemu/qemutest"
+	lt "lockstep/loader/loadertest"
 )
 
 // Whatever goes wrong before COLO is on, the guest goes on alone, with nothing
@@ -121,4 +124,89 @@ func TestReplicateFails(t *testing.T) {
 	a.kill()
 	b.takeOver()
 	b.mustAsk("verify vda", "good")
+}
+
+// A guest that writes to its memory faster than migration.bandwidth lets it be copied
+// is never copied. Such a try ends by migration.timeout, and the error names both rates
+// and what to set; with migration.auto_converge QEMU throttles the guest until the copy
+// catches up. Either way the guest goes on serving.
+func TestAutoConverge(t *testing.T) {
+	w := newWorld(t, 0)
+	a := w.start("a", false)
+	if err := qemu.Cont(a.m); err != nil {
+		t.Fatal(err)
+	}
+	// QEMU begins with 20 % and takes four seconds for 10 % more: that is too slow for a test.
+	if err := a.m.Execute("migrate-set-parameters", map[string]any{"cpu-throttle-initial": 80}, nil); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("set one", "ok")
+	a.mustAsk("dirty 32 100", "ok")
+
+	try := func(l qemu.Limits) (s *guest, throttled int, err error) {
+		t.Helper()
+		s = w.start("b", true)
+		if err := qemu.PrepareSecondary(t.Context(), s.m, s.caps, nil, s.in.NBD); err != nil {
+			t.Fatal(err)
+		}
+		halts, began := a.halts(), time.Now()
+		err = qemu.Replicate(t.Context(), a.m, a.caps, nil, *s.in, qemu.Options{Limits: l, Progress: func(qemu.Progress) {
+			var now struct {
+				Throttle int `json:"cpu-throttle-percentage"`
+			}
+			if err := a.m.Execute("query-migrate", nil, &now); err != nil {
+				t.Error(err)
+			}
+			throttled = max(throttled, now.Throttle)
+		}})
+		took := time.Since(began)
+		t.Logf("auto-converge %v: after %v: %v; the guest was throttled by up to %d %% and stood still for %v", l.AutoConverge, took, err, throttled, halts())
+		if took > l.Timeout+15*time.Second || halts() > 10*time.Second {
+			t.Error("that is too long")
+		}
+		if running, state, err := a.m.Status(); err != nil || !running {
+			t.Errorf("the guest is %s, %v", state, err)
+		}
+		return s, throttled, err
+	}
+	goesOn := func() {
+		t.Helper()
+		a.mustAsk("get", "one")
+		before, err := a.ask("dirtied")
+		lt.Eventually(t, 20*time.Second, func() (bool, string) {
+			now, again := a.ask("dirtied")
+			return err == nil && again == nil && now != before, fmt.Sprintf("%s pages, then %s: %v, %v", before, now, err, again)
+		})
+	}
+
+	limits := qemu.Limits{Bandwidth: 32 << 20, Timeout: 6 * time.Second}
+	b, throttled, err := try(limits)
+	if err == nil || throttled != 0 {
+		t.Fatalf("without auto-converge: throttled by %d %%, %v", throttled, err)
+	}
+	rates := regexp.MustCompile(`not copied within 6s: [1-9]\d*\.\d MiB/s are copied and the guest writes [1-9]\d*\.\d MiB/s.* migration\.bandwidth, migration\.auto_converge`)
+	if !rates.MatchString(err.Error()) || strings.Contains(err.Error(), "undone") {
+		t.Errorf("got %v", err)
+	}
+	b.kill()
+	goesOn()
+
+	limits.AutoConverge, limits.Timeout = true, 30*time.Second
+	b, throttled, err = try(limits)
+	if throttled == 0 {
+		t.Error("with auto-converge the guest was not throttled")
+	}
+	goesOn()
+	if err != nil { // QEMU throttles by 99 % at most, which a busy host may make too little
+		if !strings.Contains(err.Error(), "not copied within 30s") || strings.Contains(err.Error(), "undone") {
+			t.Errorf("got %v", err)
+		}
+		return
+	}
+	a.mustAsk("rest", "ok")
+	a.checkpoint()
+	a.kill()
+	b.takeOver()
+	b.mustAsk("get", "one")
 }

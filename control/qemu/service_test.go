@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -25,8 +26,8 @@ func TestMain(m *testing.M) {
 }
 
 // serve answers lines: "set V", "get", "write DISK BLOCK WORD", "read DISK BLOCK",
-// "churn DISK", "rest", "verify DISK". A value is in the guest's memory, blocks are on
-// its disks and in no cache.
+// "churn DISK", "dirty MIB RATE", "dirtied", "rest", "verify DISK". A value is in the
+// guest's memory, blocks are on its disks and in no cache.
 func serve() {
 	l, err := net.Listen("tcp", ":7000")
 	if err != nil {
@@ -37,6 +38,7 @@ func serve() {
 	var value atomic.Value
 	value.Store("nothing")
 	var load churn
+	var memory dirty
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -61,7 +63,16 @@ func serve() {
 					load.on.Store(true)
 					go load.run(f[1])
 					fmt.Fprintln(c, "ok")
+				case "dirty":
+					var mib, rate int
+					fmt.Sscan(strings.Join(f[1:], " "), &mib, &rate)
+					memory.on.Store(true)
+					go memory.run(mib, rate)
+					fmt.Fprintln(c, "ok")
+				case "dirtied":
+					fmt.Fprintln(c, memory.pages.Load())
 				case "rest":
+					memory.on.Store(false)
 					load.on.Store(false)
 					load.mu.Lock()
 					load.mu.Unlock()
@@ -134,4 +145,42 @@ func onDisk(disk string, block int64, word string) (string, error) {
 	copy(b, word)
 	_, err = unix.Pwrite(fd, b, block*size)
 	return word, err
+}
+
+// dirty keeps writing to memory.
+type dirty struct {
+	on    atomic.Bool
+	pages atomic.Int64 // written so far
+}
+
+// run writes to mib MiB of memory round and round, at rate MiB per second of an undisturbed
+// CPU. It counts work, not time: with less of a CPU, as when QEMU throttles it, it writes
+// less.
+func (d *dirty) run(mib, rate int) {
+	const page = 4096
+	memory := make([]byte, mib<<20)
+	// How much work a page is worth. The best of several: the host may be busy.
+	const work = 1 << 16
+	best := time.Hour
+	for range 20 {
+		began := time.Now()
+		spin(work)
+		best = min(best, time.Since(began))
+	}
+	each := int(float64(work) * float64(page) / float64(rate<<20) / best.Seconds())
+	for d.on.Load() {
+		for at := 0; at < len(memory) && d.on.Load(); at += page {
+			memory[at]++
+			d.pages.Add(1)
+			spin(each)
+		}
+	}
+}
+
+//go:noinline
+func spin(n int) (x int) {
+	for i := range n {
+		x ^= i
+	}
+	return x
 }
