@@ -18,24 +18,24 @@ import (
 	"lockstep/control/config"
 )
 
-// etcd keeps the record in one key. Each write names the key's revision that it
-// replaces, so that of several in flight at most one applies, and none that was
-// sent before a write which applied.
+// etcd keeps the entry in one key. Each write is a transaction on the key's revision,
+// so that of several in flight at most one is applied, and none that was sent before
+// one which was.
 type etcd struct {
 	client    *clientv3.Client
 	key       string
 	endpoints []string
 	timeout   time.Duration
 
-	noBump bool // a test's mutation: Settle only reads
+	noBump bool // mutation, set by tests: Settle only reads
 }
 
 func openEtcd(vm, node string, a *config.Arbiter) (*etcd, error) {
 	cfg := clientv3.Config{
 		DialTimeout: a.Timeout,
-		// A member that went silent is found out while a request waits for it.
+		// Without keep-alive a request waits for a member that went silent.
 		DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
-		Logger: zap.NewNop(), // what goes wrong is in the errors
+		Logger: zap.NewNop(), // errors are returned
 	}
 	scheme := "http://"
 	if a.TLS != nil {
@@ -86,7 +86,7 @@ func clientTLS(f config.TLSFiles) (*tls.Config, error) {
 
 func (e *etcd) Close() error { return e.client.Close() }
 
-func (e *etcd) Read(ctx context.Context) (now Record, err error) {
+func (e *etcd) Read(ctx context.Context) (now Entry, err error) {
 	err = e.try(ctx, "read", func(ctx context.Context) error {
 		now, _, err = e.get(ctx)
 		return err
@@ -94,9 +94,9 @@ func (e *etcd) Read(ctx context.Context) (now Record, err error) {
 	return now, err
 }
 
-func (e *etcd) Swap(ctx context.Context, old, next Record) (now Record, swapped bool, err error) {
+func (e *etcd) Swap(ctx context.Context, old, next Entry) (now Entry, swapped bool, err error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	err = e.try(ctx, "change", func(ctx context.Context) error {
 		for {
@@ -104,7 +104,7 @@ func (e *etcd) Swap(ctx context.Context, old, next Record) (now Record, swapped 
 			if now, rev, err = e.get(ctx); err != nil || now != old {
 				return err
 			}
-			// The other host's Settle may be what came first, and changed nothing.
+			// If the other host's Settle came first, it changed the revision only: again.
 			if _, now, err = e.put(ctx, rev, next); err != nil || now != old {
 				return err
 			}
@@ -113,12 +113,13 @@ func (e *etcd) Swap(ctx context.Context, old, next Record) (now Record, swapped 
 	if err == nil {
 		err = checkNow(old, now)
 	}
-	// Of an earlier try the answer may be what got lost, so it is the record that tells.
+	// An earlier try may have succeeded and its reply been lost, so the entry decides.
 	return now, err == nil && now == next, err
 }
 
-// Settle gives the key a new revision. Whatever was sent before names an older one.
-func (e *etcd) Settle(ctx context.Context) (now Record, err error) {
+// Settle writes the entry again, which gives the key a new revision. A transaction that
+// was sent before names an older one, and fails.
+func (e *etcd) Settle(ctx context.Context) (now Entry, err error) {
 	if e.noBump {
 		return e.Read(ctx)
 	}
@@ -137,9 +138,9 @@ func (e *etcd) Settle(ctx context.Context) (now Record, err error) {
 	return now, err
 }
 
-// try asks up to as many times as there are members, each time for its share of
-// the timeout: the client goes round them, and one may be dead without saying so.
-// Asking again is safe, since all requests but one find their revision gone.
+// try repeats ask once for each member, each with its share of the timeout: the client
+// goes round the members, and one may be unreachable without an error. Repeating is
+// safe, since of several transactions on one revision only one is applied.
 func (e *etcd) try(ctx context.Context, what string, ask func(context.Context) error) error {
 	ctx, done := context.WithTimeout(ctx, e.timeout)
 	defer done()
@@ -155,7 +156,7 @@ func (e *etcd) try(ctx context.Context, what string, ask func(context.Context) e
 			break
 		}
 	}
-	if errors.Is(err, context.DeadlineExceeded) { // the client keeps to itself what it was waiting for
+	if errors.Is(err, context.DeadlineExceeded) { // the client does not report what it was waiting for
 		err = fmt.Errorf("no answer in time: it is down or out of reach, or arbiter.tls does not fit it: %w", err)
 	}
 	return fmt.Errorf("arbiter etcd (%s): %s %s: %w", strings.Join(e.endpoints, ", "), what, e.key, err)
@@ -163,42 +164,42 @@ func (e *etcd) try(ctx context.Context, what string, ask func(context.Context) e
 
 var errContent = errors.New("somebody else writes there, or another version does")
 
-// get reads through etcd's consensus. The revision is 0 where the key is not there.
-func (e *etcd) get(ctx context.Context) (Record, int64, error) {
+// get is a linearizable read. The revision is 0 where the key does not exist.
+func (e *etcd) get(ctx context.Context) (Entry, int64, error) {
 	resp, err := e.client.Get(ctx, e.key)
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	return e.found((*clientv3.GetResponse)(resp))
 }
 
-func (e *etcd) found(resp *clientv3.GetResponse) (Record, int64, error) {
+func (e *etcd) found(resp *clientv3.GetResponse) (Entry, int64, error) {
 	if len(resp.Kvs) == 0 {
-		return Record{}, 0, nil
+		return Entry{}, 0, nil
 	}
 	kv := resp.Kvs[0]
 	r, err := decode(kv.Value)
 	if err != nil {
-		return Record{}, 0, fmt.Errorf("%w; %w", err, errContent)
+		return Entry{}, 0, fmt.Errorf("%w; %w", err, errContent)
 	}
 	return r, kv.ModRevision, nil
 }
 
-// put writes r if the key still has the revision, and returns what is there then.
-func (e *etcd) put(ctx context.Context, rev int64, r Record) (done bool, now Record, err error) {
+// put writes r if the key still has the revision, and returns the entry in force then.
+func (e *etcd) put(ctx context.Context, rev int64, r Entry) (done bool, now Entry, err error) {
 	resp, err := e.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.ModRevision(e.key), "=", rev)).
 		Then(clientv3.OpPut(e.key, string(r.encode()))).
 		Else(clientv3.OpGet(e.key)).
 		Commit()
 	if err != nil {
-		return false, Record{}, err
+		return false, Entry{}, err
 	}
 	if resp.Succeeded {
 		return true, r, nil
 	}
 	if len(resp.Responses) != 1 || resp.Responses[0].GetResponseRange() == nil {
-		return false, Record{}, errors.New("the answer to the transaction lacks the key")
+		return false, Entry{}, errors.New("the answer to the transaction lacks the key")
 	}
 	now, _, err = e.found((*clientv3.GetResponse)(resp.Responses[0].GetResponseRange()))
 	return false, now, err

@@ -13,39 +13,39 @@ import (
 	"lockstep/control/program"
 )
 
-// execArbiter asks a command, which fences the other host and keeps the record
+// execArbiter runs a command, which fences the other host and keeps the entry
 // (docs/ARBITER.md):
 //
 //	COMMAND... read PAIR
 //	COMMAND... swap PAIR TERM OLD NEW OTHER
 //
-// It prints the record in force then, "TERM SPEAKER" or "0", and exits with 0.
+// It prints the entry in force then, "TERM SPEAKER" or "0", and exits with 0.
 // Anything else is an unknown outcome.
 type execArbiter struct {
 	pair, self, other string
 	command           []string
 	timeout           time.Duration
 
-	open *[2]Record // old and next of a Swap of unknown outcome
+	open *[2]Entry // old and next of a Swap of unknown outcome
 }
 
 func (e *execArbiter) Close() error { return nil }
 
-func (e *execArbiter) Read(ctx context.Context) (Record, error) {
+func (e *execArbiter) Read(ctx context.Context) (Entry, error) {
 	return e.run(ctx, "read", e.pair)
 }
 
-func (e *execArbiter) Swap(ctx context.Context, old, next Record) (now Record, swapped bool, err error) {
+func (e *execArbiter) Swap(ctx context.Context, old, next Entry) (now Entry, swapped bool, err error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	if next.Speaker != e.self {
-		return Record{}, false, fmt.Errorf("arbiter exec: %s cannot fence in the name of %s", e.self, next.Speaker)
+		return Entry{}, false, fmt.Errorf("arbiter exec: %s cannot fence on behalf of %s", e.self, next.Speaker)
 	}
-	if e.open != nil && *e.open != [2]Record{old, next} {
-		return Record{}, false, fmt.Errorf("arbiter exec: the outcome of the change to %s is still unknown; settle it first", e.open[1])
+	if e.open != nil && *e.open != [2]Entry{old, next} {
+		return Entry{}, false, fmt.Errorf("arbiter exec: the outcome of the change to %s is still unknown; settle it first", e.open[1])
 	}
-	e.open = &[2]Record{old, next}
+	e.open = &[2]Entry{old, next}
 	was := "-"
 	if old.Speaker != "" {
 		was = old.Speaker
@@ -55,15 +55,15 @@ func (e *execArbiter) Swap(ctx context.Context, old, next Record) (now Record, s
 		err = checkNow(old, now)
 	}
 	if err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	e.open = nil
 	return now, now == next, nil
 }
 
-// Settle repeats what has no answer yet: what the command set in motion cannot be
-// called back, and it is to do the same for the same term.
-func (e *execArbiter) Settle(ctx context.Context) (Record, error) {
+// Settle repeats the Swap whose outcome is unknown. What the command began cannot be
+// cancelled, and its contract is to do the same for the same fencing term.
+func (e *execArbiter) Settle(ctx context.Context) (Entry, error) {
 	if e.open == nil {
 		return e.Read(ctx)
 	}
@@ -71,36 +71,35 @@ func (e *execArbiter) Settle(ctx context.Context) (Record, error) {
 	return now, err
 }
 
-func (e *execArbiter) run(ctx context.Context, args ...string) (Record, error) {
+func (e *execArbiter) run(ctx context.Context, args ...string) (Entry, error) {
 	ctx, done := context.WithTimeout(ctx, e.timeout)
 	defer done()
 	stdout, stderr, err := program.Output(ctx, e.command[0], append(e.command[1:len(e.command):len(e.command)], args...)...)
-	var r Record
+	var r Entry
 	if err == nil {
-		r, err = parseAnswer(stdout[max(0, len(stdout)-maxRecord):])
+		r, err = parseAnswer(stdout[max(0, len(stdout)-maxEntry):])
 	} else if errors.Is(err, program.ErrGivenUp) {
-		err = fmt.Errorf("no answer in time, ended: %w", err)
+		err = fmt.Errorf("no answer in time, killed: %w", err)
 	}
 	if err != nil {
-		said := ""
 		if stderr != "" {
-			said = "; it said: " + stderr[max(0, len(stderr)-maxRecord):]
+			err = fmt.Errorf("%w; it printed: %s", err, stderr[max(0, len(stderr)-maxEntry):])
 		}
-		return Record{}, fmt.Errorf("arbiter exec: %s %s: %w%s", e.command[0], args[0], err, said)
+		return Entry{}, fmt.Errorf("arbiter exec: %s %s: %w", e.command[0], args[0], err)
 	}
 	return r, nil
 }
 
 // parseAnswer takes one line "TERM SPEAKER", or "0".
-func parseAnswer(s string) (r Record, err error) {
-	bad := fmt.Errorf(`it printed %q; the record in force was to be there, as "TERM SPEAKER" or "0"`, s)
+func parseAnswer(s string) (r Entry, err error) {
+	bad := fmt.Errorf(`it printed %q, where the entry in force was expected, as "TERM SPEAKER" or "0"`, s)
 	line, rest, _ := strings.Cut(s, "\n")
 	words := strings.Fields(line)
 	if rest != "" || len(words) == 0 || len(words) > 2 {
-		return Record{}, bad
+		return Entry{}, bad
 	}
 	if r.Term, err = strconv.ParseUint(words[0], 10, 64); err != nil || (r.Term == 0) != (len(words) == 1) {
-		return Record{}, bad
+		return Entry{}, bad
 	}
 	if len(words) == 2 {
 		r.Speaker = words[1]

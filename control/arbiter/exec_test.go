@@ -54,24 +54,24 @@ func TestExecRace(t *testing.T) {
 	race(t, openExec(t, "alpha", long, sh(keeper, dir)...), openExec(t, "beta", long, sh(keeper, dir)...), 20)
 }
 
-// What it is told.
+// The arguments of the command.
 func TestExecArguments(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "told")
 	a := openExec(t, "beta", long, sh(`f=$1; shift; echo "$*" >>"$f"; [ $1 = read ] && echo 4 alpha || echo "$3 $5"`, file)...)
-	if r := read(t, a); r != (Record{4, "alpha"}) {
+	if r := read(t, a); r != (Entry{4, "alpha"}) {
 		t.Errorf("read %s", r)
 	}
-	if now, ok := swap(t, a, Record{}, Record{1, "beta"}); !ok {
+	if now, ok := swap(t, a, Entry{}, Entry{1, "beta"}); !ok {
 		t.Errorf("%s", now)
 	}
-	if now, ok := swap(t, a, Record{4, "alpha"}, Record{5, "beta"}); !ok {
+	if now, ok := swap(t, a, Entry{4, "alpha"}, Entry{5, "beta"}); !ok {
 		t.Errorf("%s", now)
 	}
 	told, _ := os.ReadFile(file)
 	if want := "read web1\nswap web1 1 - beta alpha\nswap web1 5 alpha beta alpha\n"; string(told) != want {
 		t.Errorf("told %q, want %q", told, want)
 	}
-	if _, ok, err := a.Swap(t.Context(), Record{5, "beta"}, Record{6, "alpha"}); ok || err == nil {
+	if _, ok, err := a.Swap(t.Context(), Entry{5, "beta"}, Entry{6, "alpha"}); ok || err == nil {
 		t.Error("beta fenced itself")
 	}
 }
@@ -85,23 +85,23 @@ func TestExecBadAnswers(t *testing.T) {
 		"killed":            "echo 2 beta; kill -9 $$",
 		"words":             "echo fenced it",
 		"half":              "echo 2",
-		"no term":           "echo beta",
+		"no fencing term":   "echo beta",
 		"too much":          "echo 2 beta now",
 		"two lines":         "echo 2 beta; echo 2 beta",
 		"negative":          "echo -2 beta",
 		"zero with speaker": "echo 0 beta",
 		"overflow":          "echo 99999999999999999999 beta",
 		"endless":           "while :; do echo 2 beta; done | head -c 1000000",
-		"an older record":   "echo 0",
+		"an older entry":    "echo 0",
 	} {
 		a := openExec(t, "beta", long, sh(script)...)
-		now, ok, err := a.Swap(t.Context(), Record{1, "alpha"}, Record{2, "beta"})
+		now, ok, err := a.Swap(t.Context(), Entry{1, "alpha"}, Entry{2, "beta"})
 		if ok || err == nil {
 			t.Errorf("%s: %s, %v, %v", name, now, ok, err)
 		}
 	}
 	a := openExec(t, "beta", long, "/nonexistent/fence")
-	if _, ok, err := a.Swap(t.Context(), Record{1, "alpha"}, Record{2, "beta"}); ok || err == nil {
+	if _, ok, err := a.Swap(t.Context(), Entry{1, "alpha"}, Entry{2, "beta"}); ok || err == nil {
 		t.Errorf("a command that is not there: %v %v", ok, err)
 	}
 	a = openExec(t, "beta", long, sh("echo cannot reach the BMC >&2; exit 3")...)
@@ -128,7 +128,7 @@ exec 8<>"$d/fifo"; echo up >&8; sleep 1000 & wait`
 	}
 	defer reader.Close()
 	a := openExec(t, "beta", short, sh(script, dir)...)
-	if _, ok, err := a.Swap(t.Context(), Record{1, "alpha"}, Record{2, "beta"}); ok || err == nil || !strings.Contains(err.Error(), "no answer in time") {
+	if _, ok, err := a.Swap(t.Context(), Entry{1, "alpha"}, Entry{2, "beta"}); ok || err == nil || !strings.Contains(err.Error(), "no answer in time") {
 		t.Fatalf("a command that hangs: %v, %v", ok, err)
 	}
 	// The child held the FIFO: its end is the child's.
@@ -145,37 +145,37 @@ exec 8<>"$d/fifo"; echo up >&8; sleep 1000 & wait`
 	if _, err := a.Settle(t.Context()); err == nil {
 		t.Error("settled by a command that hangs")
 	}
-	if _, ok, err := a.Swap(t.Context(), Record{2, "alpha"}, Record{3, "beta"}); ok || err == nil || !strings.Contains(err.Error(), "settle it first") {
+	if _, ok, err := a.Swap(t.Context(), Entry{2, "alpha"}, Entry{3, "beta"}); ok || err == nil || !strings.Contains(err.Error(), "settle it first") {
 		t.Errorf("another change while one is open: %v %v", ok, err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "mended"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	a.timeout = long
-	if r := settle(t, a); r != (Record{2, "beta"}) {
+	if r := settle(t, a); r != (Entry{2, "beta"}) {
 		t.Errorf("settled as %s", r)
 	}
 	all, _ := os.ReadFile(told)
 	if line := "swap web1 2 alpha beta alpha\n"; string(all) != strings.Repeat(line, 3) {
 		t.Errorf("told %q", all)
 	}
-	if _, ok := swap(t, a, Record{2, "beta"}, Record{3, "beta"}); !ok {
+	if _, ok := swap(t, a, Entry{2, "beta"}, Entry{3, "beta"}); !ok {
 		t.Error("it does not go on after Settle")
 	}
 }
 
 func TestNone(t *testing.T) {
 	a := open(t, "alpha", config.Arbiter{Type: "none"})
-	if now, ok := swap(t, a, Record{}, Record{1, "alpha"}); !ok || now != (Record{1, "alpha"}) {
+	if now, ok := swap(t, a, Entry{}, Entry{1, "alpha"}); !ok || now != (Entry{1, "alpha"}) {
 		t.Errorf("%s, %v", now, ok)
 	}
-	if r := settle(t, a); r != (Record{1, "alpha"}) {
+	if r := settle(t, a); r != (Entry{1, "alpha"}) {
 		t.Errorf("settled as %s", r)
 	}
-	if r := read(t, a); r != (Record{1, "alpha"}) {
+	if r := read(t, a); r != (Entry{1, "alpha"}) {
 		t.Errorf("read %s", r)
 	}
-	if _, ok, err := a.Swap(t.Context(), Record{1, "alpha"}, Record{1, "beta"}); ok || err == nil {
+	if _, ok, err := a.Swap(t.Context(), Entry{1, "alpha"}, Entry{1, "beta"}); ok || err == nil {
 		t.Errorf("%v, %v", ok, err)
 	}
 }

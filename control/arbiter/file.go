@@ -14,24 +14,27 @@ import (
 	"time"
 
 	"lockstep/control/config"
+	"lockstep/control/durable"
 )
 
-// file keeps each record in a file of its own, <vm>.<number>, in a directory
-// that both hosts share; the highest number counts. A record is written beside
-// its place and then linked to the next number, which the file system gives to
-// one of several: what was delayed finds its number taken. Locks would not do:
-// over NFS one ends with its lease, and a rename that waited comes after it.
+// file keeps each entry in a file of its own, <vm>.<number>, in a directory
+// that both hosts share. The highest number is in force. A new entry is written to a
+// temporary file and then linked to the next number. A link fails where the name
+// exists, so of several writers one succeeds, and a delayed one fails. A lock would
+// not do: over NFS it is lost with its lease, and a rename that was delayed until
+// then would still replace the file.
 type file struct {
 	dir, vm, node string
 	timeout       time.Duration
-	busy          chan struct{} // one operation at a time, also one given up
+	busy          chan struct{} // held by the one operation under way, also behind its timeout
 
-	beforeLink func() // a test's
-	noBump     bool   // a test's mutation: Settle only reads
+	beforeLink func() // for tests
+	noBump     bool   // mutation, set by tests: Settle only reads
 }
 
-// keptRecords are left for people to read, and for a listing that is behind.
-const keptRecords = 64
+// keptEntries is how many files are kept: for people to read, and so that an NFS
+// client whose listing is out of date still finds the file it names.
+const keptEntries = 64
 
 func openFile(vm, node string, a *config.Arbiter) (*file, error) {
 	return &file{dir: a.Path, vm: vm, node: node, timeout: a.Timeout, busy: make(chan struct{}, 1)}, nil
@@ -39,49 +42,52 @@ func openFile(vm, node string, a *config.Arbiter) (*file, error) {
 
 func (f *file) Close() error { return nil }
 
-func (f *file) Read(ctx context.Context) (Record, error) {
-	return f.do(ctx, "read", func(context.Context) (Record, error) {
+func (f *file) Read(ctx context.Context) (Entry, error) {
+	return f.do(ctx, "read", func(context.Context) (Entry, error) {
 		tmp, err := f.temp()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		tmp.Close()
 		defer os.Remove(tmp.Name())
 		now, _, err := f.newest()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
-		return now, f.syncDir() // who acts on a record must not be the only one to know it
+		// The host that wrote it may have crashed before its own fsync, and a crash of
+		// the storage must not take back what this one acts on.
+		return now, durable.SyncDir(f.dir)
 	})
 }
 
-func (f *file) Swap(ctx context.Context, old, next Record) (Record, bool, error) {
+func (f *file) Swap(ctx context.Context, old, next Entry) (Entry, bool, error) {
 	if err := checkSwap(old, next); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
-	now, err := f.do(ctx, "change", func(ctx context.Context) (Record, error) {
-		return f.append(ctx, func(now Record) (Record, bool) { return next, now == old })
+	now, err := f.do(ctx, "change", func(ctx context.Context) (Entry, error) {
+		return f.append(ctx, func(now Entry) (Entry, bool) { return next, now == old })
 	})
 	if err == nil {
 		err = checkNow(old, now)
 	}
 	if err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	return now, now == next, nil
 }
 
-// Settle takes the number that an earlier Swap may still want.
-func (f *file) Settle(ctx context.Context) (Record, error) {
+// Settle writes the entry again under the next number. An earlier Swap that is still
+// under way wants that number, and fails.
+func (f *file) Settle(ctx context.Context) (Entry, error) {
 	if f.noBump {
 		return f.Read(ctx)
 	}
-	return f.do(ctx, "settle", func(ctx context.Context) (Record, error) {
-		now, err := f.append(ctx, func(now Record) (Record, bool) { return now, true })
+	return f.do(ctx, "settle", func(ctx context.Context) (Entry, error) {
+		now, err := f.append(ctx, func(now Entry) (Entry, bool) { return now, true })
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
-		left, _ := filepath.Glob(filepath.Join(f.dir, f.tempName("*"))) // of processes that ended
+		left, _ := filepath.Glob(filepath.Join(f.dir, f.tempName("*"))) // by processes that crashed
 		for _, l := range left {
 			os.Remove(l)
 		}
@@ -89,12 +95,13 @@ func (f *file) Settle(ctx context.Context) (Record, error) {
 	})
 }
 
-// do runs op until ctx ends. Storage that does not answer cannot be given up on:
-// op goes on in the background, and later operations wait for it.
-func (f *file) do(ctx context.Context, what string, op func(context.Context) (Record, error)) (Record, error) {
+// do runs op, and returns when ctx ends at the latest. A system call on storage that
+// does not answer cannot be cancelled: op goes on in the background then, and later
+// operations wait for it.
+func (f *file) do(ctx context.Context, what string, op func(context.Context) (Entry, error)) (Entry, error) {
 	ctx, done := context.WithTimeout(ctx, f.timeout)
-	fail := func(err error) (Record, error) {
-		return Record{}, fmt.Errorf("arbiter file: %s the record of %s in %s: %w", what, f.vm, f.dir, err)
+	fail := func(err error) (Entry, error) {
+		return Entry{}, fmt.Errorf("arbiter file: %s the entry of %s in %s: %w", what, f.vm, f.dir, err)
 	}
 	select {
 	case f.busy <- struct{}{}:
@@ -103,7 +110,7 @@ func (f *file) do(ctx context.Context, what string, op func(context.Context) (Re
 		return fail(fmt.Errorf("an earlier request still waits for the storage: %w", ctx.Err()))
 	}
 	type result struct {
-		now Record
+		now Entry
 		err error
 	}
 	ended := make(chan result, 1)
@@ -113,7 +120,7 @@ func (f *file) do(ctx context.Context, what string, op func(context.Context) (Re
 		ended <- result{now, err}
 		done()
 	}()
-	<-ctx.Done() // also at op's end
+	<-ctx.Done() // op's end cancels it too
 	select {
 	case r := <-ended:
 		if errors.Is(r.err, fs.ErrNotExist) {
@@ -128,52 +135,53 @@ func (f *file) do(ctx context.Context, what string, op func(context.Context) (Re
 	}
 }
 
-// append adds the record that pick wants to follow the newest, and returns the
-// newest then: pick's, or what was there if pick wants none.
-func (f *file) append(ctx context.Context, pick func(now Record) (next Record, want bool)) (Record, error) {
+// append adds the entry that pick chooses as the successor of the one in force, and
+// returns the one in force then: pick's, or the one before if pick wants none.
+func (f *file) append(ctx context.Context, pick func(now Entry) (next Entry, want bool)) (Entry, error) {
 	tmp, err := f.temp()
 	if err != nil {
-		return Record{}, err
+		return Entry{}, err
 	}
 	defer os.Remove(tmp.Name())
 	defer tmp.Close()
 	for {
 		now, number, err := f.newest()
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		next, want := pick(now)
 		if !want {
-			return now, f.syncDir()
+			return now, durable.SyncDir(f.dir)
 		}
 		if err := tmp.Truncate(0); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if _, err := tmp.WriteAt(next.encode(), 0); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		if err := tmp.Sync(); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
-		if err := ctx.Err(); err != nil { // whoever asked has been told that this is unknown
-			return Record{}, err
+		if err := ctx.Err(); err != nil { // the caller has returned, with an unknown outcome
+			return Entry{}, err
 		}
 		if f.beforeLink != nil {
 			f.beforeLink()
 		}
 		err = os.Link(tmp.Name(), f.name(number+1))
 		if errors.Is(err, fs.ErrExist) {
-			continue // by another, or by a link of ours whose answer was lost: pick sees which
+			continue // made by another, or by our own link whose reply NFS lost: pick decides again
 		}
 		if err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
-		if err := f.syncDir(); err != nil {
-			return Record{}, err
+		if err := durable.SyncDir(f.dir); err != nil {
+			return Entry{}, err
 		}
-		// A number so old that it was free again is not the newest.
+		// After a long delay the number may be an old one, free again because clean
+		// removed its file, and another is in force.
 		if now, number, err = f.newest(); err != nil {
-			return Record{}, err
+			return Entry{}, err
 		}
 		f.clean(number)
 		return now, nil
@@ -186,8 +194,8 @@ func (f *file) name(number uint64) string {
 
 func (f *file) tempName(end string) string { return "." + f.vm + "." + f.node + "." + end }
 
-// temp makes a file to write to. It also changes the directory, after which an
-// NFS client does not list it from its cache.
+// temp makes a file to write to. That also changes the directory, so that an NFS
+// client lists it anew and not from its cache.
 func (f *file) temp() (*os.File, error) { return os.CreateTemp(f.dir, f.tempName("*")) }
 
 func (f *file) numbers() (all []uint64, err error) {
@@ -202,26 +210,26 @@ func (f *file) numbers() (all []uint64, err error) {
 	return all, err
 }
 
-// newest returns the record in force, and its number: 0 where there is none.
-func (f *file) newest() (Record, uint64, error) {
+// newest returns the entry in force, and its number: 0 where there is none.
+func (f *file) newest() (Entry, uint64, error) {
 	all, err := f.numbers()
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	number := uint64(0)
 	for _, n := range all {
 		number = max(number, n)
 	}
 	if number == 0 {
-		return Record{}, 0, nil
+		return Entry{}, 0, nil
 	}
 	b, err := os.ReadFile(f.name(number))
 	if err != nil {
-		return Record{}, 0, err
+		return Entry{}, 0, err
 	}
 	r, err := decode(b)
 	if err != nil {
-		return Record{}, 0, fmt.Errorf("%s: %w; remove it if the record before it is right", f.name(number), err)
+		return Entry{}, 0, fmt.Errorf("%s: %w; remove it if the entry before it is right", f.name(number), err)
 	}
 	return r, number, nil
 }
@@ -229,17 +237,8 @@ func (f *file) newest() (Record, uint64, error) {
 func (f *file) clean(newest uint64) {
 	all, _ := f.numbers()
 	for _, n := range all {
-		if n+keptRecords <= newest {
+		if n+keptEntries <= newest {
 			os.Remove(f.name(n))
 		}
 	}
-}
-
-func (f *file) syncDir() error {
-	d, err := os.Open(f.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -54,12 +54,12 @@ func TestMain(m *testing.M) {
 }
 
 type claim struct {
-	Old, Next, Now Record
+	Old, Next, Now Entry
 	Swapped        bool
 	Error          string
 }
 
-// process is a claimant; what is not Swap is the test's own.
+// process is a claimant. Only Swap runs in it, the other methods in the test.
 type process struct {
 	*file
 	cmd *exec.Cmd
@@ -92,20 +92,20 @@ func startClaimant(t *testing.T, dir, node string, args ...string) *process {
 	return p
 }
 
-func (p *process) Swap(_ context.Context, old, next Record) (Record, bool, error) {
+func (p *process) Swap(_ context.Context, old, next Entry) (Entry, bool, error) {
 	if err := json.NewEncoder(p.in).Encode(claim{Old: old, Next: next}); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	line, err := p.out.ReadBytes('\n')
 	if err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	var c claim
 	if err := json.Unmarshal(line, &c); err != nil {
-		return Record{}, false, err
+		return Entry{}, false, err
 	}
 	if c.Error != "" {
-		return Record{}, false, errors.New(c.Error)
+		return Entry{}, false, errors.New(c.Error)
 	}
 	return c.Now, c.Swapped, nil
 }
@@ -127,42 +127,42 @@ func TestFileRace(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
-	if all, _ := os.ReadDir(dir); len(all) > keptRecords {
-		t.Errorf("%d files are kept, and %d are enough", len(all), keptRecords)
+	if all, _ := os.ReadDir(dir); len(all) > keptEntries {
+		t.Errorf("%d files are kept, and %d are enough", len(all), keptEntries)
 	}
 }
 
-// A host that dies with its record written and not yet in its place changed nothing.
+// A host that dies between writing its entry and linking it has changed nothing.
 func TestFileCrashBeforeLink(t *testing.T) {
 	dir := t.TempDir()
 	alpha := openDir(t, dir, "alpha")
-	if now, ok := swap(t, alpha, Record{}, Record{1, "alpha"}); !ok {
+	if now, ok := swap(t, alpha, Entry{}, Entry{1, "alpha"}); !ok {
 		t.Fatalf("there is %s", now)
 	}
 	beta := startClaimant(t, dir, "beta", "crash")
-	if _, ok, err := beta.Swap(t.Context(), Record{1, "alpha"}, Record{2, "beta"}); ok || err == nil {
+	if _, ok, err := beta.Swap(t.Context(), Entry{1, "alpha"}, Entry{2, "beta"}); ok || err == nil {
 		t.Fatalf("the dead process says %v, %v", ok, err)
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir, ".web1.beta.*")); len(left) != 1 {
 		t.Fatalf("the dead process left %v", left)
 	}
-	if r := read(t, alpha); r != (Record{1, "alpha"}) {
+	if r := read(t, alpha); r != (Entry{1, "alpha"}) {
 		t.Errorf("alpha reads %s", r)
 	}
 	again := openDir(t, dir, "beta")
-	if r := settle(t, again); r != (Record{1, "alpha"}) {
+	if r := settle(t, again); r != (Entry{1, "alpha"}) {
 		t.Errorf("settled as %s", r)
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
-	if now, ok := swap(t, again, Record{1, "alpha"}, Record{2, "beta"}); !ok {
+	if now, ok := swap(t, again, Entry{1, "alpha"}, Entry{2, "beta"}); !ok {
 		t.Errorf("there is %s", now)
 	}
 }
 
 // A change that was begun before Settle, and comes after it, must not count. The
-// mutation shows that Settle's record is what stops it.
+// mutation shows that Settle's entry is what stops it.
 func TestFileDelayedSwap(t *testing.T) {
 	for name, mutate := range map[string]bool{"settled": false, "mutation": true} {
 		t.Run(name, func(t *testing.T) {
@@ -170,7 +170,7 @@ func TestFileDelayedSwap(t *testing.T) {
 			late, beta := openDir(t, dir, "beta"), openDir(t, dir, "beta")
 			late.node = "late" // Settle sweeps up its own host's files, which is not what is tested
 			beta.noBump = mutate
-			if now, ok := swap(t, beta, Record{}, Record{1, "alpha"}); !ok {
+			if now, ok := swap(t, beta, Entry{}, Entry{1, "alpha"}); !ok {
 				t.Fatalf("there is %s", now)
 			}
 			written, goOn := make(chan struct{}), make(chan struct{})
@@ -182,14 +182,14 @@ func TestFileDelayedSwap(t *testing.T) {
 			ctx, giveUp := context.WithCancel(t.Context())
 			done := make(chan error, 1)
 			go func() {
-				_, _, err := late.Swap(ctx, Record{1, "alpha"}, Record{2, "beta"})
+				_, _, err := late.Swap(ctx, Entry{1, "alpha"}, Entry{2, "beta"})
 				done <- err
 			}()
 			<-written
 			giveUp()
 			unknown(t, done)
 			settled := settle(t, beta)
-			if settled != (Record{1, "alpha"}) {
+			if settled != (Entry{1, "alpha"}) {
 				t.Fatalf("settled as %s", settled)
 			}
 			close(goOn)
@@ -209,20 +209,20 @@ func TestFileSwapBesideSettle(t *testing.T) {
 		beta.beforeLink = nil
 		settle(t, alpha)
 	}
-	if now, ok := swap(t, beta, Record{}, Record{1, "beta"}); !ok {
+	if now, ok := swap(t, beta, Entry{}, Entry{1, "beta"}); !ok {
 		t.Errorf("there is %s", now)
 	}
 }
 
-// While the storage hangs over a change that was given up on, nothing is settled.
-// Then Settle says what became of it.
+// While storage hangs on a change whose caller gave up, nothing is settled. Behind it
+// Settle tells the outcome.
 func TestFileSlowStorage(t *testing.T) {
 	dir := t.TempDir()
 	a := openDir(t, dir, "alpha")
 	goOn := make(chan struct{})
 	a.beforeLink = func() { <-goOn }
 	a.timeout = 50 * time.Millisecond
-	if now, ok, err := a.Swap(t.Context(), Record{}, Record{1, "alpha"}); ok || err == nil {
+	if now, ok, err := a.Swap(t.Context(), Entry{}, Entry{1, "alpha"}); ok || err == nil {
 		t.Fatalf("%s, %v, %v", now, ok, err)
 	}
 	if _, err := a.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "an earlier request still waits") {
@@ -230,7 +230,7 @@ func TestFileSlowStorage(t *testing.T) {
 	}
 	close(goOn)
 	a.timeout = long
-	if r := settle(t, a); r != (Record{1, "alpha"}) {
+	if r := settle(t, a); r != (Entry{1, "alpha"}) {
 		t.Errorf("settled as %s", r)
 	}
 }
@@ -239,19 +239,19 @@ func TestFileSlowStorage(t *testing.T) {
 func TestFileOldNumber(t *testing.T) {
 	dir := t.TempDir()
 	late, a := openDir(t, dir, "beta"), openDir(t, dir, "alpha")
-	if now, ok := swap(t, a, Record{}, Record{1, "alpha"}); !ok {
+	if now, ok := swap(t, a, Entry{}, Entry{1, "alpha"}); !ok {
 		t.Fatalf("there is %s", now)
 	}
 	late.beforeLink = func() {
 		late.beforeLink = nil
-		for range keptRecords + 5 {
+		for range keptEntries + 5 {
 			settle(t, a)
 		}
 	}
-	if now, ok := swap(t, late, Record{1, "alpha"}, Record{2, "beta"}); ok || now != (Record{1, "alpha"}) {
+	if now, ok := swap(t, late, Entry{1, "alpha"}, Entry{2, "beta"}); ok || now != (Entry{1, "alpha"}) {
 		t.Errorf("%s, %v", now, ok)
 	}
-	if r := read(t, a); r != (Record{1, "alpha"}) {
+	if r := read(t, a); r != (Entry{1, "alpha"}) {
 		t.Errorf("there is %s", r)
 	}
 }
@@ -262,14 +262,14 @@ func TestFileBadStorage(t *testing.T) {
 	if _, err := a.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "is the storage mounted?") {
 		t.Errorf("no directory: %v", err)
 	}
-	if _, ok, err := a.Swap(t.Context(), Record{}, Record{1, "alpha"}); ok || err == nil {
+	if _, ok, err := a.Swap(t.Context(), Entry{}, Entry{1, "alpha"}); ok || err == nil {
 		t.Errorf("no directory: %v %v", ok, err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "none")); err == nil {
 		t.Error("the directory was made")
 	}
 	a = openDir(t, dir, "alpha")
-	if _, ok := swap(t, a, Record{}, Record{1, "alpha"}); !ok {
+	if _, ok := swap(t, a, Entry{}, Entry{1, "alpha"}); !ok {
 		t.Fatal("not swapped")
 	}
 	for _, bad := range []string{"", "{", `{"term":0,"speaker":"x"}`} {
@@ -280,7 +280,7 @@ func TestFileBadStorage(t *testing.T) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	// Other guests' records, and what somebody else keeps there, are not ours.
+	// Other guests' entries and other files there are not ours.
 	if err := os.Remove(a.name(9)); err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +289,7 @@ func TestFileBadStorage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if r := read(t, a); r != (Record{1, "alpha"}) {
+	if r := read(t, a); r != (Entry{1, "alpha"}) {
 		t.Errorf("there is %s", r)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -31,9 +32,15 @@ var ErrGivenUp = errors.New("given up")
 // kernel for storage that is gone cannot be killed: it is left behind, and the same is
 // not begun again before it has ended. Another exit code than 0 is an *[exec.ExitError].
 func Output(ctx context.Context, name string, args ...string) (stdout, stderr string, err error) {
+	return OutputEnv(ctx, nil, name, args...)
+}
+
+// OutputEnv is [Output] with variables ("NAME=value") added to the environment.
+func OutputEnv(ctx context.Context, env []string, name string, args ...string) (stdout, stderr string, err error) {
 	var out, errs tail
 	err = Within(ctx, strings.Join(append([]string{name}, args...), "\x00"), func() error {
 		cmd := exec.CommandContext(ctx, name, args...)
+		cmd.Env = append(os.Environ(), env...)
 		cmd.Stdout, cmd.Stderr = &out, &errs
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its children too

@@ -4,46 +4,55 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"os"
-	"os/exec"
 	"regexp"
 	"strings"
-	"time"
+
+	"lockstep/control/program"
 )
 
-// binaryTimeout bounds what QEMU's binary is asked before a guest starts.
-const binaryTimeout = 10 * time.Second
-
-// help is what QEMU's binary lists behind an option.
-func (s *Spec) help(ctx context.Context, option string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, binaryTimeout)
+// ask runs QEMU's binary to have it print something about itself.
+func (s *Spec) ask(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.Binary, option, "help")
-	cmd.Env = append(os.Environ(), s.Env...)
-	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("QEMU: %s %s help: %w", s.Binary, option, err)
+	out, _, err := program.OutputEnv(ctx, s.Env, s.Binary, args...)
+	asked := s.Binary + " " + strings.Join(args, " ")
+	if errors.Is(err, program.ErrGivenUp) {
+		return "", fmt.Errorf("QEMU: `%s` does not end: %w; run it by hand: is the storage there that the program and its libraries are on?", asked, err)
 	}
-	return string(out), nil
+	if err != nil {
+		return "", fmt.Errorf("QEMU: %s: %w", asked, err)
+	}
+	return out, nil
 }
 
-// resolved is the spec as this host's QEMU takes it: the machine by its versioned name,
-// so that the log and the process list tell what the guest has.
-func (s *Spec) resolved(ctx context.Context) (*Spec, error) {
-	r := *s
-	machines, err := s.help(ctx, "-machine")
+// dialect is what of the command line depends on the release of this host's QEMU.
+type dialect struct {
+	machine       string // the Spec's with its version, so that log and process list show which the guest has
+	monitorObject bool   // a monitor is an -object
+	runWith       bool   // -run-with names QEMU's user, and there is no -runas: from 10 on
+}
+
+func (s *Spec) dialect(ctx context.Context) (d dialect, err error) {
+	machines, err := s.ask(ctx, "-machine", "help")
 	if err != nil {
-		return nil, err
+		return d, err
 	}
-	r.Machine, _ = Machine(s.Machine, machines)
-	objects, err := s.help(ctx, "-object")
+	d.machine, _ = Machine(s.Machine, machines)
+	objects, err := s.ask(ctx, "-object", "help")
 	if err != nil {
-		return nil, err
+		return d, err
 	}
-	r.monitorObject = strings.Contains(objects, "monitor-qmp")
-	return &r, nil
+	d.monitorObject = strings.Contains(objects, "monitor-qmp")
+	if s.User != "" {
+		help, err := s.ask(ctx, "-help")
+		if err != nil {
+			return d, err
+		}
+		d.runWith = !strings.Contains(help, "\n-runas ")
+	}
+	return d, nil
 }
 
 var machineRE = regexp.MustCompile(`(?m)^(\S+) +\S.*?(?:\(alias of (\S+)\))?$`)

@@ -3,10 +3,8 @@
 package qemu
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"lockstep/control/qmp"
@@ -61,99 +59,40 @@ func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
 	return f()
 }
 
-// stall tells a copy that goes on from one that stands still.
+// stall distinguishes a copy that makes progress from one that stands still.
 type stall struct {
 	limit time.Duration
-	moved int64
-	at    time.Time
+	moved int64     // bytes copied at the last progress
+	since time.Time // of the last progress; zero: nothing was reported yet
 }
 
-// spent takes what was copied so far, and is true when that has not grown for too
-// long.
-func (p *stall) spent(moved int64) bool {
-	if now := time.Now(); moved != p.moved || p.at.IsZero() {
-		p.moved, p.at = moved, now
+// spent takes how many bytes are copied by now, and reports whether that has not grown
+// for longer than the limit.
+func (s *stall) spent(now time.Time, moved int64) bool {
+	if moved != s.moved || s.since.IsZero() {
+		s.moved, s.since = moved, now
 	}
-	return time.Since(p.at) > p.limit
+	return now.Sub(s.since) > s.limit
 }
 
-// meter measures a copy's rate over at least a second.
+// meter measures the rate of a copy, over a second at least.
 type meter struct {
-	at   time.Time
-	from int64
-	rate int64
+	since time.Time
+	from  int64 // bytes copied then
+	rate  int64 // bytes per second
 }
 
-func (r *meter) measure(moved int64) int64 {
-	now := time.Now()
-	switch took := now.Sub(r.at); {
-	case r.at.IsZero() || moved < r.from:
-		r.at, r.from = now, moved
+// measure takes how many bytes are copied by now, and returns the rate in bytes per
+// second; 0: not measured yet.
+func (m *meter) measure(now time.Time, moved int64) int64 {
+	switch took := now.Sub(m.since); {
+	case m.since.IsZero() || moved < m.from:
+		m.since, m.from = now, moved
 	case took >= time.Second:
-		r.rate = int64(float64(moved-r.from) / took.Seconds())
-		r.at, r.from = now, moved
+		m.rate = int64(float64(moved-m.from) / took.Seconds())
+		m.since, m.from = now, moved
 	}
-	return r.rate
+	return m.rate
 }
 
-// setLimits has the next migration keep to them.
-func setLimits(m *qmp.Monitor, l Limits) error {
-	if l.Bandwidth > 0 {
-		if err := m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": l.Bandwidth}, nil); err != nil {
-			return err
-		}
-	}
-	is, there, err := capability(m, "auto-converge")
-	switch {
-	case err != nil:
-		return err
-	case !there && l.AutoConverge:
-		return fmt.Errorf("QEMU %s has no auto-converge", m.Version())
-	case is == l.AutoConverge:
-		return nil
-	}
-	return setCapabilities(m, l.AutoConverge, "auto-converge")
-}
-
-func setCapabilities(m *qmp.Monitor, on bool, names ...string) error {
-	var list []map[string]any
-	for _, n := range names {
-		list = append(list, map[string]any{"capability": n, "state": on})
-	}
-	return m.Execute("migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
-}
-
-// underWay are the states of a migration that has not ended and is not in COLO.
-var underWay = []string{"setup", "active", "device"}
-
-// endMigration ends what there is of an earlier migration, COLO too, and returns when
-// QEMU can begin another. That is not when query-migrate says so, but when the
-// migration's connection is none that could be cut any more: until then QEMU refuses
-// another one ("duplicate yank instance").
-func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
-	if err := cut(m, disks); err != nil {
-		return err
-	}
-	s, err := migration(m)
-	if err != nil {
-		return err
-	}
-	if slices.Contains(underWay, s.Status) {
-		_ = m.Execute("migrate_cancel", nil, nil) // it may have ended meanwhile
-	}
-	if mode, err := m.COLO(); err != nil {
-		return err
-	} else if mode == "primary" {
-		if err := lostHeartbeat(ctx, m, mode); err != nil {
-			return err
-		}
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
-	defer cancel()
-	return until(ctx, "the last migration has ended", func() (bool, error) {
-		links, err := m.Links()
-		return !slices.ContainsFunc(links, isMigration), err
-	})
-}
-
-func isMigration(l qmp.Link) bool { return l.Type == "migration" }
+func perSecond(rate int64) string { return fmt.Sprintf("%.1f MiB/s", float64(rate)/(1<<20)) }

@@ -186,3 +186,19 @@ func TestSameMachine(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestCredential(t *testing.T) {
+	c, err := credential("64055:64056")
+	if err != nil || c.Uid != 64055 || c.Gid != 64056 {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if c, err = credential("root"); err != nil || c.Uid != 0 || c.Gid != 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+	// What is no user is not taken for root.
+	for _, name := range []string{"qemu:kvm", "1:", ":1", ":", "-1:0", "no-such-user"} {
+		if c, err := credential(name); err == nil {
+			t.Errorf("%s is %+v", name, c)
+		}
+	}
+}

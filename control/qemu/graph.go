@@ -3,8 +3,6 @@
 package qemu
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"regexp"
 	"slices"
@@ -30,6 +28,13 @@ import (
 // shows it. It goes on when one replica fails, and reports the write as done
 // ([Masked]).
 
+// Names of block nodes. Those of the quorums are the disks' IDs. A QEMU that
+// lockstep did not start needs "parentN" and the IDs.
+func parentNode(i int) string { return fmt.Sprintf("parent%d", i) } // S: the image; also the NBD export
+func activeNode(i int) string { return fmt.Sprintf("active%d", i) } // S: what the SVM wrote since the checkpoint
+func hiddenNode(i int) string { return fmt.Sprintf("hidden%d", i) } // S: what the PVM overwrote since
+func childNode(i int) string  { return fmt.Sprintf("childs%d", i) } // S: replication
+func nbdNode(i int) string    { return fmt.Sprintf("nbd%d", i) }    // P: the secondary's image
 func absentNode(i int) string { return fmt.Sprintf("absent%d", i) }
 
 // absent is the stand-in of size bytes for the replica that is not there.
@@ -284,39 +289,6 @@ func Unreplicated(m *qmp.Monitor, disks []Disk) (ids []string, err error) {
 	return ids, nil
 }
 
-// MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its
-// images. It takes as long as there is to merge, and ends early with ctx; it may be
-// repeated: a merge that was cut off begins anew. One that QEMU has made is not made
-// again, because the image is newer than the overlays then: QEMU closes them behind it.
-func MergeOverlays(ctx context.Context, s *Spec) error {
-	for i := range s.Disks {
-		d := &s.Disks[i]
-		active, hidden := s.overlay(d, "active"), s.overlay(d, "hidden")
-		out, err := qemuImg("info", "--output=json", "-f", "qcow2", active)
-		var info imageInfo
-		if err == nil {
-			err = json.Unmarshal(out, &info)
-		}
-		if err != nil {
-			return fmt.Errorf("disk %s: what the guest wrote since it took over may be in %s: %w", d.ID, active, err)
-		}
-		if !info.Dirty {
-			continue
-		}
-		// Until then the overlays do not name what they lie over: QEMU was told.
-		for _, args := range [][]string{
-			{"rebase", "-u", "-f", "qcow2", "-F", d.format(), "-b", d.Image, hidden},
-			{"rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", hidden, active},
-			{"commit", "-q", "-d", "-f", "qcow2", "-b", d.Image, active},
-		} {
-			if _, err := qemuImgUntil(ctx, args...); err != nil {
-				return fmt.Errorf("disk %s: what the guest wrote since it took over is in %s and %s, and cannot be merged into %s: %w", d.ID, active, hidden, d.Image, err)
-			}
-		}
-	}
-	return nil
-}
-
 // Replica names the disk that a block node of QEMU's events belongs to, and whether it
 // is the secondary's image (P).
 func Replica(node string, disks []Disk) (disk string, secondarys bool) {
@@ -329,4 +301,19 @@ func Replica(node string, disks []Disk) (disk string, secondarys bool) {
 		}
 	}
 	return node, false
+}
+
+// nodes are the names of all block nodes.
+func nodes(m *qmp.Monitor) (map[string]bool, error) {
+	var list []struct {
+		Name string `json:"node-name"`
+	}
+	if err := m.Execute("query-named-block-nodes", map[string]any{"flat": true}, &list); err != nil {
+		return nil, err
+	}
+	names := make(map[string]bool, len(list))
+	for _, n := range list {
+		names[n.Name] = true
+	}
+	return names, nil
 }

@@ -51,11 +51,11 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 			return nil, err
 		}
 	}
-	as, err := s.resolved(ctx)
+	d, err := s.dialect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	args, err := as.args(in)
+	args, err := s.args(d, in)
 	if err != nil {
 		return nil, err
 	}

@@ -3,7 +3,6 @@
 package qemu
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -12,42 +11,21 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 )
 
-// confine are the arguments that take from QEMU what it does not need once it runs:
-// system calls, and with User root's rights. QEMU opens the tap, the disks and its
-// sockets before it becomes that user.
-func (s *Spec) confine() ([]string, error) {
-	sandbox := "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
-	if s.User == "" {
-		// With a user this would end QEMU when it becomes that user.
-		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}, nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	help, err := exec.CommandContext(ctx, s.Binary, "-help").Output()
-	if err != nil {
-		return nil, fmt.Errorf("QEMU: %s -help: %w", s.Binary, err)
-	}
-	a := []string{"-sandbox", sandbox}
-	if strings.Contains(string(help), "\n-runas ") { // QEMU before 10
-		return append(a, "-runas", s.User), nil
-	}
-	return append(a, "-run-with", "user="+s.User), nil
-}
-
-// credential is what processes of a user have: a name, or uid:gid.
+// credential is that of a user's processes; name is a name or uid:gid.
 func credential(name string) (*syscall.Credential, error) {
+	var errs []error
 	number := func(s string) uint32 {
-		n, perr := strconv.ParseUint(s, 10, 32)
-		if perr != nil {
-			return 0
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("user %s: %q is no number", name, s)) // and must not become 0, which is root
 		}
 		return uint32(n)
 	}
 	if uid, gid, ok := strings.Cut(name, ":"); ok {
-		return &syscall.Credential{Uid: number(uid), Gid: number(gid)}, nil
+		c := &syscall.Credential{Uid: number(uid), Gid: number(gid)}
+		return c, errors.Join(errs...)
 	}
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -61,16 +39,16 @@ func credential(name string) (*syscall.Credential, error) {
 	for _, g := range groups {
 		c.Groups = append(c.Groups, number(g))
 	}
-	return c, nil
+	return c, errors.Join(errs...)
 }
 
-// checkUser finds out whether the user may use what QEMU opens again while it runs:
-// the images and, on a secondary, the overlays' folders.
-func (s *Spec) checkUser(secondary bool) error {
-	if s.User == "" {
+// checkUser finds out whether a user may use what QEMU opens again while it runs:
+// the images and, on a secondary, the overlays' folders. "": QEMU has no user of its own.
+func checkUser(user string, disks []Disk, secondary bool) error {
+	if user == "" {
 		return nil
 	}
-	c, err := credential(s.User)
+	c, err := credential(user)
 	if err != nil {
 		return err
 	}
@@ -78,13 +56,13 @@ func (s *Spec) checkUser(secondary bool) error {
 		cmd := exec.Command("test", tests...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c}
 		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("%s %s: user %s has no access (%w); give it to that user, its folders too", what, path, s.User, err)
+			return fmt.Errorf("%s %s: user %s has no access (%w); give it to that user, its folders too", what, path, user, err)
 		}
 		return nil
 	}
 	var errs []error
-	for i := range s.Disks {
-		d := &s.Disks[i]
+	for i := range disks {
+		d := &disks[i]
 		errs = append(errs, may("disk "+d.ID+": image", d.Image, "-r", d.Image, "-a", "-w", d.Image))
 		if _, err := os.Stat(d.OverlayDir); secondary && err == nil {
 			errs = append(errs, may("disk "+d.ID+": overlay_dir", d.OverlayDir, "-x", d.OverlayDir))
@@ -93,19 +71,17 @@ func (s *Spec) checkUser(secondary bool) error {
 	return errors.Join(errs...)
 }
 
-// give makes User the owner of files that lockstep made for QEMU.
-func (s *Spec) give(paths ...string) error {
-	if s.User == "" {
+// give makes a user the owner of a file that lockstep made for QEMU. "": it stays as it is.
+func give(user, path string) error {
+	if user == "" {
 		return nil
 	}
-	c, err := credential(s.User)
+	c, err := credential(user)
 	if err != nil {
 		return err
 	}
-	for _, p := range paths {
-		if err := os.Chown(p, int(c.Uid), int(c.Gid)); err != nil {
-			return fmt.Errorf("give to user %s: %w", s.User, err)
-		}
+	if err := os.Chown(path, int(c.Uid), int(c.Gid)); err != nil {
+		return fmt.Errorf("give to user %s: %w", user, err)
 	}
 	return nil
 }

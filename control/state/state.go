@@ -15,6 +15,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"lockstep/control/durable"
 )
 
 // State is one node's part in one pair. The zero State is that of a node that
@@ -117,28 +119,5 @@ func (s *Store) save(st State) error {
 	if err != nil {
 		return err
 	}
-	tmp := s.Path() + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(append(line, '\n'), checksum(line)...))
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, s.Path()); err != nil {
-		return err
-	}
-	d, err := os.Open(s.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.Replace(s.Path(), append(append(line, '\n'), checksum(line)...))
 }

@@ -183,7 +183,7 @@ func (e *Etcd) signal(t testing.TB, s syscall.Signal) {
 	}
 }
 
-// address is what to dial.
+// address is the address to dial.
 func (e *Etcd) address() (network, address string) {
 	if e.opt.Listen != "" {
 		return "tcp", e.opt.Listen

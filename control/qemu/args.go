@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+)
+
+// args is QEMU's command line: of a primary, or with in of a secondary.
+func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
+	a := []string{
+		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on", "-only-migratable",
+		"-no-shutdown", // a guest that powers off is told of to the other host first
+		"-machine", d.machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
+		"-pidfile", s.file(".pid"),
+		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP),
+	}
+	if d.monitorObject {
+		a = append(a, "-object", "monitor-qmp,id=lockstep-mon,chardev=lockstep")
+	} else {
+		a = append(a, "-mon", "chardev=lockstep,mode=control")
+	}
+	a = append(a, confine(s.User, d)...)
+	for _, o := range []struct{ flag, value string }{{"-kernel", s.Kernel}, {"-initrd", s.Initrd}, {"-append", s.Append}} {
+		if o.value != "" {
+			a = append(a, o.flag, o.value)
+		}
+	}
+	for i, n := range s.NICs {
+		a = append(a,
+			"-netdev", fmt.Sprintf("tap,id=hn%d,ifname=%s,script=no,downscript=no", i, esc(n.Tap)),
+			"-device", fmt.Sprintf("%s,id=e%d,netdev=hn%d,mac=%s", s.NICModel, i, i, n.MAC))
+	}
+	for i := range s.Disks {
+		nodes, err := s.blockdevs(i, in != nil)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range nodes {
+			b, err := json.Marshal(n)
+			if err != nil {
+				return nil, err
+			}
+			a = append(a, "-blockdev", string(b))
+		}
+		a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s,werror=stop,rerror=stop", i, s.Disks[i].ID))
+	}
+	if in != nil {
+		a = append(a, "-incoming", in.Migration)
+	} else {
+		a = append(a, "-S")
+	}
+	return append(a, s.Extra...), nil
+}
+
+type node map[string]any
+
+// blockdevs are a disk's nodes: a quorum (graph.go) over the image; on a secondary
+// over replication over its overlays.
+func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
+	d := &s.Disks[i]
+	driver := "file"
+	if info, err := stat(d.Image); err != nil {
+		return nil, err
+	} else if info.Mode()&fs.ModeDevice != 0 {
+		driver = "host_device"
+	}
+	image := node{"driver": d.format(), "node-name": parentNode(i), "file": node{"driver": driver, "filename": d.Image}}
+	size, err := d.size(true)
+	if err != nil {
+		return nil, err
+	}
+	if !secondary {
+		return []node{image, absent(i, size), s.quorum(i, parentNode(i))}, nil
+	}
+	overlay := func(name, kind string, backing any) node {
+		return node{"driver": "qcow2", "node-name": name, "backing": backing,
+			"file": node{"driver": "file", "filename": s.overlay(d, kind)}}
+	}
+	return []node{
+		image,
+		absent(i, size),
+		{"driver": "replication", "node-name": childNode(i), "mode": "secondary", "top-id": d.ID,
+			"file": overlay(activeNode(i), "active", overlay(hiddenNode(i), "hidden", parentNode(i)))},
+		s.quorum(i, childNode(i)),
+	}, nil
+}
+
+// esc writes a value into a list that commas divide.
+func esc(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+// confine are the arguments that take from QEMU what it does not need once it runs:
+// system calls, and with a user root's rights. QEMU opens the tap, the disks and its
+// sockets before it becomes that user.
+func confine(user string, d dialect) []string {
+	const sandbox = "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
+	switch {
+	case user == "":
+		// With a user this would end QEMU when it becomes that user.
+		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}
+	case d.runWith:
+		return []string{"-sandbox", sandbox, "-run-with", "user=" + user}
+	}
+	return []string{"-sandbox", sandbox, "-runas", user}
+}

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"lockstep/control/qmp"
+)
+
+// setLimits has the next migration keep to them.
+func setLimits(m *qmp.Monitor, l Limits) error {
+	if l.Bandwidth > 0 {
+		if err := m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": l.Bandwidth}, nil); err != nil {
+			return err
+		}
+	}
+	is, there, err := capability(m, "auto-converge")
+	switch {
+	case err != nil:
+		return err
+	case !there && l.AutoConverge:
+		return fmt.Errorf("QEMU %s has no auto-converge", m.Version())
+	case is == l.AutoConverge:
+		return nil
+	}
+	return setCapabilities(m, l.AutoConverge, "auto-converge")
+}
+
+type migrationState struct {
+	Status string
+	Why    string `json:"error-desc"`
+	RAM    struct {
+		Transferred, Remaining, Total int64
+		PageSize                      int64 `json:"page-size"`
+		DirtyPages                    int64 `json:"dirty-pages-rate"` // per second
+	}
+}
+
+func migration(m *qmp.Monitor) (s migrationState, err error) {
+	err = m.Execute("query-migrate", nil, &s)
+	return s, err
+}
+
+// memoryCopy follows the copy of the memory, and says when it has to be given up.
+type memoryCopy struct {
+	began time.Time
+	still stall
+	speed meter
+}
+
+// look takes what QEMU says of the migration. done: it is in COLO.
+func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress, done bool, err error) {
+	switch {
+	case s.Status == "colo":
+		return p, true, nil
+	case !slices.Contains(underWay, s.Status):
+		if s.Why == "" {
+			s.Why = "its state is " + s.Status
+		}
+		return p, false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
+	}
+	p = Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total,
+		Rate: c.speed.measure(now, s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}
+	switch still := c.still.spent(now, s.RAM.Transferred); {
+	case still:
+		return p, false, fmt.Errorf("copying the memory to the secondary has stood still for %v, at %d of %d MiB", l.Stalled, p.Done>>20, p.Total>>20)
+	case now.Sub(c.began) > l.Timeout:
+		return p, false, fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
+			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
+			l.Timeout, perSecond(p.Rate), perSecond(p.Dirtied), (p.Total-p.Done)>>20, p.Total>>20)
+	}
+	return p, false, nil
+}
+
+// finish waits until COLO is on and the guest runs in it. running: it did before, and
+// must not stand still for long.
+func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
+	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: pause}
+	err := until(ctx, "the memory is copied", func() (bool, error) {
+		s, err := migration(m)
+		if err != nil {
+			return false, err
+		}
+		p, done, err := memory.look(time.Now(), s, o.Limits)
+		if done || err != nil {
+			return done, err
+		}
+		o.Progress(p)
+		return false, standsStill(m, running, &halted)
+	})
+	if err != nil {
+		return err
+	}
+	ctx, cancelCOLO := context.WithTimeoutCause(ctx, settle, errors.New("COLO began and ended at once: the secondary's log tells why"))
+	defer cancelCOLO()
+	return until(ctx, "the guest runs in COLO", func() (bool, error) {
+		mode, err := m.COLO()
+		if err != nil {
+			return false, err
+		}
+		is, _, err := m.Status()
+		if err != nil || is && mode == "primary" {
+			return err == nil, err
+		}
+		return false, standsStill(m, running, &halted)
+	})
+}
+
+// standsStill is an error when a guest that ran has stood still for too long, because
+// the secondary does not take the last of its state.
+func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
+	is, _, err := m.Status()
+	if err != nil || !ran {
+		return err
+	}
+	if is {
+		*halted = stall{limit: halted.limit}
+		return nil
+	}
+	if halted.spent(time.Now(), 0) {
+		return fmt.Errorf("the guest has stood still for %v, because the secondary does not take the last of its state", halted.limit)
+	}
+	return nil
+}
+
+// underWay are the states of a migration that has not ended and is not in COLO.
+var underWay = []string{"setup", "active", "device"}
+
+// endMigration ends what there is of an earlier migration, COLO too, and returns when
+// QEMU can begin another. That is not when query-migrate says so, but when the
+// migration's connection is none that could be cut any more: until then QEMU refuses
+// another one ("duplicate yank instance").
+func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
+	if err := cut(m, disks); err != nil {
+		return err
+	}
+	s, err := migration(m)
+	if err != nil {
+		return err
+	}
+	if slices.Contains(underWay, s.Status) {
+		_ = m.Execute("migrate_cancel", nil, nil) // it may have ended meanwhile
+	}
+	if mode, err := m.COLO(); err != nil {
+		return err
+	} else if mode == "primary" {
+		if err := lostHeartbeat(ctx, m, mode); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
+	defer cancel()
+	return until(ctx, "the last migration has ended", func() (bool, error) {
+		links, err := m.Links()
+		return !slices.ContainsFunc(links, isMigration), err
+	})
+}
+
+func isMigration(l qmp.Link) bool { return l.Type == "migration" }

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"lockstep/control/qmp"
+)
+
+func connectNBD(m *qmp.Monitor, i int, to netip.AddrPort) error {
+	return m.ExecuteWithin(slow, "blockdev-add", map[string]any{
+		"driver": "nbd", "node-name": nbdNode(i), "export": parentNode(i), "open-timeout": nbdConnect,
+		"server": map[string]string{"type": "inet", "host": to.Addr().String(), "port": strconv.Itoa(int(to.Port()))},
+	}, nil)
+}
+
+func mirrorJob(d *Disk) string { return "resync-" + d.ID }
+
+type job struct {
+	ID      string
+	Status  string
+	Current int64 `json:"current-progress"`
+	Total   int64 `json:"total-progress"`
+	Error   string
+}
+
+func (j *job) ready() bool    { return j.Status == "ready" }
+func (j *job) finished() bool { return j.Status == "concluded" }
+
+// mirrors are the disks' jobs, in the disks' order.
+func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
+	if len(disks) == 0 {
+		return nil, nil
+	}
+	var all []job
+	if err := m.Execute("query-jobs", nil, &all); err != nil {
+		return nil, err
+	}
+	list := make([]*job, len(disks))
+	for i := range disks {
+		for k := range all {
+			if all[k].ID == mirrorJob(&disks[i]) {
+				list[i] = &all[k]
+			}
+		}
+	}
+	return list, nil
+}
+
+// mirror copies the disks and returns when both sides are the same, but for what
+// the guest writes now. It is drive-mirror's job; over a node of a name that is
+// known, so that its connection can be cut.
+func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error {
+	for i := range disks {
+		d := &disks[i]
+		args := map[string]any{
+			"job-id": mirrorJob(d), "device": d.ID, "target": nbdNode(i), "sync": "full", "auto-dismiss": false,
+		}
+		if o.Bandwidth > 0 {
+			args["speed"] = o.Bandwidth
+		}
+		if err := guarded(m, disks, func() error { return m.ExecuteWithin(slow, "blockdev-mirror", args, nil) }); err != nil {
+			return fmt.Errorf("disk %s: %w", d.ID, err)
+		}
+	}
+	copies := make([]diskCopy, len(disks))
+	for i := range copies {
+		copies[i].still.limit = o.Stalled
+	}
+	return until(ctx, "the disks are copied", func() (bool, error) {
+		jobs, err := mirrors(m, disks)
+		if err != nil {
+			return false, err
+		}
+		all := true
+		for i, j := range jobs {
+			if j == nil || j.finished() {
+				return false, mirrorFailed(&disks[i], j)
+			}
+			p, err := copies[i].look(time.Now(), &disks[i], j, o.Limits)
+			if err != nil {
+				return false, err
+			}
+			o.Progress(p)
+			all = all && j.ready()
+		}
+		return all, nil
+	})
+}
+
+// diskCopy follows the copy of one disk, and says when it has to be given up.
+type diskCopy struct {
+	still stall
+	speed meter
+	size  int64     // bytes of the first pass; 0: QEMU does not know yet
+	first time.Time // end of the first pass: from then on what the guest writes is copied; zero: it lasts
+}
+
+func (c *diskCopy) look(now time.Time, d *Disk, j *job, l Limits) (Progress, error) {
+	if c.size == 0 {
+		c.size = j.Total
+	}
+	if c.first.IsZero() && c.size != 0 && j.Current >= c.size {
+		c.first = now
+	}
+	p := Progress{What: d.ID, Done: j.Current, Total: j.Total, Rate: c.speed.measure(now, j.Current)}
+	switch still := c.still.spent(now, j.Current); {
+	case j.ready():
+	case still:
+		return p, fmt.Errorf("disk %s: copying it to the secondary has stood still for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
+	case !c.first.IsZero() && now.Sub(c.first) > l.Timeout:
+		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s; a faster link, a higher migration.bandwidth or less load ends that",
+			d.ID, l.Timeout, perSecond(p.Rate))
+	}
+	return p, nil
+}
+
+func mirrorFailed(d *Disk, j *job) error {
+	why := "the job is gone"
+	if j != nil && j.Error != "" {
+		why = j.Error
+	}
+	return fmt.Errorf("disk %s: copying it to the secondary failed: %s", d.ID, why)
+}
+
+// endMirror ends the jobs; the guest stands still, so both sides are the same
+// behind it.
+func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pause, errors.New("the guest stands still for it, and the secondary does not take the rest of its disk"))
+	defer cancel()
+	for i := range disks {
+		// Of a job that is ready, cancel copies the rest and ends well.
+		if err := guarded(m, disks, func() error {
+			return m.ExecuteWithin(slow, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil)
+		}); err != nil {
+			return fmt.Errorf("disk %s: %w", disks[i].ID, err)
+		}
+	}
+	return until(ctx, "the copies are complete", func() (bool, error) {
+		jobs, err := mirrors(m, disks)
+		if err != nil {
+			return false, err
+		}
+		all := true
+		for i, j := range jobs {
+			switch {
+			case j == nil:
+			case !j.finished():
+				all = false
+			case j.Error != "":
+				return false, mirrorFailed(&disks[i], j)
+			default:
+				if err := m.Execute("job-dismiss", map[string]string{"id": j.ID}, nil); err != nil {
+					return false, err
+				}
+			}
+		}
+		return all, nil
+	})
+}

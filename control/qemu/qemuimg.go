@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"time"
+
+	"lockstep/control/program"
+)
+
+// DiskSizes are what the guest sees of its disks, in bytes, in their order. It
+// works while they are in use.
+func (s *Spec) DiskSizes() ([]int64, error) {
+	sizes := make([]int64, len(s.Disks))
+	var errs []error
+	for i := range s.Disks {
+		var err error
+		sizes[i], err = s.Disks[i].size(true)
+		errs = append(errs, err)
+	}
+	return sizes, errors.Join(errs...)
+}
+
+// size asks qemu-img. Unless shared, an image that another process uses is
+// refused.
+func (d *Disk) size(shared bool) (int64, error) {
+	args := []string{"info", "--output=json", "-f", d.format()}
+	if shared {
+		args = append(args, "-U")
+	}
+	out, err := qemuImg(append(args, d.Image)...)
+	if err != nil {
+		return 0, fmt.Errorf("disk %s: %w", d.ID, err)
+	}
+	var info imageInfo
+	if err := json.Unmarshal(out, &info); err != nil {
+		return 0, fmt.Errorf("disk %s: qemu-img info: %w", d.ID, err)
+	}
+	return info.Size, nil
+}
+
+// imageInfo is some of what `qemu-img info` tells.
+type imageInfo struct {
+	Size  int64 `json:"virtual-size"`
+	Dirty bool  `json:"dirty-flag"` // qcow2: it was written to and not closed
+}
+
+// patience bounds what may wait for storage that does not answer, or for a process that
+// stands still. A test shortens it.
+var patience = 10 * time.Second
+
+// qemuImg returns what qemu-img prints; an error is its own words.
+func qemuImg(args ...string) ([]byte, error) {
+	ctx, done := context.WithTimeout(context.Background(), patience)
+	defer done()
+	return qemuImgUntil(ctx, args...)
+}
+
+// qemuImgUntil is qemuImg for what may take its time.
+func qemuImgUntil(ctx context.Context, args ...string) ([]byte, error) {
+	out, said, err := program.Output(ctx, "qemu-img", args...)
+	switch {
+	case errors.Is(err, program.ErrGivenUp):
+		return nil, fmt.Errorf("`qemu-img %s` does not end: %w; is the storage there that the image is on?", strings.Join(args, " "), err)
+	case errors.As(err, new(*exec.ExitError)) && said != "":
+		return nil, errors.New(strings.Join(strings.Fields(said), " "))
+	case err != nil:
+		return nil, fmt.Errorf("qemu-img: %w", err)
+	}
+	return []byte(out), nil
+}
