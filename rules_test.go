@@ -30,7 +30,7 @@ var (
 	ruleList  = regexp.MustCompile(`(?m)^- (Enforced|Tests|Mutations): (.*)$`)
 	quoted    = regexp.MustCompile("`([^`]+)`")
 	citation  = regexp.MustCompile(`(?:\basm\.)?\bR\d{1,2}\b`) // asm.R0 is a register of the kernel's machine
-	testName  = regexp.MustCompile(`^(?:([a-z/]+)\.)?(Test\w+)$`)
+	testName  = regexp.MustCompile(`^(?:([a-z0-9/]+)\.)?(Test\w+)$`)
 	sourceExt = regexp.MustCompile(`\.(go|c|h)$`)
 	anyList   = []string{"Enforced", "Tests", "Mutations"}
 )
@@ -121,7 +121,7 @@ func checkPlaces(files map[string]string, where string, words []string, fault fu
 			continue
 		}
 		none = false
-		if files[file] == "" || defines(file, files[file], word) {
+		if defines(file, files[file], word) {
 			continue
 		}
 		var instead []string
@@ -162,15 +162,21 @@ func checkTest(files map[string]string, where, word string, fault func(format st
 	m := testName.FindStringSubmatch(word)
 	dir := m[1]
 	if dir == "" {
-		dir = "cmd/lockstep"
+		dir = "cmd/lockstep/e2e"
 	}
+	head, instead := "\nfunc "+m[2]+"(", []string{}
 	for file, text := range files {
-		if path.Dir(file) == dir && strings.HasSuffix(file, "_test.go") {
+		switch {
+		case !strings.HasSuffix(file, "_test.go"):
+		case path.Dir(file) == dir:
 			tests += text
+		case strings.Contains(text, head):
+			instead = append(instead, path.Dir(file))
 		}
 	}
-	if !strings.Contains(tests, "\nfunc "+m[2]+"(") {
-		fault("%s: %s has no %s", where, dir, m[2])
+	if !strings.Contains(tests, head) {
+		slices.Sort(instead)
+		fault("%s: %s has no %s; it is in %v", where, dir, m[2], instead)
 	}
 	return tests
 }
@@ -306,7 +312,7 @@ func TestRulesFaults(t *testing.T) {
 			"p/a.go":                     "package p\n\n// Guard is R0, R1.\nfunc (g *T) Guard() { noGuard = asm.R0 }\n\nfunc guard() {}\n",
 			"p/b.c":                      "static __always_inline int check(int a)\n{\n\treturn LS_CHECK;\n}\n",
 			"p/a_test.go":                "package p\n\nfunc TestGuard(t) {}\n\nfunc TestMutation(t) { noGuard, LsLS_CHECK }\n",
-			"cmd/lockstep/e2e_test.go":   "package main\n\nfunc TestWhole(t) {} // R1\n",
+			"cmd/lockstep/e2e/x_test.go": "package main\n\nfunc TestWhole(t) {} // R1\n",
 			"p/testdata/transcripts/r0":  "# R0: it says so.\n",
 			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`.\n",
 			"compare/x.go":               "package compare\n",
@@ -334,8 +340,9 @@ func TestRulesFaults(t *testing.T) {
 		{"C function that was renamed", "p/b.c", "check(", "look(", "R1: p/b.c defines no check; it is defined in []"},
 		{"C function that is only called", "p/b.c", "int check(int a)\n{", "int look(int a)\n{\n\tcheck(a);", "R1: p/b.c defines no check"},
 		{"file without a function", "docs/RULES.md", "`p/b.c` `check`", "`p/b.c`", "R0: no function is named of p/b.c"},
-		{"test that is gone", "p/a_test.go", "TestGuard(", "TestGuards(", "R1: p has no TestGuard"},
-		{"end-to-end test that is gone", "cmd/lockstep/e2e_test.go", "TestWhole(", "Whole(", "R1: cmd/lockstep has no TestWhole"},
+		{"test that is gone", "p/a_test.go", "TestGuard(", "TestGuards(", "R1: p has no TestGuard; it is in []"},
+		{"end-to-end test that is gone", "cmd/lockstep/e2e/x_test.go", "TestWhole(", "Whole(", "R1: cmd/lockstep/e2e has no TestWhole"},
+		{"test that moved", "docs/RULES.md", "`TestWhole`", "`p.TestWhole`", "R0: p has no TestWhole; it is in [cmd/lockstep/e2e]"},
 		{"word that is no test", "docs/RULES.md", "`p.TestGuard`", "`guard`", `R0: "guard" is no test`},
 		{"mutation's test that is gone", "p/a_test.go", "TestMutation(", "Mutation(", "R1: p has no TestMutation"},
 		{"switch that nothing goes by", "p/a.go", "noGuard", "nothing", "R1: no code goes by the switch noGuard"},
