@@ -26,7 +26,7 @@ func newDoctor(e env) *cobra.Command {
 			}
 			if t.file != "" {
 				var err error
-				if c, err = config.Load(t.file); err != nil {
+				if c, err = loadConfig(e, t.file); err != nil {
 					return usageError{err}
 				}
 				if t.node != "" {

@@ -26,7 +26,7 @@ func newEvents(e env) *cobra.Command {
 		Long:  "events lists what this host's daemons have noted, across restarts. It needs no daemon.",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
+			c, self, _, err := t.load(e)
 			if err != nil {
 				return err
 			}

@@ -48,7 +48,7 @@ func newKeys(e env) *cobra.Command {
 			case dir == "":
 				return usageError{errors.New("where to? Name the certificates' folder with -d")}
 			}
-			c, err := config.Load(file)
+			c, err := loadConfig(e, file)
 			if err != nil {
 				return usageError{err}
 			}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
@@ -170,6 +171,28 @@ func TestMistakes(t *testing.T) {
 	}
 	if len(c.calls) > 0 {
 		t.Errorf("the kernel was asked for %v", c.calls)
+	}
+}
+
+// Each command that reads a config warns of a key by an old name, on stderr alone.
+func TestOldNames(t *testing.T) {
+	c := newCLI(t)
+	c.write(t, "pair.yaml", pairYAML+"heartbeat: {speak: 300ms}\n")
+	c.control = func(_ context.Context, o control.Options) error {
+		if o.SpeakFor != 300*time.Millisecond {
+			t.Errorf("the lease is %v, want 300ms", o.SpeakFor)
+		}
+		return o.NICs[0].Close()
+	}
+	c.examine = func(context.Context, *config.Config, string) doctor.Report { return doctor.Report{CanRun: true} }
+	const want = "@/pair.yaml:7:13: warning: heartbeat.speak is called heartbeat.lease now; rename it: the next release does not read the old name\n"
+	for _, line := range []string{
+		"run -c @/pair.yaml --node alpha --role primary", "status -c @/pair.yaml --node alpha", "upgrade -c @/pair.yaml --node alpha",
+		"doctor -c @/pair.yaml", "keys -c @/pair.yaml -d @/certs", "events -c @/pair.yaml --node alpha", "unload -c @/pair.yaml --node alpha",
+	} {
+		if _, stdout, stderr := c.run(t.Context(), line); !strings.HasPrefix(stderr, want) || strings.Contains(stdout, "warning") {
+			t.Errorf("%s: %q, %q", line, stdout, stderr)
+		}
 	}
 }
 

@@ -56,20 +56,32 @@ func (t *target) flags(cmd *cobra.Command) {
 }
 
 // load reads the config and finds the node in it.
-func (t *target) load() (c *config.Config, self, other *config.Node, err error) {
+func (t *target) load(e env) (c *config.Config, self, other *config.Node, err error) {
 	switch {
 	case t.file == "":
 		return nil, nil, nil, usageError{errors.New("which pair? Name its config file with -c")}
 	case t.node == "":
 		return nil, nil, nil, usageError{fmt.Errorf("which of the hosts in %s is this one? Name it with --node", t.file)}
 	}
-	if c, err = config.Load(t.file); err != nil {
+	if c, err = loadConfig(e, t.file); err != nil {
 		return nil, nil, nil, usageError{err}
 	}
 	if self, other, err = c.Node(t.node); err != nil {
 		return nil, nil, nil, usageError{err}
 	}
 	return c, self, other, nil
+}
+
+// loadConfig reads a config, and warns of what the next release will refuse.
+func loadConfig(e env, file string) (*config.Config, error) {
+	c, err := config.Load(file)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range c.Warnings {
+		fmt.Fprintf(e.stderr, "%s: warning: %s; %s\n", w.Pos, w.Reason, w.Fix)
+	}
+	return c, nil
 }
 
 // newAsk is a command that asks this host's daemon for something and shows it.
@@ -81,7 +93,7 @@ func newAsk[T any](e env, name, short string, fetch func(context.Context, string
 		Short: short,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ask(cmd.Context(), &t, fetch, asJSON, e.stdout, show)
+			return ask(cmd.Context(), e, &t, fetch, asJSON, show)
 		},
 	}
 	t.flags(cmd)
@@ -90,8 +102,8 @@ func newAsk[T any](e env, name, short string, fetch func(context.Context, string
 }
 
 // ask gets what the daemon says and prints it.
-func ask[T any](ctx context.Context, t *target, fetch func(context.Context, string) (T, error), asJSON bool, out io.Writer, show func(io.Writer, T) error) error {
-	c, self, _, err := t.load()
+func ask[T any](ctx context.Context, e env, t *target, fetch func(context.Context, string) (T, error), asJSON bool, show func(io.Writer, T) error) error {
+	c, self, _, err := t.load(e)
 	if err != nil {
 		return err
 	}
@@ -106,11 +118,11 @@ func ask[T any](ctx context.Context, t *target, fetch func(context.Context, stri
 		return err
 	}
 	if asJSON {
-		enc := json.NewEncoder(out)
+		enc := json.NewEncoder(e.stdout)
 		enc.SetIndent("", "  ")
 		return enc.Encode(v)
 	}
-	return show(out, v)
+	return show(e.stdout, v)
 }
 
 // noDaemonError is control.ErrNoDaemon with a remedy.

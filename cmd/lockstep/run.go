@@ -94,7 +94,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		},
 		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
 		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval, TargetPause: c.Checkpoint.TargetPause,
-		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Speak,
+		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Lease,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
 	}
@@ -171,7 +171,7 @@ func newRun(e env) *cobra.Command {
 		Short: "Run the daemon of this host in the foreground",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, other, err := t.load()
+			c, self, other, err := t.load(e)
 			if err != nil {
 				return err
 			}

@@ -19,7 +19,7 @@ func newStart(e env) *cobra.Command {
 			"the unit that runs it, boots the guest then. It changes nothing else, and needs no daemon.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
+			c, self, _, err := t.load(e)
 			if err != nil {
 				return err
 			}

@@ -30,7 +30,7 @@ func newUnload(e env) *cobra.Command {
 			"No setting needs it on a pair that runs: see docs/CONFIG.md, \"Changing a setting\".",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
+			c, self, _, err := t.load(e)
 			if err != nil {
 				return err
 			}

@@ -23,7 +23,7 @@ func newUpgrade(e env) *cobra.Command {
 			"says what to do next. Run it in the daemon's network namespace.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load()
+			c, self, _, err := t.load(e)
 			if err != nil {
 				return err
 			}

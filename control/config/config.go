@@ -34,7 +34,7 @@ const (
 
 	DefaultHeartbeatInterval = 50 * time.Millisecond
 	DefaultHeartbeatTimeout  = 500 * time.Millisecond
-	DefaultHeartbeatSpeak    = 400 * time.Millisecond
+	DefaultHeartbeatLease    = 400 * time.Millisecond
 	DefaultHeartbeatRestart  = 3 * time.Second
 
 	DefaultPeriod      = 20 * time.Second
@@ -79,6 +79,10 @@ type Config struct {
 	Migration  Migration
 	Arbiter    Arbiter
 
+	// Warnings are about what is read now and will be refused: one for each key by an old
+	// name, with its place.
+	Warnings Errors
+
 	at map[string]Pos // key path → where its value is written
 }
 
@@ -86,7 +90,7 @@ type Config struct {
 type Heartbeat struct {
 	Interval time.Duration // between two echoes
 	Timeout  time.Duration // of a silent peer, before it counts as dead
-	Speak    time.Duration // an echo lets the PVM speak for so long: T of R20
+	Lease    time.Duration // for so long after an echo the PVM may transmit: T of R20
 	Restart  time.Duration // for a daemon that ended on a living host to come back
 }
 
@@ -132,12 +136,13 @@ func Parse(file string, data []byte) (*Config, error) {
 			GSOSlots:       DefaultGSOSlots,
 		},
 		TLS:        TLS{Rekey: DefaultRekey},
-		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, 0},
+		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatLease, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
 		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Limits: qemu.Limits{Timeout: DefaultMigrationTimeout}},
 		at:         r.at,
 	}
 	r.config(root, c)
+	c.Warnings = r.warnings
 	c.derive()
 	// Relations between values mean something only where each value is right.
 	if len(r.errs) == 0 {

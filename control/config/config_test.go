@@ -29,7 +29,7 @@ tls:
   cert: certs/{node}.pem
   key: "certs/{node}.key"
   rekey: 2h
-heartbeat: {interval: 20ms, timeout: 300ms, speak: 200ms, restart: 900ms}
+heartbeat: {interval: 20ms, timeout: 300ms, lease: 200ms, restart: 900ms}
 pin_dir: /sys/fs/bpf/lockstep
 compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, mptcp: true, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
 checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms}
@@ -84,7 +84,7 @@ func TestParse(t *testing.T) {
 				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto"}}},
 		},
 		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour},
-		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Speak: 200 * time.Millisecond, Restart: 900 * time.Millisecond},
+		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Lease: 200 * time.Millisecond, Restart: 900 * time.Millisecond},
 		PinDir:    "/sys/fs/bpf/lockstep",
 		RunDir:    "/tmp/run",
 		StateDir:  "etc/state",
@@ -145,7 +145,7 @@ func TestDefaults(t *testing.T) {
 	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil, false}, c.Compare); d != "" {
 		t.Errorf("compare: -want +got\n%s", d)
 	}
-	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatSpeak, DefaultHeartbeatRestart}); c.Heartbeat != want {
+	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatLease, DefaultHeartbeatRestart}); c.Heartbeat != want {
 		t.Errorf("heartbeat %+v, want %+v", c.Heartbeat, want)
 	}
 	if want := (TLS{Insecure: true, Rekey: DefaultRekey}); c.TLS != want || c.Nodes[0].NICs[0].XDP != XDPAuto {
@@ -242,6 +242,9 @@ func TestDocumentedExample(t *testing.T) {
 	c, err := Parse("pair.yaml", []byte(whole+qemu))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(c.Warnings) > 0 {
+		t.Error(c.Warnings)
 	}
 	if want := MAC(c.VM, 0).String(); c.QEMU.MACs[0].String() != want {
 		t.Errorf("the MAC address that is the default is %s", want)
@@ -393,6 +396,37 @@ func TestRefuse(t *testing.T) {
 		if got := c.Refuse(key, "no such device", "make it").Error(); got != want {
 			t.Errorf("%s: %q, want %q", key, got, want)
 		}
+	}
+}
+
+// A key by its old name is read, with a warning that names the new one.
+func TestRenamed(t *testing.T) {
+	for old, now := range renamed {
+		if old == now || old[:strings.LastIndexByte(old, '.')] != now[:strings.LastIndexByte(now, '.')] {
+			t.Errorf("%s cannot become %s: it has to stay in its section", old, now)
+		}
+	}
+	c, err := Parse("pair.yaml", []byte(strings.Replace(example, "lease: 200ms", "speak: 200ms", 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "pair.yaml:10:45: heartbeat.speak is called heartbeat.lease now; rename it: the next release does not read the old name"; c.Warnings.Error() != want {
+		t.Errorf("warns %q, want %q", c.Warnings, want)
+	}
+	new, err := Parse("pair.yaml", []byte(example))
+	if err != nil || len(new.Warnings) > 0 {
+		t.Fatal(err, new.Warnings)
+	}
+	c.Warnings = nil
+	if d := cmp.Diff(new, c, cmpopts.IgnoreUnexported(Config{}), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); d != "" {
+		t.Errorf("-new name +old name\n%s", d)
+	}
+	if c.Hash() != new.Hash() {
+		t.Error("the old name gives another hash")
+	}
+	// What is wrong with the value is said at its place.
+	if got, want := c.Refuse("heartbeat.lease", "no", "").Error(), "pair.yaml:10:52: no"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 

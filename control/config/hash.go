@@ -57,7 +57,7 @@ var sections = []struct {
 	}},
 	{"tls.insecure", false, func(w io.Writer, c *Config) { fmt.Fprint(w, c.TLS.Insecure) }},
 	{"heartbeat", false, func(w io.Writer, c *Config) {
-		fmt.Fprint(w, int64(c.Heartbeat.Interval), int64(c.Heartbeat.Timeout), int64(c.Heartbeat.Speak), int64(c.Heartbeat.Restart))
+		fmt.Fprint(w, int64(c.Heartbeat.Interval), int64(c.Heartbeat.Timeout), int64(c.Heartbeat.Lease), int64(c.Heartbeat.Restart))
 	}},
 	{"compare.primary_only or compare.mptcp", false, func(w io.Writer, c *Config) { fmt.Fprint(w, c.Compare.PrimaryOnly, c.Compare.MPTCP) }},
 	// Where the paths of two copies of the file lead is each host's own.

@@ -29,6 +29,8 @@ type reader struct {
 	file string
 	errs Errors
 	at   map[string]Pos
+
+	warnings Errors
 }
 
 func (r *reader) refuse(p Pos, reason, fix string) {
@@ -99,7 +101,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 			r.mapping(v, []field{
 				{"interval", "", r.duration(&c.Heartbeat.Interval, time.Millisecond, 10*time.Second)},
 				{"timeout", "", r.duration(&c.Heartbeat.Timeout, 3*time.Millisecond, time.Minute)},
-				{"speak", "", r.duration(&c.Heartbeat.Speak, 3*time.Millisecond, time.Minute)},
+				{"lease", "", r.duration(&c.Heartbeat.Lease, 3*time.Millisecond, time.Minute)},
 				{"restart", "", r.duration(&c.Heartbeat.Restart, 3*time.Millisecond, time.Hour)},
 			})
 		}},

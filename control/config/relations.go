@@ -61,15 +61,15 @@ func (r *reader) relations(c *Config) {
 		differ("remote", y.Remote, x.Local)
 	}
 	r.guest(c)
-	if h := c.Heartbeat; h.Speak > h.Timeout {
-		r.refuse(at("heartbeat.speak"), fmt.Sprintf("speak %v is above timeout %v", h.Speak, h.Timeout), "a host that counts as dead must have fallen silent; lower it")
-	} else if h.Interval > h.Speak/3 {
-		r.refuse(at("heartbeat.interval"), fmt.Sprintf("interval %v is above a third of speak %v", h.Interval, h.Speak), "one lost echo must not silence the guest; lower it or raise speak")
+	if h := c.Heartbeat; h.Lease > h.Timeout {
+		r.refuse(at("heartbeat.lease"), fmt.Sprintf("lease %v is above timeout %v", h.Lease, h.Timeout), "a host that counts as dead must no longer transmit; lower it")
+	} else if h.Interval > h.Lease/3 {
+		r.refuse(at("heartbeat.interval"), fmt.Sprintf("interval %v is above a third of lease %v", h.Interval, h.Lease), "one lost echo must not mute the guest; lower it or raise lease")
 	}
 	if h := &c.Heartbeat; h.Restart == 0 {
 		h.Restart = max(DefaultHeartbeatRestart, h.Timeout)
 	} else if h.Restart < h.Timeout {
-		r.refuse(at("heartbeat.restart"), fmt.Sprintf("restart %v is below timeout %v", h.Restart, h.Timeout), "a daemon that ends on a living host is given at least the time of a host that is silent; raise it")
+		r.refuse(at("heartbeat.restart"), fmt.Sprintf("restart %v is below timeout %v", h.Restart, h.Timeout), "a daemon that ends on a living host is given at least the time of a host that does not answer; raise it")
 	}
 	if c.Compare.CutDelay >= c.Compare.Timeout {
 		r.refuse(at("compare.cut_delay"), fmt.Sprintf("cut_delay %v is not below timeout %v", c.Compare.CutDelay, c.Compare.Timeout), "a cut that waits for the timeout never happens; lower it")

@@ -87,6 +87,12 @@ func (r *reader) value(n ast.Node, path string, or Pos) value {
 	return v
 }
 
+// renamed are keys by the name that they had, with the one that they have now. The old name
+// is read for one release, with a warning.
+var renamed = map[string]string{
+	"heartbeat.speak": "heartbeat.lease",
+}
+
 // mapping reads the known keys, and refuses others and missing ones.
 func (r *reader) mapping(v value, fields []field) {
 	kvs, ok := r.pairs(v)
@@ -99,6 +105,15 @@ func (r *reader) mapping(v value, fields []field) {
 	}
 	there := make(map[string]bool)
 	for _, kv := range kvs {
+		if now := renamed[kv.val.path]; now != "" {
+			r.warnings = append(r.warnings, &Error{kv.keyPos, kv.val.path + " is called " + now + " now", "rename it: the next release does not read the old name"})
+			kv.key, kv.val.path = now[strings.LastIndexByte(now, '.')+1:], now
+			if _, both := r.at[now]; both {
+				r.refuse(kv.keyPos, kv.key+" is there twice, once by its old name", "keep one of the two")
+				continue
+			}
+			r.at[now] = kv.val.pos
+		}
 		i := slices.Index(known, kv.key)
 		if i < 0 {
 			r.refuse(kv.keyPos, fmt.Sprintf("unknown key %q", kv.key), suggest(kv.key, known))

@@ -192,7 +192,7 @@ func (p *livingPair) change(node, old, text string) {
 // and one session lives through all of it; so does it when lockstep is taken away from the
 // one guest that speaks, and comes back.
 func TestChangeSettings(t *testing.T) {
-	p := newLivingPair(t, 0, "compare: {timeout: 10s, slots: 16384}\ncheckpoint: {period: 20s}\nheartbeat: {interval: 50ms, timeout: 500ms, speak: 400ms, restart: 15s}")
+	p := newLivingPair(t, 0, "compare: {timeout: 10s, slots: 16384}\ncheckpoint: {period: 20s}\nheartbeat: {interval: 50ms, timeout: 500ms, lease: 400ms, restart: 15s}")
 	p.start()
 	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
 	c := p.open()
