@@ -11,9 +11,9 @@ func (p *Primary) adopt(s *Segment) {
 	if p.solo || s.Datagram {
 		return
 	}
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.conns.create(&s.Tuple); c == nil {
 			p.stats.Drops[ReasonTableFull]++
 			return
 		}
@@ -43,7 +43,7 @@ func (c *conn) acked(una uint32) {
 			h.rest = c.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 		}
 	}
-	c.rebase(una)
+	c.sameBytes(c.svm.rebase(una))
 	c.low, c.released = una, maxSeq(c.released, una)
 	c.cutAt = 0
 	c.moved()

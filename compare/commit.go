@@ -47,7 +47,7 @@ func (p *Primary) thaw() {
 	}
 	p.frozen = false
 	var diverged *conn
-	for _, c := range p.all() {
+	for _, c := range p.conns.all() {
 		if c.diverged && diverged == nil {
 			diverged = c
 		}
@@ -71,18 +71,6 @@ func (p *Primary) restart(c *conn) {
 	p.pump(c)
 }
 
-// all gives the connections in the order they were made.
-func (p *Primary) all() []*conn {
-	cs := make([]*conn, 0, len(p.conns))
-	for _, t := range p.timers {
-		if t.conn != nil {
-			cs = append(cs, t.conn)
-		}
-	}
-	slices.SortFunc(cs, func(a, b *conn) int { return cmp.Compare(a.no, b.no) })
-	return cs
-}
-
 // leaving is a held frame that leaves at a commit: a piece of c or, where f is
 // set, a datagram.
 type leaving struct {
@@ -98,7 +86,7 @@ type leaving struct {
 // the PVM said before leaves (R14), everything else starts from there (R8).
 func (p *Primary) commit(epoch uint32, at int64) {
 	p.epoch, p.frozen = epoch, false
-	cs := p.all()
+	cs := p.conns.all()
 	var out []leaving
 	for _, c := range cs {
 		out = c.commit(at, out)
@@ -110,7 +98,7 @@ func (p *Primary) commit(epoch uint32, at int64) {
 	p.leave(out)
 	for _, c := range cs {
 		if !c.pvmSeen {
-			p.remove(c, ReasonExpired) // known from the old SVM alone
+			p.conns.remove(c, ReasonExpired) // known from the old SVM alone
 			continue
 		}
 		if !c.floating && !c.syn.waiting {
@@ -201,7 +189,7 @@ func (p *Primary) leave(out []leaving) {
 // is still on its way (R15, R21).
 func (p *Primary) goSolo() {
 	p.solo, p.frozen = true, false
-	cs := p.all()
+	cs := p.conns.all()
 	var out []leaving
 	for _, c := range cs {
 		c.acks.svm = c.acks.pvm
@@ -225,7 +213,7 @@ func (p *Primary) goSolo() {
 	}
 	for _, c := range cs {
 		c.sendGrownACK()
-		p.remove(c, ReasonExpired)
+		p.conns.remove(c, ReasonExpired)
 	}
 	p.next = nil
 }

@@ -11,7 +11,6 @@ type conn struct {
 	no   uint64 // of the event that made it; orders connections
 	born int64
 	last int64 // last sign of life
-	inc  incarnation
 
 	pvmSeen     bool // the PVM transmitted something that was not a RST
 	established bool // and not a SYN
@@ -63,68 +62,6 @@ type svmReset struct {
 	at       int64
 }
 
-// create adds a connection, or gives nil when the table is full.
-func (p *Primary) create(t *Tuple) *conn {
-	if len(p.conns) >= p.cfg.MaxConnections {
-		return nil
-	}
-	var c *conn
-	if n := len(p.spare); n > 0 {
-		c = p.spare[n-1]
-		p.spare = p.spare[:n-1]
-	} else {
-		c = new(conn)
-		c.timer.conn = c
-		c.core, c.held.core, c.svm.budget = &p.core, &p.core, &p.points
-		c.open.of, c.half.of = c, c
-	}
-	c.tuple = *t
-	p.reset(c)
-	p.conns[c.tuple] = c
-	p.timers.push(&c.timer)
-	return c
-}
-
-// reset brings c to the state of a connection nothing is known of. Nothing may
-// be held any more.
-func (p *Primary) reset(c *conn) {
-	c.svm.forget()
-	p.opens.unlink(c)
-	c.half.unlink()
-	*c = conn{
-		timer: c.timer, no: p.eventNo, born: p.now, last: p.now, open: c.open, half: c.half,
-		sender:   sender{core: c.core, tuple: c.tuple, acks: ackState{marks: c.acks.marks[:0], scale: scaleUnknown}},
-		held:     heldQueue{core: c.core, pieces: c.held.pieces},
-		svm:      stream{budget: c.svm.budget, points: c.svm.points, loose: c.svm.loose},
-		floating: true,
-	}
-}
-
-// remove ends c's tracking.
-func (p *Primary) remove(c *conn, why Reason) {
-	c.held.clear(why)
-	c.svm.forget()
-	p.opens.unlink(c)
-	c.half.unlink()
-	p.timers.remove(&c.timer)
-	delete(p.conns, c.tuple)
-	if len(p.spare) < maxSpare {
-		p.spare = append(p.spare, c)
-	}
-}
-
-const maxSpare = 1024
-
-// tableFull frees a frame that no connection can be made for.
-func (p *Primary) tableFull(s *Segment) {
-	p.drop(s.Slot, ReasonTableFull)
-	if p.fullAsked && p.now-p.fullAt < int64(fullEvery) {
-		return
-	}
-	p.fullAsked, p.fullAt = true, p.now
-	p.checkpoint(&s.Tuple, ReasonTableFull)
-}
-
 // accept reports whether a digest record belongs to c's incarnation (R8). A connection
 // that P met in mid-stream takes over that of the newest record, until something has
 // been verified.
@@ -134,7 +71,7 @@ func (c *conn) accept(s *Segment) bool {
 		return true
 	case c.inc.names(s):
 		return true
-	case c.inc.settled && !c.floating && !c.unverified():
+	case c.inc.settled && !c.floating && !(c.adopted && c.svm.compared == c.low):
 		return c.inc.namesAgain(s)
 	case c.inc.settled:
 		c.svm.forget()
@@ -147,9 +84,6 @@ func (c *conn) accept(s *Segment) bool {
 	c.inc.take(s)
 	return true
 }
-
-// unverified: c was adopted, and nothing of it has been compared yet.
-func (c *conn) unverified() bool { return c.adopted && c.svm.compared == c.low }
 
 // closed reports whether both sides are through with c.
 func (c *conn) closed() bool {

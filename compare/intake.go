@@ -22,11 +22,11 @@ func (p *Primary) pvm(s *Segment) {
 		p.pass(s)
 		return
 	}
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	switch {
 	case s.Flags&RST != 0:
 		if c == nil {
-			if c = p.create(&s.Tuple); c == nil {
+			if c = p.conns.create(&s.Tuple); c == nil {
 				p.drop(s.Slot, ReasonTableFull)
 				return
 			}
@@ -41,7 +41,7 @@ func (p *Primary) pvm(s *Segment) {
 			return
 		}
 	case c == nil:
-		if c = p.createEvicting(&s.Tuple); c == nil {
+		if c = p.conns.createEvicting(&s.Tuple); c == nil {
 			p.tableFull(s)
 			return
 		}
@@ -72,7 +72,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	opened := false // by the SVM too
 	switch {
 	case c == nil:
-		if c = p.createEvicting(&s.Tuple); c == nil {
+		if c = p.conns.createEvicting(&s.Tuple); c == nil {
 			p.tableFull(s)
 			return nil
 		}
@@ -89,7 +89,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	default:
 		opened = c.openOnSVM
 		c.held.clear(ReasonSuperseded)
-		p.reset(c)
+		p.conns.reset(c)
 	}
 	c.inc = incarnation{isn: s.Seq, named: true, settled: true}
 	c.syn.begin(s, p.now)
@@ -103,7 +103,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	} else if passive {
 		c.acks.scale = int8(scale)
 	}
-	p.halfOpened(c)
+	p.conns.halfOpened(c)
 	if !passive {
 		p.pvmOpened(c, opened)
 	}
@@ -127,13 +127,13 @@ func (p *Primary) svm(s *Segment) {
 		p.svmOpened(s)
 		return
 	}
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
 		// The SVM may be the first to speak on a connection that came with a
 		// checkpoint. Late ACKs and FINs of connections that are over come here too,
 		// so it is forgotten soon if the PVM says nothing.
 		if s.Flags&SYN == 0 && (s.Flags&RST == 0 || s.Inherited) {
-			c = p.create(&s.Tuple)
+			c = p.conns.create(&s.Tuple)
 		}
 		if c == nil {
 			p.stats.Drops[ReasonStray]++
@@ -195,7 +195,7 @@ func (p *Primary) answer(s *Segment) {
 	if p.solo || !p.inEpoch(s) {
 		return
 	}
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	switch {
 	case c == nil || !near(s.Seq, c.svm.compared) || s.Len > reach:
 		p.stats.Drops[ReasonStray]++
@@ -203,7 +203,7 @@ func (p *Primary) answer(s *Segment) {
 		p.stats.Drops[ReasonIncarnation]++
 	default:
 		if s.Len > 0 {
-			c.learn(span{s.Seq, []Bound{{s.Seq + s.Len, s.Sum}}})
+			c.sameBytes(c.svm.learn(span{s.Seq, []Bound{{s.Seq + s.Len, s.Sum}}}))
 		}
 		p.pump(c)
 	}
@@ -211,7 +211,7 @@ func (p *Primary) answer(s *Segment) {
 
 // client notes what ends a connection from the remote's side.
 func (p *Primary) client(s *Segment) {
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
 		return
 	}
@@ -244,11 +244,21 @@ func (p *Primary) pump(c *conn) (alive bool) {
 	if !p.frozen && !c.diverged {
 		c.release()
 		if c.matchRST() && !c.pvmSeen {
-			p.remove(c, ReasonReset)
+			p.conns.remove(c, ReasonReset)
 			return false
 		}
 		c.sendGrownACK()
 	}
 	p.wait(c)
 	return c.heapIdx >= 0
+}
+
+// tableFull frees a frame that no connection can be made for.
+func (p *Primary) tableFull(s *Segment) {
+	p.drop(s.Slot, ReasonTableFull)
+	if p.fullAsked && p.now-p.fullAt < int64(fullEvery) {
+		return
+	}
+	p.fullAsked, p.fullAt = true, p.now
+	p.checkpoint(&s.Tuple, ReasonTableFull)
 }

@@ -97,22 +97,22 @@ func (c *conn) sack() {
 		for i := range held {
 			there.add(block{held[i].start, held[i].end}, c.svm.compared)
 		}
-		c.sackAs(OpSACK, &there)
+		c.sackAs(OpSACK, c.svm.compared, &there)
 	}
 	if from, _, ok := c.svm.hole(); ok && from == c.svm.compared && c.query.n >= sackAsked {
 		var there sackSet
 		for i := range c.svm.loose {
 			there.add(block{c.svm.loose[i].from, c.svm.loose[i].end()}, from)
 		}
-		c.sackAs(OpRemirror, &there)
+		c.sackAs(OpRemirror, from, &there)
 	}
 }
 
-func (c *conn) sackAs(op Op, there *sackSet) {
+func (t *sender) sackAs(op Op, seq uint32, there *sackSet) {
 	var o options
 	o.ackOptions(nil, there.b[:min(there.n, maxBlocks)])
-	e := c.emit(op, &c.tuple)
-	e.Seq, e.OptLen, e.Opts = c.svm.compared, o.n, o.b
+	e := t.emit(op, &t.tuple)
+	e.Seq, e.OptLen, e.Opts = seq, o.n, o.b
 }
 
 // maxBlocks is how many SACK blocks fit beside a timestamp (RFC 2018, 3).

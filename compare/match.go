@@ -169,17 +169,10 @@ func (c *conn) releaseRST(atEnd bool) {
 	c.rstSent = true
 }
 
-// learn takes in what a digest record or an answer tells of the SVM's stream. An SVM that
-// transmitted other bytes before is in doubt.
-func (c *conn) learn(s span) {
-	if !c.svm.learn(s) && !c.off(mutR1) {
-		c.diverge(ReasonSVMChanged)
-	}
-}
-
-// rebase makes pos the position from which on there is a comparison.
-func (c *conn) rebase(pos uint32) {
-	if !c.svm.rebase(pos) && !c.off(mutR1) {
+// sameBytes takes in whether what became known of the SVM's stream agrees with what was.
+// An SVM that transmits other bytes at the same position is in doubt.
+func (c *conn) sameBytes(same bool) {
+	if !same && !c.off(mutR1) {
 		c.diverge(ReasonSVMChanged)
 	}
 }
@@ -195,7 +188,7 @@ func (c *conn) root() {
 	if c.svm.compared == base && c.svm.points.len() > 0 {
 		return
 	}
-	c.rebase(base)
+	c.sameBytes(c.svm.rebase(base))
 	c.low, c.released = base, base
 }
 
@@ -220,7 +213,7 @@ func (c *conn) svmData(s *Segment) bool {
 	}
 	if s.Len > 0 {
 		c.bounds = append(c.bounds, Bound{end, s.Sum})
-		c.learn(span{start, c.bounds})
+		c.sameBytes(c.svm.learn(span{start, c.bounds}))
 	}
 	if s.Flags&FIN != 0 {
 		if c.svm.extent.fin.ok && c.svm.extent.fin.pos != end {

@@ -75,7 +75,7 @@ func (p *Primary) pvmOpened(c *conn, both bool) {
 // svmOpened: the SVM opened s.Tuple actively, and S knows of no such SYN of the
 // PVM. The PVM's may just be on its way; else Timeout decides.
 func (p *Primary) svmOpened(s *Segment) {
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	if c != nil && (c.openOnSVM || c.syn.seen && c.syn.flags&ACK == 0 && !c.established) {
 		return
 	}
@@ -83,7 +83,7 @@ func (p *Primary) svmOpened(s *Segment) {
 		pvm.diverge(ReasonOpen)
 	}
 	if c == nil {
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.conns.create(&s.Tuple); c == nil {
 			p.stats.Drops[ReasonStray]++
 			return
 		}

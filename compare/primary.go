@@ -68,11 +68,9 @@ func (c *Config) setDefaults() {
 type Primary struct {
 	core
 	epoch     uint32
-	conns     map[Tuple]*conn
+	conns     connTable
 	datagrams datagrams
 	neighs    neighbours
-	half      list[*conn] // connections with a SYN of the PVM that are not established
-	spare     []*conn
 	next      []Segment // records of epochs to come (R17)
 	fullAsked bool
 	fullAt    int64
@@ -127,8 +125,8 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 			points: pointBudget{perStream: cfg.ConnPoints, max: cfg.MaxPoints},
 		},
 		epoch: cfg.Epoch,
-		conns: make(map[Tuple]*conn),
 	}
+	p.conns = connTable{core: &p.core, byTuple: make(map[Tuple]*conn)}
 	p.datagrams = datagrams{core: &p.core, flows: make(map[Tuple]*dgramFlow)}
 	p.neighs = neighbours{asked: make(map[neighKey]struct{})}
 	return p
@@ -172,7 +170,7 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 // Stats gives the counters.
 func (p *Primary) Stats() Stats {
 	s := p.stats
-	s.Connections, s.Flows = len(p.conns), len(p.datagrams.flows)
+	s.Connections, s.Flows = len(p.conns.byTuple), len(p.datagrams.flows)
 	s.Drops[ReasonForgotten] += p.points.forgotten
 	return s
 }

@@ -18,6 +18,7 @@ type template struct {
 type sender struct {
 	*core
 	tuple    Tuple
+	inc      incarnation
 	syn      handshake
 	acks     ackState
 	tmpl     template
@@ -240,4 +241,12 @@ func (t *sender) announce() {
 	e := t.emit(OpAnnounce, &t.tuple)
 	e.Seq, e.Ack, e.Flags, e.Inc = t.syn.isn, t.syn.ack, t.syn.flags, t.syn.isn
 	e.OptLen, e.Opts = t.syn.opts.n, t.syn.opts.b
+}
+
+// askFor asks S for the sum over [from, to) of the SVM's stream.
+func (t *sender) askFor(from, to uint32) {
+	t.stats.Asks++
+	e := t.emit(OpAsk, &t.tuple)
+	e.Seq, e.To = from, to-from
+	e.Inc, e.Inherited = t.inc.isn, t.inc.inherited || !t.inc.settled
 }

@@ -58,7 +58,7 @@ func (q *heldQueue) countSlot(h *piece, n int) {
 
 // noRoom: the kernel had no slot for s, dropped it and counted it.
 func (p *Primary) noRoom(s *Segment) {
-	if c := p.conns[s.Tuple]; c != nil {
+	if c := p.conns.byTuple[s.Tuple]; c != nil {
 		p.makeRoom(c, classOf(s.Large))
 	}
 }

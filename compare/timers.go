@@ -222,7 +222,7 @@ func (p *Primary) stalled(c *conn) bool {
 		// The remote has reset the connection, and one guest saw it before it
 		// spoke. If the guests did not believe the RST, the next segment makes the
 		// connection known again.
-		p.remove(c, ReasonReset)
+		p.conns.remove(c, ReasonReset)
 		return true
 	}
 	c.stall.since = p.now
@@ -239,7 +239,7 @@ func (p *Primary) expire(c *conn) {
 	if c.openOnSVM && !c.pvmSeen {
 		p.checkpoint(&c.tuple, ReasonTimeout)
 	}
-	p.remove(c, why)
+	p.conns.remove(c, why)
 }
 
 // askEnd reports whether something is held at the compared point that the SVM's
@@ -280,13 +280,6 @@ func (c *conn) ask() {
 		c.askFor(from, to)
 	}
 	c.asks.again(c.now)
-}
-
-func (c *conn) askFor(from, to uint32) {
-	c.stats.Asks++
-	e := c.emit(OpAsk, &c.tuple)
-	e.Seq, e.To = from, to-from
-	e.Inc, e.Inherited = c.inc.isn, c.inc.inherited || !c.inc.settled
 }
 
 // wait sets the timers after something happened to c.
