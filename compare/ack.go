@@ -2,6 +2,8 @@
 
 package compare
 
+import "time"
+
 // side is what one side acknowledged: the highest ACK, the right edge of the
 // window, the newest raw window at that ACK, and the newest echo of the remote's
 // timestamps that came with it.
@@ -41,153 +43,135 @@ func (d *side) echoed(ack, echo uint32, fresh bool) {
 	}
 }
 
-// ackMark is what the PVM had acknowledged at a time (see conn.marks).
+// merge brings d up to o, where that acknowledged more.
+func (d *side) merge(o side) {
+	switch {
+	case !d.ok:
+		*d = o
+	case after(o.ack, d.ack):
+		d.ack, d.win, d.echo, d.echoes = o.ack, o.win, o.echo, o.echoes
+	case o.ack == d.ack:
+		d.win = max(d.win, o.win)
+		if o.echoes {
+			d.echoed(o.ack, o.echo, false)
+		}
+	}
+	d.edge = maxSeq(d.edge, o.edge)
+}
+
+// ackMark is what the PVM had acknowledged at a time: see ackState.marks.
 type ackMark struct {
 	first, at int64
 	side      side
 }
 
-// template is the PVM's newest ACK, for frames that no slot is behind.
-type template struct {
-	ok, pure bool
-	flags    Flags
-	seq, ack uint32 // with the urgent pointer, what it said itself
-	win, urg uint16
-	hdrLen   uint8
-	hdr      [176]byte
-	opts     options
+const (
+	// While frozen the PVM's ACKs are remembered over time, in steps of markStep,
+	// because only the commit tells which of them the SVM has inherited.
+	markStep = int64(500 * time.Microsecond)
+	maxMarks = 64
+)
+
+const scaleUnknown = -1
+
+// ackState is what the guests acknowledged of the remote's stream, and what has been
+// transmitted of it (R2): never more than both guests have. All three only grow, but
+// for the SVM's, which is forgotten when it turns out to be of another incarnation and
+// begins anew at a commit.
+type ackState struct {
+	pvm, svm, sent side
+	at             int64 // capture time of the newest of pvm
+	pvmSACK        sackSet
+	svmSACK        sackSet
+	blocks         [4]block // SACK blocks of the SVM's newest segment
+	nblocks        int
+	marks          []ackMark // pvm over time while frozen
+	scale          int8      // window scale of the guests; scaleUnknown
 }
 
-func (t *template) set(c *conn, s *Segment) {
-	if len(s.Header) == 0 || len(s.Header) > len(t.hdr) {
-		return
-	}
-	// The IP header of a pure ACK differs from that of data (ECN), so the ones
-	// that came with data serve only until there is a better one.
-	pure := s.Len == 0 && s.Flags&FIN == 0
-	if !pure && c.sealed {
-		return
-	}
-	if pure || !t.pure {
-		t.hdrLen = uint8(copy(t.hdr[:], s.Header))
-	}
-	t.flags, t.urg = s.Flags, s.Urg
-	if !pure {
-		t.flags &^= URG | c.once()
-		t.urg = 0
-	}
-	t.opts.set(s.Opts)
-	t.seq, t.ack, t.win = s.Seq, s.Ack, s.Win
-	t.ok, t.pure = true, t.pure || pure
-}
-
-// ackFlags are kept in pure ACKs: what the PVM tells of congestion, which AccECN counts
-// in all three bits, and the reserved bits.
-const ackFlags = ECE | CWR | AE | 0xe00
-
-// once are the flags that belong to one frame's first part alone. CWR does, unless it
-// is a digit of AccECN's counter. Without AccECN AE is never set.
-func (c *conn) once() Flags {
-	if c.accECN {
-		return 0
-	}
-	return CWR
-}
-
-// urgent has e point to where a frame with sequence number seq points. What was urgent
-// before e is so no more.
-func (p *Primary) urgent(e *Effect, seq uint32, urg uint16) {
-	e.Urg = urg
-	if e.Flags&URG == 0 || e.Seq == seq || p.off(mutURG) {
-		return
-	}
-	at := seq + uint32(urg) - e.Seq
-	if at == 0 || at > 0xffff {
-		e.Flags &^= URG
-		at = 0
-	}
-	e.Urg = uint16(at)
-}
-
-// synScale gives the scale of s's window: windows of SYNs are never scaled.
-func (c *conn) synScale(f Flags) int8 {
+// scaleOf gives the scale of a segment's window: windows of SYNs are never scaled.
+func (a *ackState) scaleOf(f Flags) int8 {
 	if f&SYN != 0 {
 		return 0
 	}
-	return c.scale
+	return a.scale
 }
 
-// pvmACK takes the ACK of a PVM segment in and reports whether it brought news.
-func (p *Primary) pvmACK(c *conn, s *Segment) (grew bool) {
+// fromPVM takes the ACK of a PVM segment in and reports whether it brought news.
+func (a *ackState) fromPVM(s *Segment, frozen bool) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
 		return false
 	}
-	_, grew = c.p.update(s.Ack, s.Win, c.synScale(s.Flags), s.Opts)
+	_, grew = a.pvm.update(s.Ack, s.Win, a.scaleOf(s.Flags), s.Opts)
 	if grew {
-		c.pAt = s.At
-		p.mark(c)
+		a.at = s.At
+		if frozen {
+			a.mark()
+		}
 	}
 	var blocks [4]block
 	for _, b := range sackBlocks(blocks[:0], s.Opts) {
-		c.pSACK.add(b, c.p.ack)
-	}
-	if s.Flags&SYN == 0 {
-		c.tmpl.set(c, s)
+		a.pvmSACK.add(b, a.pvm.ack)
 	}
 	return grew
 }
 
-// svmACK takes the ACK of a record in: A and E (R2). It reports whether the
-// record brought news.
-func (p *Primary) svmACK(c *conn, s *Segment) (grew bool) {
+// fromSVM takes the ACK of a digest record in and reports whether the ACK, and whether
+// anything, brought news.
+func (a *ackState) fromSVM(s *Segment) (ackGrew, grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
-		return false
+		return false, false
 	}
-	ackGrew, grew := c.s.update(s.Ack, s.Win, c.synScale(s.Flags), s.Opts)
-	if ackGrew {
-		p.moved(c)
+	ackGrew, grew = a.svm.update(s.Ack, s.Win, a.scaleOf(s.Flags), s.Opts)
+	if s.Ack == a.svm.ack {
+		n := len(sackBlocks(a.blocks[:0], s.Opts))
+		a.nblocks = min(n, len(a.blocks))
 	}
-	if s.Ack == c.s.ack {
-		n := len(sackBlocks(c.sBlocks[:0], s.Opts))
-		c.sBlockN = min(n, len(c.sBlocks))
+	for _, b := range a.blocks[:a.nblocks] {
+		a.svmSACK.add(b, a.svm.ack)
 	}
-	for _, b := range c.sBlocks[:c.sBlockN] {
-		c.sSACK.add(b, c.s.ack)
-	}
-	return grew
+	return ackGrew, grew
 }
 
-// canACK: a frame that acknowledges may leave once the SVM has acknowledged
-// anything.
-func (c *conn) canACK(f Flags) bool { return f&ACK == 0 || c.p.ok && c.s.ok }
+// setSVM replaces what the SVM acknowledged.
+func (a *ackState) setSVM(s side) { a.svm, a.svmSACK, a.nblocks = s, sackSet{}, 0 }
+
+// svmBehind reports whether the SVM has acknowledged less than the PVM.
+func (a *ackState) svmBehind() bool {
+	return a.pvm.ok && (!a.svm.ok || after(a.pvm.ack, a.svm.ack))
+}
+
+// may reports whether a frame with flags f may leave: one that acknowledges may once
+// both guests have acknowledged anything.
+func (a *ackState) may(f Flags) bool { return f&ACK == 0 || a.pvm.ok && a.svm.ok }
 
 // minimum is what may be acknowledged now (R2): the smaller of both sides, but
-// nothing is taken back. The edge is the one that the window field can say.
-// grown: it is more than what was sent last.
-func (p *Primary) minimum(c *conn, f Flags) (m side, grown bool) {
-	a, b := c.p, c.s
-	if p.off(mutR2) {
-		b = a
+// nothing is taken back. The edge is the one that the window field can express.
+// grown: it is more than what was sent last. pvmAlone counts the SVM as the PVM.
+func (a *ackState) minimum(f Flags, pvmAlone bool) (m side, grown bool) {
+	p, s := a.pvm, a.svm
+	if pvmAlone {
+		s = p
 	}
-	m = side{ok: true, ack: minSeq(a.ack, b.ack)}
-	if c.out.ok {
-		m.ack = maxSeq(m.ack, c.out.ack)
+	m = side{ok: true, ack: minSeq(p.ack, s.ack)}
+	if a.sent.ok {
+		m.ack = maxSeq(m.ack, a.sent.ack)
 	}
-	scale := c.synScale(f)
+	scale := a.scaleOf(f)
 	if scale == scaleUnknown {
 		// Smaller of two raw windows on top of the smaller ACK: below both edges
 		// whatever the scale is.
-		m.win = min(a.win, b.win)
-		if c.out.ok && c.out.ack == m.ack {
-			m.win = max(m.win, c.out.win)
+		m.win = min(p.win, s.win)
+		if a.sent.ok && a.sent.ack == m.ack {
+			m.win = max(m.win, a.sent.win)
 		}
 		m.edge = m.ack + uint32(m.win)
-		grown = !c.out.ok || after(m.ack, c.out.ack) || m.win > c.out.win
+		grown = !a.sent.ok || after(m.ack, a.sent.ack) || m.win > a.sent.win
 		return m, grown
 	}
-	m.edge = minSeq(a.edge, b.edge)
-	if c.out.ok {
-		m.edge = maxSeq(m.edge, c.out.edge)
+	m.edge = minSeq(p.edge, s.edge)
+	if a.sent.ok {
+		m.edge = maxSeq(m.edge, a.sent.edge)
 	}
 	if !before(m.edge, m.ack) {
 		m.win = uint16(min((m.edge-m.ack)>>scale, 0xffff))
@@ -195,142 +179,89 @@ func (p *Primary) minimum(c *conn, f Flags) (m side, grown bool) {
 	m.edge = m.ack + uint32(m.win)<<scale
 	// An edge that the field cannot show would make the same ACK again, which
 	// the remote takes for a duplicate.
-	grown = !c.out.ok || after(m.ack, c.out.ack) || after(m.edge, c.out.edge)
+	grown = !a.sent.ok || after(m.ack, a.sent.ack) || after(m.edge, a.sent.edge)
 	return m, grown
 }
 
-// slower is the side that has acknowledged less; of equal ones the one that did so last.
-func (c *conn) slower() *side {
-	if before(c.s.ack, c.p.ack) || c.s.ack == c.p.ack && c.s.echoes && (!c.p.echoes || after(c.s.echo, c.p.echo)) {
-		return &c.s
-	}
-	return &c.p
-}
-
-// acknowledge gives the ACK and window of a frame that leaves with flags f.
-func (p *Primary) acknowledge(c *conn, f Flags) (ack uint32, win uint16) {
-	m, _ := p.minimum(c, f)
+// transmit gives the ACK and window of a frame that leaves with flags f, and notes
+// them as sent.
+func (a *ackState) transmit(f Flags, pvmAlone bool) (ack uint32, win uint16) {
+	m, _ := a.minimum(f, pvmAlone)
 	edge := m.edge
-	if c.out.ok {
-		edge = maxSeq(edge, c.out.edge)
+	if a.sent.ok {
+		edge = maxSeq(edge, a.sent.edge)
 	}
-	c.out = m
-	c.out.edge = edge
+	a.sent = m
+	a.sent.edge = edge
 	return m.ack, m.win
 }
 
-// sendACK sends the template with sequence number seq and what may be
-// acknowledged now.
-func (p *Primary) sendACK(c *conn, seq uint32) {
-	if !c.tmpl.ok || !c.canACK(ACK) || c.synWait {
-		return
+// slower is the side that has acknowledged less; of equal ones the one that did so last.
+func (a *ackState) slower() *side {
+	p, s := &a.pvm, &a.svm
+	if before(s.ack, p.ack) || s.ack == p.ack && s.echoes && (!p.echoes || after(s.echo, p.echo)) {
+		return s
 	}
-	t := &c.tmpl
-	if c.sealed && (!t.pure || after(t.ack, c.s.ack)) {
-		return
-	}
-	e := p.emit(OpSend, &c.tuple)
-	e.HdrLen, e.Header = t.hdrLen, t.hdr
-	p.stats.SentACKs++
-	if c.sealed {
-		e.Seq, e.Flags = t.seq, t.flags
-		p.asItWas(c, e, t.ack, t.win, t.urg, &t.opts)
-		return
-	}
-	e.Seq, e.Flags = seq, ACK|t.flags&(ackFlags|URG)
-	e.Ack, e.Win = p.acknowledge(c, ACK)
-	p.urgent(e, t.seq, t.urg)
+	return p
+}
 
-	// SACK blocks that both have; those of the side that lags.
-	var buf, have [4]block
-	n := 0
-	if before(c.p.ack, c.s.ack) {
-		for _, b := range sackBlocks(buf[:0], t.opts.bytes()) {
-			if b, ok := c.sSACK.common(b, c.s.ack); ok && n < len(have) {
-				have[n] = b
-				n++
-			}
-		}
-	} else {
-		for _, b := range c.sBlocks[:c.sBlockN] {
-			if b, ok := c.pSACK.common(b, c.p.ack); ok {
-				have[n] = b
-				n++
-			}
+// common appends to dst the SACK blocks that both guests have: those of the side that
+// lags, as far as the other one has them too. opts are those of the PVM's newest ACK.
+func (a *ackState) common(dst []block, opts []byte) []block {
+	var buf [4]block
+	blocks, other, ack := a.blocks[:a.nblocks], &a.pvmSACK, a.pvm.ack
+	if before(a.pvm.ack, a.svm.ack) {
+		blocks, other, ack = sackBlocks(buf[:0], opts), &a.svmSACK, a.svm.ack
+	}
+	for _, b := range blocks {
+		if b, ok := other.common(b, ack); ok && len(dst) < cap(dst) {
+			dst = append(dst, b)
 		}
 	}
-	var o options
-	o.ackOptions(t.opts.bytes(), have[:n])
-	c.stamp(&o)
-	e.OptLen, e.Opts = o.n, o.b
+	return dst
 }
 
-// asItWas fills in what a digest covers and nobody may change: e leaves as it was
-// captured, with an ACK that the SVM has confirmed, or not at all.
-func (p *Primary) asItWas(c *conn, e *Effect, ack uint32, win, urg uint16, o *options) {
-	e.Ack, e.Win, e.Urg = ack, win, urg
-	e.OptLen, e.Opts = o.n, o.b
-	if e.Flags&ACK != 0 {
-		c.out.update(ack, win, c.synScale(e.Flags), nil)
-	}
-}
-
-// whole reports whether all of the frame behind h may leave.
-func (p *Primary) whole(c *conn, h *piece) bool {
-	return !after(h.frameEnd(), c.compared) && (h.flags&ACK == 0 || p.off(mutR2) || !after(h.ack, c.s.ack))
-}
-
-// pureACK takes an ACK of the PVM that nothing else is in.
-func (p *Primary) pureACK(c *conn, s *Segment, grew bool) {
-	if s.Slot != NoSlot {
-		p.drop(s.Slot, ReasonDuplicate)
-	}
-	if c.floating && c.svm.points.len() == 0 && (!c.established || after(s.Seq, c.compared)) {
-		c.compared, c.released = s.Seq, s.Seq
+// mark remembers pvm. A step that the commit point lies in counts as behind it, so a
+// step carries the time of its last ACK; the guest's stop makes the gap that the commit
+// point lies in.
+func (a *ackState) mark() {
+	if n := len(a.marks); n > 0 && a.at-a.marks[n-1].first < markStep {
+		a.marks[n-1].at, a.marks[n-1].side = a.at, a.pvm
 		return
+	} else if n == maxMarks {
+		a.marks = append(a.marks[:1], a.marks[2:]...) // the first is from before the freeze
 	}
-	if p.frozen || c.diverged || c.synWait || !c.canACK(ACK) {
-		return
-	}
-	switch {
-	case before(s.Seq, c.released) && near(s.Seq, c.released):
-		// A keep-alive or window probe says nothing new (R4).
-		p.sendACK(c, s.Seq)
-	case !grew && s.Ack == c.p.ack && after(c.s.ack, c.p.ack):
-		// The PVM misses what the SVM has: its duplicate ACKs make the remote
-		// repeat it. Those for what both miss leave when the SVM sends its own.
-		p.sendACK(c, c.released)
+	a.marks = append(a.marks, ackMark{a.at, a.at, a.pvm})
+}
+
+// freeze begins the marks.
+func (a *ackState) freeze() {
+	a.marks = a.marks[:0]
+	if a.pvm.ok {
+		a.mark()
 	}
 }
 
-// acks sends the template when what may be acknowledged has grown (R2).
-func (p *Primary) acks(c *conn) {
-	if c.synWait || !c.canACK(ACK) || !c.tmpl.ok {
-		return
+// commit makes the SVM's side what the PVM had acknowledged at the commit point, as far
+// as it is certain (R8). What was sent is from before it; old tells of a capture time
+// whether it is.
+func (a *ackState) commit(old func(at int64) bool, held []piece) {
+	s := a.sent
+	if a.pvm.ok && old(a.at) {
+		s.merge(a.pvm)
 	}
-	if _, grown := p.minimum(c, ACK); grown {
-		p.sendACK(c, c.released)
+	for _, m := range a.marks {
+		if old(m.at) {
+			s.merge(m.side)
+		}
 	}
-}
-
-// stamp keeps timestamps from going back: a frame that was held would leave
-// behind younger ACKs, and the remote would drop it as an old duplicate (PAWS,
-// RFC 7323, 5.3). What is echoed belongs to the ACK, so it is the echo of the side that
-// let it grow: by an older one the remote would take its repetition, which the SVM
-// had missed, for needless (RFC 3522), forget what else it holds for lost, and wait for
-// its timer.
-func (c *conn) stamp(o *options) {
-	ts := tsOpt(o.bytes())
-	if ts == nil {
-		return
+	for i := range held {
+		if h := &held[i]; h.flags&ACK != 0 && old(h.at) {
+			var o side
+			o.update(h.ack, h.win, a.scaleOf(h.flags), h.opts.bytes())
+			s.merge(o)
+		}
 	}
-	if d := c.slower(); d.echoes {
-		putBE32(ts[6:], d.echo)
-	}
-	val := be32(ts[2:])
-	if c.tsKnown && before(val, c.tsSent) {
-		putBE32(ts[2:], c.tsSent)
-		return
-	}
-	c.tsSent, c.tsKnown = val, true
+	a.setSVM(s)
+	a.marks = a.marks[:0]
 }

@@ -11,9 +11,9 @@ func (p *Primary) adopt(s *Segment) {
 	if p.solo || s.Datagram || p.off(mutR23) {
 		return
 	}
-	c := p.conns[s.Tuple]
+	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.conns.create(&s.Tuple); c == nil {
 			p.stats.Drops[ReasonTableFull]++
 			return
 		}
@@ -23,29 +23,28 @@ func (p *Primary) adopt(s *Segment) {
 		p.stats.Adopted++
 		c.pvmSeen, c.established, c.adopted, c.floating = true, true, true, false
 		c.released = s.Seq
-	case !c.adopted || !after(s.Seq, c.compared) || !near(s.Seq, c.compared):
+	case !c.adopted || !after(s.Seq, c.svm.compared) || !near(s.Seq, c.svm.compared):
 		return
 	}
-	p.acked(c, s.Seq)
+	c.acked(s.Seq)
 	p.pump(c)
 }
 
 // acked moves c's base up to una: nobody needs to compare what is below.
-func (p *Primary) acked(c *conn, una uint32) {
+func (c *conn) acked(una uint32) {
 	n, held := 0, c.held.view()
 	for n < len(held) && !after(held[n].end, una) {
-		p.freePiece(c, &held[n], ReasonAcked)
 		n++
 	}
-	c.held.drop(n)
+	c.held.free(0, n, ReasonAcked)
 	for i := range c.held.view() {
 		h := &c.held.view()[i]
 		if h.start = maxSeq(h.start, una); !h.syn {
-			h.rest = p.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
+			h.rest = c.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 		}
 	}
-	p.rebase(c, una)
+	c.sameBytes(c.svm.rebase(una))
 	c.low, c.released = una, maxSeq(c.released, una)
 	c.cutAt = 0
-	p.moved(c)
+	c.moved()
 }

@@ -2,100 +2,48 @@
 
 package compare
 
+import "time"
+
 // conn is what P knows of one connection. Positions are the PVM's.
 type conn struct {
 	timer
-	tuple Tuple
-	no    uint64 // of the event that made it; orders connections
-	born  int64
-	last  int64 // last sign of life
+	sender
+	no   uint64 // of the event that made it; orders connections
+	born int64
+	last int64 // last sign of life
 
-	// Incarnation (R8). incKnown: inc or inherited has been settled. hasInc: inc
-	// is the PVM's ISN.
-	inc       uint32
-	hasInc    bool
-	incKnown  bool
-	inherited bool
-
-	pvmSeen     bool // the PVM said something that was not a RST
+	pvmSeen     bool // the PVM transmitted something that was not a RST
 	established bool // and not a SYN
 	diverged    bool // blocked until a commit
 	why         Reason
 
-	// The PVM's SYN (R3), kept for comparison and announcements.
-	synSeen    bool
-	synWait    bool // not matched yet: compared is the ISN
-	synFlags   Flags
-	synAck     uint32
-	synOpts    options
-	synAt      int64
-	announcing bool
-	scale      int8 // window scale of the guests, scaleUnknown if not known
-
-	// What the SVM said about its SYN.
-	sSYN      bool
-	sSYNSame  bool // options and acknowledged number are the PVM's
-	sSYNWin   uint16
 	openOnSVM bool // the SVM opened this tuple itself, without an offset
-	openLink  openLink
-	half      halfLink
+	open      link[*conn]
+	half      link[*conn]
 
-	// compared: below it PVM and SVM agree. released: highest position sent, the
-	// FIN included. Between them lies what R5 has not cut yet. low: what lies
+	// What the PVM transmitted, what of it has not left, and what the SVM did. Between
+	// the released and the compared point lies what R5 has not cut yet. low: what lies
 	// below it is unknown, unless rooted, where all the past is common.
-	compared, released, low uint32
-	floating, rooted        bool
-	adopted                 bool // from an earlier daemon: the remote has all below low
-	sum                     Sum  // at compared, from the base of svm's points
-	svm                     knowledge
-	pvmSaid, svmSaid        bool   // pvmEnd, svmEnd hold
-	pvmEnd, svmEnd          uint32 // highest end of the data of each
-	pFIN, sFIN, cliFIN      mark   // FIN positions; cliFIN: what acknowledges the remote's
+	pvm              extent
+	held             heldQueue
+	svm              stream
+	low              uint32
+	floating, rooted bool
+	adopted          bool // from an earlier daemon: the remote has all below low
 
-	held  deque[piece]
-	holds [slotClasses]int // slots
-	rst   piece            // the PVM's RST waiting for the SVM's
-	// rstHeld, rstSent: states of rst. sRST: what the SVM's RST said.
-	rstHeld, rstSent bool
-	sRST             svmReset
-	clientRST        bool
-
-	// R2: what the PVM and the SVM acknowledged, and what has been sent.
-	p, s, out    side
-	pAt          int64 // capture time of the newest p
-	pSACK, sSACK sackSet
-	sBlocks      [4]block // of the SVM's newest segment
-	sBlockN      int
-	marks        []ackMark // p over time while frozen
-	tmpl         template
-	tsSent       uint32 // highest TSval sent
-	tsKnown      bool
-	accECN       bool // AE was seen: with CWR and ECE it is a counter
-	sealed       bool // by a digest over the header: frames leave as they are
+	cliFIN    mark // what acknowledges the remote's FIN
+	svmRST    svmReset
+	rstSent   bool
+	clientRST bool
 
 	// Timers; 0: off.
-	waiting  bool // R7's clock runs, from progress
-	progress int64
+	stall    stallClock
 	cutAt    int64
 	cutting  bool // it is time to
-	askAt    int64
-	asks     int
+	asks     askClock
 	query    backoff // R6
 	mirrorAt int64   // before it nothing is mirrored again
-	annAt    int64
-	annDelay int64
-	annLeft  int
 }
-
-// look notes what a segment of the PVM tells of how it has to be treated.
-func (p *Primary) look(c *conn, s *Segment) {
-	c.accECN = c.accECN || s.Flags&AE != 0
-	if !c.pvmSeen || s.Flags&SYN != 0 {
-		c.sealed = sealed(s.Opts) && !p.off(mutSealed)
-	}
-}
-
-const scaleUnknown = -1
 
 // mark is an optional position.
 type mark struct {
@@ -114,116 +62,36 @@ type svmReset struct {
 	at       int64
 }
 
-// create adds a connection, or gives nil when the table is full.
-func (p *Primary) create(t *Tuple) *conn {
-	if len(p.conns) >= p.cfg.MaxConnections {
-		return nil
-	}
-	var c *conn
-	if n := len(p.spare); n > 0 {
-		c = p.spare[n-1]
-		p.spare = p.spare[:n-1]
-	} else {
-		c = new(conn)
-	}
-	c.tuple = *t
-	c.timer.conn = c
-	p.reset(c)
-	p.conns[c.tuple] = c
-	p.timers.push(&c.timer)
-	return c
-}
-
-// reset brings c to the state of a connection nothing is known of. Nothing may
-// be held any more.
-func (p *Primary) reset(c *conn) {
-	p.forget(c)
-	p.unlinkOpen(c)
-	p.unlinkHalf(c)
-	*c = conn{
-		timer: c.timer, tuple: c.tuple, no: p.eventNo, born: p.now, last: p.now,
-		floating: true, scale: scaleUnknown,
-		held: c.held, svm: c.svm, marks: c.marks[:0],
-	}
-}
-
-// freeHeld drops all that c holds.
-func (p *Primary) freeHeld(c *conn, why Reason) {
-	for i := range c.held.view() {
-		p.freePiece(c, &c.held.view()[i], why)
-	}
-	c.held.reset()
-	p.freeRST(c, why)
-}
-
-func (p *Primary) freeRST(c *conn, why Reason) {
-	if c.rstHeld {
-		p.freePiece(c, &c.rst, why)
-		c.rst, c.rstHeld = piece{}, false
-	}
-}
-
-// remove ends c's tracking.
-func (p *Primary) remove(c *conn, why Reason) {
-	p.freeHeld(c, why)
-	p.forget(c)
-	p.unlinkOpen(c)
-	p.unlinkHalf(c)
-	p.timers.remove(&c.timer)
-	delete(p.conns, c.tuple)
-	if len(p.spare) < maxSpare {
-		p.spare = append(p.spare, c)
-	}
-}
-
-const maxSpare = 1024
-
-// tableFull frees a frame that no connection can be made for.
-func (p *Primary) tableFull(s *Segment) {
-	p.drop(s.Slot, ReasonTableFull)
-	if p.fullAsked && p.now-p.fullAt < int64(fullEvery) {
-		return
-	}
-	p.fullAsked, p.fullAt = true, p.now
-	p.checkpoint(&s.Tuple, ReasonTableFull)
-}
-
-// accept reports whether a record belongs to c's incarnation (R8). A connection
+// accept reports whether a digest record belongs to c's incarnation (R8). A connection
 // that P met in mid-stream takes over that of the newest record, until something has
 // been verified.
-func (p *Primary) accept(c *conn, s *Segment) bool {
+func (c *conn) accept(s *Segment) bool {
 	switch {
-	case p.off(mutR8):
+	case c.off(mutR8):
 		return true
-	case c.incKnown && s.Inherited == c.inherited && (s.Inherited || s.Inc == c.inc):
+	case c.inc.names(s):
 		return true
-	case c.incKnown && !c.floating && !c.unverified():
-		// A connection that was half open at a commit may get an offset, of 0,
-		// afterwards: its records name the incarnation again.
-		return c.hasInc && !s.Inherited && c.inc == s.Inc
-	case c.incKnown:
-		p.forget(c)
+	case c.inc.settled && !c.floating && !(c.adopted && c.svm.compared == c.low):
+		return c.inc.namesAgain(s)
+	case c.inc.settled:
+		c.svm.forget()
 		if !c.floating {
-			p.setBase(c, c.compared)
+			c.svm.setBase(c.svm.compared)
 		}
-		c.s, c.sSACK, c.sBlockN = side{}, sackSet{}, 0
-		c.svmSaid, c.sFIN, c.sRST = false, mark{}, svmReset{}
+		c.acks.setSVM(side{})
+		c.svm.extent, c.svmRST = extent{}, svmReset{}
 	}
-	c.incKnown, c.inherited = true, s.Inherited
-	c.inc, c.hasInc = s.Inc, !s.Inherited
+	c.inc.take(s)
 	return true
 }
-
-// unverified: c was adopted, and nothing of it has been compared yet.
-func (c *conn) unverified() bool { return c.adopted && c.compared == c.low }
 
 // closed reports whether both sides are through with c.
 func (c *conn) closed() bool {
 	return c.rstSent ||
-		c.pFIN.ok && after(c.released, c.pFIN.pos) && c.cliFIN.ok && c.out.ok && !before(c.out.ack, c.cliFIN.pos)
+		c.pvm.fin.ok && after(c.released, c.pvm.fin.pos) && c.cliFIN.ok && c.acks.sent.ok && !before(c.acks.sent.ack, c.cliFIN.pos)
 }
 
-// unmatched reports whether something that is not an ACK was said by one side
+// unmatched reports whether something that is not an ACK was transmitted by one side
 // only (R7).
 func (c *conn) unmatched() bool {
 	switch {
@@ -233,21 +101,22 @@ func (c *conn) unmatched() bool {
 		return true
 	case c.closed():
 		return false
-	case c.rstHeld || c.sRST.ok:
+	case c.held.hasRST || c.svmRST.ok:
 		return true
 	case c.held.len() > 0:
 		return true
 	}
-	return c.svmSaid && after(c.svmEnd, c.compared) || c.sFIN.ok && !before(c.sFIN.pos, c.compared)
+	fin := c.svm.extent.fin
+	return c.svm.ahead() || fin.ok && !before(fin.pos, c.svm.compared)
 }
 
 // diverge blocks c until a commit and asks for a checkpoint.
-func (p *Primary) diverge(c *conn, why Reason) {
+func (c *conn) diverge(why Reason) {
 	if c.diverged {
 		return
 	}
 	c.diverged, c.why = true, why
-	p.checkpoint(&c.tuple, why)
+	c.checkpoint(&c.tuple, why)
 }
 
 func (c *conn) state() string {
@@ -260,12 +129,28 @@ func (c *conn) state() string {
 		return "closed"
 	case !c.pvmSeen:
 		return "svm-only"
-	case c.pFIN.ok || c.sFIN.ok || c.cliFIN.ok:
+	case c.pvm.fin.ok || c.svm.extent.fin.ok || c.cliFIN.ok:
 		return "closing"
-	case c.synSeen && !c.established:
+	case c.syn.seen && !c.established:
 		return "syn"
 	case c.floating:
 		return "unknown"
 	}
 	return "established"
+}
+
+func (c *conn) describe(now int64) Flow {
+	f := Flow{
+		Tuple: c.tuple, State: c.state(), Inc: c.inc.isn, Inherited: c.inc.inherited || !c.inc.settled,
+		Compared: c.svm.compared, Released: c.released,
+		Held: c.held.len(), Age: time.Duration(now - c.born),
+		Diverged: c.diverged, Why: c.why, no: c.no,
+	}
+	for i := range c.held.view() {
+		f.HeldBytes += len(c.held.view()[i].payload)
+	}
+	if c.held.hasRST {
+		f.Held++
+	}
+	return f
 }

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// Datagrams have no positions that would order them, and each guest may say them
+// Datagrams have no positions that would order them, and each guest may transmit them
 // in another order. So per flow the two sides are compared as multisets: a held
-// datagram leaves when the SVM has said an equal one, in the order of the PVM's.
+// datagram leaves when the SVM has transmitted an equal one, in the order of the PVM's.
 
 // dgramKey is what makes datagrams of one flow equal. The IP ID is each guest's
 // own.
@@ -25,186 +25,210 @@ func (s *Segment) key() dgramKey { return dgramKey{s.Seq, s.Len, s.Frag, s.Sum} 
 
 // dgram is a held datagram of the PVM.
 type dgram struct {
-	key   dgramKey
-	slot  Slot
-	said  bool // by the SVM too
-	at    int64
-	since int64  // when its time began to run
-	no    uint64 // of the event: the order of capture
+	key       dgramKey
+	slot      Slot
+	confirmed bool // the SVM transmitted it too
+	at        int64
+	since     int64  // when its time began to run
+	no        uint64 // of the event: the order of capture
 }
 
-// saidDgram is a datagram of the SVM that the PVM has not said.
-type saidDgram struct {
+// svmDgram is a datagram of the SVM that the PVM has not transmitted.
+type svmDgram struct {
 	key   dgramKey
 	since int64
 }
 
-// dgramFlow is a flow that one side has said more of. It goes when both are even.
+// dgramFlow is a flow of which one side has transmitted more. It goes when both are even.
+// No datagram of svm equals one of held that is not confirmed.
 type dgramFlow struct {
 	timer
 	tuple   Tuple
 	no      uint64 // of the event that made it
 	born    int64
 	held    deque[dgram]
-	said    deque[saidDgram]
+	svm     deque[svmDgram]
 	query   backoff // R6
 	askedAt int64   // when a checkpoint was asked for; 0: it was not
 }
 
-func (p *Primary) createFlow(t *Tuple) *dgramFlow {
-	var f *dgramFlow
-	if n := len(p.spareFlows); n > 0 {
-		f = p.spareFlows[n-1]
-		p.spareFlows = p.spareFlows[:n-1]
-	} else {
-		f = new(dgramFlow)
-	}
-	*f = dgramFlow{tuple: *t, no: p.eventNo, born: p.now, held: f.held, said: f.said}
-	f.timer.flow = f
-	p.flows[*t] = f
-	p.timers.push(&f.timer)
-	return f
-}
-
-// removeFlow ends f, which holds nothing any more.
-func (p *Primary) removeFlow(f *dgramFlow) {
-	p.forgetSaid(f)
-	f.held.reset()
-	p.timers.remove(&f.timer)
-	delete(p.flows, f.tuple)
-	if len(p.spareFlows) < maxSpare {
-		p.spareFlows = append(p.spareFlows, f)
-	}
-}
-
-func (p *Primary) forgetSaid(f *dgramFlow) {
-	p.said -= f.said.len()
-	f.said.reset()
-}
-
-// allFlows gives the flows in the order they were made.
-func (p *Primary) allFlows() []*dgramFlow {
-	fs := make([]*dgramFlow, 0, len(p.flows))
-	for _, f := range p.flows {
-		fs = append(fs, f)
-	}
-	slices.SortFunc(fs, func(a, b *dgramFlow) int { return cmp.Compare(a.no, b.no) })
-	return fs
-}
-
-// pvmDatagram takes in a datagram that the PVM said. Over a bound it is dropped,
-// as on any link.
-func (p *Primary) pvmDatagram(s *Segment) {
-	g := dgram{key: s.key(), slot: s.Slot, at: s.At, since: p.now, no: p.eventNo}
-	if g.slot == NoSlot {
-		p.drop(NoSlot, ReasonMalformed)
-		return
-	}
-	if p.solo {
-		p.passDatagram(&s.Tuple, &g)
-		return
-	}
-	f := p.flows[s.Tuple]
-	g.said = f != nil && p.takeSaid(f, &g.key) || p.off(mutDatagram)
-	switch {
-	case g.said && !p.frozen && (f == nil || f.held.len() == 0):
-		p.passDatagram(&s.Tuple, &g)
-	case p.dgrams >= p.cfg.MaxDatagrams || f == nil && len(p.flows) >= p.cfg.MaxFlows ||
-		f != nil && f.held.len() >= p.cfg.FlowDatagrams:
-		p.drop(g.slot, ReasonCrowded)
-	default:
-		if f == nil {
-			f = p.createFlow(&s.Tuple)
-		}
-		f.held.insert(f.held.len(), g)
-		p.dgrams++
-		p.stats.HeldPackets++
-		p.stats.HeldBytes += int(g.key.n)
-	}
-	if f != nil {
-		p.pumpFlow(f)
-	}
-}
-
-// svmDatagram takes in the record of a datagram that the SVM said.
-func (p *Primary) svmDatagram(s *Segment) {
-	k := s.key()
-	f := p.flows[s.Tuple]
-	if f != nil {
-		for i := range f.held.view() {
-			if g := &f.held.view()[i]; !g.said && g.key == k {
-				g.said = true
-				p.pumpFlow(f)
-				return
-			}
-		}
-	}
-	if p.said >= p.cfg.MaxSaid || f == nil && len(p.flows) >= p.cfg.MaxFlows || f != nil && f.said.len() >= p.cfg.FlowDatagrams {
-		p.stats.Drops[ReasonCrowded]++
-		return
-	}
-	if f == nil {
-		f = p.createFlow(&s.Tuple)
-	}
-	f.said.insert(f.said.len(), saidDgram{k, p.now})
-	p.said++
-	p.waitFlow(f)
-}
-
-// takeSaid reports whether the SVM has said k once more than the PVM, and strikes it
-// off.
-func (p *Primary) takeSaid(f *dgramFlow, k *dgramKey) bool {
-	for i, r := range f.said.view() {
-		if r.key == *k {
+// confirm strikes k off what the SVM alone transmitted, and reports whether it was there.
+func (f *dgramFlow) confirm(k *dgramKey) bool {
+	for i := range f.svm.view() {
+		if f.svm.view()[i].key == *k {
 			if i == 0 {
-				f.said.drop(1)
+				f.svm.drop(1)
 			} else {
-				f.said.remove(i, i+1)
+				f.svm.remove(i, i+1)
 			}
-			p.said--
 			return true
 		}
 	}
 	return false
 }
 
-// passDatagram sends a datagram.
-func (p *Primary) passDatagram(t *Tuple, g *dgram) {
-	e := p.emit(OpForward, t)
+// confirmHeld marks the first datagram held that is like k and not confirmed, and reports
+// whether there is one.
+func (f *dgramFlow) confirmHeld(k *dgramKey) bool {
+	for i := range f.held.view() {
+		if g := &f.held.view()[i]; !g.confirmed && g.key == *k {
+			g.confirmed = true
+			return true
+		}
+	}
+	return false
+}
+
+// datagrams compares what is not TCP. It keeps count of what all flows hold.
+type datagrams struct {
+	*core
+	flows map[Tuple]*dgramFlow
+	spare []*dgramFlow
+	held  int // datagrams, of all flows
+	svm   int // datagrams that the SVM alone transmitted, of all flows
+}
+
+func (d *datagrams) create(t *Tuple) *dgramFlow {
+	var f *dgramFlow
+	if n := len(d.spare); n > 0 {
+		f = d.spare[n-1]
+		d.spare = d.spare[:n-1]
+	} else {
+		f = new(dgramFlow)
+	}
+	*f = dgramFlow{tuple: *t, no: d.eventNo, born: d.now, held: f.held, svm: f.svm}
+	f.timer.flow = f
+	d.flows[*t] = f
+	d.timers.push(&f.timer)
+	return f
+}
+
+// remove ends f, which holds nothing any more.
+func (d *datagrams) remove(f *dgramFlow) {
+	d.forget(f)
+	f.held.reset()
+	d.timers.remove(&f.timer)
+	delete(d.flows, f.tuple)
+	if len(d.spare) < maxSpare {
+		d.spare = append(d.spare, f)
+	}
+}
+
+// forget drops what the SVM alone transmitted.
+func (d *datagrams) forget(f *dgramFlow) {
+	d.svm -= f.svm.len()
+	f.svm.reset()
+}
+
+// all gives the flows in the order they were made.
+func (d *datagrams) all() []*dgramFlow {
+	fs := make([]*dgramFlow, 0, len(d.flows))
+	for _, f := range d.flows {
+		fs = append(fs, f)
+	}
+	slices.SortFunc(fs, func(a, b *dgramFlow) int { return cmp.Compare(a.no, b.no) })
+	return fs
+}
+
+// fromPVM takes in a datagram that the PVM transmitted. Over a bound it is dropped,
+// as on any link.
+func (d *datagrams) fromPVM(s *Segment) {
+	g := dgram{key: s.key(), slot: s.Slot, at: s.At, since: d.now, no: d.eventNo}
+	if g.slot == NoSlot {
+		d.drop(NoSlot, ReasonMalformed)
+		return
+	}
+	if d.solo {
+		d.forward(&s.Tuple, &g)
+		return
+	}
+	f := d.flows[s.Tuple]
+	if f != nil && f.confirm(&g.key) {
+		d.svm--
+		g.confirmed = true
+	}
+	g.confirmed = g.confirmed || d.off(mutDatagram)
+	switch {
+	case g.confirmed && !d.frozen && (f == nil || f.held.len() == 0):
+		d.forward(&s.Tuple, &g)
+	case d.held >= d.cfg.MaxDatagrams || f == nil && len(d.flows) >= d.cfg.MaxFlows ||
+		f != nil && f.held.len() >= d.cfg.FlowDatagrams:
+		d.drop(g.slot, ReasonCrowded)
+	default:
+		if f == nil {
+			f = d.create(&s.Tuple)
+		}
+		f.held.insert(f.held.len(), g)
+		d.count(&g, 1)
+	}
+	if f != nil {
+		d.pump(f)
+	}
+}
+
+// fromSVM takes in the record of a datagram that the SVM transmitted.
+func (d *datagrams) fromSVM(s *Segment) {
+	k := s.key()
+	f := d.flows[s.Tuple]
+	if f != nil && f.confirmHeld(&k) {
+		d.pump(f)
+		return
+	}
+	if d.svm >= d.cfg.MaxSaid || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
+		d.stats.Drops[ReasonCrowded]++
+		return
+	}
+	if f == nil {
+		f = d.create(&s.Tuple)
+	}
+	f.svm.insert(f.svm.len(), svmDgram{k, d.now})
+	d.svm++
+	d.wait(f)
+}
+
+// forward sends a datagram.
+func (d *datagrams) forward(t *Tuple, g *dgram) {
+	e := d.emit(OpForward, t)
 	e.Slot, e.Free = g.slot, true
-	p.stats.ReleasedDatagrams++
-	p.stats.ReleasedBytes += uint64(g.key.n)
+	d.stats.ReleasedDatagrams++
+	d.stats.ReleasedBytes += uint64(g.key.n)
 }
 
-// forward sends a held datagram.
-func (p *Primary) forward(f *dgramFlow, g *dgram) {
-	p.passDatagram(&f.tuple, g)
-	p.unheldDatagram(g)
+// count keeps the counters of what is held: by n, 1 or -1, of g.
+func (d *datagrams) count(g *dgram, n int) {
+	d.held += n
+	d.stats.HeldPackets += n
+	d.stats.HeldBytes += n * int(g.key.n)
 }
 
-func (p *Primary) unheldDatagram(g *dgram) {
-	p.dgrams--
-	p.stats.HeldPackets--
-	p.stats.HeldBytes -= int(g.key.n)
+// take empties f of what it holds, and gives that.
+func (d *datagrams) take(f *dgramFlow) []dgram {
+	out := slices.Clone(f.held.view())
+	for i := range out {
+		d.count(&out[i], -1)
+	}
+	f.held.reset()
+	return out
 }
 
-// pumpFlow does all that f's state allows. f may be gone afterwards.
-func (p *Primary) pumpFlow(f *dgramFlow) {
-	p.releaseFlow(f)
-	p.waitFlow(f)
+// pump does all that f's state allows. f may be gone afterwards.
+func (d *datagrams) pump(f *dgramFlow) {
+	d.release(f)
+	d.wait(f)
 }
 
-// releaseFlow sends what both said, up to the first that the SVM has not. An ICMP
-// error that it does not say stands in nobody's way for longer than Timeout: guests
+// release sends what both transmitted, up to the first that the SVM has not. An ICMP
+// error that it does not transmit stands in nobody's way for longer than Timeout: guests
 // limit the rate of those, each for itself.
-func (p *Primary) releaseFlow(f *dgramFlow) {
-	for !p.frozen && f.held.len() > 0 {
+func (d *datagrams) release(f *dgramFlow) {
+	for !d.frozen && f.held.len() > 0 {
 		switch g := &f.held.view()[0]; {
-		case g.said:
-			p.forward(f, g)
-		case f.tuple.icmpError() && g.since+int64(p.cfg.Timeout) <= p.now:
-			p.unheldDatagram(g)
-			p.drop(g.slot, ReasonICMPError)
+		case g.confirmed:
+			d.forward(&f.tuple, g)
+			d.count(g, -1)
+		case f.tuple.icmpError() && g.since+int64(d.cfg.Timeout) <= d.now:
+			d.count(g, -1)
+			d.drop(g.slot, ReasonICMPError)
 		default:
 			return
 		}
@@ -233,102 +257,98 @@ const (
 	protoICMPv6 = 58
 )
 
-// waitFlow ends f when nothing is left of it, else makes sure that its timers are
+// wait ends f when nothing is left of it, else makes sure that its timers are
 // looked at in time.
-func (p *Primary) waitFlow(f *dgramFlow) {
-	if f.held.len() == 0 && f.said.len() == 0 {
-		p.removeFlow(f)
+func (d *datagrams) wait(f *dgramFlow) {
+	if f.held.len() == 0 && f.svm.len() == 0 {
+		d.remove(f)
 		return
 	}
 	if f.held.len() > 0 {
-		f.query.run(p.now)
+		f.query.run(d.now)
 	}
-	if d := p.flowDeadline(f); d <= p.now {
-		p.fireFlow(f)
-	} else if d < f.due {
-		p.timers.set(&f.timer, d)
+	if at := d.deadline(f); at <= d.now {
+		d.fire(f)
+	} else if at < f.due {
+		d.timers.set(&f.timer, at)
 	}
 }
 
-// flowDeadline is f's earliest timer.
-func (p *Primary) flowDeadline(f *dgramFlow) int64 {
-	d := int64(math.MaxInt64)
-	if p.frozen {
-		return d
+// deadline is f's earliest timer.
+func (d *datagrams) deadline(f *dgramFlow) int64 {
+	at := int64(math.MaxInt64)
+	if d.frozen {
+		return at
 	}
 	if f.held.len() > 0 {
-		d = max(f.held.view()[0].since, f.askedAt) + int64(p.cfg.Timeout)
+		at = max(f.held.view()[0].since, f.askedAt) + int64(d.cfg.Timeout)
 		if f.query.at != 0 {
-			d = min(d, f.query.at)
+			at = min(at, f.query.at)
 		}
 	}
-	if f.said.len() > 0 {
-		d = min(d, f.said.view()[0].since+int64(p.cfg.Timeout))
+	if f.svm.len() > 0 {
+		at = min(at, f.svm.view()[0].since+int64(d.cfg.Timeout))
 	}
-	return d
+	return at
 }
 
-// fireFlow runs f's timers that are due.
-func (p *Primary) fireFlow(f *dgramFlow) {
-	if !p.frozen {
-		for f.said.len() > 0 && f.said.view()[0].since+int64(p.cfg.Timeout) <= p.now {
-			f.said.drop(1)
-			p.said--
-			p.stats.Drops[ReasonUnmatched]++
+// fire runs f's timers that are due.
+func (d *datagrams) fire(f *dgramFlow) {
+	if !d.frozen {
+		for f.svm.len() > 0 && f.svm.view()[0].since+int64(d.cfg.Timeout) <= d.now {
+			f.svm.drop(1)
+			d.svm--
+			d.stats.Drops[ReasonUnmatched]++
 		}
-		p.releaseFlow(f)
-		// What is held stays for the commit, unless the SVM says it after all.
-		if f.held.len() > 0 && max(f.held.view()[0].since, f.askedAt)+int64(p.cfg.Timeout) <= p.now {
-			f.askedAt = p.now
-			p.checkpoint(&f.tuple, ReasonDatagram)
+		d.release(f)
+		// What is held stays for the commit, unless the SVM transmits it after all.
+		if f.held.len() > 0 && max(f.held.view()[0].since, f.askedAt)+int64(d.cfg.Timeout) <= d.now {
+			f.askedAt = d.now
+			d.checkpoint(&f.tuple, ReasonDatagram)
 		}
 		switch {
 		case f.held.len() > 0:
-			f.query.run(p.now)
-			if f.query.due(p.now) {
-				p.query()
+			f.query.run(d.now)
+			if f.query.due(d.now) {
+				d.query()
 			}
-		case f.said.len() == 0:
-			p.removeFlow(f)
+		case f.svm.len() == 0:
+			d.remove(f)
 			return
 		}
 	}
-	p.timers.set(&f.timer, p.flowDeadline(f))
+	d.timers.set(&f.timer, d.deadline(f))
 }
 
-// commitFlow appends to out what leaves at a commit. What was captured behind the
+// commit appends to out what leaves at a commit. What was captured behind the
 // commit point starts afresh, with the SVM of the new epoch, or is dropped.
-func (p *Primary) commitFlow(f *dgramFlow, at int64, out []leaving) []leaving {
-	held := f.held.view()
-	young := 0
-	for _, g := range held {
+func (d *datagrams) commit(f *dgramFlow, at int64, out []leaving) []leaving {
+	for _, g := range d.take(f) {
 		switch {
-		case p.before(g.at, at):
+		case d.before(g.at, at):
 			out = append(out, leaving{no: g.no, f: f, dgram: g})
-		case p.cfg.KeepYoung:
-			g.said = false
-			held[young] = g
-			young++
+		case d.cfg.KeepYoung:
+			g.confirmed = false
+			f.held.insert(f.held.len(), g)
+			d.count(&g, 1)
 		default:
-			p.unheldDatagram(&g)
-			p.drop(g.slot, ReasonYoung)
+			d.drop(g.slot, ReasonYoung)
 		}
 	}
-	f.held.remove(young, len(held))
-	p.forgetSaid(f)
+	d.forget(f)
 	f.askedAt, f.query = 0, backoff{}
 	return out
 }
 
-// restartFlow sets f going again after a freeze.
-func (p *Primary) restartFlow(f *dgramFlow) {
+// restart sets f going again after a freeze.
+func (d *datagrams) restart(f *dgramFlow) {
 	for i := range f.held.view() {
-		f.held.view()[i].since = p.now
+		f.held.view()[i].since = d.now
 	}
-	for i := range f.said.view() {
-		f.said.view()[i].since = p.now
+	for i := range f.svm.view() {
+		f.svm.view()[i].since = d.now
 	}
-	p.pumpFlow(f)
+	d.pump(f)
 }
 
 func (f *dgramFlow) describe(now int64) Flow {

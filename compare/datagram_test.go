@@ -135,7 +135,7 @@ func TestDatagrams(t *testing.T) {
 		w.ready = true
 		w.step(Event{Kind: EvFreeze})
 		w.step(Event{Kind: EvCommit, Epoch: 1, At: w.now + 1})
-		if st := w.p.Stats(); w.left != total || len(w.held) > 0 || st.HeldPackets != 0 || st.Flows != 0 || w.p.said != 0 {
+		if st := w.p.Stats(); w.left != total || len(w.held) > 0 || st.HeldPackets != 0 || st.Flows != 0 || w.p.datagrams.svm != 0 {
 			t.Fatalf("%d of %d left, %d held, %+v", w.left, total, len(w.held), st)
 		}
 	})

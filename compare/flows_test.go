@@ -52,10 +52,10 @@ func TestWalkFlows(t *testing.T) {
 		t.Fatalf("%d flows, more %v", len(fs), more)
 	}
 	ended := make(map[Tuple]bool)
-	for i, c := range p.all() {
+	for i, c := range p.conns.all() {
 		if i%3 == 0 {
 			ended[c.tuple] = true
-			p.remove(c, ReasonVoid)
+			p.conns.remove(c, ReasonVoid)
 		}
 	}
 	for i := range n / 10 { // in the place of some
@@ -69,7 +69,7 @@ func TestWalkFlows(t *testing.T) {
 	for _, f := range fs {
 		seen[f.Tuple]++
 	}
-	for _, c := range p.all() {
+	for _, c := range p.conns.all() {
 		if c.tuple.GuestPort == 80 && seen[c.tuple] != 1 {
 			t.Errorf("connection %v came %d times", c.tuple, seen[c.tuple])
 		}

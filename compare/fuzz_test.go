@@ -141,8 +141,8 @@ func FuzzStep(f *testing.F) {
 		for _, k := range []EventKind{EvThaw, EvTick, EvSolo, EvReset, EvUnpark} {
 			step(Event{Kind: k})
 		}
-		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points != 0 || len(p.opens) != 0 || st.Flows != 0 || p.dgrams != 0 || p.said != 0 || len(p.timers) != 0 || p.half != (halfOpen{}) {
-			t.Fatalf("left over: slots %v, %d points, %d opens, %+v", slots, p.points, len(p.opens), st)
+		if st := p.Stats(); len(slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || p.points.used != 0 || len(p.opens) != 0 || st.Flows != 0 || p.datagrams.held != 0 || p.datagrams.svm != 0 || len(p.timers) != 0 || p.conns.half != (list[*conn]{}) {
+			t.Fatalf("left over: slots %v, %d points, %d opens, %+v", slots, p.points.used, len(p.opens), st)
 		}
 	})
 }

@@ -44,40 +44,40 @@ func (b *backoff) due(now int64) bool {
 // stuck reports whether something of the PVM waits for the SVM.
 func (c *conn) stuck() bool {
 	return c.pvmSeen && !c.diverged && !c.closed() &&
-		(c.held.len() > 0 || c.rstHeld || c.p.ok && (!c.s.ok || after(c.p.ack, c.s.ack)))
+		(c.held.len() > 0 || c.held.hasRST || c.acks.svmBehind())
 }
 
 // query asks for the newest records. All lanes and connections share one limit.
-func (p *Primary) query() {
-	if p.now < p.queryAt || p.off(mutR6) {
+func (k *core) query() {
+	if k.now < k.queryAt || k.off(mutR6) {
 		return
 	}
-	p.queryAt = p.now + int64(queryEvery)
-	p.stats.Queries++
-	p.emit(OpQuery, &Tuple{})
+	k.queryAt = k.now + int64(queryEvery)
+	k.stats.Queries++
+	k.emit(OpQuery, &Tuple{})
 }
 
 // unstick does what may help c. An SVM that says nothing where the PVM spoke may
 // miss what the remote said, such as the last ACK of its handshake.
-func (p *Primary) unstick(c *conn) {
-	p.query()
+func (c *conn) unstick() {
+	c.core.query()
 	if c.adopted {
-		p.emit(OpAdopt, &c.tuple)
+		c.emit(OpAdopt, &c.tuple)
 	}
-	p.sack(c)
-	if c.held.len() > 0 && !c.synWait && !(c.svmSaid && after(c.svmEnd, c.compared)) {
-		p.remirror(c)
+	c.sack()
+	if c.held.len() > 0 && !c.syn.waiting && !c.svm.ahead() {
+		c.remirror()
 	}
 }
 
 // remirror gives S the remote's newest header again.
-func (p *Primary) remirror(c *conn) {
-	if p.now < c.mirrorAt || p.off(mutR6) {
+func (c *conn) remirror() {
+	if c.now < c.mirrorAt || c.off(mutR6) {
 		return
 	}
-	c.mirrorAt = p.now + int64(remirrorEvery)
-	p.stats.Remirrors++
-	p.emit(OpRemirror, &c.tuple)
+	c.mirrorAt = c.now + int64(remirrorEvery)
+	c.stats.Remirrors++
+	c.emit(OpRemirror, &c.tuple)
 }
 
 // sackAsked is how often S was asked for a hole in what the SVM said before the SVM is.
@@ -88,31 +88,31 @@ const sackAsked = 3
 // left. The guest's own timer has grown with all the time that its frames were held. Should
 // P lose what it spoke of, the guest finds its data unacknowledged, and repeats it (RFC
 // 2018, 8).
-func (p *Primary) sack(c *conn) {
-	if c.floating || c.synWait || p.off(mutR6) {
+func (c *conn) sack() {
+	if c.floating || c.syn.waiting || c.off(mutR6) {
 		return
 	}
-	if held := c.held.view(); len(held) > 0 && after(held[0].start, c.compared) {
+	if held := c.held.view(); len(held) > 0 && after(held[0].start, c.svm.compared) {
 		var there sackSet
 		for i := range held {
-			there.add(block{held[i].start, held[i].end}, c.compared)
+			there.add(block{held[i].start, held[i].end}, c.svm.compared)
 		}
-		p.sackAs(OpSACK, c, &there)
+		c.sackAs(OpSACK, c.svm.compared, &there)
 	}
-	if from, _, ok := c.hole(); ok && from == c.compared && c.query.n >= sackAsked {
+	if from, _, ok := c.svm.hole(); ok && from == c.svm.compared && c.query.n >= sackAsked {
 		var there sackSet
 		for i := range c.svm.loose {
 			there.add(block{c.svm.loose[i].from, c.svm.loose[i].end()}, from)
 		}
-		p.sackAs(OpRemirror, c, &there)
+		c.sackAs(OpRemirror, from, &there)
 	}
 }
 
-func (p *Primary) sackAs(op Op, c *conn, there *sackSet) {
+func (t *sender) sackAs(op Op, seq uint32, there *sackSet) {
 	var o options
 	o.ackOptions(nil, there.b[:min(there.n, maxBlocks)])
-	e := p.emit(op, &c.tuple)
-	e.Seq, e.OptLen, e.Opts = c.compared, o.n, o.b
+	e := t.emit(op, &t.tuple)
+	e.Seq, e.OptLen, e.Opts = seq, o.n, o.b
 }
 
 // maxBlocks is how many SACK blocks fit beside a timestamp (RFC 2018, 3).
@@ -122,11 +122,11 @@ const maxBlocks = 3
 // compared already, the SVM misses the remote's ACK or window. A probe of its window,
 // or a keep-alive, is an ACK from below the compared point: nobody else answers it,
 // for what the SVM says does not leave.
-func (p *Primary) repeated(c *conn, s *Segment) {
-	if p.frozen || c.diverged || c.floating || c.synWait || !near(s.Seq, c.compared) {
+func (c *conn) repeated(s *Segment) {
+	if c.frozen || c.diverged || c.floating || c.syn.waiting || !near(s.Seq, c.svm.compared) {
 		return
 	}
-	if end := s.End(); before(s.Seq, c.compared) && !after(end, c.compared) {
-		p.remirror(c)
+	if end := s.End(); before(s.Seq, c.svm.compared) && !after(end, c.svm.compared) {
+		c.remirror()
 	}
 }

@@ -28,6 +28,4 @@ const (
 	mutSealed                        // what a digest covers is changed
 )
 
-func (p *Primary) off(m mutation) bool { return p.mut&m != 0 }
-
 func (s *Secondary) off(m mutation) bool { return s.mut&m != 0 }

@@ -24,7 +24,27 @@ type neighAsk struct {
 	at  int64
 }
 
-// neigh passes on a request of the SVM. It says nothing of the guest's state, so it
+// neighbours are those asked for within neighEvery, at most maxNeighs.
+type neighbours struct {
+	asked  map[neighKey]struct{}
+	byTime deque[neighAsk]
+}
+
+// ask reports whether to ask for k now, and notes it.
+func (n *neighbours) ask(k neighKey, now int64) bool {
+	for n.byTime.len() > 0 && n.byTime.view()[0].at+int64(neighEvery) <= now {
+		delete(n.asked, n.byTime.view()[0].key)
+		n.byTime.drop(1)
+	}
+	if _, ok := n.asked[k]; ok || len(n.asked) == maxNeighs {
+		return false
+	}
+	n.asked[k] = struct{}{}
+	n.byTime.insert(n.byTime.len(), neighAsk{k, now})
+	return true
+}
+
+// neigh passes on a request of the SVM. It tells nothing of the guest's state, so it
 // leaves while frozen too.
 func (p *Primary) neigh(s *Segment) {
 	if p.solo {
@@ -34,17 +54,10 @@ func (p *Primary) neigh(s *Segment) {
 		p.stats.Drops[ReasonMalformed]++
 		return
 	}
-	for p.neighs.len() > 0 && p.neighs.view()[0].at+int64(neighEvery) <= p.now {
-		delete(p.asked, p.neighs.view()[0].key)
-		p.neighs.drop(1)
-	}
-	k := neighKey{s.Guest, s.Remote, s.VLAN, s.VLAN2}
-	if _, ok := p.asked[k]; ok || len(p.asked) == maxNeighs {
+	if !p.neighs.ask(neighKey{s.Guest, s.Remote, s.VLAN, s.VLAN2}, p.now) {
 		p.stats.Drops[ReasonNeigh]++
 		return
 	}
-	p.asked[k] = struct{}{}
-	p.neighs.insert(p.neighs.len(), neighAsk{k, p.now})
 	e := p.emit(OpNeigh, &s.Tuple)
 	e.OptLen = uint8(copy(e.Opts[:], s.Opts))
 }

@@ -17,15 +17,15 @@ func TestNeighboursAreBounded(t *testing.T) {
 		return passed
 	}
 	for range 3 {
-		if n := ask(2 * maxNeighs); n != maxNeighs || len(x.p.asked) != maxNeighs {
-			t.Fatalf("%d passed on, %d remembered", n, len(x.p.asked))
+		if n := ask(2 * maxNeighs); n != maxNeighs || len(x.p.neighs.asked) != maxNeighs {
+			t.Fatalf("%d passed on, %d remembered", n, len(x.p.neighs.asked))
 		}
 		if n := ask(2 * maxNeighs); n != 0 {
 			t.Fatalf("%d more passed on within a second", n)
 		}
 		x.now += int64(neighEvery)
 	}
-	if n := ask(1); n != 1 || len(x.p.asked) != 1 || x.p.neighs.len() != 1 {
-		t.Fatalf("%d passed on, %d remembered", n, len(x.p.asked))
+	if n := ask(1); n != 1 || len(x.p.neighs.asked) != 1 || x.p.neighs.byTime.len() != 1 {
+		t.Fatalf("%d passed on, %d remembered", n, len(x.p.neighs.asked))
 	}
 }

@@ -12,82 +12,85 @@ type openKey struct {
 
 func (t *Tuple) openKey() openKey { return openKey{t.Guest, t.Remote, t.RemotePort, t.VLAN, t.VLAN2} }
 
+// openTable holds the active opens, by where they go to.
+type openTable map[openKey]*openSet
+
 // openSet lists the active opens to one place: SYNs of the PVM that are not
 // matched, and SYNs of the SVM that no PVM SYN came for.
-type openSet struct{ pvm, svm *conn }
+type openSet struct{ pvm, svm list[*conn] }
 
-// openLink makes conn an element of such a list.
-type openLink struct {
-	head       **conn
-	prev, next *conn
+// newest is the newest connection in l, nil without one.
+func newest(l *list[*conn]) *conn {
+	if l.last == nil {
+		return nil
+	}
+	return l.last.of
 }
 
-func (p *Primary) linkOpen(c *conn, bySVM bool) {
+// link notes that the PVM, or the SVM, opened c.
+func (o openTable) link(c *conn, bySVM bool) {
 	key := c.tuple.openKey()
-	set := p.opens[key]
+	set := o[key]
 	if set == nil {
 		set = new(openSet)
-		p.opens[key] = set
+		o[key] = set
 	}
-	head := &set.pvm
 	if bySVM {
-		head = &set.svm
+		set.svm.push(&c.open)
+	} else {
+		set.pvm.push(&c.open)
 	}
-	c.openLink = openLink{head: head, next: *head}
-	if *head != nil {
-		(*head).openLink.prev = c
-	}
-	*head = c
 }
 
-func (p *Primary) unlinkOpen(c *conn) {
-	l := c.openLink
-	if l.head == nil {
+// unlink forgets that c was opened, if that was noted.
+func (o openTable) unlink(c *conn) {
+	if c.open.in == nil {
 		return
 	}
-	if l.next != nil {
-		l.next.openLink.prev = l.prev
-	}
-	if l.prev != nil {
-		l.prev.openLink.next = l.next
-	} else {
-		*l.head = l.next
-	}
-	c.openLink = openLink{}
+	c.open.unlink()
 	key := c.tuple.openKey()
-	if set := p.opens[key]; set != nil && set.pvm == nil && set.svm == nil {
-		delete(p.opens, key)
+	if set := o[key]; set.pvm.n == 0 && set.svm.n == 0 {
+		delete(o, key)
 	}
 }
 
-// pvmOpened: the PVM opened c actively. opened: so did the SVM. If the SVM opened
-// something else to the same place, the guests went different ways.
-func (p *Primary) pvmOpened(c *conn, opened bool) {
-	if set := p.opens[c.tuple.openKey()]; !opened && set != nil && set.svm != nil {
-		p.diverge(c, ReasonOpen)
+// opened returns the newest connection to where t goes that the PVM, and that the SVM,
+// opened alone; nil without one.
+func (o openTable) opened(t *Tuple) (pvm, svm *conn) {
+	if set := o[t.openKey()]; set != nil {
+		return newest(&set.pvm), newest(&set.svm)
 	}
-	p.linkOpen(c, false)
+	return nil, nil
+}
+
+// pvmOpened: the PVM opened c actively. both: so did the SVM. If the SVM opened
+// something else to the same place, the guests went different ways.
+func (p *Primary) pvmOpened(c *conn, both bool) {
+	if _, svm := p.opens.opened(&c.tuple); !both && svm != nil {
+		c.diverge(ReasonOpen)
+	}
+	p.opens.link(c, false)
 }
 
 // svmOpened: the SVM opened s.Tuple actively, and S knows of no such SYN of the
 // PVM. The PVM's may just be on its way; else Timeout decides.
 func (p *Primary) svmOpened(s *Segment) {
-	c := p.conns[s.Tuple]
-	if c != nil && (c.openOnSVM || c.synSeen && c.synFlags&ACK == 0 && !c.established) {
+	c := p.conns.byTuple[s.Tuple]
+	if c != nil && (c.openOnSVM || c.syn.seen && c.syn.flags&ACK == 0 && !c.established) {
 		return
 	}
-	if set := p.opens[s.Tuple.openKey()]; set != nil && set.pvm != nil {
-		p.diverge(set.pvm, ReasonOpen)
+	if pvm, _ := p.opens.opened(&s.Tuple); pvm != nil {
+		pvm.diverge(ReasonOpen)
 	}
 	if c == nil {
-		if c = p.create(&s.Tuple); c == nil {
+		if c = p.conns.create(&s.Tuple); c == nil {
 			p.stats.Drops[ReasonStray]++
 			return
 		}
 	}
 	c.openOnSVM = true
-	if c.openLink.head == nil {
-		p.linkOpen(c, true)
+	if c.open.in == nil {
+		p.opens.link(c, true)
 	}
 	p.wait(c)
 }

@@ -61,38 +61,19 @@ func (c *Config) setDefaults() {
 }
 
 // Primary decides what leaves on P. It holds no lock: one goroutine drives it.
+//
+// It takes in events, finds the connection or flow that one is about, and has it do
+// what its state allows; what a connection knows and may do is in [conn] and the values
+// that it is made of.
 type Primary struct {
-	cfg   Config
-	keys  *Keys
-	mut   mutation
-	epoch uint32
-
-	frozen, solo bool
-	conns        map[Tuple]*conn
-	flows        map[Tuple]*dgramFlow
-	timers       timerHeap // holds every connection and flow
-	opens        map[openKey]*openSet
-	asked        map[neighKey]struct{} // neighbours asked for within neighEvery
-	neighs       deque[neighAsk]       // the same, by time
-	next         []Segment             // records of epochs to come (R17)
-	half         halfOpen
-	spare        []*conn
-	spareFlows   []*dgramFlow
-	points       int // of all connections
-	slots        [slotClasses]slotUse
-	sharedAt     int64 // before it no connection is looked for that holds too much
-	dgrams       int   // held, of all flows
-	said         int   // datagrams of the SVM that the PVM has not said, of all flows
-	fullAsked    bool
-	fullAt       int64
-	queryAt      int64 // before it no query is made
-	stats        Stats
-
-	// During Step.
-	now     int64
-	out     []Effect
-	bounds  []Bound // svmData's
-	eventNo uint64
+	core
+	epoch     uint32
+	conns     connTable
+	datagrams datagrams
+	neighs    neighbours
+	next      []Segment // records of epochs to come (R17)
+	fullAsked bool
+	fullAt    int64
 }
 
 // Stats counts what happened. Connections, Flows and Held tell how things are now.
@@ -137,21 +118,25 @@ const stateDatagram = "datagram"
 // NewPrimary makes the decision core of P. keys are those of the kernel.
 func NewPrimary(cfg Config, keys *Keys) *Primary {
 	cfg.setDefaults()
-	return &Primary{
-		cfg: cfg, keys: keys, epoch: cfg.Epoch,
-		conns: make(map[Tuple]*conn),
-		flows: make(map[Tuple]*dgramFlow),
-		asked: make(map[neighKey]struct{}),
-		opens: make(map[openKey]*openSet),
-		slots: [slotClasses]slotUse{{limit: slotLimit(cfg.Slots)}, {limit: slotLimit(cfg.LargeSlots)}},
+	p := &Primary{
+		core: core{
+			cfg: cfg, keys: keys, opens: make(openTable),
+			slots:  [slotClasses]slotUse{{limit: slotLimit(cfg.Slots)}, {limit: slotLimit(cfg.LargeSlots)}},
+			points: pointBudget{perStream: cfg.ConnPoints, max: cfg.MaxPoints},
+		},
+		epoch: cfg.Epoch,
 	}
+	p.conns = connTable{core: &p.core, byTuple: make(map[Tuple]*conn)}
+	p.datagrams = datagrams{core: &p.core, flows: make(map[Tuple]*dgramFlow)}
+	p.neighs = neighbours{asked: make(map[neighKey]struct{})}
+	return p
 }
 
 // Step takes in one event at boottime now, in ns, and appends to out what is to be
 // done, in order. ev and what it points to is not kept, but for a held frame's
 // Payload.
 func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
-	p.now, p.out = now, out
+	p.now, p.effects = now, out
 	p.eventNo++
 	switch ev.Kind {
 	case EvPVM:
@@ -178,33 +163,15 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 	case EvSolo:
 		p.goSolo()
 	}
-	out, p.out = p.out, nil
+	out, p.effects = p.effects, nil
 	return out
-}
-
-// emit appends an effect.
-func (p *Primary) emit(op Op, t *Tuple) *Effect {
-	p.out = append(p.out, Effect{Op: op, Tuple: *t, Slot: NoSlot})
-	return &p.out[len(p.out)-1]
-}
-
-// drop counts a frame that does not leave and frees its slot.
-func (p *Primary) drop(slot Slot, why Reason) {
-	p.stats.Drops[why]++
-	if slot != NoSlot {
-		p.out = append(p.out, Effect{Op: OpFree, Slot: slot, Reason: why})
-	}
-}
-
-func (p *Primary) checkpoint(t *Tuple, why Reason) {
-	p.stats.Checkpoints[why]++
-	p.emit(OpCheckpoint, t).Reason = why
 }
 
 // Stats gives the counters.
 func (p *Primary) Stats() Stats {
 	s := p.stats
-	s.Connections, s.Flows = len(p.conns), len(p.flows)
+	s.Connections, s.Flows = len(p.conns.byTuple), len(p.datagrams.flows)
+	s.Drops[ReasonForgotten] += p.points.forgotten
 	return s
 }
 
@@ -231,22 +198,6 @@ func (w *FlowWalk) Next(p *Primary, n int, fs []Flow) ([]Flow, bool) {
 	}
 	w.left = w.left[n:]
 	return fs, len(w.left) > 0
-}
-
-func (c *conn) describe(now int64) Flow {
-	f := Flow{
-		Tuple: c.tuple, State: c.state(), Inc: c.inc, Inherited: c.inherited || !c.incKnown,
-		Compared: c.compared, Released: c.released,
-		Held: c.held.len(), Age: time.Duration(now - c.born),
-		Diverged: c.diverged, Why: c.why, no: c.no,
-	}
-	for i := range c.held.view() {
-		f.HeldBytes += len(c.held.view()[i].payload)
-	}
-	if c.rstHeld {
-		f.Held++
-	}
-	return f
 }
 
 // SortFlows puts connections, and behind them flows of datagrams, in the order in

@@ -156,8 +156,8 @@ func (w *world) end() {
 	w.t.Helper()
 	w.tick(3 * time.Hour)
 	w.tick(3 * time.Hour)
-	if st := w.p.Stats(); len(w.slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || st.Connections != 0 || st.Flows != 0 || w.p.points != 0 {
-		w.fatalf("left over: slots %v, %d points, %+v", w.slots, w.p.points, st)
+	if st := w.p.Stats(); len(w.slots) > 0 || st.HeldPackets != 0 || st.HeldBytes != 0 || st.Connections != 0 || st.Flows != 0 || w.p.points.used != 0 {
+		w.fatalf("left over: slots %v, %d points, %+v", w.slots, w.p.points.used, st)
 	}
 	w.secondary(Event{Kind: EvReset})
 	if len(w.sSlots) > 0 {

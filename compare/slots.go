@@ -38,27 +38,27 @@ func slotLimit(n int) int { return max(1, n-max(1, n/8)) }
 // shareEvery is how often all connections are looked at for one that holds too much.
 const shareEvery = time.Millisecond
 
-// took notes that c holds one slot more, or, with n = -1, less.
-func (p *Primary) took(c *conn, h *piece, n int) {
+// countSlot notes that one slot more is held, or, with n = -1, less.
+func (q *heldQueue) countSlot(h *piece, n int) {
 	if h.slot == NoSlot {
 		return
 	}
 	class := classOf(h.large)
-	u := &p.slots[class]
-	before := c.holds[class]
-	c.holds[class] += n
+	u := &q.slots[class]
+	before := q.holds[class]
+	q.holds[class] += n
 	u.held += n
 	switch {
 	case before == 0:
 		u.holders++
-	case c.holds[class] == 0:
+	case q.holds[class] == 0:
 		u.holders--
 	}
 }
 
 // noRoom: the kernel had no slot for s, dropped it and counted it.
 func (p *Primary) noRoom(s *Segment) {
-	if c := p.conns[s.Tuple]; c != nil {
+	if c := p.conns.byTuple[s.Tuple]; c != nil {
 		p.makeRoom(c, classOf(s.Large))
 	}
 }
@@ -73,22 +73,22 @@ func (p *Primary) makeRoom(c *conn, class slotClass) {
 	share := u.limit / u.holders
 	switch {
 	case share == 0: // nobody has more than one frame
-	case c.holds[class] > share:
-		p.giveUp(c, class)
+	case c.held.holds[class] > share:
+		c.held.giveUp(class)
 	case p.now >= p.sharedAt:
 		p.sharedAt = p.now + int64(shareEvery)
 		for _, t := range p.timers {
-			for t.conn != nil && u.held > u.limit && t.conn.holds[class] > share && p.giveUp(t.conn, class) {
+			for t.conn != nil && u.held > u.limit && t.conn.held.holds[class] > share && t.conn.held.giveUp(class) {
 			}
 		}
 	}
 }
 
-// giveUp drops the last frame but one that c holds in a slot of the class, and reports
+// giveUp drops the last frame but one that is held in a slot of the class, and reports
 // whether there was any. The last one of all stays as long as it can: it tells the guest,
 // by a SACK block, that what stands before it was lost.
-func (p *Primary) giveUp(c *conn, class slotClass) bool {
-	held := c.held.view()
+func (q *heldQueue) giveUp(class slotClass) bool {
+	held := q.view()
 	end := len(held) - 1
 	i := end - 1
 	for i > 0 && classOf(held[i].large) != class {
@@ -99,7 +99,6 @@ func (p *Primary) giveUp(c *conn, class slotClass) bool {
 			return false // the first one is what all others wait for
 		}
 	}
-	p.freePiece(c, &held[i], ReasonNoRoom)
-	c.held.remove(i, i+1)
+	q.free(i, i+1, ReasonNoRoom)
 	return true
 }

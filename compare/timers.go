@@ -8,13 +8,10 @@ import (
 )
 
 const (
-	fullEvery     = time.Second
-	askDelay      = 100 * time.Microsecond // the frame that resolves it is often just behind
-	askAgain      = 5 * time.Millisecond
-	maxAsks       = 8
-	announceFirst = 5 * time.Millisecond
-	announceMax   = 200 * time.Millisecond
-	announceAgain = 8 // times after a commit
+	fullEvery = time.Second
+	askDelay  = 100 * time.Microsecond // the frame that resolves it is often just behind
+	askAgain  = 5 * time.Millisecond
+	maxAsks   = 8
 )
 
 // timer is the entry of a connection, or of a flow of datagrams, in a timerHeap.
@@ -82,6 +79,58 @@ func (h timerHeap) set(t *timer, due int64) {
 	h.down(t.heapIdx)
 }
 
+// stallClock is R7's: it runs while one guest has transmitted what the other has not.
+type stallClock struct {
+	running bool
+	since   int64 // boottime, in ns, at which anything moved last
+}
+
+// run has the clock run, or not. Where it did not it begins now.
+func (k *stallClock) run(running bool, now int64) {
+	if running && !k.running {
+		k.since = now
+	}
+	k.running = running
+}
+
+// deadline is when the clock runs out.
+func (k *stallClock) deadline(timeout time.Duration) int64 {
+	if !k.running {
+		return math.MaxInt64
+	}
+	return k.since + int64(timeout)
+}
+
+// askClock times the questions to S for one sum: the second and later ones ever more
+// seldom, maxAsks of them.
+type askClock struct {
+	at int64 // of the next question; 0: none
+	n  int   // asked so far
+}
+
+func (k *askClock) stop() { *k = askClock{} }
+
+// start sets the time of the first question, unless it was asked. soon: what resolves it
+// is known to be just behind.
+func (k *askClock) start(now int64, soon bool) {
+	if k.n > 0 {
+		return
+	}
+	d := askAgain
+	if soon {
+		d = askDelay
+	}
+	if at := now + int64(d); k.at == 0 || at < k.at {
+		k.at = at
+	}
+}
+
+// again notes a question and sets the time of the next one.
+func (k *askClock) again(now int64) {
+	k.at = now + int64(askAgain)<<k.n
+	k.n++
+}
+
 // NextDeadline is the boottime, in ns, at which Step wants an [EvTick] if
 // nothing happens before; math.MaxInt64: never. The tick may find nothing to do.
 func (p *Primary) NextDeadline() int64 {
@@ -95,7 +144,7 @@ func (p *Primary) NextDeadline() int64 {
 func (p *Primary) tick() {
 	for len(p.timers) > 0 && p.timers[0].due <= p.now {
 		if t := p.timers[0]; t.flow != nil {
-			p.fireFlow(t.flow)
+			p.datagrams.fire(t.flow)
 		} else {
 			p.fire(t.conn)
 		}
@@ -104,39 +153,36 @@ func (p *Primary) tick() {
 
 // deadline is c's earliest timer. While frozen there is none: nothing may leave,
 // and a checkpoint is under way.
-func (p *Primary) deadline(c *conn) int64 {
-	if p.frozen {
+func (c *conn) deadline() int64 {
+	if c.frozen {
 		return math.MaxInt64
 	}
-	d := p.endOfLife(c)
-	for _, at := range [...]int64{c.cutAt, c.askAt, c.annAt, c.query.at} {
+	d := c.endOfLife()
+	for _, at := range [...]int64{c.cutAt, c.asks.at, c.syn.due, c.query.at} {
 		if at != 0 {
 			d = min(d, at)
 		}
 	}
-	if c.waiting {
-		d = min(d, c.progress+int64(p.cfg.Timeout))
-	}
-	return d
+	return min(d, c.stall.deadline(c.cfg.Timeout))
 }
 
 // endOfLife is when c is forgotten unless something happens to it.
-func (p *Primary) endOfLife(c *conn) int64 {
+func (c *conn) endOfLife() int64 {
 	switch {
 	case !c.pvmSeen:
-		return c.born + int64(p.cfg.Timeout)
+		return c.born + int64(c.cfg.Timeout)
 	case !c.diverged && (c.clientRST || c.closed()):
-		return c.last + int64(p.cfg.Linger)
-	case !c.diverged && c.synSeen && !c.established:
-		return c.born + int64(p.cfg.HalfOpen)
+		return c.last + int64(c.cfg.Linger)
+	case !c.diverged && c.syn.seen && !c.established:
+		return c.born + int64(c.cfg.HalfOpen)
 	}
-	return c.last + int64(p.cfg.Idle)
+	return c.last + int64(c.cfg.Idle)
 }
 
 // arm makes sure that c's timers are looked at in time, and runs those that are
 // due already.
 func (p *Primary) arm(c *conn) {
-	if d := p.deadline(c); d <= p.now {
+	if d := c.deadline(); d <= p.now {
 		p.fire(c)
 	} else if d < c.due {
 		p.timers.set(&c.timer, d)
@@ -147,27 +193,27 @@ func (p *Primary) arm(c *conn) {
 func (p *Primary) fire(c *conn) {
 	due := func(at int64) bool { return at != 0 && at <= p.now }
 	if !p.frozen {
-		if due(c.annAt) {
-			p.announce(c)
+		if due(c.syn.due) {
+			c.announce()
 		}
 		if due(c.cutAt) {
-			p.cut(c)
+			c.cut()
 		}
-		if due(c.askAt) {
-			p.ask(c)
+		if due(c.asks.at) {
+			c.ask()
 		}
 		if c.query.due(p.now) && c.stuck() {
-			p.unstick(c)
+			c.unstick()
 		}
-		if c.waiting && c.progress+int64(p.cfg.Timeout) <= p.now && p.stalled(c) {
+		if c.stall.deadline(p.cfg.Timeout) <= p.now && p.stalled(c) {
 			return
 		}
-		if p.endOfLife(c) <= p.now {
+		if c.endOfLife() <= p.now {
 			p.expire(c)
 			return
 		}
 	}
-	p.timers.set(&c.timer, p.deadline(c))
+	p.timers.set(&c.timer, c.deadline())
 }
 
 // stalled: R7's clock ran out. It reports whether c was removed.
@@ -176,10 +222,10 @@ func (p *Primary) stalled(c *conn) bool {
 		// The remote has reset the connection, and one guest saw it before it
 		// spoke. If the guests did not believe the RST, the next segment makes the
 		// connection known again.
-		p.remove(c, ReasonReset)
+		p.conns.remove(c, ReasonReset)
 		return true
 	}
-	c.progress = p.now
+	c.stall.since = p.now
 	p.checkpoint(&c.tuple, ReasonTimeout)
 	return false
 }
@@ -187,52 +233,33 @@ func (p *Primary) stalled(c *conn) bool {
 // expire ends a connection whose time is over.
 func (p *Primary) expire(c *conn) {
 	why := ReasonExpired
-	if c.rstHeld {
+	if c.held.hasRST {
 		why = ReasonUnmatchedRST
 	}
 	if c.openOnSVM && !c.pvmSeen {
 		p.checkpoint(&c.tuple, ReasonTimeout)
 	}
-	p.remove(c, why)
-}
-
-// announce repeats the PVM's SYN to S until the SVM's is there (R9).
-func (p *Primary) announce(c *conn) {
-	if c.annAt = 0; !c.announcing || c.annLeft == 0 {
-		return
-	}
-	c.annLeft--
-	p.stats.Announces++
-	e := p.emit(OpAnnounce, &c.tuple)
-	e.Seq, e.Ack, e.Flags, e.Inc = c.inc, c.synAck, c.synFlags, c.inc
-	e.OptLen, e.Opts = c.synOpts.n, c.synOpts.b
-	c.annDelay = min(2*c.annDelay, int64(announceMax))
-	c.annAt = p.now + c.annDelay
-}
-
-func (p *Primary) startAnnouncing(c *conn, times int) {
-	c.announcing, c.annLeft, c.annDelay = true, times, int64(announceFirst)
-	c.annAt = p.now + c.annDelay
+	p.conns.remove(c, why)
 }
 
 // askEnd reports whether something is held at the compared point that the SVM's
 // records do not resolve, and up to where to ask. soon: they reach beyond it.
-func (p *Primary) askEnd(c *conn) (end uint32, soon, ok bool) {
-	if c.synWait || c.diverged || p.frozen {
+func (c *conn) askEnd() (end uint32, soon, ok bool) {
+	if c.syn.waiting || c.diverged || c.frozen {
 		return 0, false, false
 	}
 	for i := range c.held.view() {
 		h := &c.held.view()[i]
-		if end = h.dataEnd(); !after(end, c.compared) {
+		if end = h.dataEnd(); !after(end, c.svm.compared) {
 			continue
 		}
-		if after(h.start, c.compared) {
+		if after(h.start, c.svm.compared) {
 			break
 		}
 		known, any := c.svm.end()
 		soon = any && after(known, end)
-		if c.svmSaid && after(c.svmEnd, c.compared) {
-			end = minSeq(end, c.svmEnd)
+		if c.svm.ahead() {
+			end = minSeq(end, c.svm.extent.end)
 		}
 		return end, soon, true
 	}
@@ -242,62 +269,44 @@ func (p *Primary) askEnd(c *conn) (end uint32, soon, ok bool) {
 // ask asks S for a sum (R5). It heals a lost record too, and where records behind it
 // are known, asks for what leads to them: without that they would be of no use, and as
 // long as the SVM is ahead each frame of the PVM would have to be asked for.
-func (p *Primary) ask(c *conn) {
-	c.askAt = 0
-	end, _, ok := p.askEnd(c)
-	if !ok || c.asks >= maxAsks {
+func (c *conn) ask() {
+	c.asks.at = 0
+	end, _, ok := c.askEnd()
+	if !ok || c.asks.n >= maxAsks {
 		return
 	}
-	p.askFor(c, c.compared, end)
-	if from, to, ok := c.hole(); ok && to != end {
-		p.askFor(c, from, to)
+	c.askFor(c.svm.compared, end)
+	if from, to, ok := c.svm.hole(); ok && to != end {
+		c.askFor(from, to)
 	}
-	c.askAt = p.now + int64(askAgain)<<c.asks
-	c.asks++
-}
-
-func (p *Primary) askFor(c *conn, from, to uint32) {
-	p.stats.Asks++
-	e := p.emit(OpAsk, &c.tuple)
-	e.Seq, e.To = from, to-from
-	e.Inc, e.Inherited = c.inc, c.inherited || !c.incKnown
+	c.asks.again(c.now)
 }
 
 // wait sets the timers after something happened to c.
 func (p *Primary) wait(c *conn) {
-	p.retime(c)
+	c.retime()
 	p.arm(c)
 }
 
 // retime is wait for who looks at the timers next.
-func (p *Primary) retime(c *conn) {
-	w := c.unmatched()
-	if w && !c.waiting {
-		c.progress = p.now
-	}
-	c.waiting = w
+func (c *conn) retime() {
+	c.stall.run(c.unmatched(), c.now)
 	if c.stuck() {
-		c.query.run(p.now)
+		c.query.run(c.now)
 	} else {
 		c.query = backoff{}
 	}
-	if _, soon, ok := p.askEnd(c); !ok {
-		c.askAt, c.asks = 0, 0
-	} else if c.asks == 0 {
-		d := askAgain
-		if soon {
-			d = askDelay
-		}
-		if at := p.now + int64(d); c.askAt == 0 || at < c.askAt {
-			c.askAt = at
-		}
+	if _, soon, ok := c.askEnd(); !ok {
+		c.asks.stop()
+	} else {
+		c.asks.start(c.now, soon)
 	}
 }
 
 // moved notes that the compared point or A moved.
-func (p *Primary) moved(c *conn) {
+func (c *conn) moved() {
 	c.query = backoff{}
-	if !p.off(mutR7) {
-		c.progress = p.now
+	if !c.off(mutR7) {
+		c.stall.since = c.now
 	}
 }

@@ -432,8 +432,8 @@ func (x *transcript) done() {
 	x.step("end", Event{Kind: EvSolo})
 	x.step("end", Event{Kind: EvUnpark})
 	x.step("end", Event{Kind: EvReset})
-	if len(x.slots) > 0 || x.p.stats.HeldPackets != 0 || x.p.stats.HeldBytes != 0 || x.p.points != 0 || x.p.dgrams != 0 || x.p.said != 0 {
-		x.t.Errorf("left over: slots %v, %d points, %d datagrams, %d said, %+v", x.slots, x.p.points, x.p.dgrams, x.p.said, x.p.Stats())
+	if len(x.slots) > 0 || x.p.stats.HeldPackets != 0 || x.p.stats.HeldBytes != 0 || x.p.points.used != 0 || x.p.datagrams.held != 0 || x.p.datagrams.svm != 0 {
+		x.t.Errorf("left over: slots %v, %d points, %d datagrams, %d said, %+v", x.slots, x.p.points.used, x.p.datagrams.held, x.p.datagrams.svm, x.p.Stats())
 	}
 	if strings.Contains(x.out.String(), "NOT HELD") {
 		x.t.Error(x.out.String())
