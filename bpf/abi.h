@@ -26,18 +26,18 @@ enum ls_const {
 	LS_ETHERTYPE = 0x88b5,
 	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-	LS_HDR_MAX = 256,      /* L2..L4 header bytes of a TCP segment */
-	LS_L4_MAX = 176,       /* bytes before the TCP header; more: compared as a datagram */
-	LS_OPTS_MAX = 40,      /* TCP options: 60-byte header at most */
-	LS_BOUND_MAX = 12,     /* see digest_stride */
-	LS_REC_BASE = 160,     /* struct ls_rec without boundaries */
-	LS_LANE_USER = 0xffff, /* ls_rec.lane of frames that user space sends */
-	LS_LANE_ALL = 0xfffe,  /* NACK: the newest record of every lane, please */
-	LS_LANE_MAX = 1024,    /* lanes of CPUs; windows keep user space's behind them */
-	LS_WINDOW = 1024,      /* lane numbers that may overtake each other */
-	LS_SENT = 2048,	       /* records a lane keeps for NACKs */
-	LS_RESEND_MAX = 64,    /* records sent again for one NACK of a lane */
-	LS_REC_OFF_MAX = 280,  /* highest ls_pre.off */
+	LS_HDR_MAX = 256,	 /* L2..L4 header bytes of a TCP segment */
+	LS_L4_MAX = 176,	 /* bytes before the TCP header; more: compared as a datagram */
+	LS_OPTS_MAX = 40,	 /* TCP options: 60-byte header at most */
+	LS_BOUND_MAX = 12,	 /* see digest_stride */
+	LS_REC_BASE = 160,	 /* struct ls_rec without boundaries */
+	LS_STREAM_USER = 0xffff, /* ls_rec.stream of frames that user space sends */
+	LS_STREAM_ALL = 0xfffe,	 /* NACK: the newest record of every stream, please */
+	LS_STREAM_MAX = 1024,	 /* streams of CPUs; windows keep user space's behind them */
+	LS_WINDOW = 1024,	 /* stream numbers that may overtake each other */
+	LS_SENT = 2048,		 /* records a stream keeps for NACKs */
+	LS_RESEND_MAX = 64,	 /* records sent again for one NACK of a stream */
+	LS_REC_OFF_MAX = 280,	 /* highest ls_pre.off */
 
 	LS_RULES_MAX = 16,  /* primary-only rules */
 	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the
@@ -58,9 +58,9 @@ enum ls_const {
 /* Values of the load-time constant ls_mutate: tests switch one rule off. */
 enum ls_mutation {
 	LS_MUTATE_R9 = 1,      /* announcements ignored, every offset taken for 0 */
-	LS_MUTATE_R6 = 2,      /* gaps in a lane's numbers are not NACKed */
-	LS_MUTATE_R20 = 4,     /* speak_until is not looked at */
-	LS_MUTATE_REPLAY = 8,  /* lane numbers are taken again and again */
+	LS_MUTATE_R6 = 2,      /* gaps in a stream's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,     /* lease_until is not looked at */
+	LS_MUTATE_REPLAY = 8,  /* stream numbers are taken again and again */
 	LS_MUTATE_TAG = 16,    /* tags are not checked */
 	LS_MUTATE_GUARD = 32,  /* timestamps of a connection taken over are not moved on */
 	LS_MUTATE_EDGE = 64,   /* connections taken over from another host are not translated */
@@ -103,17 +103,17 @@ struct ls_tuple {
 
 /* Live settings, one element of the mmapable array ls_conf. */
 struct ls_conf {
-	__u64 speak_until; /* R20: boottime ns; guests' frames pass only before it; ~0: for ever */
+	__u64 lease_until; /* R20: boottime ns; guests' frames pass only before it; ~0: for ever */
 	__u32 mode;	   /* enum ls_mode */
 	__u32 epoch;
 	__u32 term;
 	__u32 key_index; /* element of ls_keys in use */
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
-	__u32 edges;	 /* ls_edge may have entries */
-	__u64 speak_for; /* R20: T, ns: an echo allows speaking until its time + T */
-	__u64 old_until; /* boottime ns; frames of term - 1 are taken before it (rotation) */
-	__u64 echoed;	 /* boottime ns of the last echo: S returned it, it came home to P */
+	__u32 edges;	  /* ls_edge may have entries */
+	__u64 lease_time; /* R20: T, ns: an echo allows speaking until its time + T */
+	__u64 old_until;  /* boottime ns; frames of term - 1 are taken before it (rotation) */
+	__u64 echoed;	  /* boottime ns of the last echo: S returned it, it came home to P */
 };
 
 /* What the pinned tables were made for (R23): element of ls_meta. */
@@ -212,14 +212,14 @@ enum ls_rec_type {
 	LS_REC_ANSWER = 4,   /* S to P: the sum over [seq, end) */
 	LS_REC_DGRAM = 5,    /* S to P: a datagram the SVM said: [seq, end), frag, sum */
 	LS_REC_NEIGH = 6,    /* S to P: the SVM asks who has t.remote; its MAC is in opts */
-	LS_REC_NACK = 7,     /* P to S: lane stride's records sum[0]..sum[1] again, please (R6) */
+	LS_REC_NACK = 7,     /* P to S: stream stride's records sum[0]..sum[1] again, please (R6) */
 	LS_REC_ECHO = 8,     /* P to S and back: P's boottime is sum[0] (R20) */
 	LS_REC_MARK = 9,     /* P to S: what follows the PVM has not heard before its STOP (R16) */
 };
 
 enum ls_rec_flag {
 	LS_REC_INHERITED = 1, /* no incarnation: the connection came with a checkpoint */
-	LS_REC_AGAIN = 2,     /* sent again (R6): P may have it */
+	LS_REC_RETX = 2,      /* sent again (R6): P may have it */
 };
 
 enum ls_dir {
@@ -244,9 +244,9 @@ struct ls_rec {
 	__u8 type;
 	__u8 dir;
 	__u8 flags;
-	__u16 len;     /* LS_REC_BASE + nsum * 16 */
-	__u16 lane;    /* the sender's CPU, or LS_LANE_USER */
-	__u64 lane_no; /* 1, 2, 3 ... per lane, session and term */
+	__u16 len;	 /* LS_REC_BASE + nsum * 16 */
+	__u16 stream;	 /* the sender's CPU, or LS_STREAM_USER */
+	__u64 stream_no; /* 1, 2, 3 ... per stream, session and term */
 	__u32 term;
 	__u32 epoch;
 	struct ls_tuple t;
@@ -372,7 +372,7 @@ struct ls_cli {
 	X(announced, "SYN announced to the peer") \
 	X(passed, "guest frame passed without comparison (ARP, ND, solo)") \
 	X(shut, "frame dropped: the role's gate is shut") \
-	X(muted, "frame dropped: speak_until has passed") \
+	X(muted, "frame dropped: lease_until has passed") \
 	X(no_slot, "frame dropped: no free slot") \
 	X(no_ring, "frame dropped: ring full") \
 	X(too_long, "frame dropped: longer than a slot, or headers too long") \
@@ -397,8 +397,8 @@ struct ls_cli {
 	X(released_out, "released frame let out") \
 	X(let_in, "mirrored frame let into the SVM, in the unit that its tap counts in") \
 	X(primary_only, "PVM frame passed by a primary-only rule") \
-	X(peer_replay, "peer frame dropped: lane number seen before, or too old") \
-	X(nack_out, "gap in a lane's numbers: records asked for again") \
+	X(peer_replay, "peer frame dropped: stream number seen before, or too old") \
+	X(nack_out, "gap in a stream's numbers: records asked for again") \
 	X(nack_in, "request for records taken") \
 	X(resent, "record sent again") \
 	X(resend_gone, "record asked for again, but not kept any more") \

@@ -27,18 +27,18 @@ func TestPriOutSamples(t *testing.T) {
 	for _, s := range samples(true) {
 		t.Run(s.name, func(t *testing.T) {
 			k.TB = t
-			k.conf.SpeakUntil = math.MaxUint64
+			k.conf.LeaseUntil = math.MaxUint64
 			k.setMode(hold)
 			switch s.class {
 			case isBad:
 				k.check(k.LsPriOut, s.frame, drop, "malformed")
 			case isLink, isAsk:
 				k.check(k.LsPriOut, s.frame, next, "passed")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "muted")
 			default:
-				k.conf.SpeakUntil = 1 // to hold is not to speak
+				k.conf.LeaseUntil = 1 // to hold is not to speak
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "held")
 				ev := one[*bpf.LockstepLsEv](k)
@@ -147,10 +147,10 @@ func TestSoloSamples(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			k.TB = t
 			for _, prog := range []*ebpf.Program{k.LsSecOut, k.LsPriOut} {
-				k.conf.SpeakUntil = math.MaxUint64
+				k.conf.LeaseUntil = math.MaxUint64
 				k.setMode(solo)
 				k.check(prog, s.frame, next, "passed")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(prog, s.frame, drop, "muted")
 			}
@@ -212,10 +212,10 @@ func TestPrimaryOnly(t *testing.T) {
 					k.slot(one[*bpf.LockstepLsEv](k).Slot)
 					continue
 				}
-				k.conf.SpeakUntil = math.MaxUint64
+				k.conf.LeaseUntil = math.MaxUint64
 				k.setMode(hold)
 				k.check(k.LsPriOut, s.frame, next, "primary_only")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "muted")
 				k.setMode(run)

@@ -41,14 +41,14 @@ const (
 	ngslots    = 4
 	tcpSlots   = nslots - nslots/4
 	tcpGslots  = ngslots - ngslots/4
-	userLane   = uint16(bpf.LockstepLsConstLS_LANE_USER)
-	laneMax    = uint16(bpf.LockstepLsConstLS_LANE_MAX)
+	userStream = uint16(bpf.LockstepLsConstLS_STREAM_USER)
+	streamMax  = uint16(bpf.LockstepLsConstLS_STREAM_MAX)
 	abiVersion = uint8(bpf.LockstepLsConstLS_ABI_VERSION)
 
 	recBase = int(bpf.LockstepLsConstLS_REC_BASE)
 	slotGSO = uint32(bpf.LockstepLsConstLS_SLOT_GSO)
 	noSlot  = uint32(bpf.LockstepLsConstLS_SLOT_NONE)
-	kept    = uint32(bpf.LockstepLsConstLS_SENT) // records of each lane
+	kept    = uint32(bpf.LockstepLsConstLS_SENT) // records of each stream
 )
 
 const (
@@ -70,14 +70,14 @@ var (
 type kit struct {
 	testing.TB
 	bpf.LockstepObjects
-	rd     *ringbuf.Reader
-	conf   bpf.LockstepLsConf
-	digest *compare.Keys
-	sipTx  [2]uint64
-	sipRx  [2]uint64
-	lanes  map[uint16]uint64 // highest lane number seen
-	sent   map[uint16]uint64 // highest lane number that the other host sent
-	live   bool              // frames go through devices
+	rd      *ringbuf.Reader
+	conf    bpf.LockstepLsConf
+	digest  *compare.Keys
+	sipTx   [2]uint64
+	sipRx   [2]uint64
+	streams map[uint16]uint64 // highest stream number seen
+	sent    map[uint16]uint64 // highest stream number that the other host sent
+	live    bool              // frames go through devices
 }
 
 // newKit loads the programs with small tables; tune changes the spec before.
@@ -104,7 +104,7 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 	for _, f := range tune {
 		f(spec)
 	}
-	k := &kit{TB: t, lanes: make(map[uint16]uint64), sent: make(map[uint16]uint64)}
+	k := &kit{TB: t, streams: make(map[uint16]uint64), sent: make(map[uint16]uint64)}
 	if err := spec.LoadAndAssign(&k.LockstepObjects, nil); err != nil {
 		t.Fatalf("%+v", err)
 	}
@@ -126,7 +126,7 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 		t.Fatal(err)
 	}
 	k.conf = bpf.LockstepLsConf{
-		SpeakUntil: math.MaxUint64, Epoch: epoch, Term: term, KeyIndex: 1, PeerMac: peerMAC, OwnMac: ownMAC,
+		LeaseUntil: math.MaxUint64, Epoch: epoch, Term: term, KeyIndex: 1, PeerMac: peerMAC, OwnMac: ownMAC,
 	}
 	k.setMode(shut)
 	return k
@@ -370,18 +370,18 @@ func sign(r *bpf.LockstepLsRec, key [2]uint64) []byte {
 }
 
 // record returns the frame that a program must make of frame, whose TCP header
-// is at l4, to carry want. Lane and number are taken from out, the lane's numbers
+// is at l4, to carry want. Lane and number are taken from out, the stream's numbers
 // having to rise one by one.
 func (k *kit) record(want *bpf.LockstepLsRec, out, frame []byte, off int) []byte {
 	k.Helper()
 	want.Version, want.Term, want.Epoch = abiVersion, term, epoch
 	if len(out) >= off+recBase && bytes.HasPrefix(out[12:], []byte{0x88, 0xb5}) {
 		got := (*bpf.LockstepLsRec)(unsafe.Pointer(&bytes.Clone(append(out[off:len(out):len(out)], make([]byte, 2048)...))[0]))
-		want.Lane, want.LaneNo = got.Lane, got.LaneNo
-		if got.LaneNo != k.lanes[got.Lane]+1 {
-			k.Errorf("lane %d: number %d after %d", got.Lane, got.LaneNo, k.lanes[got.Lane])
+		want.Stream, want.StreamNo = got.Stream, got.StreamNo
+		if got.StreamNo != k.streams[got.Stream]+1 {
+			k.Errorf("stream %d: number %d after %d", got.Stream, got.StreamNo, k.streams[got.Stream])
 		}
-		k.lanes[got.Lane] = got.LaneNo
+		k.streams[got.Stream] = got.StreamNo
 	}
 	return peerFrame(frame, off, sign(want, k.sipTx), peerMAC, ownMAC)
 }
@@ -399,16 +399,16 @@ func peerFrame(frame []byte, off int, rec []byte, dst, src [6]byte) []byte {
 	return b
 }
 
-// number gives r the next number of the other host's lane.
-func (k *kit) number(r *bpf.LockstepLsRec, lane uint16) *bpf.LockstepLsRec {
-	k.sent[lane]++
-	r.Lane, r.LaneNo = lane, k.sent[lane]
+// number gives r the next number of the other host's stream.
+func (k *kit) number(r *bpf.LockstepLsRec, stream uint16) *bpf.LockstepLsRec {
+	k.sent[stream]++
+	r.Stream, r.StreamNo = stream, k.sent[stream]
 	return r
 }
 
 // fromPeer is a peer frame as the other host's user space sends it: nobody asks for
 // those it left out.
-func (k *kit) fromPeer(r *bpf.LockstepLsRec) []byte { return k.wire(k.number(r, userLane)) }
+func (k *kit) fromPeer(r *bpf.LockstepLsRec) []byte { return k.wire(k.number(r, userStream)) }
 
 // wire is the peer frame of r, signed as it is by the other host.
 func (k *kit) wire(r *bpf.LockstepLsRec) []byte {

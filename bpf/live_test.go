@@ -604,10 +604,10 @@ func TestLiveRelease(t *testing.T) {
 				t.Errorf("%+v, %d bytes", gotV, len(got))
 			}
 		})
-		k.conf.SpeakUntil = 1
+		k.conf.LeaseUntil = 1
 		k.setConf()
 		k.expect(counts{"released": 1, "muted": 1}, func() { l.write(fd, v, frame) })
-		k.conf.SpeakUntil = 1<<64 - 1
+		k.conf.LeaseUntil = 1<<64 - 1
 		k.setConf()
 	}
 	l.empty(l.out)

@@ -128,29 +128,29 @@ struct {
 	__type(value, struct ls_meta);
 } ls_meta SEC(".maps");
 
-/* Lane numbers received, by lane; user space's lane is the last element. */
-struct ls_window {
+/* Stream numbers received, by stream; user space's stream is the last element. */
+struct ls_replay_win {
 	struct bpf_spin_lock lock;
 	__u32 term; /* of the numbers; a later one begins afresh */
 	__u64 top;  /* highest */
 	__u64 bits[LS_WINDOW / 64];
-	__u64 again[LS_WINDOW / 64]; /* taken as one that was sent again */
+	__u64 retx[LS_WINDOW / 64]; /* taken as one that was sent again */
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, LS_LANE_MAX + 1);
+	__uint(max_entries, LS_STREAM_MAX + 1);
 	__type(key, __u32);
-	__type(value, struct ls_window);
+	__type(value, struct ls_replay_win);
 } ls_win SEC(".maps");
 
-/* What a lane sent last, by its number modulo LS_SENT (R6). */
+/* What a stream sent last, by its number modulo LS_SENT (R6). */
 struct ls_sent {
 	__u64 no; /* 0: none, or being written */
 	__u8 rec[LS_REC_BASE];
 };
 
-/* LS_SENT elements for each lane, one lane behind the other: on S alone. */
+/* LS_SENT elements for each stream, one stream behind the other: on S alone. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, LS_SENT);
@@ -159,19 +159,19 @@ struct {
 } ls_sent SEC(".maps");
 
 /*
- * Number of the record that a lane sent last, in a cache line of its own. Lanes are
+ * Number of the record that a stream sent last, in a cache line of its own. Streams are
  * CPUs; another CPU's number has to be read, and that of one that is not there.
  */
-struct ls_number {
+struct ls_tx_stream {
 	__u64 no;
 	__u64 pad[7];
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, LS_LANE_MAX);
+	__uint(max_entries, LS_STREAM_MAX);
 	__type(key, __u32);
-	__type(value, struct ls_number);
+	__type(value, struct ls_tx_stream);
 } ls_lane SEC(".maps");
 
 /*
@@ -191,10 +191,10 @@ struct ls_pkt {
 	__u16 l4_off;
 	__u16 pay_off;
 	__u16 tci;
-	__u16 frag;  /* byte offset of a fragment | 1 when more follow */
-	__u8 dgram;  /* not TCP, or not comparable as such */
-	__u8 asks;   /* ARP request or neighbour solicitation: t.guest asks who has t.remote */
-	__u8 mac[6]; /* of the sender */
+	__u16 frag;	/* byte offset of a fragment | 1 when more follow */
+	__u8 dgram;	/* not TCP, or not comparable as such */
+	__u8 neigh_req; /* ARP request or neighbour solicitation: t.guest asks who has t.remote */
+	__u8 mac[6];	/* of the sender */
 	__u8 tcp[64] __attribute__((aligned(8))); /* TCP header and options, rest 0 */
 };
 
@@ -288,9 +288,9 @@ static __always_inline __u32 mode_of(const struct ls_conf *conf)
 }
 
 /* R20: may a guest's frame leave at this moment? */
-static __always_inline int may_speak(const struct ls_conf *conf)
+static __always_inline int lease_valid(const struct ls_conf *conf)
 {
-	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->speak_until;
+	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->lease_until;
 }
 
 static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)

@@ -43,7 +43,7 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
  * SYN, FIN and RST of the remote begin and end what user space tracks. Returns
  * LS_R_mirrored, or why neither guest may hear the frame.
  */
-static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc)
+static __always_inline enum ls_reason mirror_report(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
@@ -109,7 +109,7 @@ int ls_mirror(struct __sk_buff *skb)
 	}
 
 	/* Neither guest hears what user space could not be told. */
-	why = took ? mirror_tell(skb, sc) : LS_R_mirrored;
+	why = took ? mirror_report(skb, sc) : LS_R_mirrored;
 	if (why != LS_R_mirrored)
 		return count(why, skb, TCX_DROP);
 	/* A clone that was lost heals by the remote's retransmission. */

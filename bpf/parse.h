@@ -153,7 +153,7 @@ static __always_inline int parse_icmp6_link(struct __sk_buff *skb, struct ls_pkt
 		return 0;
 	/* Duplicate address detection asks in nobody's name. */
 	if (type == 135 && (from[0] | from[1]))
-		p->asks = !bpf_skb_load_bytes(skb, l4 + 8, p->t.remote, 16);
+		p->neigh_req = !bpf_skb_load_bytes(skb, l4 + 8, p->t.remote, 16);
 	return 1;
 }
 
@@ -229,7 +229,7 @@ static __always_inline enum ls_class parse_arp(struct __sk_buff *skb, struct ls_
 	p->t.guest[10] = p->t.guest[11] = p->t.remote[10] = p->t.remote[11] = 0xff;
 	__builtin_memcpy(p->t.guest + 12, arp.spa, 4);
 	__builtin_memcpy(p->t.remote + 12, arp.tpa, 4);
-	p->asks = 1;
+	p->neigh_req = 1;
 	return LS_LINK;
 }
 

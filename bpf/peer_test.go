@@ -65,7 +65,7 @@ func TestRecordIn(t *testing.T) {
 			for nsum := range boundMax + 1 {
 				rec := randRec(r, typ, p.dir, nsum)
 				rec.Epoch += uint32(nsum & 1) // the next epoch may have begun there
-				k.number(rec, []uint16{0, laneMax - 1, userLane}[nsum%3])
+				k.number(rec, []uint16{0, streamMax - 1, userStream}[nsum%3])
 				off := 18 + 2*r.IntN((recOffMax-18)/2+1)
 				frame := peerFrame(make([]byte, off), off, sign(rec, k.sipRx), ownMAC, peerMAC)
 				frame = append(frame, make([]byte, nsum%3)...) // padding

@@ -2,7 +2,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * peer_xdp.bpf.c: XDP on P's peer device: drops early what is not authentic peer
- * traffic. ls_digest_rx checks again what is let past, and judges lane numbers. S has
+ * traffic. ls_digest_rx checks again what is let past, and judges stream numbers. S has
  * no such program: what it receives is rewritten, and XDP does not see partial
  * checksums.
  */

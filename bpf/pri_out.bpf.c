@@ -75,7 +75,7 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, enum ls_reason reason)
 {
-	if (!may_speak(conf))
+	if (!lease_valid(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
 	if (has_edges(conf) && edge_out(skb, sc, conf))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
@@ -114,7 +114,7 @@ int ls_pri_out(struct __sk_buff *skb)
 			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
 		return pri_leave(skb, sc, conf, LS_R_primary_only);
 	case LS_LINK:
-		if (!may_speak(conf))
+		if (!lease_valid(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		return count(LS_R_passed, skb, TCX_NEXT);
 	default:

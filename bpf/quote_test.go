@@ -195,7 +195,7 @@ func (k *kit) dgramSum(mode bpf.LockstepLsMode, frame []byte) [2]uint64 {
 		at := int(out[16]) | int(out[17])<<8
 		rec := (*bpf.LockstepLsRec)(unsafe.Pointer(&append(bytes.Clone(out[at:]), make([]byte, 512)...)[0]))
 		sum = rec.Sum
-		k.lanes[rec.Lane] = rec.LaneNo
+		k.streams[rec.Stream] = rec.StreamNo
 	})
 	return sum
 }
@@ -329,7 +329,7 @@ func TestMPTCP(t *testing.T) {
 						_, out, _ := k.run(k.LsPriOut, input{frame: f.from(in)})
 						at := int(out[16]) | int(out[17])<<8
 						rec := (*bpf.LockstepLsRec)(unsafe.Pointer(&append(bytes.Clone(out[at:]), make([]byte, 512)...)[0]))
-						k.lanes[rec.Lane] = rec.LaneNo
+						k.streams[rec.Stream] = rec.StreamNo
 						if rec.Opts != opts40(want.opts) {
 							t.Errorf("%s, %s: announced % x", family, name, rec.Opts)
 						}

@@ -85,26 +85,26 @@ static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls
 }
 
 /*
- * Notes the lane number of sc->rec, which is authentic. Returns LS_R_record_in, or
+ * Notes the stream number of sc->rec, which is authentic. Returns LS_R_record_in, or
  * LS_R_peer_replay when it was seen before or is too old to tell. That is nobody's
  * replay, but LS_R_peer_again, where one of both is the record sent again (R6): the
- * newest of each lane are asked for while anything waits. *gap is the first number that was left
- * out before it, 0 for none. A term's first number is taken as it comes, and once a lane has seen a
- * term the ones before are over: nobody replays them after a rotation.
+ * newest of each stream are asked for while anything waits. *gap is the first number that was left
+ * out before it, 0 for none. A term's first number is taken as it comes, and once a stream has seen
+ * a term the ones before are over: nobody replays them after a rotation.
  */
-static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *gap)
+static __always_inline enum ls_reason replay_check(const struct ls_rec *r, __u64 *gap)
 {
-	__u32 lane = r->lane == LS_LANE_USER ? LS_LANE_MAX : r->lane;
-	__u64 no = r->lane_no, word = no / 64, bit = 1ull << (no & 63);
-	enum ls_reason why = r->flags & LS_REC_AGAIN ? LS_R_peer_again : LS_R_peer_replay;
+	__u32 stream = r->stream == LS_STREAM_USER ? LS_STREAM_MAX : r->stream;
+	__u64 no = r->stream_no, word = no / 64, bit = 1ull << (no & 63);
+	enum ls_reason why = r->flags & LS_REC_RETX ? LS_R_peer_again : LS_R_peer_replay;
 	const __u64 words = LS_WINDOW / 64;
-	struct ls_window *w;
+	struct ls_replay_win *w;
 	__u64 from;
 
 	*gap = 0;
-	if (lane > LS_LANE_MAX || (lane == LS_LANE_MAX && r->lane != LS_LANE_USER))
+	if (stream > LS_STREAM_MAX || (stream == LS_STREAM_MAX && r->stream != LS_STREAM_USER))
 		return LS_R_peer_replay;
-	w = bpf_map_lookup_elem(&ls_win, &lane);
+	w = bpf_map_lookup_elem(&ls_win, &stream);
 	if (!w)
 		return LS_R_peer_replay;
 	bpf_spin_lock(&w->lock);
@@ -114,7 +114,7 @@ static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *ga
 		w->term = r->term;
 		w->top = no;
 		__builtin_memset(w->bits, 0, sizeof(w->bits));
-		__builtin_memset(w->again, 0, sizeof(w->again));
+		__builtin_memset(w->retx, 0, sizeof(w->retx));
 	} else if (no > w->top) {
 		from = w->top / 64;
 		if (no != w->top + 1)
@@ -123,21 +123,21 @@ static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *ga
 			if (from + i > word)
 				break;
 			w->bits[(from + i) % words] = 0;
-			w->again[(from + i) % words] = 0;
+			w->retx[(from + i) % words] = 0;
 		}
 		w->top = no;
 	} else if (word + words <= w->top / 64) {
 		goto out;
 	} else if (w->bits[word % words] & bit) {
-		if (w->again[word % words] & bit) {
-			w->again[word % words] &= ~bit;
+		if (w->retx[word % words] & bit) {
+			w->retx[word % words] &= ~bit;
 			why = LS_R_peer_again;
 		}
 		goto out;
 	}
 	w->bits[word % words] |= bit;
-	if (r->flags & LS_REC_AGAIN)
-		w->again[word % words] |= bit;
+	if (r->flags & LS_REC_RETX)
+		w->retx[word % words] |= bit;
 	why = LS_R_record_in;
 out:
 	bpf_spin_unlock(&w->lock);
@@ -145,7 +145,7 @@ out:
 }
 
 /* Hands sc->rec to user space. */
-static __always_inline int rec_tell(struct ls_scratch *sc, __u64 wakeup)
+static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup)
 {
 	const __u64 *from = (const __u64 *)&sc->rec;
 	struct ls_ev_rec *ev;
@@ -202,32 +202,32 @@ static __always_inline void rec_segment(struct ls_scratch *sc)
 	__builtin_memcpy(r->opts, p->tcp + LS_TCP_MIN, LS_OPTS_MAX);
 }
 
-static __always_inline __u32 sent_key(__u32 lane, __u64 no)
+static __always_inline __u32 sent_key(__u32 stream, __u64 no)
 {
-	return lane * LS_SENT + no % LS_SENT;
+	return stream * LS_SENT + no % LS_SENT;
 }
 
 /* Numbers sc->rec. S keeps what it numbers for a while, without the boundaries (R6). */
 static __always_inline int rec_number(struct ls_rec *r)
 {
-	__u32 key, lane = bpf_get_smp_processor_id();
-	struct ls_number *newest = bpf_map_lookup_elem(&ls_lane, &lane);
+	__u32 key, stream = bpf_get_smp_processor_id();
+	struct ls_tx_stream *newest = bpf_map_lookup_elem(&ls_lane, &stream);
 	struct ls_sent *sent;
 
 	if (!newest)
 		return -1;
-	r->lane = lane;
-	r->lane_no = ++newest->no;
+	r->stream = stream;
+	r->stream_no = ++newest->no;
 	if (r->dir != LS_DIR_S2P)
 		return 0;
-	key = sent_key(lane, r->lane_no);
+	key = sent_key(stream, r->stream_no);
 	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return -1;
 	/* Read by other CPUs: 0 first, the number last. */
 	__sync_lock_test_and_set(&sent->no, 0);
 	__builtin_memcpy(sent->rec, r, LS_REC_BASE);
-	__sync_lock_test_and_set(&sent->no, r->lane_no);
+	__sync_lock_test_and_set(&sent->no, r->stream_no);
 	return 0;
 }
 

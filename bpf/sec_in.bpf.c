@@ -60,23 +60,23 @@ struct ls_resend {
 	struct ls_scratch *sc;
 	const struct ls_conf *conf;
 	const struct ls_keys *keys;
-	__u64 no; /* next number; with all lanes: next lane */
+	__u64 no; /* next number; with all streams: next stream */
 	__u64 last;
-	__u32 lane;
+	__u32 stream;
 	__u32 off;
 };
 
-/* Sends a lane's record again, as it was but for the boundaries. */
+/* Sends a stream's record again, as it was but for the boundaries. */
 static long resend_step(__u32 i, struct ls_resend *q)
 {
-	int all = q->lane == LS_LANE_ALL;
-	__u32 key, lane = all ? i : q->lane;
+	int all = q->stream == LS_STREAM_ALL;
+	__u32 key, stream = all ? i : q->stream;
 	struct ls_rec *r = &q->sc->rec;
-	struct ls_number *newest;
+	struct ls_tx_stream *newest;
 	__u64 no = q->no + i;
 	struct ls_sent *sent;
 
-	newest = bpf_map_lookup_elem(&ls_lane, &lane);
+	newest = bpf_map_lookup_elem(&ls_lane, &stream);
 	if (!newest) /* no such CPU */
 		return 1;
 	if (all) {
@@ -86,11 +86,11 @@ static long resend_step(__u32 i, struct ls_resend *q)
 	} else if (no > q->last) {
 		return 1;
 	}
-	key = sent_key(lane, no);
+	key = sent_key(stream, no);
 	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return 1;
-	/* Its lane may write over it meanwhile: the number tells. */
+	/* Its stream may write over it meanwhile: the number tells. */
 	if (__sync_fetch_and_add(&sent->no, 0) != no)
 		return count(LS_R_resend_gone, q->skb, 0);
 	__builtin_memcpy(r, sent->rec, LS_REC_BASE);
@@ -98,7 +98,7 @@ static long resend_step(__u32 i, struct ls_resend *q)
 		return count(LS_R_resend_gone, q->skb, 0);
 	r->nsum = 0;
 	r->stride = 0;
-	r->flags |= LS_REC_AGAIN;
+	r->flags |= LS_REC_RETX;
 	rec_sign(r, q->keys);
 	if (rec_put(q->skb, q->sc, q->conf, q->off) || bpf_clone_redirect(q->skb, ls_peer, 0))
 		return count(LS_R_rewrite_failed, q->skb, 1);
@@ -114,14 +114,14 @@ static __always_inline int sec_resend(struct __sk_buff *skb, struct ls_scratch *
 		.sc = sc,
 		.conf = conf,
 		.keys = keys,
-		.lane = sc->rec.stride,
+		.stream = sc->rec.stride,
 		.no = sc->rec.sum[0],
 		.last = sc->rec.sum[1],
 		.off = off,
 	};
 
 	count(LS_R_nack_in, skb, 0);
-	bpf_loop(q.lane == LS_LANE_ALL ? LS_LANE_MAX : LS_RESEND_MAX, resend_step, &q, 0);
+	bpf_loop(q.stream == LS_STREAM_ALL ? LS_STREAM_MAX : LS_RESEND_MAX, resend_step, &q, 0);
 	return TCX_DROP;
 }
 
@@ -152,7 +152,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	why = rec_check(skb, sc, conf, LS_DIR_P2S, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	why = win_take(&sc->rec, &gap);
+	why = replay_check(&sc->rec, &gap);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
 	switch (sc->rec.type) {
@@ -163,7 +163,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	case LS_REC_ECHO:
 		return sec_echo(skb, sc, conf, keys, off);
 	}
-	if (rec_tell(sc, BPF_RB_FORCE_WAKEUP))
+	if (rec_report(sc, BPF_RB_FORCE_WAKEUP))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);
 }
@@ -190,7 +190,7 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 }
 
 /* Notes what the remote acks of a connection that came with a checkpoint. */
-static __always_inline void sec_heard(const struct ls_pkt *p)
+static __always_inline void sec_note_ack(const struct ls_pkt *p)
 {
 	struct ls_inh *i;
 
@@ -214,7 +214,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	if (!conn) {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
 		if (!h)
-			sec_heard(p);
+			sec_note_ack(p);
 		if (!h || !half_paired(h))
 			return LS_R_delivered;
 		half_offset(h, &o);

@@ -9,7 +9,7 @@
 enum ls_known {
 	LS_KNOWN,     /* offset known */
 	LS_INHERITED, /* nothing known: no translation */
-	LS_LONELY,    /* active SYN whose PVM part is not known */
+	LS_UNPAIRED,  /* active SYN whose PVM part is not known */
 	LS_PENDING,   /* waits for an announcement */
 };
 
@@ -68,7 +68,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 			return LS_PENDING;
 		half_svm(sc, h, now);
 		if (!half_pair(h))
-			return p->flags & LS_ACK ? LS_PENDING : LS_LONELY;
+			return p->flags & LS_ACK ? LS_PENDING : LS_UNPAIRED;
 	} else {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
 		if (!h) {
@@ -145,7 +145,7 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 
 	if (p->paylen)
 		why = sec_copy(skb, sc, o.inc, cli_ack, known != LS_KNOWN);
-	if (known == LS_LONELY)
+	if (known == LS_UNPAIRED)
 		why = LS_R_pending;
 	if (quiet)
 		return count(LS_R_shut, skb, TCX_DROP);
@@ -232,7 +232,7 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 	int again = skb->mark == ls_mark_rel;
 	struct ls_conn *conn = NULL;
 
-	if (!may_speak(conf))
+	if (!lease_valid(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
 	if (again)
 		skb->mark = 0;
@@ -289,7 +289,7 @@ int ls_sec_out(struct __sk_buff *skb)
 			return count(LS_R_svm_only, skb, TCX_DROP);
 		return sec_dgram(skb, sc, conf, keys);
 	case LS_LINK:
-		if (sc->p.asks)
+		if (sc->p.neigh_req)
 			return sec_neigh(skb, sc, conf, keys);
 		return count(LS_R_svm_only, skb, TCX_DROP);
 	default:

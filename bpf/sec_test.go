@@ -518,31 +518,31 @@ func TestCopyLost(t *testing.T) {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.lanes = k.lanesNow()
+	k.streams = k.lanesNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
 	s.payload = make([]byte, 3600) // these take the other slots
 	for range tcpGslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.lanes = k.lanesNow()
+	k.streams = k.lanesNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
 	s.payload = nil
 	k.said(f, s, s, 0, 0, "record_out")
 }
 
-// lanesNow reads the lanes' counters.
+// lanesNow reads the streams' counters.
 func (k *kit) lanesNow() map[uint16]uint64 {
 	k.Helper()
-	lanes := make(map[uint16]uint64)
+	streams := make(map[uint16]uint64)
 	for cpu := range k.LsLane.MaxEntries() {
-		var number bpf.LockstepLsNumber
+		var number bpf.LockstepLsTxStream
 		if err := k.LsLane.Lookup(cpu, &number); err != nil {
 			k.Fatal(err)
 		}
-		lanes[uint16(cpu)] = number.No
+		streams[uint16(cpu)] = number.No
 	}
-	return lanes
+	return streams
 }
 
 func TestPark(t *testing.T) {
@@ -640,7 +640,7 @@ func TestSolo(t *testing.T) {
 	unknown := flows["IPv4"]
 	k.check(k.LsSecOut, unknown.from(seg{seq: 1, flags: ack}), next, "passed")
 	k.check(k.LsSecGate, unknown.to(seg{ack: 1, flags: ack}), next, "passed")
-	k.conf.SpeakUntil = 1
+	k.conf.LeaseUntil = 1
 	k.setConf()
 	k.check(k.LsSecOut, f.from(seg{seq: 1, flags: ack}), drop, "muted")
 	k.none()

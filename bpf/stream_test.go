@@ -19,9 +19,9 @@ import (
 
 const window = uint64(bpf.LockstepLsConstLS_WINDOW)
 
-// numbered is a record of lane's number no, of S to P.
-func numbered(lane uint16, no uint64) *bpf.LockstepLsRec {
-	return &bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, Lane: lane, LaneNo: no}
+// numbered is a record of stream's number no, of S to P.
+func numbered(stream uint16, no uint64) *bpf.LockstepLsRec {
+	return &bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, Stream: stream, StreamNo: no}
 }
 
 // asked gives P the frame of r and expects it to be taken and a NACK of [first, last].
@@ -31,7 +31,7 @@ func (k *kit) asked(r *bpf.LockstepLsRec, first, last uint64) {
 	var verdict uint32
 	var out []byte
 	k.expect(counts{"record_in": 1, "nack_out": 1}, func() { verdict, out, _ = k.run(k.LsDigestRx, input{frame: frame}) })
-	want := k.record(&bpf.LockstepLsRec{Type: nack, Dir: p2s, Stride: uint32(r.Lane), Sum: [2]uint64{first, last}}, out, frame, 54)
+	want := k.record(&bpf.LockstepLsRec{Type: nack, Dir: p2s, Stride: uint32(r.Stream), Sum: [2]uint64{first, last}}, out, frame, 54)
 	if verdict != redirect || !bytes.Equal(out, want) {
 		k.Errorf("verdict %d, NACK\n% x, want\n% x", int32(verdict), out, want)
 	}
@@ -43,26 +43,26 @@ func (k *kit) asked(r *bpf.LockstepLsRec, first, last uint64) {
 func TestNack(t *testing.T) {
 	k := newKit(t)
 	k.setMode(hold)
-	taken := func(lane uint16, no uint64) {
+	taken := func(stream uint16, no uint64) {
 		t.Helper()
-		k.check(k.LsDigestRx, k.wire(numbered(lane, no)), drop, "record_in")
+		k.check(k.LsDigestRx, k.wire(numbered(stream, no)), drop, "record_in")
 		one[*bpf.LockstepLsEvRec](k)
 	}
-	for _, lane := range []uint16{0, 1, laneMax - 1} {
-		taken(lane, 5) // a term's first number is as good as any
-		taken(lane, 6)
-		k.asked(numbered(lane, 8), 7, 7)
-		taken(lane, 9)
-		taken(lane, 7) // sent again
-		k.asked(numbered(lane, 200), 10, 199)
-		k.asked(numbered(lane, 200+5*window), 201, 199+5*window)
+	for _, stream := range []uint16{0, 1, streamMax - 1} {
+		taken(stream, 5) // a term's first number is as good as any
+		taken(stream, 6)
+		k.asked(numbered(stream, 8), 7, 7)
+		taken(stream, 9)
+		taken(stream, 7) // sent again
+		k.asked(numbered(stream, 200), 10, 199)
+		k.asked(numbered(stream, 200+5*window), 201, 199+5*window)
 	}
-	taken(userLane, 1)
-	taken(userLane, 9)
+	taken(userStream, 1)
+	taken(userStream, 9)
 
 	// A full ring loses the record; what is missing before it is asked for all the same.
 	for no := uint64(10); k.counters()["no_ring"] == 0; no++ {
-		k.run(k.LsDigestRx, input{frame: k.wire(numbered(userLane, no))})
+		k.run(k.LsDigestRx, input{frame: k.wire(numbered(userStream, no))})
 	}
 	k.expect(counts{"no_ring": 1, "nack_out": 1}, func() { k.run(k.LsDigestRx, input{frame: k.wire(numbered(0, 1<<40))}) })
 }
@@ -71,52 +71,52 @@ func TestNack(t *testing.T) {
 func TestWindow(t *testing.T) {
 	k := newKit(t)
 	k.setMode(hold)
-	give := func(lane uint16, no uint64, want string) {
+	give := func(stream uint16, no uint64, want string) {
 		t.Helper()
 		moved := k.counters()
-		v, _, _ := k.run(k.LsDigestRx, input{frame: k.wire(numbered(lane, no))})
+		v, _, _ := k.run(k.LsDigestRx, input{frame: k.wire(numbered(stream, no))})
 		now := k.moved(moved)
 		delete(now, "nack_out")
 		if now.total() != 1 || now[want] != 1 {
-			t.Errorf("lane %d, number %d: counted %v, want %s", lane, no, now, want)
+			t.Errorf("stream %d, number %d: counted %v, want %s", stream, no, now, want)
 		}
 		if want != "record_in" && v != drop {
-			t.Errorf("lane %d, number %d: verdict %d", lane, no, int32(v))
+			t.Errorf("stream %d, number %d: verdict %d", stream, no, int32(v))
 		}
 		if evs := k.events(); len(evs) != int(now["record_in"]) {
-			t.Errorf("lane %d, number %d: %d events", lane, no, len(evs))
+			t.Errorf("stream %d, number %d: %d events", stream, no, len(evs))
 		}
 	}
-	for _, lane := range []uint16{0, laneMax - 1, userLane} {
+	for _, stream := range []uint16{0, streamMax - 1, userStream} {
 		top := uint64(5000)
-		give(lane, top, "record_in")
-		give(lane, top, "peer_replay")
+		give(stream, top, "record_in")
+		give(stream, top, "peer_replay")
 		oldest := (top/64 - window/64 + 1) * 64 // words are forgotten whole
-		give(lane, oldest-1, "peer_replay")
-		give(lane, oldest, "record_in")
-		give(lane, oldest, "peer_replay")
-		give(lane, 0, "peer_replay")
+		give(stream, oldest-1, "peer_replay")
+		give(stream, oldest, "record_in")
+		give(stream, oldest, "peer_replay")
+		give(stream, 0, "peer_replay")
 		for no := top - 1; no > top-200; no-- {
-			give(lane, no, "record_in")
-			give(lane, no, "peer_replay")
+			give(stream, no, "record_in")
+			give(stream, no, "peer_replay")
 		}
 		// Words are used again, without what they said before.
 		for _, step := range []uint64{1, 63, 64, 65, window - 64, window - 1, window, window + 1, 3*window + 7, 1 << 40} {
 			top += step
-			give(lane, top, "record_in")
+			give(stream, top, "record_in")
 			for back := uint64(1); back < window-64 && back < step; back += 61 {
-				give(lane, top-back, "record_in")
-				give(lane, top-back, "peer_replay")
+				give(stream, top-back, "record_in")
+				give(stream, top-back, "peer_replay")
 			}
-			give(lane, top, "peer_replay")
-			give(lane, top-window-64, "peer_replay")
+			give(stream, top, "peer_replay")
+			give(stream, top-window-64, "peer_replay")
 		}
-		give(lane, math.MaxUint64, "record_in")
-		give(lane, math.MaxUint64, "peer_replay")
+		give(stream, math.MaxUint64, "record_in")
+		give(stream, math.MaxUint64, "peer_replay")
 	}
-	for _, lane := range []uint16{laneMax, laneMax + 1, userLane - 1} {
-		give(lane, 1, "peer_replay")
-		give(lane, 2, "peer_replay")
+	for _, stream := range []uint16{streamMax, streamMax + 1, userStream - 1} {
+		give(stream, 1, "peer_replay")
+		give(stream, 2, "peer_replay")
 	}
 }
 
@@ -129,13 +129,13 @@ func TestWindowAgain(t *testing.T) {
 		t.Helper()
 		r := numbered(2, no)
 		if again {
-			r.Flags = uint8(bpf.LockstepLsRecFlagLS_REC_AGAIN)
+			r.Flags = uint8(bpf.LockstepLsRecFlagLS_REC_RETX)
 		}
 		k.check(k.LsDigestRx, k.wire(r), drop, want)
 		k.events()
 	}
 	give(5000, false, "record_in")
-	for range 3 { // asked for as the lane's newest
+	for range 3 { // asked for as the stream's newest
 		give(5000, true, "peer_again")
 	}
 	give(5000, false, "peer_replay")
@@ -186,7 +186,7 @@ func bootNow(t *testing.T) uint64 {
 	return uint64(ts.Nano())
 }
 
-// Keys change: the old term is taken for a while, by its own keys, until its lane
+// Keys change: the old term is taken for a while, by its own keys, until its stream
 // has seen the new one.
 func TestRotation(t *testing.T) {
 	k := newKit(t)
@@ -200,9 +200,9 @@ func TestRotation(t *testing.T) {
 	if err := k.LsKeys.Put(uint32(0), &keys); err != nil {
 		t.Fatal(err)
 	}
-	give := func(lane uint16, no uint64, ofTerm uint32, key [2]uint64, reason string) {
+	give := func(stream uint16, no uint64, ofTerm uint32, key [2]uint64, reason string) {
 		t.Helper()
-		rec := numbered(lane, no)
+		rec := numbered(stream, no)
 		rec.Term = ofTerm
 		k.check(k.LsDigestRx, peerFrame(make([]byte, 54), 54, sign(rec, key), ownMAC, peerMAC), drop, reason)
 		k.events()
@@ -221,7 +221,7 @@ func TestRotation(t *testing.T) {
 	give(1, 9, term-1, old, "record_in")
 	give(0, 1, term, k.sipRx, "record_in") // begins afresh
 	give(0, 2, term, k.sipRx, "record_in")
-	give(0, 3, term-1, old, "peer_replay") // over, for this lane
+	give(0, 3, term-1, old, "peer_replay") // over, for this stream
 	give(1, 10, term-1, old, "record_in")
 	k.conf.OldUntil = bootNow(t)
 	k.setConf()
@@ -232,7 +232,7 @@ func TestRotation(t *testing.T) {
 // R20: an echo lets speak until the time it tells plus T, and never shortens that.
 func TestEchoIn(t *testing.T) {
 	k := newKit(t)
-	k.conf.Mode, k.conf.SpeakFor, k.conf.SpeakUntil = uint32(hold), 50, 0
+	k.conf.Mode, k.conf.LeaseTime, k.conf.LeaseUntil = uint32(hold), 50, 0
 	k.setConf()
 	until := func() uint64 {
 		t.Helper()
@@ -244,10 +244,10 @@ func TestEchoIn(t *testing.T) {
 			t.Errorf("echoed at %d, and then at %d", k.conf.Echoed, c.Echoed)
 		}
 		k.conf.Echoed = c.Echoed
-		if k.conf.SpeakUntil = c.SpeakUntil; c != k.conf {
+		if k.conf.LeaseUntil = c.LeaseUntil; c != k.conf {
 			t.Errorf("settings %+v, want %+v", c, k.conf)
 		}
-		return c.SpeakUntil
+		return c.LeaseUntil
 	}
 	rec := func(asked uint64) *bpf.LockstepLsRec {
 		r := k.number(numbered(0, 0), 0)
@@ -273,14 +273,14 @@ func TestEchoIn(t *testing.T) {
 	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term-- })
 	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term++ })
 	refuse("peer_type", func(r *bpf.LockstepLsRec) { r.Dir = p2s })
-	refuse("peer_replay", func(r *bpf.LockstepLsRec) { r.LaneNo-- })
+	refuse("peer_replay", func(r *bpf.LockstepLsRec) { r.StreamNo-- })
 	r := rec(1 << 61)
 	r.Epoch += 1000 // echoes are of no epoch
 	k.check(k.LsDigestRx, k.wire(r), drop, "echo_in")
 	if got := until(); got != 1<<61+50 {
 		t.Errorf("speak_until %d", got)
 	}
-	k.conf.SpeakUntil = math.MaxUint64 // solo
+	k.conf.LeaseUntil = math.MaxUint64 // solo
 	k.setConf()
 	k.check(k.LsDigestRx, k.wire(rec(1<<61)), drop, "echo_in")
 	if until() != math.MaxUint64 {
@@ -351,24 +351,24 @@ func TestLiveResend(t *testing.T) {
 	pin(t)
 	f := flows["IPv4"]
 	var sent []*bpf.LockstepLsRec
-	lane := uint16(0)
+	stream := uint16(0)
 	say := func(n, gso int) {
 		t.Helper()
 		s := seg{seq: uint32(1000 * len(sent)), ack: 5, flags: ack, win: 6, opts: timestamps(1, 2), payload: make([]byte, n)}
 		_, out, _ := k.run(k.LsSecOut, input{frame: f.from(s), gsoSize: uint32(gso)})
 		rec := segRecord(f, s, 0)
 		rec.Flags, rec.Sum = inherited, k.sum(s.seq, s.payload)
-		rec.Version, rec.Term, rec.Epoch, rec.LaneNo = abiVersion, term, epoch, uint64(len(sent)+1)
-		lane = uint16(out[74+14]) | uint16(out[74+15])<<8
-		rec.Lane = lane
+		rec.Version, rec.Term, rec.Epoch, rec.StreamNo = abiVersion, term, epoch, uint64(len(sent)+1)
+		stream = uint16(out[74+14]) | uint16(out[74+15])<<8
+		rec.Stream = stream
 		sent = append(sent, rec)
 		for _, e := range k.events() {
 			k.slot(e.(*bpf.LockstepLsEv).Slot)
 		}
 	}
-	request := func(lane uint16, first, last uint64) []byte {
+	request := func(stream uint16, first, last uint64) []byte {
 		return k.fromPeer(&bpf.LockstepLsRec{
-			Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch + 7, Stride: uint32(lane), Sum: [2]uint64{first, last},
+			Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch + 7, Stride: uint32(stream), Sum: [2]uint64{first, last},
 		})
 	}
 	again := func(frame []byte, want counts, recs ...*bpf.LockstepLsRec) {
@@ -384,10 +384,10 @@ func TestLiveResend(t *testing.T) {
 		})
 		for _, rec := range recs {
 			rec := *rec
-			rec.Flags |= uint8(bpf.LockstepLsRecFlagLS_REC_AGAIN)
+			rec.Flags |= uint8(bpf.LockstepLsRecFlagLS_REC_RETX)
 			_, got := l.read(l.far)
 			if want := peerFrame(frame, 54, sign(&rec, k.sipTx), peerMAC, ownMAC)[:54+recBase]; !bytes.Equal(got, want) {
-				t.Errorf("record %d again\n% x, want\n% x", rec.LaneNo, got, want)
+				t.Errorf("record %d again\n% x, want\n% x", rec.StreamNo, got, want)
 			}
 		}
 		l.empty(l.far)
@@ -396,24 +396,24 @@ func TestLiveResend(t *testing.T) {
 		say(100*i, 0)
 	}
 	say(3000, 100) // with boundaries
-	again(request(lane, 3, 5), counts{}, sent[2:5]...)
-	again(request(lane, 11, 11), counts{}, sent[10])
-	again(request(lane, 11, 13), counts{"resend_gone": 2}, sent[10]) // not said yet
-	again(request(lane, 6, 5), counts{})
-	again(request(lane, 0, 0), counts{"resend_gone": 1}) // not a number
-	again(request(uint16(bpf.LockstepLsConstLS_LANE_ALL), 0, 0), counts{}, sent[10])
-	again(request(laneMax-1, 1, 2), counts{}) // no such CPU
+	again(request(stream, 3, 5), counts{}, sent[2:5]...)
+	again(request(stream, 11, 11), counts{}, sent[10])
+	again(request(stream, 11, 13), counts{"resend_gone": 2}, sent[10]) // not said yet
+	again(request(stream, 6, 5), counts{})
+	again(request(stream, 0, 0), counts{"resend_gone": 1}) // not a number
+	again(request(uint16(bpf.LockstepLsConstLS_STREAM_ALL), 0, 0), counts{}, sent[10])
+	again(request(streamMax-1, 1, 2), counts{}) // no such CPU
 
 	kept := int(bpf.LockstepLsConstLS_SENT)
 	for len(sent) < kept+3 {
 		say(0, 0)
 	}
-	again(request(lane, 2, 4), counts{"resend_gone": 2}, sent[3])
+	again(request(stream, 2, 4), counts{"resend_gone": 2}, sent[3])
 	most := int(bpf.LockstepLsConstLS_RESEND_MAX)
-	again(request(lane, 100, uint64(kept)), counts{}, sent[99:99+most]...)
+	again(request(stream, 100, uint64(kept)), counts{}, sent[99:99+most]...)
 	k.conf.Term++ // of an older term nothing is sent
 	k.setConf()
-	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, Term: term + 1, Stride: uint32(lane), Sum: [2]uint64{100, 101}}
+	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, Term: term + 1, Stride: uint32(stream), Sum: [2]uint64{100, 101}}
 	again(k.fromPeer(r), counts{"resend_gone": 2})
 }
 
@@ -427,7 +427,7 @@ func TestAuthentic(t *testing.T) {
 		reason string
 	}{
 		{"tag", 0, "peer_tag"}, {"version", 8, "peer_version"}, {"type", 9, "peer_type"}, {"dir", 10, "peer_type"},
-		{"flags", 11, "peer_tag"}, {"len", 12, "peer_short"}, {"lane", 14, "peer_tag"}, {"lane_no", 16, "peer_tag"},
+		{"flags", 11, "peer_tag"}, {"len", 12, "peer_short"}, {"stream", 14, "peer_tag"}, {"stream_no", 16, "peer_tag"},
 		{"term", 24, "peer_term"}, {"epoch", 28, "peer_tag"}, {"guest", 32, "peer_tag"}, {"remote", 48, "peer_tag"},
 		{"gport", 64, "peer_tag"}, {"rport", 66, "peer_tag"}, {"vlan", 68, "peer_tag"}, {"vlan2", 70, "peer_tag"},
 		{"proto", 72, "peer_tag"}, {"tuple's padding", 73, "peer_tag"}, {"inc", 76, "peer_tag"}, {"seq", 80, "peer_tag"},
@@ -473,37 +473,37 @@ func TestAuthentic(t *testing.T) {
 	}
 }
 
-// The newest record of every lane comes again, on hosts of more than 64 CPUs too.
+// The newest record of every stream comes again, on hosts of more than 64 CPUs too.
 func TestLiveResendManyLanes(t *testing.T) {
-	const lanes = 100
+	const streams = 100
 	l := newLab(t)
 	k := l.kit(func(s *ebpf.CollectionSpec) {
-		s.Maps["ls_lane"].MaxEntries, s.Maps["ls_sent"].MaxEntries = lanes, lanes*kept
+		s.Maps["ls_lane"].MaxEntries, s.Maps["ls_sent"].MaxEntries = streams, streams*kept
 	})
 	k.setMode(run)
-	for lane := range uint32(lanes) {
+	for stream := range uint32(streams) {
 		no := uint64(kept) + 7 // their place is used again
-		rec := numbered(uint16(lane), no)
+		rec := numbered(uint16(stream), no)
 		rec.Len = uint16(recBase)
 		sent := bpf.LockstepLsSent{No: no}
 		copy(sent.Rec[:], structBytes(rec))
-		if err := k.LsSent.Put(lane*kept+uint32(no)%kept, &sent); err != nil {
+		if err := k.LsSent.Put(stream*kept+uint32(no)%kept, &sent); err != nil {
 			t.Fatal(err)
 		}
-		if err := k.LsLane.Put(lane, &bpf.LockstepLsNumber{No: no}); err != nil {
+		if err := k.LsLane.Put(stream, &bpf.LockstepLsTxStream{No: no}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	frame := k.fromPeer(&bpf.LockstepLsRec{
-		Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch, Stride: uint32(bpf.LockstepLsConstLS_LANE_ALL),
+		Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch, Stride: uint32(bpf.LockstepLsConstLS_STREAM_ALL),
 	})
-	k.expect(counts{"nack_in": 1, "resent": lanes}, func() { k.run(k.LsSecIn, input{frame: frame}) })
-	for lane := range uint16(lanes) {
+	k.expect(counts{"nack_in": 1, "resent": streams}, func() { k.run(k.LsSecIn, input{frame: frame}) })
+	for stream := range uint16(streams) {
 		_, got := l.read(l.far)
-		rec := numbered(lane, uint64(kept)+7)
-		rec.Flags |= uint8(bpf.LockstepLsRecFlagLS_REC_AGAIN)
+		rec := numbered(stream, uint64(kept)+7)
+		rec.Flags |= uint8(bpf.LockstepLsRecFlagLS_REC_RETX)
 		if want := peerFrame(frame, 54, sign(rec, k.sipTx), peerMAC, ownMAC)[:54+recBase]; !bytes.Equal(got, want) {
-			t.Fatalf("lane %d\n% x, want\n% x", lane, got, want)
+			t.Fatalf("stream %d\n% x, want\n% x", stream, got, want)
 		}
 	}
 	l.empty(l.far)

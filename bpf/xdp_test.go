@@ -39,7 +39,7 @@ func (k *kit) xdp(frame []byte, pass bool) {
 	})
 }
 
-// XDP lets past what ls_digest_rx could take, lane numbers apart, and nothing else.
+// XDP lets past what ls_digest_rx could take, stream numbers apart, and nothing else.
 func TestPeerXDP(t *testing.T) {
 	k := newKit(t)
 	r := rand.New(rand.NewPCG(41, 42))

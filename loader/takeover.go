@@ -130,7 +130,7 @@ func (n *NIC) inherit(old *tables) error {
 		n.conf.Edges = 1
 	}
 	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch
-	atomic.StoreUint64(&n.conf.SpeakUntil, math.MaxInt64)
+	atomic.StoreUint64(&n.conf.LeaseUntil, math.MaxInt64)
 	return nil
 }
 

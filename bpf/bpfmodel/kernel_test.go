@@ -96,7 +96,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	}
 	must(t, k.LsKeys.Put(uint32(0), &k.keys))
 	k.conf = bpf.LockstepLsConf{
-		SpeakUntil: 1<<64 - 1, Epoch: epoch, Term: term, OwnMac: ownMAC, PeerMac: peerMAC,
+		LeaseUntil: 1<<64 - 1, Epoch: epoch, Term: term, OwnMac: ownMAC, PeerMac: peerMAC,
 	}
 	k.mode(t, bpf.LockstepLsModeLS_MODE_RUN)
 	k.moved(t)
@@ -209,7 +209,7 @@ func (k *kernel) announcement(t rapid.TB, a *bpfmodel.Record) []byte {
 	k.no++
 	r := bpf.LockstepLsRec{
 		Version: uint8(bpf.LockstepLsConstLS_ABI_VERSION), Type: uint8(bpf.LockstepLsRecTypeLS_REC_ANNOUNCE),
-		Dir: uint8(bpf.LockstepLsDirLS_DIR_P2S), Len: recBase, LaneNo: k.no, Term: term, Epoch: epoch,
+		Dir: uint8(bpf.LockstepLsDirLS_DIR_P2S), Len: recBase, StreamNo: k.no, Term: term, Epoch: epoch,
 		T: kernelTuple(a.Tuple), Inc: a.Seq, Seq: a.Seq, End: a.Seq + 1, Ack: a.Ack, Win: a.Win,
 		TcpFlags: uint8(a.Flags), Optlen: a.OptLen, Opts: a.Opts,
 	}
@@ -246,10 +246,10 @@ func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r 
 		r.Type != uint8(typ) || r.Dir != uint8(bpf.LockstepLsDirLS_DIR_S2P) || r.Nsum != 0 {
 		t.Fatalf("record of %d bytes: %+v", len(b), r)
 	}
-	if last := k.lanes[r.Lane]; r.LaneNo != last+1 && last != 0 {
-		t.Fatalf("lane %d: number %d after %d", r.Lane, r.LaneNo, last)
+	if last := k.lanes[r.Stream]; r.StreamNo != last+1 && last != 0 {
+		t.Fatalf("lane %d: number %d after %d", r.Stream, r.StreamNo, last)
 	}
-	k.lanes[r.Lane] = r.LaneNo
+	k.lanes[r.Stream] = r.StreamNo
 	return r, frame[preAt+4 : off]
 }
 
