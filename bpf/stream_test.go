@@ -4,15 +4,12 @@ package bpf_test
 
 import (
 	"bytes"
-	"fmt"
 	"math"
 	"math/rand/v2"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
 )
@@ -177,15 +174,6 @@ func TestWindowRandom(t *testing.T) {
 	}
 }
 
-func bootNow(t *testing.T) uint64 {
-	t.Helper()
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		t.Fatal(err)
-	}
-	return uint64(ts.Nano())
-}
-
 // Keys change: the old term is taken for a while, by its own keys, until its stream
 // has seen the new one.
 func TestRotation(t *testing.T) {
@@ -227,119 +215,6 @@ func TestRotation(t *testing.T) {
 	k.setConf()
 	give(1, 11, term-1, old, "peer_term")
 	give(1, 11, term, k.sipRx, "record_in")
-}
-
-// R20: an echo lets speak until the time it tells plus T, and never shortens that.
-func TestEchoIn(t *testing.T) {
-	k := newKit(t)
-	k.conf.Mode, k.conf.LeaseTime, k.conf.LeaseUntil = uint32(hold), 50, 0
-	k.setConf()
-	until := func() uint64 {
-		t.Helper()
-		var c bpf.LockstepLsConf
-		if err := k.LsConf.Lookup(uint32(0), &c); err != nil {
-			t.Fatal(err)
-		}
-		if c.Echoed < k.conf.Echoed {
-			t.Errorf("echoed at %d, and then at %d", k.conf.Echoed, c.Echoed)
-		}
-		k.conf.Echoed = c.Echoed
-		if k.conf.LeaseUntil = c.LeaseUntil; c != k.conf {
-			t.Errorf("settings %+v, want %+v", c, k.conf)
-		}
-		return c.LeaseUntil
-	}
-	rec := func(asked uint64) *bpf.LockstepLsRec {
-		r := k.number(numbered(0, 0), 0)
-		r.Type, r.Sum = echo, [2]uint64{asked, 0}
-		return r
-	}
-	for _, c := range []struct{ asked, want uint64 }{{1000, 1050}, {999, 1050}, {1001, 1051}, {0, 1051}, {1 << 60, 1<<60 + 50}, {1000, 1<<60 + 50}} {
-		k.check(k.LsDigestRx, k.wire(rec(c.asked)), drop, "echo_in")
-		if got := until(); got != c.want {
-			t.Errorf("speak_until %d, want %d", got, c.want)
-		}
-	}
-	refuse := func(reason string, change func(r *bpf.LockstepLsRec)) {
-		t.Helper()
-		r := rec(1 << 61)
-		change(r)
-		k.sent[0]--
-		k.check(k.LsDigestRx, k.wire(r), drop, reason)
-		if got := until(); got != 1<<60+50 {
-			t.Errorf("%s: speak_until %d", reason, got)
-		}
-	}
-	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term-- })
-	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term++ })
-	refuse("peer_type", func(r *bpf.LockstepLsRec) { r.Dir = p2s })
-	refuse("peer_replay", func(r *bpf.LockstepLsRec) { r.StreamNo-- })
-	r := rec(1 << 61)
-	r.Epoch += 1000 // echoes are of no epoch
-	k.check(k.LsDigestRx, k.wire(r), drop, "echo_in")
-	if got := until(); got != 1<<61+50 {
-		t.Errorf("speak_until %d", got)
-	}
-	k.conf.LeaseUntil = math.MaxUint64 // solo
-	k.setConf()
-	k.check(k.LsDigestRx, k.wire(rec(1<<61)), drop, "echo_in")
-	if until() != math.MaxUint64 {
-		t.Error("an echo took the right to speak away")
-	}
-	// An echo behind a gap is taken, and the gap asked for.
-	k.sent[0]++
-	k.expect(counts{"echo_in": 1, "nack_out": 1}, func() { k.run(k.LsDigestRx, input{frame: k.wire(rec(1))}) })
-	k.none()
-}
-
-// S returns echoes while it is not quiet.
-func TestEchoOut(t *testing.T) {
-	k := newKit(t)
-	rec := func() *bpf.LockstepLsRec {
-		return &bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, Term: term, Epoch: epoch, Sum: [2]uint64{1 << 50, 5}}
-	}
-	for _, mode := range []bpf.LockstepLsMode{run, park} {
-		k.setMode(mode)
-		for _, ofEpoch := range []uint32{epoch, epoch - 9, epoch + 9} {
-			r := rec()
-			r.Epoch = ofEpoch
-			frame := k.fromPeer(r)
-			var verdict uint32
-			var out []byte
-			k.expect(counts{"echo_out": 1}, func() { verdict, out, _ = k.run(k.LsSecIn, input{frame: frame}) })
-			want := k.record(&bpf.LockstepLsRec{Type: echo, Dir: s2p, Sum: [2]uint64{1 << 50}}, out, frame, 54)
-			if verdict != redirect || !bytes.Equal(out, want) {
-				t.Errorf("verdict %d, echo\n% x, want\n% x", int32(verdict), out, want)
-			}
-			k.check(k.LsSecIn, frame, drop, "peer_replay")
-		}
-		other := rec()
-		other.Term++
-		k.check(k.LsSecIn, k.fromPeer(other), drop, "peer_term")
-	}
-	for _, mode := range []bpf.LockstepLsMode{shut, hold, solo} {
-		k.setMode(mode)
-		k.check(k.LsSecIn, k.fromPeer(rec()), drop, "shut")
-	}
-	k.none()
-}
-
-// The primary's MARK and the secondary's NEIGH reach user space as they are.
-func TestTold(t *testing.T) {
-	k := newKit(t)
-	r := rand.New(rand.NewPCG(33, 34))
-	k.setMode(park)
-	rec := randRec(r, mark, p2s, 0)
-	k.check(k.LsSecIn, k.fromPeer(rec), drop, "record_in")
-	if diff := cmp.Diff(rec, &one[*bpf.LockstepLsEvRec](k).Rec); diff != "" {
-		t.Error(diff)
-	}
-	k.setMode(hold)
-	rec = randRec(r, neigh, s2p, 0)
-	k.check(k.LsDigestRx, k.fromPeer(rec), drop, "record_in")
-	if diff := cmp.Diff(rec, &one[*bpf.LockstepLsEvRec](k).Rec); diff != "" {
-		t.Error(diff)
-	}
 }
 
 // R6: S sends what it kept again, as it was but for the boundaries; what is gone it
@@ -415,62 +290,6 @@ func TestLiveResend(t *testing.T) {
 	k.setConf()
 	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, Term: term + 1, Stride: uint32(stream), Sum: [2]uint64{100, 101}}
 	again(k.fromPeer(r), counts{"resend_gone": 2})
-}
-
-// Every field of every kind of record, changed once behind the signer's back.
-func TestAuthentic(t *testing.T) {
-	k := newKit(t)
-	r := rand.New(rand.NewPCG(35, 36))
-	fields := []struct {
-		name   string
-		at     int
-		reason string
-	}{
-		{"tag", 0, "peer_tag"}, {"version", 8, "peer_version"}, {"type", 9, "peer_type"}, {"dir", 10, "peer_type"},
-		{"flags", 11, "peer_tag"}, {"len", 12, "peer_short"}, {"stream", 14, "peer_tag"}, {"stream_no", 16, "peer_tag"},
-		{"term", 24, "peer_term"}, {"epoch", 28, "peer_tag"}, {"guest", 32, "peer_tag"}, {"remote", 48, "peer_tag"},
-		{"gport", 64, "peer_tag"}, {"rport", 66, "peer_tag"}, {"vlan", 68, "peer_tag"}, {"vlan2", 70, "peer_tag"},
-		{"proto", 72, "peer_tag"}, {"tuple's padding", 73, "peer_tag"}, {"inc", 76, "peer_tag"}, {"seq", 80, "peer_tag"},
-		{"end", 84, "peer_tag"}, {"ack", 88, "peer_tag"}, {"win", 92, "peer_tag"}, {"tcp_flags", 94, "peer_tag"},
-		{"optlen", 95, "peer_short"}, {"stride", 96, "peer_tag"}, {"nsum", 100, "peer_short"}, {"frag", 102, "peer_tag"},
-		{"sum", 104, "peer_tag"}, {"other sum", 112, "peer_tag"}, {"opts", 120, "peer_tag"}, {"opts' end", 159, "peer_tag"},
-		{"bound", 160, "peer_tag"}, {"last bound", 160 + 31, "peer_tag"},
-	}
-	for _, c := range []struct {
-		typ, dir uint8
-		taken    string
-	}{
-		{data, s2p, "record_in"}, {answer, s2p, "record_in"}, {dgram, s2p, "record_in"}, {neigh, s2p, "record_in"}, {echo, s2p, "echo_in"},
-		{announce, p2s, "record_in"}, {ask, p2s, "record_in"}, {mark, p2s, "record_in"}, {nack, p2s, "nack_in"}, {echo, p2s, "echo_out"},
-	} {
-		t.Run(fmt.Sprintf("type %d, direction %d", c.typ, c.dir), func(t *testing.T) {
-			k.TB = t
-			prog := k.LsSecIn
-			k.setMode(run)
-			if c.dir == s2p {
-				prog = k.LsDigestRx
-				k.setMode(hold)
-			}
-			rec := randRec(r, c.typ, c.dir, 2)
-			if c.typ == nack {
-				rec.Stride, rec.Sum = 0, [2]uint64{1, 0}
-			}
-			frame := k.fromPeer(rec)
-			for _, f := range fields {
-				b := bytes.Clone(frame)
-				if b[54+f.at] ^= 0x80; f.name == "flags" {
-					b[54+f.at] ^= 0x81
-				}
-				k.check(prog, b, drop, f.reason)
-				if t.Failed() {
-					t.Fatal(f.name)
-				}
-			}
-			k.none()
-			k.expect(counts{c.taken: 1}, func() { k.run(prog, input{frame: frame}) })
-			k.events()
-		})
-	}
 }
 
 // The newest record of every stream comes again, on hosts of more than 64 CPUs too.
