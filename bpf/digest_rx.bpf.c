@@ -1,18 +1,18 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* digest_rx.bpf.c: ingress of the peer device on P: what S says of its guest. */
+/* digest_rx.bpf.c: ingress of the peer device on P: records of the SVM's output. */
 
-/* R20: an echo shows that S had not begun to take over at the time it tells. */
+/* R20: an echo proves that S had not begun to take over when P sent it. */
 static __always_inline void lease_renew(struct ls_conf *conf, __u64 asked)
 {
 	__u64 until = asked + conf->lease_time, old = conf->lease_until;
 
-	/* One try: another CPU's echo is as good, and only user space mutes or frees. */
+	/* One attempt: another CPU's echo is as good, and else only user space writes it. */
 	if (until > old)
 		__sync_val_compare_and_swap(&conf->lease_until, old, until);
 }
 
-/* Turns the frame into a request for the stream's records from first on (R6). */
+/* Turns the frame into a NACK of its stream's records from first on (R6). */
 static __always_inline int nack(struct __sk_buff *skb, struct ls_scratch *sc,
 				const struct ls_conf *conf, __u64 first, __u32 off)
 {
@@ -57,7 +57,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 		count(LS_R_echo_in, skb, 0);
 	} else if (sc->rec.type == LS_REC_DATA && sc->rec.tcp_flags & LS_SYN && ring_crowded()) {
-		count(LS_R_crowded, skb, 0); /* the announcement is repeated, and brings it again */
+		count(LS_R_crowded, skb, 0); /* P repeats the announcement, and S this record */
 	} else {
 		count(rec_report(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
 	}
