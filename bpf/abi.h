@@ -111,10 +111,10 @@ struct ls_conf {
 	__u32 key_index; /* element of ls_keys in use */
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
-	__u32 edges;	  /* ls_edge may have entries */
-	__u64 lease_time; /* R20: T, ns: an echo extends the lease to its time + T */
-	__u64 old_until;  /* boottime ns; until then frames of term - 1 are accepted (rotation) */
-	__u64 echoed;	  /* boottime ns of the last echo that S returned, or that came back to P */
+	__u32 edges;	      /* ls_edge may have entries */
+	__u64 lease_duration; /* R20: T, ns: an echo extends the lease to its time + T */
+	__u64 old_until; /* boottime ns; until then frames of term - 1 are accepted (rotation) */
+	__u64 echoed;	 /* boottime ns of the last echo that S returned, or that came back to P */
 };
 
 /* What the pinned tables were made for (R23): the element of ls_meta. */

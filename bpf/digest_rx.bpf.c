@@ -5,7 +5,7 @@
 /* R20: an echo proves that S had not begun to take over when P sent it. */
 static __always_inline void lease_renew(struct ls_conf *conf, __u64 asked)
 {
-	__u64 until = asked + conf->lease_time, old = conf->lease_until;
+	__u64 until = asked + conf->lease_duration, old = conf->lease_until;
 
 	/* One attempt: another CPU's echo is as good, and else only user space writes it. */
 	if (until > old)

@@ -24,7 +24,7 @@ func bootNow(t *testing.T) uint64 {
 // R20: an echo lets speak until the time it tells plus T, and never shortens that.
 func TestEchoIn(t *testing.T) {
 	k := newKit(t)
-	k.conf.Mode, k.conf.LeaseTime, k.conf.LeaseUntil = uint32(hold), 50, 0
+	k.conf.Mode, k.conf.LeaseDuration, k.conf.LeaseUntil = uint32(hold), 50, 0
 	k.setConf()
 	until := func() uint64 {
 		t.Helper()

@@ -112,7 +112,7 @@ func TestFuzz(t *testing.T) {
 	l := newLab(t)
 	l.jumbo()
 	k := l.kit(setRules(bpf.LockstepLsRule{Proto: 17, Gport: gport}))
-	k.conf.LeaseTime = 1
+	k.conf.LeaseDuration = 1
 	r := rand.New(rand.NewPCG(51, 52))
 	var guests [2][][]byte // to it, from it
 	for from := range 2 {

@@ -29,18 +29,18 @@ type LockstepLsCli struct {
 }
 
 type LockstepLsConf struct {
-	_          structs.HostLayout
-	LeaseUntil uint64
-	Mode       uint32
-	Epoch      uint32
-	Term       uint32
-	KeyIndex   uint32
-	PeerMac    [6]uint8
-	OwnMac     [6]uint8
-	Edges      uint32
-	LeaseTime  uint64
-	OldUntil   uint64
-	Echoed     uint64
+	_             structs.HostLayout
+	LeaseUntil    uint64
+	Mode          uint32
+	Epoch         uint32
+	Term          uint32
+	KeyIndex      uint32
+	PeerMac       [6]uint8
+	OwnMac        [6]uint8
+	Edges         uint32
+	LeaseDuration uint64
+	OldUntil      uint64
+	Echoed        uint64
 }
 
 type LockstepLsConn struct {

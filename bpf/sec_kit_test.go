@@ -156,8 +156,8 @@ func (k *kit) opened(f flow) flow {
 	return f
 }
 
-// lanesNow reads the streams' counters.
-func (k *kit) lanesNow() map[uint16]uint64 {
+// streamsNow reads the streams' counters.
+func (k *kit) streamsNow() map[uint16]uint64 {
 	k.Helper()
 	streams := make(map[uint16]uint64)
 	for cpu := range k.LsLane.MaxEntries() {

@@ -144,14 +144,14 @@ func TestCopyLost(t *testing.T) {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.streams = k.lanesNow()
+	k.streams = k.streamsNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
 	s.payload = make([]byte, 3600) // these take the other slots
 	for range tcpGslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.streams = k.lanesNow()
+	k.streams = k.streamsNow()
 	k.said(f, s, s, 0, 0, "copy_lost")
 	s.payload = nil
 	k.said(f, s, s, 0, 0, "record_out")

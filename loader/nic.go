@@ -569,7 +569,7 @@ func (n *NIC) SetSpeakUntil(t int64) error {
 
 // SetSpeakFor implements [control.DataPath].
 func (n *NIC) SetSpeakFor(d time.Duration) error {
-	atomic.StoreUint64(&n.conf.LeaseTime, uint64(d))
+	atomic.StoreUint64(&n.conf.LeaseDuration, uint64(d))
 	return nil
 }
 

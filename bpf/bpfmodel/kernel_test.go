@@ -47,7 +47,7 @@ type kernel struct {
 	digest *compare.Keys
 	ring   *ringbuf.Reader
 	counts []uint64
-	lanes  map[uint16]uint64
+	streams map[uint16]uint64
 	no     uint64 // of the announcement sent last
 }
 
@@ -75,7 +75,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	must(t, spec.Variables["ls_mutate"].Set(uint32(map[string]bpf.LockstepLsMutation{
 		"R9": bpf.LockstepLsMutationLS_MUTATE_R9, "QUOTE": bpf.LockstepLsMutationLS_MUTATE_QUOTE,
 	}[os.Getenv(mutationEnv)])))
-	k := &kernel{lanes: make(map[uint16]uint64)}
+	k := &kernel{streams: make(map[uint16]uint64)}
 	must(t, spec.LoadAndAssign(&k.LockstepObjects, nil))
 	t.Cleanup(func() { _ = k.Close() })
 	k.ring, err = ringbuf.NewReader(k.LsRing)
@@ -246,10 +246,10 @@ func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r 
 		r.Type != uint8(typ) || r.Dir != uint8(bpf.LockstepLsDirLS_DIR_S2P) || r.Nsum != 0 {
 		t.Fatalf("record of %d bytes: %+v", len(b), r)
 	}
-	if last := k.lanes[r.Stream]; r.StreamNo != last+1 && last != 0 {
-		t.Fatalf("lane %d: number %d after %d", r.Stream, r.StreamNo, last)
+	if last := k.streams[r.Stream]; r.StreamNo != last+1 && last != 0 {
+		t.Fatalf("stream %d: number %d after %d", r.Stream, r.StreamNo, last)
 	}
-	k.lanes[r.Stream] = r.StreamNo
+	k.streams[r.Stream] = r.StreamNo
 	return r, frame[preAt+4 : off]
 }
 
