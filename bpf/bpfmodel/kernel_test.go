@@ -42,13 +42,13 @@ var (
 // kernel is the kernel half of the secondary, in RUN, fed by PROG_TEST_RUN.
 type kernel struct {
 	bpf.LockstepObjects
-	conf   bpf.LockstepLsConf
-	keys   bpf.LockstepLsKeys
-	digest *compare.Keys
-	ring   *ringbuf.Reader
-	counts []uint64
+	conf    bpf.LockstepLsConf
+	keys    bpf.LockstepLsKeys
+	digest  *compare.Keys
+	ring    *ringbuf.Reader
+	counts  []uint64
 	streams map[uint16]uint64
-	no     uint64 // of the announcement sent last
+	no      uint64 // of the announcement sent last
 }
 
 func loadKernel(t *testing.T, conns, halves uint32) *kernel {
