@@ -21,7 +21,7 @@ func bootNow(t *testing.T) uint64 {
 	return uint64(ts.Nano())
 }
 
-// R20: an echo lets speak until the time it tells plus T, and never shortens that.
+// R20: an echo extends the output lease to its own time plus T, and never shortens it.
 func TestEchoIn(t *testing.T) {
 	k := newKit(t)
 	k.conf.Mode, k.conf.LeaseDuration, k.conf.LeaseUntil = uint32(hold), 50, 0
@@ -76,7 +76,7 @@ func TestEchoIn(t *testing.T) {
 	k.setConf()
 	k.check(k.LsDigestRx, k.wire(rec(1<<61)), drop, "echo_in")
 	if until() != math.MaxUint64 {
-		t.Error("an echo took the right to speak away")
+		t.Error("an echo ended a lease without end")
 	}
 	// An echo behind a gap is taken, and the gap asked for.
 	k.sent[0]++
@@ -84,7 +84,7 @@ func TestEchoIn(t *testing.T) {
 	k.none()
 }
 
-// S returns echoes while it is not quiet.
+// S returns echoes unless it is quiet.
 func TestEchoOut(t *testing.T) {
 	k := newKit(t)
 	rec := func() *bpf.LockstepLsRec {

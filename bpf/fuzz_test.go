@@ -233,8 +233,8 @@ func TestFuzz(t *testing.T) {
 					}
 				}
 			}
-			told := slices.Contains([]string{"held", "held_ack", "announced", "parked"}, reason) || reason == "record_in" && rec != nil && rec[9] != announce
-			if told && len(evs) != 1 || len(evs) > 1 {
+			reported := slices.Contains([]string{"held", "held_ack", "announced", "parked"}, reason) || reason == "record_in" && rec != nil && rec[9] != announce
+			if reported && len(evs) != 1 || len(evs) > 1 {
 				fail("events")
 			}
 		}

@@ -119,7 +119,7 @@ func TestLiveAnnounce(t *testing.T) {
 	l.empty(l.out)
 }
 
-// What the SVM says becomes one record frame, however large, and a translated copy.
+// The SVM's output becomes one record frame, however large, and a translated copy.
 func TestLiveRecord(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()
@@ -303,7 +303,7 @@ func (l *lab) checkDelivered(f flow, s seg, gso int, offloaded bool) {
 	}
 }
 
-// The mirror: both guests get the frame, and user space hears of SYN, FIN and RST.
+// The mirror: both guests get the frame, and SYN, FIN and RST are reported to user space.
 func TestLiveMirror(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()

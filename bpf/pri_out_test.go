@@ -297,7 +297,7 @@ func TestPriOutUncompared(t *testing.T) {
 			k.setMode(hold)
 			if name[:3] == "no:" {
 				k.check(k.LsPriOut, frame, drop, "held")
-				k.conf.LeaseUntil = 1 // what is held is not said
+				k.conf.LeaseUntil = 1 // holding needs no lease
 				k.setConf()
 				k.check(k.LsPriOut, frame, drop, "held")
 				for _, ev := range k.events() {

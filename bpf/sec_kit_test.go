@@ -64,9 +64,9 @@ func segRecord(f flow, s seg, inc uint32) *bpf.LockstepLsRec {
 	}
 }
 
-// said lets the SVM say s, expects the record of want and, for payload, a copy.
+// svmSends has the SVM send s, expects the record of want and, for payload, a copy.
 // inherited is taken for inc 0.
-func (k *kit) said(f flow, s, want seg, inc, cliAck uint32, reason string) {
+func (k *kit) svmSends(f flow, s, want seg, inc, cliAck uint32, reason string) {
 	k.Helper()
 	frame := f.from(s)
 	var verdict uint32
@@ -99,8 +99,8 @@ func (k *kit) said(f flow, s, want seg, inc, cliAck uint32, reason string) {
 	}
 }
 
-// hears gives the SVM s from the remote and expects it to arrive as want.
-func (k *kit) hears(f flow, s, want seg) {
+// svmReceives gives the SVM s from the remote and expects it to arrive as want.
+func (k *kit) svmReceives(f flow, s, want seg) {
 	k.Helper()
 	k.expect(counts{"delivered": 1}, func() {
 		k.Helper()
@@ -148,8 +148,8 @@ func (k *kit) forget(f flow) {
 func (k *kit) opened(f flow) flow {
 	k.Helper()
 	k.announce(f, pvmSynAck, 0, nil)
-	k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
-	k.hears(f, seg{seq: isnCli + 1, ack: isnPVM + 1, flags: ack}, seg{seq: isnCli + 1, ack: isnSVM + 1, flags: ack})
+	k.svmSends(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
+	k.svmReceives(f, seg{seq: isnCli + 1, ack: isnPVM + 1, flags: ack}, seg{seq: isnCli + 1, ack: isnSVM + 1, flags: ack})
 	if k.conn(f) == nil {
 		k.Fatal("no connection")
 	}

@@ -22,7 +22,7 @@ const (
 var (
 	pvmSynAck = seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack, win: 100, opts: withTS(tsPVM, tsCli)}
 	svmSynAck = seg{seq: isnSVM, ack: isnCli + 1, flags: syn | ack, win: 200, opts: withTS(tsSVM, tsCli)}
-	// what P is told of it
+	// what P is informed of
 	svmSynAckP = seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack, win: 200, opts: withTS(tsPVM, tsCli)}
 )
 
@@ -31,12 +31,12 @@ func TestOneSideTimestamps(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
 	f := flows["IPv4"]
-	pvm, told := pvmSynAck, svmSynAckP
-	pvm.opts, told.opts = mss, svmSynAck.opts
+	pvm, reported := pvmSynAck, svmSynAckP
+	pvm.opts, reported.opts = mss, svmSynAck.opts
 	k.announce(f, pvm, 0, nil)
-	k.said(f, svmSynAck, told, isnPVM, 0, "record_out")
-	k.announce(f, pvm, isnPVM, &told)
-	k.hears(f, seg{ack: isnPVM + 1, flags: ack, opts: timestamps(3, 4)}, seg{ack: isnSVM + 1, flags: ack, opts: timestamps(3, 4)})
+	k.svmSends(f, svmSynAck, reported, isnPVM, 0, "record_out")
+	k.announce(f, pvm, isnPVM, &reported)
+	k.svmReceives(f, seg{ack: isnPVM + 1, flags: ack, opts: timestamps(3, 4)}, seg{ack: isnSVM + 1, flags: ack, opts: timestamps(3, 4)})
 	k.wantConn(f, &bpf.LockstepLsConn{Off: off, Inc: isnPVM, CliAck: isnPVM + 1, IsnSvm: isnSVM})
 }
 
@@ -89,12 +89,12 @@ func TestOptions(t *testing.T) {
 					k.opened(f)
 				}
 				for _, payload := range [][]byte{nil, []byte("odd")} {
-					k.hears(f, seg{seq: 5, ack: isnPVM + 9, flags: ack, opts: c.in, payload: payload},
+					k.svmReceives(f, seg{seq: 5, ack: isnPVM + 9, flags: ack, opts: c.in, payload: payload},
 						seg{seq: 5, ack: isnSVM + 9, flags: ack, opts: c.want, payload: payload})
 					// Without ACK the numbers mean nothing.
-					k.hears(f, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload}, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload})
+					k.svmReceives(f, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload}, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload})
 					if c.out != nil {
-						k.said(f, seg{seq: isnSVM + 9, ack: 5, flags: ack, opts: c.out, payload: payload},
+						k.svmSends(f, seg{seq: isnSVM + 9, ack: 5, flags: ack, opts: c.out, payload: payload},
 							seg{seq: isnPVM + 9, ack: 5, flags: ack, opts: c.wantOut, payload: payload}, isnPVM, isnPVM+9, "record_out")
 					}
 				}
@@ -118,22 +118,22 @@ func TestTablesFull(t *testing.T) {
 	}
 	g := port(9)
 	k.announce(g, pvmSynAck, 0, nil)
-	k.said(g, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
+	k.svmSends(g, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
 	k.check(k.LsSecIn, g.to(seg{ack: isnPVM + 1, flags: ack}), drop, "conn_full")
-	k.hears(port(3), seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(port(3), seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 	if err := k.LsConn.Delete(port(3).tuple()); err != nil {
 		t.Fatal(err)
 	}
-	k.hears(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 	k.wantConn(g, &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS, CliAck: isnPVM + 1, IsnSvm: isnSVM})
 
 	for i := range 500 { // a flood of SYNs
 		k.check(k.LsSecOut, port(100+i).from(svmSynAck), drop, "pending")
 	}
-	k.hears(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 }
 
-// Without a slot or ring the record goes out, and P is told of no copy.
+// Without a slot or ring the record goes out, and no copy is reported.
 func TestCopyLost(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
@@ -145,16 +145,16 @@ func TestCopyLost(t *testing.T) {
 	}
 	k.events()
 	k.streams = k.streamsNow()
-	k.said(f, s, s, 0, 0, "copy_lost")
+	k.svmSends(f, s, s, 0, 0, "copy_lost")
 	s.payload = make([]byte, 3600) // these take the other slots
 	for range tcpGslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
 	k.streams = k.streamsNow()
-	k.said(f, s, s, 0, 0, "copy_lost")
+	k.svmSends(f, s, s, 0, 0, "copy_lost")
 	s.payload = nil
-	k.said(f, s, s, 0, 0, "record_out")
+	k.svmSends(f, s, s, 0, 0, "record_out")
 }
 
 func TestPark(t *testing.T) {
@@ -234,7 +234,7 @@ func TestSecOutModes(t *testing.T) {
 	k.none()
 }
 
-// After a takeover the SVM speaks and hears with the PVM's numbers.
+// After a takeover the SVM sends and receives with the PVM's numbers.
 func TestSolo(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
@@ -288,8 +288,8 @@ func TestMutateR9(t *testing.T) {
 	k.setMode(run)
 	f := flows["IPv4"]
 	k.check(k.LsSecIn, k.announcement(f, pvmSynAck), drop, "record_in")
-	k.said(f, svmSynAck, svmSynAck, isnSVM, 0, "record_out")
-	k.hears(f, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnPVM + 1, flags: ack})
+	k.svmSends(f, svmSynAck, svmSynAck, isnSVM, 0, "record_out")
+	k.svmReceives(f, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnPVM + 1, flags: ack})
 }
 
 // Bytes are counted as packets are.

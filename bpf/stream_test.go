@@ -97,7 +97,7 @@ func TestWindow(t *testing.T) {
 			give(stream, no, "record_in")
 			give(stream, no, "peer_replay")
 		}
-		// Words are used again, without what they said before.
+		// Words are reused, without their old bits.
 		for _, step := range []uint64{1, 63, 64, 65, window - 64, window - 1, window, window + 1, 3*window + 7, 1 << 40} {
 			top += step
 			give(stream, top, "record_in")
@@ -217,8 +217,8 @@ func TestRotation(t *testing.T) {
 	give(1, 11, term, k.sipRx, "record_in")
 }
 
-// R6: S sends what it kept again, as it was but for the boundaries; what is gone it
-// says to be gone.
+// R6: S retransmits the records that it kept, without their boundaries, and counts those
+// that it does not have any more.
 func TestLiveResend(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()
@@ -227,7 +227,7 @@ func TestLiveResend(t *testing.T) {
 	f := flows["IPv4"]
 	var sent []*bpf.LockstepLsRec
 	stream := uint16(0)
-	say := func(n, gso int) {
+	send := func(n, gso int) {
 		t.Helper()
 		s := seg{seq: uint32(1000 * len(sent)), ack: 5, flags: ack, win: 6, opts: timestamps(1, 2), payload: make([]byte, n)}
 		_, out, _ := k.run(k.LsSecOut, input{frame: f.from(s), gsoSize: uint32(gso)})
@@ -268,12 +268,12 @@ func TestLiveResend(t *testing.T) {
 		l.empty(l.far)
 	}
 	for i := range 10 {
-		say(100*i, 0)
+		send(100*i, 0)
 	}
-	say(3000, 100) // with boundaries
+	send(3000, 100) // with boundaries
 	again(request(stream, 3, 5), counts{}, sent[2:5]...)
 	again(request(stream, 11, 11), counts{}, sent[10])
-	again(request(stream, 11, 13), counts{"resend_gone": 2}, sent[10]) // not said yet
+	again(request(stream, 11, 13), counts{"resend_gone": 2}, sent[10]) // not sent yet
 	again(request(stream, 6, 5), counts{})
 	again(request(stream, 0, 0), counts{"resend_gone": 1}) // not a number
 	again(request(uint16(bpf.LockstepLsConstLS_STREAM_ALL), 0, 0), counts{}, sent[10])
@@ -281,7 +281,7 @@ func TestLiveResend(t *testing.T) {
 
 	kept := int(bpf.LockstepLsConstLS_SENT)
 	for len(sent) < kept+3 {
-		say(0, 0)
+		send(0, 0)
 	}
 	again(request(stream, 2, 4), counts{"resend_gone": 2}, sent[3])
 	most := int(bpf.LockstepLsConstLS_RESEND_MAX)
