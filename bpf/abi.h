@@ -107,13 +107,13 @@ struct ls_conf {
 	__u64 lease_until; /* R20: boottime ns, end of the output lease; ~0: it never ends */
 	__u32 mode;	   /* enum ls_mode */
 	__u32 epoch;
-	__u32 term;
+	__u32 key_gen;	 /* key generation: grows with each session and rotation */
 	__u32 key_index; /* element of ls_keys in use */
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
 	__u32 edges;	      /* ls_edge may have entries */
 	__u64 lease_duration; /* R20: T, ns: an echo extends the lease to its time + T */
-	__u64 old_until; /* boottime ns; until then frames of term - 1 are accepted (rotation) */
+	__u64 old_until; /* boottime ns; until then frames of key_gen - 1 are accepted (rotation) */
 	__u64 echoed;	 /* boottime ns of the last echo that S returned, or that came back to P */
 };
 
@@ -137,7 +137,7 @@ struct ls_rule {
 	__u8 pad[3];
 };
 
-/* Secrets of one term: SipHash keys by direction, digest keys by lane. */
+/* Secrets of one key generation: SipHash keys by direction, digest keys by lane. */
 struct ls_keys {
 	__u64 sip_tx[2]; /* frames this host sends */
 	__u64 sip_rx[2]; /* frames this host receives */
@@ -247,8 +247,8 @@ struct ls_rec {
 	__u8 flags;
 	__u16 len;	 /* LS_REC_BASE + nsum * 16 */
 	__u16 stream;	 /* the sender's CPU, or LS_STREAM_USER */
-	__u64 stream_no; /* 1, 2, 3 ... per stream, session and term */
-	__u32 term;
+	__u64 stream_no; /* 1, 2, 3 ... per stream, session and key generation */
+	__u32 key_gen;
 	__u32 epoch;
 	struct ls_tuple t;
 	__u32 inc; /* incarnation: the PVM's ISN; 0 with LS_REC_INHERITED */
@@ -383,7 +383,7 @@ struct ls_cli {
 	X(peer_version, "peer frame dropped: other version") \
 	X(peer_type, "peer frame dropped: unknown type or direction") \
 	X(peer_tag, "peer frame dropped: tag wrong") \
-	X(peer_term, "peer frame dropped: other term") \
+	X(peer_term, "peer frame dropped: other key generation") \
 	X(peer_epoch, "peer frame dropped: other epoch") \
 	X(record_in, "record accepted") \
 	X(record_out, "record sent for an SVM frame") \

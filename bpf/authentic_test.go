@@ -42,7 +42,7 @@ func TestAuthentic(t *testing.T) {
 	}{
 		{"tag", 0, "peer_tag"}, {"version", 8, "peer_version"}, {"type", 9, "peer_type"}, {"dir", 10, "peer_type"},
 		{"flags", 11, "peer_tag"}, {"len", 12, "peer_short"}, {"stream", 14, "peer_tag"}, {"stream_no", 16, "peer_tag"},
-		{"term", 24, "peer_term"}, {"epoch", 28, "peer_tag"}, {"guest", 32, "peer_tag"}, {"remote", 48, "peer_tag"},
+		{"key_gen", 24, "peer_term"}, {"epoch", 28, "peer_tag"}, {"guest", 32, "peer_tag"}, {"remote", 48, "peer_tag"},
 		{"gport", 64, "peer_tag"}, {"rport", 66, "peer_tag"}, {"vlan", 68, "peer_tag"}, {"vlan2", 70, "peer_tag"},
 		{"proto", 72, "peer_tag"}, {"tuple's padding", 73, "peer_tag"}, {"inc", 76, "peer_tag"}, {"seq", 80, "peer_tag"},
 		{"end", 84, "peer_tag"}, {"ack", 88, "peer_tag"}, {"win", 92, "peer_tag"}, {"tcp_flags", 94, "peer_tag"},

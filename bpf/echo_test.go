@@ -62,8 +62,8 @@ func TestEchoIn(t *testing.T) {
 			t.Errorf("%s: speak_until %d", reason, got)
 		}
 	}
-	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term-- })
-	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.Term++ })
+	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.KeyGen-- })
+	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.KeyGen++ })
 	refuse("peer_type", func(r *bpf.LockstepLsRec) { r.Dir = p2s })
 	refuse("peer_replay", func(r *bpf.LockstepLsRec) { r.StreamNo-- })
 	r := rec(1 << 61)
@@ -88,7 +88,7 @@ func TestEchoIn(t *testing.T) {
 func TestEchoOut(t *testing.T) {
 	k := newKit(t)
 	rec := func() *bpf.LockstepLsRec {
-		return &bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, Term: term, Epoch: epoch, Sum: [2]uint64{1 << 50, 5}}
+		return &bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, KeyGen: keyGen, Epoch: epoch, Sum: [2]uint64{1 << 50, 5}}
 	}
 	for _, mode := range []bpf.LockstepLsMode{run, park} {
 		k.setMode(mode)
@@ -106,7 +106,7 @@ func TestEchoOut(t *testing.T) {
 			k.check(k.LsSecIn, frame, drop, "peer_replay")
 		}
 		other := rec()
-		other.Term++
+		other.KeyGen++
 		k.check(k.LsSecIn, k.fromPeer(other), drop, "peer_term")
 	}
 	for _, mode := range []bpf.LockstepLsMode{shut, hold, solo} {

@@ -33,7 +33,7 @@ const (
 const (
 	markRel = 0x1a2b3c4d
 	markIn  = 0x5e6f7081
-	term    = 7
+	keyGen  = 7
 	epoch   = 40
 
 	nslots     = 40
@@ -125,7 +125,7 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 		t.Fatal(err)
 	}
 	k.conf = bpf.LockstepLsConf{
-		LeaseUntil: math.MaxUint64, Epoch: epoch, Term: term, KeyIndex: 1, PeerMac: peerMAC, OwnMac: ownMAC,
+		LeaseUntil: math.MaxUint64, Epoch: epoch, KeyGen: keyGen, KeyIndex: 1, PeerMac: peerMAC, OwnMac: ownMAC,
 	}
 	k.setMode(shut)
 	return k
@@ -373,7 +373,7 @@ func sign(r *bpf.LockstepLsRec, key [2]uint64) []byte {
 // having to rise one by one.
 func (k *kit) record(want *bpf.LockstepLsRec, out, frame []byte, off int) []byte {
 	k.Helper()
-	want.Version, want.Term, want.Epoch = abiVersion, term, epoch
+	want.Version, want.KeyGen, want.Epoch = abiVersion, keyGen, epoch
 	if len(out) >= off+recBase && bytes.HasPrefix(out[12:], []byte{0x88, 0xb5}) {
 		got := (*bpf.LockstepLsRec)(unsafe.Pointer(&bytes.Clone(append(out[off:len(out):len(out)], make([]byte, 2048)...))[0]))
 		want.Stream, want.StreamNo = got.Stream, got.StreamNo

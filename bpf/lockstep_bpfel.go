@@ -33,7 +33,7 @@ type LockstepLsConf struct {
 	LeaseUntil    uint64
 	Mode          uint32
 	Epoch         uint32
-	Term          uint32
+	KeyGen        uint32
 	KeyIndex      uint32
 	PeerMac       [6]uint8
 	OwnMac        [6]uint8
@@ -324,7 +324,7 @@ type LockstepLsRec struct {
 	Len      uint16
 	Stream   uint16
 	StreamNo uint64
-	Term     uint32
+	KeyGen   uint32
 	Epoch    uint32
 	T        LockstepLsTuple
 	Inc      uint32
@@ -369,10 +369,10 @@ type LockstepLsReplayWin struct {
 		_   structs.HostLayout
 		Val uint32
 	}
-	Term uint32
-	Top  uint64
-	Bits [16]uint64
-	Retx [16]uint64
+	KeyGen uint32
+	Top    uint64
+	Bits   [16]uint64
+	Retx   [16]uint64
 }
 
 type LockstepLsRule struct {

@@ -135,8 +135,8 @@ struct {
  */
 struct ls_replay_win {
 	struct bpf_spin_lock lock;
-	__u32 term; /* of the numbers; a later one starts an empty window */
-	__u64 top;  /* highest */
+	__u32 key_gen; /* of the numbers; a later one starts an empty window */
+	__u64 top;     /* highest */
 	__u64 bits[LS_WINDOW / 64];
 	__u64 retx[LS_WINDOW / 64]; /* accepted as a retransmission */
 };
@@ -305,13 +305,13 @@ static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)
 	return bpf_map_lookup_elem(&ls_keys, &key);
 }
 
-/* Keys of a peer frame's term: for a while after a rotation the previous ones too. */
-static __always_inline struct ls_keys *keys_of_term(const struct ls_conf *conf, __u32 term)
+/* Keys of a peer frame's generation: for a while after a rotation the previous ones too. */
+static __always_inline struct ls_keys *keys_of_gen(const struct ls_conf *conf, __u32 key_gen)
 {
 	__u32 key = conf->key_index;
 
-	if (term != conf->term) {
-		if (term != conf->term - 1 || bpf_ktime_get_boot_ns() >= conf->old_until)
+	if (key_gen != conf->key_gen) {
+		if (key_gen != conf->key_gen - 1 || bpf_ktime_get_boot_ns() >= conf->old_until)
 			return NULL;
 		key ^= 1;
 	}

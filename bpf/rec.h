@@ -36,7 +36,7 @@ static __always_inline enum ls_reason rec_form(const struct ls_rec *r, enum ls_d
 static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
 						    const struct ls_conf *conf)
 {
-	const struct ls_keys *keys = keys_of_term(conf, r->term);
+	const struct ls_keys *keys = keys_of_gen(conf, r->key_gen);
 
 	if (!keys)
 		return LS_R_peer_term;
@@ -89,9 +89,9 @@ static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls
  * or LS_R_peer_replay when its number was seen before or is older than the window. A
  * duplicate is no replay but LS_R_peer_again if one of the two is a retransmission
  * (R6): P asks for the newest record of each stream whenever something waits. *gap is
- * the first number missing before this one, 0 for none. The first number of a term may
- * be any, and a stream that has seen a term accepts no older one: frames from before a
- * rotation cannot be replayed.
+ * the first number missing before this one, 0 for none. The first number of a key
+ * generation may be any, and a stream that has seen one accepts no older generation: frames from
+ * before a rotation cannot be replayed.
  */
 static __always_inline enum ls_reason replay_check(const struct ls_rec *r, __u64 *gap)
 {
@@ -109,10 +109,10 @@ static __always_inline enum ls_reason replay_check(const struct ls_rec *r, __u64
 	if (!w)
 		return LS_R_peer_replay;
 	bpf_spin_lock(&w->lock);
-	if (w->term != r->term) {
-		if ((__s32)(r->term - w->term) < 0 && w->term)
+	if (w->key_gen != r->key_gen) {
+		if ((__s32)(r->key_gen - w->key_gen) < 0 && w->key_gen)
 			goto out;
-		w->term = r->term;
+		w->key_gen = r->key_gen;
 		w->top = no;
 		__builtin_memset(w->bits, 0, sizeof(w->bits));
 		__builtin_memset(w->retx, 0, sizeof(w->retx));
@@ -183,7 +183,7 @@ static __always_inline void rec_begin(struct ls_rec *r, const struct ls_conf *co
 	r->type = type;
 	r->dir = dir;
 	r->len = LS_REC_BASE;
-	r->term = conf->term;
+	r->key_gen = conf->key_gen;
 	r->epoch = conf->epoch;
 }
 

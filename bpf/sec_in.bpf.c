@@ -94,7 +94,7 @@ static long resend_step(__u32 i, struct ls_resend *q)
 	if (__sync_fetch_and_add(&sent->no, 0) != no)
 		return count(LS_R_resend_gone, q->skb, 0);
 	__builtin_memcpy(r, sent->rec, LS_REC_BASE);
-	if (__sync_fetch_and_add(&sent->no, 0) != no || r->term != q->conf->term)
+	if (__sync_fetch_and_add(&sent->no, 0) != no || r->key_gen != q->conf->key_gen)
 		return count(LS_R_resend_gone, q->skb, 0);
 	r->nsum = 0;
 	r->stride = 0;

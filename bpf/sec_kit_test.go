@@ -31,7 +31,7 @@ func withTS(val, ecr uint32) []byte { return append(bytes.Clone(mss), timestamps
 // announcement is what P sends of the PVM's SYN s.
 func (k *kit) announcement(f flow, s seg) []byte {
 	return k.fromPeer(&bpf.LockstepLsRec{
-		Version: abiVersion, Type: announce, Dir: p2s, Term: term, Epoch: epoch,
+		Version: abiVersion, Type: announce, Dir: p2s, KeyGen: keyGen, Epoch: epoch,
 		T: f.tuple(), Inc: s.seq, Seq: s.seq, End: s.end(), Ack: s.ack, Win: s.win, TcpFlags: s.flags,
 		Optlen: uint8(len(s.opts)), Opts: opts40(s.opts),
 	})

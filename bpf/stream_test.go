@@ -18,7 +18,7 @@ const window = uint64(bpf.LockstepLsConstLS_WINDOW)
 
 // numbered is a record of stream's number no, of S to P.
 func numbered(stream uint16, no uint64) *bpf.LockstepLsRec {
-	return &bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, Stream: stream, StreamNo: no}
+	return &bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, KeyGen: keyGen, Epoch: epoch, Stream: stream, StreamNo: no}
 }
 
 // asked gives P the frame of r and expects it to be taken and a NACK of [first, last].
@@ -46,7 +46,7 @@ func TestNack(t *testing.T) {
 		one[*bpf.LockstepLsEvRec](k)
 	}
 	for _, stream := range []uint16{0, 1, streamMax - 1} {
-		taken(stream, 5) // a term's first number is as good as any
+		taken(stream, 5) // a key generation's first number is as good as any
 		taken(stream, 6)
 		k.asked(numbered(stream, 8), 7, 7)
 		taken(stream, 9)
@@ -174,7 +174,7 @@ func TestWindowRandom(t *testing.T) {
 	}
 }
 
-// Keys change: the old term is taken for a while, by its own keys, until its stream
+// Keys change: the old key generation is taken for a while, by its own keys, until its stream
 // has seen the new one.
 func TestRotation(t *testing.T) {
 	k := newKit(t)
@@ -188,33 +188,33 @@ func TestRotation(t *testing.T) {
 	if err := k.LsKeys.Put(uint32(0), &keys); err != nil {
 		t.Fatal(err)
 	}
-	give := func(stream uint16, no uint64, ofTerm uint32, key [2]uint64, reason string) {
+	give := func(stream uint16, no uint64, ofGen uint32, key [2]uint64, reason string) {
 		t.Helper()
 		rec := numbered(stream, no)
-		rec.Term = ofTerm
+		rec.KeyGen = ofGen
 		k.check(k.LsDigestRx, peerFrame(make([]byte, 54), 54, sign(rec, key), ownMAC, peerMAC), drop, reason)
 		k.events()
 	}
 	hour := uint64(time.Hour)
 	k.setConf()
-	give(0, 1, term-1, old, "peer_term")
+	give(0, 1, keyGen-1, old, "peer_term")
 	k.conf.OldUntil = bootNow(t) + hour
 	k.setConf()
-	give(0, 1, term-1, old, "record_in")
-	give(0, 1, term-1, old, "peer_replay")
-	give(0, 2, term-1, k.sipRx, "peer_tag")
-	give(0, 2, term, old, "peer_tag")
-	give(0, 2, term-2, old, "peer_term")
-	give(0, 2, term+1, k.sipRx, "peer_term")
-	give(1, 9, term-1, old, "record_in")
-	give(0, 1, term, k.sipRx, "record_in") // begins afresh
-	give(0, 2, term, k.sipRx, "record_in")
-	give(0, 3, term-1, old, "peer_replay") // over, for this stream
-	give(1, 10, term-1, old, "record_in")
+	give(0, 1, keyGen-1, old, "record_in")
+	give(0, 1, keyGen-1, old, "peer_replay")
+	give(0, 2, keyGen-1, k.sipRx, "peer_tag")
+	give(0, 2, keyGen, old, "peer_tag")
+	give(0, 2, keyGen-2, old, "peer_term")
+	give(0, 2, keyGen+1, k.sipRx, "peer_term")
+	give(1, 9, keyGen-1, old, "record_in")
+	give(0, 1, keyGen, k.sipRx, "record_in") // begins afresh
+	give(0, 2, keyGen, k.sipRx, "record_in")
+	give(0, 3, keyGen-1, old, "peer_replay") // over, for this stream
+	give(1, 10, keyGen-1, old, "record_in")
 	k.conf.OldUntil = bootNow(t)
 	k.setConf()
-	give(1, 11, term-1, old, "peer_term")
-	give(1, 11, term, k.sipRx, "record_in")
+	give(1, 11, keyGen-1, old, "peer_term")
+	give(1, 11, keyGen, k.sipRx, "record_in")
 }
 
 // R6: S retransmits the records that it kept, without their boundaries, and counts those
@@ -233,7 +233,7 @@ func TestLiveResend(t *testing.T) {
 		_, out, _ := k.run(k.LsSecOut, input{frame: f.from(s), gsoSize: uint32(gso)})
 		rec := segRecord(f, s, 0)
 		rec.Flags, rec.Sum = inherited, k.sum(s.seq, s.payload)
-		rec.Version, rec.Term, rec.Epoch, rec.StreamNo = abiVersion, term, epoch, uint64(len(sent)+1)
+		rec.Version, rec.KeyGen, rec.Epoch, rec.StreamNo = abiVersion, keyGen, epoch, uint64(len(sent)+1)
 		stream = uint16(out[74+14]) | uint16(out[74+15])<<8
 		rec.Stream = stream
 		sent = append(sent, rec)
@@ -243,7 +243,7 @@ func TestLiveResend(t *testing.T) {
 	}
 	request := func(stream uint16, first, last uint64) []byte {
 		return k.fromPeer(&bpf.LockstepLsRec{
-			Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch + 7, Stride: uint32(stream), Sum: [2]uint64{first, last},
+			Version: abiVersion, Type: nack, Dir: p2s, KeyGen: keyGen, Epoch: epoch + 7, Stride: uint32(stream), Sum: [2]uint64{first, last},
 		})
 	}
 	again := func(frame []byte, want counts, recs ...*bpf.LockstepLsRec) {
@@ -286,9 +286,9 @@ func TestLiveResend(t *testing.T) {
 	again(request(stream, 2, 4), counts{"resend_gone": 2}, sent[3])
 	most := int(bpf.LockstepLsConstLS_RESEND_MAX)
 	again(request(stream, 100, uint64(kept)), counts{}, sent[99:99+most]...)
-	k.conf.Term++ // of an older term nothing is sent
+	k.conf.KeyGen++ // of an older key generation nothing is sent
 	k.setConf()
-	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, Term: term + 1, Stride: uint32(stream), Sum: [2]uint64{100, 101}}
+	r := &bpf.LockstepLsRec{Version: abiVersion, Type: nack, Dir: p2s, KeyGen: keyGen + 1, Stride: uint32(stream), Sum: [2]uint64{100, 101}}
 	again(k.fromPeer(r), counts{"resend_gone": 2})
 }
 
@@ -314,7 +314,7 @@ func TestLiveResendManyLanes(t *testing.T) {
 		}
 	}
 	frame := k.fromPeer(&bpf.LockstepLsRec{
-		Version: abiVersion, Type: nack, Dir: p2s, Term: term, Epoch: epoch, Stride: uint32(bpf.LockstepLsConstLS_STREAM_ALL),
+		Version: abiVersion, Type: nack, Dir: p2s, KeyGen: keyGen, Epoch: epoch, Stride: uint32(bpf.LockstepLsConstLS_STREAM_ALL),
 	})
 	k.expect(counts{"nack_in": 1, "resent": streams}, func() { k.run(k.LsSecIn, input{frame: frame}) })
 	for stream := range uint16(streams) {

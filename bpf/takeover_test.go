@@ -136,7 +136,7 @@ func TestQuiet(t *testing.T) {
 	}
 	k.check(k.LsSecIn, f.to(seg{ack: isnPVM + 1, flags: ack}), drop, "shut")
 	k.check(k.LsSecGate, f.to(seg{ack: isnPVM + 1, flags: ack}), drop, "gated")
-	asked := k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, Term: term, Epoch: epoch, Sum: [2]uint64{5, 0}})
+	asked := k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, KeyGen: keyGen, Epoch: epoch, Sum: [2]uint64{5, 0}})
 	k.check(k.LsSecIn, asked, drop, "shut")
 	k.none()
 }

@@ -69,8 +69,8 @@ func TestPeerXDP(t *testing.T) {
 				change(&other)
 				k.xdp(k.fromPeer(&other), false)
 			}
-			refuse(func(rec *bpf.LockstepLsRec) { rec.Term++ })
-			refuse(func(rec *bpf.LockstepLsRec) { rec.Term-- })
+			refuse(func(rec *bpf.LockstepLsRec) { rec.KeyGen++ })
+			refuse(func(rec *bpf.LockstepLsRec) { rec.KeyGen-- })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Dir = p2s })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Type = ask })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Version-- })

@@ -599,7 +599,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 	// term changes, term - 1 would be verified with the new keys, and so refused.
 	atomic.StoreUint64(&n.conf.OldUntil, oldUntil)
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
-	atomic.StoreUint32(&n.conf.Term, s.Term)
+	atomic.StoreUint32(&n.conf.KeyGen, s.Term)
 	n.signer.key, n.signer.term = s.TxKey, s.Term
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
 	if s.Rotated {

@@ -129,7 +129,7 @@ func (n *NIC) inherit(old *tables) error {
 	if len(keys) > 0 {
 		n.conf.Edges = 1
 	}
-	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch
+	n.conf.KeyGen, n.conf.Epoch = c.KeyGen, c.Epoch
 	atomic.StoreUint64(&n.conf.LeaseUntil, math.MaxInt64)
 	return nil
 }

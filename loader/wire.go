@@ -71,7 +71,7 @@ func (s *signer) seal(dst []byte, typ bpf.LockstepLsRecType, rec *bpf.LockstepLs
 	rec.Version, rec.Type, rec.Dir = uint8(bpf.LockstepLsConstLS_ABI_VERSION), uint8(typ), uint8(s.dir)
 	rec.Len = uint16(bpf.LockstepLsConstLS_REC_BASE)
 	rec.Stream, rec.StreamNo = uint16(bpf.LockstepLsConstLS_STREAM_USER), s.laneNext
-	rec.Term, rec.Epoch = s.term, s.epoch
+	rec.KeyGen, rec.Epoch = s.term, s.epoch
 	b := bytesOf(rec)[:rec.Len]
 	rec.Tag = siphash.Hash(s.key[0], s.key[1], b[8:])
 	return append(dst, b...)
