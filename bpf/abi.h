@@ -18,7 +18,7 @@
 #error "lockstep's peer frames are little-endian; this host is not"
 #endif
 
-/* Numbers that Go needs too: enumerators, so that its constants come from here. */
+/* Numbers that Go needs too: enumerators, which BTF carries to the Go constants. */
 enum ls_const {
 	LS_ABI_VERSION = 5,
 
@@ -26,18 +26,18 @@ enum ls_const {
 	LS_ETHERTYPE = 0x88b5,
 	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-	LS_HDR_MAX = 256,      /* L2..L4 header bytes of a TCP segment */
-	LS_L4_MAX = 176,       /* bytes before the TCP header; more: compared as a datagram */
-	LS_OPTS_MAX = 40,      /* TCP options: 60-byte header at most */
-	LS_BOUND_MAX = 12,     /* see digest_stride */
-	LS_REC_BASE = 160,     /* struct ls_rec without boundaries */
-	LS_LANE_USER = 0xffff, /* ls_rec.lane of frames that user space sends */
-	LS_LANE_ALL = 0xfffe,  /* NACK: the newest record of every lane, please */
-	LS_LANE_MAX = 1024,    /* lanes of CPUs; windows keep user space's behind them */
-	LS_WINDOW = 1024,      /* lane numbers that may overtake each other */
-	LS_SENT = 2048,	       /* records a lane keeps for NACKs */
-	LS_RESEND_MAX = 64,    /* records sent again for one NACK of a lane */
-	LS_REC_OFF_MAX = 280,  /* highest ls_pre.off */
+	LS_HDR_MAX = 256,	 /* L2..L4 header bytes of a TCP segment */
+	LS_L4_MAX = 176,	 /* bytes before the TCP header; more: compared as a datagram */
+	LS_OPTS_MAX = 40,	 /* TCP options: 60-byte header at most */
+	LS_BOUND_MAX = 12,	 /* see digest_stride */
+	LS_REC_BASE = 160,	 /* struct ls_rec without boundaries */
+	LS_STREAM_USER = 0xffff, /* ls_rec.stream of frames that user space sends */
+	LS_STREAM_ALL = 0xfffe,	 /* NACK: asks for the newest record of every stream */
+	LS_STREAM_MAX = 1024,	 /* streams of CPUs; user space's window comes after theirs */
+	LS_WINDOW = 1024,	 /* width of the anti-replay window, in stream numbers */
+	LS_SENT = 2048,		 /* records that a stream keeps for retransmission */
+	LS_RESEND_MAX = 64,	 /* records retransmitted for one NACK of a stream */
+	LS_REC_OFF_MAX = 280,	 /* highest ls_pre.off */
 
 	LS_RULES_MAX = 16,  /* primary-only rules */
 	LS_PROTO_ETH = 255, /* ls_tuple.proto of what is not IP: addresses are MACs, gport is the
@@ -45,27 +45,28 @@ enum ls_const {
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
-	LS_DGRAM_SHARE = 4,	    /* one slot in so many is for datagrams */
+	LS_DGRAM_SHARE = 4,	    /* one slot in four is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 
 	LS_LANES = 2,		 /* digest lanes */
 	LS_BLOCK = 4096,	 /* bytes of stream per digest block */
 	LS_KEYS_PER_LANE = 1024, /* LS_BLOCK / 4 */
-	LS_KEYS_PAD = 32,	 /* copies of the first keys, so a 64-byte step may overrun */
+	LS_KEYS_PAD = 32, /* copies of the first keys: a 64-byte step may read past the last one */
 };
 
-/* Values of the load-time constant ls_mutate: tests switch one rule off. */
+/* Values of the load-time constant ls_mutate. Each switches one rule off, for mutation tests. */
 enum ls_mutation {
-	LS_MUTATE_R9 = 1,      /* announcements ignored, every offset taken for 0 */
-	LS_MUTATE_R6 = 2,      /* gaps in a lane's numbers are not NACKed */
-	LS_MUTATE_R20 = 4,     /* speak_until is not looked at */
-	LS_MUTATE_REPLAY = 8,  /* lane numbers are taken again and again */
+	LS_MUTATE_R9 = 1,      /* announcements are ignored, every offset counts as 0 */
+	LS_MUTATE_R6 = 2,      /* gaps in a stream's numbers are not NACKed */
+	LS_MUTATE_R20 = 4,     /* the output lease is not checked */
+	LS_MUTATE_REPLAY = 8,  /* replayed stream numbers are accepted */
 	LS_MUTATE_TAG = 16,    /* tags are not checked */
-	LS_MUTATE_GUARD = 32,  /* timestamps of a connection taken over are not moved on */
+	LS_MUTATE_GUARD = 32,  /* timestamps get no guard after a takeover */
 	LS_MUTATE_EDGE = 64,   /* connections taken over from another host are not translated */
-	LS_MUTATE_FLOOD = 128, /* what is not open takes all of the ring and of TCP's slots */
-	LS_MUTATE_DRAIN = 256, /* R13: frames count once where the tap counts their segments */
+	LS_MUTATE_FLOOD = 128, /* connections that are not open may fill the ring and TCP's slots */
+	LS_MUTATE_DRAIN =
+		256, /* R13: a GSO frame counts as one where the tap counts its segments */
 	LS_MUTATE_QUOTE = 512, /* what ICMP errors quote is not translated */
 	LS_MUTATE_MODE = 1024, /* released frames leave in every mode */
 };
@@ -77,7 +78,7 @@ enum ls_mode {
 	LS_MODE_RUN = 2,   /* secondary: rewrite in, record out */
 	LS_MODE_PARK = 3,  /* secondary: input parked in slots, output dropped (R13) */
 	LS_MODE_SOLO = 4,  /* alone: pass both ways, translating where an offset is known */
-	LS_MODE_QUIET = 5, /* secondary: as shut, but what the guest says is kept (R21 i) */
+	LS_MODE_QUIET = 5, /* secondary: as shut, but the guest's TCP payload is kept (R21 i) */
 };
 
 enum ls_slot_state {
@@ -103,20 +104,20 @@ struct ls_tuple {
 
 /* Live settings, one element of the mmapable array ls_conf. */
 struct ls_conf {
-	__u64 speak_until; /* R20: boottime ns; guests' frames pass only before it; ~0: for ever */
+	__u64 lease_until; /* R20: boottime ns, end of the output lease; ~0: it never ends */
 	__u32 mode;	   /* enum ls_mode */
 	__u32 epoch;
-	__u32 term;
+	__u32 key_gen;	 /* key generation: grows with each session and rotation */
 	__u32 key_index; /* element of ls_keys in use */
 	__u8 peer_mac[6];
 	__u8 own_mac[6];
-	__u32 edges;	 /* ls_edge may have entries */
-	__u64 speak_for; /* R20: T, ns: an echo allows speaking until its time + T */
-	__u64 old_until; /* boottime ns; frames of term - 1 are taken before it (rotation) */
-	__u64 echoed;	 /* boottime ns of the last echo: S returned it, it came home to P */
+	__u32 edges;	      /* ls_edge may have entries */
+	__u64 lease_duration; /* R20: T, ns: an echo extends the lease to its time + T */
+	__u64 old_until; /* boottime ns; until then frames of key_gen - 1 are accepted (rotation) */
+	__u64 echoed;	 /* boottime ns of the last echo that S returned, or that came back to P */
 };
 
-/* What the pinned tables were made for (R23): element of ls_meta. */
+/* What the pinned tables were made for (R23): the element of ls_meta. */
 struct ls_meta {
 	__u32 abi; /* LS_ABI_VERSION */
 	__u32 role;
@@ -128,7 +129,7 @@ struct ls_meta {
 	__u8 version[64]; /* of the lockstep that made them, 0-terminated */
 };
 
-/* Leaves from the PVM without comparison: 0 matches any. Host order. */
+/* Datagrams that leave from the PVM without comparison. 0 matches any. Host order. */
 struct ls_rule {
 	__u16 gport;
 	__u16 rport;
@@ -136,7 +137,7 @@ struct ls_rule {
 	__u8 pad[3];
 };
 
-/* Secrets of one term: SipHash keys by direction, digest keys by lane. */
+/* Secrets of one key generation: SipHash keys by direction, digest keys by lane. */
 struct ls_keys {
 	__u64 sip_tx[2]; /* frames this host sends */
 	__u64 sip_rx[2]; /* frames this host receives */
@@ -160,9 +161,9 @@ struct ls_gslot {
 };
 
 enum ls_ev_type {
-	LS_EV_PVM = 1,	  /* struct ls_ev: the PVM said this (ls_pri_out) */
+	LS_EV_PVM = 1,	  /* struct ls_ev: the PVM sent this (ls_pri_out) */
 	LS_EV_REC = 2,	  /* struct ls_ev_rec: an authentic peer frame */
-	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM said this, PVM numbering; wakes nobody */
+	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM sent this, PVM numbering; wakes no reader */
 	LS_EV_PARK = 4,	  /* struct ls_ev: mirrored input parked in a slot (ls_sec_in) */
 	LS_EV_CLIENT = 5, /* struct ls_ev: SYN, FIN or RST from the remote passed the mirror */
 };
@@ -206,20 +207,20 @@ struct ls_ev {
 };
 
 enum ls_rec_type {
-	LS_REC_DATA = 1,     /* S to P: a TCP segment the SVM said */
+	LS_REC_DATA = 1,     /* S to P: a TCP segment that the SVM sent */
 	LS_REC_ANNOUNCE = 2, /* P to S: the PVM's SYN or SYN|ACK (R9) */
-	LS_REC_ASK = 3,	     /* P to S: the sum over [seq, end), please (R5) */
+	LS_REC_ASK = 3,	     /* P to S: asks for the sum over [seq, end) (R5) */
 	LS_REC_ANSWER = 4,   /* S to P: the sum over [seq, end) */
-	LS_REC_DGRAM = 5,    /* S to P: a datagram the SVM said: [seq, end), frag, sum */
-	LS_REC_NEIGH = 6,    /* S to P: the SVM asks who has t.remote; its MAC is in opts */
-	LS_REC_NACK = 7,     /* P to S: lane stride's records sum[0]..sum[1] again, please (R6) */
-	LS_REC_ECHO = 8,     /* P to S and back: P's boottime is sum[0] (R20) */
-	LS_REC_MARK = 9,     /* P to S: what follows the PVM has not heard before its STOP (R16) */
+	LS_REC_DGRAM = 5,    /* S to P: a datagram that the SVM sent: [seq, end), frag, sum */
+	LS_REC_NEIGH = 6,    /* S to P: the SVM resolves t.remote's MAC; its own is in opts */
+	LS_REC_NACK = 7,     /* P to S: asks for records sum[0]..sum[1] of stream stride (R6) */
+	LS_REC_ECHO = 8,     /* P to S and back: sum[0] is P's boottime (R20) */
+	LS_REC_MARK = 9,     /* P to S: the PVM receives what follows after its STOP (R16) */
 };
 
 enum ls_rec_flag {
 	LS_REC_INHERITED = 1, /* no incarnation: the connection came with a checkpoint */
-	LS_REC_AGAIN = 2,     /* sent again (R6): P may have it */
+	LS_REC_RETX = 2,      /* retransmitted (R6): P may have it already */
 };
 
 enum ls_dir {
@@ -228,9 +229,9 @@ enum ls_dir {
 };
 
 /*
- * Front of every peer frame, straight behind the Ethernet header. The bytes
- * between it and the record are what was left of the frame's old headers: a
- * partial checksum may still be written there, so they mean nothing.
+ * Front of every peer frame, directly after the Ethernet header. Between it and
+ * the record stand the remains of the original frame's headers, where a device may
+ * still complete a partial checksum: they are ignored.
  */
 struct ls_pre {
 	__u16 magic;
@@ -244,10 +245,10 @@ struct ls_rec {
 	__u8 type;
 	__u8 dir;
 	__u8 flags;
-	__u16 len;     /* LS_REC_BASE + nsum * 16 */
-	__u16 lane;    /* the sender's CPU, or LS_LANE_USER */
-	__u64 lane_no; /* 1, 2, 3 ... per lane, session and term */
-	__u32 term;
+	__u16 len;	 /* LS_REC_BASE + nsum * 16 */
+	__u16 stream;	 /* the sender's CPU, or LS_STREAM_USER */
+	__u64 stream_no; /* 1, 2, 3 ... per stream, session and key generation */
+	__u32 key_gen;
 	__u32 epoch;
 	struct ls_tuple t;
 	__u32 inc; /* incarnation: the PVM's ISN; 0 with LS_REC_INHERITED */
@@ -277,8 +278,8 @@ struct ls_ev_rec {
 };
 
 /*
- * A TCP connection whose offset is known (element of ls_conn) and its younger
- * self before the handshake is over (element of the LRU ls_half).
+ * State bits of a TCP connection whose offset is known (element of ls_conn), and of
+ * one whose handshake is not over (element of the LRU ls_half).
  */
 enum ls_conn_bit {
 	LS_CONN_PVM = 1,	  /* ISN of the PVM known (announced) */
@@ -291,7 +292,7 @@ enum ls_conn_bit {
 	LS_CONN_PACTIVE = 128,	  /* ls_half: the PVM's SYN had no ACK */
 	LS_CONN_PTS = 256,	  /* ls_half: the PVM's SYN has a timestamp */
 	LS_CONN_STS = 512,	  /* ls_half: the SVM's SYN has a timestamp */
-	LS_CONN_DONE = 1024,	  /* ls_half: went to ls_conn once, does not do so again */
+	LS_CONN_DONE = 1024,	  /* ls_half: was copied to ls_conn once, which happens only once */
 	LS_CONN_INHERITED = 2048, /* made by a takeover: no offset, no incarnation */
 	LS_CONN_GUARDED = 4096,	  /* guard was set */
 	LS_CONN_ECHOES = 8192,	  /* the remote echoes timestamps with the guard */
@@ -299,8 +300,8 @@ enum ls_conn_bit {
 
 /*
  * The PVM's and the SVM's part are written by different programs, each under its
- * own bit: cleared before the fields change, set (a full barrier) after. Whoever
- * finds the other's bit set pairs, so a pair is made once at least.
+ * own bit: cleared before the fields change, set (a full barrier) after. A program
+ * that finds the other part's bit set pairs them, so each pair is made at least once.
  *
  * Both parts belong together when
  *   - the same two ISNs were paired before (used_pvm, used_svm), or
@@ -332,18 +333,18 @@ struct ls_conn {
 	__u32 state;   /* LS_CONN_* */
 	__u32 cli_ack; /* highest ack of the remote, PVM numbering */
 	__u32 isn_svm;
-	__u32 guard;	/* R22: ticks that the remote sees more than the PVM's clock told */
-	__u32 ts_first; /* the first TSval with them, as the remote saw it; 0: none yet */
+	__u32 guard;	/* R22: ticks added to the timestamps that the remote receives */
+	__u32 ts_first; /* the first TSval with the guard, as the remote received it; 0: none */
 	__u64 last;
 };
 
 /*
- * A connection that came with a checkpoint and that the SVM has spoken on since: a
- * takeover has to know of it (R22). Element of the LRU ls_inherited, whose eviction
- * costs that alone.
+ * A connection that came with a checkpoint and on which the SVM has sent since: a
+ * takeover guards its timestamps (R22). Element of the LRU ls_inherited; an evicted
+ * connection merely goes without the guard.
  */
 struct ls_inh {
-	__u32 cli_ack; /* highest ack of the remote; 0: none heard */
+	__u32 cli_ack; /* highest ack of the remote; 0: none seen */
 	__u32 pad;
 };
 
@@ -362,17 +363,17 @@ struct ls_cli {
 	__u8 hdr[LS_HDR_MAX];
 };
 
-/* Reasons, append-only: Go's labels are generated from these names. */
+/* Reasons, append-only: Go's labels are generated from these names, operators see them. */
 #define LS_REASONS(X) \
 	X(released, "released frame turned back into the tap") \
 	X(mirrored, "frame for the guest cloned to the peer") \
 	X(mirror_failed, "clone for the peer dropped: the peer link refused it") \
 	X(held, "PVM frame held in a slot") \
-	X(held_ack, "PVM pure ACK told to user space") \
+	X(held_ack, "PVM pure ACK reported to user space") \
 	X(announced, "SYN announced to the peer") \
 	X(passed, "guest frame passed without comparison (ARP, ND, solo)") \
 	X(shut, "frame dropped: the role's gate is shut") \
-	X(muted, "frame dropped: speak_until has passed") \
+	X(muted, "frame dropped: the output lease has expired") \
 	X(no_slot, "frame dropped: no free slot") \
 	X(no_ring, "frame dropped: ring full") \
 	X(too_long, "frame dropped: longer than a slot, or headers too long") \
@@ -382,13 +383,13 @@ struct ls_cli {
 	X(peer_version, "peer frame dropped: other version") \
 	X(peer_type, "peer frame dropped: unknown type or direction") \
 	X(peer_tag, "peer frame dropped: tag wrong") \
-	X(peer_term, "peer frame dropped: other term") \
+	X(peer_term, "peer frame dropped: other key generation") \
 	X(peer_epoch, "peer frame dropped: other epoch") \
-	X(record_in, "record taken") \
+	X(record_in, "record accepted") \
 	X(record_out, "record sent for an SVM frame") \
 	X(copy_lost, "SVM frame recorded without a copy: no slot or ring") \
 	X(pending, "SVM frame dropped: offset not known yet") \
-	X(svm_only, "SVM frame dropped: leaves from the PVM only") \
+	X(svm_only, "SVM frame dropped: of this kind only the PVM's frames leave") \
 	X(delivered, "mirrored frame delivered to the SVM") \
 	X(parked, "mirrored frame parked") \
 	X(gated, "frame for the SVM dropped: not mirrored") \
@@ -397,19 +398,20 @@ struct ls_cli {
 	X(released_out, "released frame let out") \
 	X(let_in, "mirrored frame let into the SVM, in the unit that its tap counts in") \
 	X(primary_only, "PVM frame passed by a primary-only rule") \
-	X(peer_replay, "peer frame dropped: lane number seen before, or too old") \
-	X(nack_out, "gap in a lane's numbers: records asked for again") \
-	X(nack_in, "request for records taken") \
-	X(resent, "record sent again") \
-	X(resend_gone, "record asked for again, but not kept any more") \
-	X(echo_in, "echo taken: output allowed for a while") \
+	X(peer_replay, \
+	  "peer frame dropped: stream number seen before, or older than the anti-replay window") \
+	X(nack_out, "gap in a stream's numbers: retransmission requested") \
+	X(nack_in, "retransmission request accepted") \
+	X(resent, "record retransmitted") \
+	X(resend_gone, "retransmission requested of a record that is not kept any more") \
+	X(echo_in, "echo accepted: output lease extended") \
 	X(echo_out, "echo returned to the primary") \
 	X(neigh_out, "SVM's neighbour request handed to the primary") \
 	X(xdp_passed, "peer frame let past XDP") \
 	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
-	X(crowded, "frame dropped: its connection is not open, and half of the ring is taken") \
-	X(sacked, "ACK for the PVM alone: it is to repeat what is missing (R6)") \
-	X(peer_again, "record sent again beside the first one (R6)")
+	X(crowded, "frame dropped: its connection is not open, and half of the ring is used") \
+	X(sacked, "duplicate ACK sent to the PVM alone, so that it retransmits (R6)") \
+	X(peer_again, "peer frame dropped: duplicate of a record, one of them retransmitted (R6)")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

@@ -8,7 +8,7 @@
 #include "parse.h"
 #include "seq.h"
 
-/* An offset is taken for known when the remote acks up to this much of the SVM's stream. */
+/* An offset is final once the remote's ack lies within so many bytes of the SVM's ISN. */
 #define LS_ACK_SPAN (1u << 30)
 
 /* SVM numbering is PVM numbering plus these. */
@@ -50,7 +50,7 @@ static __always_inline void conn_offset(const struct ls_conn *c, struct ls_offse
 	o->ts_off = c->ts_off;
 }
 
-/* The tuple's entry, made when there is none. */
+/* The tuple's entry, created if there is none. */
 static __always_inline struct ls_half *half_get(const struct ls_tuple *t)
 {
 	struct ls_half *h = bpf_map_lookup_elem(&ls_half, t);
@@ -64,7 +64,7 @@ static __always_inline struct ls_half *half_get(const struct ls_tuple *t)
 	return h;
 }
 
-/* Notes that the pair was made. Returns 1 when both parts belong together. */
+/* Notes the pair as made, if both parts belong together. Returns 1 then. */
 static __always_inline int half_pair(struct ls_half *h)
 {
 	if (!half_paired(h))
@@ -88,8 +88,8 @@ static __always_inline int find_ts(struct ls_scratch *sc, const __u8 *opts, __u3
 }
 
 /*
- * Takes the SVM's SYN or SYN|ACK in sc->p. The ISN that is known already is the
- * same SYN said again, or a simultaneous open's answer: same incarnation.
+ * Stores the SVM's SYN or SYN|ACK in sc->p. One with the ISN that is known already is
+ * a retransmission, or the answer of a simultaneous open: the same incarnation.
  */
 static __always_inline void half_svm(struct ls_scratch *sc, struct ls_half *h, __u64 now)
 {
@@ -124,7 +124,7 @@ static __always_inline void half_svm(struct ls_scratch *sc, struct ls_half *h, _
 	__sync_fetch_and_or(&h->state, set);
 }
 
-/* Takes the PVM's SYN or SYN|ACK, announced in sc->rec, in the same way. */
+/* Stores the PVM's SYN or SYN|ACK, announced in sc->rec, in the same way. */
 static __always_inline void half_pvm(struct ls_scratch *sc, struct ls_half *h, __u64 now)
 {
 	struct ls_rec *r = &sc->rec;
@@ -151,9 +151,9 @@ static __always_inline void half_pvm(struct ls_scratch *sc, struct ls_half *h, _
 }
 
 /*
- * Does the remote's segment show that it knows the SVM's ISN by the offset? It
- * does when its ack, translated, lies in the SVM's stream. A RST ends what would
- * begin here; a SYN|ACK answers the guest's own SYN only.
+ * Does the remote's segment acknowledge the SVM's SYN? It does if its ack, translated,
+ * lies in the SVM's stream. A RST does not establish anything, and a SYN|ACK only
+ * answers the guest's own SYN.
  */
 static __always_inline int half_is_acked(const struct ls_half *h, const struct ls_pkt *p,
 					 const struct ls_offset *o)
@@ -167,13 +167,13 @@ static __always_inline int half_is_acked(const struct ls_half *h, const struct l
 	return acked > 0 && acked <= LS_ACK_SPAN;
 }
 
-/* May there be connections that were taken over? Asked before anything is looked up. */
+/* May ls_edge have entries? Spares the look-ups where nothing was taken over. */
 static __always_inline int has_edges(const struct ls_conf *conf)
 {
 	return *(const volatile __u32 *)&conf->edges;
 }
 
-/* Makes the half-open connection one that is never evicted. NULL: table full. */
+/* Copies the half-open connection to ls_conn, which evicts nothing. NULL: table full. */
 static __always_inline struct ls_conn *half_promote(struct ls_half *h, const struct ls_pkt *p,
 						    const struct ls_offset *o)
 {
@@ -193,7 +193,7 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 		c.state |= LS_CONN_TS;
 	bpf_map_update_elem(&ls_conn, &p->t, &c, BPF_NOEXIST);
 	made = bpf_map_lookup_elem(&ls_conn, &p->t);
-	if (conf && has_edges(conf)) /* what was taken over was another connection's */
+	if (conf && has_edges(conf)) /* the entry is of an earlier connection */
 		bpf_map_delete_elem(&ls_edge, &p->t);
 	if (made)
 		__sync_fetch_and_or(&h->state, LS_CONN_DONE);
@@ -201,8 +201,8 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 }
 
 /*
- * Notes a segment of either side. A guest that goes on speaking was not reset:
- * anybody may send it a RST that it does not believe.
+ * Notes a segment of either side. A guest that goes on sending ignored the RST:
+ * anybody can forge one.
  */
 static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p, int from_guest,
 				       __u64 now)
@@ -218,7 +218,7 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 		__sync_fetch_and_or(&c->state, set);
 	if (from_guest && !set && c->state & LS_CONN_RST)
 		__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_RST);
-	/* One try: when another CPU was faster, its ack is as new. */
+	/* One attempt: if another CPU was faster, its ack is as new. */
 	if (!from_guest && p->flags & LS_ACK && seq_after(p->ack, old))
 		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);
 }
@@ -232,9 +232,9 @@ static __always_inline struct ls_conn *edge_of(const struct ls_conf *conf, const
 }
 
 /*
- * Does the remote's segment in sc->p echo a timestamp with c's guard? One from before
- * the takeover must not seem older than it is: the guest would take the guard for a
- * round trip.
+ * Does the remote's segment in sc->p echo a timestamp that carries c's guard? From an
+ * older echo the guard must not be subtracted: the guest would measure it as part of
+ * the round-trip time.
  */
 static __always_inline int echoes_guard(struct ls_scratch *sc, struct ls_conn *c)
 {
@@ -253,7 +253,7 @@ static __always_inline int echoes_guard(struct ls_scratch *sc, struct ls_conn *c
 	return 1;
 }
 
-/* Notes the first timestamp that left with c's guard, behind translate(). */
+/* Notes the first timestamp that left with c's guard. Called after translate(). */
 static __always_inline void guard_used(struct ls_scratch *sc, struct ls_conn *c,
 				       const struct ls_delta *d)
 {
@@ -267,18 +267,18 @@ static __always_inline __u32 guard_of(const struct ls_conn *c)
 }
 
 /*
- * Gives the guest's frame in sc->p the numbers that the remote knows: c's, and those of
- * the edge behind it (NULL: none). again: the frame is a copy, which has the PVM's
- * numbers, so of c's the guard alone.
+ * Translates the guest's frame in sc->p to the numbers that the remote knows, by c and
+ * by the edge after it (NULL: none). retx: the frame is a copy that user space
+ * retransmits; it has the PVM's numbers already and only needs c's guard.
  */
 static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, struct ls_conn *c,
-				 const struct ls_conn *edge, int again)
+				 const struct ls_conn *edge, int retx)
 {
 	struct ls_delta d = {};
 
 	conn_touch(c, &sc->p, 1, bpf_ktime_get_boot_ns());
 	d.tsval = guard_of(c);
-	if (!again) {
+	if (!retx) {
 		d.seq = -c->off;
 		d.tsval -= c->ts_off;
 	}
@@ -292,7 +292,7 @@ static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, s
 	return 0;
 }
 
-/* Gives the remote's frame in sc->p the guest's numbers, likewise. */
+/* Translates the remote's frame in sc->p to the guest's numbers, likewise. */
 static __always_inline int enter(struct __sk_buff *skb, struct ls_scratch *sc, struct ls_conn *c,
 				 const struct ls_conn *edge)
 {

@@ -2,11 +2,11 @@
 /*
  * csum.h: changes TCP numbers in a frame and keeps its checksum right (R10).
  *
- * One bpf_csum_diff runs over the whole TCP header, so options at odd offsets
- * need no care. bpf_l4_csum_replace leaves a partial checksum alone: what is in
- * the field then is the pseudo header's sum, which does not change. Stores pass
- * no BPF_F_RECOMPUTE_CSUM: what changes and the field that answers for it sum up
- * to the same as before, so a CHECKSUM_COMPLETE skb stays right as it is.
+ * One bpf_csum_diff runs over the whole TCP header, so options at odd offsets need no
+ * care. bpf_l4_csum_replace leaves a partial checksum alone: its field holds the sum of
+ * the pseudo header, which does not change. Stores pass no BPF_F_RECOMPUTE_CSUM: the
+ * change and the checksum field's cancel each other out, so the sum of a
+ * CHECKSUM_COMPLETE skb stays right.
  */
 #ifndef LS_CSUM_H
 #define LS_CSUM_H
@@ -105,8 +105,8 @@ static __always_inline struct ls_walk *opts_walk(struct ls_scratch *sc, __u32 op
 
 /*
  * Adds *d to the frame's TCP numbers, in sc->p and in the skb. Where TCP-MD5 or TCP-AO
- * has put its digest, another timestamp would only make it wrong. A global function:
- * verified once, and not again wherever something is translated.
+ * signs the segment, timestamps alone are not changed: that would break the signature.
+ * A global function, so that the verifier checks it once and not at every call.
  */
 __noinline int translate(struct __sk_buff *skb, struct ls_scratch *sc, const struct ls_delta *delta)
 {
@@ -149,8 +149,8 @@ __noinline int translate(struct __sk_buff *skb, struct ls_scratch *sc, const str
 }
 
 /*
- * Takes MPTCP out of the SYN in sc->p. Each guest would answer with a random key of its
- * own, and what is said under it could not be compared, nor taken over.
+ * Blanks the MPTCP option of the SYN in sc->p. Each guest would answer with a random
+ * key of its own, so their output could neither be compared nor taken over.
  */
 static __always_inline int strip_mptcp(struct __sk_buff *skb, struct ls_scratch *sc)
 {

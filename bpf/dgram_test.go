@@ -20,25 +20,25 @@ func (s *sample) dgramRecord() *bpf.LockstepLsRec {
 	}
 }
 
-// What the PVM says: segments and datagrams are held as they are, their digest at
+// The PVM's output: segments and datagrams are held as they are, their digest at
 // their positions, whatever stands in front of them and behind.
 func TestPriOutSamples(t *testing.T) {
 	k := newKit(t)
 	for _, s := range samples(true) {
 		t.Run(s.name, func(t *testing.T) {
 			k.TB = t
-			k.conf.SpeakUntil = math.MaxUint64
+			k.conf.LeaseUntil = math.MaxUint64
 			k.setMode(hold)
 			switch s.class {
 			case isBad:
 				k.check(k.LsPriOut, s.frame, drop, "malformed")
 			case isLink, isAsk:
 				k.check(k.LsPriOut, s.frame, next, "passed")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "muted")
 			default:
-				k.conf.SpeakUntil = 1 // to hold is not to speak
+				k.conf.LeaseUntil = 1 // holding needs no lease
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "held")
 				ev := one[*bpf.LockstepLsEv](k)
@@ -58,8 +58,8 @@ func TestPriOutSamples(t *testing.T) {
 	}
 }
 
-// What the SVM says: datagrams become records, without copies; who asks for a
-// neighbour is told to the primary.
+// The SVM's output: datagrams become records, without copies; neighbour requests are
+// passed to the primary.
 func TestSecOutSamples(t *testing.T) {
 	k := newKit(t)
 	for _, s := range samples(true) {
@@ -147,10 +147,10 @@ func TestSoloSamples(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			k.TB = t
 			for _, prog := range []*ebpf.Program{k.LsSecOut, k.LsPriOut} {
-				k.conf.SpeakUntil = math.MaxUint64
+				k.conf.LeaseUntil = math.MaxUint64
 				k.setMode(solo)
 				k.check(prog, s.frame, next, "passed")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(prog, s.frame, drop, "muted")
 			}
@@ -212,10 +212,10 @@ func TestPrimaryOnly(t *testing.T) {
 					k.slot(one[*bpf.LockstepLsEv](k).Slot)
 					continue
 				}
-				k.conf.SpeakUntil = math.MaxUint64
+				k.conf.LeaseUntil = math.MaxUint64
 				k.setMode(hold)
 				k.check(k.LsPriOut, s.frame, next, "primary_only")
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 				k.setConf()
 				k.check(k.LsPriOut, s.frame, drop, "muted")
 				k.setMode(run)
@@ -269,9 +269,9 @@ func TestSlotShares(t *testing.T) {
 			seen := make(map[uint32]bool)
 			for _, e := range k.events() {
 				ev := e.(*bpf.LockstepLsEv)
-				if ev.Slot == noSlot { // of a dropped one only TCP's core is told
+				if ev.Slot == noSlot { // a dropped frame is reported only for TCP
 					if ev.T.Proto != 6 {
-						t.Errorf("a dropped frame of protocol %d is told", ev.T.Proto)
+						t.Errorf("a dropped frame of protocol %d is reported", ev.T.Proto)
 					}
 					continue
 				}

@@ -8,11 +8,11 @@
  * positions that are multiples of 4, bytes outside the range read as 0, and
  * m_lane(b) = mix(b ^ mix_lane) | 1 with b = position / 4096 (20 bits).
  *
- * The shape is the verifier's: bpf_loop over pieces that end at a block or at a
- * boundary, each copied to scratch at its alignment with zeros around it, 16
- * words a turn. Plain nested loops exceed a million instructions (6.18), and so
- * does a loop whose state is on the stack, where every turn is another state: it
- * is in the scratch map.
+ * The verifier dictates the shape: bpf_loop over pieces that end at a block or at a
+ * boundary, each copied to scratch at its alignment with zeros around it, 16 words a
+ * turn. Plain nested loops exceed a million instructions (6.18), and so does a loop
+ * with its state on the stack, where each turn is a new state: it is kept in the
+ * scratch map.
  */
 #ifndef LS_DIGEST_H
 #define LS_DIGEST_H
@@ -43,8 +43,8 @@ static __always_inline __u64 digest_mix(__u64 x)
 
 /*
  * Multiplies the words of piece->b, up to byte end, by the keys from first on
- * into piece->sum. A global function: verified once and not again in every state
- * of the loop over pieces.
+ * into piece->sum. A global function, so that the verifier checks it once and not in
+ * every state of the loop over pieces.
  */
 __noinline int digest_words(struct ls_piece *piece, const struct ls_keys *keys, __u32 first,
 			    __u32 end)
@@ -126,7 +126,7 @@ static long digest_step(__u32 i, struct ls_run *r)
 	if (!d->stride)
 		return 0;
 	d->next -= n;
-	if (d->next || !d->left) /* what a boundary at the end would tell, the whole sum tells */
+	if (d->next || !d->left) /* at the payload's end the whole sum serves as boundary */
 		return 0;
 	if (at >= LS_BOUND_MAX)
 		return 1;
@@ -139,9 +139,9 @@ static long digest_step(__u32 i, struct ls_run *r)
 
 /*
  * Bytes between boundaries for a GSO frame: the smallest multiple of the segment
- * size that gives at most LS_BOUND_MAX boundaries inside the payload. Each costs both
- * hosts; where one is missing P sums up to half a stride itself. The frames with which
- * a connection begins have them all.
+ * size that gives at most LS_BOUND_MAX boundaries inside the payload. Each costs time on
+ * both hosts; where one is missing P itself digests up to half a stride. The small
+ * frames at a connection's start have a boundary at every segment.
  */
 static __always_inline __u32 digest_stride(__u32 gso_size, __u32 paylen)
 {

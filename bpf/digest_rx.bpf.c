@@ -1,30 +1,30 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* digest_rx.bpf.c: ingress of the peer device on P: what S says of its guest. */
+/* digest_rx.bpf.c: ingress of the peer device on P: records of the SVM's output. */
 
-/* R20: an echo shows that S had not begun to take over at the time it tells. */
-static __always_inline void echo_taken(struct ls_conf *conf, __u64 asked)
+/* R20: an echo proves that S had not begun to take over when P sent it. */
+static __always_inline void lease_renew(struct ls_conf *conf, __u64 asked)
 {
-	__u64 until = asked + conf->speak_for, old = conf->speak_until;
+	__u64 until = asked + conf->lease_duration, old = conf->lease_until;
 
-	/* One try: another CPU's echo is as good, and only user space mutes or frees. */
+	/* One attempt: another CPU's echo is as good, and else only user space writes it. */
 	if (until > old)
-		__sync_val_compare_and_swap(&conf->speak_until, old, until);
+		__sync_val_compare_and_swap(&conf->lease_until, old, until);
 }
 
-/* Turns the frame into a request for the lane's records from first on (R6). */
+/* Turns the frame into a NACK of its stream's records from first on (R6). */
 static __always_inline int nack(struct __sk_buff *skb, struct ls_scratch *sc,
 				const struct ls_conf *conf, __u64 first, __u32 off)
 {
 	struct ls_keys *keys = keys_in_use(conf);
-	__u64 last = sc->rec.lane_no - 1;
-	__u32 lane = sc->rec.lane;
+	__u64 last = sc->rec.stream_no - 1;
+	__u32 stream = sc->rec.stream;
 	int verdict;
 
 	if (!keys)
 		return TCX_DROP;
 	rec_begin(&sc->rec, conf, LS_REC_NACK, LS_DIR_P2S);
-	sc->rec.stride = lane;
+	sc->rec.stride = stream;
 	sc->rec.sum[0] = first;
 	sc->rec.sum[1] = last;
 	verdict = rec_send(skb, sc, conf, keys, off);
@@ -49,19 +49,19 @@ int ls_digest_rx(struct __sk_buff *skb)
 	why = rec_check(skb, sc, conf, LS_DIR_S2P, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	why = win_take(&sc->rec, &gap);
+	why = replay_check(&sc->rec, &gap);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
 	if (sc->rec.type == LS_REC_ECHO) {
-		echo_taken(conf, sc->rec.sum[0]);
+		lease_renew(conf, sc->rec.sum[0]);
 		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 		count(LS_R_echo_in, skb, 0);
 	} else if (sc->rec.type == LS_REC_DATA && sc->rec.tcp_flags & LS_SYN && ring_crowded()) {
-		count(LS_R_crowded, skb, 0); /* the announcement is repeated, and brings it again */
+		count(LS_R_crowded, skb, 0); /* P repeats the announcement, and S this record */
 	} else {
-		count(rec_tell(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
+		count(rec_report(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
 	}
-	if (gap && sc->rec.lane != LS_LANE_USER && !(ls_mutate & LS_MUTATE_R6))
+	if (gap && sc->rec.stream != LS_STREAM_USER && !(ls_mutate & LS_MUTATE_R6))
 		return nack(skb, sc, conf, gap, off);
 	return TCX_DROP;
 }

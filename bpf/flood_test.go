@@ -19,10 +19,10 @@ func stranger(i int) flow {
 }
 
 // What opens connections, or ends some that were never open, takes half of the ring at
-// most, wherever it comes from: what others say of theirs still has room.
+// most, wherever it comes from: events of other connections still have room.
 func TestFlood(t *testing.T) {
 	synRecord := func(k *kit, f flow) []byte {
-		return k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, Term: term, Epoch: epoch, T: f.tuple(), TcpFlags: syn | ack})
+		return k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: data, Dir: s2p, KeyGen: keyGen, Epoch: epoch, T: f.tuple(), TcpFlags: syn | ack})
 	}
 	// Slots are not what runs out here.
 	k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = 8192 }, variable("ls_nslots", 8192))

@@ -112,7 +112,7 @@ func TestFuzz(t *testing.T) {
 	l := newLab(t)
 	l.jumbo()
 	k := l.kit(setRules(bpf.LockstepLsRule{Proto: 17, Gport: gport}))
-	k.conf.SpeakFor = 1
+	k.conf.LeaseDuration = 1
 	r := rand.New(rand.NewPCG(51, 52))
 	var guests [2][][]byte // to it, from it
 	for from := range 2 {
@@ -150,10 +150,10 @@ func TestFuzz(t *testing.T) {
 	taken, n := 0, 0
 	for round := range 900 {
 		for _, p := range programs {
-			k.conf.SpeakUntil = math.MaxUint64
+			k.conf.LeaseUntil = math.MaxUint64
 			muted := round%4 == 3
 			if muted && p.mode != solo {
-				k.conf.SpeakUntil = 1
+				k.conf.LeaseUntil = 1
 			}
 			k.setMode(p.mode)
 			var frame, rec []byte // rec: what makes the frame genuine
@@ -233,8 +233,8 @@ func TestFuzz(t *testing.T) {
 					}
 				}
 			}
-			told := slices.Contains([]string{"held", "held_ack", "announced", "parked"}, reason) || reason == "record_in" && rec != nil && rec[9] != announce
-			if told && len(evs) != 1 || len(evs) > 1 {
+			reported := slices.Contains([]string{"held", "held_ack", "announced", "parked"}, reason) || reason == "record_in" && rec != nil && rec[9] != announce
+			if reported && len(evs) != 1 || len(evs) > 1 {
 				fail("events")
 			}
 		}

@@ -58,7 +58,7 @@ func TestLiveGateCounts(t *testing.T) {
 	in := l.socket("lstap")
 	l.must(unix.SetsockoptInt(in, unix.SOL_SOCKET, unix.SO_MARK, markIn))
 	r := rand.New(rand.NewPCG(41, 42))
-	// read takes as many frames as the gate says there are, and no more come.
+	// read takes as many frames as the gate counted, and no more come.
 	read := func(name string, before counts, cut *int) {
 		t.Helper()
 		n := int(k.moved(before)["let_in"])
@@ -129,7 +129,7 @@ func TestLiveGateCounts(t *testing.T) {
 		}
 	}
 
-	// A stack's own frames tell their segments.
+	// A stack's own frames carry their number of segments.
 	l.offloads(0)
 	f := flows["IPv4"]
 	out, err := netlink.LinkByName("lsout")

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * hold.h: frames kept in slots and the events that tell user space of them.
+ * hold.h: frames kept in slots, and the events that report them to user space.
  *
  * Order: reserve the event, claim a slot, copy, mark it READY, submit. User space
- * gives a slot back by a compare-and-swap READY to FREE. Nothing waits: no event
- * or no slot means that the frame is not kept, and the caller drops and counts.
+ * makes a slot FREE again. Nothing waits: without an event or a slot the frame is
+ * not kept, and the caller drops and counts it.
  *
- * A commit without flags wakes a reader only when it has read all before, so it is
- * no use behind one with BPF_RB_NO_WAKEUP: then the reader sleeps on, and the ring
- * fills up. Hence on P nothing is committed quietly, discarded events neither. On S
- * copies are, all else forces the wake-up, and so does one copy in many.
+ * A commit without flags wakes the reader only if that has read everything before it.
+ * After one with BPF_RB_NO_WAKEUP it therefore wakes nobody, and the ring fills up. So
+ * on P every commit, of discarded events too, may wake the reader. On S copies do not,
+ * but for one in many, and everything else forces the wake-up.
  */
 #ifndef LS_HOLD_H
 #define LS_HOLD_H
@@ -19,7 +19,7 @@
 #include "maps.h"
 #include "parse.h"
 
-#define LS_PROBES 32	 /* slots looked at before "none free" */
+#define LS_PROBES 32	 /* slots tried before giving up */
 #define LS_QUIET_MAX 128 /* copies without a wake-up; a GSO frame counts for 16 */
 #define LS_CHECKSUM_PARTIAL 3
 #define LS_GSO_DODGY (1 << 1) /* SKB_GSO_DODGY: user space made it */
@@ -59,9 +59,9 @@ static __always_inline __u32 gso_type(struct sk_buff *kskb)
 }
 
 /*
- * A connection that is not open costs a stranger nothing, and the ring is everybody's:
- * once half of it is taken, such a connection has no event any more. Both ends of an
- * opening repeat what was dropped.
+ * Anybody can open connections halfway at no cost, and all connections share the
+ * ring: once half of it is used, events of connections that are not open are refused.
+ * The ends of a handshake retransmit what was dropped.
  */
 static __always_inline int ring_crowded(void)
 {
@@ -70,7 +70,7 @@ static __always_inline int ring_crowded(void)
 		       bpf_ringbuf_query(&ls_ring, BPF_RB_RING_SIZE) / 2;
 }
 
-/* Does the frame open a connection, or end one (P) on which the remote has said no more? */
+/* P: does the frame open a connection, or end one that the remote has not opened? */
 static __always_inline int pri_not_open(const struct ls_pkt *p)
 {
 	struct ls_cli *c;
@@ -97,11 +97,11 @@ static __always_inline __u32 slot_class(const struct ls_pkt *p)
 }
 
 /*
- * Finds a FREE element of an array of n slots of either size, makes it FILLING
- * and returns it. Datagrams have the first quarter and TCP the rest, so that
- * neither starves the other; SYNs have only the second quarter. The cursor is this CPU's and this
- * class's and goes on behind what it found. Frames that are held may stand in a row, for another
- * CPU's cursor goes through the same slots: half-way the search goes on anywhere.
+ * Finds a FREE element of an array of n slots of either size, makes it FILLING and
+ * returns it. Datagrams have the first quarter and TCP the rest, so that neither
+ * starves the other; SYNs have only the second quarter. Each CPU has a cursor for each
+ * class, from which the next search starts. Another CPU's cursor may have filled a
+ * whole run of slots ahead of it, so half-way the search continues at a random place.
  */
 static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, const struct ls_pkt *p,
 						  __u32 *cursor, __u32 *index)
@@ -179,8 +179,8 @@ static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls
 }
 
 /*
- * Reserves an event and fills in what the frame itself tells. NULL: ring full.
- * The caller submits or discards it.
+ * Reserves an event and fills in what comes from the frame itself. NULL: the ring is
+ * full. The caller submits or discards it.
  */
 static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct ls_pkt *p,
 					    enum ls_ev_type type)
@@ -222,14 +222,14 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 		ev->csum_offset = kskb->csum_offset;
 	}
 
-	hdr = p->dgram ? 0 : p->pay_off; /* a datagram leaves as it stands in its slot */
+	hdr = p->dgram ? 0 : p->pay_off; /* a datagram leaves as it is in its slot */
 	barrier_var(hdr);
 	if (hdr > 0 && hdr <= LS_HDR_MAX && !bpf_skb_load_bytes(skb, 0, ev->hdr, hdr))
 		ev->hdr_len = hdr;
 	return ev;
 }
 
-/* How to submit a copy: user space needs it when the slots run out, or when P asks. */
+/* How to submit a copy: user space reads it when slots run out, or when P asks for it. */
 static __always_inline __u64 copy_wakeup(struct ls_scratch *sc, __u32 slot)
 {
 	sc->quiet += slot & LS_SLOT_GSO ? 16 : 1;

@@ -29,18 +29,18 @@ type LockstepLsCli struct {
 }
 
 type LockstepLsConf struct {
-	_          structs.HostLayout
-	SpeakUntil uint64
-	Mode       uint32
-	Epoch      uint32
-	Term       uint32
-	KeyIndex   uint32
-	PeerMac    [6]uint8
-	OwnMac     [6]uint8
-	Edges      uint32
-	SpeakFor   uint64
-	OldUntil   uint64
-	Echoed     uint64
+	_             structs.HostLayout
+	LeaseUntil    uint64
+	Mode          uint32
+	Epoch         uint32
+	KeyGen        uint32
+	KeyIndex      uint32
+	PeerMac       [6]uint8
+	OwnMac        [6]uint8
+	Edges         uint32
+	LeaseDuration uint64
+	OldUntil      uint64
+	Echoed        uint64
 }
 
 type LockstepLsConn struct {
@@ -86,9 +86,9 @@ const (
 	LockstepLsConstLS_OPTS_MAX      LockstepLsConst = 40
 	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 12
 	LockstepLsConstLS_REC_BASE      LockstepLsConst = 160
-	LockstepLsConstLS_LANE_USER     LockstepLsConst = 65535
-	LockstepLsConstLS_LANE_ALL      LockstepLsConst = 65534
-	LockstepLsConstLS_LANE_MAX      LockstepLsConst = 1024
+	LockstepLsConstLS_STREAM_USER   LockstepLsConst = 65535
+	LockstepLsConstLS_STREAM_ALL    LockstepLsConst = 65534
+	LockstepLsConstLS_STREAM_MAX    LockstepLsConst = 1024
 	LockstepLsConstLS_WINDOW        LockstepLsConst = 1024
 	LockstepLsConstLS_SENT          LockstepLsConst = 2048
 	LockstepLsConstLS_RESEND_MAX    LockstepLsConst = 64
@@ -256,12 +256,6 @@ const (
 	LockstepLsMutationLS_MUTATE_MODE   LockstepLsMutation = 1024
 )
 
-type LockstepLsNumber struct {
-	_   structs.HostLayout
-	No  uint64
-	Pad [7]uint64
-}
-
 type LockstepLsPre struct {
 	_     structs.HostLayout
 	Magic uint16
@@ -328,9 +322,9 @@ type LockstepLsRec struct {
 	Dir      uint8
 	Flags    uint8
 	Len      uint16
-	Lane     uint16
-	LaneNo   uint64
-	Term     uint32
+	Stream   uint16
+	StreamNo uint64
+	KeyGen   uint32
 	Epoch    uint32
 	T        LockstepLsTuple
 	Inc      uint32
@@ -352,7 +346,7 @@ type LockstepLsRecFlag uint32
 
 const (
 	LockstepLsRecFlagLS_REC_INHERITED LockstepLsRecFlag = 1
-	LockstepLsRecFlagLS_REC_AGAIN     LockstepLsRecFlag = 2
+	LockstepLsRecFlagLS_REC_RETX      LockstepLsRecFlag = 2
 )
 
 type LockstepLsRecType uint32
@@ -369,6 +363,18 @@ const (
 	LockstepLsRecTypeLS_REC_MARK     LockstepLsRecType = 9
 )
 
+type LockstepLsReplayWin struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	KeyGen uint32
+	Top    uint64
+	Bits   [16]uint64
+	Retx   [16]uint64
+}
+
 type LockstepLsRule struct {
 	_     structs.HostLayout
 	Gport uint16
@@ -380,25 +386,25 @@ type LockstepLsRule struct {
 type LockstepLsScratch struct {
 	_ structs.HostLayout
 	P struct {
-		_      structs.HostLayout
-		T      LockstepLsTuple
-		Len    uint32
-		Seq    uint32
-		Ack    uint32
-		Paylen uint32
-		Win    uint16
-		Flags  uint8
-		Optlen uint8
-		L3Off  uint16
-		L4Off  uint16
-		PayOff uint16
-		Tci    uint16
-		Frag   uint16
-		Dgram  uint8
-		Asks   uint8
-		Mac    [6]uint8
-		_      [6]byte
-		Tcp    [64]uint8
+		_        structs.HostLayout
+		T        LockstepLsTuple
+		Len      uint32
+		Seq      uint32
+		Ack      uint32
+		Paylen   uint32
+		Win      uint16
+		Flags    uint8
+		Optlen   uint8
+		L3Off    uint16
+		L4Off    uint16
+		PayOff   uint16
+		Tci      uint16
+		Frag     uint16
+		Dgram    uint8
+		NeighReq uint8
+		Mac      [6]uint8
+		_        [6]byte
+		Tcp      [64]uint8
 	}
 	Tcp [64]uint8
 	Q   struct {
@@ -482,16 +488,10 @@ type LockstepLsTuple struct {
 	Pad    [3]uint8
 }
 
-type LockstepLsWindow struct {
-	_    structs.HostLayout
-	Lock struct {
-		_   structs.HostLayout
-		Val uint32
-	}
-	Term  uint32
-	Top   uint64
-	Bits  [16]uint64
-	Again [16]uint64
+type LockstepLsTxStream struct {
+	_   structs.HostLayout
+	No  uint64
+	Pad [7]uint64
 }
 
 // Names of all BPF objects in the ELF.

@@ -17,8 +17,9 @@
 /* Load-time constants. Marks are random, not 0, and differ. */
 volatile const __u32 ls_tap;	  /* ifindex of the guest's tap */
 volatile const __u32 ls_peer;	  /* ifindex of the peer device */
-volatile const __u32 ls_mark_rel; /* a released frame; on S one that is said again (R22) */
-volatile const __u32 ls_mark_in;  /* S: a mirrored frame on its way to the tap; P: not to mirror */
+volatile const __u32 ls_mark_rel; /* a released frame; on S a copy that is retransmitted (R22) */
+volatile const __u32
+	ls_mark_in; /* S: a mirrored frame on its way to the tap; P: a frame not to mirror */
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
 volatile const __u32 ls_nrules; /* of ls_rules in use */
@@ -64,7 +65,7 @@ struct {
 	__type(value, struct ls_gslot);
 } ls_gslots SEC(".maps");
 
-/* struct ls_ev and struct ls_ev_rec, told apart by their first word. */
+/* struct ls_ev and struct ls_ev_rec: their first word is the type. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, LS_RING);
@@ -78,11 +79,11 @@ struct {
 } ls_conn SEC(".maps");
 
 /*
- * What a host that took over adds to the numbers of connections that began before
- * (R22), as long as they last. Between the edge and the guest
- * everything has the guest's numbers. off, ts_off, guard, ts_first, state and last
- * are those of ls_conn, with the guest's in the place of the SVM's and what the
- * remote sees in the place of the PVM's. User space alone adds to it.
+ * The translation that a host that took over applies to connections that are older
+ * than the takeover (R22), until they end. Between this edge and the guest all frames
+ * have the guest's numbers. off, ts_off, guard, ts_first, state and last are as in
+ * ls_conn, with the guest in the SVM's place and the remote's view in the PVM's. Only
+ * user space adds entries.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -105,7 +106,7 @@ struct {
 	__type(value, struct ls_inh);
 } ls_inherited SEC(".maps");
 
-/* P: the remote's newest segments. Evicting one costs a chance to heal. */
+/* P: the remote's newest segments. One that is evicted cannot be sent to S again (R6). */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, LS_CONNS);
@@ -120,7 +121,7 @@ struct {
 	__type(value, struct ls_rule);
 } ls_rules SEC(".maps");
 
-/* Written by user space alone, when it makes the tables. */
+/* Written only by user space, when it makes the tables. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -128,29 +129,32 @@ struct {
 	__type(value, struct ls_meta);
 } ls_meta SEC(".maps");
 
-/* Lane numbers received, by lane; user space's lane is the last element. */
-struct ls_window {
+/*
+ * Anti-replay windows by TX stream of the peer (RFC 6479's blocks of a bit map); user
+ * space's stream is the last element.
+ */
+struct ls_replay_win {
 	struct bpf_spin_lock lock;
-	__u32 term; /* of the numbers; a later one begins afresh */
-	__u64 top;  /* highest */
+	__u32 key_gen; /* of the numbers; a later one starts an empty window */
+	__u64 top;     /* highest */
 	__u64 bits[LS_WINDOW / 64];
-	__u64 again[LS_WINDOW / 64]; /* taken as one that was sent again */
+	__u64 retx[LS_WINDOW / 64]; /* accepted as a retransmission */
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, LS_LANE_MAX + 1);
+	__uint(max_entries, LS_STREAM_MAX + 1);
 	__type(key, __u32);
-	__type(value, struct ls_window);
+	__type(value, struct ls_replay_win);
 } ls_win SEC(".maps");
 
-/* What a lane sent last, by its number modulo LS_SENT (R6). */
+/* A record that a stream sent, kept for retransmission (R6). */
 struct ls_sent {
 	__u64 no; /* 0: none, or being written */
 	__u8 rec[LS_REC_BASE];
 };
 
-/* LS_SENT elements for each lane, one lane behind the other: on S alone. */
+/* LS_SENT elements for each stream, by number modulo LS_SENT; one stream after the other. On S. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, LS_SENT);
@@ -159,19 +163,20 @@ struct {
 } ls_sent SEC(".maps");
 
 /*
- * Number of the record that a lane sent last, in a cache line of its own. Lanes are
- * CPUs; another CPU's number has to be read, and that of one that is not there.
+ * A TX stream: the number of its newest record, in a cache line of its own. There is
+ * one for each CPU. An array, not a per-CPU one, as S reads those of other CPUs. Its
+ * map keeps the name ls_lane, by which tables are found that an earlier version pinned.
  */
-struct ls_number {
+struct ls_tx_stream {
 	__u64 no;
 	__u64 pad[7];
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, LS_LANE_MAX);
+	__uint(max_entries, LS_STREAM_MAX);
 	__type(key, __u32);
-	__type(value, struct ls_number);
+	__type(value, struct ls_tx_stream);
 } ls_lane SEC(".maps");
 
 /*
@@ -191,10 +196,10 @@ struct ls_pkt {
 	__u16 l4_off;
 	__u16 pay_off;
 	__u16 tci;
-	__u16 frag;  /* byte offset of a fragment | 1 when more follow */
-	__u8 dgram;  /* not TCP, or not comparable as such */
-	__u8 asks;   /* ARP request or neighbour solicitation: t.guest asks who has t.remote */
-	__u8 mac[6]; /* of the sender */
+	__u16 frag;	/* byte offset of a fragment | 1 when more follow */
+	__u8 dgram;	/* not TCP, or not comparable as such */
+	__u8 neigh_req; /* ARP request or neighbour solicitation of t.guest for t.remote */
+	__u8 mac[6];	/* of the sender */
 	__u8 tcp[64] __attribute__((aligned(8))); /* TCP header and options, rest 0 */
 };
 
@@ -281,16 +286,16 @@ static __always_inline struct ls_conf *config(void)
 	return bpf_map_lookup_elem(&ls_conf, &key);
 }
 
-/* Read once: user space changes it at any moment. */
+/* Read once: user space may change it at any moment. */
 static __always_inline __u32 mode_of(const struct ls_conf *conf)
 {
 	return *(const volatile __u32 *)&conf->mode;
 }
 
-/* R20: may a guest's frame leave at this moment? */
-static __always_inline int may_speak(const struct ls_conf *conf)
+/* R20: may a guest's frame leave now? */
+static __always_inline int lease_valid(const struct ls_conf *conf)
 {
-	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->speak_until;
+	return ls_mutate & LS_MUTATE_R20 || bpf_ktime_get_boot_ns() < conf->lease_until;
 }
 
 static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)
@@ -300,13 +305,13 @@ static __always_inline struct ls_keys *keys_in_use(const struct ls_conf *conf)
 	return bpf_map_lookup_elem(&ls_keys, &key);
 }
 
-/* Keys of a peer frame's term: for a while after a rotation also those before. */
-static __always_inline struct ls_keys *keys_of_term(const struct ls_conf *conf, __u32 term)
+/* Keys of a peer frame's generation: for a while after a rotation the previous ones too. */
+static __always_inline struct ls_keys *keys_of_gen(const struct ls_conf *conf, __u32 key_gen)
 {
 	__u32 key = conf->key_index;
 
-	if (term != conf->term) {
-		if (term != conf->term - 1 || bpf_ktime_get_boot_ns() >= conf->old_until)
+	if (key_gen != conf->key_gen) {
+		if (key_gen != conf->key_gen - 1 || bpf_ktime_get_boot_ns() >= conf->old_until)
 			return NULL;
 		key ^= 1;
 	}

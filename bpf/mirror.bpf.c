@@ -1,12 +1,13 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* mirror.bpf.c: egress of the PVM's tap: what the guest is about to receive. */
+/* mirror.bpf.c: egress of the PVM's tap: frames that the guest is about to receive. */
 
 /*
- * Keeps the remote's newest segment: S gets it again when the SVM seems to have
- * missed it (R6), and a daemon that was started again knows by it what the remote
- * has (R23). A SYN begins anew; what others overtook is not news. A SYN's ack says
- * nothing, and a RST's may be anybody's: whatever follows them is news.
+ * Keeps the remote's newest segment: P sends it to S again when the SVM seems to have
+ * missed it (R6), and a restarted daemon learns from it what the remote has received
+ * (R23). A SYN replaces what was there; a segment that others overtook is ignored. The
+ * ack of a SYN means nothing and that of a RST may be forged, so any segment replaces
+ * those.
  */
 static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch *sc)
 {
@@ -40,10 +41,10 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 }
 
 /*
- * SYN, FIN and RST of the remote begin and end what user space tracks. Returns
- * LS_R_mirrored, or why neither guest may hear the frame.
+ * Reports the remote's SYN, FIN and RST, by which user space tracks connections. Returns
+ * LS_R_mirrored, or why neither guest may receive the frame.
  */
-static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct ls_scratch *sc)
+static __always_inline enum ls_reason mirror_report(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_ev *ev;
@@ -61,8 +62,8 @@ static __always_inline enum ls_reason mirror_tell(struct __sk_buff *skb, struct 
 }
 
 /*
- * What is done to a frame before either guest hears it. Returns 1 for a TCP segment, 0 for
- * anything else, -1 when it failed.
+ * Changes that a frame needs before either guest receives it. Returns 1 for a TCP
+ * segment, 0 for anything else, -1 when it failed.
  */
 static __always_inline int mirror_take(struct __sk_buff *skb, struct ls_scratch *sc,
 				       const struct ls_conf *conf)
@@ -90,7 +91,7 @@ int ls_mirror(struct __sk_buff *skb)
 	if (!conf || !sc)
 		return count(LS_R_shut, skb, TCX_DROP);
 	mode = mode_of(conf);
-	if (skb->mark == ls_mark_in) { /* in the guest's numbers already */
+	if (skb->mark == ls_mark_in) { /* it has the guest's numbers already */
 		skb->mark = 0;
 		if (mode != LS_MODE_HOLD)
 			return count(LS_R_shut, skb, TCX_DROP);
@@ -102,17 +103,17 @@ int ls_mirror(struct __sk_buff *skb)
 	if (took < 0)
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	if (mode == LS_MODE_SOLO) {
-		/* Who follows this guest next has to know what the remote has (R8). */
+		/* The next primary needs to know what the remote has received (R8). */
 		if (took)
 			mirror_note(skb, sc);
 		return count(LS_R_passed, skb, TCX_NEXT);
 	}
 
-	/* Neither guest hears what user space could not be told. */
-	why = took ? mirror_tell(skb, sc) : LS_R_mirrored;
+	/* A frame that user space must know of and does not reaches neither guest. */
+	why = took ? mirror_report(skb, sc) : LS_R_mirrored;
 	if (why != LS_R_mirrored)
 		return count(why, skb, TCX_DROP);
-	/* A clone that was lost heals by the remote's retransmission. */
+	/* A lost clone is recovered by the remote's retransmission. */
 	if (bpf_clone_redirect(skb, ls_peer, 0))
 		return count(LS_R_mirror_failed, skb, TCX_NEXT);
 	return count(LS_R_mirrored, skb, TCX_NEXT);

@@ -51,7 +51,7 @@ func (k *kit) sameCli(t bpf.LockstepLsTuple, want *bpf.LockstepLsCli) {
 }
 
 // Everything for the guest is mirrored as it is; of TCP the newest segment is kept,
-// and nothing else is told.
+// and nothing else is reported.
 func TestLiveMirrorSamples(t *testing.T) {
 	l := newLab(t)
 	l.jumbo()
@@ -79,7 +79,7 @@ func TestLiveMirrorSamples(t *testing.T) {
 				t.Errorf("verdict %d, mark %#x, frame\n% x", int32(v), mark, out)
 			}
 		})
-		// For the PVM alone: nobody else hears it, and it is no news.
+		// For the PVM alone: it is not mirrored, and not kept as the newest segment.
 		for m, want := range map[bpf.LockstepLsMode]string{hold: "sacked", solo: "shut", shut: "shut"} {
 			k.setMode(m)
 			k.expect(counts{want: 1}, func() {
@@ -96,14 +96,14 @@ func TestLiveMirrorSamples(t *testing.T) {
 	}
 }
 
-// R6: what a segment's ack says decides whether it is news.
+// R6: a segment's ack decides whether it is the newest one.
 func TestLiveClientKept(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()
 	k.setMode(hold)
 	for family, f := range flows {
 		var kept *bpf.LockstepLsCli
-		hear := func(news bool, s seg) {
+		receives := func(news bool, s seg) {
 			t.Helper()
 			frame := f.to(s)
 			k.check(k.LsMirror, frame, next, "mirrored")
@@ -117,29 +117,29 @@ func TestLiveClientKept(t *testing.T) {
 		}
 		const ackOf = 0xf0000000 // behind 0 in sequence space: a SYN's ack means nothing
 		ts := timestamps(1, 2)
-		hear(true, seg{seq: 100, flags: syn, win: 5, opts: withTS(1, 0)})
-		hear(true, seg{seq: 101, ack: ackOf, flags: ack, win: 6, opts: ts})
-		hear(true, seg{seq: 101, ack: ackOf, flags: ack | psh, win: 7, opts: ts, payload: []byte("request")})
-		hear(false, seg{seq: 108, ack: ackOf - 1, flags: ack, win: 8})
-		hear(false, seg{seq: 108, flags: psh, win: 8}) // no ACK
-		hear(true, seg{seq: 50, ack: ackOf, flags: ack, win: 9})
-		hear(true, seg{seq: 108, ack: 10, flags: ack, win: 10, opts: ts}) // over the wrap
-		hear(false, seg{seq: 108, ack: ackOf, flags: ack, win: 11})
-		hear(true, seg{seq: 108, ack: 10, flags: fin | ack, win: 12})
-		hear(true, seg{seq: 109, flags: rst})
-		hear(true, seg{seq: 109, ack: ackOf, flags: ack}) // a RST that was not believed
-		hear(true, seg{seq: 109, ack: 0x30000000, flags: rst | ack})
-		hear(true, seg{seq: 109, ack: ackOf, flags: ack})
-		hear(true, seg{seq: 7, flags: syn}) // begins anew
-		hear(true, seg{seq: 8, ack: 5, flags: ack})
-		hear(true, seg{seq: 7, ack: 3, flags: syn | ack})
+		receives(true, seg{seq: 100, flags: syn, win: 5, opts: withTS(1, 0)})
+		receives(true, seg{seq: 101, ack: ackOf, flags: ack, win: 6, opts: ts})
+		receives(true, seg{seq: 101, ack: ackOf, flags: ack | psh, win: 7, opts: ts, payload: []byte("request")})
+		receives(false, seg{seq: 108, ack: ackOf - 1, flags: ack, win: 8})
+		receives(false, seg{seq: 108, flags: psh, win: 8}) // no ACK
+		receives(true, seg{seq: 50, ack: ackOf, flags: ack, win: 9})
+		receives(true, seg{seq: 108, ack: 10, flags: ack, win: 10, opts: ts}) // over the wrap
+		receives(false, seg{seq: 108, ack: ackOf, flags: ack, win: 11})
+		receives(true, seg{seq: 108, ack: 10, flags: fin | ack, win: 12})
+		receives(true, seg{seq: 109, flags: rst})
+		receives(true, seg{seq: 109, ack: ackOf, flags: ack}) // after a RST that was ignored
+		receives(true, seg{seq: 109, ack: 0x30000000, flags: rst | ack})
+		receives(true, seg{seq: 109, ack: ackOf, flags: ack})
+		receives(true, seg{seq: 7, flags: syn}) // begins anew
+		receives(true, seg{seq: 8, ack: 5, flags: ack})
+		receives(true, seg{seq: 7, ack: 3, flags: syn | ack})
 		if t.Failed() {
 			t.Fatal(family)
 		}
 	}
 }
 
-// The remote's FIN that user space cannot be told of reaches neither guest.
+// A FIN of the remote that cannot be reported to user space reaches neither guest.
 func TestLiveMirrorFull(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()

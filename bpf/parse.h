@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * parse.h: what kind of frame this is and, for TCP, everything the programs ask
- * about it. Frames from taps are not linear, so headers are copied out.
+ * parse.h: classifies frames and parses their headers into struct ls_pkt. Frames from
+ * taps are not linear, so headers are copied out.
  */
 #ifndef LS_PARSE_H
 #define LS_PARSE_H
@@ -28,11 +28,11 @@ enum ls_tcp_flag {
 enum ls_class {
 	LS_TCP,	  /* whole TCP segment */
 	LS_LINK,  /* ARP, ND, MLD, IGMP, LLDP, RARP: leaves from the PVM, not compared */
-	LS_DGRAM, /* anything else that is well-formed, compared as a datagram */
+	LS_DGRAM, /* anything else that is well-formed: compared as a datagram */
 	LS_BAD,	  /* headers cut short or contradicting themselves */
 };
 
-/* Makes *p a datagram: len bytes at off are digested from position pos on. */
+/* Describes a datagram in *p: len bytes at off are digested from position pos on. */
 static __always_inline enum ls_class parse_dgram(struct ls_pkt *p, __u32 l4, __u32 off, __u32 len,
 						 __u32 pos)
 {
@@ -44,7 +44,7 @@ static __always_inline enum ls_class parse_dgram(struct ls_pkt *p, __u32 l4, __u
 	return LS_DGRAM;
 }
 
-/* A fragment has its own position, and ports are known of the first one only. */
+/* A fragment is digested at its own position; its ports are not used, only the first has them. */
 static __always_inline enum ls_class parse_frag(struct ls_pkt *p, __u32 off, __u32 len, __u32 pos,
 						int more)
 {
@@ -52,7 +52,7 @@ static __always_inline enum ls_class parse_frag(struct ls_pkt *p, __u32 off, __u
 	return parse_dgram(p, off, off, len, pos);
 }
 
-/* Copies the TCP header out; seg is what the IP header says TCP has. */
+/* Copies the TCP header out; seg is TCP's length by the IP header. */
 static __always_inline enum ls_class parse_tcp(struct __sk_buff *skb, struct ls_pkt *p, __u32 l4,
 					       __u32 seg, int from_guest)
 {
@@ -83,8 +83,8 @@ static __always_inline enum ls_class parse_tcp(struct __sk_buff *skb, struct ls_
 }
 
 /*
- * What stands behind the IP headers, seg bytes at l4. The checksum of UDP and ICMP
- * is not digested: it follows from the rest, and may be partial.
+ * Parses what follows the IP headers, seg bytes at l4. The checksum of UDP and ICMP is
+ * not digested: it follows from the rest, and may be partial.
  */
 static __always_inline enum ls_class parse_l4(struct __sk_buff *skb, struct ls_pkt *p, __u32 l4,
 					      __u32 seg, int from_guest)
@@ -141,7 +141,7 @@ static __always_inline enum ls_class parse_ip4(struct __sk_buff *skb, struct ls_
 	return parse_l4(skb, p, l3 + hlen, len - hlen, from_guest);
 }
 
-/* ND is 133..137, MLD 130..132 and 143. A solicitation is one to hand to the peer. */
+/* ND is 133..137, MLD 130..132 and 143. Solicitations set neigh_req. */
 static __always_inline int parse_icmp6_link(struct __sk_buff *skb, struct ls_pkt *p, __u32 l4)
 {
 	__u64 *from = (__u64 *)p->t.guest;
@@ -151,9 +151,9 @@ static __always_inline int parse_icmp6_link(struct __sk_buff *skb, struct ls_pkt
 		return 0;
 	if (type != 143 && (type < 130 || type > 137))
 		return 0;
-	/* Duplicate address detection asks in nobody's name. */
+	/* Duplicate address detection has no sender address. */
 	if (type == 135 && (from[0] | from[1]))
-		p->asks = !bpf_skb_load_bytes(skb, l4 + 8, p->t.remote, 16);
+		p->neigh_req = !bpf_skb_load_bytes(skb, l4 + 8, p->t.remote, 16);
 	return 1;
 }
 
@@ -202,7 +202,7 @@ static __always_inline enum ls_class parse_ip6(struct __sk_buff *skb, struct ls_
 	}
 	if (p->t.proto == IPPROTO_ICMPV6 && parse_icmp6_link(skb, p, at))
 		return LS_LINK;
-	/* The pseudo header's address is not the header's: nothing to translate by. */
+	/* The pseudo header has the final destination, not the header's: not translatable. */
 	if (routed)
 		return parse_dgram(p, at, at, end - at, 0);
 	return parse_l4(skb, p, at, end - at, from_guest);
@@ -222,14 +222,14 @@ static __always_inline enum ls_class parse_arp(struct __sk_buff *skb, struct ls_
 	if (arp.op != bpf_htons(1) || arp.ptype != bpf_htons(ETH_P_IP) || arp.hlen != ETH_ALEN ||
 	    arp.plen != 4)
 		return LS_LINK;
-	/* Probes ask in nobody's name, announcements for themselves. */
+	/* Probes have no sender address, announcements ask for their own. */
 	if (!(arp.spa[0] | arp.spa[1] | arp.spa[2] | arp.spa[3]) ||
 	    !__builtin_memcmp(arp.spa, arp.tpa, 4))
 		return LS_LINK;
 	p->t.guest[10] = p->t.guest[11] = p->t.remote[10] = p->t.remote[11] = 0xff;
 	__builtin_memcpy(p->t.guest + 12, arp.spa, 4);
 	__builtin_memcpy(p->t.remote + 12, arp.tpa, 4);
-	p->asks = 1;
+	p->neigh_req = 1;
 	return LS_LINK;
 }
 
@@ -301,7 +301,7 @@ static __always_inline __u32 pay_pos(const struct ls_pkt *p)
 	return p->seq + !!(p->flags & LS_SYN);
 }
 
-/* Does a primary-only rule name this datagram? */
+/* Does a primary-only rule match this datagram? */
 static __always_inline int rule_matches(const struct ls_pkt *p)
 {
 #pragma clang loop unroll(disable)

@@ -36,7 +36,7 @@ func randRec(r *rand.Rand, typ, dir uint8, nsum int) *bpf.LockstepLsRec {
 	rec := new(bpf.LockstepLsRec)
 	copy(structBytes(rec), randBytes(r, recBase+nsum*16))
 	rec.Version, rec.Type, rec.Dir = abiVersion, typ, dir
-	rec.Term, rec.Epoch = term, epoch
+	rec.KeyGen, rec.Epoch = keyGen, epoch
 	rec.Nsum, rec.Optlen = uint16(nsum), uint8(r.IntN(41))
 	return rec
 }
@@ -65,7 +65,7 @@ func TestRecordIn(t *testing.T) {
 			for nsum := range boundMax + 1 {
 				rec := randRec(r, typ, p.dir, nsum)
 				rec.Epoch += uint32(nsum & 1) // the next epoch may have begun there
-				k.number(rec, []uint16{0, laneMax - 1, userLane}[nsum%3])
+				k.number(rec, []uint16{0, streamMax - 1, userStream}[nsum%3])
 				off := 18 + 2*r.IntN((recOffMax-18)/2+1)
 				frame := peerFrame(make([]byte, off), off, sign(rec, k.sipRx), ownMAC, peerMAC)
 				frame = append(frame, make([]byte, nsum%3)...) // padding
@@ -112,7 +112,7 @@ func TestRecordRefused(t *testing.T) {
 			for _, typ := range p.bad {
 				refuse("peer_type", func(rec *bpf.LockstepLsRec) { rec.Type = typ })
 			}
-			refuse("peer_term", func(rec *bpf.LockstepLsRec) { rec.Term++ })
+			refuse("peer_term", func(rec *bpf.LockstepLsRec) { rec.KeyGen++ })
 			refuse("peer_epoch", func(rec *bpf.LockstepLsRec) { rec.Epoch += 2 })
 			refuse("peer_epoch", func(rec *bpf.LockstepLsRec) { rec.Epoch-- })
 			refuse("peer_short", func(rec *bpf.LockstepLsRec) { rec.Optlen = 41 })
@@ -149,7 +149,7 @@ func TestRecordRefused(t *testing.T) {
 			rec := *good
 			k.check(prog, peerFrame(make([]byte, 54), 54, sign(&rec, k.sipTx), ownMAC, peerMAC), drop, "peer_tag")
 
-			k.conf.KeyIndex ^= 1 // keys of another term
+			k.conf.KeyIndex ^= 1 // keys of another key generation
 			k.setConf()
 			k.check(prog, frame, drop, "peer_tag")
 			k.conf.KeyIndex ^= 1

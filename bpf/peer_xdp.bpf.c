@@ -2,9 +2,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * peer_xdp.bpf.c: XDP on P's peer device: drops early what is not authentic peer
- * traffic. ls_digest_rx checks again what is let past, and judges lane numbers. S has
- * no such program: what it receives is rewritten, and XDP does not see partial
- * checksums.
+ * traffic. ls_digest_rx repeats the check, and checks for replays. S has no such
+ * program: the frames that it receives are rewritten, and XDP does not see that a
+ * checksum is partial.
  */
 
 static __always_inline int xdp_authentic(struct xdp_md *xdp, struct ls_scratch *sc,

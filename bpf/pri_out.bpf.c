@@ -1,8 +1,8 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* pri_out.bpf.c: ingress of the PVM's tap: what the PVM says, and what may leave. */
+/* pri_out.bpf.c: ingress of the PVM's tap: the PVM's output, and released frames. */
 
-/* Tells user space of an ACK without payload, which takes no slot. */
+/* Reports an ACK without payload to user space; it takes no slot. */
 static __always_inline int pri_ack(struct __sk_buff *skb, struct ls_pkt *p)
 {
 	struct ls_ev *ev = ev_new(skb, p, LS_EV_PVM);
@@ -30,7 +30,7 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 		ev->sum[1] = sc->digest.sum[1];
 		why = slot_keep(skb, sc, &ev->slot);
 	}
-	/* Of a segment that found no slot user space is told: it may hold what comes behind. */
+	/* A segment without a slot is reported too: it leaves a hole before what follows it. */
 	if (why == LS_R_held || (why == LS_R_no_slot && !sc->p.dgram))
 		bpf_ringbuf_submit(ev, 0);
 	else
@@ -38,7 +38,7 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 	return why;
 }
 
-/* Makes a SYN that is held an ANNOUNCE (R9) and sends it to the peer. */
+/* Turns a SYN that is held into an ANNOUNCE (R9) and sends it to the peer. */
 static __always_inline int pri_announce(struct __sk_buff *skb, struct ls_scratch *sc,
 					const struct ls_conf *conf, const struct ls_keys *keys)
 {
@@ -71,11 +71,11 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, TCX_DROP);
 }
 
-/* The last thing that happens to a frame that leaves. */
+/* Lets a frame out of the host, if the output lease is valid. */
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, enum ls_reason reason)
 {
-	if (!may_speak(conf))
+	if (!lease_valid(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
 	if (has_edges(conf) && edge_out(skb, sc, conf))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
@@ -94,7 +94,7 @@ int ls_pri_out(struct __sk_buff *skb)
 		return count(LS_R_shut, skb, TCX_DROP);
 	mode = mode_of(conf);
 	if (skb->mark == ls_mark_rel) {
-		/* User space may not know yet that the gate was shut. */
+		/* It may have been released before the gate was shut. */
 		if (mode != LS_MODE_HOLD && mode != LS_MODE_SOLO && !(ls_mutate & LS_MUTATE_MODE))
 			return count(LS_R_shut, skb, TCX_DROP);
 		skb->mark = 0;
@@ -114,7 +114,7 @@ int ls_pri_out(struct __sk_buff *skb)
 			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
 		return pri_leave(skb, sc, conf, LS_R_primary_only);
 	case LS_LINK:
-		if (!may_speak(conf))
+		if (!lease_valid(conf))
 			return count(LS_R_muted, skb, TCX_DROP);
 		return count(LS_R_passed, skb, TCX_NEXT);
 	default:

@@ -293,11 +293,11 @@ func TestPriOutUncompared(t *testing.T) {
 	for name, frame := range linkFrames() {
 		t.Run(name, func(t *testing.T) {
 			k.TB = t
-			k.conf.SpeakUntil = math.MaxUint64
+			k.conf.LeaseUntil = math.MaxUint64
 			k.setMode(hold)
 			if name[:3] == "no:" {
 				k.check(k.LsPriOut, frame, drop, "held")
-				k.conf.SpeakUntil = 1 // what is held is not said
+				k.conf.LeaseUntil = 1 // holding needs no lease
 				k.setConf()
 				k.check(k.LsPriOut, frame, drop, "held")
 				for _, ev := range k.events() {
@@ -306,7 +306,7 @@ func TestPriOutUncompared(t *testing.T) {
 				return
 			}
 			k.check(k.LsPriOut, frame, next, "passed")
-			k.conf.SpeakUntil = 1
+			k.conf.LeaseUntil = 1
 			k.setConf()
 			k.check(k.LsPriOut, frame, drop, "muted")
 		})
@@ -324,7 +324,7 @@ func TestPriOutModes(t *testing.T) {
 	}
 	k.setMode(solo)
 	k.check(k.LsPriOut, frame, next, "passed")
-	k.conf.SpeakUntil = 1
+	k.conf.LeaseUntil = 1
 	k.setConf()
 	k.check(k.LsPriOut, frame, drop, "muted")
 	k.none()
@@ -346,7 +346,7 @@ func TestPriOutReleased(t *testing.T) {
 		}
 	}
 	for _, m := range []bpf.LockstepLsMode{hold, solo} {
-		k.conf.SpeakUntil = math.MaxUint64
+		k.conf.LeaseUntil = math.MaxUint64
 		k.setMode(m)
 		k.expect(counts{"released_out": 1}, func() {
 			verdict, out, mark := k.run(k.LsPriOut, input{frame: frame, mark: markRel})
@@ -354,7 +354,7 @@ func TestPriOutReleased(t *testing.T) {
 				t.Errorf("verdict %d, mark %#x, frame % x", int32(verdict), mark, out)
 			}
 		})
-		k.conf.SpeakUntil = 1
+		k.conf.LeaseUntil = 1
 		k.setConf()
 		k.expect(counts{"muted": 1}, func() {
 			if verdict, _, _ := k.run(k.LsPriOut, input{frame: frame, mark: markRel}); verdict != drop {

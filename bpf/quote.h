@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * quote.h: ICMP errors quote the segment that they are about, with numbers of the guest
- * in it. A guest believes only an error that quotes a number of its own.
+ * quote.h: translates the segment that an ICMP error quotes. A guest ignores errors that
+ * do not quote one of its own sequence numbers.
  */
 #ifndef LS_QUOTE_H
 #define LS_QUOTE_H
@@ -12,9 +12,9 @@
 #include "parse.h"
 
 #define LS_QUOTE_MIN 8	  /* bytes that every router quotes: ports and sequence number */
-#define LS_QUOTE_ACK 12	  /* and the ACK */
-#define LS_QUOTE_FLAGS 14 /* with so many the flags are there */
-#define LS_QUOTE_CSUM 18  /* and with so many the checksum */
+#define LS_QUOTE_ACK 12	  /* with so many the ACK is quoted */
+#define LS_QUOTE_FLAGS 14 /* the flags */
+#define LS_QUOTE_CSUM 18  /* the checksum */
 #define LS_QUOTE_EXT 4	  /* IPv6 extension headers that are walked */
 
 /* Types of errors; linux/icmp.h needs the C library. Those of ICMPv6 are below 128. */
@@ -42,8 +42,8 @@ static __always_inline int is_icmp_error(const struct ls_pkt *p)
 }
 
 /*
- * The quoted IP header at *at, behind which *at is then, with the sender for the guest.
- * Returns 1 when TCP follows.
+ * Reads the quoted IP header at *at, with its sender as t's guest, and advances *at past
+ * it. Returns 1 when TCP follows.
  */
 static __always_inline int quote_ip4(struct __sk_buff *skb, struct ls_tuple *t, __u32 *at)
 {
@@ -87,8 +87,8 @@ static __always_inline int quote_ip6(struct __sk_buff *skb, struct ls_tuple *t, 
 
 /*
  * Finds the TCP header that the datagram in sc->p quotes, if it is an ICMP error, and
- * fills sc->q. from_guest: the guest sends the error, so the remote said what it
- * quotes. Returns 1 when there is one.
+ * fills sc->q. from_guest: the guest sends the error, so the quoted segment is the
+ * remote's. Returns 1 when there is one.
  */
 __noinline int quote_find(struct __sk_buff *skb, struct ls_scratch *sc, int from_guest)
 {
@@ -117,7 +117,7 @@ __noinline int quote_find(struct __sk_buff *skb, struct ls_scratch *sc, int from
 	barrier_var(len);
 	if (len < LS_QUOTE_MIN || len > LS_TCP_MAX || bpf_skb_load_bytes(skb, at, q->tcp, len))
 		return 0;
-	/* What follows the header is no option. */
+	/* Payload may be quoted too: it is not part of the options. */
 	if (len > 12) {
 		__u32 hlen = (q->tcp[12] >> 4) * 4;
 
@@ -148,9 +148,8 @@ __noinline int quote_find(struct __sk_buff *skb, struct ls_scratch *sc, int from
 
 /*
  * Adds *delta to the numbers in sc->q, there and in the skb, as far as they are quoted.
- * The quoted checksum answers for the change, so ICMP's, which covers both, stays as
- * it is. Where that is not quoted ICMP's has to follow. An option that is cut stays as
- * it is.
+ * The quoted checksum is updated, so ICMP's, which covers both, still holds. If it is
+ * not quoted, ICMP's is updated instead. An option that is cut off stays unchanged.
  */
 __noinline int quote_move(struct __sk_buff *skb, struct ls_scratch *sc,
 			  const struct ls_delta *delta)
@@ -165,7 +164,7 @@ __noinline int quote_move(struct __sk_buff *skb, struct ls_scratch *sc,
 	d = *delta;
 	q = &sc->q;
 	len = q->len;
-	/* Where the flags are not quoted, a number that is not 0 is taken for an ACK. */
+	/* If the flags are not quoted, an ACK number other than 0 counts as valid. */
 	if (len < LS_QUOTE_FLAGS ? len < LS_QUOTE_ACK || !*(__u32 *)(q->tcp + 8)
 				 : !(q->tcp[13] & LS_ACK))
 		d.ack = d.tsecr = 0;
@@ -203,8 +202,8 @@ __noinline int quote_move(struct __sk_buff *skb, struct ls_scratch *sc,
 }
 
 /*
- * Gives the error in sc->p, which comes for the guest, the guest's numbers: c's, and
- * those of the edge behind it. NULL: none.
+ * Translates what the error in sc->p, addressed to the guest, quotes to the guest's
+ * numbers, by c and by the edge before it. NULL: none.
  */
 static __always_inline int quote_enter(struct __sk_buff *skb, struct ls_scratch *sc,
 				       const struct ls_conn *c, const struct ls_conn *edge)
@@ -224,7 +223,7 @@ static __always_inline int quote_enter(struct __sk_buff *skb, struct ls_scratch 
 	return quote_move(skb, sc, &d);
 }
 
-/* Gives the error in sc->p, which the guest sends, the numbers that the remote knows. */
+/* Translates what the guest's error in sc->p quotes to the numbers that the remote knows. */
 static __always_inline int quote_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				       const struct ls_conn *c, const struct ls_conn *edge)
 {
@@ -243,7 +242,8 @@ static __always_inline int quote_leave(struct __sk_buff *skb, struct ls_scratch 
 	return quote_move(skb, sc, &d);
 }
 
-/* What P's guest says, at P's outermost edge. Not in line: there are several ways out. */
+/* Translates a frame of P's guest as it leaves the host (R22). Not inlined: it has several callers.
+ */
 static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 			       const struct ls_conf *conf)
 {
@@ -268,7 +268,7 @@ static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 	return leave(skb, sc, e, NULL, 0);
 }
 
-/* What P's guest hears, which is in sc->p as class says, before anybody looks at it. */
+/* Translates a frame for P's guest, parsed into sc->p, before anything else uses it (R22). */
 static __always_inline int edge_in(struct __sk_buff *skb, struct ls_scratch *sc,
 				   const struct ls_conf *conf, enum ls_class class)
 {
@@ -290,7 +290,7 @@ static __always_inline int edge_in(struct __sk_buff *skb, struct ls_scratch *sc,
 	return quote_enter(skb, sc, e, NULL);
 }
 
-/* The offset of the connection that sc->q is of. Returns 0 when none is known. */
+/* The offset of the connection that sc->q belongs to. Returns 0 when none is known. */
 static __always_inline int quote_offset(const struct ls_scratch *sc, struct ls_offset *o)
 {
 	struct ls_conn *c = bpf_map_lookup_elem(&ls_conn, &sc->q.t);
@@ -309,8 +309,8 @@ static __always_inline int quote_offset(const struct ls_scratch *sc, struct ls_o
 
 /*
  * Digests a datagram. The checksum that the guest's own error quotes is left out: it
- * may have been a partial one, which did not follow the numbers (csum.h), and says
- * nothing that the rest does not.
+ * may have been a partial one, which is not updated with the numbers (csum.h), and it
+ * follows from the rest.
  */
 static __always_inline int digest_dgram(struct __sk_buff *skb, struct ls_scratch *sc,
 					const struct ls_keys *keys)

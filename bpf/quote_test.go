@@ -195,7 +195,7 @@ func (k *kit) dgramSum(mode bpf.LockstepLsMode, frame []byte) [2]uint64 {
 		at := int(out[16]) | int(out[17])<<8
 		rec := (*bpf.LockstepLsRec)(unsafe.Pointer(&append(bytes.Clone(out[at:]), make([]byte, 512)...)[0]))
 		sum = rec.Sum
-		k.lanes[rec.Lane] = rec.LaneNo
+		k.streams[rec.Stream] = rec.StreamNo
 	})
 	return sum
 }
@@ -222,7 +222,7 @@ func TestQuoteHalfOpen(t *testing.T) {
 	for family, f := range flows {
 		pvm, svm := seg{seq: isnPVM, flags: syn, opts: withTS(tsPVM, 0)}, seg{seq: isnSVM, flags: syn, opts: withTS(tsSVM, 0)}
 		k.announce(f, pvm, 0, nil)
-		k.said(f, svm, pvm, isnPVM, isnPVM, "record_out")
+		k.svmSends(f, svm, pvm, isnPVM, isnPVM, "record_out")
 		typ, code := tooBig(f.guest.Addr().Is4())
 		for _, n := range quotedLengths {
 			if n == 32 {
@@ -249,9 +249,9 @@ func TestQuoteUntouched(t *testing.T) {
 		if err := k.LsConn.Put(f.tuple(), &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS, IsnSvm: isnSVM}); err != nil {
 			t.Fatal(err)
 		}
-		said := f.from(seg{seq: isnPVM + 5, flags: ack, payload: []byte("said")})
+		output := f.from(seg{seq: isnPVM + 5, flags: ack, payload: []byte("said")})
 		changed := func(at int, b byte) []byte {
-			c := bytes.Clone(said)
+			c := bytes.Clone(output)
 			c[at] = b
 			return c
 		}
@@ -263,15 +263,15 @@ func TestQuoteUntouched(t *testing.T) {
 			query, proto = 8, 23
 		}
 		l3 := 14 + map[bool]int{true: 20, false: 40}[v4] + 8 // of the quote
-		short := f.icmp(false, typ, code, said, 8)
+		short := f.icmp(false, typ, code, output, 8)
 		for name, frame := range map[string][]byte{
 			"another connection": f.icmp(false, typ, code, other.from(seg{seq: 5, flags: ack}), 20),
 			"not TCP":            f.icmp(false, typ, code, changed(proto, 17), 20),
 			"another version":    f.icmp(false, typ, code, changed(version, 0x50), 20),
-			"no error":           f.icmp(false, query, 0, said, 20),
-			"cut in the header":  f.icmp(false, typ, code, said[:40], 20),
-			"cut too short":      f.icmp(false, typ, code, said, 7),
-			"nothing quoted":     f.icmp(false, typ, code, said[:14], 0),
+			"no error":           f.icmp(false, query, 0, output, 20),
+			"cut in the header":  f.icmp(false, typ, code, output[:40], 20),
+			"cut too short":      f.icmp(false, typ, code, output, 7),
+			"nothing quoted":     f.icmp(false, typ, code, output[:14], 0),
 			"the remote's":       f.icmp(false, typ, code, f.to(seg{seq: 5, flags: ack}), 20),
 			"header length 0":    f.icmp(false, typ, code, changed(f.l4(seg{})+12, 0), 20),
 			"an empty datagram":  short[:l3],
@@ -284,7 +284,7 @@ func TestQuoteUntouched(t *testing.T) {
 			})
 			k.setMode(solo)
 			k.check(k.LsSecGate, frame, next, "passed")
-			if name != "the remote's" { // of which the guest may tell
+			if name != "the remote's" { // which the guest may report
 				k.check(k.LsSecOut, frame, next, "passed")
 			}
 		}
@@ -303,8 +303,8 @@ var multipath = map[string][2][]byte{
 	"behind end":  {{0, 30, 3, 1}, {0, 30, 3, 1}},
 }
 
-// TestMPTCP: neither guest hears of MPTCP, alone or not, and of what they say of it in a
-// SYN nothing is held, announced or told; the config may have it otherwise. What is no
+// TestMPTCP: neither guest receives MPTCP options, alone or not, and those that they send in a
+// SYN are neither held, announced nor recorded; the config may have it otherwise. What is no
 // SYN stays.
 func TestMPTCP(t *testing.T) {
 	for _, keep := range []uint32{0, 1} {
@@ -329,7 +329,7 @@ func TestMPTCP(t *testing.T) {
 						_, out, _ := k.run(k.LsPriOut, input{frame: f.from(in)})
 						at := int(out[16]) | int(out[17])<<8
 						rec := (*bpf.LockstepLsRec)(unsafe.Pointer(&append(bytes.Clone(out[at:]), make([]byte, 512)...)[0]))
-						k.lanes[rec.Lane] = rec.LaneNo
+						k.streams[rec.Stream] = rec.StreamNo
 						if rec.Opts != opts40(want.opts) {
 							t.Errorf("%s, %s: announced % x", family, name, rec.Opts)
 						}
@@ -341,7 +341,7 @@ func TestMPTCP(t *testing.T) {
 					k.setMode(run)
 					k.forget(f)
 					if flags == syn {
-						k.said(f, in, want, 0, 0, "pending")
+						k.svmSends(f, in, want, 0, 0, "pending")
 					}
 				}
 				if t.Failed() {

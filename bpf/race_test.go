@@ -39,7 +39,7 @@ func (k *kit) raw(prog *ebpf.Program, frame []byte) uint32 {
 	return v
 }
 
-// A slot has one owner at a time: what an event says is in it, is, whoever claims
+// A slot has one owner at a time: it holds the frame of its event, whoever claims
 // slots and gives them back meanwhile.
 func TestSlotRace(t *testing.T) {
 	k := newKit(t)
@@ -107,7 +107,7 @@ func TestSlotRace(t *testing.T) {
 	}
 }
 
-// An announcement and the SVM's SYN|ACK meet: whoever comes second, or both, tell P.
+// An announcement and the SVM's SYN|ACK meet: the one that comes second, or both, inform P.
 func TestPairRace(t *testing.T) {
 	k := newKit(t, func(spec *ebpf.CollectionSpec) { spec.Maps["ls_half"].MaxEntries = 1 << 14 })
 	k.setMode(run)
@@ -130,11 +130,11 @@ func TestPairRace(t *testing.T) {
 	both := 0
 	for i := range n {
 		if !sent[0][i] && !sent[1][i] {
-			t.Fatalf("connection %d: nobody told P", i)
+			t.Fatalf("connection %d: P was not informed", i)
 		}
 		if sent[0][i] && sent[1][i] {
 			both++
 		}
 	}
-	t.Logf("both told P of %d of %d", both, n)
+	t.Logf("both informed P of %d of %d", both, n)
 }

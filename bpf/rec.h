@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* rec.h: frames of the peer link: checked when they come, made in place of a frame. */
+/* rec.h: frames of the peer link: how they are checked, and made out of guests' frames. */
 #ifndef LS_REC_H
 #define LS_REC_H
 
@@ -13,7 +13,7 @@ static __always_inline int is_peer_frame(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(LS_ETHERTYPE);
 }
 
-/* Is the record in sc->rec one that the peer, which sends in direction dir, may say? */
+/* Is the record well-formed, and of a type that is sent in direction dir? */
 static __always_inline enum ls_reason rec_form(const struct ls_rec *r, enum ls_dir dir)
 {
 	const __u32 p2s = 1 << LS_REC_ANNOUNCE | 1 << LS_REC_ASK | 1 << LS_REC_NACK |
@@ -36,7 +36,7 @@ static __always_inline enum ls_reason rec_form(const struct ls_rec *r, enum ls_d
 static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
 						    const struct ls_conf *conf)
 {
-	const struct ls_keys *keys = keys_of_term(conf, r->term);
+	const struct ls_keys *keys = keys_of_gen(conf, r->key_gen);
 
 	if (!keys)
 		return LS_R_peer_term;
@@ -85,36 +85,37 @@ static __always_inline enum ls_reason rec_check(struct __sk_buff *skb, struct ls
 }
 
 /*
- * Notes the lane number of sc->rec, which is authentic. Returns LS_R_record_in, or
- * LS_R_peer_replay when it was seen before or is too old to tell. That is nobody's
- * replay, but LS_R_peer_again, where one of both is the record sent again (R6): the
- * newest of each lane are asked for while anything waits. *gap is the first number that was left
- * out before it, 0 for none. A term's first number is taken as it comes, and once a lane has seen a
- * term the ones before are over: nobody replays them after a rotation.
+ * Anti-replay check (RFC 6479) of sc->rec, which is authentic. Returns LS_R_record_in,
+ * or LS_R_peer_replay when its number was seen before or is older than the window. A
+ * duplicate is no replay but LS_R_peer_again if one of the two is a retransmission
+ * (R6): P asks for the newest record of each stream whenever something waits. *gap is
+ * the first number missing before this one, 0 for none. The first number of a key
+ * generation may be any, and a stream that has seen one accepts no older generation: frames from
+ * before a rotation cannot be replayed.
  */
-static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *gap)
+static __always_inline enum ls_reason replay_check(const struct ls_rec *r, __u64 *gap)
 {
-	__u32 lane = r->lane == LS_LANE_USER ? LS_LANE_MAX : r->lane;
-	__u64 no = r->lane_no, word = no / 64, bit = 1ull << (no & 63);
-	enum ls_reason why = r->flags & LS_REC_AGAIN ? LS_R_peer_again : LS_R_peer_replay;
+	__u32 stream = r->stream == LS_STREAM_USER ? LS_STREAM_MAX : r->stream;
+	__u64 no = r->stream_no, word = no / 64, bit = 1ull << (no & 63);
+	enum ls_reason why = r->flags & LS_REC_RETX ? LS_R_peer_again : LS_R_peer_replay;
 	const __u64 words = LS_WINDOW / 64;
-	struct ls_window *w;
+	struct ls_replay_win *w;
 	__u64 from;
 
 	*gap = 0;
-	if (lane > LS_LANE_MAX || (lane == LS_LANE_MAX && r->lane != LS_LANE_USER))
+	if (stream > LS_STREAM_MAX || (stream == LS_STREAM_MAX && r->stream != LS_STREAM_USER))
 		return LS_R_peer_replay;
-	w = bpf_map_lookup_elem(&ls_win, &lane);
+	w = bpf_map_lookup_elem(&ls_win, &stream);
 	if (!w)
 		return LS_R_peer_replay;
 	bpf_spin_lock(&w->lock);
-	if (w->term != r->term) {
-		if ((__s32)(r->term - w->term) < 0 && w->term)
+	if (w->key_gen != r->key_gen) {
+		if ((__s32)(r->key_gen - w->key_gen) < 0 && w->key_gen)
 			goto out;
-		w->term = r->term;
+		w->key_gen = r->key_gen;
 		w->top = no;
 		__builtin_memset(w->bits, 0, sizeof(w->bits));
-		__builtin_memset(w->again, 0, sizeof(w->again));
+		__builtin_memset(w->retx, 0, sizeof(w->retx));
 	} else if (no > w->top) {
 		from = w->top / 64;
 		if (no != w->top + 1)
@@ -123,29 +124,29 @@ static __always_inline enum ls_reason win_take(const struct ls_rec *r, __u64 *ga
 			if (from + i > word)
 				break;
 			w->bits[(from + i) % words] = 0;
-			w->again[(from + i) % words] = 0;
+			w->retx[(from + i) % words] = 0;
 		}
 		w->top = no;
 	} else if (word + words <= w->top / 64) {
 		goto out;
 	} else if (w->bits[word % words] & bit) {
-		if (w->again[word % words] & bit) {
-			w->again[word % words] &= ~bit;
+		if (w->retx[word % words] & bit) {
+			w->retx[word % words] &= ~bit;
 			why = LS_R_peer_again;
 		}
 		goto out;
 	}
 	w->bits[word % words] |= bit;
-	if (r->flags & LS_REC_AGAIN)
-		w->again[word % words] |= bit;
+	if (r->flags & LS_REC_RETX)
+		w->retx[word % words] |= bit;
 	why = LS_R_record_in;
 out:
 	bpf_spin_unlock(&w->lock);
 	return ls_mutate & LS_MUTATE_REPLAY ? LS_R_record_in : why;
 }
 
-/* Hands sc->rec to user space. */
-static __always_inline int rec_tell(struct ls_scratch *sc, __u64 wakeup)
+/* Passes sc->rec to user space. */
+static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup)
 {
 	const __u64 *from = (const __u64 *)&sc->rec;
 	struct ls_ev_rec *ev;
@@ -173,7 +174,7 @@ static __always_inline int rec_tell(struct ls_scratch *sc, __u64 wakeup)
 	return 0;
 }
 
-/* Begins sc->rec: everything but the sums, the segment's numbers and the tag. */
+/* Fills in *r but for the sums, the segment's numbers and the tag. */
 static __always_inline void rec_begin(struct ls_rec *r, const struct ls_conf *conf,
 				      enum ls_rec_type type, enum ls_dir dir)
 {
@@ -182,7 +183,7 @@ static __always_inline void rec_begin(struct ls_rec *r, const struct ls_conf *co
 	r->type = type;
 	r->dir = dir;
 	r->len = LS_REC_BASE;
-	r->term = conf->term;
+	r->key_gen = conf->key_gen;
 	r->epoch = conf->epoch;
 }
 
@@ -202,32 +203,32 @@ static __always_inline void rec_segment(struct ls_scratch *sc)
 	__builtin_memcpy(r->opts, p->tcp + LS_TCP_MIN, LS_OPTS_MAX);
 }
 
-static __always_inline __u32 sent_key(__u32 lane, __u64 no)
+static __always_inline __u32 sent_key(__u32 stream, __u64 no)
 {
-	return lane * LS_SENT + no % LS_SENT;
+	return stream * LS_SENT + no % LS_SENT;
 }
 
-/* Numbers sc->rec. S keeps what it numbers for a while, without the boundaries (R6). */
+/* Gives *r the next number of this CPU's stream. S keeps it, without boundaries, for R6. */
 static __always_inline int rec_number(struct ls_rec *r)
 {
-	__u32 key, lane = bpf_get_smp_processor_id();
-	struct ls_number *newest = bpf_map_lookup_elem(&ls_lane, &lane);
+	__u32 key, stream = bpf_get_smp_processor_id();
+	struct ls_tx_stream *newest = bpf_map_lookup_elem(&ls_lane, &stream);
 	struct ls_sent *sent;
 
 	if (!newest)
 		return -1;
-	r->lane = lane;
-	r->lane_no = ++newest->no;
+	r->stream = stream;
+	r->stream_no = ++newest->no;
 	if (r->dir != LS_DIR_S2P)
 		return 0;
-	key = sent_key(lane, r->lane_no);
+	key = sent_key(stream, r->stream_no);
 	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return -1;
-	/* Read by other CPUs: 0 first, the number last. */
+	/* Other CPUs read it: no is 0 while the record is being written. */
 	__sync_lock_test_and_set(&sent->no, 0);
 	__builtin_memcpy(sent->rec, r, LS_REC_BASE);
-	__sync_lock_test_and_set(&sent->no, r->lane_no);
+	__sync_lock_test_and_set(&sent->no, r->stream_no);
 	return 0;
 }
 
@@ -238,9 +239,9 @@ static __always_inline void rec_sign(struct ls_rec *r, const struct ls_keys *key
 }
 
 /*
- * Makes the frame a peer frame with sc->rec, which is signed, at off. What stands
- * between ls_pre and the record stays: a partial checksum is still written there by
- * the device that completes it.
+ * Turns the frame into a peer frame with the signed sc->rec at off. The bytes between
+ * ls_pre and the record stay: the device that completes a partial checksum still
+ * writes there.
  */
 static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
 				   const struct ls_conf *conf, __u32 off)
@@ -260,7 +261,7 @@ static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
 	front.pre.magic = LS_MAGIC;
 	front.pre.off = off;
 
-	/* The record's tuple has the VLANs. A tag in the bytes takes a popped one's place. */
+	/* The record's tuple has the VLANs. Popping a tag brings up one that is in the bytes. */
 #pragma clang loop unroll(full)
 	for (int i = 0; i < 2; i++)
 		if (skb->vlan_present && bpf_skb_vlan_pop(skb))
@@ -276,8 +277,8 @@ static __always_inline int rec_put(struct __sk_buff *skb, struct ls_scratch *sc,
 }
 
 /*
- * Numbers and signs sc->rec, makes the frame a peer frame with it and sends it to
- * the peer. Returns a verdict, or 0 when it failed.
+ * Numbers and signs sc->rec, turns the frame into a peer frame with it and sends that
+ * to the peer. Returns a verdict, or 0 when it failed.
  */
 static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf, const struct ls_keys *keys,
@@ -291,7 +292,7 @@ static __always_inline int rec_send(struct __sk_buff *skb, struct ls_scratch *sc
 	return bpf_redirect(ls_peer, 0);
 }
 
-/* Where a record stands in a frame that was sc->p: behind any checksum, even. */
+/* Where a record is put in a frame that was sc->p: after any checksum, at an even offset. */
 static __always_inline __u32 rec_off(const struct ls_pkt *p)
 {
 	__u32 off = (p->l4_off + LS_TCP_MIN + 1) & ~1u;

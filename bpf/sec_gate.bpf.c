@@ -1,11 +1,11 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* sec_gate.bpf.c: egress of the SVM's tap: only mirrored frames come in. */
+/* sec_gate.bpf.c: egress of the SVM's tap: lets only mirrored frames in. */
 
 /*
- * As how many frames the tap will count this one when its reader takes it (R13). Where
- * the reader takes no frames of this kind (no TSO, as e1000's), the kernel cuts it up
- * behind this program. Who judges are skb_gso_ok() and its callers (seen in 6.18).
+ * As how many frames the tap will count this one when its reader takes it (R13). If the
+ * reader does not support frames of this kind (e1000 has no TSO), the kernel segments
+ * it after this program, as skb_gso_ok() and its callers decide (seen in 6.18).
  */
 static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch *sc)
 {
@@ -16,7 +16,8 @@ static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch
 
 	if (!size || ls_mutate & LS_MUTATE_DRAIN)
 		return 1;
-	type = gso_type(kskb) & ~LS_GSO_DODGY; /* those are looked at once more, and pass */
+	type = gso_type(kskb) &
+	       ~LS_GSO_DODGY; /* not a kind: it only asks for a check of the headers */
 	takes = dev->features;
 	if (skb->vlan_present || is_vlan(skb->protocol))
 		takes &= dev->vlan_features;
@@ -24,7 +25,7 @@ static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch
 		return 1;
 	if (skb->gso_segs && type == gso_type(kskb))
 		return skb->gso_segs;
-	/* Of a frame that user space made nobody has counted the segments. */
+	/* In a frame that user space made the segments are not counted yet. */
 	if (parse(skb, &sc->p, 0) == LS_BAD)
 		return 1;
 	len = sc->p.paylen;
@@ -33,7 +34,7 @@ static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch
 	return len > size ? (len + size - 1) / size : 1;
 }
 
-/* Gives what comes for an SVM that speaks alone the SVM's numbers. */
+/* Translates a frame for an SVM that took over to the SVM's numbers. */
 static __always_inline int sec_enter(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf)
 {

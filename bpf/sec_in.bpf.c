@@ -1,10 +1,10 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* sec_in.bpf.c: ingress of the peer device on S: the guest's input, and P's frames. */
+/* sec_in.bpf.c: ingress of the peer device on S: mirrored frames, and P's records. */
 
 /*
- * The record of the SYN that half keeps, in PVM numbering: the answer to an
- * announcement. A repeated announcement so heals a lost one and a lost record.
+ * Makes the record of the SYN in h, in PVM numbering: the answer to an announcement.
+ * A repeated announcement thus makes up for a lost one and for a lost record.
  */
 static __always_inline void sec_syn_record(struct ls_scratch *sc, const struct ls_conf *conf,
 					   const struct ls_half *h)
@@ -60,23 +60,23 @@ struct ls_resend {
 	struct ls_scratch *sc;
 	const struct ls_conf *conf;
 	const struct ls_keys *keys;
-	__u64 no; /* next number; with all lanes: next lane */
+	__u64 no; /* next number; with LS_STREAM_ALL: next stream */
 	__u64 last;
-	__u32 lane;
+	__u32 stream;
 	__u32 off;
 };
 
-/* Sends a lane's record again, as it was but for the boundaries. */
+/* Retransmits a stream's record, without the boundaries. */
 static long resend_step(__u32 i, struct ls_resend *q)
 {
-	int all = q->lane == LS_LANE_ALL;
-	__u32 key, lane = all ? i : q->lane;
+	int all = q->stream == LS_STREAM_ALL;
+	__u32 key, stream = all ? i : q->stream;
 	struct ls_rec *r = &q->sc->rec;
-	struct ls_number *newest;
+	struct ls_tx_stream *newest;
 	__u64 no = q->no + i;
 	struct ls_sent *sent;
 
-	newest = bpf_map_lookup_elem(&ls_lane, &lane);
+	newest = bpf_map_lookup_elem(&ls_lane, &stream);
 	if (!newest) /* no such CPU */
 		return 1;
 	if (all) {
@@ -86,19 +86,19 @@ static long resend_step(__u32 i, struct ls_resend *q)
 	} else if (no > q->last) {
 		return 1;
 	}
-	key = sent_key(lane, no);
+	key = sent_key(stream, no);
 	sent = bpf_map_lookup_elem(&ls_sent, &key);
 	if (!sent)
 		return 1;
-	/* Its lane may write over it meanwhile: the number tells. */
+	/* Its CPU may overwrite it meanwhile: then the number has changed. */
 	if (__sync_fetch_and_add(&sent->no, 0) != no)
 		return count(LS_R_resend_gone, q->skb, 0);
 	__builtin_memcpy(r, sent->rec, LS_REC_BASE);
-	if (__sync_fetch_and_add(&sent->no, 0) != no || r->term != q->conf->term)
+	if (__sync_fetch_and_add(&sent->no, 0) != no || r->key_gen != q->conf->key_gen)
 		return count(LS_R_resend_gone, q->skb, 0);
 	r->nsum = 0;
 	r->stride = 0;
-	r->flags |= LS_REC_AGAIN;
+	r->flags |= LS_REC_RETX;
 	rec_sign(r, q->keys);
 	if (rec_put(q->skb, q->sc, q->conf, q->off) || bpf_clone_redirect(q->skb, ls_peer, 0))
 		return count(LS_R_rewrite_failed, q->skb, 1);
@@ -114,25 +114,25 @@ static __always_inline int sec_resend(struct __sk_buff *skb, struct ls_scratch *
 		.sc = sc,
 		.conf = conf,
 		.keys = keys,
-		.lane = sc->rec.stride,
+		.stream = sc->rec.stride,
 		.no = sc->rec.sum[0],
 		.last = sc->rec.sum[1],
 		.off = off,
 	};
 
 	count(LS_R_nack_in, skb, 0);
-	bpf_loop(q.lane == LS_LANE_ALL ? LS_LANE_MAX : LS_RESEND_MAX, resend_step, &q, 0);
+	bpf_loop(q.stream == LS_STREAM_ALL ? LS_STREAM_MAX : LS_RESEND_MAX, resend_step, &q, 0);
 	return TCX_DROP;
 }
 
-/* R20: S is not taking over at the time that P tells. */
+/* R20: returns P's echo, which proves that S was not taking over when P sent it. */
 static __always_inline int sec_echo(struct __sk_buff *skb, struct ls_scratch *sc,
 				    struct ls_conf *conf, const struct ls_keys *keys, __u32 off)
 {
 	__u64 asked = sc->rec.sum[0];
 	int verdict;
 
-	/* Noted before it goes: a takeover counts from here (R21 iii). */
+	/* Noted before it leaves: a takeover waits from this time on (R21 iii). */
 	*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
 	rec_begin(&sc->rec, conf, LS_REC_ECHO, LS_DIR_S2P);
 	sc->rec.sum[0] = asked;
@@ -152,7 +152,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	why = rec_check(skb, sc, conf, LS_DIR_P2S, &off);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
-	why = win_take(&sc->rec, &gap);
+	why = replay_check(&sc->rec, &gap);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
 	switch (sc->rec.type) {
@@ -163,7 +163,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	case LS_REC_ECHO:
 		return sec_echo(skb, sc, conf, keys, off);
 	}
-	if (rec_tell(sc, BPF_RB_FORCE_WAKEUP))
+	if (rec_report(sc, BPF_RB_FORCE_WAKEUP))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);
 }
@@ -173,7 +173,7 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	enum ls_reason why;
 	struct ls_ev *ev;
 
-	parse(skb, &sc->p, 0); /* what does not parse is parked too: the guest judges */
+	parse(skb, &sc->p, 0); /* what does not parse is parked too: the guest decides */
 	if (sc->p.flags & LS_SYN && ring_crowded())
 		return count(LS_R_crowded, skb, TCX_DROP);
 	ev = ev_new(skb, &sc->p, LS_EV_PARK);
@@ -189,8 +189,8 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	return count(why, skb, TCX_DROP);
 }
 
-/* Notes what the remote acks of a connection that came with a checkpoint. */
-static __always_inline void sec_heard(const struct ls_pkt *p)
+/* Notes the remote's ack on a connection that came with a checkpoint. */
+static __always_inline void sec_note_ack(const struct ls_pkt *p)
 {
 	struct ls_inh *i;
 
@@ -201,7 +201,7 @@ static __always_inline void sec_heard(const struct ls_pkt *p)
 		i->cli_ack = p->ack;
 }
 
-/* Translates a segment of the remote. Returns LS_R_delivered, or why it is lost. */
+/* Translates a segment of the remote. Returns LS_R_delivered, or why it is dropped. */
 static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_pkt *p = &sc->p;
@@ -214,7 +214,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	if (!conn) {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
 		if (!h)
-			sec_heard(p);
+			sec_note_ack(p);
 		if (!h || !half_paired(h))
 			return LS_R_delivered;
 		half_offset(h, &o);
@@ -233,7 +233,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;
 }
 
-/* Translates what an ICMP error quotes of what the PVM said. */
+/* Translates the PVM's segment that an ICMP error quotes. */
 static __always_inline int sec_quote_in(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_delta d = {};
@@ -246,7 +246,7 @@ static __always_inline int sec_quote_in(struct __sk_buff *skb, struct ls_scratch
 	return quote_move(skb, sc, &d);
 }
 
-/* P's own network stack speaks on the peer device too: that is no mirrored frame. */
+/* Is the frame from P's own network stack, and so not a mirrored one? */
 static __always_inline int sec_is_host(struct __sk_buff *skb, const struct ls_conf *conf)
 {
 	__u8 src[ETH_ALEN];

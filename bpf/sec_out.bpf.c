@@ -1,19 +1,19 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* sec_out.bpf.c: ingress of the SVM's tap: what the SVM says becomes a record. */
+/* sec_out.bpf.c: ingress of the SVM's tap: turns the SVM's output into records. */
 
-/* A solicitation's record stands behind its checksum; extension headers are rare. */
+/* Where a solicitation's record is put: after its checksum, with room for extension headers. */
 #define LS_NEIGH_OFF 128
 
 /* Where a segment's numbers come from. */
 enum ls_known {
-	LS_KNOWN,     /* offset known */
-	LS_INHERITED, /* nothing known: no translation */
-	LS_LONELY,    /* active SYN whose PVM part is not known */
+	LS_KNOWN,     /* the offset is known */
+	LS_INHERITED, /* older than the last checkpoint: no translation */
+	LS_UNPAIRED,  /* active SYN; the PVM's is not known */
 	LS_PENDING,   /* waits for an announcement */
 };
 
-/* Remembers that the SVM spoke on a connection that came with a checkpoint. */
+/* Notes that the SVM has sent on a connection that came with a checkpoint. */
 static __always_inline void sec_inherited(const struct ls_pkt *p, __u32 *cli_ack)
 {
 	struct ls_inh *i = bpf_map_lookup_elem(&ls_inherited, &p->t);
@@ -26,8 +26,8 @@ static __always_inline void sec_inherited(const struct ls_pkt *p, __u32 *cli_ack
 }
 
 /*
- * Finds the segment's offset. Learns SYNs. An RST|ACK with sequence number 0
- * refuses a SYN: it belongs to no incarnation, whatever the tables hold.
+ * Finds the segment's offset, and stores SYNs. A RST|ACK with sequence number 0 refuses
+ * a SYN: it belongs to no incarnation, whatever the tables hold.
  */
 static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls_offset *o,
 						__u32 *cli_ack)
@@ -37,7 +37,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	struct ls_conn *conn;
 	struct ls_half *h;
 
-	/* No ack known: taken for one so old that it acks nothing that is kept. */
+	/* No ack known: one so old that it acknowledges nothing that is kept. */
 	*cli_ack = p->seq - LS_ACK_SPAN;
 	__builtin_memset(o, 0, sizeof(*o));
 	if ((p->flags & (LS_RST | LS_ACK)) == (LS_RST | LS_ACK) && !p->seq)
@@ -48,7 +48,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 		h = half_get(&p->t);
 		if (!h)
 			return LS_PENDING;
-		/* R8: the tuple is used again; its last pair is not made anew. */
+		/* R8: the tuple is reused; its last pair must not be made again. */
 		h->used_pvm = conn->inc;
 		h->used_svm = conn->isn_svm;
 		bpf_map_delete_elem(&ls_conn, &p->t);
@@ -68,7 +68,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 			return LS_PENDING;
 		half_svm(sc, h, now);
 		if (!half_pair(h))
-			return p->flags & LS_ACK ? LS_PENDING : LS_LONELY;
+			return p->flags & LS_ACK ? LS_PENDING : LS_UNPAIRED;
 	} else {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
 		if (!h) {
@@ -84,7 +84,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	return LS_KNOWN;
 }
 
-/* Keeps a copy, for R5 and R22. Returns LS_R_record_out, or LS_R_copy_lost. */
+/* Keeps a copy for R5 and R22. Returns LS_R_record_out, or LS_R_copy_lost. */
 static __always_inline enum ls_reason sec_copy(struct __sk_buff *skb, struct ls_scratch *sc,
 					       __u32 inc, __u32 cli_ack, int inherited)
 {
@@ -145,7 +145,7 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 
 	if (p->paylen)
 		why = sec_copy(skb, sc, o.inc, cli_ack, known != LS_KNOWN);
-	if (known == LS_LONELY)
+	if (known == LS_UNPAIRED)
 		why = LS_R_pending;
 	if (quiet)
 		return count(LS_R_shut, skb, TCX_DROP);
@@ -155,7 +155,7 @@ static __always_inline int sec_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, verdict);
 }
 
-/* Gives the SVM's ICMP error the numbers that the PVM's quotes. */
+/* Translates the SVM's ICMP error so that it quotes the same numbers as the PVM's. */
 static __always_inline int sec_quote_out(struct __sk_buff *skb, struct ls_scratch *sc)
 {
 	struct ls_delta d = {};
@@ -192,7 +192,7 @@ static __always_inline int sec_dgram(struct __sk_buff *skb, struct ls_scratch *s
 	return count(LS_R_record_out, skb, verdict);
 }
 
-/* P asks in the guest's name, and both guests hear the answer. */
+/* Has P send the request in the guest's name, so that both guests receive the answer. */
 static __always_inline int sec_neigh(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, const struct ls_keys *keys)
 {
@@ -210,7 +210,7 @@ static __always_inline int sec_neigh(struct __sk_buff *skb, struct ls_scratch *s
 	return count(LS_R_neigh_out, skb, verdict);
 }
 
-/* The same of an SVM that speaks alone. */
+/* Translates the ICMP error of an SVM that took over. */
 static __always_inline int sec_quote_solo(struct __sk_buff *skb, struct ls_scratch *sc,
 					  const struct ls_conf *conf)
 {
@@ -223,18 +223,18 @@ static __always_inline int sec_quote_solo(struct __sk_buff *skb, struct ls_scrat
 }
 
 /*
- * Alone after a takeover: the SVM speaks with the numbers that the remote knows for
- * what began before.
+ * The output of an SVM that took over: connections from before the takeover keep the
+ * numbers that the remote knows.
  */
 static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf)
 {
-	int again = skb->mark == ls_mark_rel;
+	int retx = skb->mark == ls_mark_rel;
 	struct ls_conn *conn = NULL;
 
-	if (!may_speak(conf))
+	if (!lease_valid(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
-	if (again)
+	if (retx)
 		skb->mark = 0;
 	switch (parse(skb, &sc->p, 1)) {
 	case LS_TCP:
@@ -252,9 +252,9 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		conn = NULL;
 	}
-	if (conn && leave(skb, sc, conn, edge_of(conf, &sc->p.t), again))
+	if (conn && leave(skb, sc, conn, edge_of(conf, &sc->p.t), retx))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
-	return count(again ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
+	return count(retx ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
 }
 
 SEC("tcx/ingress")
@@ -271,7 +271,7 @@ int ls_sec_out(struct __sk_buff *skb)
 	mode = mode_of(conf);
 	if (mode == LS_MODE_SOLO)
 		return sec_solo(skb, sc, conf);
-	/* User space may not know yet that the gate was shut. */
+	/* It may have been released before the gate was shut. */
 	if (skb->mark == ls_mark_rel)
 		return count(LS_R_shut, skb, TCX_DROP);
 	keys = keys_in_use(conf);
@@ -289,7 +289,7 @@ int ls_sec_out(struct __sk_buff *skb)
 			return count(LS_R_svm_only, skb, TCX_DROP);
 		return sec_dgram(skb, sc, conf, keys);
 	case LS_LINK:
-		if (sc->p.asks)
+		if (sc->p.neigh_req)
 			return sec_neigh(skb, sc, conf, keys);
 		return count(LS_R_svm_only, skb, TCX_DROP);
 	default:

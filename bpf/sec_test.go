@@ -4,138 +4,12 @@ package bpf_test
 
 import (
 	"bytes"
-	"errors"
 	"net/netip"
 	"slices"
 	"testing"
 
-	"github.com/cilium/ebpf"
-	"github.com/google/go-cmp/cmp"
-
 	"lockstep/bpf"
 )
-
-// Numbers of the tests' connections. Offsets wrap on the way.
-const (
-	isnPVM = 0xfffff000
-	isnSVM = 0x00000800
-	isnCli = 0x70000000
-	off    = uint32(isnSVM - isnPVM + 1<<32)
-	tsPVM  = 0xffffff00
-	tsSVM  = 0x00000100
-	tsOff  = uint32(tsSVM - tsPVM + 1<<32)
-	tsCli  = 5000
-)
-
-var mss = []byte{2, 4, 5, 0xb4}
-
-func withTS(val, ecr uint32) []byte { return append(bytes.Clone(mss), timestamps(val, ecr)...) }
-
-// announcement is what P sends of the PVM's SYN s.
-func (k *kit) announcement(f flow, s seg) []byte {
-	return k.fromPeer(&bpf.LockstepLsRec{
-		Version: abiVersion, Type: announce, Dir: p2s, Term: term, Epoch: epoch,
-		T: f.tuple(), Inc: s.seq, Seq: s.seq, End: s.end(), Ack: s.ack, Win: s.win, TcpFlags: s.flags,
-		Optlen: uint8(len(s.opts)), Opts: opts40(s.opts),
-	})
-}
-
-// announce gives S an announcement and expects answer, nil for none.
-func (k *kit) announce(f flow, s seg, inc uint32, answer *seg) {
-	k.Helper()
-	frame := k.announcement(f, s)
-	if answer == nil {
-		k.check(k.LsSecIn, frame, drop, "record_in")
-		return
-	}
-	var verdict uint32
-	var out []byte
-	k.expect(counts{"record_out": 1}, func() { verdict, out, _ = k.run(k.LsSecIn, input{frame: frame}) })
-	want := k.record(segRecord(f, *answer, inc), out, frame[:18], 54)
-	copy(want[18:54], frame[18:54])
-	if verdict != redirect || !bytes.Equal(out, want) {
-		k.Errorf("verdict %d, answer\n% x, want\n% x", int32(verdict), out, want)
-	}
-	k.none()
-}
-
-// segRecord is the record of s, whose numbers are the PVM's, but for the sums.
-func segRecord(f flow, s seg, inc uint32) *bpf.LockstepLsRec {
-	return &bpf.LockstepLsRec{
-		Type: data, Dir: s2p, T: f.tuple(), Inc: inc, Seq: s.seq, End: s.end(), Ack: s.ack, Win: s.win, TcpFlags: s.flags,
-		Optlen: uint8(len(s.opts)), Opts: opts40(s.opts),
-	}
-}
-
-// said lets the SVM say s, expects the record of want and, for payload, a copy.
-// inherited is taken for inc 0.
-func (k *kit) said(f flow, s, want seg, inc, cliAck uint32, reason string) {
-	k.Helper()
-	frame := f.from(s)
-	var verdict uint32
-	var out []byte
-	k.expect(counts{reason: 1}, func() { verdict, out, _ = k.run(k.LsSecOut, input{frame: frame}) })
-	translated := f.from(want)
-	rec := segRecord(f, want, inc)
-	pos := want.seq + uint32(want.flags&syn>>1)
-	rec.Sum = k.sum(pos, want.payload)
-	if inc == 0 {
-		rec.Flags = inherited
-	}
-	wantFrame := k.record(rec, out, translated, f.l4(s)+20)
-	if verdict != redirect || !bytes.Equal(out, wantFrame) {
-		k.Errorf("verdict %d, record\n% x, want\n% x", int32(verdict), out, wantFrame)
-	}
-	if len(s.payload) == 0 || reason == "copy_lost" {
-		k.none()
-		return
-	}
-	ev := one[*bpf.LockstepLsEv](k)
-	wantEv := wantEvent(bpf.LockstepLsEvTypeLS_EV_COPY, f, want, translated)
-	wantEv.Slot, wantEv.Inc, wantEv.CliAck, wantEv.Sum = ev.Slot, inc, cliAck, rec.Sum
-	if inc == 0 {
-		wantEv.Flags = uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED)
-	}
-	k.same(ev, wantEv)
-	if got := k.slot(ev.Slot); !bytes.Equal(got, translated) {
-		k.Errorf("copy\n% x, want\n% x", got, translated)
-	}
-}
-
-// hears gives the SVM s from the remote and expects it to arrive as want.
-func (k *kit) hears(f flow, s, want seg) {
-	k.Helper()
-	k.expect(counts{"delivered": 1}, func() {
-		k.Helper()
-		verdict, out, mark := k.run(k.LsSecIn, input{frame: f.to(s)})
-		if verdict != redirect || mark != markIn || !bytes.Equal(out, f.to(want)) {
-			k.Errorf("verdict %d, mark %#x, frame\n% x, want\n% x", int32(verdict), mark, out, f.to(want))
-		}
-	})
-}
-
-func (k *kit) conn(f flow) *bpf.LockstepLsConn {
-	k.Helper()
-	var c bpf.LockstepLsConn
-	if err := k.LsConn.Lookup(f.tuple(), &c); err != nil {
-		return nil
-	}
-	return &c
-}
-
-func (k *kit) wantConn(f flow, want *bpf.LockstepLsConn) {
-	k.Helper()
-	got := k.conn(f)
-	if got != nil && want != nil {
-		if got.Last == 0 {
-			k.Error("entry without time")
-		}
-		want.Last = got.Last
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		k.Errorf("ls_conn (-want +got):\n%s", diff)
-	}
-}
 
 const (
 	stActive = uint32(bpf.LockstepLsConnBitLS_CONN_ACTIVE)
@@ -148,269 +22,21 @@ const (
 var (
 	pvmSynAck = seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack, win: 100, opts: withTS(tsPVM, tsCli)}
 	svmSynAck = seg{seq: isnSVM, ack: isnCli + 1, flags: syn | ack, win: 200, opts: withTS(tsSVM, tsCli)}
-	// what P is told of it
+	// what P is informed of
 	svmSynAckP = seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack, win: 200, opts: withTS(tsPVM, tsCli)}
 )
-
-// A connection that a remote opens, from its SYN to both FINs.
-func TestPassiveOpen(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	for family, f := range flows {
-		for _, announcedFirst := range []bool{true, false} {
-			name := family + " SVM first"
-			if announcedFirst {
-				name = family + " announced first"
-			}
-			t.Run(name, func(t *testing.T) {
-				k.TB = t
-				k.forget(f)
-				clientSyn := seg{seq: isnCli, flags: syn, opts: withTS(tsCli, 0)}
-				k.hears(f, clientSyn, clientSyn)
-				if announcedFirst {
-					k.announce(f, pvmSynAck, 0, nil)
-					k.announce(f, pvmSynAck, 0, nil)
-					k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
-				} else {
-					k.check(k.LsSecOut, f.from(svmSynAck), drop, "pending")
-					k.check(k.LsSecOut, f.from(seg{seq: isnSVM + 1, ack: isnCli + 1, flags: ack, payload: []byte("early")}), drop, "pending")
-					k.announce(f, pvmSynAck, isnPVM, &svmSynAckP)
-				}
-				k.announce(f, pvmSynAck, isnPVM, &svmSynAckP)              // repeated
-				k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")  // repeated
-				later := pvmSynAck                                         // the PVM's clock goes on, the offset does not
-				later.opts = withTS(tsPVM+100, tsCli)                      //
-				k.announce(f, later, isnPVM, &svmSynAckP)                  //
-				early := seg{seq: isnSVM + 1, ack: isnCli + 1, flags: ack} // before the remote's first ack
-				early.payload = []byte("greeting")                         //
-				earlyP := early                                            //
-				earlyP.seq = isnPVM + 1                                    //
-				k.said(f, early, earlyP, isnPVM, isnPVM, "record_out")     //
-				k.wantConn(f, nil)                                         //
-				stale := seg{seq: isnCli + 1, ack: isnPVM, flags: ack}     // acks nothing: translated, not believed
-				k.hears(f, stale, seg{seq: isnCli + 1, ack: isnSVM, flags: ack})
-				k.wantConn(f, nil)
-
-				k.hears(f, seg{seq: isnCli + 1, ack: isnPVM + 9, flags: ack, opts: timestamps(tsCli+1, tsPVM)},
-					seg{seq: isnCli + 1, ack: isnSVM + 9, flags: ack, opts: timestamps(tsCli+1, tsSVM)})
-				want := &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS, CliAck: isnPVM + 9, IsnSvm: isnSVM}
-				k.wantConn(f, want)
-				k.announce(f, pvmSynAck, 0, nil)                          // confirmed long ago
-				k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out") // its ACK was lost on the way to the SVM
-
-				// The stream goes over the wrap in PVM numbering.
-				k.said(f, seg{seq: isnSVM + 9, ack: isnCli + 1, flags: ack | psh, win: 9, opts: timestamps(tsSVM+5, tsCli), payload: make([]byte, 5000-1500)},
-					seg{seq: isnPVM + 9, ack: isnCli + 1, flags: ack | psh, win: 9, opts: timestamps(tsPVM+5, tsCli), payload: make([]byte, 5000-1500)},
-					isnPVM, isnPVM+9, "record_out")
-				k.hears(f, seg{seq: isnCli + 1, ack: 2000, flags: ack, payload: []byte("request")}, seg{seq: isnCli + 1, ack: 2000 + off, flags: ack, payload: []byte("request")})
-				k.hears(f, seg{seq: isnCli + 1, ack: 1999, flags: ack}, seg{seq: isnCli + 1, ack: 1999 + off, flags: ack}) // overtaken
-				want.CliAck = 2000
-				k.wantConn(f, want)
-
-				// Pure ACKs and FINs are recorded and not copied.
-				k.said(f, seg{seq: 3000 + off, ack: isnCli + 8, flags: ack}, seg{seq: 3000, ack: isnCli + 8, flags: ack}, isnPVM, 2000, "record_out")
-				k.said(f, seg{seq: 3000 + off, ack: isnCli + 8, flags: fin | ack}, seg{seq: 3000, ack: isnCli + 8, flags: fin | ack}, isnPVM, 2000, "record_out")
-				want.State |= stGFIN
-				k.wantConn(f, want)
-				k.hears(f, seg{seq: isnCli + 8, ack: 3001, flags: fin | ack}, seg{seq: isnCli + 8, ack: 3001 + off, flags: fin | ack})
-				want.State, want.CliAck = want.State|stRFIN, 3001
-				k.wantConn(f, want)
-			})
-		}
-	}
-}
-
-// forget takes f out of the tables.
-func (k *kit) forget(f flow) {
-	k.Helper()
-	for _, m := range []*ebpf.Map{k.LsConn, k.LsHalf} {
-		if err := m.Delete(f.tuple()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			k.Fatal(err)
-		}
-	}
-}
-
-// RSTs end a connection, unless the guest does not believe them.
-func TestReset(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	f := k.opened(flows["IPv4"])
-	want := k.conn(f)
-
-	k.hears(f, seg{seq: 1, flags: rst}, seg{seq: 1, flags: rst}) // without ACK nothing is translated
-	want.State |= stRST
-	k.wantConn(f, want)
-	k.said(f, seg{seq: isnSVM + 1, ack: 2, flags: ack}, seg{seq: isnPVM + 1, ack: 2, flags: ack}, isnPVM, 0, "record_out")
-	want.State &^= stRST
-	k.wantConn(f, want)
-	k.hears(f, seg{seq: 1, ack: isnPVM + 2, flags: rst | ack}, seg{seq: 1, ack: isnSVM + 2, flags: rst | ack})
-	want.State, want.CliAck = want.State|stRST, isnPVM+2
-	k.wantConn(f, want)
-	k.said(f, seg{seq: isnSVM + 1, flags: rst}, seg{seq: isnPVM + 1, flags: rst}, isnPVM, 0, "record_out")
-	k.wantConn(f, want)
-
-	// A refusal has sequence number 0 and is of no incarnation.
-	refusal := seg{ack: isnCli + 1, flags: rst | ack}
-	k.said(f, refusal, refusal, 0, 0, "record_out")
-	other := f
-	other.remote = flows["IPv6"].remote
-	other.guest = flows["IPv6"].guest
-	k.said(other, refusal, refusal, 0, 0, "record_out")
-}
-
-// opened is f after a passive open.
-func (k *kit) opened(f flow) flow {
-	k.Helper()
-	k.announce(f, pvmSynAck, 0, nil)
-	k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
-	k.hears(f, seg{seq: isnCli + 1, ack: isnPVM + 1, flags: ack}, seg{seq: isnCli + 1, ack: isnSVM + 1, flags: ack})
-	if k.conn(f) == nil {
-		k.Fatal("no connection")
-	}
-	return f
-}
-
-// A connection that the guests open.
-func TestActiveOpen(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	pvm := seg{seq: isnPVM, flags: syn, win: 1, opts: withTS(tsPVM, 0)}
-	svm := seg{seq: isnSVM, flags: syn, win: 2, opts: withTS(tsSVM, 0)}
-	told := seg{seq: isnPVM, flags: syn, win: 2, opts: withTS(tsPVM, 0)}
-	for family, f := range flows {
-		t.Run(family, func(t *testing.T) {
-			k.TB = t
-			k.said(f, svm, svm, 0, 0, "pending") // P sees what the SVM opens
-			k.announce(f, pvm, isnPVM, &told)
-			k.said(f, svm, told, isnPVM, 0, "record_out")
-
-			// The remote's SYN|ACK is for the SVM's SYN too.
-			k.hears(f, seg{seq: isnCli, ack: isnPVM + 1, flags: syn | ack, opts: withTS(tsCli, tsPVM)},
-				seg{seq: isnCli, ack: isnSVM + 1, flags: syn | ack, opts: withTS(tsCli, tsSVM)})
-			k.wantConn(f, &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS | stActive, CliAck: isnPVM + 1, IsnSvm: isnSVM})
-
-			// The same ports again. ISNs that were used for a pair are not used for another.
-			again := svm
-			again.seq = 0x5000
-			k.said(f, again, again, 0, 0, "pending")
-			k.wantConn(f, nil)
-			k.announce(f, pvm, 0, nil) // repeated, of the first connection
-			k.said(f, again, again, 0, 0, "pending")
-			pvm2 := pvm
-			pvm2.seq = 0x9000
-			told2 := told
-			told2.seq = 0x9000
-			k.announce(f, pvm2, 0x9000, &told2)
-			k.hears(f, seg{seq: 1, ack: 0x9001, flags: syn | ack}, seg{seq: 1, ack: 0x5001, flags: syn | ack})
-			if c := k.conn(f); c == nil || c.Inc != 0x9000 {
-				t.Errorf("connection %+v", c)
-			}
-
-			// A third time, announced before the SVM opens it.
-			pvm3, svm3, told3 := pvm, svm, told
-			pvm3.seq, told3.seq, svm3.seq = 77, 77, 99
-			k.announce(f, pvm3, 0, nil)
-			k.said(f, svm3, told3, 77, 0, "record_out")
-		})
-	}
-}
-
-// A refused connect is no connection.
-func TestActiveRefused(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	f := flows["IPv4"]
-	k.announce(f, seg{seq: isnPVM, flags: syn}, 0, nil)
-	k.said(f, seg{seq: isnSVM, flags: syn}, seg{seq: isnPVM, flags: syn}, isnPVM, 0, "record_out")
-	k.hears(f, seg{ack: isnPVM + 1, flags: rst | ack}, seg{ack: isnSVM + 1, flags: rst | ack})
-	k.wantConn(f, nil)
-}
-
-// Both ends open at once: the SYN|ACKs repeat the SYNs' numbers.
-func TestSimultaneousOpen(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	f := flows["IPv6"]
-	k.announce(f, seg{seq: isnPVM, flags: syn}, 0, nil)
-	k.said(f, seg{seq: isnSVM, flags: syn}, seg{seq: isnPVM, flags: syn}, isnPVM, 0, "record_out")
-	k.hears(f, seg{seq: isnCli, flags: syn}, seg{seq: isnCli, flags: syn})
-	k.announce(f, seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack}, isnPVM, &seg{seq: isnPVM, flags: syn})
-	k.said(f, seg{seq: isnSVM, ack: isnCli + 1, flags: syn | ack}, seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack}, isnPVM, 0, "record_out")
-	k.announce(f, seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack}, isnPVM, &seg{seq: isnPVM, ack: isnCli + 1, flags: syn | ack})
-	k.hears(f, seg{seq: isnCli + 1, ack: isnPVM + 1, flags: ack}, seg{seq: isnCli + 1, ack: isnSVM + 1, flags: ack})
-	if k.conn(f) == nil {
-		t.Error("no connection")
-	}
-}
-
-// The tuple is used again: another SYN of the remote, other ISNs (R8).
-func TestIncarnations(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	f := k.opened(flows["IPv4"])
-	pvm, svm, told := pvmSynAck, svmSynAck, svmSynAckP
-	pvm.seq, told.seq, svm.seq = 10, 10, 20
-	pvm.ack, told.ack, svm.ack = 31, 31, 31
-
-	// The announcement of the old one, repeated late, is not for the new one.
-	k.check(k.LsSecOut, f.from(svm), drop, "pending")
-	k.wantConn(f, nil)
-	k.announce(f, pvmSynAck, 0, nil)
-	k.check(k.LsSecOut, f.from(svm), drop, "pending")
-	k.announce(f, pvm, 10, &told)
-	k.hears(f, seg{ack: 11, flags: ack}, seg{ack: 21, flags: ack})
-	if c := k.conn(f); c == nil || c.Inc != 10 || c.Off != 10 {
-		t.Errorf("connection %+v", c)
-	}
-
-	// While the old connection lives, the new one's announcement does not disturb it.
-	k.announce(f, pvmSynAck, 0, nil)
-	k.hears(f, seg{ack: 12, flags: ack}, seg{ack: 22, flags: ack})
-	k.said(f, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
-	k.wantConn(f, nil)
-}
-
-// A connection went once from ls_half to ls_conn: after its removal late segments
-// are still translated, without a new entry.
-func TestLateSegments(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	f := k.opened(flows["IPv4"])
-	if err := k.LsConn.Delete(f.tuple()); err != nil {
-		t.Fatal(err)
-	}
-	k.hears(f, seg{ack: isnPVM + 2, flags: ack}, seg{ack: isnSVM + 2, flags: ack})
-	k.said(f, seg{seq: isnSVM + 2, flags: ack}, seg{seq: isnPVM + 2, flags: ack}, isnPVM, 0, "record_out")
-	k.wantConn(f, nil)
-}
-
-// Nothing known of a connection: it came with a checkpoint, and both guests number it alike.
-func TestInherited(t *testing.T) {
-	k := newKit(t)
-	k.setMode(run)
-	for _, f := range flows {
-		s := seg{seq: 1000, ack: isnCli, flags: ack, opts: timestamps(tsSVM, tsCli), payload: []byte("going on")}
-		k.said(f, s, s, 0, 1<<32-1<<30+1000, "record_out")
-		in := seg{seq: isnCli, ack: 2000, flags: ack, opts: timestamps(tsCli, tsSVM)}
-		k.hears(f, in, in)
-		k.wantConn(f, nil)
-		// From now on copies know what the remote has.
-		s.seq, s.payload = 2000, []byte("and on")
-		k.said(f, s, s, 0, 2000, "record_out")
-	}
-}
 
 // Timestamps of one side only are not translated.
 func TestOneSideTimestamps(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
 	f := flows["IPv4"]
-	pvm, told := pvmSynAck, svmSynAckP
-	pvm.opts, told.opts = mss, svmSynAck.opts
+	pvm, reported := pvmSynAck, svmSynAckP
+	pvm.opts, reported.opts = mss, svmSynAck.opts
 	k.announce(f, pvm, 0, nil)
-	k.said(f, svmSynAck, told, isnPVM, 0, "record_out")
-	k.announce(f, pvm, isnPVM, &told)
-	k.hears(f, seg{ack: isnPVM + 1, flags: ack, opts: timestamps(3, 4)}, seg{ack: isnSVM + 1, flags: ack, opts: timestamps(3, 4)})
+	k.svmSends(f, svmSynAck, reported, isnPVM, 0, "record_out")
+	k.announce(f, pvm, isnPVM, &reported)
+	k.svmReceives(f, seg{ack: isnPVM + 1, flags: ack, opts: timestamps(3, 4)}, seg{ack: isnSVM + 1, flags: ack, opts: timestamps(3, 4)})
 	k.wantConn(f, &bpf.LockstepLsConn{Off: off, Inc: isnPVM, CliAck: isnPVM + 1, IsnSvm: isnSVM})
 }
 
@@ -463,12 +89,12 @@ func TestOptions(t *testing.T) {
 					k.opened(f)
 				}
 				for _, payload := range [][]byte{nil, []byte("odd")} {
-					k.hears(f, seg{seq: 5, ack: isnPVM + 9, flags: ack, opts: c.in, payload: payload},
+					k.svmReceives(f, seg{seq: 5, ack: isnPVM + 9, flags: ack, opts: c.in, payload: payload},
 						seg{seq: 5, ack: isnSVM + 9, flags: ack, opts: c.want, payload: payload})
 					// Without ACK the numbers mean nothing.
-					k.hears(f, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload}, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload})
+					k.svmReceives(f, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload}, seg{seq: 5, ack: isnPVM + 9, opts: c.in, payload: payload})
 					if c.out != nil {
-						k.said(f, seg{seq: isnSVM + 9, ack: 5, flags: ack, opts: c.out, payload: payload},
+						k.svmSends(f, seg{seq: isnSVM + 9, ack: 5, flags: ack, opts: c.out, payload: payload},
 							seg{seq: isnPVM + 9, ack: 5, flags: ack, opts: c.wantOut, payload: payload}, isnPVM, isnPVM+9, "record_out")
 					}
 				}
@@ -492,22 +118,22 @@ func TestTablesFull(t *testing.T) {
 	}
 	g := port(9)
 	k.announce(g, pvmSynAck, 0, nil)
-	k.said(g, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
+	k.svmSends(g, svmSynAck, svmSynAckP, isnPVM, 0, "record_out")
 	k.check(k.LsSecIn, g.to(seg{ack: isnPVM + 1, flags: ack}), drop, "conn_full")
-	k.hears(port(3), seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(port(3), seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 	if err := k.LsConn.Delete(port(3).tuple()); err != nil {
 		t.Fatal(err)
 	}
-	k.hears(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 	k.wantConn(g, &bpf.LockstepLsConn{Off: off, TsOff: tsOff, Inc: isnPVM, State: stTS, CliAck: isnPVM + 1, IsnSvm: isnSVM})
 
 	for i := range 500 { // a flood of SYNs
 		k.check(k.LsSecOut, port(100+i).from(svmSynAck), drop, "pending")
 	}
-	k.hears(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
+	k.svmReceives(g, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnSVM + 1, flags: ack})
 }
 
-// Without a slot or ring the record goes out, and P is told of no copy.
+// Without a slot or ring the record goes out, and no copy is reported.
 func TestCopyLost(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
@@ -518,31 +144,17 @@ func TestCopyLost(t *testing.T) {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.lanes = k.lanesNow()
-	k.said(f, s, s, 0, 0, "copy_lost")
+	k.streams = k.streamsNow()
+	k.svmSends(f, s, s, 0, 0, "copy_lost")
 	s.payload = make([]byte, 3600) // these take the other slots
 	for range tcpGslots {
 		k.run(k.LsSecOut, input{frame: f.from(s)})
 	}
 	k.events()
-	k.lanes = k.lanesNow()
-	k.said(f, s, s, 0, 0, "copy_lost")
+	k.streams = k.streamsNow()
+	k.svmSends(f, s, s, 0, 0, "copy_lost")
 	s.payload = nil
-	k.said(f, s, s, 0, 0, "record_out")
-}
-
-// lanesNow reads the lanes' counters.
-func (k *kit) lanesNow() map[uint16]uint64 {
-	k.Helper()
-	lanes := make(map[uint16]uint64)
-	for cpu := range k.LsLane.MaxEntries() {
-		var number bpf.LockstepLsNumber
-		if err := k.LsLane.Lookup(cpu, &number); err != nil {
-			k.Fatal(err)
-		}
-		lanes[uint16(cpu)] = number.No
-	}
-	return lanes
+	k.svmSends(f, s, s, 0, 0, "record_out")
 }
 
 func TestPark(t *testing.T) {
@@ -622,7 +234,7 @@ func TestSecOutModes(t *testing.T) {
 	k.none()
 }
 
-// After a takeover the SVM speaks and hears with the PVM's numbers.
+// After a takeover the SVM sends and receives with the PVM's numbers.
 func TestSolo(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
@@ -640,7 +252,7 @@ func TestSolo(t *testing.T) {
 	unknown := flows["IPv4"]
 	k.check(k.LsSecOut, unknown.from(seg{seq: 1, flags: ack}), next, "passed")
 	k.check(k.LsSecGate, unknown.to(seg{ack: 1, flags: ack}), next, "passed")
-	k.conf.SpeakUntil = 1
+	k.conf.LeaseUntil = 1
 	k.setConf()
 	k.check(k.LsSecOut, f.from(seg{seq: 1, flags: ack}), drop, "muted")
 	k.none()
@@ -676,8 +288,8 @@ func TestMutateR9(t *testing.T) {
 	k.setMode(run)
 	f := flows["IPv4"]
 	k.check(k.LsSecIn, k.announcement(f, pvmSynAck), drop, "record_in")
-	k.said(f, svmSynAck, svmSynAck, isnSVM, 0, "record_out")
-	k.hears(f, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnPVM + 1, flags: ack})
+	k.svmSends(f, svmSynAck, svmSynAck, isnSVM, 0, "record_out")
+	k.svmReceives(f, seg{ack: isnPVM + 1, flags: ack}, seg{ack: isnPVM + 1, flags: ack})
 }
 
 // Bytes are counted as packets are.

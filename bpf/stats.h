@@ -17,7 +17,7 @@ static __always_inline int count_bytes(enum ls_reason reason, __u64 bytes, int v
 	return verdict;
 }
 
-/* Counts a frame as so many. */
+/* Counts one frame as several. */
 static __always_inline int count_as(enum ls_reason reason, struct __sk_buff *skb, __u32 frames,
 				    int verdict)
 {

@@ -110,14 +110,14 @@ func TestTakeover(t *testing.T) {
 	k.none()
 }
 
-// TestQuiet: S says nothing to anybody, and keeps what its guest says (R21 i).
+// TestQuiet: S sends nothing, and keeps its guest's output (R21 i).
 func TestQuiet(t *testing.T) {
 	k := newKit(t)
 	k.setMode(run)
 	f := k.opened(flows["IPv4"])
 	k.setMode(quiet)
-	said, copied := seg{seq: isnSVM + 1, ack: 2, flags: ack, payload: []byte("kept")}, seg{seq: isnPVM + 1, ack: 2, flags: ack, payload: []byte("kept")}
-	silent := func(frame []byte) {
+	output, copied := seg{seq: isnSVM + 1, ack: 2, flags: ack, payload: []byte("kept")}, seg{seq: isnPVM + 1, ack: 2, flags: ack, payload: []byte("kept")}
+	dropped := func(frame []byte) {
 		t.Helper()
 		k.expect(counts{"shut": 1}, func() {
 			if v, _, _ := k.run(k.LsSecOut, input{frame: frame}); v != drop {
@@ -125,18 +125,18 @@ func TestQuiet(t *testing.T) {
 			}
 		})
 	}
-	silent(f.from(said))
+	dropped(f.from(output))
 	ev := one[*bpf.LockstepLsEv](k)
 	if got, want := k.slot(ev.Slot), f.from(copied); ev.Type != uint32(bpf.LockstepLsEvTypeLS_EV_COPY) || !bytes.Equal(got, want) {
 		t.Errorf("copy of type %d\n% x, want\n% x", ev.Type, got, want)
 	}
-	silent(f.from(seg{seq: isnSVM + 5, flags: ack}))
+	dropped(f.from(seg{seq: isnSVM + 5, flags: ack}))
 	for _, frame := range linkFrames() {
-		silent(frame)
+		dropped(frame)
 	}
 	k.check(k.LsSecIn, f.to(seg{ack: isnPVM + 1, flags: ack}), drop, "shut")
 	k.check(k.LsSecGate, f.to(seg{ack: isnPVM + 1, flags: ack}), drop, "gated")
-	asked := k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, Term: term, Epoch: epoch, Sum: [2]uint64{5, 0}})
+	asked := k.fromPeer(&bpf.LockstepLsRec{Version: abiVersion, Type: echo, Dir: p2s, KeyGen: keyGen, Epoch: epoch, Sum: [2]uint64{5, 0}})
 	k.check(k.LsSecIn, asked, drop, "shut")
 	k.none()
 }
@@ -152,15 +152,15 @@ func TestEdge(t *testing.T) {
 		t.Run(family, func(t *testing.T) {
 			k.TB = t
 			raw := f.from(seg{seq: seq, ack: 6, flags: ack, opts: timestamps(ts, 1), payload: []byte("x")})
-			said := f.from(seg{seq: seq - edge, ack: 6, flags: ack, opts: timestamps(ts-edgeTS+guard, 1), payload: []byte("x")})
+			output := f.from(seg{seq: seq - edge, ack: 6, flags: ack, opts: timestamps(ts-edgeTS+guard, 1), payload: []byte("x")})
 			k.setMode(solo)
-			k.turned(k.LsPriOut, 0, raw, said, "passed")
-			k.turned(k.LsPriOut, markRel, raw, said, "released_out")
+			k.turned(k.LsPriOut, 0, raw, output, "passed")
+			k.turned(k.LsPriOut, markRel, raw, output, "released_out")
 			k.setMode(hold)
-			k.turned(k.LsPriOut, markRel, raw, said, "released_out")
-			heard := f.to(seg{seq: 6, ack: seq + 1 - edge, flags: ack, opts: timestamps(1, ts-edgeTS+guard)})
+			k.turned(k.LsPriOut, markRel, raw, output, "released_out")
+			received := f.to(seg{seq: 6, ack: seq + 1 - edge, flags: ack, opts: timestamps(1, ts-edgeTS+guard)})
 			k.setMode(solo)
-			k.turned(k.LsMirror, 0, heard, f.to(seg{seq: 6, ack: seq + 1, flags: ack, opts: timestamps(1, ts)}), "passed")
+			k.turned(k.LsMirror, 0, received, f.to(seg{seq: 6, ack: seq + 1, flags: ack, opts: timestamps(1, ts)}), "passed")
 			if e := k.edgeOf(f); e.State != stInherited|stGuarded|stEchoes || e.Last == 0 {
 				t.Errorf("edge %+v", e)
 			}
@@ -182,7 +182,7 @@ func TestEdge(t *testing.T) {
 	k.none()
 }
 
-// TestLiveEdgeMirrored: of a connection that was taken over S, too, hears the guest's numbers.
+// TestLiveEdgeMirrored: on a connection that was taken over S, too, receives the guest's numbers.
 func TestLiveEdgeMirrored(t *testing.T) {
 	l := newLab(t)
 	k := l.kit()
@@ -215,10 +215,10 @@ func TestSignedTakeover(t *testing.T) {
 			"TCP-MD5": append([]byte{1, 1, 19, 18}, make([]byte, 16)...),
 			"TCP-AO":  append([]byte{29, 16}, make([]byte, 14)...),
 		} {
-			said := f.from(seg{seq: 5, ack: 6, flags: ack, opts: append(timestamps(7, 8), signature...)})
-			k.turned(k.LsSecOut, 0, said, said, "passed")
-			heard := f.to(seg{seq: 6, ack: 5, flags: ack, opts: append(timestamps(8, guard+9), signature...)})
-			k.turned(k.LsSecGate, 0, heard, heard, "passed")
+			output := f.from(seg{seq: 5, ack: 6, flags: ack, opts: append(timestamps(7, 8), signature...)})
+			k.turned(k.LsSecOut, 0, output, output, "passed")
+			received := f.to(seg{seq: 6, ack: 5, flags: ack, opts: append(timestamps(8, guard+9), signature...)})
+			k.turned(k.LsSecGate, 0, received, received, "passed")
 			if t.Failed() {
 				t.Fatal(family, name)
 			}

@@ -38,7 +38,7 @@ func (k *kit) sleeper() (woken func(millis int) bool) {
 
 const soon = 2000 // ms, at most: wake-ups come at once
 
-// A reader on P that has read everything hears of whatever comes next, after
+// A reader on P that has read everything is woken by whatever comes next, after
 // frames too that found no slot.
 func TestWakeupPrimary(t *testing.T) {
 	pin(t)
@@ -76,7 +76,7 @@ func TestWakeupSecondary(t *testing.T) {
 	k.setMode(run)
 	f := flows["IPv4"]
 	woken := k.sleeper()
-	say := func() {
+	send := func() {
 		t.Helper()
 		k.run(k.LsSecOut, input{frame: f.from(seg{flags: ack, payload: []byte("x")})})
 	}
@@ -92,7 +92,7 @@ func TestWakeupSecondary(t *testing.T) {
 		}
 	}
 	rest()
-	say()
+	send()
 	if woken(0) {
 		t.Error("woken by a copy")
 	}
@@ -101,7 +101,7 @@ func TestWakeupSecondary(t *testing.T) {
 		t.Error("asleep before a question")
 	}
 	rest()
-	say()
+	send()
 	k.setMode(park)
 	k.check(k.LsSecIn, f.to(seg{flags: ack}), drop, "parked")
 	if !woken(soon) {
@@ -110,7 +110,7 @@ func TestWakeupSecondary(t *testing.T) {
 	rest()
 	k.setMode(run)
 	n := 0
-	for say(); !woken(1); say() {
+	for send(); !woken(1); send() {
 		if n++; n > 200 {
 			t.Fatal("asleep for ever")
 		}

@@ -39,7 +39,7 @@ func (k *kit) xdp(frame []byte, pass bool) {
 	})
 }
 
-// XDP lets past what ls_digest_rx could take, lane numbers apart, and nothing else.
+// XDP lets past what ls_digest_rx could take, stream numbers apart, and nothing else.
 func TestPeerXDP(t *testing.T) {
 	k := newKit(t)
 	r := rand.New(rand.NewPCG(41, 42))
@@ -69,8 +69,8 @@ func TestPeerXDP(t *testing.T) {
 				change(&other)
 				k.xdp(k.fromPeer(&other), false)
 			}
-			refuse(func(rec *bpf.LockstepLsRec) { rec.Term++ })
-			refuse(func(rec *bpf.LockstepLsRec) { rec.Term-- })
+			refuse(func(rec *bpf.LockstepLsRec) { rec.KeyGen++ })
+			refuse(func(rec *bpf.LockstepLsRec) { rec.KeyGen-- })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Dir = p2s })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Type = ask })
 			refuse(func(rec *bpf.LockstepLsRec) { rec.Version-- })

@@ -352,7 +352,7 @@ func (n *NIC) found(role Role) (*control.Adopted, error) {
 	if err := n.objs.LsKeys.Lookup(n.conf.KeyIndex, &k); err != nil {
 		return nil, fmt.Errorf("read pinned keys: %w", err)
 	}
-	a := &control.Adopted{Term: n.conf.Term, Epoch: n.conf.Epoch, Mode: control.Mode(n.conf.Mode)}
+	a := &control.Adopted{Term: n.conf.KeyGen, Epoch: n.conf.Epoch, Mode: control.Mode(n.conf.Mode)}
 	a.Digest.Mix = k.Mix
 	for lane := range k.K {
 		copy(a.Digest.K[lane][:], k.K[lane][:])

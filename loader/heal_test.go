@@ -227,10 +227,10 @@ func TestEcho(t *testing.T) {
 	check(t, h.p.Echo())
 	after := h.p.Now()
 	counts(t, h.p, "echo_in", 1)
-	if until := int64(h.p.conf.SpeakUntil) - int64(time.Hour); until < before || until > after {
+	if until := int64(h.p.conf.LeaseUntil) - int64(time.Hour); until < before || until > after {
 		t.Errorf("allowed from %d, asked between %d and %d", until, before, after)
 	}
-	was := h.p.conf.SpeakUntil
+	was := h.p.conf.LeaseUntil
 	check(t, h.s.SetMode(control.ModeShut))
 	check(t, h.p.Echo())
 	counts(t, h.s, "shut", 1)
@@ -238,7 +238,7 @@ func TestEcho(t *testing.T) {
 	check(t, h.p.SetSpeakFor(0)) // an older echo takes nothing back
 	check(t, h.p.Echo())
 	counts(t, h.p, "echo_in", 2)
-	if h.p.conf.SpeakUntil != was {
+	if h.p.conf.LeaseUntil != was {
 		t.Error("an echo that allows less took time back")
 	}
 }

@@ -313,7 +313,7 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read programs: %w", err)
 	}
-	if most := int(bpf.LockstepLsConstLS_LANE_MAX); z.cpus > most {
+	if most := int(bpf.LockstepLsConstLS_STREAM_MAX); z.cpus > most {
 		return nil, fmt.Errorf("this host has room for %d CPUs, and lockstep for %d", z.cpus, most)
 	}
 	// An LRU map holds so many before it evicts, whichever CPUs fill it.
@@ -563,13 +563,13 @@ func (n *NIC) SetEpoch(e uint32) error {
 
 // SetSpeakUntil implements [control.DataPath].
 func (n *NIC) SetSpeakUntil(t int64) error {
-	atomic.StoreUint64(&n.conf.SpeakUntil, uint64(t))
+	atomic.StoreUint64(&n.conf.LeaseUntil, uint64(t))
 	return nil
 }
 
 // SetSpeakFor implements [control.DataPath].
 func (n *NIC) SetSpeakFor(d time.Duration) error {
-	atomic.StoreUint64(&n.conf.SpeakFor, uint64(d))
+	atomic.StoreUint64(&n.conf.LeaseDuration, uint64(d))
 	return nil
 }
 
@@ -599,7 +599,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 	// term changes, term - 1 would be verified with the new keys, and so refused.
 	atomic.StoreUint64(&n.conf.OldUntil, oldUntil)
 	atomic.StoreUint32(&n.conf.KeyIndex, index)
-	atomic.StoreUint32(&n.conf.Term, s.Term)
+	atomic.StoreUint32(&n.conf.KeyGen, s.Term)
 	n.signer.key, n.signer.term = s.TxKey, s.Term
 	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
 	if s.Rotated {

@@ -29,8 +29,8 @@ func TestRotatedSession(t *testing.T) {
 	if until := int64(c.OldUntil); until < before+int64(rotation) || until > after+int64(rotation) {
 		t.Errorf("old frames until %d, want %d to %d", until, before+int64(rotation), after+int64(rotation))
 	}
-	if c.Term != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.signer.epoch != 41 || h.p.signer.term != 8 || h.p.signer.laneNext != lane {
-		t.Errorf("term %d, keys %d, epoch %d, signer %+v", c.Term, c.KeyIndex, c.Epoch, h.p.signer)
+	if c.KeyGen != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.signer.epoch != 41 || h.p.signer.term != 8 || h.p.signer.laneNext != lane {
+		t.Errorf("term %d, keys %d, epoch %d, signer %+v", c.KeyGen, c.KeyIndex, c.Epoch, h.p.signer)
 	}
 	for index, want := range [][2]uint64{next.RxKey, old.RxKey} {
 		var k bpf.LockstepLsKeys
@@ -43,8 +43,8 @@ func TestRotatedSession(t *testing.T) {
 	fresh := next
 	fresh.Term, fresh.Rotated, fresh.Epoch = 9, false, 50
 	check(t, h.p.InstallSession(fresh))
-	if c.OldUntil != 0 || c.Term != 9 || c.Epoch != 50 || h.p.signer.laneNext != lane {
-		t.Errorf("old frames until %d, term %d, epoch %d, lane %d", c.OldUntil, c.Term, c.Epoch, h.p.signer.laneNext)
+	if c.OldUntil != 0 || c.KeyGen != 9 || c.Epoch != 50 || h.p.signer.laneNext != lane {
+		t.Errorf("old frames until %d, term %d, epoch %d, lane %d", c.OldUntil, c.KeyGen, c.Epoch, h.p.signer.laneNext)
 	}
 }
 

@@ -129,8 +129,8 @@ func (n *NIC) inherit(old *tables) error {
 	if len(keys) > 0 {
 		n.conf.Edges = 1
 	}
-	n.conf.Term, n.conf.Epoch = c.Term, c.Epoch
-	atomic.StoreUint64(&n.conf.SpeakUntil, math.MaxInt64)
+	n.conf.KeyGen, n.conf.Epoch = c.KeyGen, c.Epoch
+	atomic.StoreUint64(&n.conf.LeaseUntil, math.MaxInt64)
 	return nil
 }
 

@@ -45,7 +45,7 @@ func (s *signer) frame(dst []byte, typ bpf.LockstepLsRecType, e *compare.Effect)
 
 // query asks for the newest record of every lane (R6).
 func (s *signer) query(dst []byte) []byte {
-	return s.seal(dst, bpf.LockstepLsRecTypeLS_REC_NACK, &bpf.LockstepLsRec{Stride: uint32(bpf.LockstepLsConstLS_LANE_ALL)})
+	return s.seal(dst, bpf.LockstepLsRecTypeLS_REC_NACK, &bpf.LockstepLsRec{Stride: uint32(bpf.LockstepLsConstLS_STREAM_ALL)})
 }
 
 // echo asks S to return the time now, boottime ns (R20).
@@ -70,8 +70,8 @@ func (s *signer) seal(dst []byte, typ bpf.LockstepLsRecType, rec *bpf.LockstepLs
 	s.laneNext++
 	rec.Version, rec.Type, rec.Dir = uint8(bpf.LockstepLsConstLS_ABI_VERSION), uint8(typ), uint8(s.dir)
 	rec.Len = uint16(bpf.LockstepLsConstLS_REC_BASE)
-	rec.Lane, rec.LaneNo = uint16(bpf.LockstepLsConstLS_LANE_USER), s.laneNext
-	rec.Term, rec.Epoch = s.term, s.epoch
+	rec.Stream, rec.StreamNo = uint16(bpf.LockstepLsConstLS_STREAM_USER), s.laneNext
+	rec.KeyGen, rec.Epoch = s.term, s.epoch
 	b := bytesOf(rec)[:rec.Len]
 	rec.Tag = siphash.Hash(s.key[0], s.key[1], b[8:])
 	return append(dst, b...)

@@ -28,9 +28,9 @@ const (
 	redirect = 7
 	next     = 1<<32 - 1
 
-	term, epoch = 7, 9
-	etherHeader = 14
-	preAt       = etherHeader
+	keyGen, epoch = 7, 9
+	etherHeader   = 14
+	preAt         = etherHeader
 )
 
 var (
@@ -42,13 +42,13 @@ var (
 // kernel is the kernel half of the secondary, in RUN, fed by PROG_TEST_RUN.
 type kernel struct {
 	bpf.LockstepObjects
-	conf   bpf.LockstepLsConf
-	keys   bpf.LockstepLsKeys
-	digest *compare.Keys
-	ring   *ringbuf.Reader
-	counts []uint64
-	lanes  map[uint16]uint64
-	no     uint64 // of the announcement sent last
+	conf    bpf.LockstepLsConf
+	keys    bpf.LockstepLsKeys
+	digest  *compare.Keys
+	ring    *ringbuf.Reader
+	counts  []uint64
+	streams map[uint16]uint64
+	no      uint64 // of the announcement sent last
 }
 
 func loadKernel(t *testing.T, conns, halves uint32) *kernel {
@@ -75,7 +75,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	must(t, spec.Variables["ls_mutate"].Set(uint32(map[string]bpf.LockstepLsMutation{
 		"R9": bpf.LockstepLsMutationLS_MUTATE_R9, "QUOTE": bpf.LockstepLsMutationLS_MUTATE_QUOTE,
 	}[os.Getenv(mutationEnv)])))
-	k := &kernel{lanes: make(map[uint16]uint64)}
+	k := &kernel{streams: make(map[uint16]uint64)}
 	must(t, spec.LoadAndAssign(&k.LockstepObjects, nil))
 	t.Cleanup(func() { _ = k.Close() })
 	k.ring, err = ringbuf.NewReader(k.LsRing)
@@ -96,7 +96,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	}
 	must(t, k.LsKeys.Put(uint32(0), &k.keys))
 	k.conf = bpf.LockstepLsConf{
-		SpeakUntil: 1<<64 - 1, Epoch: epoch, Term: term, OwnMac: ownMAC, PeerMac: peerMAC,
+		LeaseUntil: 1<<64 - 1, Epoch: epoch, KeyGen: keyGen, OwnMac: ownMAC, PeerMac: peerMAC,
 	}
 	k.mode(t, bpf.LockstepLsModeLS_MODE_RUN)
 	k.moved(t)
@@ -209,7 +209,7 @@ func (k *kernel) announcement(t rapid.TB, a *bpfmodel.Record) []byte {
 	k.no++
 	r := bpf.LockstepLsRec{
 		Version: uint8(bpf.LockstepLsConstLS_ABI_VERSION), Type: uint8(bpf.LockstepLsRecTypeLS_REC_ANNOUNCE),
-		Dir: uint8(bpf.LockstepLsDirLS_DIR_P2S), Len: recBase, LaneNo: k.no, Term: term, Epoch: epoch,
+		Dir: uint8(bpf.LockstepLsDirLS_DIR_P2S), Len: recBase, StreamNo: k.no, KeyGen: keyGen, Epoch: epoch,
 		T: kernelTuple(a.Tuple), Inc: a.Seq, Seq: a.Seq, End: a.Seq + 1, Ack: a.Ack, Win: a.Win,
 		TcpFlags: uint8(a.Flags), Optlen: a.OptLen, Opts: a.Opts,
 	}
@@ -242,14 +242,14 @@ func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r 
 	}
 	_, err := binary.Decode(append(slices.Clone(b), make([]byte, binary.Size(r))...), le, &r)
 	must(t, err)
-	if int(r.Len) != len(b) || r.Version != uint8(bpf.LockstepLsConstLS_ABI_VERSION) || r.Term != term || r.Epoch != epoch ||
+	if int(r.Len) != len(b) || r.Version != uint8(bpf.LockstepLsConstLS_ABI_VERSION) || r.KeyGen != keyGen || r.Epoch != epoch ||
 		r.Type != uint8(typ) || r.Dir != uint8(bpf.LockstepLsDirLS_DIR_S2P) || r.Nsum != 0 {
 		t.Fatalf("record of %d bytes: %+v", len(b), r)
 	}
-	if last := k.lanes[r.Lane]; r.LaneNo != last+1 && last != 0 {
-		t.Fatalf("lane %d: number %d after %d", r.Lane, r.LaneNo, last)
+	if last := k.streams[r.Stream]; r.StreamNo != last+1 && last != 0 {
+		t.Fatalf("stream %d: number %d after %d", r.Stream, r.StreamNo, last)
 	}
-	k.lanes[r.Lane] = r.LaneNo
+	k.streams[r.Stream] = r.StreamNo
 	return r, frame[preAt+4 : off]
 }
 
