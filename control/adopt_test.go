@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 )
 
 // TestAdopt: either daemon, or both, die and come back over their tables. Whether a
@@ -20,7 +21,7 @@ func TestAdopt(t *testing.T) {
 		p, s           bool // dies
 		conns          int  // with an offset, on S
 		freshP, freshS bool
-		pFinds, sFinds func(*Adopted)
+		pFinds, sFinds func(*datapath.Recovered)
 		whole          bool
 	}{
 		{name: "primary", p: true, conns: 3, whole: true},
@@ -28,11 +29,11 @@ func TestAdopt(t *testing.T) {
 		{name: "both", p: true, s: true, conns: 3, whole: true},
 		{name: "primary without tables", p: true, conns: 3, freshP: true},
 		{name: "primary without tables, no connections", p: true, freshP: true, whole: true},
-		{name: "primary without keys", p: true, conns: 3, pFinds: func(a *Adopted) { a.Digest = compare.Keys{} }},
-		{name: "primary in another epoch", p: true, conns: 3, pFinds: func(a *Adopted) { a.Epoch++ }},
-		{name: "secondary in another epoch", s: true, conns: 3, sFinds: func(a *Adopted) { a.Epoch++ }},
-		{name: "secondary parked", s: true, conns: 3, sFinds: func(a *Adopted) { a.Mode = ModePark }},
-		{name: "secondary shut", s: true, sFinds: func(a *Adopted) { a.Mode = ModeShut }},
+		{name: "primary without keys", p: true, conns: 3, pFinds: func(a *datapath.Recovered) { a.Digest = compare.Keys{} }},
+		{name: "primary in another epoch", p: true, conns: 3, pFinds: func(a *datapath.Recovered) { a.Epoch++ }},
+		{name: "secondary in another epoch", s: true, conns: 3, sFinds: func(a *datapath.Recovered) { a.Epoch++ }},
+		{name: "secondary parked", s: true, conns: 3, sFinds: func(a *datapath.Recovered) { a.Mode = datapath.ModePark }},
+		{name: "secondary shut", s: true, sFinds: func(a *datapath.Recovered) { a.Mode = datapath.ModeShut }},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -66,7 +67,7 @@ func TestAdopt(t *testing.T) {
 				for i := range tt.conns {
 					tuple := testTuple
 					tuple.RemotePort += uint16(i)
-					s.path.offsets[tuple] = Offset{Seq: 1}
+					s.path.offsets[tuple] = datapath.Offset{Seq: 1}
 				}
 			}
 			if !tt.s {
@@ -145,7 +146,7 @@ func TestAdoptedSecondaryMissesAStop(t *testing.T) {
 		} {
 			cfg.qmp = qmp
 			c := newCkptSecondary(cfg)
-			c.adopt(ModeRun)
+			c.adopt(datapath.ModeRun)
 			if !c.whole() {
 				t.Errorf("%s: not whole from the start", name)
 			}
@@ -183,7 +184,7 @@ func TestAdoptedRemotes(t *testing.T) {
 	now := path.Now()
 	young, old := testTuple, testTuple
 	old.RemotePort++
-	path.adopted = &Adopted{Mode: ModeHold, Remotes: []Remote{
+	path.adopted = &datapath.Recovered{Mode: datapath.ModeHold, Remotes: []datapath.Remote{
 		{Tuple: young, Ack: 77, At: now - int64(time.Minute)}, {Tuple: old, Ack: 78, At: now - int64(time.Hour)},
 	}}
 	c := new(adoptCore)

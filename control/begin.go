@@ -6,19 +6,13 @@ import (
 	"fmt"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/datapath"
 	"lockstep/control/state"
 )
 
-// Found is what an earlier daemon of this node left in the kernel. The zero Found:
-// nothing, or nothing that is whole.
-type Found struct {
-	Role Role
-	Mode Mode
-}
-
 // Begin is how a node's part in a pair's life begins (R19).
 type Begin struct {
-	Role Role
+	Role datapath.Role
 	// Discard: the tables that are found in the kernel are of a part that is over, or
 	// there are none. They are made anew. Else they are those of the daemon before this
 	// one.
@@ -34,7 +28,7 @@ type Begin struct {
 
 // ends reports whether a guest that runs is one that follows nobody any more: a former
 // primary's, which the arbiter does not name, or an SVM that could not take over.
-func (b *Begin) ends() bool { return b.Role == RoleSecondary && b.Discard }
+func (b *Begin) ends() bool { return b.Role == datapath.RoleSecondary && b.Discard }
 
 // Meets is the last word on how a node begins: runs says whether its guest runs already.
 // What is not known to be of no use is not ended, so then it does not begin.
@@ -42,7 +36,7 @@ func (b Begin) Meets(runs bool) error {
 	if !runs || !b.keep {
 		return nil
 	}
-	if b.Role == RolePrimary {
+	if b.Role == datapath.RolePrimary {
 		return fmt.Errorf("the arbiter (%s) has this node speak, but the guest that runs here is a secondary's that no checkpoint covers; it is left as it is, and is not heard. "+
 			"If no better one runs on the other node, end its QEMU and start again: the guest boots from this node's disks then", b.Record)
 	}
@@ -53,7 +47,7 @@ func (b Begin) Meets(runs bool) error {
 // Decide says what a node has to be: role is what its command line says, st what it
 // wrote down, rec the arbiter's record. A node that the arbiter names is primary,
 // whatever the command line says; one that it does not name is never.
-func Decide(role Role, self, peer string, st state.State, rec arbiter.Record, found Found) (Begin, error) {
+func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Record, found datapath.Pinned) (Begin, error) {
 	switch rec.Speaker {
 	case self:
 		return decideSpeaker(st, rec, found), nil
@@ -61,45 +55,45 @@ func Decide(role Role, self, peer string, st state.State, rec arbiter.Record, fo
 	default:
 		return Begin{}, fmt.Errorf("the arbiter's record (%s) names neither %s nor %s: it is another pair's, or a node was renamed", rec, self, peer)
 	}
-	if role == RolePrimary {
+	if role == datapath.RolePrimary {
 		if rec.Speaker == "" {
 			return Begin{}, fmt.Errorf("%s is to be primary and has not claimed the arbiter", self) // the caller's mistake
 		}
 		return Begin{}, fmt.Errorf("%s is not primary any more: %s speaks for the guest (%s). To have this node follow it, start it with --role secondary; its guest's memory and disks are replaced then",
 			self, peer, rec)
 	}
-	b := Begin{Role: RoleSecondary, Record: rec}
-	covered := st.Role == string(RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
+	b := Begin{Role: datapath.RoleSecondary, Record: rec}
+	covered := st.Role == string(datapath.RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
 	switch {
-	case found.Role != RoleSecondary, st.Term < rec.Term:
+	case found.Role != datapath.RoleSecondary, st.Term < rec.Term:
 		b.Discard = true // nothing, a former primary's, or an SVM's that followed an earlier term
-	case found.Mode == ModeRun, found.Mode == ModePark:
+	case found.Mode == datapath.ModeRun, found.Mode == datapath.ModePark:
 		// The SVM follows on: parked, too, it is the one that P knows.
-	case covered && found.Mode == ModeQuiet:
+	case covered && found.Mode == datapath.ModeQuiet:
 		b.takeOver = true // it had not claimed yet, and P may be dead
 	default:
 		// Shut while a daemon began, or for a foreign program, it follows on as well.
-		b.Discard = !covered || found.Mode != ModeShut
+		b.Discard = !covered || found.Mode != datapath.ModeShut
 	}
 	b.covered, b.keep = covered && !b.Discard, covered && b.Discard
 	return b, nil
 }
 
-func decideSpeaker(st state.State, rec arbiter.Record, found Found) Begin {
-	b := Begin{Role: RolePrimary, Record: rec, Discard: found == Found{}}
-	b.orphan = b.Discard && st.Role == string(RolePrimary) && st.Term == rec.Term
+func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Begin {
+	b := Begin{Role: datapath.RolePrimary, Record: rec, Discard: found == datapath.Pinned{}}
+	b.orphan = b.Discard && st.Role == string(datapath.RolePrimary) && st.Term == rec.Term
 	switch {
-	case found.Role == RoleSecondary && found.Mode != ModeSolo:
+	case found.Role == datapath.RoleSecondary && found.Mode != datapath.ModeSolo:
 		if st.Covered == rec.Term-1 && st.Covered != 0 {
-			b.Role, b.covered, b.takeOver = RoleSecondary, true, true
+			b.Role, b.covered, b.takeOver = datapath.RoleSecondary, true, true
 			return b
 		}
 		// It cannot have won with a guest that nothing covers; whose tables these
 		// are nobody knows.
 		b.Discard, b.keep = true, true
-	case found.Mode == ModeSolo:
+	case found.Mode == datapath.ModeSolo:
 		b.primary = lpSolo
-	case found.Mode == ModeHold:
+	case found.Mode == datapath.ModeHold:
 		b.primary, b.covered = lpPair, st.Covered == rec.Term
 	}
 	return b

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/datapath"
 	"lockstep/control/state"
 )
 
@@ -17,57 +18,57 @@ func TestDecide(t *testing.T) {
 	covered := state.State{Role: "secondary", Term: 4, Covered: 4}
 	for _, tc := range []struct {
 		name  string
-		role  Role
+		role  datapath.Role
 		st    state.State
 		rec   arbiter.Record
-		found Found
+		found datapath.Pinned
 		want  Begin
 		err   string
 	}{
-		{name: "the speaker, after a boot", role: RolePrimary, rec: alpha, want: Begin{Role: RolePrimary, Discard: true}},
-		{name: "whatever the command line says", role: RoleSecondary, rec: alpha, want: Begin{Role: RolePrimary, Discard: true}},
-		{name: "alone", role: RolePrimary, rec: alpha, found: Found{RolePrimary, ModeSolo}, want: Begin{Role: RolePrimary, primary: lpSolo}},
-		{name: "with an S that may take over", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: Found{RolePrimary, ModeHold},
-			want: Begin{Role: RolePrimary, primary: lpPair, covered: true}},
-		{name: "with an S that may not yet", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: Found{RolePrimary, ModeHold},
-			want: Begin{Role: RolePrimary, primary: lpPair}},
-		{name: "covered for an earlier term", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: Found{RolePrimary, ModeHold},
-			want: Begin{Role: RolePrimary, primary: lpPair}},
-		{name: "shut", role: RolePrimary, rec: alpha, found: Found{RolePrimary, ModeShut}, want: Begin{Role: RolePrimary}},
-		{name: "took over, not yet promoted", role: RoleSecondary, rec: alpha, st: covered, found: Found{RoleSecondary, ModeSolo},
-			want: Begin{Role: RolePrimary, primary: lpSolo}},
-		{name: "won, and died before it spoke", role: RoleSecondary, rec: alpha, st: covered, found: Found{RoleSecondary, ModeQuiet},
-			want: Begin{Role: RoleSecondary, covered: true, takeOver: true}},
-		{name: "won with a guest that is not the one that was covered", role: RoleSecondary, rec: alpha, st: state.State{Role: "secondary", Term: 4}, found: Found{RoleSecondary, ModeQuiet},
-			want: Begin{Role: RolePrimary, Discard: true, keep: true}},
-		{name: "the speaker, whose tables are gone", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5},
-			want: Begin{Role: RolePrimary, Discard: true, orphan: true}},
-		{name: "an earlier speaker's, whose tables are gone", role: RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 3},
-			want: Begin{Role: RolePrimary, Discard: true}},
-		{name: "an old primary in its old role", role: RolePrimary, rec: beta, found: Found{RolePrimary, ModeHold}, err: "beta speaks for the guest"},
-		{name: "an old primary that follows", role: RoleSecondary, rec: beta, found: Found{RolePrimary, ModeSolo}, want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "a new secondary", role: RoleSecondary, rec: beta, want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "before there is a primary", role: RoleSecondary, want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "a secondary again, covered", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModeRun},
-			want: Begin{Role: RoleSecondary, covered: true}},
-		{name: "parked", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModePark},
-			want: Begin{Role: RoleSecondary, covered: true}},
-		{name: "shut, when its daemon had just begun", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModeShut},
-			want: Begin{Role: RoleSecondary, covered: true}},
-		{name: "shut, uncovered", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeShut},
-			want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "about to claim", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: Found{RoleSecondary, ModeQuiet},
-			want: Begin{Role: RoleSecondary, covered: true, takeOver: true}},
-		{name: "covered, and its tables are gone", role: RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered,
-			want: Begin{Role: RoleSecondary, Discard: true, keep: true}},
-		{name: "covered for an earlier term, and its tables are gone", role: RoleSecondary, rec: beta, st: covered,
-			want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "a secondary of an earlier term", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeRun},
-			want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "a secondary, not covered yet", role: RoleSecondary, rec: beta, st: state.State{Role: "secondary", Term: 5}, found: Found{RoleSecondary, ModeRun},
-			want: Begin{Role: RoleSecondary}},
-		{name: "a secondary that lost", role: RoleSecondary, rec: beta, st: covered, found: Found{RoleSecondary, ModeQuiet}, want: Begin{Role: RoleSecondary, Discard: true}},
-		{name: "somebody else's record", role: RoleSecondary, rec: arbiter.Record{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
+		{name: "the speaker, after a boot", role: datapath.RolePrimary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "whatever the command line says", role: datapath.RoleSecondary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "alone", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+		{name: "with an S that may take over", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
+			want: Begin{Role: datapath.RolePrimary, primary: lpPair, covered: true}},
+		{name: "with an S that may not yet", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
+			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+		{name: "covered for an earlier term", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
+			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+		{name: "shut", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut}, want: Begin{Role: datapath.RolePrimary}},
+		{name: "took over, not yet promoted", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeSolo},
+			want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+		{name: "won, and died before it spoke", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
+			want: Begin{Role: datapath.RoleSecondary, covered: true, takeOver: true}},
+		{name: "won with a guest that is not the one that was covered", role: datapath.RoleSecondary, rec: alpha, st: state.State{Role: "secondary", Term: 4}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
+			want: Begin{Role: datapath.RolePrimary, Discard: true, keep: true}},
+		{name: "the speaker, whose tables are gone", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5},
+			want: Begin{Role: datapath.RolePrimary, Discard: true, orphan: true}},
+		{name: "an earlier speaker's, whose tables are gone", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 3},
+			want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "an old primary in its old role", role: datapath.RolePrimary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}, err: "beta speaks for the guest"},
+		{name: "an old primary that follows", role: datapath.RoleSecondary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "a new secondary", role: datapath.RoleSecondary, rec: beta, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "before there is a primary", role: datapath.RoleSecondary, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "a secondary again, covered", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
+			want: Begin{Role: datapath.RoleSecondary, covered: true}},
+		{name: "parked", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModePark},
+			want: Begin{Role: datapath.RoleSecondary, covered: true}},
+		{name: "shut, when its daemon had just begun", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeShut},
+			want: Begin{Role: datapath.RoleSecondary, covered: true}},
+		{name: "shut, uncovered", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeShut},
+			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "about to claim", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
+			want: Begin{Role: datapath.RoleSecondary, covered: true, takeOver: true}},
+		{name: "covered, and its tables are gone", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered,
+			want: Begin{Role: datapath.RoleSecondary, Discard: true, keep: true}},
+		{name: "covered for an earlier term, and its tables are gone", role: datapath.RoleSecondary, rec: beta, st: covered,
+			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "a secondary of an earlier term", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
+			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "a secondary, not covered yet", role: datapath.RoleSecondary, rec: beta, st: state.State{Role: "secondary", Term: 5}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
+			want: Begin{Role: datapath.RoleSecondary}},
+		{name: "a secondary that lost", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "somebody else's record", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got, err := Decide(tc.role, "alpha", "beta", tc.st, tc.rec, tc.found)
@@ -89,7 +90,7 @@ func TestDecide(t *testing.T) {
 // not begin where that is not known.
 func TestBeginMeets(t *testing.T) {
 	rec := arbiter.Record{Term: 4, Speaker: "beta"}
-	for _, role := range []Role{RolePrimary, RoleSecondary} {
+	for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
 		for _, discard := range []bool{false, true} {
 			for _, keep := range []bool{false, discard} {
 				b := Begin{Role: role, Discard: discard, Record: rec, keep: keep}
@@ -100,7 +101,7 @@ func TestBeginMeets(t *testing.T) {
 				if (err != nil) != keep || err != nil && !strings.Contains(err.Error(), "It is left as it is") && !strings.Contains(err.Error(), "it is left as it is") {
 					t.Errorf("%+v, a guest runs: %v", b, err)
 				}
-				if err == nil && b.ends() != (role == RoleSecondary && discard) {
+				if err == nil && b.ends() != (role == datapath.RoleSecondary && discard) {
 					t.Errorf("%+v ends the guest: %v", b, b.ends())
 				}
 			}
@@ -111,7 +112,7 @@ func TestBeginMeets(t *testing.T) {
 // TestMutationKeep: without the rule the only guest that knows what clients were told is
 // ended because its tables are gone.
 func TestMutationKeep(t *testing.T) {
-	b, err := Decide(RoleSecondary, "alpha", "beta", state.State{Role: "secondary", Term: 4, Covered: 4}, arbiter.Record{Term: 4, Speaker: "beta"}, Found{})
+	b, err := Decide(datapath.RoleSecondary, "alpha", "beta", state.State{Role: "secondary", Term: 4, Covered: 4}, arbiter.Record{Term: 4, Speaker: "beta"}, datapath.Pinned{})
 	if err != nil || b.Meets(true) == nil {
 		t.Fatalf("%+v, %v: it begins", b, err)
 	}

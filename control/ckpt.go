@@ -4,6 +4,7 @@ package control
 
 import (
 	"fmt"
+	"lockstep/control/datapath"
 	"math"
 	"time"
 )
@@ -523,9 +524,9 @@ func newCkptSecondary(cfg ckptConfig) *ckptSecondary { return &ckptSecondary{cfg
 
 // adopt goes on from the tables of an earlier daemon, which left the kernel in a
 // mode (R23). In any but RUN it died in mid checkpoint, or before it knew.
-func (c *ckptSecondary) adopt(m Mode) {
+func (c *ckptSecondary) adopt(m datapath.Mode) {
 	c.adopted = true
-	if m != ModeRun {
+	if m != datapath.ModeRun {
 		c.missed()
 	}
 }

@@ -2,7 +2,7 @@
 
 // Package control runs one host of a pair: it owns the loop, the clock, QEMU's
 // monitor, the control link and the epochs. What may leave is compare's decision;
-// how it leaves is behind [DataPath].
+// how it leaves is behind [datapath.NIC].
 //
 // Goroutines: one per NIC (nic.go) drives its data path and its compare core. One
 // controller (this file) owns the checkpoint machine (ckpt.go) and everything
@@ -30,19 +30,11 @@ import (
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/program"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
-)
-
-// Role is which guest a host runs.
-type Role string
-
-// Roles.
-const (
-	RolePrimary   Role = "primary"
-	RoleSecondary Role = "secondary"
 )
 
 // Options say what to run. Zero durations mean defaults.
@@ -50,7 +42,7 @@ type Options struct {
 	VM   string
 	Node string // this host's name
 	Peer string // the other's
-	Role Role
+	Role datapath.Role
 
 	// ConfigDigest is over what both nodes' configs must agree on; a peer with
 	// another one is refused.
@@ -66,7 +58,7 @@ type Options struct {
 	TLS *tls.Config // nil: the control link is not protected
 	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
 
-	NICs []DataPath // as many as the peer has, in the same order; closed when Run returns
+	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
 	// Fresh tells that a NIC's tables were made at this start, not found pinned
 	// (R23).
 	Fresh bool
@@ -103,7 +95,7 @@ type Options struct {
 
 func (o *Options) setDefaults() error {
 	switch {
-	case o.Role != RolePrimary && o.Role != RoleSecondary:
+	case o.Role != datapath.RolePrimary && o.Role != datapath.RoleSecondary:
 		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
 	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
 		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
@@ -242,7 +234,7 @@ func New(o Options) (*Daemon, error) {
 		}
 		cfg.unpaired = d.life.p != nil && d.life.p.state != lpPair
 	}
-	if o.Role == RolePrimary {
+	if o.Role == datapath.RolePrimary {
 		d.primary = newCkptPrimary(cfg)
 		d.machine = d.primary
 	} else {
@@ -271,11 +263,11 @@ func New(o Options) (*Daemon, error) {
 // found is what the NICs' tables tell of the daemon before this one (R23); nil:
 // there is no going on from them. Their term and epoch count in any case: a number
 // is not used twice.
-func (d *Daemon) found() *Adopted {
-	first := d.opt.NICs[0].Adopted()
+func (d *Daemon) found() *datapath.Recovered {
+	first := d.opt.NICs[0].Recovered()
 	whole := !d.opt.Fresh
 	for _, dp := range d.opt.NICs {
-		a := dp.Adopted()
+		a := dp.Recovered()
 		if a == nil {
 			whole = false
 			continue
@@ -327,7 +319,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}
 	}
 	var control, status net.Listener
-	if d.opt.Role == RolePrimary {
+	if d.opt.Role == datapath.RolePrimary {
 		if control, err = new(net.ListenConfig).Listen(ctx, "tcp", d.opt.Control); err != nil {
 			return fmt.Errorf("control link: %w", err)
 		}
@@ -418,7 +410,7 @@ func (d *Daemon) ownKeys() error {
 	rand.Read(seed[:])
 	p2s, s2p := signKeys(seed)
 	for _, n := range d.nics {
-		s := Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
+		s := datapath.Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
 		if err := n.dp.InstallSession(s); err != nil {
 			return fmt.Errorf("nic %d: install keys: %w", n.index, err)
 		}
@@ -574,7 +566,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
 			// Who spoke alone did so without a limit.
-			return errors.Join(n.dp.SetSpeakUntil(0), n.setMode(ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
+			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
 	case fxFreeze:
 		d.attemptAt = d.now()
@@ -595,7 +587,7 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 			return ev
 		})
 	case fxEpoch:
-		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.Mark()) })
+		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
 	case fxCOLO:
 		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
 			mode, err := m.COLO()

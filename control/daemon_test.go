@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
 
@@ -26,9 +27,9 @@ type side struct {
 	opt  Options
 	path *fakePath
 	// change alters what a daemon finds.
-	change func(*Adopted)
-	edges  []Edge    // that a daemon finds
-	known  func(int) // is told how many edges a daemon knows
+	change func(*datapath.Recovered)
+	edges  []datapath.Edge // that a daemon finds
+	known  func(int)       // is told how many edges a daemon knows
 
 	stop context.CancelFunc
 	done chan error
@@ -48,8 +49,8 @@ func hosts(t *testing.T, pair *qmptest.Pair) (p, s *side) {
 	base.link.retry = time.Millisecond
 	base.link.retryMax = 10 * time.Millisecond
 	p, s = &side{t: t, opt: base}, &side{t: t, opt: base}
-	p.opt.Node, p.opt.Peer, p.opt.Role = "alpha", "beta", RolePrimary
-	s.opt.Node, s.opt.Peer, s.opt.Role = "beta", "alpha", RoleSecondary
+	p.opt.Node, p.opt.Peer, p.opt.Role = "alpha", "beta", datapath.RolePrimary
+	s.opt.Node, s.opt.Peer, s.opt.Role = "beta", "alpha", datapath.RoleSecondary
 	dir := t.TempDir()
 	p.opt.StatusSocket, s.opt.StatusSocket = filepath.Join(dir, "p.sock"), filepath.Join(dir, "s.sock")
 	if pair != nil {
@@ -74,18 +75,18 @@ func (s *side) start() *side {
 	s.t.Helper()
 	old := s.path
 	s.path = newFakePath(1)
-	if s.opt.Role == RoleSecondary {
+	if s.opt.Role == datapath.RoleSecondary {
 		s.path = newFakePath(2)
 	}
 	if old != nil && !s.opt.Fresh {
 		s.path.adopted = old.left()
-		s.path.session = Session{Epoch: s.path.adopted.Epoch, Digest: s.path.adopted.Digest}
+		s.path.session = datapath.Session{Epoch: s.path.adopted.Epoch, Digest: s.path.adopted.Digest}
 		if s.change != nil {
 			s.change(s.path.adopted)
 		}
 	}
 	s.path.edges, s.path.known = s.edges, s.known
-	s.opt.NICs = []DataPath{s.path}
+	s.opt.NICs = []datapath.NIC{s.path}
 	s.opt.Log = slog.New(slog.NewTextHandler(logWriter{s.t}, nil)).With("node", s.opt.Node)
 	d, err := New(s.opt)
 	if err != nil {
@@ -210,7 +211,7 @@ func TestReplication(t *testing.T) {
 		t.Errorf("flow %+v", f)
 	}
 	s.path.mu.Lock()
-	s.path.offsets[testTuple] = Offset{Seq: 77, State: "open", Last: s.path.Now()}
+	s.path.offsets[testTuple] = datapath.Offset{Seq: 77, State: "open", Last: s.path.Now()}
 	s.path.mu.Unlock()
 	flows, err = FetchFlows(t.Context(), s.opt.StatusSocket)
 	if err != nil || len(flows) != 1 || flows[0].Offset == nil || *flows[0].Offset != 77 || flows[0].State != "open" {
@@ -608,7 +609,7 @@ func TestStatusSocket(t *testing.T) {
 	// A second daemon leaves the first one's socket alone.
 	o := p.opt
 	o.Control = "127.0.0.1:0"
-	o.NICs = []DataPath{newFakePath(3)}
+	o.NICs = []datapath.NIC{newFakePath(3)}
 	if err := Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), "already answers") {
 		t.Errorf("second daemon: %v", err)
 	}
@@ -630,8 +631,8 @@ func TestStatusSocket(t *testing.T) {
 
 	for _, o := range []Options{
 		{},
-		{Role: "both", NICs: []DataPath{newFakePath(1)}},
-		{Role: RolePrimary},
+		{Role: "both", NICs: []datapath.NIC{newFakePath(1)}},
+		{Role: datapath.RolePrimary},
 	} {
 		if err := Run(t.Context(), o); err == nil {
 			t.Errorf("options %+v are taken", o)

@@ -15,12 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 )
 
 // fakePath is a data path without a kernel: a test puts events in and looks at
 // what the daemon did, in order.
 type fakePath struct {
-	lease int64 // of SetSpeakUntil
+	lease int64 // of SetLeaseUntil
 	mac   net.HardwareAddr
 	wake  chan struct{}
 
@@ -28,18 +29,18 @@ type fakePath struct {
 	events  []compare.Event
 	trace   []string // modes, epochs, resets, sends...
 	changed chan struct{}
-	session Session
-	mode    Mode
+	session datapath.Session
+	mode    datapath.Mode
 	nextIn  compare.Slot // slots given out
 	drain   func(context.Context) error
-	offsets map[compare.Tuple]Offset
+	offsets map[compare.Tuple]datapath.Offset
 	failure error
 	closed  bool
 	echoed  int64
-	edges   []Edge
+	edges   []datapath.Edge
 	known   func(int)
 
-	adopted  *Adopted
+	adopted  *datapath.Recovered
 	acked    map[compare.Tuple]uint32
 	intruder string
 	onTap    bool
@@ -50,7 +51,7 @@ type fakePath struct {
 func newFakePath(last byte) *fakePath {
 	return &fakePath{
 		lease: 1, mac: net.HardwareAddr{2, 0, 0, 0, 0, last}, wake: make(chan struct{}, 1),
-		changed: make(chan struct{}), offsets: make(map[compare.Tuple]Offset),
+		changed: make(chan struct{}), offsets: make(map[compare.Tuple]datapath.Offset),
 	}
 }
 
@@ -123,7 +124,7 @@ func (f *fakePath) Now() int64 {
 	return ts.Nano()
 }
 
-func (f *fakePath) SetMode(m Mode) error {
+func (f *fakePath) SetMode(m datapath.Mode) error {
 	f.mu.Lock()
 	f.mode = m
 	f.mu.Unlock()
@@ -135,31 +136,31 @@ func (f *fakePath) SetEpoch(e uint32) error {
 	f.mu.Unlock()
 	return f.note("epoch %d", e)
 }
-func (f *fakePath) SetSpeakUntil(at int64) error {
+func (f *fakePath) SetLeaseUntil(at int64) error {
 	f.mu.Lock()
 	f.lease = at
 	f.mu.Unlock()
 	return f.note("speak")
 }
-func (f *fakePath) SetSpeakFor(time.Duration) error { return f.note("speak") }
-func (f *fakePath) Mark() error                     { return f.note("mark") }
+func (f *fakePath) SetLeaseDuration(time.Duration) error { return f.note("speak") }
+func (f *fakePath) MarkStop() error                      { return f.note("mark") }
 
 // Echo comes back at once.
-func (f *fakePath) Echo() error {
+func (f *fakePath) RequestEcho() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.echoed = f.Now()
 	return nil
 }
 
-func (f *fakePath) Echoed() int64 {
+func (f *fakePath) LastEcho() int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.echoed
 }
-func (f *fakePath) TakeOver(guard uint32) error { return f.note("take over") }
-func (f *fakePath) Edges() ([]Edge, error)      { return f.edges, nil }
-func (f *fakePath) AddEdges(e []Edge) error {
+func (f *fakePath) TakeOver(guard uint32) error     { return f.note("take over") }
+func (f *fakePath) Edges() ([]datapath.Edge, error) { return f.edges, nil }
+func (f *fakePath) AddEdges(e []datapath.Edge) error {
 	f.mu.Lock()
 	f.edges = append(f.edges, e...)
 	n := len(f.edges)
@@ -169,7 +170,7 @@ func (f *fakePath) AddEdges(e []Edge) error {
 	}
 	return nil
 }
-func (f *fakePath) InstallSession(s Session) error {
+func (f *fakePath) InstallSession(s datapath.Session) error {
 	f.mu.Lock()
 	f.session = s
 	f.mu.Unlock()
@@ -195,7 +196,7 @@ func (f *fakePath) MAC() net.HardwareAddr { return f.mac }
 func (f *fakePath) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"held": 7, "no_slot": 2, "muted": 0}, nil
 }
-func (f *fakePath) Offsets(yield func(compare.Tuple, Offset)) error {
+func (f *fakePath) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for t, o := range f.offsets {
@@ -203,8 +204,8 @@ func (f *fakePath) Offsets(yield func(compare.Tuple, Offset)) error {
 	}
 	return nil
 }
-func (f *fakePath) Programs() []Program {
-	return []Program{{Name: "ls_mirror", Device: "tap0", Attach: "tcx-egress"}}
+func (f *fakePath) Programs() []datapath.Program {
+	return []datapath.Program{{Name: "ls_mirror", Device: "tap0", Attach: "tcx-egress"}}
 }
 func (f *fakePath) Close() error {
 	f.mu.Lock()
@@ -300,7 +301,7 @@ func (f *fakePath) svm(epoch, seq uint32, b string) {
 	f.put(compare.Event{Kind: compare.EvSVM, Seg: s})
 }
 
-func (f *fakePath) Adopted() *Adopted {
+func (f *fakePath) Recovered() *datapath.Recovered {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.adopted
@@ -332,10 +333,10 @@ func (f *fakePath) Acked(t compare.Tuple) (uint32, bool) {
 }
 
 // left is what a daemon finds after this one's end.
-func (f *fakePath) left() *Adopted {
+func (f *fakePath) left() *datapath.Recovered {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return &Adopted{Term: f.session.Term, Epoch: f.session.Epoch, Mode: f.mode, Digest: f.session.Digest}
+	return &datapath.Recovered{Term: f.session.Term, Epoch: f.session.Epoch, Mode: f.mode, Digest: f.session.Digest}
 }
 
 // intrude puts a foreign program in front; "" takes it away.

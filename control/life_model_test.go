@@ -4,6 +4,7 @@ package control
 
 import (
 	"fmt"
+	"lockstep/control/datapath"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -58,7 +59,7 @@ type lifeHost struct {
 	frozen  bool    // the daemon, by SIGSTOP
 	missed  []lifeEvent
 	qemu    bool
-	mode    Mode
+	mode    datapath.Mode
 	until   int64 // P's kernel: speaks before it
 	echoed  int64 // this host's clock
 	covered bool  // on disk
@@ -115,7 +116,7 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 	case lxClaim:
 		m.after(m.ms(30), func() { m.claim(h, e.Term) })
 	case lxShut, lxQuiet:
-		x.mode = ModeShut
+		x.mode = datapath.ModeShut
 		if e.Op == lxQuiet {
 			m.after(m.ms(60), func() { m.step(h, lifeEvent{Kind: lvAwake}) })
 		}
@@ -132,7 +133,7 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 		if h == 0 {
 			m.detached()
 		}
-		x.mode = ModeSolo
+		x.mode = datapath.ModeSolo
 	case lxDead:
 		m.send(h, lifeEvent{Kind: lvPeerDead})
 	case lxOut:
@@ -150,7 +151,7 @@ func (m *lifeModel) carryOut(h int, e lifeEffect) {
 	case lxPair:
 		m.detached() // the disks were copied
 		m.missed = false
-		x.mode = ModeHold
+		x.mode = datapath.ModeHold
 		m.forceSometimes()
 		gen := m.linkGen
 		m.after(m.ms(400), func() {
@@ -176,7 +177,7 @@ func (m *lifeModel) detached() { m.broken, m.stopped, m.pending = false, false, 
 // but an event, and is what stops the guest where the threshold is 2.
 func (m *lifeModel) write() {
 	p := &m.host[0]
-	if !m.broken || m.stopped || !p.qemu || p.p.state != lpPair || p.mode != ModeHold {
+	if !m.broken || m.stopped || !p.qemu || p.p.state != lpPair || p.mode != datapath.ModeHold {
 		return
 	}
 	late := 20
@@ -267,12 +268,12 @@ func (m *lifeModel) unlink(lives bool) {
 // echo is one of R20: P's daemon asks, S's kernel answers.
 func (m *lifeModel) echo() {
 	p, s := &m.host[0], &m.host[1]
-	if p.frozen || p.mode != ModeHold || !m.peerLink {
+	if p.frozen || p.mode != datapath.ModeHold || !m.peerLink {
 		return
 	}
 	asked := m.now
 	m.after(m.ms(3), func() {
-		if s.mode == ModeShut || s.mode == ModeSolo || !m.peerLink {
+		if s.mode == datapath.ModeShut || s.mode == datapath.ModeSolo || !m.peerLink {
 			return
 		}
 		s.echoed = m.clock(1)
@@ -286,8 +287,8 @@ func (m *lifeModel) echo() {
 
 func (m *lifeModel) check() {
 	p, s := &m.host[0], &m.host[1]
-	speaks := p.mode == ModeSolo || p.mode == ModeHold && m.now < p.until
-	if speaks && p.qemu && s.mode == ModeSolo && s.qemu && m.fault == "" {
+	speaks := p.mode == datapath.ModeSolo || p.mode == datapath.ModeHold && m.now < p.until
+	if speaks && p.qemu && s.mode == datapath.ModeSolo && s.qemu && m.fault == "" {
 		m.fault = "two speakers"
 	}
 }
@@ -372,7 +373,7 @@ func (m *lifeModel) trouble() {
 	case 7:
 		if m.rng.IntN(8) == 0 && h == 0 {
 			m.note("host P is lost")
-			x.frozen, x.qemu, x.mode = true, false, ModeShut
+			x.frozen, x.qemu, x.mode = true, false, datapath.ModeShut
 			m.after(m.cfg.timeout, func() { m.unlink(false) })
 		}
 	case 8:
@@ -425,7 +426,7 @@ func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	}
 	m.host[0].p = newLifePrimary(cfg, 1, lpStart, false, 0)
 	m.host[1].s = newLifeSecondary(cfg, 0, false, 0)
-	m.host[1].mode = ModeRun
+	m.host[1].mode = datapath.ModeRun
 	every := func(d int64, f func()) {
 		var again func()
 		again = func() { f(); m.after(d, again) }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 )
 
 // dialLink connects to a primary, as a secondary or somebody else would.
@@ -271,7 +272,7 @@ func TestMessagesFit(t *testing.T) {
 	}
 	disks := slices.Repeat([]int64{math.MaxInt64}, 16)
 	keys := new(compare.Keys)
-	b, err := binary.Append(nil, binary.LittleEndian, make([]Edge, maxEdges))
+	b, err := binary.Append(nil, binary.LittleEndian, make([]datapath.Edge, maxEdges))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -315,9 +316,9 @@ func TestManyEdges(t *testing.T) {
 	p.opt.Life.Timeout, s.opt.Life.Timeout, p.opt.Life.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
 	p.opt.qmpTimeout, s.opt.qmpTimeout = patience, patience
 	p.opt.link.silence, s.opt.link.silence = patience, patience
-	p.edges = make([]Edge, edges)
+	p.edges = make([]datapath.Edge, edges)
 	for i := range p.edges {
-		p.edges[i] = Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
+		p.edges[i] = datapath.Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
 	}
 	first, goOn := make(chan struct{}), make(chan struct{})
 	s.known = func(n int) {
@@ -372,7 +373,7 @@ func TestManyEdges(t *testing.T) {
 func TestEdgesAgain(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := calmLives(t, pair)
-	p.edges = []Edge{{Tuple: testTuple, Seq: 1}}
+	p.edges = []datapath.Edge{{Tuple: testTuple, Seq: 1}}
 	p.start()
 	s.start()
 	s.covered()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 )
 
 const (
@@ -40,7 +41,7 @@ type core interface {
 // send it commands.
 type nic struct {
 	index int
-	dp    DataPath
+	dp    datapath.NIC
 	log   *slog.Logger
 	cmds  chan func()
 	dead  chan struct{} // closed when the loop has ended
@@ -58,12 +59,12 @@ type nic struct {
 	effs              []compare.Effect
 	since             int64 // P: what was captured earlier has sums of older keys
 	frozen            bool
-	captured          []int64 // P: when, while frozen
-	parked            bool    // S
-	mode              Mode    // the one to be in when no foreign program is in front
-	intruder          string  // that is; "": none
-	intruded          uint64  // times
-	tapSet, tapDown   bool    // the tap was set up or down; down, on its account
+	captured          []int64       // P: when, while frozen
+	parked            bool          // S
+	mode              datapath.Mode // the one to be in when no foreign program is in front
+	intruder          string        // that is; "": none
+	intruded          uint64        // times
+	tapSet, tapDown   bool          // the tap was set up or down; down, on its account
 	applyErr          uint64
 	applyLog          time.Time
 	echoEvery, echoAt int64 // P: time between echoes, ns (0: none yet), and when the next is due
@@ -77,7 +78,7 @@ type request struct {
 	reason string
 }
 
-func newNIC(index int, dp DataPath, log *slog.Logger, want func(request)) *nic {
+func newNIC(index int, dp datapath.NIC, log *slog.Logger, want func(request)) *nic {
 	return &nic{
 		index: index, dp: dp, log: log.With("nic", index), want: want,
 		cmds: make(chan func(), 16), dead: make(chan struct{}),
@@ -143,7 +144,7 @@ func (n *nic) deadline() int64 {
 // this loop: when it does not turn, nothing is released, and the PVM falls silent.
 func (n *nic) startEchoes(every, speakFor time.Duration) error {
 	n.echoEvery, n.echoAt = int64(every), n.dp.Now()
-	return n.dp.SetSpeakFor(speakFor)
+	return n.dp.SetLeaseDuration(speakFor)
 }
 
 func (n *nic) echo() error {
@@ -152,7 +153,7 @@ func (n *nic) echo() error {
 		return nil
 	}
 	n.echoAt = now + n.echoEvery
-	return n.dp.Echo()
+	return n.dp.RequestEcho()
 }
 
 func (n *nic) commands() {
@@ -304,7 +305,7 @@ func newest(evs []compare.Event) int64 {
 }
 
 // setMode sets the mode, at once or when no foreign program is in front any more.
-func (n *nic) setMode(m Mode) error {
+func (n *nic) setMode(m datapath.Mode) error {
 	n.mode = m
 	if n.intruder != "" {
 		return nil
@@ -315,8 +316,8 @@ func (n *nic) setMode(m Mode) error {
 // adopt takes over what an earlier daemon's tables tell (R23). The loop does not
 // run yet.
 func (n *nic) adopt(idle time.Duration) {
-	a := n.dp.Adopted()
-	n.mode, n.parked = a.Mode, a.Mode == ModePark
+	a := n.dp.Recovered()
+	n.mode, n.parked = a.Mode, a.Mode == datapath.ModePark
 	if n.primary == nil {
 		return
 	}
@@ -339,7 +340,7 @@ func (n *nic) bar(intruder string, onTap bool) error {
 	var errs []error
 	if intruder != "" && n.intruder == "" {
 		n.intruded++
-		errs = append(errs, n.dp.SetMode(ModeShut))
+		errs = append(errs, n.dp.SetMode(datapath.ModeShut))
 	}
 	// At first, too: whatever set the tap down, the programs are in their place now.
 	if onTap != n.tapDown || !n.tapSet {
@@ -360,7 +361,7 @@ func (n *nic) bar(intruder string, onTap bool) error {
 // park holds back the SVM's input and drops its output (R13).
 func (n *nic) park() error {
 	n.parked = true
-	return n.setMode(ModePark)
+	return n.setMode(datapath.ModePark)
 }
 
 // reset follows a checkpoint that was loaded (S): offsets and copies are those of
@@ -385,7 +386,7 @@ func (n *nic) unpark() error {
 		}
 	}
 	n.parked = false
-	if err := n.setMode(ModeRun); err != nil {
+	if err := n.setMode(datapath.ModeRun); err != nil {
 		return err
 	}
 	n.tell(compare.Event{Kind: compare.EvUnpark})
@@ -394,12 +395,12 @@ func (n *nic) unpark() error {
 
 // offsets counts the connections with an offset (S).
 func (n *nic) offsets() (known int, err error) {
-	err = n.dp.Offsets(func(compare.Tuple, Offset) { known++ })
+	err = n.dp.Offsets(func(compare.Tuple, datapath.Offset) { known++ })
 	return known, err
 }
 
 // install begins a session. On S new digest keys make the copies void.
-func (n *nic) install(s Session) error {
+func (n *nic) install(s datapath.Session) error {
 	if n.secondary != nil && *n.keys != s.Digest {
 		n.tell(compare.Event{Kind: compare.EvReset})
 		*n.keys = s.Digest

@@ -176,7 +176,7 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 	}
 	s := d.life.s
 	for _, n := range d.nics {
-		s.echoed = max(s.echoed, n.dp.Echoed())
+		s.echoed = max(s.echoed, n.dp.LastEcho())
 	}
 	switch {
 	case s.state != lsPair:

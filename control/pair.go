@@ -16,6 +16,7 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/arbiter"
+	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -140,7 +141,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	if l.doubt != 0 {
 		cfg.doubt = int64(l.doubt)
 	}
-	if o.Role == RolePrimary {
+	if o.Role == datapath.RolePrimary {
 		pl.p = newLifePrimary(cfg, l.Begin.Record.Term, l.Begin.primary, l.Begin.covered, now)
 		pl.machine, pl.side = pl.p, &pl.p.lifeSide
 		pl.hadQEMU = l.Begin.primary != lpStart
@@ -172,7 +173,7 @@ func (d *Daemon) live(ev lifeEvent) {
 		ev := l.queue[0]
 		l.queue = l.queue[1:]
 		for _, n := range d.nics {
-			ev.Echoed = max(ev.Echoed, n.dp.Echoed())
+			ev.Echoed = max(ev.Echoed, n.dp.LastEcho())
 		}
 		for _, fx := range append([]lifeEffect(nil), l.machine.Step(d.now(), ev)...) {
 			if err := d.carryOutLife(fx); err != nil {
@@ -763,7 +764,7 @@ func (d *Daemon) streamEdges(peer *link) error {
 
 // addEdges takes what tellEdges tells (S).
 func (d *Daemon) addEdges(m message) error {
-	edges := make([]Edge, len(m.Edges)/binary.Size(Edge{}))
+	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
 	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(d.nics) {
 		return errors.New("edges that make no sense")
 	}
@@ -997,7 +998,7 @@ func (d *Daemon) follows(ctx context.Context) (bool, error) {
 func (n *nic) shut() error {
 	n.echoEvery = 0
 	// No program is left that takes an echo when the mode is set.
-	return errors.Join(n.setMode(ModeShut), n.dp.SetSpeakUntil(0))
+	return errors.Join(n.setMode(datapath.ModeShut), n.dp.SetLeaseUntil(0))
 }
 
 // renew begins a pair with an empty core; the guest goes on in mid-stream.
@@ -1012,25 +1013,25 @@ func (n *nic) renew(cfg compare.Config, epoch uint32) error {
 // solo has P's guest speak alone.
 func (n *nic) solo() error {
 	n.echoEvery, n.frozen = 0, false
-	if err := n.dp.SetSpeakUntil(math.MaxInt64); err != nil {
+	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
 		return err
 	}
 	n.tell(compare.Event{Kind: compare.EvSolo})
-	return n.setMode(ModeSolo)
+	return n.setMode(datapath.ModeSolo)
 }
 
 // quiet has S say nothing to anybody; what its guest says is kept (R21 i).
-func (n *nic) quiet() error { return n.setMode(ModeQuiet) }
+func (n *nic) quiet() error { return n.setMode(datapath.ModeQuiet) }
 
 // takeOver has the SVM speak, first what the clients may not have heard (R22).
 func (n *nic) takeOver(guard uint32) error {
 	if err := n.dp.TakeOver(guard); err != nil {
 		return err
 	}
-	if err := n.dp.SetSpeakUntil(math.MaxInt64); err != nil {
+	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
 		return err
 	}
-	if err := n.setMode(ModeSolo); err != nil {
+	if err := n.setMode(datapath.ModeSolo); err != nil {
 		return err
 	}
 	n.parked = false

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/datapath"
 	"lockstep/control/qemu"
 	"lockstep/control/qmptest"
 	"lockstep/control/state"
@@ -96,7 +97,7 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, Found{})
+		b, err := Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, datapath.Pinned{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -319,7 +320,7 @@ func TestForcedFailover(t *testing.T) {
 	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "without a lease") {
 		t.Errorf("failover from a primary that has asked for no echo: %v", err)
 	}
-	if err := s.path.Echo(); err != nil {
+	if err := s.path.RequestEcho(); err != nil {
 		t.Fatal(err)
 	}
 	if done, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil || done.Result != "transmits alone" {

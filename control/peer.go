@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/datapath"
 	"lockstep/control/journal"
 )
 
@@ -132,7 +133,7 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn, known func() bool) err
 	if m.Type != "hello" || m.Hello == nil {
 		return fmt.Errorf("%q in place of hello", m.Type)
 	}
-	if err := checkPeer(d.party(), m.Hello.party, d.opt.Peer, string(RoleSecondary)); err != nil {
+	if err := checkPeer(d.party(), m.Hello.party, d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
 		_ = l.write(message{Type: "refuse", Cause: err.Error()})
 		return err
 	}
@@ -204,7 +205,7 @@ func newSeed() []byte {
 // install gives every NIC the session of the present term and epoch; sign is the
 // seed of its signing keys.
 func (d *Daemon) install(digest *compare.Keys, sign []byte, rotated bool) error {
-	s := Session{Term: d.term, Epoch: d.epoch, Digest: *digest, Rotated: rotated}
+	s := datapath.Session{Term: d.term, Epoch: d.epoch, Digest: *digest, Rotated: rotated}
 	s.TxKey, s.RxKey = signKeys([seedLen]byte(sign))
 	if d.secondary != nil {
 		s.TxKey, s.RxKey = s.RxKey, s.TxKey
@@ -307,7 +308,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 	case m.Type != "session" || m.Session == nil:
 		return false, fmt.Errorf("%q in place of session", m.Type)
 	}
-	if err := checkPeer(h.party, m.Session.party, d.opt.Peer, string(RolePrimary)); err != nil {
+	if err := checkPeer(h.party, m.Session.party, d.opt.Peer, string(datapath.RolePrimary)); err != nil {
 		return false, err
 	}
 	var installed error

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/datapath"
 	"lockstep/control/qmp"
 	"lockstep/control/qmptest"
 )
@@ -137,7 +138,7 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	s.covered()
 	other := p.holdMonitor()
 	p.end()
-	p.opt.Life.Begin = Begin{Role: RolePrimary, Record: a.now, primary: lpPair, covered: true}
+	p.opt.Life.Begin = Begin{Role: datapath.RolePrimary, Record: a.now, primary: lpPair, covered: true}
 	p.start()
 	p.await("a session without QMP", func(st Status) bool {
 		return st.Peer.Connected && !st.QMP.Connected && strings.Contains(st.QMP.Error, "another client")

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
 
@@ -38,7 +39,7 @@ func TestUnendedReplication(t *testing.T) {
 	if err := pair.Primary.Await(ctx, "x-colo-lost-heartbeat", 4); err != nil {
 		t.Fatal(err)
 	}
-	if mode := p.path.left().Mode; mode != ModeSolo {
+	if mode := p.path.left().Mode; mode != datapath.ModeSolo {
 		t.Errorf("the NIC is in mode %d", mode)
 	}
 	pair.Primary.SetReply("x-colo-lost-heartbeat", "")

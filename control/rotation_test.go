@@ -4,12 +4,13 @@ package control
 
 import (
 	"fmt"
+	"lockstep/control/datapath"
 	"strings"
 	"testing"
 	"time"
 )
 
-func (f *fakePath) sessionNow() Session {
+func (f *fakePath) sessionNow() datapath.Session {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.session

@@ -21,6 +21,7 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 )
 
 // Status is what a daemon says of itself.
@@ -278,7 +279,7 @@ func (n *nic) flows() ([]Flow, error) {
 	var out []Flow
 	if n.secondary != nil {
 		now := n.dp.Now()
-		err := n.dp.Offsets(func(t compare.Tuple, o Offset) {
+		err := n.dp.Offsets(func(t compare.Tuple, o datapath.Offset) {
 			f := n.flow(&t)
 			f.State, f.Offset, f.Age = o.State, &o.Seq, time.Duration(now-o.Last).Seconds()
 			out = append(out, f)

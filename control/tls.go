@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"lockstep/control/datapath"
 	"net"
 	"os"
 	"slices"
@@ -176,7 +177,7 @@ func (d *Daemon) secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
 		return conn, nil
 	}
 	t := tls.Client(conn, d.opt.TLS)
-	if d.opt.Role == RolePrimary {
+	if d.opt.Role == datapath.RolePrimary {
 		t = tls.Server(conn, d.opt.TLS)
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.opt.link.handshake)
@@ -203,7 +204,7 @@ func hungUp(err error) bool {
 func (d *Daemon) explain(err error) error {
 	var op *net.OpError
 	switch {
-	case d.opt.TLS == nil && (errors.Is(err, errSpeaksTLS) || d.opt.Role == RoleSecondary && hungUp(err)):
+	case d.opt.TLS == nil && (errors.Is(err, errSpeaksTLS) || d.opt.Role == datapath.RoleSecondary && hungUp(err)):
 		return fmt.Errorf("%q has `tls: {insecure: true}`, and its peer %q expects a certificate, or is gone: %s (%w)", d.opt.Node, d.opt.Peer, sameConfig, err)
 	case d.opt.TLS != nil && errors.As(err, &op) && op.Op == "remote error":
 		return fmt.Errorf("%q refuses the certificate of %q, its log says why: give both nodes files of one CA (%s) (%w)", d.opt.Peer, d.opt.Node, makeKeys, err)

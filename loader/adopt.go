@@ -20,7 +20,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // tables are the maps that a daemon left pinned, and what they were made for.
@@ -130,7 +130,7 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 		if err != nil {
 			return nil, err
 		}
-		differ = append(differ, o.settings(t.meta.Config, mode == control.ModeSolo)...)
+		differ = append(differ, o.settings(t.meta.Config, mode == datapath.ModeSolo)...)
 	}
 	o.Role = Role(t.meta.Role) // or it is among what differs
 	spec, err := sized(o.sizes())
@@ -182,7 +182,7 @@ func openMeta(dir string) (*tables, error) {
 }
 
 // pinnedMode is the mode of the programs that are pinned in dir.
-func pinnedMode(dir string) (control.Mode, error) {
+func pinnedMode(dir string) (datapath.Mode, error) {
 	m, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
 	if err != nil {
 		return 0, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsConf, err)
@@ -192,7 +192,7 @@ func pinnedMode(dir string) (control.Mode, error) {
 	if err := m.Lookup(uint32(0), &c); err != nil {
 		return 0, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
 	}
-	return control.Mode(c.Mode), nil
+	return datapath.Mode(c.Mode), nil
 }
 
 // settings are the differences of a config whose hash is pinned.
@@ -323,7 +323,7 @@ func (n *NIC) adopt(role Role, dir string) error {
 	if err != nil {
 		return err
 	}
-	atomic.StoreUint32(&n.conf.Mode, uint32(control.ModeShut))
+	atomic.StoreUint32(&n.conf.Mode, uint32(datapath.ModeShut))
 	for _, a := range n.attachments(role) {
 		if err := n.replace(a, dir); err != nil {
 			return err
@@ -347,12 +347,12 @@ func (n *NIC) adopt(role Role, dir string) error {
 }
 
 // found is what the dead daemon had come to.
-func (n *NIC) found(role Role) (*control.Adopted, error) {
+func (n *NIC) found(role Role) (*datapath.Recovered, error) {
 	var k bpf.LockstepLsKeys
 	if err := n.objs.LsKeys.Lookup(n.conf.KeyIndex, &k); err != nil {
 		return nil, fmt.Errorf("read pinned keys: %w", err)
 	}
-	a := &control.Adopted{Term: n.conf.KeyGen, Epoch: n.conf.Epoch, Mode: control.Mode(n.conf.Mode)}
+	a := &datapath.Recovered{Term: n.conf.KeyGen, Epoch: n.conf.Epoch, Mode: datapath.Mode(n.conf.Mode)}
 	a.Digest.Mix = k.Mix
 	for lane := range k.K {
 		copy(a.Digest.K[lane][:], k.K[lane][:])
@@ -364,7 +364,7 @@ func (n *NIC) found(role Role) (*control.Adopted, error) {
 	}
 	if err := each(n.objs.LsCli, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsCli) {
 		if t.Proto == protoTCP && tells(c) {
-			a.Remotes = append(a.Remotes, control.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
+			a.Remotes = append(a.Remotes, datapath.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
 		}
 	}); err != nil {
 		return nil, fmt.Errorf("list remotes: %w", err)
@@ -442,7 +442,7 @@ func tells(c *bpf.LockstepLsCli) bool {
 	return compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) == compare.ACK
 }
 
-// Acked implements [control.DataPath].
+// Acked implements [datapath.NIC].
 func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
 	key := toTuple(t)
 	var c bpf.LockstepLsCli
@@ -452,5 +452,5 @@ func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
 	return c.Ack, tells(&c)
 }
 
-// Adopted implements [control.DataPath].
-func (n *NIC) Adopted() *control.Adopted { return n.adopted }
+// Recovered implements [datapath.NIC].
+func (n *NIC) Recovered() *datapath.Recovered { return n.adopted }

@@ -19,7 +19,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // linkIDs are the links that hold a NIC's programs.
@@ -69,7 +69,7 @@ func TestAdoptPrimary(t *testing.T) {
 		key := toTuple(tuple)
 		check(t, h.p.objs.LsCli.Put(&key, &c))
 	}
-	if h.p.Adopted() != nil {
+	if h.p.Recovered() != nil {
 		t.Error("tables made anew are taken for adopted ones")
 	}
 	ids, digest := linkIDs(h.p), h.at[h.p].Digest
@@ -78,11 +78,11 @@ func TestAdoptPrimary(t *testing.T) {
 	// The programs go on without a daemon.
 	guest.send(segment(false, 0, 1100, compare.ACK, nil, randomBytes(50)))
 	n := h.open(options(h.pins, "a.lab", Primary))
-	a := n.Adopted()
+	a := n.Recovered()
 	if a == nil {
 		t.Fatal("nothing adopted")
 	}
-	if a.Term != 7 || a.Epoch != 40 || a.Mode != control.ModeHold || a.Digest != digest {
+	if a.Term != 7 || a.Epoch != 40 || a.Mode != datapath.ModeHold || a.Digest != digest {
 		t.Errorf("adopted term %d, epoch %d, mode %d, the digest keys: %v", a.Term, a.Epoch, a.Mode, a.Digest == digest)
 	}
 	acks := make(map[uint16]uint32)
@@ -102,7 +102,7 @@ func TestAdoptPrimary(t *testing.T) {
 			t.Errorf("port %d acknowledged %d, %v; want %d", port, ack, ok, want)
 		}
 	}
-	if n.conf.Mode != uint32(control.ModeShut) {
+	if n.conf.Mode != uint32(datapath.ModeShut) {
 		t.Errorf("mode %d, want shut", n.conf.Mode)
 	}
 	wantAttached(t, "tapP", "ls_pri_out", "ls_mirror")
@@ -119,7 +119,7 @@ func TestAdoptPrimary(t *testing.T) {
 	counts(t, n, "held", 2) // they survive
 
 	// It works, with marks of its own.
-	check(t, n.SetMode(control.ModeHold))
+	check(t, n.SetMode(datapath.ModeHold))
 	guest.send(frame)
 	s := event(t, n, compare.EvPVM)
 	if s.Sum != digest.Sum(1000, randomBytes(100)) {
@@ -142,14 +142,14 @@ func TestAdoptSecondary(t *testing.T) {
 	check(t, h.s.objs.LsConn.Put(&key, &conn))
 	check(t, h.s.objs.LsHalf.Put(&key, &half))
 	base := h.s.tapBase
-	check(t, h.s.SetMode(control.ModePark))
+	check(t, h.s.SetMode(datapath.ModePark))
 	h.die(h.s)
 	n := h.open(options(h.pins, "b.lab", Secondary))
-	if a := n.Adopted(); a == nil || a.Mode != control.ModePark || a.Term != 7 || a.Epoch != 40 || a.Remotes != nil {
+	if a := n.Recovered(); a == nil || a.Mode != datapath.ModePark || a.Term != 7 || a.Epoch != 40 || a.Remotes != nil {
 		t.Fatalf("adopted %+v", a)
 	}
 	offsets := 0
-	check(t, n.Offsets(func(k compare.Tuple, o control.Offset) {
+	check(t, n.Offsets(func(k compare.Tuple, o datapath.Offset) {
 		if offsets++; k != askTuple || o.Seq != 1 || o.TS != 2 || o.Incarnation != 3 {
 			t.Errorf("offset %+v of %v", o, k)
 		}
@@ -163,7 +163,7 @@ func TestAdoptSecondary(t *testing.T) {
 	if n.tapBase != base {
 		t.Errorf("the tap's count began at %d, now at %d", base, n.tapBase)
 	}
-	check(t, n.SetMode(control.ModeRun))
+	check(t, n.SetMode(datapath.ModeRun))
 	client.send(segment(false, 0, 2, compare.ACK, nil, randomBytes(100)))
 	guest.recv()
 	counts(t, n, "let_in", 2)
@@ -190,7 +190,7 @@ func TestAdoptUnderLoad(t *testing.T) {
 	})
 	n, before := h.p, uint64(0)
 	for range 5 {
-		check(t, n.SetMode(control.ModeHold))
+		check(t, n.SetMode(datapath.ModeHold))
 		held := before
 		for held == before {
 			c, err := n.Counters()
@@ -213,12 +213,12 @@ func TestAdoptRefuses(t *testing.T) {
 	o.Version, o.ConfigHash = "v1.2", [32]byte{1, 2, 3, 4}
 	n, err := Open(o)
 	check(t, err)
-	check(t, n.SetMode(control.ModeHold))
+	check(t, n.SetMode(datapath.ModeHold))
 	check(t, n.Close())
 	untouched := func() {
 		t.Helper()
 		wantAttached(t, "tapP", "ls_pri_out", "ls_mirror")
-		if n, err := pinnedMode(nicDir(pins, o.VM, o.Node, 0)); err != nil || n != control.ModeHold {
+		if n, err := pinnedMode(nicDir(pins, o.VM, o.Node, 0)); err != nil || n != datapath.ModeHold {
 			t.Errorf("mode %d, %v: a refused daemon changed it", n, err)
 		}
 	}
@@ -258,7 +258,7 @@ func TestAdoptRefuses(t *testing.T) {
 
 	// What is found does not have to fit.
 	found, err := Found(o)
-	if want := (control.Found{Role: control.RolePrimary, Mode: control.ModeHold}); err != nil || found != want {
+	if want := (datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}); err != nil || found != want {
 		t.Errorf("found %+v, %v", found, err)
 	}
 	other := o
@@ -320,7 +320,7 @@ func TestAdoptOtherSettings(t *testing.T) {
 	}
 	n, err := Open(o)
 	check(t, err)
-	check(t, n.SetMode(control.ModeHold))
+	check(t, n.SetMode(datapath.ModeHold))
 	check(t, n.Close())
 	old := o
 	o.ConfigHash[0] = 1
@@ -328,11 +328,11 @@ func TestAdoptOtherSettings(t *testing.T) {
 	wantError(t, err, "another heartbeat")
 	n, err = Open(old)
 	check(t, err)
-	check(t, n.SetMode(control.ModeSolo))
+	check(t, n.SetMode(datapath.ModeSolo))
 	check(t, n.Close())
 	n, err = Open(o)
 	check(t, err)
-	check(t, n.SetMode(control.ModeHold))
+	check(t, n.SetMode(datapath.ModeHold))
 	check(t, n.Close())
 	_, err = Open(old)
 	wantError(t, err, "another heartbeat")
@@ -357,7 +357,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	veth(t, "peerP", "peerS")
 	n, err = Open(o)
 	check(t, err)
-	if a := n.Adopted(); a == nil || a.Epoch != 5 {
+	if a := n.Recovered(); a == nil || a.Epoch != 5 {
 		t.Errorf("adopted %+v", a)
 	}
 	wantAttached(t, "peerP", "ls_digest_rx")
@@ -367,7 +367,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	check(t, n.Close())
 	n, err = Open(o) // from the new link
 	check(t, err)
-	if n.Adopted() == nil {
+	if n.Recovered() == nil {
 		t.Error("nothing adopted")
 	}
 	check(t, n.Close())
@@ -385,7 +385,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	veth(t, "tapP", "guestP")
 	n, err = Open(o)
 	check(t, err)
-	if a := n.Adopted(); a != nil {
+	if a := n.Recovered(); a != nil {
 		t.Errorf("adopted the tables of a guest that is gone: %+v", a)
 	}
 	wantAttached(t, "tapP", "ls_pri_out", "ls_mirror")
@@ -402,8 +402,8 @@ func TestUnloadPromoted(t *testing.T) {
 	o := options(pins, "b", Secondary)
 	n, err := Open(o)
 	check(t, err)
-	check(t, n.SetSpeakUntil(math.MaxInt64))
-	check(t, n.SetMode(control.ModeSolo))
+	check(t, n.SetLeaseUntil(math.MaxInt64))
+	check(t, n.SetMode(datapath.ModeSolo))
 	check(t, n.Close())
 	wantError(t, Unload(pins, o.VM, o.Node, false), "the secondary was promoted", "those connections break", "--force")
 	wantAttached(t, "tapS", "ls_sec_out", "ls_sec_gate")
@@ -456,7 +456,7 @@ func TestLetGo(t *testing.T) {
 	for _, o := range []Options{options(pins, "a", Primary), options(pins, "b", Secondary)} {
 		n, err := Open(o)
 		check(t, err)
-		check(t, n.SetMode(control.ModeSolo))
+		check(t, n.SetMode(datapath.ModeSolo))
 		check(t, n.Close())
 		check(t, LetGo(pins, o.VM, o.Node, true))
 		wantAttached(t, o.Tap)

@@ -96,7 +96,7 @@ const tapAlias = "made by lockstep"
 
 // EnsureTap makes a tap that outlives who uses it, where there is none, and puts it into
 // the bridge. It does not set it up: who is behind it must not be heard before the
-// programs are in their place ([control.DataPath].SetTap).
+// programs are in their place ([datapath.NIC].SetTap).
 func EnsureTap(name, bridge string) error {
 	br, err := netlink.LinkByName(bridge)
 	if err != nil {

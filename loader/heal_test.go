@@ -14,7 +14,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // datagram is a frame with a UDP datagram of payload.
@@ -171,11 +171,11 @@ func TestQuery(t *testing.T) {
 	say := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
 	say(1)
 	event(t, h.p, compare.EvSVM)
-	check(t, h.p.SetMode(control.ModeShut)) // P is deaf
+	check(t, h.p.SetMode(datapath.ModeShut)) // P is deaf
 	say(2)
 	counts(t, h.s, "record_out", 2)
 	counts(t, h.p, "shut", 1)
-	check(t, h.p.SetMode(control.ModeHold))
+	check(t, h.p.SetMode(datapath.ModeHold))
 	for range 3 {
 		apply(t, h.p, compare.Effect{Op: compare.OpQuery})
 	}
@@ -193,12 +193,12 @@ func TestGap(t *testing.T) {
 	say := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
 	say(1)
 	event(t, h.p, compare.EvSVM)
-	check(t, h.p.SetMode(control.ModeShut))
+	check(t, h.p.SetMode(datapath.ModeShut))
 	for seq := range uint32(20) {
 		say(2 + seq)
 	}
 	counts(t, h.p, "shut", 20)
-	check(t, h.p.SetMode(control.ModeHold))
+	check(t, h.p.SetMode(datapath.ModeHold))
 	say(22)
 	counts(t, h.p, "record_in", 22)
 	seen := make(map[uint32]bool)
@@ -221,22 +221,22 @@ func TestGap(t *testing.T) {
 // a shut S gives none.
 func TestEcho(t *testing.T) {
 	h := newHosts(t)
-	check(t, h.p.SetSpeakUntil(0))
-	check(t, h.p.SetSpeakFor(time.Hour))
+	check(t, h.p.SetLeaseUntil(0))
+	check(t, h.p.SetLeaseDuration(time.Hour))
 	before := h.p.Now()
-	check(t, h.p.Echo())
+	check(t, h.p.RequestEcho())
 	after := h.p.Now()
 	counts(t, h.p, "echo_in", 1)
 	if until := int64(h.p.conf.LeaseUntil) - int64(time.Hour); until < before || until > after {
 		t.Errorf("allowed from %d, asked between %d and %d", until, before, after)
 	}
 	was := h.p.conf.LeaseUntil
-	check(t, h.s.SetMode(control.ModeShut))
-	check(t, h.p.Echo())
+	check(t, h.s.SetMode(datapath.ModeShut))
+	check(t, h.p.RequestEcho())
 	counts(t, h.s, "shut", 1)
-	check(t, h.s.SetMode(control.ModePark))
-	check(t, h.p.SetSpeakFor(0)) // an older echo takes nothing back
-	check(t, h.p.Echo())
+	check(t, h.s.SetMode(datapath.ModePark))
+	check(t, h.p.SetLeaseDuration(0)) // an older echo takes nothing back
+	check(t, h.p.RequestEcho())
 	counts(t, h.p, "echo_in", 2)
 	if h.p.conf.LeaseUntil != was {
 		t.Error("an echo that allows less took time back")
@@ -246,7 +246,7 @@ func TestEcho(t *testing.T) {
 func TestMark(t *testing.T) {
 	h := newHosts(t)
 	check(t, h.p.SetEpoch(41))
-	check(t, h.p.Mark())
+	check(t, h.p.MarkStop())
 	evs, err := h.s.Poll(patience, nil)
 	check(t, err)
 	if len(evs) != 1 || evs[0].Kind != compare.EvMark || evs[0].Epoch != 41 {
@@ -262,7 +262,7 @@ func TestPeerXDP(t *testing.T) {
 	o := options(pins, "a.lab", Primary)
 	o.XDP = XDPOn
 	n := h.open(o)
-	if p := n.Programs(); p[len(p)-1] != (control.Program{Name: peerXDP, Device: "peerP", Attach: "xdp-native"}) {
+	if p := n.Programs(); p[len(p)-1] != (datapath.Program{Name: peerXDP, Device: "peerP", Attach: "xdp-native"}) {
 		t.Errorf("programs %+v", p)
 	}
 	newWire(t, "peerS").send(datagram(false, randomBytes(10)))

@@ -10,7 +10,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // segmentAck is what every segment acknowledges.
@@ -223,7 +223,7 @@ func TestReleaseMuted(t *testing.T) {
 	guest := newWire(t, "guestP")
 	guest.send(segment(false, 0, 1, compare.ACK, nil, randomBytes(100)))
 	s := event(t, h.p, compare.EvPVM)
-	check(t, h.p.SetSpeakUntil(h.p.Now()))
+	check(t, h.p.SetLeaseUntil(h.p.Now()))
 	apply(t, h.p, release(s))
 	counts(t, h.p, "muted", 1)
 	counts(t, h.p, "released_out", 0)
@@ -233,7 +233,7 @@ func TestReleaseMuted(t *testing.T) {
 func TestParkAndDeliver(t *testing.T) {
 	h := newHosts(t)
 	client, guestS := newWire(t, "client"), newWire(t, "guestS")
-	check(t, h.s.SetMode(control.ModePark))
+	check(t, h.s.SetMode(datapath.ModePark))
 	frames := [][]byte{
 		segment(false, 0, 1, compare.ACK, nil, randomBytes(100)),
 		segment(true, 7, 2, compare.ACK, nil, randomBytes(1400)),
@@ -262,7 +262,7 @@ func TestParkAndDeliverGSO(t *testing.T) {
 	h := newHosts(t)
 	guestS := newWire(t, "guestS")
 	noOffload(t, "tapS")
-	check(t, h.s.SetMode(control.ModePark))
+	check(t, h.s.SetMode(datapath.ModePark))
 	for _, tci := range []uint16{0, 5} {
 		pay := randomBytes(20000)
 		sendGSO(t, "client", tci, pay)

@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -161,7 +161,7 @@ type hosts struct {
 	testing.TB
 	pins string
 	p, s *NIC
-	at   map[*NIC]control.Session
+	at   map[*NIC]datapath.Session
 	dead map[*NIC]bool
 }
 
@@ -207,16 +207,16 @@ func openHosts(t testing.TB) *hosts {
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{1}))
 	check(t, err)
 	k1, k2 := [2]uint64{1, 2}, [2]uint64{3, 4}
-	h.at = map[*NIC]control.Session{
+	h.at = map[*NIC]datapath.Session{
 		h.p: {Term: 7, Epoch: 40, PeerMAC: h.s.MAC(), TxKey: k1, RxKey: k2, Digest: *keys},
 		h.s: {Term: 7, Epoch: 40, PeerMAC: h.p.MAC(), TxKey: k2, RxKey: k1, Digest: *keys},
 	}
 	for n, s := range h.at {
 		check(t, n.InstallSession(s))
-		check(t, n.SetSpeakUntil(math.MaxInt64))
+		check(t, n.SetLeaseUntil(math.MaxInt64))
 	}
-	check(t, h.p.SetMode(control.ModeHold))
-	check(t, h.s.SetMode(control.ModeRun))
+	check(t, h.p.SetMode(datapath.ModeHold))
+	check(t, h.s.SetMode(datapath.ModeRun))
 	return h
 }
 

@@ -15,7 +15,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -129,9 +129,9 @@ func TestConnections(t *testing.T) {
 			check(t, h.s.objs.LsConn.Put(&key, &c))
 		}
 	}
-	offsets := func() map[uint16]control.Offset {
-		m := make(map[uint16]control.Offset)
-		check(t, h.s.Offsets(func(k compare.Tuple, o control.Offset) {
+	offsets := func() map[uint16]datapath.Offset {
+		m := make(map[uint16]datapath.Offset)
+		check(t, h.s.Offsets(func(k compare.Tuple, o datapath.Offset) {
 			if k.Guest != askTuple.Guest || k.VLAN != askTuple.VLAN || k.Proto != protoTCP {
 				t.Errorf("tuple %+v", k)
 			}
@@ -141,7 +141,7 @@ func TestConnections(t *testing.T) {
 	}
 	put()
 	got := offsets()
-	if want := (control.Offset{Seq: 1, TS: 2, Incarnation: 3, Last: now - 5*second, State: "open"}); got[0] != want {
+	if want := (datapath.Offset{Seq: 1, TS: 2, Incarnation: 3, Last: now - 5*second, State: "open"}); got[0] != want {
 		t.Errorf("offset %+v, want %+v", got[0], want)
 	}
 	if got[1].State != "closing" || got[2].State != "reset" || got[3].State != "closing" {

@@ -8,7 +8,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // lateRecord reports whether an SVM that says large frames without pause was recorded, in one
@@ -53,9 +53,9 @@ func lateRecord(t *testing.T, h *hosts, turns int) bool {
 		}
 	}
 	for range turns {
-		check(t, h.s.SetMode(control.ModeRun))
+		check(t, h.s.SetMode(datapath.ModeRun))
 		grows(records)
-		check(t, h.s.SetMode(control.ModeQuiet))
+		check(t, h.s.SetMode(datapath.ModeQuiet))
 		was := records()
 		grows(func() uint64 { return count(bpf.LockstepLsReasonLS_R_shut) })
 		grows(func() uint64 { return count(bpf.LockstepLsReasonLS_R_shut) })

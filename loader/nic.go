@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package loader puts the kernel half in place and serves it as a
-// [control.DataPath]: it loads, pins and attaches the programs, turns ring
+// [datapath.NIC]: it loads, pins and attaches the programs, turns ring
 // records into events of package compare, and carries out its effects.
 package loader
 
@@ -28,7 +28,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 	"lockstep/rewriter"
 )
 
@@ -44,9 +44,9 @@ const (
 func (r Role) String() string {
 	switch r {
 	case Primary:
-		return string(control.RolePrimary)
+		return string(datapath.RolePrimary)
 	case Secondary:
-		return string(control.RoleSecondary)
+		return string(datapath.RoleSecondary)
 	}
 	return fmt.Sprintf("%d", int(r))
 }
@@ -119,9 +119,9 @@ type NIC struct {
 	guards    []guard
 	rt        *netlink.Handle // these two are kept open: who is first is found out without descriptors, too
 	packets   *os.File
-	readers   map[string]int   // packet sockets on the tap that CheckOrder has told of: process by inode
-	adopted   *control.Adopted // nil: the tables were made anew
-	programs  []control.Program
+	readers   map[string]int      // packet sockets on the tap that CheckOrder has told of: process by inode
+	adopted   *datapath.Recovered // nil: the tables were made anew
+	programs  []datapath.Program
 	conf      *confMemory
 	slots     slots
 	ring      *ringbuf.Reader
@@ -456,7 +456,7 @@ func (n *NIC) attach(role Role, dir string, solo bool) error {
 		}
 	}
 	if solo { // not before: two would translate
-		atomic.StoreUint32(&n.conf.Mode, uint32(control.ModeSolo))
+		atomic.StoreUint32(&n.conf.Mode, uint32(datapath.ModeSolo))
 	}
 	if err := os.Rename(staging, dir); err != nil {
 		return fmt.Errorf("put pins in place: %w", err)
@@ -515,7 +515,7 @@ func (n *NIC) guarded(a attachment, l link.Link) error {
 	if err != nil {
 		return fmt.Errorf("link of %s: %w", a.name, err)
 	}
-	n.programs = append(n.programs, control.Program{Name: a.name, Device: a.dev.Attrs().Name, Attach: hook(a.attach)})
+	n.programs = append(n.programs, datapath.Program{Name: a.name, Device: a.dev.Attrs().Name, Attach: hook(a.attach)})
 	return nil
 }
 
@@ -526,10 +526,10 @@ func hook(at ebpf.AttachType) string {
 	return "tcx-ingress"
 }
 
-// Wake implements [control.DataPath].
+// Wake implements [datapath.NIC].
 func (n *NIC) Wake() { n.waiter.wakeUp() }
 
-// Now implements [control.DataPath].
+// Now implements [datapath.NIC].
 func (n *NIC) Now() int64 {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
@@ -538,37 +538,37 @@ func (n *NIC) Now() int64 {
 	return ts.Nano()
 }
 
-// MAC implements [control.DataPath].
+// MAC implements [datapath.NIC].
 func (n *NIC) MAC() net.HardwareAddr { return n.signer.own }
 
-// Programs implements [control.DataPath].
-func (n *NIC) Programs() []control.Program { return n.programs }
+// Programs implements [datapath.NIC].
+func (n *NIC) Programs() []datapath.Program { return n.programs }
 
-// SetMode implements [control.DataPath].
-func (n *NIC) SetMode(m control.Mode) error {
+// SetMode implements [datapath.NIC].
+func (n *NIC) SetMode(m datapath.Mode) error {
 	atomic.StoreUint32(&n.conf.Mode, uint32(m))
-	if m != control.ModeShut && m != control.ModeQuiet || n.hasty {
+	if m != datapath.ModeShut && m != datapath.ModeQuiet || n.hasty {
 		return nil
 	}
 	// Who looked at the mode before may still let a frame out, or return an echo.
 	return grace()
 }
 
-// SetEpoch implements [control.DataPath].
+// SetEpoch implements [datapath.NIC].
 func (n *NIC) SetEpoch(e uint32) error {
 	n.signer.epoch = e
 	atomic.StoreUint32(&n.conf.Epoch, e)
 	return nil
 }
 
-// SetSpeakUntil implements [control.DataPath].
-func (n *NIC) SetSpeakUntil(t int64) error {
+// SetLeaseUntil implements [datapath.NIC].
+func (n *NIC) SetLeaseUntil(t int64) error {
 	atomic.StoreUint64(&n.conf.LeaseUntil, uint64(t))
 	return nil
 }
 
-// SetSpeakFor implements [control.DataPath].
-func (n *NIC) SetSpeakFor(d time.Duration) error {
+// SetLeaseDuration implements [datapath.NIC].
+func (n *NIC) SetLeaseDuration(d time.Duration) error {
 	atomic.StoreUint64(&n.conf.LeaseDuration, uint64(d))
 	return nil
 }
@@ -577,9 +577,9 @@ func (n *NIC) SetSpeakFor(d time.Duration) error {
 // those on their way, and what the peer signs until it has the new keys too.
 const rotation = time.Second
 
-// InstallSession implements [control.DataPath]. Frames of the old term are
+// InstallSession implements [datapath.NIC]. Frames of the old term are
 // refused from the moment the term changes, but for a rotation's.
-func (n *NIC) InstallSession(s control.Session) error {
+func (n *NIC) InstallSession(s datapath.Session) error {
 	k := bpf.LockstepLsKeys{SipTx: s.TxKey, SipRx: s.RxKey, Mix: s.Digest.Mix}
 	for lane := range k.K {
 		m := copy(k.K[lane][:], s.Digest.K[lane][:])
@@ -610,7 +610,7 @@ func (n *NIC) InstallSession(s control.Session) error {
 	return nil
 }
 
-// ResetOffsets implements [control.DataPath].
+// ResetOffsets implements [datapath.NIC].
 func (n *NIC) ResetOffsets() error {
 	if err := errors.Join(
 		empty[bpf.LockstepLsConn](n.objs.LsConn), empty[bpf.LockstepLsHalf](n.objs.LsHalf), empty[bpf.LockstepLsInh](n.objs.LsInherited),
@@ -625,7 +625,7 @@ func empty[V any](m *ebpf.Map) error {
 	return take(m, func(bpf.LockstepLsTuple, *V) {})
 }
 
-// Sweep implements [control.DataPath].
+// Sweep implements [datapath.NIC].
 func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 	now, removed := n.Now(), 0
 	maps := []*ebpf.Map{n.objs.LsConn}
@@ -650,17 +650,17 @@ func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
 	return removed, nil
 }
 
-// Offsets implements [control.DataPath].
-func (n *NIC) Offsets(yield func(compare.Tuple, control.Offset)) error {
+// Offsets implements [datapath.NIC].
+func (n *NIC) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	if err := each(n.objs.LsConn, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-		yield(fromTuple(&k), control.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: rewriter.State(c.State).String()})
+		yield(fromTuple(&k), datapath.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: rewriter.State(c.State).String()})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}
 	return nil
 }
 
-// Counters implements [control.DataPath].
+// Counters implements [datapath.NIC].
 func (n *NIC) Counters() (map[string]uint64, error) {
 	out := map[string]uint64{
 		"release_lost":  n.lost.tap.Load(),
@@ -699,7 +699,7 @@ func packets(perCPU []bpf.LockstepLsCount) (sum uint64) {
 	return sum
 }
 
-// DrainTap implements [control.DataPath]: a tap counts a frame as sent when its
+// DrainTap implements [datapath.NIC]: a tap counts a frame as sent when its
 // reader takes it, so what the gate let in and the tap has not counted is still
 // on its way. What a guest that boots, or has crashed, has not read at ctx's
 // deadline goes: to it that is a loss, and the PVM has heard it. So does what is there
@@ -773,7 +773,7 @@ func emptyQueue(index int) error {
 	return netlink.LinkSetTxQLen(dev, length)
 }
 
-// Poll implements [control.DataPath].
+// Poll implements [datapath.NIC].
 func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
 	if n.ring.AvailableBytes() == 0 {
 		if err := n.waiter.wait(wait); err != nil {
@@ -797,7 +797,7 @@ func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, er
 	return evs, nil
 }
 
-// Apply implements [control.DataPath].
+// Apply implements [datapath.NIC].
 func (n *NIC) Apply(effs []compare.Effect) error {
 	for i := range effs {
 		e := &effs[i]
@@ -904,15 +904,15 @@ func (n *NIC) repeatACK(to *packetConn, e *compare.Effect) {
 	}
 }
 
-// Echo implements [control.DataPath].
-func (n *NIC) Echo() error {
+// RequestEcho implements [datapath.NIC].
+func (n *NIC) RequestEcho() error {
 	n.toPeer.queue(n.signer.echo(n.head(), n.Now()), nil)
 	n.flush()
 	return nil
 }
 
-// Mark implements [control.DataPath].
-func (n *NIC) Mark() error {
+// MarkStop implements [datapath.NIC].
+func (n *NIC) MarkStop() error {
 	n.toPeer.queue(n.signer.mark(n.head()), nil)
 	n.flush()
 	return nil
@@ -953,7 +953,7 @@ func (n *NIC) flush() {
 	n.frees = n.frees[:0]
 }
 
-// Close implements [control.DataPath]: pins stay, the programs go on.
+// Close implements [datapath.NIC]: pins stay, the programs go on.
 func (n *NIC) Close() error {
 	var errs []error
 	if n.rt != nil {

@@ -17,7 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/datapath"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -82,7 +82,7 @@ func TestOpenPrimary(t *testing.T) {
 	o := options(pins, "a.lab", Primary)
 	first, err := Open(o)
 	check(t, err)
-	want := []control.Program{
+	want := []datapath.Program{
 		{Name: "ls_pri_out", Device: "tapP", Attach: "tcx-ingress"},
 		{Name: "ls_digest_rx", Device: "peerP", Attach: "tcx-ingress"},
 		{Name: "ls_mirror", Device: "tapP", Attach: "tcx-egress"},
@@ -112,13 +112,13 @@ func TestOpenPrimary(t *testing.T) {
 	guards()
 
 	// A daemon that ended leaves its programs; the next one replaces them.
-	check(t, first.SetMode(control.ModeHold))
+	check(t, first.SetMode(datapath.ModeHold))
 	check(t, first.Close())
 	guards()
 	second, err := Open(o)
 	check(t, err)
 	guards()
-	if second.conf.Mode != uint32(control.ModeShut) {
+	if second.conf.Mode != uint32(datapath.ModeShut) {
 		t.Errorf("opened in mode %d, not shut", second.conf.Mode)
 	}
 	check(t, second.Close())
@@ -195,7 +195,7 @@ func TestUnloadSecondary(t *testing.T) {
 	check(t, err)
 	wantAttached(t, "tapS", "ls_sec_out", "ls_sec_gate")
 	wantAttached(t, "peerS", "ls_sec_in")
-	check(t, n.SetSpeakUntil(math.MaxInt64))
+	check(t, n.SetLeaseUntil(math.MaxInt64))
 	check(t, n.Close())
 
 	release, err := Lock(pins, o.VM, o.Node)

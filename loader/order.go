@@ -9,7 +9,7 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// CheckOrder implements [control.DataPath].
+// CheckOrder implements [datapath.NIC].
 func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
 	for _, g := range n.guards {
 		dev := g.dev.Attrs()
@@ -93,7 +93,7 @@ func programName(id ebpf.ProgramID) string {
 	return info.Name
 }
 
-// SetTap implements [control.DataPath].
+// SetTap implements [datapath.NIC].
 func (n *NIC) SetTap(up bool) error {
 	set, how := n.rt.LinkSetDown, "down"
 	if up {

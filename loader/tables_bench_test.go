@@ -18,7 +18,7 @@ import (
 
 	"lockstep/bpf"
 	"lockstep/compare"
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // What the tables cost with 100 000 connections: go test -run '^$' -bench Tables ./loader.
@@ -73,7 +73,7 @@ func BenchmarkTables(b *testing.B) {
 		_, err := s.Counters()
 		check(b, err)
 		known := 0
-		check(b, s.Offsets(func(compare.Tuple, control.Offset) { known++ }))
+		check(b, s.Offsets(func(compare.Tuple, datapath.Offset) { known++ }))
 		if known != conns {
 			b.Fatal(known)
 		}

@@ -11,14 +11,14 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"lockstep/bpf"
-	"lockstep/control"
+	"lockstep/control/datapath"
 	"lockstep/rewriter"
 )
 
-// Echoed implements [control.DataPath].
-func (n *NIC) Echoed() int64 { return int64(atomic.LoadUint64(&n.conf.Echoed)) }
+// LastEcho implements [datapath.NIC].
+func (n *NIC) LastEcho() int64 { return int64(atomic.LoadUint64(&n.conf.Echoed)) }
 
-// TakeOver implements [control.DataPath]. Every connection that the PVM may have
+// TakeOver implements [datapath.NIC]. Every connection that the PVM may have
 // spoken on gets the guard: those with an offset, those whose last ACK the SVM has
 // not heard, those that came with a checkpoint, and those that the PVM's host had
 // taken over itself.
@@ -50,21 +50,21 @@ func (n *NIC) TakeOver(guard uint32) error {
 	return nil
 }
 
-// Edges implements [control.DataPath].
-func (n *NIC) Edges() ([]control.Edge, error) {
-	var out []control.Edge
+// Edges implements [datapath.NIC].
+func (n *NIC) Edges() ([]datapath.Edge, error) {
+	var out []datapath.Edge
 	if err := each(n.objs.LsEdge, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
 		conn := fromConn(c)
 		edge := conn.Edge()
-		out = append(out, control.Edge{Tuple: fromTuple(&t), Seq: edge.Seq, TS: edge.TS})
+		out = append(out, datapath.Edge{Tuple: fromTuple(&t), Seq: edge.Seq, TS: edge.TS})
 	}); err != nil {
 		return nil, fmt.Errorf("list what was taken over: %w", err)
 	}
 	return out, nil
 }
 
-// AddEdges implements [control.DataPath].
-func (n *NIC) AddEdges(edges []control.Edge) error {
+// AddEdges implements [datapath.NIC].
+func (n *NIC) AddEdges(edges []datapath.Edge) error {
 	keys, conns := make([]bpf.LockstepLsTuple, len(edges)), make([]bpf.LockstepLsConn, len(edges))
 	now := uint64(n.Now())
 	for i := range edges {
@@ -135,33 +135,33 @@ func (n *NIC) inherit(old *tables) error {
 }
 
 // Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
-func Found(o Options) (control.Found, error) {
+func Found(o Options) (datapath.Pinned, error) {
 	tap, err := netlink.LinkByName(o.Tap)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return control.Found{}, nil // with the tap goes what guarded it
+		return datapath.Pinned{}, nil // with the tap goes what guarded it
 	}
 	if err != nil {
-		return control.Found{}, fmt.Errorf("tap %s: %w", o.Tap, err)
+		return datapath.Pinned{}, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}
 	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
 	if here, err := guardHere(dir, o, tap); !here || err != nil {
-		return control.Found{}, err
+		return datapath.Pinned{}, err
 	}
 	// Whether they fit is asked only by whoever goes on from them.
 	t, err := openMeta(dir)
 	if err != nil {
-		return control.Found{}, err
+		return datapath.Pinned{}, err
 	}
 	defer t.close()
 	own := metaOf(o)
 	if t.meta.Abi != own.Abi {
-		return control.Found{}, refusal(&t.meta, &own, differences(&t.meta, &own))
+		return datapath.Pinned{}, refusal(&t.meta, &own, differences(&t.meta, &own))
 	}
 	mode, err := pinnedMode(dir)
 	if err != nil {
-		return control.Found{}, err
+		return datapath.Pinned{}, err
 	}
-	return control.Found{Role: control.Role(Role(t.meta.Role).String()), Mode: mode}, nil
+	return datapath.Pinned{Role: datapath.Role(Role(t.meta.Role).String()), Mode: mode}, nil
 }
 
 // conf is what the tables' programs go by.

@@ -13,7 +13,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 // Unload removes what is pinned for a node, programs and maps. The taps are set down
@@ -69,7 +69,7 @@ func promoted(nic string) (bool, error) {
 		return false, nil
 	}
 	mode, err := pinnedMode(nic)
-	return mode == control.ModeSolo, err
+	return mode == datapath.ModeSolo, err
 }
 
 // silence sets the tap that the pinned link guards down. No such pin is no error.

@@ -8,7 +8,7 @@ import (
 
 	"github.com/cilium/ebpf/link"
 
-	"lockstep/control"
+	"lockstep/control/datapath"
 )
 
 const peerXDP = "ls_peer_xdp"
@@ -32,7 +32,7 @@ func (n *NIC) attachXDP(o Options, dir string) error {
 	if o.Role != Primary || o.XDP == XDPOff || o.XDP == "" {
 		return nil
 	}
-	p := control.Program{Name: peerXDP, Device: n.peer.Attrs().Name, Attach: "xdp-native"}
+	p := datapath.Program{Name: peerXDP, Device: n.peer.Attrs().Name, Attach: "xdp-native"}
 	l, err := link.AttachXDP(link.XDPOptions{Program: n.objs.LsPeerXdp, Interface: n.peer.Attrs().Index, Flags: link.XDPDriverMode})
 	switch {
 	case err != nil && o.XDP == XDPOn:

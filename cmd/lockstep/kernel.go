@@ -5,8 +5,8 @@ package main
 import (
 	"net"
 
-	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/loader"
 )
 
@@ -21,11 +21,11 @@ type kernel struct {
 	removeTap   func(tap string) error
 	inUse       func(tap string) (bool, error) // a process has it open
 	mute        func(tap string) error         // sets it down
-	open        func(loader.Options) (dp control.DataPath, fresh bool, err error)
+	open        func(loader.Options) (dp datapath.NIC, fresh bool, err error)
 	upgradable  func(loader.Options) (from string, err error)   // the version to take over from
 	unload      func(pinDir, vm, node string, force bool) error // sets the taps down
 	letGo       func(pinDir, vm, node string, force bool) error // leaves the taps as they are
-	found       func(loader.Options) (control.Found, error)     // what an earlier daemon left
+	found       func(loader.Options) (datapath.Pinned, error)   // what an earlier daemon left
 }
 
 // mutation names a rule that this build leaves out, and is empty but in tests that show
@@ -59,11 +59,11 @@ var realKernel = kernel{
 	found:       loader.Found,
 }
 
-func openNIC(o loader.Options) (dp control.DataPath, fresh bool, err error) {
+func openNIC(o loader.Options) (dp datapath.NIC, fresh bool, err error) {
 	o.Mutation = mutations[mutation]
 	n, err := loader.Open(o)
 	if err != nil {
 		return nil, false, err // not n: a nil *NIC in an interface is not nil
 	}
-	return n, n.Adopted() == nil, nil
+	return n, n.Recovered() == nil, nil
 }

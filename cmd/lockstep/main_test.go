@@ -16,6 +16,7 @@ import (
 	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/loader"
 )
 
@@ -92,11 +93,11 @@ func newCLI(t *testing.T) *cli {
 			call("upgradable %d %s", o.NIC, o.Tap)
 			return "v1.2", nil
 		},
-		open: func(o loader.Options) (control.DataPath, bool, error) {
+		open: func(o loader.Options) (datapath.NIC, bool, error) {
 			call("open %d %s %s", o.NIC, o.Tap, o.PeerDevice)
 			return newFakePath(), true, nil
 		},
-		found: func(loader.Options) (control.Found, error) { return control.Found{}, nil },
+		found: func(loader.Options) (datapath.Pinned, error) { return datapath.Pinned{}, nil },
 		unload: func(_, vm, node string, force bool) error {
 			call("unload %s %s %v", vm, node, force)
 			return nil

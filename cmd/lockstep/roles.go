@@ -16,6 +16,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/state"
@@ -78,7 +79,7 @@ func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, l
 			return err
 		}
 		part := o
-		part.primary = life.begin.Role == control.RolePrimary
+		part.primary = life.begin.Role == datapath.RolePrimary
 		if part.primary != o.primary {
 			o.log.Warn("this node's role is not the one it was started with: the arbiter's record says so", "role", life.begin.Role, "record", life.begin.Record)
 		}
@@ -138,15 +139,15 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 			return control.Begin{}, err
 		}
 	}
-	role := control.RoleSecondary
+	role := datapath.RoleSecondary
 	if o.primary {
-		role = control.RolePrimary
+		role = datapath.RolePrimary
 	}
 	if !running && o.self.Starts {
-		found = control.Found{} // tables are of no use without the guest whose connections they know
+		found = datapath.Pinned{} // tables are of no use without the guest whose connections they know
 	}
 	if life.afresh {
-		found, st.Covered = control.Found{}, 0
+		found, st.Covered = datapath.Pinned{}, 0
 	}
 	b, err := control.Decide(role, self, other, st, rec, found)
 	if err == nil {
@@ -161,7 +162,7 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 // meet finds what an earlier daemon left in the kernel, and whether the guest that
 // lockstep started runs. One that runs without its tables, which somebody has removed, is
 // muted before anything else: who may speak is not known yet.
-func meet(e env, o runOptions) (found control.Found, running bool, err error) {
+func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) {
 	if found, err = e.kernel.found(tables(o.config, o.self, 0, o.log)); err != nil || !o.self.Starts {
 		return found, false, err
 	}
@@ -174,7 +175,7 @@ func meet(e env, o runOptions) (found control.Found, running bool, err error) {
 		return found, false, err
 	}
 	defer p.Release()
-	if found != (control.Found{}) {
+	if found != (datapath.Pinned{}) {
 		return found, true, nil
 	}
 	o.log.Warn("QEMU runs, and its programs and tables in the kernel are gone: muted until it is known who may speak", "pid", p.Pid())

@@ -18,6 +18,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/control/qemu"
 	"lockstep/loader"
 )
@@ -82,7 +83,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 	digest := c.Hash()
 	opt := control.Options{
 		ConfigDigest: hex.EncodeToString(digest[:]),
-		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: control.RoleSecondary,
+		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: datapath.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
 		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
 		TLS: protected,
@@ -99,7 +100,7 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 		Log:          o.log,
 	}
 	if o.primary {
-		opt.Role, opt.Control = control.RolePrimary, o.self.Control.String()
+		opt.Role, opt.Control = datapath.RolePrimary, o.self.Control.String()
 	}
 	if life != nil {
 		life.fill(&opt, e, o)
@@ -175,7 +176,7 @@ func newRun(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if role != string(control.RolePrimary) && role != string(control.RoleSecondary) {
+			if role != string(datapath.RolePrimary) && role != string(datapath.RoleSecondary) {
 				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
 			}
 			var lv slog.Level
@@ -184,7 +185,7 @@ func newRun(e env) *cobra.Command {
 			}
 			return runDaemon(cmd.Context(), e, runOptions{
 				config: c, self: self, other: other,
-				primary:     role == string(control.RolePrimary),
+				primary:     role == string(datapath.RolePrimary),
 				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
 				verifierLog: verifierLog,
 				metrics:     metrics,

@@ -22,6 +22,7 @@ import (
 
 	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/loader"
 )
 
@@ -43,10 +44,10 @@ func TestRunWiring(t *testing.T) {
 	}{
 		{"run -c @/pair.yaml --node alpha --role primary",
 			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 alpha", "device tapP", "device peerP", "open 0 tapP peerP", "release"},
-			control.Options{Node: "alpha", Peer: "beta", Role: control.RolePrimary, QMP: c.dir + "/alpha.qmp", StatusSocket: c.dir + "/run/web1-alpha.sock"}},
+			control.Options{Node: "alpha", Peer: "beta", Role: datapath.RolePrimary, QMP: c.dir + "/alpha.qmp", StatusSocket: c.dir + "/run/web1-alpha.sock"}},
 		{"run -c @/pair.yaml --node beta --role secondary",
 			[]string{"bpffs /sys/fs/bpf/lockstep", "lock web1 beta", "tap tapS br0", "device tapS", "vxlan 7 1400", "open 0 tapS lsx7", "release"},
-			control.Options{Node: "beta", Peer: "alpha", Role: control.RoleSecondary, StatusSocket: c.dir + "/run/web1-beta.sock"}},
+			control.Options{Node: "beta", Peer: "alpha", Role: datapath.RoleSecondary, StatusSocket: c.dir + "/run/web1-beta.sock"}},
 	} {
 		c.calls = nil
 		code, _, stderr := c.run(t.Context(), tc.line)
@@ -56,7 +57,7 @@ func TestRunWiring(t *testing.T) {
 		w := tc.want
 		w.VM, w.Control, w.Fresh = "web1", "192.0.2.1:7700", true
 		w.OwnAddr, w.PeerAddr = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
-		if w.Role == control.RoleSecondary {
+		if w.Role == datapath.RoleSecondary {
 			w.OwnAddr, w.PeerAddr = w.PeerAddr, w.OwnAddr
 		}
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
@@ -107,12 +108,12 @@ func TestRunRefused(t *testing.T) {
 			}
 		}, 1, "@/pair.yaml:4:138: eth1 has MTU 1500; ip link set eth1 mtu 1550"},
 		{"managed tap", beta, func(k *kernel) {
-			k.open = func(loader.Options) (control.DataPath, bool, error) {
+			k.open = func(loader.Options) (datapath.NIC, bool, error) {
 				return nil, false, errors.New("tapS is managed by vm db1; unload that")
 			}
 		}, 2, "@/pair.yaml:4:44: tapS is managed by vm db1; unload that"},
 		{"verifier", beta, func(k *kernel) {
-			k.open = func(loader.Options) (control.DataPath, bool, error) {
+			k.open = func(loader.Options) (datapath.NIC, bool, error) {
 				return nil, false, fmt.Errorf("load ls_mirror: %w", &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}})
 			}
 		}, 1, "lockstep: load ls_mirror: : permission denied: last (1 line(s) omitted); --verifier-log prints the whole log"},
@@ -128,7 +129,7 @@ func TestRunRefused(t *testing.T) {
 	}
 	t.Run("verifier log", func(t *testing.T) {
 		c := newCLI(t)
-		c.kernel.open = func(loader.Options) (control.DataPath, bool, error) {
+		c.kernel.open = func(loader.Options) (datapath.NIC, bool, error) {
 			return nil, false, &ebpf.VerifierError{Cause: errors.New("permission denied"), Log: []string{"first", "last"}}
 		}
 		if code, _, stderr := c.run(t.Context(), beta+" --verifier-log"); code != 1 || !strings.Contains(stderr, "first\n\tlast\n") {
@@ -161,7 +162,7 @@ func TestRunClosesNICs(t *testing.T) {
 		"{device: peerP}}", "{device: peerP}}, {tap: tapQ, peer: {device: peerQ}}",
 		"eth1}}}", "eth1}}}, {tap: tapT, peer: {device: peerT}}").Replace(pairYAML))
 	first := newFakePath()
-	c.kernel.open = func(o loader.Options) (control.DataPath, bool, error) {
+	c.kernel.open = func(o loader.Options) (datapath.NIC, bool, error) {
 		if o.NIC == 0 {
 			return first, true, nil
 		}

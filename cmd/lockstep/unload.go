@@ -12,6 +12,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/datapath"
 	"lockstep/control/qemu"
 )
 
@@ -128,12 +129,12 @@ func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node
 		return false, fmt.Sprintf("what the guest was to the pair is not known, so it is muted: %v", err)
 	}
 	if c.Arbiter.Type == "" {
-		if found.Role != control.RolePrimary {
+		if found.Role != datapath.RolePrimary {
 			return false, "the guest is not the primary's, so it is muted"
 		}
 		return true, "the guest goes on, and nothing compares what it says"
 	}
-	if found.Mode != control.ModeSolo {
+	if found.Mode != datapath.ModeSolo {
 		return false, "the guest did not speak alone when its daemon ended, so it is muted"
 	}
 	a, err := arbiter.Open(c, self.Name)

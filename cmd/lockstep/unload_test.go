@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/datapath"
 	"lockstep/loader"
 )
 
@@ -31,17 +31,17 @@ func TestUnload(t *testing.T) {
 // TestUnloadRunning: a guest that runs is not let loose, but where the arbiter says that
 // it alone speaks.
 func TestUnloadRunning(t *testing.T) {
-	alone, holds := control.Found{Role: control.RolePrimary, Mode: control.ModeSolo}, control.Found{Role: control.RolePrimary, Mode: control.ModeHold}
+	alone, holds := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
 	for name, x := range map[string]struct {
 		arbiter  string // config
 		record   string // of the arbiter
-		found    control.Found
+		found    datapath.Pinned
 		foundErr error
 		goesOn   bool
 		says     string
 	}{
 		"no arbiter, primary":      {found: holds, goesOn: true, says: "nothing compares"},
-		"no arbiter, secondary":    {found: control.Found{Role: control.RoleSecondary, Mode: control.ModeRun}, says: "not the primary's"},
+		"no arbiter, secondary":    {found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun}, says: "not the primary's"},
 		"alone":                    {arbiter: "exec", record: "3 beta", found: alone, goesOn: true, says: "has this node speak"},
 		"another speaks":           {arbiter: "exec", record: "4 alpha", found: alone, says: "does not have this node speak"},
 		"replicates":               {arbiter: "exec", record: "3 beta", found: holds, says: "did not speak alone"},
@@ -65,7 +65,7 @@ func TestUnloadRunning(t *testing.T) {
 			}
 			c.write(t, "pair.yaml", yaml)
 			c.kernel.inUse = func(tap string) (bool, error) { return tap == "tapS", nil }
-			c.kernel.found = func(loader.Options) (control.Found, error) { return x.found, x.foundErr }
+			c.kernel.found = func(loader.Options) (datapath.Pinned, error) { return x.found, x.foundErr }
 			code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta")
 			if code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "a process has tap tapS open") || !strings.Contains(stderr, "Changing a setting") {
 				t.Errorf("without --force: exit %d, %v, %s", code, c.calls, stderr)
