@@ -353,7 +353,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	check(t, n.SetEpoch(5))
 	check(t, n.Close())
 
-	check(t, netlink.LinkDel(device(t, "peerP")))
+	check(t, netlink.LinkDel(linkOf(t, "peerP")))
 	veth(t, "peerP", "peerS")
 	n, err = Open(o)
 	check(t, err)
@@ -381,7 +381,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	wantAttached(t, "tapQ")
 	wantAttached(t, "tapP", "ls_pri_out", "ls_mirror")
 
-	check(t, netlink.LinkDel(device(t, "tapP")))
+	check(t, netlink.LinkDel(linkOf(t, "tapP")))
 	veth(t, "tapP", "guestP")
 	n, err = Open(o)
 	check(t, err)
@@ -428,10 +428,10 @@ func TestUnloadMutes(t *testing.T) {
 				o, end := options(pins, "a", Primary), "guestP"
 				if role == Secondary {
 					o, end = options(pins, "b", Secondary), "guestS"
-					check(t, netlink.LinkSetMaster(device(t, "tapS"), device(t, "br")))
+					check(t, netlink.LinkSetMaster(linkOf(t, "tapS"), linkOf(t, "br")))
 				}
 				veth(t, "other", "elsewhere")
-				check(t, netlink.LinkSetMaster(device(t, "other"), device(t, "br")))
+				check(t, netlink.LinkSetMaster(linkOf(t, "other"), linkOf(t, "br")))
 				n, err := Open(o)
 				check(t, err)
 				check(t, n.Close())

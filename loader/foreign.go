@@ -214,25 +214,3 @@ func wayOut(pid int, inode string) string {
 	}
 	return ""
 }
-
-// CheckTap refuses a device that is no place for lockstep's programs: what the guest
-// says does not come in by it, or not at all.
-func CheckTap(name string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("tap %s: %w", name, err)
-	}
-	const instead = "give the guest a tap in a bridge: nics: [{tap: NAME, bridge: NAME}]"
-	switch kind := l.Type(); kind {
-	case "macvtap", "macvlan", "ipvtap", "ipvlan":
-		return fmt.Errorf("tap %s is a %s: what the guest says goes straight to the card below it, past lockstep's programs; %s", name, kind, instead)
-	}
-	at := "/sys/class/net/" + name
-	if _, err := os.Stat(at + "/device/physfn"); err == nil {
-		return fmt.Errorf("tap %s is an SR-IOV virtual function: a guest that has it speaks past the host's kernel; %s", name, instead)
-	}
-	if _, err := os.Stat(at + "/device"); err == nil {
-		return fmt.Errorf("tap %s is a card of this host, not the guest's tap; %s", name, instead)
-	}
-	return nil
-}

@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/compare"
+	"lockstep/loader/device"
+	lt "lockstep/loader/loadertest"
 )
 
 // watchName has this program be a stranger that reads the frames of the first device
@@ -169,7 +171,7 @@ func TestForeignXDP(t *testing.T) {
 			n   *NIC
 			tap string
 		}{{h.p, "tapP"}, {h.s, "tapS"}} {
-			l, err := link.AttachXDP(link.XDPOptions{Program: prog, Interface: device(t, c.tap).Attrs().Index, Flags: flags})
+			l, err := link.AttachXDP(link.XDPOptions{Program: prog, Interface: linkOf(t, c.tap).Attrs().Index, Flags: flags})
 			check(t, err)
 			want := fmt.Sprintf("XDP program foreign (id %d) is in front of lockstep's on %s: ip link set %[2]s xdp off", id, c.tap)
 			wantOrder(t, c.n, want, true)
@@ -184,16 +186,16 @@ func TestForeignXDP(t *testing.T) {
 
 // Devices by which a guest's frames do not come in are refused by name.
 func TestCheckTap(t *testing.T) {
-	newNetns(t)
+	lt.NewNetns(t)
 	veth(t, "tap0", "guest0")
-	check(t, CheckTap("tap0"))
-	below := device(t, "tap0").Attrs().Index
+	check(t, device.CheckTap("tap0"))
+	below := linkOf(t, "tap0").Attrs().Index
 	for _, l := range []netlink.Link{
 		&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "mv0", ParentIndex: below}, Mode: netlink.MACVLAN_MODE_BRIDGE}},
 		&netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "mv1", ParentIndex: below}, Mode: netlink.MACVLAN_MODE_BRIDGE},
 	} {
 		check(t, netlink.LinkAdd(l))
-		err := CheckTap(l.Attrs().Name)
+		err := device.CheckTap(l.Attrs().Name)
 		if err == nil || !strings.Contains(err.Error(), "is a "+l.Type()+": ") || !strings.Contains(err.Error(), "give the guest a tap in a bridge") {
 			t.Errorf("%s: %v", l.Type(), err)
 		}
@@ -201,7 +203,7 @@ func TestCheckTap(t *testing.T) {
 			t.Errorf("open on a %s: %v", l.Type(), err)
 		}
 	}
-	if err := CheckTap("none"); err == nil {
+	if err := device.CheckTap("none"); err == nil {
 		t.Error("no device is a tap")
 	}
 }

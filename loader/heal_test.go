@@ -273,7 +273,7 @@ func TestPeerXDP(t *testing.T) {
 	n = h.open(o) // in the dead one's place
 	h.die(n)
 	check(t, Unload(pins, o.VM, o.Node, false))
-	l, err := link.AttachXDP(link.XDPOptions{Program: testXDP(t), Interface: device(t, "peerP").Attrs().Index, Flags: link.XDPDriverMode})
+	l, err := link.AttachXDP(link.XDPOptions{Program: testXDP(t), Interface: linkOf(t, "peerP").Attrs().Index, Flags: link.XDPDriverMode})
 	if err != nil {
 		t.Fatalf("after unload the device is not free: %v", err)
 	}

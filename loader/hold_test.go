@@ -137,7 +137,7 @@ const gsoSegment = 1400
 // sendGSO sends a frame as a guest does that leaves segments and checksum to the device.
 func sendGSO(t testing.TB, name string, tci uint16, pay []byte) {
 	t.Helper()
-	c, err := newPacketConn(device(t, name).Attrs().Index, 0)
+	c, err := newPacketConn(linkOf(t, name).Attrs().Index, 0)
 	check(t, err)
 	defer c.close()
 	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}

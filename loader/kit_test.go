@@ -5,19 +5,16 @@ package loader
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"log/slog"
 	"math"
 	"math/rand/v2"
 	"net"
-	"os"
 	"runtime"
 	"testing"
 	"time"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"lockstep/compare"
@@ -32,24 +29,6 @@ func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-// newNetns puts the test's thread into a network namespace of its own. The
-// thread is never unlocked, so it ends with the test and the namespace with it.
-// No IPv6: nothing speaks on the devices unasked.
-func newNetns(t testing.TB) {
-	t.Helper()
-	lt.NeedRoot(t)
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	check(t, err)
-	check(t, ns.Close())
-	for _, which := range []string{"all", "default"} {
-		err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			t.Fatal(err)
-		}
 	}
 }
 
@@ -71,11 +50,11 @@ func veth(t testing.TB, a, b string) {
 	t.Helper()
 	check(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: a, MTU: 1500}, PeerName: b, PeerMTU: 1500}))
 	for _, name := range []string{a, b} {
-		check(t, netlink.LinkSetUp(device(t, name)))
+		check(t, netlink.LinkSetUp(linkOf(t, name)))
 	}
 }
 
-func device(t testing.TB, name string) netlink.Link {
+func linkOf(t testing.TB, name string) netlink.Link {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
 	check(t, err)
@@ -117,7 +96,7 @@ func newWire(t testing.TB, name string) *wire {
 	check(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
 	check(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)}))
 	all := uint16(unix.ETH_P_ALL<<8 | unix.ETH_P_ALL>>8)
-	check(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: device(t, name).Attrs().Index}))
+	check(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: linkOf(t, name).Attrs().Index}))
 	return &wire{t, fd}
 }
 
@@ -178,7 +157,7 @@ func options(pins, node string, role Role) Options {
 
 func devices(t testing.TB) {
 	t.Helper()
-	newNetns(t)
+	lt.NewNetns(t)
 	veth(t, "tapP", "guestP")
 	veth(t, "tapS", "guestS")
 	veth(t, "peerP", "peerS")
@@ -189,7 +168,7 @@ func devices(t testing.TB) {
 	check(t, netlink.LinkAdd(bridge))
 	check(t, netlink.LinkSetUp(bridge))
 	for _, port := range []string{"tapP", "up"} {
-		check(t, netlink.LinkSetMaster(device(t, port), bridge))
+		check(t, netlink.LinkSetMaster(linkOf(t, port), bridge))
 	}
 }
 

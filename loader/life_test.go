@@ -90,7 +90,7 @@ func TestDrainTap(t *testing.T) {
 
 // What a tap's reader does not take goes with emptyQueue, and what comes later is read.
 func TestEmptyQueue(t *testing.T) {
-	newNetns(t)
+	lt.NewNetns(t)
 	tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tap0"}, Mode: netlink.TUNTAP_MODE_TAP, Queues: 1, NonPersist: true}
 	check(t, netlink.LinkAdd(tap))
 	defer tap.Fds[0].Close()
@@ -182,7 +182,7 @@ func TestDrainTapSegments(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			devices(t)
-			check(t, netlink.LinkDel(device(t, "tapS")))
+			check(t, netlink.LinkDel(linkOf(t, "tapS")))
 			tap := newTap(t, "tapS", c.offloads)
 			h := openHosts(t)
 			for _, tci := range []uint16{0, 5} {
@@ -246,7 +246,7 @@ func newTap(t testing.TB, name string, offloads int) userTap {
 	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 	check(t, unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr))
 	check(t, unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads))
-	check(t, netlink.LinkSetUp(device(t, name)))
+	check(t, netlink.LinkSetUp(linkOf(t, name)))
 	return userTap{fd}
 }
 

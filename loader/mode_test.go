@@ -15,7 +15,7 @@ import (
 // of so many turns, after SetMode(ModeQuiet) had returned: the record may then be
 // confirmed, and what it is of leave, though S takes over (R21).
 func lateRecord(t *testing.T, h *hosts, turns int) bool {
-	c, err := newPacketConn(device(t, "guestS").Attrs().Index, 0)
+	c, err := newPacketConn(linkOf(t, "guestS").Attrs().Index, 0)
 	check(t, err)
 	defer c.close()
 	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}

@@ -29,6 +29,7 @@ import (
 	"lockstep/bpf"
 	"lockstep/compare"
 	"lockstep/control/datapath"
+	"lockstep/loader/device"
 	"lockstep/rewriter"
 )
 
@@ -186,7 +187,7 @@ func Open(o Options) (_ *NIC, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}
-	if err := CheckTap(o.Tap); err != nil {
+	if err := device.CheckTap(o.Tap); err != nil {
 		return nil, err
 	}
 	peer, err := netlink.LinkByName(o.PeerDevice)
@@ -225,7 +226,7 @@ func Open(o Options) (_ *NIC, err error) {
 	if err := n.load(o, old); err != nil {
 		return nil, err
 	}
-	if err := preparePeer(peer); err != nil {
+	if err := device.PreparePeer(peer); err != nil {
 		return nil, err
 	}
 	if taken != nil {
@@ -978,4 +979,19 @@ func (n *NIC) Close() error {
 	}
 	errs = append(errs, n.slots.unmap(), n.conf.unmap(), n.objs.Close())
 	return errors.Join(errs...)
+}
+
+// CheckPrograms loads all programs with small maps, and lets them go.
+func CheckPrograms() error {
+	spec, err := sized(sizes{role: Primary, connections: 1, slots: 16, gsoSlots: 1, cpus: 1})
+	if err != nil {
+		return err
+	}
+	spec.Maps[bpf.LockstepMapLsRing].MaxEntries = uint32(os.Getpagesize())
+	c, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return fmt.Errorf("load programs: %w", err)
+	}
+	c.Close()
+	return nil
 }

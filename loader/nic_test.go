@@ -26,7 +26,7 @@ func attached(t testing.TB, name string) []string {
 	t.Helper()
 	var names []string
 	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-		q, err := link.QueryPrograms(link.QueryOptions{Target: device(t, name).Attrs().Index, Attach: at})
+		q, err := link.QueryPrograms(link.QueryOptions{Target: linkOf(t, name).Attrs().Index, Attach: at})
 		check(t, err)
 		for _, p := range q.Programs {
 			prog, err := ebpf.NewProgramFromID(p.ID)
@@ -73,7 +73,7 @@ func entries(t testing.TB, dir string) []string {
 
 func up(t testing.TB, name string) bool {
 	t.Helper()
-	return device(t, name).Attrs().Flags&net.FlagUp != 0
+	return linkOf(t, name).Attrs().Flags&net.FlagUp != 0
 }
 
 func TestOpenPrimary(t *testing.T) {
@@ -160,13 +160,13 @@ func TestOpenRefuses(t *testing.T) {
 	_, err = Open(o)
 	wantError(t, err, "peer device none")
 	o = options(pins, "a", Primary)
-	check(t, netlink.LinkSetMTU(device(t, "peerP"), 1400))
+	check(t, netlink.LinkSetMTU(linkOf(t, "peerP"), 1400))
 	_, err = Open(o)
 	wantError(t, err, "peerP", "1400", "ip link set peerP mtu 1500")
 	wantAttached(t, "tapP")
 
 	// Pins outside of a bpffs fail; nothing stays attached.
-	check(t, netlink.LinkSetMTU(device(t, "peerP"), 1500))
+	check(t, netlink.LinkSetMTU(linkOf(t, "peerP"), 1500))
 	o.PinDir = t.TempDir()
 	_, err = Open(o)
 	wantError(t, err, "pin map")
@@ -177,12 +177,12 @@ func TestOpenRefuses(t *testing.T) {
 func TestPeerDevicePrepared(t *testing.T) {
 	h := newHosts(t)
 	for _, name := range []string{"peerP", "peerS"} {
-		a := device(t, name).Attrs()
+		a := linkOf(t, name).Attrs()
 		if a.RawFlags&unix.IFF_NOARP == 0 || a.Promisc == 0 || a.Flags&net.FlagUp == 0 {
 			t.Errorf("%s: flags %v, promiscuity %d", name, a.Flags, a.Promisc)
 		}
 	}
-	if got, want := h.p.MAC().String(), device(t, "peerP").Attrs().HardwareAddr.String(); got != want {
+	if got, want := h.p.MAC().String(), linkOf(t, "peerP").Attrs().HardwareAddr.String(); got != want {
 		t.Errorf("MAC %s, want %s", got, want)
 	}
 }
@@ -255,47 +255,10 @@ func TestCheckBPFFS(t *testing.T) {
 	}
 }
 
-func TestEnsureVXLAN(t *testing.T) {
-	newNetns(t)
-	veth(t, "under", "far")
-	v := VXLAN{
-		Name: "vx", ID: 77, Port: 4790, Local: net.IPv4(192, 0, 2, 1), Remote: net.IPv4(192, 0, 2, 2), Underlay: "under", GuestMTU: 1450,
-	}
-	for _, c := range []struct {
-		local, remote net.IP
-		mtu           int
-		fix           string
-	}{
-		{v.Local, v.Remote, 1451, "ip link set under mtu 1501"},
-		{net.ParseIP("fd00::1"), net.ParseIP("fd00::2"), 1431, "ip link set under mtu 1501"},
-	} {
-		small := v
-		small.Local, small.Remote, small.GuestMTU = c.local, c.remote, c.mtu
-		_, err := EnsureVXLAN(small)
-		wantError(t, err, "under has MTU 1500", c.fix)
-	}
-	if _, err := netlink.LinkByName("vx"); !errors.As(err, new(netlink.LinkNotFoundError)) {
-		t.Errorf("a refused device was made: %v", err)
-	}
-	for range 2 { // the second time it is there already
-		name, err := EnsureVXLAN(v)
-		check(t, err)
-		if mtu := device(t, name).Attrs().MTU; name != "vx" || mtu != 1450 {
-			t.Errorf("device %s with MTU %d", name, mtu)
-		}
-	}
-	other := v
-	other.ID++
-	_, err := EnsureVXLAN(other)
-	wantError(t, err, "ip link del vx")
-	other = v
-	other.Underlay = "none"
-	_, err = EnsureVXLAN(other)
-	wantError(t, err, "underlay none")
-	for range 2 {
-		check(t, RemoveVXLAN("vx"))
-	}
-	if _, err := netlink.LinkByName("vx"); err == nil {
-		t.Error("the device is still there")
+// All programs load with the smallest maps.
+func TestCheckPrograms(t *testing.T) {
+	lt.NeedRoot(t)
+	if err := CheckPrograms(); err != nil {
+		t.Errorf("%+v", err)
 	}
 }

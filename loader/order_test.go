@@ -36,7 +36,7 @@ func foreign(t testing.TB, dev string, at ebpf.AttachType, where link.Anchor, ve
 	info, err := prog.Info()
 	check(t, err)
 	id, _ := info.ID()
-	l, err := link.AttachTCX(link.TCXOptions{Interface: device(t, dev).Attrs().Index, Program: prog, Attach: at, Anchor: where})
+	l, err := link.AttachTCX(link.TCXOptions{Interface: linkOf(t, dev).Attrs().Index, Program: prog, Attach: at, Anchor: where})
 	check(t, errors.Join(err, prog.Close()))
 	return id, func() {
 		t.Helper()
@@ -90,7 +90,7 @@ func TestCheckOrder(t *testing.T) {
 
 	check(t, h.s.guards[0].link.Detach())
 	wantOrder(t, h.s, "ls_sec_gate is not attached to tapS any more", true)
-	check(t, netlink.LinkDel(device(t, "tapP")))
+	check(t, netlink.LinkDel(linkOf(t, "tapP")))
 	if _, tap, err := h.p.CheckOrder(); err == nil || !tap {
 		t.Errorf("order of a tap that is gone: %v, %v", tap, err)
 	}

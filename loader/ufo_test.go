@@ -81,9 +81,9 @@ func fragment(f []byte) (ip, data []byte, at int, more, fragmented bool) {
 func realTap(t *testing.T) (guest userTap, h *hosts, client *wire) {
 	t.Helper()
 	devices(t)
-	check(t, netlink.LinkDel(device(t, "tapP")))
+	check(t, netlink.LinkDel(linkOf(t, "tapP")))
 	guest = newTap(t, "tapP", 0)
-	check(t, netlink.LinkSetMaster(device(t, "tapP"), device(t, "br")))
+	check(t, netlink.LinkSetMaster(linkOf(t, "tapP"), linkOf(t, "br")))
 	return guest, openHosts(t), newWire(t, "client")
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"lockstep/control/datapath"
+	"lockstep/loader/device"
 )
 
 // Unload removes what is pinned for a node, programs and maps. The taps are set down
@@ -102,25 +103,5 @@ func silence(pin string) error {
 	if err != nil {
 		return fmt.Errorf("the guest's tap (device %d): %w", tcx.Ifindex, err)
 	}
-	return setDown(dev)
-}
-
-func setDown(tap netlink.Link) error {
-	if err := netlink.LinkSetDown(tap); err != nil {
-		return fmt.Errorf("set the guest's tap %s down: %w", tap.Attrs().Name, err)
-	}
-	return nil
-}
-
-// Mute sets a tap down. Who is behind it is not heard, whatever is attached to it. No
-// such tap is no error.
-func Mute(tap string) error {
-	l, err := netlink.LinkByName(tap)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("tap %s: %w", tap, err)
-	}
-	return setDown(l)
+	return device.SetDown(dev)
 }

@@ -8,6 +8,7 @@ import (
 	"lockstep/control/config"
 	"lockstep/control/datapath"
 	"lockstep/loader"
+	"lockstep/loader/device"
 )
 
 // kernel is what the program needs of the kernel: package loader, or a test's.
@@ -41,17 +42,17 @@ var realKernel = kernel{
 	lock:       loader.Lock,
 	device:     net.InterfaceByName,
 	ensureVXLAN: func(v *config.VXLAN, guestMTU int) (string, error) {
-		return loader.EnsureVXLAN(loader.VXLAN{
+		return device.EnsureVXLAN(device.VXLAN{
 			Name: v.Device(), ID: int(v.ID), Port: int(v.Port),
 			Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
 			Underlay: v.Underlay, GuestMTU: guestMTU,
 		})
 	},
-	removeVXLAN: loader.RemoveVXLAN,
-	ensureTap:   loader.EnsureTap,
-	removeTap:   loader.RemoveTap,
-	inUse:       loader.TapInUse,
-	mute:        loader.Mute,
+	removeVXLAN: device.RemoveVXLAN,
+	ensureTap:   device.EnsureTap,
+	removeTap:   device.RemoveTap,
+	inUse:       device.TapInUse,
+	mute:        device.Mute,
 	open:        openNIC,
 	upgradable:  loader.CheckUpgrade,
 	unload:      loader.Unload,

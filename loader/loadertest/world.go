@@ -6,6 +6,7 @@
 package loadertest
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -278,6 +279,28 @@ func In(t testing.TB, ns string, f func()) {
 		runtime.UnlockOSThread()
 	}()
 	f()
+}
+
+// NewNetns puts the test's thread into a network namespace of its own. The thread is
+// never unlocked, so it ends with the test, and the namespace with it. There is no IPv6:
+// no device transmits unasked. It needs root.
+func NewNetns(t testing.TB) {
+	t.Helper()
+	NeedRoot(t)
+	runtime.LockOSThread()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ns.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, which := range []string{"all", "default"} {
+		err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // Index is a device's number in namespace ns.

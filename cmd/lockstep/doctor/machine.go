@@ -24,6 +24,8 @@ import (
 	"lockstep/control/program"
 	"lockstep/control/qemu"
 	"lockstep/loader"
+	"lockstep/loader/device"
+	"lockstep/loader/probe"
 )
 
 // machine is what the doctor looks at: the host it runs on, or a test's.
@@ -63,11 +65,11 @@ var thisMachine = machine{
 		return err == nil
 	},
 	writable:     writable,
-	tcx:          loader.CheckTCX,
+	tcx:          probe.TCX,
 	programs:     loader.CheckPrograms,
-	vxlan:        loader.CheckVXLAN,
-	nativeXDP:    loader.NativeXDP,
-	tap:          loader.CheckTap,
+	vxlan:        probe.VXLAN,
+	nativeXDP:    probe.NativeXDP,
+	tap:          device.CheckTap,
 	inFront:      loader.InFront,
 	synchronised: synchronised,
 	addresses:    addresses,

@@ -16,7 +16,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/config"
 	"lockstep/control/qemu"
-	"lockstep/loader"
+	"lockstep/loader/device"
 )
 
 // pair looks at what the config says of this host.
@@ -190,7 +190,7 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 	v := nic.PeerVXLAN
 	if v != nil {
 		key, dev = name("underlay"), v.Underlay
-		need = (&loader.VXLAN{Local: v.Local.AsSlice(), GuestMTU: tap.MTU}).UnderlayMTU()
+		need = (&device.VXLAN{Local: v.Local.AsSlice(), GuestMTU: tap.MTU}).UnderlayMTU()
 	}
 	l, err := d.m.device(dev)
 	switch {

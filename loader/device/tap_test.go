@@ -1,18 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+package device
 
 import (
+	"net"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	lt "lockstep/loader/loadertest"
 )
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantError(t testing.TB, err error, words ...string) {
+	t.Helper()
+	for _, w := range words {
+		if err == nil || !strings.Contains(err.Error(), w) {
+			t.Errorf("error %v, want one with %q", err, w)
+		}
+	}
+}
+
+func linkOf(t testing.TB, name string) netlink.Link {
+	t.Helper()
+	l, err := netlink.LinkByName(name)
+	check(t, err)
+	return l
+}
 
 // A tap of lockstep's own is made once, and goes when nobody uses it; one of somebody
 // else's stays.
 func TestTap(t *testing.T) {
-	newNetns(t)
+	lt.NewNetns(t)
 	wantError(t, EnsureTap("tap0", "br0"), "there is no bridge br0")
 	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
 	check(t, netlink.LinkAdd(br))
@@ -22,7 +49,7 @@ func TestTap(t *testing.T) {
 	}
 	tap, err := netlink.LinkByName("tap0")
 	check(t, err)
-	if a := tap.Attrs(); tap.Type() != "tuntap" && tap.Type() != "tun" || a.MasterIndex != br.Attrs().Index || up(t, "tap0") {
+	if a := tap.Attrs(); tap.Type() != "tuntap" && tap.Type() != "tun" || a.MasterIndex != br.Attrs().Index || linkOf(t, "tap0").Attrs().Flags&net.FlagUp != 0 {
 		t.Errorf("made a %s: %+v", tap.Type(), a)
 	}
 	// QEMU has it open.

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+// Package probe finds out what this host's kernel and devices can do.
+package probe
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 
 	"github.com/cilium/ebpf"
@@ -15,13 +15,11 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
-
-	"lockstep/bpf"
 )
 
-// apart runs f in a network namespace of its own, so that what f tries does
-// nothing to this host's devices.
-func apart(f func() error) error {
+// inScratchNetns runs f in a network namespace of its own, so that f does not affect
+// this host's devices.
+func inScratchNetns(f func() error) error {
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends, and the namespace with it
@@ -34,9 +32,9 @@ func apart(f func() error) error {
 	return <-done
 }
 
-// CheckTCX attaches a program by tcx, which kernels before 6.6 cannot.
-func CheckTCX() error {
-	return apart(func() error {
+// TCX attaches a program by tcx, which kernels before 6.6 cannot.
+func TCX() error {
+	return inScratchNetns(func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return fmt.Errorf("device lo: %w", err)
@@ -57,24 +55,9 @@ func CheckTCX() error {
 	})
 }
 
-// CheckPrograms loads all programs with small maps, and lets them go.
-func CheckPrograms() error {
-	spec, err := sized(sizes{role: Primary, connections: 1, slots: 16, gsoSlots: 1, cpus: 1})
-	if err != nil {
-		return err
-	}
-	spec.Maps[bpf.LockstepMapLsRing].MaxEntries = uint32(os.Getpagesize())
-	c, err := ebpf.NewCollection(spec)
-	if err != nil {
-		return fmt.Errorf("load programs: %w", err)
-	}
-	c.Close()
-	return nil
-}
-
-// CheckVXLAN makes a VXLAN device.
-func CheckVXLAN() error {
-	return apart(func() error {
+// VXLAN makes a VXLAN device.
+func VXLAN() error {
+	return inScratchNetns(func() error {
 		err := netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "lsx1"}, VxlanId: 1, Port: 4790})
 		if err != nil {
 			return fmt.Errorf("create a vxlan: %w", err)

@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+package probe
 
 import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+
+	lt "lockstep/loader/loadertest"
 )
 
 // The probes find on this kernel what the other tests use, and leave nothing.
 func TestProbes(t *testing.T) {
-	newNetns(t)
-	veth(t, "a", "b")
-	check(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br"}}))
-	for name, probe := range map[string]func() error{"tcx": CheckTCX, "programs": CheckPrograms, "vxlan": CheckVXLAN} {
+	lt.NewNetns(t)
+	for _, l := range []netlink.Link{
+		&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}, &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br"}},
+	} {
+		if err := netlink.LinkAdd(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, probe := range map[string]func() error{"tcx": TCX, "vxlan": VXLAN} {
 		if err := probe(); err != nil {
 			t.Errorf("%s: %+v", name, err)
 		}
@@ -24,8 +31,7 @@ func TestProbes(t *testing.T) {
 		}
 	}
 	links, err := netlink.LinkList()
-	check(t, err)
-	if len(links) != 4 {
-		t.Errorf("%d devices after the probes, want lo, a, b and br", len(links))
+	if err != nil || len(links) != 4 {
+		t.Errorf("%d devices after the probes (%v), want lo, a, b and br", len(links), err)
 	}
 }

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package device
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+)
+
+// PreparePeer makes a device fit to be a peer link: everything on it is the
+// other host's, so it takes frames for any address and this host's own stack
+// stays silent on it (its neighbour discovery would reach the SVM as if a
+// client had sent it).
+func PreparePeer(l netlink.Link) error {
+	name := l.Attrs().Name
+	// The device may come without IPv6; then there is nothing to silence.
+	sysctl := filepath.Join("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+	if err := os.WriteFile(sysctl, []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("peer device %s: %w", name, err)
+	}
+	if err := netlink.SetPromiscOn(l); err != nil {
+		return fmt.Errorf("peer device %s: set promiscuous: %w", name, err)
+	}
+	if err := netlink.LinkSetARPOff(l); err != nil {
+		return fmt.Errorf("peer device %s: switch ARP off: %w", name, err)
+	}
+	if err := netlink.LinkSetUp(l); err != nil {
+		return fmt.Errorf("peer device %s: set up: %w", name, err)
+	}
+	return nil
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package device makes, prepares and checks the network devices that lockstep works on:
+// the guests' taps and the peer devices. It knows nothing of the programs on them.
+package device
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// tapAlias marks taps that EnsureTap made.
+const tapAlias = "made by lockstep"
+
+// EnsureTap makes a tap that outlives who uses it, where there is none, and puts it into
+// the bridge. It does not set it up: who is behind it must not be heard before the
+// programs are in their place ([datapath.NIC].SetTap).
+func EnsureTap(name, bridge string) error {
+	br, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return fmt.Errorf("there is no bridge %s: %w; make it: ip link add %[1]s type bridge", bridge, err)
+	}
+	if br.Type() != "bridge" {
+		return fmt.Errorf("%s is a %s, not a bridge", bridge, br.Type())
+	}
+	tap, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		made := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP}
+		if err := netlink.LinkAdd(made); err != nil {
+			return fmt.Errorf("create tap %s: %w", name, err)
+		}
+		tap = made
+		if err := netlink.LinkSetAlias(tap, tapAlias); err != nil {
+			return fmt.Errorf("tap %s: set alias: %w", name, err)
+		}
+	} else if err != nil {
+		return fmt.Errorf("tap %s: %w", name, err)
+	}
+	if tap.Attrs().MasterIndex != br.Attrs().Index {
+		if err := netlink.LinkSetMaster(tap, br); err != nil {
+			return fmt.Errorf("put tap %s into bridge %s: %w", name, bridge, err)
+		}
+	}
+	return nil
+}
+
+// TapInUse reports whether a process has the tap open: a QEMU, then. What is no tap is
+// in use by nobody, and neither is what does not exist.
+func TapInUse(name string) (bool, error) {
+	l, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("tap %s: %w", name, err)
+	}
+	if _, ok := l.(*netlink.Tuntap); !ok {
+		return false, nil
+	}
+	return carrier(l)
+}
+
+// carrier is what the driver says of the device, which has to be down for it as well as
+// up: the flag LOWER_UP goes with either. The kernel gives a tap its carrier when
+// somebody opens it, and takes it when the last one closes it.
+func carrier(l netlink.Link) (bool, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(l.Attrs().Index)
+	req.AddData(msg)
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return false, fmt.Errorf("carrier of %s: %w", l.Attrs().Name, err)
+	}
+	for _, m := range msgs {
+		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+		if err != nil {
+			return false, fmt.Errorf("carrier of %s: %w", l.Attrs().Name, err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.IFLA_CARRIER && len(a.Value) == 1 {
+				return a.Value[0] != 0, nil
+			}
+		}
+	}
+	return false, fmt.Errorf("carrier of %s: the kernel does not tell it", l.Attrs().Name)
+}
+
+// RemoveTap removes a tap that EnsureTap made and that nobody uses.
+func RemoveTap(name string) error {
+	l, err := netlink.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove tap %s: %w", name, err)
+	}
+	if l.Attrs().Alias != tapAlias {
+		return nil
+	}
+	if used, err := TapInUse(name); used || err != nil {
+		return err
+	}
+	if err := netlink.LinkDel(l); err != nil {
+		return fmt.Errorf("remove tap %s: %w", name, err)
+	}
+	return nil
+}
+
+// CheckTap refuses a device that is no place for lockstep's programs: what the guest
+// says does not come in by it, or not at all.
+func CheckTap(name string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("tap %s: %w", name, err)
+	}
+	const instead = "give the guest a tap in a bridge: nics: [{tap: NAME, bridge: NAME}]"
+	switch kind := l.Type(); kind {
+	case "macvtap", "macvlan", "ipvtap", "ipvlan":
+		return fmt.Errorf("tap %s is a %s: what the guest says goes straight to the card below it, past lockstep's programs; %s", name, kind, instead)
+	}
+	at := "/sys/class/net/" + name
+	if _, err := os.Stat(at + "/device/physfn"); err == nil {
+		return fmt.Errorf("tap %s is an SR-IOV virtual function: a guest that has it speaks past the host's kernel; %s", name, instead)
+	}
+	if _, err := os.Stat(at + "/device"); err == nil {
+		return fmt.Errorf("tap %s is a card of this host, not the guest's tap; %s", name, instead)
+	}
+	return nil
+}
+
+// SetDown sets a guest's tap down.
+func SetDown(tap netlink.Link) error {
+	if err := netlink.LinkSetDown(tap); err != nil {
+		return fmt.Errorf("set the guest's tap %s down: %w", tap.Attrs().Name, err)
+	}
+	return nil
+}
+
+// Mute sets a tap down. Who is behind it is not heard, whatever is attached to it. No
+// such tap is no error.
+func Mute(tap string) error {
+	l, err := netlink.LinkByName(tap)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("tap %s: %w", tap, err)
+	}
+	return SetDown(l)
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package device
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/vishvananda/netlink"
+)
+
+// vxlanOverhead is what VXLAN adds to a guest's frame: outer Ethernet (not
+// counted in the underlay's MTU), IP, UDP, VXLAN, and the inner Ethernet header.
+const (
+	vxlanOverhead4 = 20 + 8 + 8 + 14
+	vxlanOverhead6 = 40 + 8 + 8 + 14
+)
+
+// VXLAN describes a peer device that lockstep makes itself.
+type VXLAN struct {
+	Name          string
+	ID            int
+	Port          int
+	Local, Remote net.IP
+	Underlay      string
+	GuestMTU      int // bytes of IP packet the guest's NIC may send
+}
+
+// UnderlayMTU is the least MTU of the underlay, in bytes.
+func (v *VXLAN) UnderlayMTU() int {
+	if v.Local.To4() == nil {
+		return v.GuestMTU + vxlanOverhead6
+	}
+	return v.GuestMTU + vxlanOverhead4
+}
+
+// EnsureVXLAN makes the device, or takes an existing one that is exactly as
+// wanted, and returns its name.
+func EnsureVXLAN(v VXLAN) (string, error) {
+	under, err := netlink.LinkByName(v.Underlay)
+	if err != nil {
+		return "", fmt.Errorf("vxlan underlay %s: %w", v.Underlay, err)
+	}
+	if mtu, need := under.Attrs().MTU, v.UnderlayMTU(); mtu < need {
+		return "", fmt.Errorf("vxlan underlay %s has MTU %d, a guest MTU of %d needs %d: ip link set %s mtu %d",
+			v.Underlay, mtu, v.GuestMTU, need, v.Underlay, need)
+	}
+	want := &netlink.Vxlan{
+		LinkAttrs:    netlink.LinkAttrs{Name: v.Name, MTU: v.GuestMTU},
+		VxlanId:      v.ID,
+		VtepDevIndex: under.Attrs().Index,
+		SrcAddr:      v.Local,
+		Group:        v.Remote,
+		Port:         v.Port,
+		Learning:     false,
+	}
+	if old, err := netlink.LinkByName(v.Name); err == nil {
+		x, ok := old.(*netlink.Vxlan)
+		if !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !x.Group.Equal(v.Remote) || x.VtepDevIndex != want.VtepDevIndex {
+			return "", fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", v.Name, v.Name)
+		}
+		return v.Name, nil
+	}
+	if err := netlink.LinkAdd(want); err != nil {
+		return "", fmt.Errorf("create vxlan %s: %w", v.Name, err)
+	}
+	return v.Name, nil
+}
+
+// RemoveVXLAN removes a device EnsureVXLAN made; none is no error.
+func RemoveVXLAN(name string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			return nil
+		}
+		return fmt.Errorf("remove vxlan %s: %w", name, err)
+	}
+	if l.Type() != "vxlan" {
+		return fmt.Errorf("remove vxlan %s: it is a %s, which lockstep did not make", name, l.Type())
+	}
+	if err := netlink.LinkDel(l); err != nil {
+		return fmt.Errorf("remove vxlan %s: %w", name, err)
+	}
+	return nil
+}
