@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"lockstep/bpf"
 	"lockstep/compare"
 )
 
@@ -188,5 +189,50 @@ func neighRequest(dst []byte, e *compare.Effect) []byte {
 	dst = append(dst, mac...)
 	sum := sum16(sum16(32+protoICMPv6, dst[ip+8:icmp]), dst[icmp:])
 	binary.BigEndian.PutUint16(dst[icmp+2:], ^fold(sum))
+	return dst
+}
+
+// tpid is the ethertype of the VLAN tag beside the frame.
+func tpid(ev *bpf.LockstepLsEv) uint16 {
+	if ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
+		return ethQinQ
+	}
+	return ethVLAN
+}
+
+func appendTag(dst []byte, tpid, tci uint16) []byte {
+	return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(dst, tpid), tci)
+}
+
+// rawHeader writes the virtio-net header of a frame as it was captured, its
+// MAC addresses and its VLAN tag; data[12:] follows.
+func rawHeader(dst, data []byte, m *frameMeta) []byte {
+	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
+	dst = append(dst, data[:12]...)
+	tag := uint16(0)
+	if m.tci != 0 {
+		dst = appendTag(dst, m.tpid, m.tci)
+		tag = 4
+	}
+	vh := dst[:vnetHdrLen]
+	if m.partial {
+		vh[0] = vnetCsum
+		binary.LittleEndian.PutUint16(vh[6:], m.csumStart+tag)
+		binary.LittleEndian.PutUint16(vh[8:], m.csumOff)
+	}
+	if m.gso != 0 {
+		switch {
+		case m.ufo:
+			vh[1] = gsoUFO
+		case m.udp:
+			vh[1] = gsoUDP
+		case data[m.l3]>>4 == 4:
+			vh[1] = gsoTCPv4
+		default:
+			vh[1] = gsoTCPv6
+		}
+		binary.LittleEndian.PutUint16(vh[2:], uint16(m.pay)+tag)
+		binary.LittleEndian.PutUint16(vh[4:], m.gso)
+	}
 	return dst
 }

@@ -8,15 +8,10 @@ import (
 	"math"
 	"sync/atomic"
 
-	"github.com/vishvananda/netlink"
-
 	"lockstep/bpf"
 	"lockstep/control/datapath"
 	"lockstep/rewriter"
 )
-
-// LastEcho implements [datapath.NIC].
-func (n *NIC) LastEcho() int64 { return int64(atomic.LoadUint64(&n.conf.Echoed)) }
 
 // TakeOver implements [datapath.NIC]. Every connection that the PVM may have
 // spoken on gets the guard: those with an offset, those whose last ACK the SVM has
@@ -132,36 +127,6 @@ func (n *NIC) inherit(old *tables) error {
 	n.conf.KeyGen, n.conf.Epoch = c.KeyGen, c.Epoch
 	atomic.StoreUint64(&n.conf.LeaseUntil, math.MaxInt64)
 	return nil
-}
-
-// Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
-func Found(o Options) (datapath.Pinned, error) {
-	tap, err := netlink.LinkByName(o.Tap)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return datapath.Pinned{}, nil // with the tap goes what guarded it
-	}
-	if err != nil {
-		return datapath.Pinned{}, fmt.Errorf("tap %s: %w", o.Tap, err)
-	}
-	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
-	if here, err := guardHere(dir, o, tap); !here || err != nil {
-		return datapath.Pinned{}, err
-	}
-	// Whether they fit is asked only by whoever goes on from them.
-	t, err := openMeta(dir)
-	if err != nil {
-		return datapath.Pinned{}, err
-	}
-	defer t.close()
-	own := metaOf(o)
-	if t.meta.Abi != own.Abi {
-		return datapath.Pinned{}, refusal(&t.meta, &own, differences(&t.meta, &own))
-	}
-	mode, err := pinnedMode(dir)
-	if err != nil {
-		return datapath.Pinned{}, err
-	}
-	return datapath.Pinned{Role: datapath.Role(Role(t.meta.Role).String()), Mode: mode}, nil
 }
 
 // conf is what the tables' programs go by.

@@ -3,7 +3,6 @@
 package loader
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -11,15 +10,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/cilium/ebpf/ringbuf"
 	"github.com/vishvananda/netlink"
 
 	"lockstep/bpf"
-	"lockstep/compare"
 	"lockstep/control/datapath"
 )
 
@@ -195,126 +191,6 @@ func pinnedMode(dir string) (datapath.Mode, error) {
 	return datapath.Mode(c.Mode), nil
 }
 
-// settings are the differences of a config whose hash is pinned.
-func (o *Options) settings(pinned [32]byte, alone bool) (out []difference) {
-	if pinned == o.ConfigHash {
-		return nil
-	}
-	if o.Differ == nil {
-		return []difference{{fmt.Sprintf("config %x", pinned[:4]), fmt.Sprintf("config %x", o.ConfigHash[:4])}}
-	}
-	for _, name := range o.Differ(pinned, alone) {
-		out = append(out, difference{"another " + name, "this " + name})
-	}
-	return out
-}
-
-// metaOf is what tables are made for.
-func metaOf(o Options) bpf.LockstepLsMeta {
-	m := bpf.LockstepLsMeta{
-		Abi: uint32(bpf.LockstepLsConstLS_ABI_VERSION), Role: uint32(o.Role),
-		MaxConns: uint32(o.MaxConnections), Slots: uint32(o.Slots), GsoSlots: uint32(o.GSOSlots), Config: o.ConfigHash,
-	}
-	copy(m.Version[:len(m.Version)-1], o.Version)
-	return m
-}
-
-// difference is the same thing as the tables have it and as it is wanted.
-type difference struct{ pinned, own string }
-
-func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
-	numbers := func(name string, a, b uint32) {
-		if a != b {
-			out = append(out, difference{fmt.Sprintf("%s %d", name, a), fmt.Sprintf("%s %d", name, b)})
-		}
-	}
-	numbers("ABI", pinned.Abi, own.Abi)
-	if len(out) > 0 {
-		return out // who knows where the rest is
-	}
-	if pinned.Role != own.Role && own.Role != 0 {
-		out = append(out, difference{"role " + Role(pinned.Role).String(), "role " + Role(own.Role).String()})
-	}
-	numbers("max_connections", pinned.MaxConns, own.MaxConns)
-	numbers("slots", pinned.Slots, own.Slots)
-	numbers("gso_slots", pinned.GsoSlots, own.GsoSlots)
-	return out
-}
-
-// refusal names both sides.
-func refusal(pinned, own *bpf.LockstepLsMeta, differ []difference) error {
-	var theirs, ours []string
-	for _, d := range differ {
-		theirs, ours = append(theirs, d.pinned), append(ours, d.own)
-	}
-	return fmt.Errorf("pinned by lockstep %s with %s; this is lockstep %s with %s: run lockstep %[1]s with the config it had; "+
-		"docs/CONFIG.md says under \"Changing a setting\" how a pair that runs gets another",
-		versionOf(pinned), strings.Join(theirs, ", "), versionOf(own), strings.Join(ours, ", "))
-}
-
-func versionOf(m *bpf.LockstepLsMeta) string {
-	v, _, _ := bytes.Cut(m.Version[:], []byte{0})
-	return string(v)
-}
-
-// loadOver loads the programs into objs and returns the maps that are pinned.
-// With old they are its maps, which stay old's to close.
-func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects) (map[string]*ebpf.Map, error) {
-	var opts ebpf.CollectionOptions
-	if old != nil {
-		opts.MapReplacements = old.maps
-	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, opts)
-	if err != nil {
-		return nil, fmt.Errorf("load programs: %w", err)
-	}
-	defer coll.Close() // of what objs does not take
-	maps := make(map[string]*ebpf.Map)
-	for name, m := range coll.Maps {
-		if inherited(name) {
-			maps[name] = m
-		}
-	}
-	if err := coll.Assign(objs); err != nil {
-		return nil, fmt.Errorf("load programs: %w", err)
-	}
-	return maps, nil
-}
-
-// CheckUpgrade reports whether Open with these options would go on from what is
-// pinned, down to the kernel's taking the programs, and changes nothing. Role 0
-// is the one that the tables were made for. It returns the version that made them.
-func CheckUpgrade(o Options) (version string, err error) {
-	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
-	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("nothing to take over: %w", err)
-	}
-	tap, err := netlink.LinkByName(o.Tap)
-	if err != nil {
-		return "", fmt.Errorf("nothing to take over: tap %s: %w", o.Tap, err)
-	}
-	if here, err := guardHere(dir, o, tap); err != nil {
-		return "", err
-	} else if !here {
-		return "", fmt.Errorf("nothing to take over: what is pinned does not guard tap %s", o.Tap)
-	}
-	old, err := openTables(dir, o)
-	if err != nil {
-		return "", err
-	}
-	defer old.close()
-	o.Role = Role(old.meta.Role)
-	spec, err := sized(o.sizes())
-	if err != nil {
-		return "", err
-	}
-	var objs bpf.LockstepObjects
-	if _, err := loadOver(spec, old, &objs); err != nil {
-		return "", err
-	}
-	return versionOf(&old.meta), objs.Close()
-}
-
 // adopt puts the new programs in the place of those that a dead daemon left in
 // dir, over the same maps. Those ran on meanwhile, and what they held or told is
 // lost: the guests repeat it. Programs are shut when adopt returns.
@@ -370,86 +246,6 @@ func (n *NIC) found(role Role) (*datapath.Recovered, error) {
 		return nil, fmt.Errorf("list remotes: %w", err)
 	}
 	return a, nil
-}
-
-// replace updates the pinned link of a, so that its chain is never without one of
-// the two programs. A link whose device is gone is made anew.
-func (n *NIC) replace(a attachment, dir string) error {
-	pin := filepath.Join(dir, linkPrefix+a.name)
-	at, err := deviceOf(pin)
-	if err != nil {
-		return err
-	}
-	if at != a.dev.Attrs().Index {
-		// The peer device, then: another tap never comes here.
-		if err := removePins(pin); err != nil {
-			return err
-		}
-		return n.guard(a, dir)
-	}
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return fmt.Errorf("pinned link %s: %w", pin, err)
-	}
-	if err := n.guarded(a, l); err != nil {
-		return err
-	}
-	if err := l.Update(a.prog); err != nil {
-		return fmt.Errorf("put the new %s in the old one's place: %w", a.name, err)
-	}
-	return nil
-}
-
-// grace returns when every run of a program that was under way has ended. The
-// kernel waits for just that before a change in a map of maps returns
-// (maybe_wait_bpf_programs, seen in 6.18); membarrier(2) would not on a
-// kernel with nohz_full.
-func grace() error {
-	inner := &ebpf.MapSpec{Name: "ls_grace_in", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1}
-	in, err := ebpf.NewMap(inner)
-	if err != nil {
-		return fmt.Errorf("wait for programs: %w", err)
-	}
-	defer in.Close()
-	out, err := ebpf.NewMap(&ebpf.MapSpec{Name: "ls_grace", Type: ebpf.ArrayOfMaps, KeySize: 4, ValueSize: 4, MaxEntries: 1, InnerMap: inner})
-	if err != nil {
-		return fmt.Errorf("wait for programs: %w", err)
-	}
-	defer out.Close()
-	if err := out.Put(uint32(0), in); err != nil {
-		return fmt.Errorf("wait for programs: %w", err)
-	}
-	return nil
-}
-
-// discard reads the ring empty.
-func (n *NIC) discard() error {
-	n.ring.SetDeadline(time.Now())
-	r := ringbuf.Record{RawSample: bytesOf(&n.samples[0])[:0]}
-	for {
-		err := n.ring.ReadInto(&r)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read ring: %w", err)
-		}
-	}
-}
-
-// tells: an ACK tells what the remote has; nobody goes on behind a RST.
-func tells(c *bpf.LockstepLsCli) bool {
-	return compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) == compare.ACK
-}
-
-// Acked implements [datapath.NIC].
-func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
-	key := toTuple(t)
-	var c bpf.LockstepLsCli
-	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
-		return 0, false // evicted, or never there
-	}
-	return c.Ack, tells(&c)
 }
 
 // Recovered implements [datapath.NIC].

@@ -6,8 +6,13 @@ import (
 	"encoding/binary"
 	"unsafe"
 
+	"errors"
+	"fmt"
+	"github.com/cilium/ebpf/ringbuf"
 	"lockstep/bpf"
 	"lockstep/compare"
+	"os"
+	"time"
 )
 
 const (
@@ -133,47 +138,50 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 	return append(evs, e), true
 }
 
-// tpid is the ethertype of the VLAN tag beside the frame.
-func tpid(ev *bpf.LockstepLsEv) uint16 {
-	if ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
-		return ethQinQ
-	}
-	return ethVLAN
-}
+// batch bounds the events of one Poll.
+const batch = 256
 
-func appendTag(dst []byte, tpid, tci uint16) []byte {
-	return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(dst, tpid), tci)
-}
+// sample is room for any ring record, aligned as the records are.
+type sample [118]uint64
 
-// rawHeader writes the virtio-net header of a frame as it was captured, its
-// MAC addresses and its VLAN tag; data[12:] follows.
-func rawHeader(dst, data []byte, m *frameMeta) []byte {
-	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
-	dst = append(dst, data[:12]...)
-	tag := uint16(0)
-	if m.tci != 0 {
-		dst = appendTag(dst, m.tpid, m.tci)
-		tag = 4
-	}
-	vh := dst[:vnetHdrLen]
-	if m.partial {
-		vh[0] = vnetCsum
-		binary.LittleEndian.PutUint16(vh[6:], m.csumStart+tag)
-		binary.LittleEndian.PutUint16(vh[8:], m.csumOff)
-	}
-	if m.gso != 0 {
-		switch {
-		case m.ufo:
-			vh[1] = gsoUFO
-		case m.udp:
-			vh[1] = gsoUDP
-		case data[m.l3]>>4 == 4:
-			vh[1] = gsoTCPv4
-		default:
-			vh[1] = gsoTCPv6
+// Wake implements [datapath.NIC].
+func (n *NIC) Wake() { n.waiter.wakeUp() }
+
+// Poll implements [datapath.NIC].
+func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
+	if n.ring.AvailableBytes() == 0 {
+		if err := n.waiter.wait(wait); err != nil {
+			return evs, err
 		}
-		binary.LittleEndian.PutUint16(vh[2:], uint16(m.pay)+tag)
-		binary.LittleEndian.PutUint16(vh[4:], m.gso)
 	}
-	return dst
+	for i := 0; i < batch && n.ring.AvailableBytes() > 0; i++ {
+		r := &n.records[i]
+		r.RawSample = bytesOf(&n.samples[i])[:0]
+		if err := n.ring.ReadInto(r); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break // discarded ones alone
+			}
+			return evs, fmt.Errorf("read ring: %w", err)
+		}
+		var ok bool
+		if evs, ok = n.event(i, len(r.RawSample), evs); !ok {
+			n.lost.events.Add(1)
+		}
+	}
+	return evs, nil
+}
+
+// discard reads the ring empty.
+func (n *NIC) discard() error {
+	n.ring.SetDeadline(time.Now())
+	r := ringbuf.Record{RawSample: bytesOf(&n.samples[0])[:0]}
+	for {
+		err := n.ring.ReadInto(&r)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read ring: %w", err)
+		}
+	}
 }

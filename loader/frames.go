@@ -133,3 +133,11 @@ func (s slots) free(id compare.Slot) {
 		atomic.SwapUint32((*uint32)(unsafe.Pointer(unsafe.SliceData(e))), uint32(bpf.LockstepLsSlotStateLS_SLOT_FREE))
 	}
 }
+
+// frameMeta is what the kernel told about a frame in a slot.
+type frameMeta struct {
+	l3, l4, pay, paylen uint32
+	gso, tpid, tci      uint16
+	csumStart, csumOff  uint16
+	partial, udp, ufo   bool
+}
