@@ -9,6 +9,8 @@ type core struct {
 	keys *Keys
 	mut  mutation
 
+	asserts bool // see Assertions
+
 	frozen, solo bool
 	timers       timerHeap // holds every connection and every flow of datagrams
 	opens        openTable

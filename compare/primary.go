@@ -120,7 +120,7 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 	cfg.setDefaults()
 	p := &Primary{
 		core: core{
-			cfg: cfg, keys: keys, opens: make(openTable),
+			cfg: cfg, keys: keys, asserts: Assertions, opens: make(openTable),
 			slots:  [slotClasses]slotUse{{limit: slotLimit(cfg.Slots)}, {limit: slotLimit(cfg.LargeSlots)}},
 			points: pointBudget{perStream: cfg.ConnPoints, max: cfg.MaxPoints},
 		},
@@ -162,6 +162,11 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.commit(ev.Epoch, ev.At)
 	case EvSolo:
 		p.goSolo()
+	}
+	if p.asserts {
+		if err := p.check(); err != nil {
+			panic(err)
+		}
 	}
 	out, p.effects = p.effects, nil
 	return out

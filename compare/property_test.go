@@ -13,6 +13,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	Assertions = true
 	// A run takes a fraction of a millisecond; the command line may say otherwise.
 	if err := flag.Set("rapid.checks", "600"); err != nil {
 		panic(err)

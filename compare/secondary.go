@@ -30,8 +30,7 @@ type Secondary struct {
 	cfg    SecondaryConfig
 	keys   *Keys
 	flows  map[Tuple]*copies
-	oldest *frameCopy // all copies, in the order they came
-	newest *frameCopy
+	copies list[*frameCopy] // all of them, in the order they came
 	parked []parkedFrame
 	mark   parkMark
 	loaded parkReset
@@ -75,7 +74,7 @@ type frameCopy struct {
 	start, end uint32
 	payload    []byte
 	slot       Slot
-	prev, next *frameCopy
+	link       link[*frameCopy]
 }
 
 // NewSecondary makes the decision core of S. keys are those of the kernel.
@@ -91,7 +90,7 @@ func (s *Secondary) NextDeadline() int64 { return math.MaxInt64 }
 // Stats gives the counters.
 func (s *Secondary) Stats() SecondaryStats {
 	st := s.stats
-	st.Parked = len(s.parked)
+	st.Copies, st.Parked = s.copies.n, len(s.parked)
 	return st
 }
 
@@ -117,14 +116,14 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 		s.unpark()
 	case EvTakeOver:
 		s.alone = true
-		for s.oldest != nil { // in the order in which the SVM said them
-			s.replay(s.remove(s.oldest))
+		for s.copies.first != nil { // in the order in which the SVM transmitted them
+			s.replay(s.remove(s.copies.first.of))
 		}
 		s.unpark()
 	case EvReset:
 		s.loaded = parkReset{true, ev.Epoch}
-		for s.oldest != nil {
-			s.free(s.oldest, ReasonVoid)
+		for s.copies.first != nil {
+			s.free(s.copies.first.of, ReasonVoid)
 		}
 	}
 	out, s.out = s.out, nil
@@ -193,16 +192,11 @@ func (s *Secondary) keep(seg *Segment) {
 	}
 	k.of = f
 	f.byPos.insert(f.search(start), k)
-	if k.prev = s.newest; k.prev != nil {
-		k.prev.next = k
-	} else {
-		s.oldest = k
-	}
-	s.newest = k
-	s.stats.Copies++
+	k.link.of = k
+	s.copies.push(&k.link)
 	s.stats.Bytes += len(k.payload)
-	for s.stats.Copies > s.cfg.MaxCopies || s.stats.Bytes > s.cfg.MaxBytes {
-		s.free(s.oldest, ReasonBudget)
+	for s.copies.n > s.cfg.MaxCopies || s.stats.Bytes > s.cfg.MaxBytes {
+		s.free(s.copies.first.of, ReasonBudget)
 	}
 }
 
@@ -281,17 +275,7 @@ func (s *Secondary) remove(k *frameCopy) Slot {
 	if f.byPos.len() == 0 {
 		delete(s.flows, f.tuple)
 	}
-	if k.prev != nil {
-		k.prev.next = k.next
-	} else {
-		s.oldest = k.next
-	}
-	if k.next != nil {
-		k.next.prev = k.prev
-	} else {
-		s.newest = k.prev
-	}
-	s.stats.Copies--
+	k.link.unlink()
 	s.stats.Bytes -= len(k.payload)
 	return k.slot
 }
