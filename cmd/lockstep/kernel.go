@@ -4,6 +4,7 @@ package main
 
 import (
 	"net"
+	"strconv"
 
 	"lockstep/control/config"
 	"lockstep/control/datapath"
@@ -29,13 +30,9 @@ type kernel struct {
 	found       func(loader.Options) (datapath.Pinned, error)   // what an earlier daemon left
 }
 
-// mutation names a rule that this build leaves out, and is empty but in tests that show
-// that they notice it missing: go build -ldflags "-X main.mutation=R9".
+// mutation is the number of a [loader.Mutation] that this build has. Only tests build one,
+// with -ldflags "-X main.mutation=1", to show that they notice it.
 var mutation string
-
-var mutations = map[string]loader.Mutation{
-	"R9": loader.MutateR9, "guard": loader.MutateGuard, "edges": loader.MutateEdge, "quotes": loader.MutateQuote,
-}
 
 var realKernel = kernel{
 	checkBPFFS: loader.CheckBPFFS,
@@ -61,7 +58,9 @@ var realKernel = kernel{
 }
 
 func openNIC(o loader.Options) (dp datapath.NIC, fresh bool, err error) {
-	o.Mutation = mutations[mutation]
+	if m, err := strconv.ParseUint(mutation, 10, 32); err == nil {
+		o.Mutation = loader.Mutation(m)
+	}
 	n, err := loader.Open(o)
 	if err != nil {
 		return nil, false, err // not n: a nil *NIC in an interface is not nil

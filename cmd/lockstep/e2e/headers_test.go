@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/control"
+	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -82,7 +83,7 @@ func TestUnreachable(t *testing.T) {
 // TestMutationQuotes: with the PVM's numbers quoted the SVM does not believe the error,
 // and goes on trying.
 func TestMutationQuotes(t *testing.T) {
-	p := newPairWithout(t, "quotes", lt.Veth, "", "", "compare: {timeout: 300ms}")
+	p := newPairWithout(t, loader.MutateQuote, lt.Veth, "", "", "compare: {timeout: 300ms}")
 	p.routed()
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
 	if said, err := p.unreachable("203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
@@ -153,7 +154,7 @@ func internetChecksum(b []byte) uint16 {
 }
 
 // complaint reports whether what both guests complain of reaches the client within limit.
-func complaint(t *testing.T, without string, limit time.Duration) (arrived bool) {
+func complaint(t *testing.T, without loader.Mutation, limit time.Duration) (arrived bool) {
 	p := newPairWithout(t, without, lt.Veth, "", "", "compare: {timeout: 300ms}")
 	const port = 7000 // portEcho
 	var in net.PacketConn
@@ -188,14 +189,14 @@ func complaint(t *testing.T, without string, limit time.Duration) (arrived bool)
 // TestComplaint: both guests quote the remote's segment, which each has heard with
 // other numbers, and say the same of it.
 func TestComplaint(t *testing.T) {
-	if !complaint(t, "", 5*time.Second) {
+	if !complaint(t, 0, 5*time.Second) {
 		t.Error("the guests' ICMP error did not come")
 	}
 }
 
 // TestMutationComplaint: else their errors differ, and neither leaves.
 func TestMutationComplaint(t *testing.T) {
-	if complaint(t, "quotes", 2*time.Second) {
+	if complaint(t, loader.MutateQuote, 2*time.Second) {
 		t.Error("the guests' ICMP errors are equal without translation")
 	}
 }
@@ -220,7 +221,7 @@ func (p *pair) far() (ns string) {
 
 // pathMTU has the SVM take over connections from far away, and then say more than fits
 // the path. It returns what became of them.
-func pathMTU(t *testing.T, without string, limit time.Duration) map[string]error {
+func pathMTU(t *testing.T, without loader.Mutation, limit time.Duration) map[string]error {
 	p, q := coveredPair(t, without)
 	p.routed()
 	far := p.far()
@@ -266,7 +267,7 @@ func wantPattern(r io.Reader, n int) error {
 // TestPathMTU: after a takeover a router tells that a frame does not fit, and quotes the
 // numbers that the PVM began with. The guest, whose are others, makes them smaller.
 func TestPathMTU(t *testing.T) {
-	for guest, err := range pathMTU(t, "", 10*time.Second) {
+	for guest, err := range pathMTU(t, 0, 10*time.Second) {
 		if err != nil {
 			t.Errorf("%s: %v", guest, err)
 		}
@@ -275,7 +276,7 @@ func TestPathMTU(t *testing.T) {
 
 // TestMutationPathMTU: else the path is a black hole.
 func TestMutationPathMTU(t *testing.T) {
-	for guest, err := range pathMTU(t, "quotes", 2*time.Second) {
+	for guest, err := range pathMTU(t, loader.MutateQuote, 2*time.Second) {
 		if !os.IsTimeout(err) {
 			t.Errorf("%s: %v, though the guest cannot know", guest, err)
 		}

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"lockstep/control"
+	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -55,14 +56,14 @@ const exitUsage = 2
 var binaries struct {
 	sync.Mutex
 	dir     string
-	without map[string]string // by the rule that is left out; "": none
+	without map[loader.Mutation]string // by the rule that is switched off; 0: none
 }
 
-// lockstepBinary is a lockstep without a rule, as mutation in cmd/lockstep names it. The whole
-// one is the one that LOCKSTEP_BINARY names, if it is set.
-func lockstepBinary(t *testing.T, without string) string {
+// lockstepBinary is a lockstep without a rule, or, with 0, the whole one. That is the one
+// that LOCKSTEP_BINARY names, if it is set.
+func lockstepBinary(t *testing.T, without loader.Mutation) string {
 	t.Helper()
-	if named := os.Getenv("LOCKSTEP_BINARY"); named != "" && without == "" {
+	if named := os.Getenv("LOCKSTEP_BINARY"); named != "" && without == 0 {
 		return named
 	}
 	binaries.Lock()
@@ -75,10 +76,10 @@ func lockstepBinary(t *testing.T, without string) string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		binaries.dir, binaries.without = dir, make(map[string]string)
+		binaries.dir, binaries.without = dir, make(map[loader.Mutation]string)
 	}
-	b := filepath.Join(binaries.dir, "lockstep"+without)
-	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -X main.mutation="+without, "-o", b, "lockstep/cmd/lockstep")
+	b := filepath.Join(binaries.dir, fmt.Sprintf("lockstep%d", without))
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", fmt.Sprintf("-s -w -X main.mutation=%d", without), "-o", b, "lockstep/cmd/lockstep")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build lockstep: %v\n%s", err, out)
 	}
@@ -103,11 +104,11 @@ type pair struct {
 // has certificates unless extra has a tls key.
 func newPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
-	return newPairWithout(t, "", peer, qmpP, qmpS, extra)
+	return newPairWithout(t, 0, peer, qmpP, qmpS, extra)
 }
 
 // newPairWithout has daemons without a rule.
-func newPairWithout(t *testing.T, rule string, peer lt.Peer, qmpP, qmpS, extra string) *pair {
+func newPairWithout(t *testing.T, rule loader.Mutation, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	p := newWorldPair(t, peer, qmpP, qmpS, extra)
 	p.binary = lockstepBinary(t, rule)
@@ -133,7 +134,7 @@ func newWorldPair(t *testing.T, peer lt.Peer, qmpP, qmpS, extra string) *pair {
 	t.Helper()
 	lt.NeedRoot(t)
 	w := lt.NewWorld(t, peer)
-	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), binary: lockstepBinary(t, "")}
+	p := &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), procs: make(map[string]*exec.Cmd), binary: lockstepBinary(t, 0)}
 	peerOf := func(name, local, remote string) string {
 		if peer != lt.VXLAN {
 			return "{device: peer" + name + "}"
@@ -229,12 +230,12 @@ func (w *worker) says(want string) {
 }
 
 func (p *pair) lockstep(args ...string) *exec.Cmd {
-	return exec.Command(lockstepBinary(p.t, ""), args...)
+	return exec.Command(lockstepBinary(p.t, 0), args...)
 }
 
 // lockstepIn runs lockstep in a network namespace.
 func (p *pair) lockstepIn(ns string, args ...string) *exec.Cmd {
-	return lt.Command(ns, lockstepBinary(p.t, ""), args...)
+	return lt.Command(ns, lockstepBinary(p.t, 0), args...)
 }
 
 func (p *pair) daemon(node, ns, role string) {

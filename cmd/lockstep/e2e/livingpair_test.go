@@ -40,7 +40,7 @@ func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, me
 	lt.NeedRoot(t)
 	p := &livingPair{preload: qemutest.Preload(t)}
 	w := lt.NewHosts(t)
-	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), binary: lockstepBinary(t, "")}
+	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), binary: lockstepBinary(t, 0)}
 	p.procs = make(map[string]*exec.Cmd)
 	p.endGuest = p.killQEMU
 	g.Service = p.self()

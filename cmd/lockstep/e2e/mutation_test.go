@@ -6,13 +6,14 @@ import (
 	"testing"
 
 	"lockstep/control"
+	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
 // TestMutationR9: with the rewriter's rule switched off, the skew that
 // TestTransfer runs under breaks the very first echo, and the time-out sees it.
 func TestMutationR9(t *testing.T) {
-	p := newPairWithout(t, "R9", lt.Veth, "", "", "compare: {timeout: 200ms}")
+	p := newPairWithout(t, loader.MutateR9, lt.Veth, "", "", "compare: {timeout: 200ms}")
 	if c, err := p.dial(lt.Guest4, portEcho, ""); err == nil {
 		defer c.Close()
 		if err := echo(c, 0); err == nil {

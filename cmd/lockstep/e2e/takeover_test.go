@@ -11,6 +11,7 @@ import (
 
 	"lockstep/control"
 	"lockstep/control/qmptest"
+	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -18,7 +19,7 @@ import (
 // skewed, and QEMUs that are played. TestFailovers and others have real ones.
 
 // coveredPair is a pair that may fail over.
-func coveredPair(t *testing.T, without string) (*pair, *qmptest.Pair) {
+func coveredPair(t *testing.T, without loader.Mutation) (*pair, *qmptest.Pair) {
 	t.Helper()
 	q := qemuPair(t)
 	dir := t.TempDir()
@@ -35,7 +36,7 @@ func coveredPair(t *testing.T, without string) (*pair, *qmptest.Pair) {
 func TestTakeoverSkewed(t *testing.T) {
 	for _, x := range situations {
 		t.Run(x.name, func(t *testing.T) {
-			p, q := coveredPair(t, "")
+			p, q := coveredPair(t, 0)
 			c := p.mustDial(lt.Guest4, portEcho)
 			if err := echo(c, 0); err != nil {
 				t.Fatal(err)
@@ -64,7 +65,7 @@ func TestTakeoverSkewed(t *testing.T) {
 // TestGuardMicroseconds: a guest's timestamps may count microseconds. A clock of them that
 // has lost twelve seconds is behind by more ticks than a slow one ever is.
 func TestGuardMicroseconds(t *testing.T) {
-	p, q := coveredPair(t, "")
+	p, q := coveredPair(t, 0)
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
@@ -86,7 +87,7 @@ func TestGuardMicroseconds(t *testing.T) {
 // TestMutationGuard: without the guard of R22 the client takes what the SVM says for
 // old, and drops it until its clock has caught up.
 func TestMutationGuard(t *testing.T) {
-	p, q := coveredPair(t, "guard")
+	p, q := coveredPair(t, loader.MutateGuard)
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
@@ -103,7 +104,7 @@ func TestMutationGuard(t *testing.T) {
 // TestMuteSVM: an SVM that says nothing, though checkpoint after checkpoint makes it
 // the PVM's copy, could not take over. P goes on without it.
 func TestMuteSVM(t *testing.T) {
-	p, q := coveredPair(t, "")
+	p, q := coveredPair(t, 0)
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
