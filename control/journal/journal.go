@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package journal keeps a guest's history on one node: checkpoints, failovers,
-// role changes, each with its time and cause, across restarts. It tells people
-// what happened; nothing is decided by it, and nothing waits for it.
+// role changes, each with its time and cause, across restarts. It is for people: nothing
+// is decided by it, and nothing waits for it.
 package journal
 
 import (
@@ -22,19 +22,19 @@ import (
 // Kind is what an event is about.
 type Kind string
 
-// Kinds of events. A reader must take others too.
+// Kinds of events. A reader must accept others too, of a later version.
 const (
 	Daemon     Kind = "daemon"     // started, ended
 	Session    Kind = "session"    // the control link came up or broke
-	Role       Kind = "role"       // this node's part in the pair changed
-	Sync       Kind = "sync"       // replication began, holds, did not begin
-	Checkpoint Kind = "checkpoint" // an attempt at one
-	Failover   Kind = "failover"   // this node began to speak alone, or tried
-	Arbiter    Kind = "arbiter"    // it was asked, and what it said
-	Fencing    Kind = "fencing"    // a guest was stopped, so as not to be the second one
+	Role       Kind = "role"       // this node's role changed
+	Sync       Kind = "sync"       // replication began, failed, or covers the guest
+	Checkpoint Kind = "checkpoint" // a checkpoint was tried
+	Failover   Kind = "failover"   // this node began to serve alone, or tried to
+	Arbiter    Kind = "arbiter"    // the arbiter was asked, and its answer
+	Fencing    Kind = "fencing"    // a guest was stopped so that no second one serves
 	QEMU       Kind = "qemu"       // started, stopped, died
 	Disk       Kind = "disk"       // a replica of a disk failed
-	Lost       Kind = "lost"       // events came faster than they could be written; Fields has their number
+	Lost       Kind = "lost"       // events came faster than they could be written; Fields has how many
 )
 
 // Event is something that happened.
@@ -42,11 +42,11 @@ type Event struct {
 	Time   time.Time      `json:"time"`
 	Kind   Kind           `json:"kind"`
 	Cause  string         `json:"cause,omitempty"`
-	Fields map[string]any `json:"fields,omitempty"` // what encoding/json takes; numbers are read back as json.Number
+	Fields map[string]any `json:"fields,omitempty"` // values for encoding/json; numbers are read back as json.Number
 }
 
-// DefaultLimit is the size in bytes at which a file is put aside. The one before
-// it goes then, so that up to twice as much is kept.
+// DefaultLimit is the size in bytes at which the file is rotated. One older file is kept,
+// so the journal takes up to twice as much.
 const DefaultLimit = 4 << 20
 
 const (
@@ -56,7 +56,7 @@ const (
 
 func path(dir, vm, node string) string { return filepath.Join(dir, vm+"-"+node+".events") }
 
-// Journal is open for writing, by one process at a time.
+// Journal is a journal that is open for writing, by one process at a time.
 type Journal struct {
 	path  string
 	limit int64
@@ -68,17 +68,17 @@ type Journal struct {
 	once   sync.Once
 
 	mu   sync.Mutex
-	lost int // events that found no place in the queue
+	lost int // events dropped because the queue was full
 
-	// The writer's.
+	// Of the goroutine that writes.
 	file   *os.File
 	size   int64
-	torn   bool // the last line may have no end
-	failed bool // it was logged
+	torn   bool // the last line may be incomplete
+	failed bool // the last write failed, which was logged
 }
 
-// Open goes on with the journal of a guest's node in dir, and makes dir if need
-// be. limit is a file's size in bytes. Close it.
+// Open opens the journal of a guest's node in dir, which it makes if necessary. limit is
+// the size in bytes at which the file is rotated. Close has to be called.
 func Open(dir, vm, node string, limit int64, log *slog.Logger) (*Journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
@@ -94,8 +94,8 @@ func Open(dir, vm, node string, limit int64, log *slog.Logger) (*Journal, error)
 	return j, nil
 }
 
-// Add notes an event, now if it has no time. It does not wait: the disk may be
-// slow, and what does not fit is counted.
+// Add writes an event in the background, with the present time if it has none. It never
+// waits for the disk: if the queue is full, the event is dropped and counted ([Lost]).
 func (j *Journal) Add(e Event) {
 	if e.Time.IsZero() {
 		e.Time = time.Now()
@@ -162,7 +162,8 @@ func (j *Journal) write() {
 	}
 }
 
-// report logs the first of several failures: a full disk is no reason to fill the log.
+// report logs the first of several failures in a row, so that a full disk does not fill
+// the log.
 func (j *Journal) report(err error) {
 	if err != nil && !j.failed {
 		j.log.Warn("the journal cannot be written; events are missing in lockstep events", "err", err)
@@ -186,7 +187,7 @@ func (j *Journal) sync() error {
 	return j.file.Sync()
 }
 
-// encode makes a line. What cannot be told is said to be missing.
+// encode makes a line. Fields that cannot be encoded are replaced by the reason.
 func encode(e Event) []byte {
 	b, err := json.Marshal(e)
 	if err == nil && len(b) >= maxLine {
@@ -195,7 +196,7 @@ func encode(e Event) []byte {
 	if err != nil {
 		e.Fields = map[string]any{"missing": err.Error()}
 		e.Cause = e.Cause[:min(len(e.Cause), 1024)]
-		if e.Time.Year() > 9999 || e.Time.Year() < 0 { // the one other thing JSON refuses
+		if e.Time.Year() > 9999 || e.Time.Year() < 0 { // encoding/json refuses such a time
 			e.Time = time.Time{}
 		}
 		if b, err = json.Marshal(e); err != nil {
@@ -236,7 +237,8 @@ func (j *Journal) rotate() error {
 }
 
 // Read returns the last n events of a guest's node, oldest first; all for n = 0.
-// Lines that a crash cut are left out. The journal may be open for writing.
+// Incomplete lines, which a crash may leave, are skipped. The journal may be open for
+// writing.
 func Read(dir, vm, node string, n int) ([]Event, error) {
 	events := []Event{}
 	data, err := contents(path(dir, vm, node))
@@ -247,7 +249,7 @@ func Read(dir, vm, node string, n int) ([]Event, error) {
 		d := json.NewDecoder(bytes.NewReader(line))
 		d.UseNumber()
 		var e Event
-		// A line without an end may be one that is being written.
+		// A line without a line feed may be just being written.
 		if !bytes.HasSuffix(line, []byte("\n")) || d.Decode(&e) != nil || d.More() || e.Kind == "" {
 			continue
 		}
@@ -259,7 +261,7 @@ func Read(dir, vm, node string, n int) ([]Event, error) {
 	return events, nil
 }
 
-// contents is both files', even while one becomes the other.
+// contents returns the older file's content and the newer one's, also during a rotation.
 func contents(path string) ([]byte, error) {
 	for {
 		now, err := open(path)
@@ -292,7 +294,7 @@ func contents(path string) ([]byte, error) {
 	}
 }
 
-// open returns nil for what is not there.
+// open opens a file; nil: it does not exist.
 func open(path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -301,7 +303,7 @@ func open(path string) (*os.File, error) {
 	return f, err
 }
 
-// still: path is f's, or nobody's where f is nil.
+// still reports whether path is still the file f, or still does not exist if f is nil.
 func still(path string, f *os.File) bool {
 	now, err := os.Stat(path)
 	if f == nil {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package program runs other programs, and whatever else may wait for storage that
-// does not answer, for no longer than it may take.
+// Package program runs other programs, and functions that may wait for storage which
+// does not answer, with a bound on how long the caller waits.
 package program
 
 import (
@@ -17,20 +17,21 @@ import (
 	"time"
 )
 
-// maxOutput bounds what is kept of each output: its end.
+// maxOutput is how many bytes are kept of the end of each output.
 const maxOutput = 1 << 20
 
-// grace is how long a program that was killed may take to be gone.
+// grace is how long a program that was killed may take to exit.
 const grace = time.Second
 
-// ErrGivenUp is an outcome that is not known: the program, or what else was waited for,
-// had not ended when its time was up, and may still do so.
+// ErrGivenUp means that the outcome is not known: the program or function had not ended
+// in time, and may still have its effect.
 var ErrGivenUp = errors.New("given up")
 
-// Output runs a program to its end and returns what it printed. When ctx ends first, it
-// and its children are killed and the error is an [ErrGivenUp]. One that waits in the
-// kernel for storage that is gone cannot be killed: it is left behind, and the same is
-// not begun again before it has ended. Another exit code than 0 is an *[exec.ExitError].
+// Output runs a program and returns the last MiB of what it printed. When ctx ends first,
+// the program and its children are killed and the error is [ErrGivenUp]. A program that
+// waits in the kernel for storage cannot be killed: it is left running, and the same
+// command is refused until it has ended. An exit code other than 0 is an
+// *[exec.ExitError].
 func Output(ctx context.Context, name string, args ...string) (stdout, stderr string, err error) {
 	return OutputEnv(ctx, nil, name, args...)
 }
@@ -44,27 +45,28 @@ func OutputEnv(ctx context.Context, env []string, name string, args ...string) (
 		cmd.Stdout, cmd.Stderr = &out, &errs
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its children too
-		cmd.WaitDelay = grace / 2                                                            // one that left the group may hold the pipes
+		cmd.WaitDelay = grace / 2                                                            // a child that left the group may hold the pipes
 		return cmd.Run()
 	})
 	if errors.Is(err, errLeft) {
-		return "", "", err // it may still write
+		return "", "", err // the program may still write to out and errs
 	}
 	return out.b.String(), strings.TrimSpace(errs.b.String()), err
 }
 
-// errLeft: what was waited for goes on.
+// errLeft means that the function goes on in the background.
 var errLeft = fmt.Errorf("%w, and it cannot be ended", ErrGivenUp)
 
-// left are the names of what was left behind and has not ended.
+// left holds the names of the functions that go on in the background.
 var left = struct {
 	sync.Mutex
 	names map[string]bool
 }{names: make(map[string]bool)}
 
-// Within waits for f, which ends soon after ctx does, or never: f may wait for storage
-// that does not answer, and is left behind then. So that these do not pile up, f is not
-// begun while another of the same name is left.
+// Within runs f and waits for it until ctx ends and a little longer. If f waits for
+// storage that does not answer, it is left running in the background and the error is
+// [ErrGivenUp]. So that these do not pile up, f is not started while an earlier one of
+// the same name is still running there.
 func Within(ctx context.Context, name string, f func() error) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%w: %w", ErrGivenUp, err)
@@ -73,7 +75,7 @@ func Within(ctx context.Context, name string, f func() error) error {
 	before := left.names[name]
 	left.Unlock()
 	if before {
-		return fmt.Errorf("%w: the one begun earlier still waits", errLeft)
+		return fmt.Errorf("%w: an earlier one still waits", errLeft)
 	}
 	ended := make(chan error, 1)
 	go func() {
@@ -109,8 +111,8 @@ func Within(ctx context.Context, name string, f func() error) error {
 	return fmt.Errorf("%w: %w", errLeft, ctx.Err())
 }
 
-// tail keeps the last bytes of what is written to it. The buffer is not embedded: its
-// ReadFrom would take all.
+// tail keeps the last maxOutput bytes written to it. The buffer is not embedded because
+// io.Copy would use its ReadFrom and keep everything.
 type tail struct{ b bytes.Buffer }
 
 func (t *tail) Write(p []byte) (int, error) {

@@ -14,7 +14,7 @@ import (
 func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 	a := []string{
 		"-name", "guest=" + esc(s.VM), "-nodefaults", "-no-user-config", "-display", "none", "-msg", "timestamp=on", "-only-migratable",
-		"-no-shutdown", // a guest that powers off is told of to the other host first
+		"-no-shutdown", // QEMU stays until the other host knows that the guest has powered off (R25)
 		"-machine", d.machine, "-accel", s.Accel, "-cpu", s.CPU, "-m", fmt.Sprintf("%dK", s.Memory>>10), "-smp", strconv.Itoa(s.SMP),
 		"-pidfile", s.file(".pid"),
 		"-chardev", "socket,id=lockstep,server=on,wait=off,path=" + esc(s.QMP),
@@ -59,8 +59,8 @@ func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 
 type node map[string]any
 
-// blockdevs are a disk's nodes: a quorum (graph.go) over the image; on a secondary
-// over replication over its overlays.
+// blockdevs are the block nodes of disk i: a quorum (graph.go) over the image, and on a
+// secondary over the replication driver over its overlays over the image.
 func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	d := &s.Disks[i]
 	driver := "file"
@@ -90,7 +90,7 @@ func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	}, nil
 }
 
-// esc writes a value into a list that commas divide.
+// esc escapes a value for one of QEMU's comma-separated lists.
 func esc(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 // confine are the arguments that take from QEMU what it does not need once it runs:
@@ -100,7 +100,7 @@ func confine(user string, d dialect) []string {
 	const sandbox = "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
 	switch {
 	case user == "":
-		// With a user this would end QEMU when it becomes that user.
+		// With a user, elevateprivileges=deny would kill QEMU when it becomes that user.
 		return []string{"-sandbox", sandbox + ",elevateprivileges=deny"}
 	case d.runWith:
 		return []string{"-sandbox", sandbox, "-run-with", "user=" + user}

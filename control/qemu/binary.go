@@ -57,8 +57,9 @@ func (s *Spec) dialect(ctx context.Context) (d dialect, err error) {
 
 var machineRE = regexp.MustCompile(`(?m)^(\S+) +\S.*?(?:\(alias of (\S+)\))?$`)
 
-// Machine is a -machine with its versioned name in place of an alias, by QEMU's list of
-// machines (-machine help), and whether that has it.
+// Machine returns the value of -machine with an alias replaced by the name with its
+// version, by QEMU's list of machines (the output of -machine help). known: the list has
+// the machine.
 func Machine(machine, list string) (_ string, known bool) {
 	name, options, more := strings.Cut(machine, ",")
 	name = strings.TrimPrefix(name, "type=")
@@ -77,19 +78,19 @@ func Machine(machine, list string) (_ string, known bool) {
 	return name, known
 }
 
-// unfitDevices are devices that COLO fails with, by the beginnings of their names. What
-// a release of QEMU cannot migrate it refuses by itself (-only-migratable).
+// unfitDevices are devices with which COLO fails, by prefixes of their names. Devices
+// that cannot be migrated QEMU refuses itself (-only-migratable).
 var unfitDevices = []struct{ name, why string }{
-	{"vfio-", "a device of the host has no copy on the other one, and its state is in no checkpoint"},
-	{"usb-host", "a device of the host has no copy on the other one, and its state is in no checkpoint"},
-	{"vhost-user-", "its state is another process's, and in no checkpoint"},
-	{"vhost-vdpa-", "its state is the hardware's, and in no checkpoint"},
+	{"vfio-", "the other host has no copy of a host's device, and no checkpoint has its state"},
+	{"usb-host", "the other host has no copy of a host's device, and no checkpoint has its state"},
+	{"vhost-user-", "another process has its state, and no checkpoint has it"},
+	{"vhost-vdpa-", "the hardware has its state, and no checkpoint has it"},
 	{"virtio-9p-", "QEMU cannot migrate it while the guest has it mounted"},
 	{"ivshmem-", "what it shares differs between the hosts"},
 }
 
-// BreaksCOLO says why QEMU's argument arg, behind those before it, keeps COLO from
-// working; "": it does not, as far as is known.
+// BreaksCOLO returns why arg, an argument of QEMU's that follows those before it, breaks
+// COLO; "": it does not, as far as is known.
 func BreaksCOLO(before []string, arg string) string {
 	option := ""
 	if len(before) > 0 {
@@ -112,7 +113,7 @@ func BreaksCOLO(before []string, arg string) string {
 			return "it is not replicated, so the other host's guest would find other contents: name it under qemu.disks"
 		}
 	case "incoming", "loadvm":
-		return "it is lockstep that says with what memory a guest begins"
+		return "lockstep decides with which memory a guest begins"
 	}
 	return ""
 }

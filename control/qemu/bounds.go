@@ -10,36 +10,36 @@ import (
 	"lockstep/control/qmp"
 )
 
-// A secondary may stand still at any step of a try to replicate. What waits for it in
-// the primary's QEMU has a bound of its own, so that the guest that serves never waits
-// longer.
+// A secondary may hang at any step of a try to replicate. Each step of the primary's
+// QEMU that waits for it has a bound, so that the guest that serves waits no longer.
 const (
 	// hang is how long a command may wait for the secondary before its connections
 	// are cut: QEMU does nothing else meanwhile.
 	hang = 2 * time.Second
-	// pause is how long the guest may stand still for a try, at the end of a copy.
+	// pause is how long the guest may be stopped at the end of a copy.
 	pause = 5 * time.Second
 	// stalled is how long a copy may make no progress.
 	stalled = 30 * time.Second
 	// ends is how long a migration may take to end once its connection is cut.
 	ends = 5 * time.Second
-	// DefaultTimeout is [Limits]'s.
+	// DefaultTimeout is the Timeout of the zero [Limits].
 	DefaultTimeout = time.Hour
 )
 
-// ErrStuck means that this QEMU's last migration never ended: it cannot begin another.
+// ErrStuck means that this QEMU's last migration never ended, so that it cannot begin
+// another.
 var ErrStuck = errors.New("this QEMU's last migration never ended, so it cannot replicate any more; the guest goes on, and needs a new QEMU: " +
 	"shut it down and start it again when that suits")
 
-// Limits of a try to replicate. The zero Limits are QEMU's bandwidth and the default
-// times.
+// Limits bound a try to replicate. The zero Limits are QEMU's own bandwidth and the
+// default times.
 type Limits struct {
 	Bandwidth    int64 // bytes per second of memory, and of each disk; 0: QEMU's own limit
-	AutoConverge bool  // QEMU may slow the guest down that writes faster than is copied
-	// Timeout is how long a copy may take that never ends because the guest writes too
-	// fast: of the memory, or of a disk behind its first pass.
+	AutoConverge bool  // QEMU throttles a guest that writes to its memory faster than it is copied
+	// Timeout is how long copying the memory may take, and how long copying a disk may go
+	// on after its first pass: a guest that writes fast enough keeps either from ending.
 	Timeout time.Duration
-	Stalled time.Duration // without progress
+	Stalled time.Duration // how long a copy may make no progress
 }
 
 func (l *Limits) fill() {
@@ -51,8 +51,8 @@ func (l *Limits) fill() {
 	}
 }
 
-// guarded runs a command that may wait for the secondary. It has to come to an end
-// before this QEMU counts as dead.
+// guarded runs a command that may wait for the secondary, and cuts the connections it
+// waits for in time: a monitor that does not answer counts as a dead QEMU.
 func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
 	late := time.AfterFunc(hang, func() { _ = cut(m, disks) })
 	defer late.Stop()

@@ -11,16 +11,16 @@ import (
 	"lockstep/control/qmp"
 )
 
-// Caps are what a QEMU can do.
+// Caps are what a running QEMU has.
 type Caps struct {
 	Version string
 	Machine string // with its version, "pc-i440fx-7.2"
 	Accel   string // "kvm" or "tcg"
-	Disks   bool   // it has the replication driver
+	Disks   bool   // it can replicate disks: it has the quorum and the replication driver
 }
 
-// Probe finds out what QEMU can do, and refuses one whose COLO is known not to
-// work.
+// Probe asks a QEMU what it has, and refuses one whose COLO is missing or known to be
+// broken.
 func Probe(m *qmp.Monitor) (Caps, error) {
 	c := Caps{Version: m.Version(), Accel: "tcg"}
 	var kvm struct{ Enabled bool }
@@ -74,7 +74,8 @@ func ParseVersion(version string) (v [3]int) {
 // GoodQEMU is what to use in place of a release that [BrokenCOLO] names.
 const GoodQEMU = "10.0.13 or later of 10.0, or a release from 7.2 to 9.2"
 
-// BrokenCOLO says what is wrong with COLO in a release under an accelerator; "": it works.
+// BrokenCOLO returns what is wrong with COLO in a release under an accelerator ("kvm",
+// "tcg"); "": it works.
 func BrokenCOLO(v [3]int, accel string) string {
 	switch {
 	case v[0] == 10 && v[1] == 0 && v[2] < 13:
@@ -87,8 +88,8 @@ func BrokenCOLO(v [3]int, accel string) string {
 	return ""
 }
 
-// SameMachine is an error unless the two hosts' guests have the same hardware: an alias
-// such as "pc" is another machine in another release of QEMU.
+// SameMachine returns an error unless the two hosts' guests have the same hardware: an
+// alias such as "pc" is another machine in each release of QEMU.
 func SameMachine(own, peer Caps) error {
 	if own.Machine == peer.Machine {
 		return nil
@@ -104,8 +105,7 @@ func checkCaps(caps Caps, disks []Disk) error {
 	return nil
 }
 
-// capability reports whether a migration capability is on, and whether it is there at
-// all.
+// capability reports whether a migration capability is on, and whether this QEMU has it.
 func capability(m *qmp.Monitor, name string) (on, there bool, err error) {
 	var caps []struct {
 		Capability string
@@ -128,8 +128,8 @@ func setCapabilities(m *qmp.Monitor, on bool, names ...string) error {
 	return m.Execute("migrate-set-capabilities", map[string]any{"capabilities": list}, nil)
 }
 
-// setCOLO switches x-colo. From 11 on it needs return-path, with which 7.2 does not
-// come to COLO: so that is set only where x-colo alone is refused.
+// setCOLO sets the migration capability x-colo. From QEMU 11 on it needs return-path,
+// with which 7.2 never enters COLO: return-path is set only where x-colo alone is refused.
 func setCOLO(m *qmp.Monitor, on bool) error {
 	if is, _, err := capability(m, "x-colo"); err != nil || is == on {
 		return err

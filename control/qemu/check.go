@@ -20,12 +20,12 @@ import (
 	"lockstep/control/program"
 )
 
-// wellFormed is what QEMU takes as an ID.
+// wellFormed matches what QEMU accepts as an ID.
 var wellFormed = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9._-]{0,30}$`)
 
-// Check tells, before anything starts, everything that would keep the guest from
+// Check returns, before anything is started, everything that would keep the guest from
 // starting: as a primary, or with in as a secondary. peer are the sizes of the
-// other host's disks ([Spec.DiskSizes]); nil: not known.
+// other host's disks in bytes ([Spec.DiskSizes]); nil: not known.
 func (s *Spec) Check(in *Incoming, peer []int64) error {
 	var errs []error
 	bad := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
@@ -51,7 +51,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 	}
 	for _, n := range s.NICs {
 		if len(n.MAC) != 6 || n.MAC[0]&1 != 0 {
-			bad("NIC on %s: %q is no station's MAC address", n.Tap, n.MAC)
+			bad("NIC on %s: %q is no unicast MAC address", n.Tap, n.MAC)
 		}
 		if _, err := net.InterfaceByName(n.Tap); err != nil {
 			bad("NIC: there is no tap %s: %w", n.Tap, err)
@@ -66,7 +66,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		c.Close()
 		bad("a QEMU answers at %s already: stop it, or name the socket as the node's qmp to attach to it", s.QMP)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.EAGAIN) {
-		bad("a process listens at %s already and takes no connection: stop it, or name another run_dir", s.QMP)
+		bad("a process listens at %s already and accepts no connection: stop it, or name another run_dir", s.QMP)
 	}
 	if p, err := Find(s); err == nil {
 		bad("guest %s runs on this host already, as process %d", s.VM, p.Pid())
@@ -152,7 +152,8 @@ func (s *Spec) checkDisks(secondary bool, peer []int64) []error {
 	return errs
 }
 
-// onStorage runs f, which looks at path, and does not wait for storage that is gone.
+// onStorage runs f, which accesses path, and returns an error when the storage does not
+// answer in time.
 func onStorage(path string, f func() error) error {
 	ctx, done := context.WithTimeout(context.Background(), patience)
 	defer done()
@@ -167,7 +168,7 @@ func stat(path string) (info fs.FileInfo, err error) {
 	var found fs.FileInfo
 	err = onStorage(path, func() (err error) { found, err = os.Stat(path); return err })
 	if err == nil {
-		info = found // after an error it may still be written
+		info = found // f may still write to found after an error
 	}
 	return info, err
 }
@@ -180,7 +181,7 @@ func opens(path string) error {
 	return f.Close()
 }
 
-// checkIncoming finds out whether the secondary can listen.
+// checkIncoming checks that the secondary can listen there.
 func checkIncoming(in *Incoming, disks bool) error {
 	var errs []error
 	listen := func(what, addr string) {

@@ -11,7 +11,7 @@ import (
 	"lockstep/control/qmp"
 )
 
-// cut ends the connections to the other host: what waits for it, and may hold up
+// cut closes the connections to the other host, so that what waits for it, and may block
 // the whole QEMU, fails.
 func cut(m *qmp.Monitor, disks []Disk) error {
 	return m.Yank(func(l qmp.Link) bool {
@@ -27,23 +27,22 @@ func cut(m *qmp.Monitor, disks []Disk) error {
 	})
 }
 
-// PrimaryFailover makes a primary whose secondary is dead go on alone. It returns
-// when COLO is off and the guest runs, or stands still for a reason of its own. What
-// it could not write to the secondary's disks is done again on its own.
+// PrimaryFailover has a primary go on without its secondary. It returns when COLO is
+// off and the guest runs, or is stopped for a reason of its own. Writes that failed on
+// the secondary's disks are repeated on this host's alone.
 func PrimaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
-	// First of all: a guest's write that waits for a silent host can hold up
-	// every other command.
+	// This comes first: a write of the guest's that waits for a host which does not answer
+	// can block every other command.
 	err := cut(m, disks)
-	// A disk that keeps the secondary's image must not keep the guest in COLO.
+	// If a disk cannot be detached, COLO has to be ended all the same.
 	return errors.Join(err, detach(m, disks), lostHeartbeat(ctx, m, "primary"), Retry(m))
 }
 
-// SecondaryFailover makes a secondary whose primary is dead take over. It
-// returns when COLO is off and the guest runs, or stands still for a reason of its own.
-// A secondary whose guest is not in
-// COLO yet cannot, and its QEMU may end.
+// SecondaryFailover has a secondary take over from its primary. It returns when COLO is
+// off and the guest runs, or is stopped for a reason of its own. A secondary whose guest
+// is not in COLO yet cannot take over, and its QEMU may end.
 func SecondaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
-	// A QEMU that reads a checkpoint from a silent host answers nothing else.
+	// A QEMU that reads a checkpoint from a host which does not answer runs no command.
 	cutErr := cut(m, nil)
 	_, state, err := m.Status()
 	if err != nil {
@@ -51,7 +50,7 @@ func SecondaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error 
 	}
 	if state == "inmigrate" {
 		if mode, err := m.COLO(); err != nil || mode != "secondary" {
-			return errors.Join(errors.New("this secondary has no guest that could take over: it still waits for the primary's"), err)
+			return errors.Join(errors.New("this secondary has no guest that could take over: it still waits for the primary's memory"), err)
 		}
 	}
 	if len(disks) > 0 {
@@ -62,7 +61,7 @@ func SecondaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error 
 	return errors.Join(cutErr, lostHeartbeat(ctx, m, "secondary"))
 }
 
-// lostHeartbeat ends COLO.
+// lostHeartbeat ends COLO on a guest that is in it as mode, "primary" or "secondary".
 func lostHeartbeat(ctx context.Context, m *qmp.Monitor, mode string) error {
 	is, err := m.COLO()
 	if err != nil {
@@ -75,7 +74,7 @@ func lostHeartbeat(ctx context.Context, m *qmp.Monitor, mode string) error {
 		return fmt.Errorf("the guest is %s in COLO, not %s", is, mode)
 	}
 	if err := m.Execute("x-colo-lost-heartbeat", nil, nil); err != nil {
-		// It ended by itself meanwhile?
+		// The command is refused when COLO has ended meanwhile, which is as good.
 		if is, e := m.COLO(); e != nil || is != "none" {
 			return err
 		}
@@ -92,15 +91,14 @@ func lostHeartbeat(ctx context.Context, m *qmp.Monitor, mode string) error {
 	})
 }
 
-// ownState are the states of a guest that stands still for a reason of its own, not of
-// COLO's.
+// ownState are the states of a guest that is stopped for another reason than COLO.
 var ownState = map[string]bool{
 	"io-error": true, "guest-panicked": true, "watchdog": true, "internal-error": true, "shutdown": true, "suspended": true, "prelaunch": true,
 }
 
-// Retry has a guest go on that QEMU stopped because a disk failed: it tries the
-// request again. When that fails, too, QEMU stops it again. Nothing, when the guest
-// stands still for another reason, or runs.
+// Retry resumes a guest that QEMU stopped because of an I/O error. QEMU repeats the
+// request, and stops the guest again if that fails too. A guest that runs, or is stopped
+// for another reason, is left as it is.
 func Retry(m *qmp.Monitor) error {
 	_, state, err := m.Status()
 	if err != nil || state != "io-error" {
@@ -109,7 +107,8 @@ func Retry(m *qmp.Monitor) error {
 	return Cont(m)
 }
 
-// Announce has every switch on the way learn where the guest's addresses are now.
+// Announce has the guest's NICs announce their addresses, so that every switch learns
+// where they are now.
 func Announce(m *qmp.Monitor) error {
 	return m.Execute("announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 5, "step": 50}, nil)
 }

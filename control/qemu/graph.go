@@ -13,23 +13,22 @@ import (
 
 // A disk is a quorum of two children with the vote threshold 2 (R24): a write or a
 // flush is reported to the guest as done when both replicas took it. When one did
-// not, the request stays queued in the device and QEMU stops the guest (werror=stop),
-// so that no order of events, however late, can make a confirmed write be missing on
-// either replica. Which of them failed QUORUM_REPORT_BAD says, and what happens next
-// is the failover machine's decision.
+// not, the request stays queued in the device and QEMU stops the guest (werror=stop).
+// So a write that was confirmed to the guest is never missing on either replica, in
+// whatever order and however late events come. The event QUORUM_REPORT_BAD names the
+// replica that failed, and the failover machine decides what happens next.
 //
-// While there is no secondary, a node that stands for its replica is the second
-// child: it takes every write and has none of them, so it fails every read.
+// While there is no secondary, the second child is a stand-in for its replica: it
+// accepts every write and keeps none, so it fails every read.
 //
 //	guest's device ── quorum "ID", threshold 2 ─┬─ parentN (P) or childsN (S): this host's image
 //	                                            └─ absentN, or nbdN (P): the secondary's image
 //
-// A QEMU that somebody else started may have a quorum of threshold 1, as QEMU's guide
-// shows it. It goes on when one replica fails, and reports the write as done
-// ([Masked]).
+// A QEMU that lockstep did not start may have a quorum of threshold 1, as in QEMU's
+// docs/COLO-FT.txt. That reports a write as done when one replica failed ([Masked]).
 
-// Names of block nodes. Those of the quorums are the disks' IDs. A QEMU that
-// lockstep did not start needs "parentN" and the IDs.
+// Names of block nodes; a quorum's is the disk's ID. A QEMU that lockstep did not start
+// needs "parentN" and the IDs.
 func parentNode(i int) string { return fmt.Sprintf("parent%d", i) } // S: the image; also the NBD export
 func activeNode(i int) string { return fmt.Sprintf("active%d", i) } // S: what the SVM wrote since the checkpoint
 func hiddenNode(i int) string { return fmt.Sprintf("hidden%d", i) } // S: what the PVM overwrote since
@@ -46,7 +45,7 @@ func absent(i int, size int64) node {
 	}
 }
 
-// quorum is the disk over this host's image.
+// quorum is disk i over child, which leads to this host's image, and the stand-in.
 func (s *Spec) quorum(i int, child string) node {
 	threshold := 2
 	if s.mask {
@@ -58,7 +57,7 @@ func (s *Spec) quorum(i int, child string) node {
 	}
 }
 
-// graph is QEMU's block nodes and who uses whom.
+// graph is QEMU's graph of block nodes.
 type graph struct {
 	Nodes []struct {
 		ID   int
@@ -76,8 +75,8 @@ func blockGraph(m *qmp.Monitor) (g graph, err error) {
 	return g, err
 }
 
-// disk is the quorum of a disk: the node of that name, or the one behind the drive of
-// that name, as QEMU's guide has it.
+// disk finds the quorum of a disk: the node whose name is the disk's ID, or the root of
+// the drive of that name, as in QEMU's docs/COLO-FT.txt.
 func (g *graph) disk(d *Disk) (id int, ok bool) {
 	drive := 0
 	for _, n := range g.Nodes {
@@ -97,7 +96,7 @@ func (g *graph) disk(d *Disk) (id int, ok bool) {
 	return 0, false
 }
 
-// child is how a disk's quorum calls a child; false: it is none.
+// child returns the name of the quorum's edge to a child; false: that is no child of it.
 func (g *graph) child(d *Disk, child string) (string, bool) {
 	disk, ok := g.disk(d)
 	for _, e := range g.Edges {
@@ -130,7 +129,7 @@ func addChild(m *qmp.Monitor, d *Disk, name string) error {
 	return m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "node": name}, nil)
 }
 
-// removeChild takes a node out of a disk, if it is in, and ends it.
+// removeChild removes a node from a disk's quorum, if it is a child, and deletes it.
 func removeChild(m *qmp.Monitor, g *graph, d *Disk, name string) error {
 	if edge, is := g.child(d, name); is {
 		if err := m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "child": edge}, nil); err != nil {
@@ -143,8 +142,8 @@ func removeChild(m *qmp.Monitor, g *graph, d *Disk, name string) error {
 	return m.ExecuteWithin(slow, "blockdev-del", map[string]any{"node-name": name}, nil)
 }
 
-// attach makes the secondary's image, which is the same as this host's, the second
-// replica of every disk. The guest stands still.
+// attach makes the secondary's image the second replica of every disk. The guest is
+// stopped, and the image is the same as this host's.
 func attach(m *qmp.Monitor, disks []Disk) error {
 	for i := range disks {
 		d := &disks[i]
@@ -153,7 +152,7 @@ func attach(m *qmp.Monitor, disks []Disk) error {
 		}
 		g, err := blockGraph(m)
 		if err == nil {
-			// With it, one of the two others would be enough.
+			// As a third child the stand-in's vote and one replica's would reach the threshold.
 			err = removeChild(m, &g, d, absentNode(i))
 		}
 		if err != nil {
@@ -163,7 +162,7 @@ func attach(m *qmp.Monitor, disks []Disk) error {
 	return nil
 }
 
-// detach takes the secondary's images out of the disks, as far as they are in. It may
+// detach removes the secondary's images from the disks, where they are replicas. It may
 // be repeated.
 func detach(m *qmp.Monitor, disks []Disk) error {
 	if len(disks) == 0 {
@@ -191,13 +190,13 @@ func detach(m *qmp.Monitor, disks []Disk) error {
 	return nil
 }
 
-// alone reports whether the stand-in is a replica already.
+// alone reports whether the stand-in is a child of the disk's quorum.
 func (g *graph) alone(i int, d *Disk) bool {
 	_, is := g.child(d, absentNode(i))
 	return is
 }
 
-// standIn adds the replica that is not there.
+// standIn adds the stand-in to a disk's quorum.
 func standIn(m *qmp.Monitor, g *graph, i int, d *Disk) error {
 	if !g.has(absentNode(i)) {
 		info, err := quorumNode(m, g, d)
@@ -232,8 +231,8 @@ func quorumNode(m *qmp.Monitor, g *graph, d *Disk) (namedNode, error) {
 	return list[i], nil
 }
 
-// threshold is how many replicas have to take a write. QEMU tells a node's options
-// only as the name by which it could be opened again, which may be cut at its end.
+// threshold is the quorum's vote threshold. QEMU has no query for a node's options: they
+// are in its file name, "json:{…}", whose end may be cut off.
 func threshold(m *qmp.Monitor, g *graph, d *Disk) (int, error) {
 	info, err := quorumNode(m, g, d)
 	if err != nil {
@@ -246,11 +245,11 @@ func threshold(m *qmp.Monitor, g *graph, d *Disk) (int, error) {
 	return strconv.Atoi(found[1])
 }
 
-// A number where -blockdev gave it, a string where -drive did.
+// voteThreshold: the value is a number if -blockdev set it, a string if -drive did.
 var voteThreshold = regexp.MustCompile(`"vote-threshold": "?([0-9]{1,9})\b`)
 
-// Masked are the disks on which QEMU hides from the guest that one of the replicas did
-// not take a write: those of a QEMU that was started with a vote threshold of 1.
+// Masked returns the IDs of the disks whose vote threshold is 1: QEMU hides from the
+// guest that one of the replicas failed.
 func Masked(m *qmp.Monitor, disks []Disk) ([]string, error) {
 	g, err := blockGraph(m)
 	if err != nil {
@@ -269,9 +268,9 @@ func Masked(m *qmp.Monitor, disks []Disk) ([]string, error) {
 	return ids, nil
 }
 
-// Unreplicated are the disks' IDs that do not have this host's image and the
-// secondary's as their replicas, or have something else that could stand in for either
-// (P). An error says nothing about the disks: QEMU did not answer.
+// Unreplicated returns the IDs of the disks whose replicas are not this host's image and
+// the secondary's, or that have the stand-in. It is for a primary. An error says nothing
+// about the disks: QEMU did not answer.
 func Unreplicated(m *qmp.Monitor, disks []Disk) (ids []string, err error) {
 	if len(disks) == 0 {
 		return nil, nil
@@ -289,8 +288,8 @@ func Unreplicated(m *qmp.Monitor, disks []Disk) (ids []string, err error) {
 	return ids, nil
 }
 
-// Replica names the disk that a block node of QEMU's events belongs to, and whether it
-// is the secondary's image (P).
+// Replica returns the ID of the disk that a block node named in an event belongs to, and
+// whether the node is the secondary's image, which a primary has.
 func Replica(node string, disks []Disk) (disk string, secondarys bool) {
 	for i := range disks {
 		if node == nbdNode(i) {
@@ -303,7 +302,7 @@ func Replica(node string, disks []Disk) (disk string, secondarys bool) {
 	return node, false
 }
 
-// nodes are the names of all block nodes.
+// nodes returns the names of all block nodes.
 func nodes(m *qmp.Monitor) (map[string]bool, error) {
 	var list []struct {
 		Name string `json:"node-name"`

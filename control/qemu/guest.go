@@ -14,27 +14,27 @@ const (
 	poll = 20 * time.Millisecond
 	// slow is the deadline of commands that wait for the guest's I/O.
 	slow = 15 * time.Second
-	// settle is how long QEMU may take between two states that follow by
-	// themselves.
+	// settle is how long QEMU may take for a change of state that needs no further
+	// command.
 	settle = 15 * time.Second
-	// nbdConnect bounds in seconds how long QEMU, and its guest with it, waits
-	// for the secondary's NBD server.
+	// nbdConnect is how many seconds QEMU waits for the secondary's NBD server. The
+	// guest waits too.
 	nbdConnect = 1
 )
 
-// Stop stops the guest's CPUs, when its I/O under way is done.
+// Stop stops the guest once its I/O under way is done.
 func Stop(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "stop", nil, nil) }
 
-// Cont lets a guest that was stopped go on.
+// Cont resumes a guest that was stopped.
 func Cont(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "cont", nil, nil) }
 
-// Shutdown asks the guest to shut down, as its power button does.
+// Shutdown presses the guest's power button (ACPI).
 func Shutdown(m *qmp.Monitor) error { return m.Execute("system_powerdown", nil, nil) }
 
-// Quit ends QEMU, with its images written back.
+// Quit ends QEMU after a flush of its images.
 func Quit(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "quit", nil, nil) }
 
-// until asks again and again until it is done, fails or ctx ends.
+// until polls done until it is true or fails, or ctx ends. what completes "waiting until".
 func until(ctx context.Context, what string, done func() (bool, error)) error {
 	tick := time.NewTicker(poll)
 	defer tick.Stop()

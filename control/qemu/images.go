@@ -20,10 +20,10 @@ import (
 	"lockstep/control/qmp"
 )
 
-// ErrRuns means that a guest runs, so that its images change while they are looked at.
+// ErrRuns means that a guest runs, so that its images may change while they are compared.
 var ErrRuns = errors.New("the guest runs")
 
-// DifferentError is about a disk whose images on the two hosts are not the same.
+// DifferentError names a disk whose images on the two hosts differ.
 type DifferentError struct {
 	Disk   string
 	Offset int64 // bytes, of the first difference
@@ -33,13 +33,13 @@ func (e *DifferentError) Error() string {
 	return fmt.Sprintf("disk %s: the images differ at byte %d", e.Disk, e.Offset)
 }
 
-// CompareImages compares what this guest's disks hold with the images of the secondary
-// at to, which is prepared: a [*DifferentError] when one differs. The guest must not run,
-// or it is [ErrRuns]. sizes are the disks' in bytes; socket is a path, on which QEMU
-// listens meanwhile.
+// CompareImages compares the contents of this guest's disks with those of the secondary's
+// images at to, the NBD server of [PrepareSecondary]. It returns a [*DifferentError] when
+// one differs, and [ErrRuns] when the guest runs. sizes are the disks' in bytes; socket is
+// a path on which QEMU listens meanwhile.
 //
-// Both QEMUs are asked over NBD for what is on the disks. So it is what the guest would
-// read, in whatever format and by whomever QEMU was started. Holes are skipped.
+// Both QEMUs serve their disks over NBD, so what is compared is what the guest would
+// read, whatever the images' format and whoever started QEMU. Holes are skipped.
 func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []int64, to netip.AddrPort, socket string, progress func(Progress)) (err error) {
 	before, err := atRest(m)
 	if err != nil {
@@ -67,7 +67,7 @@ func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []in
 	return err
 }
 
-// atRest is QEMU's word for the state of a guest that does not run.
+// atRest returns QEMU's name for the state of a guest that does not run; [ErrRuns]: it runs.
 func atRest(m *qmp.Monitor) (string, error) {
 	running, state, err := m.Status()
 	if err == nil && running {
@@ -76,9 +76,9 @@ func atRest(m *qmp.Monitor) (string, error) {
 	return state, err
 }
 
-// exportDisks has QEMU show the images of its disks, read-only and under the disks' IDs, to
-// whoever may use the socket. It is the quorum's first child that is shown: a read of the
-// quorum may also ask what stands for the other host's image.
+// exportDisks has QEMU export the images of its disks on socket, read-only and under the
+// disks' IDs. Each export is the quorum's first child: a read of the quorum itself may
+// also go to the stand-in for the other host's image.
 func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 	g, err := blockGraph(m)
 	if err != nil {
@@ -101,7 +101,7 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 			return fmt.Errorf("QEMU has the block export %q, which is not lockstep's: to compare the images it has to go", e.ID)
 		}
 	}
-	// Of a daemon that was killed meanwhile; mostly there is none.
+	// A daemon that was killed may have left its server. An error means that there is none.
 	_ = m.ExecuteWithin(slow, "nbd-server-stop", nil, nil)
 	if err := serveNBD(m, socket); err != nil {
 		return err
@@ -114,7 +114,8 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 	return nil
 }
 
-// serveNBD has QEMU listen on a path. QEMU may run as a user who can make no file there.
+// serveNBD has QEMU's NBD server listen on path. The socket is passed as a descriptor,
+// because QEMU's user may have no right to make a file there.
 func serveNBD(m *qmp.Monitor, path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -140,7 +141,7 @@ func serveNBD(m *qmp.Monitor, path string) error {
 	return m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "fd", "data": map[string]string{"str": name}}}, nil)
 }
 
-// first is the node of a disk's image: its quorum's first child.
+// first returns the first child of a disk's quorum, which is this host's image.
 func (g *graph) first(d *Disk) (string, bool) {
 	disk, ok := g.disk(d)
 	for _, e := range g.Edges {
@@ -151,9 +152,9 @@ func (g *graph) first(d *Disk) (string, bool) {
 	return "", false
 }
 
-// compareExports has qemu-img compare two NBD exports, of each side's options.
+// compareExports has qemu-img compare two NBD exports; own and peers are their options.
 func compareExports(ctx context.Context, d *Disk, size int64, own, peers []string, progress func(Progress)) error {
-	image := func(options []string) string { // the bytes as they are: formats are QEMU's business
+	image := func(options []string) string { // raw, because the QEMU behind the export knows the format
 		return "driver=raw,file.driver=nbd,file." + strings.Join(options, ",file.")
 	}
 	cmd := exec.CommandContext(ctx, "qemu-img", "compare", "-p", "--image-opts", image(own), image(peers))
@@ -196,7 +197,7 @@ func compareExports(ctx context.Context, d *Disk, size int64, own, peers []strin
 	return nil
 }
 
-// scanReturns splits at line ends and carriage returns.
+// scanReturns is a [bufio.SplitFunc] for line feeds and carriage returns.
 func scanReturns(b []byte, atEOF bool) (advance int, word []byte, err error) {
 	if i := bytes.IndexAny(b, "\r\n"); i >= 0 {
 		return i + 1, b[:i], nil

@@ -12,7 +12,7 @@ import (
 	"lockstep/control/qmp"
 )
 
-// setLimits has the next migration keep to them.
+// setLimits sets the migration parameters and capabilities that the limits need.
 func setLimits(m *qmp.Monitor, l Limits) error {
 	if l.Bandwidth > 0 {
 		if err := m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": l.Bandwidth}, nil); err != nil {
@@ -31,13 +31,14 @@ func setLimits(m *qmp.Monitor, l Limits) error {
 	return setCapabilities(m, l.AutoConverge, "auto-converge")
 }
 
+// migrationState is some of what query-migrate returns.
 type migrationState struct {
 	Status string
 	Why    string `json:"error-desc"`
 	RAM    struct {
-		Transferred, Remaining, Total int64
-		PageSize                      int64 `json:"page-size"`
-		DirtyPages                    int64 `json:"dirty-pages-rate"` // per second
+		Transferred, Remaining, Total int64 // bytes
+		PageSize                      int64 `json:"page-size"`        // bytes
+		DirtyPages                    int64 `json:"dirty-pages-rate"` // per second; 0 until the first pass is over
 	}
 }
 
@@ -46,14 +47,15 @@ func migration(m *qmp.Monitor) (s migrationState, err error) {
 	return s, err
 }
 
-// memoryCopy follows the copy of the memory, and says when it has to be given up.
+// memoryCopy follows the copy of the memory, and decides when it has to be given up.
 type memoryCopy struct {
 	began time.Time
 	still stall
 	speed meter
 }
 
-// look takes what QEMU says of the migration. done: it is in COLO.
+// look takes the state of the migration. done: it is in COLO. An error means that it
+// failed, or has to be given up.
 func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress, done bool, err error) {
 	switch {
 	case s.Status == "colo":
@@ -77,8 +79,8 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 	return p, false, nil
 }
 
-// finish waits until COLO is on and the guest runs in it. running: it did before, and
-// must not stand still for long.
+// finish waits until COLO is on and the guest runs in it. A guest that was running before
+// must not be stopped for long.
 func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
 	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: pause}
 	err := until(ctx, "the memory is copied", func() (bool, error) {
@@ -111,8 +113,8 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 	})
 }
 
-// standsStill is an error when a guest that ran has stood still for too long, because
-// the secondary does not take the last of its state.
+// standsStill returns an error when a guest that ran before has been stopped for too
+// long, because the secondary does not take the last of its state.
 func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
 	is, _, err := m.Status()
 	if err != nil || !ran {
@@ -128,13 +130,13 @@ func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
 	return nil
 }
 
-// underWay are the states of a migration that has not ended and is not in COLO.
+// underWay are the states of a migration that has neither ended nor entered COLO.
 var underWay = []string{"setup", "active", "device"}
 
-// endMigration ends what there is of an earlier migration, COLO too, and returns when
-// QEMU can begin another. That is not when query-migrate says so, but when the
-// migration's connection is none that could be cut any more: until then QEMU refuses
-// another one ("duplicate yank instance").
+// endMigration ends an earlier migration, also one in COLO, and returns when QEMU can
+// begin another. That is later than query-migrate reports the end: until the migration's
+// connection is no yank instance any more QEMU refuses another migration ("duplicate
+// yank instance").
 func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	if err := cut(m, disks); err != nil {
 		return err

@@ -33,7 +33,7 @@ type job struct {
 func (j *job) ready() bool    { return j.Status == "ready" }
 func (j *job) finished() bool { return j.Status == "concluded" }
 
-// mirrors are the disks' jobs, in the disks' order.
+// mirrors returns the disks' mirror jobs, in the disks' order; nil: that disk has none.
 func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
 	if len(disks) == 0 {
 		return nil, nil
@@ -54,8 +54,8 @@ func mirrors(m *qmp.Monitor, disks []Disk) ([]*job, error) {
 }
 
 // mirror copies the disks and returns when both sides are the same, but for what
-// the guest writes now. It is drive-mirror's job; over a node of a name that is
-// known, so that its connection can be cut.
+// the guest writes meanwhile. It is blockdev-mirror and not drive-mirror, so that the
+// target is a node whose name is known and whose connection can be cut.
 func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error {
 	for i := range disks {
 		d := &disks[i]
@@ -94,14 +94,15 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 	})
 }
 
-// diskCopy follows the copy of one disk, and says when it has to be given up.
+// diskCopy follows the copy of one disk, and decides when it has to be given up.
 type diskCopy struct {
 	still stall
 	speed meter
 	size  int64     // bytes of the first pass; 0: QEMU does not know yet
-	first time.Time // end of the first pass: from then on what the guest writes is copied; zero: it lasts
+	first time.Time // end of the first pass: from then on what the guest writes is copied; zero: not yet
 }
 
+// look takes the state of the job. An error means that the copy has to be given up.
 func (c *diskCopy) look(now time.Time, d *Disk, j *job, l Limits) (Progress, error) {
 	if c.size == 0 {
 		c.size = j.Total
@@ -129,13 +130,13 @@ func mirrorFailed(d *Disk, j *job) error {
 	return fmt.Errorf("disk %s: copying it to the secondary failed: %s", d.ID, why)
 }
 
-// endMirror ends the jobs; the guest stands still, so both sides are the same
-// behind it.
+// endMirror completes the jobs. The guest is stopped, so that both sides are the same
+// afterwards.
 func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, pause, errors.New("the guest stands still for it, and the secondary does not take the rest of its disk"))
 	defer cancel()
 	for i := range disks {
-		// Of a job that is ready, cancel copies the rest and ends well.
+		// Cancelling a job that is ready copies the rest and completes it.
 		if err := guarded(m, disks, func() error {
 			return m.ExecuteWithin(slow, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil)
 		}); err != nil {

@@ -13,20 +13,20 @@ import (
 
 const useTap = "give the guest a tap in a bridge and list it under nics"
 
-// Backend refuses a network backend of QEMU's that is no tap: what the guest says there
-// does not come by lockstep.
+// Backend returns an error for a network backend of QEMU's that is no tap: what the
+// guest sends there does not pass lockstep.
 func Backend(kind string) error {
 	switch kind {
 	case "tap", "none", "nic":
 		return nil
 	case "vhost-user", "vhost-vdpa":
-		return fmt.Errorf("%s: another process, or a card, has the guest's frames, past this host's kernel; %s", kind, useTap)
+		return fmt.Errorf("%s: another process, or a card, has the guest's frames, without this host's kernel; %s", kind, useTap)
 	}
-	return fmt.Errorf("%s: what the guest says there does not pass lockstep; %s", kind, useTap)
+	return fmt.Errorf("%s: what the guest sends there does not pass lockstep; %s", kind, useTap)
 }
 
-// Device refuses a device of QEMU's whose state COLO does not copy, or by which the guest
-// speaks past lockstep.
+// Device returns an error for a device of QEMU's whose state COLO does not copy, or over
+// which the guest transmits without lockstep.
 func Device(model string) error {
 	switch {
 	case strings.HasPrefix(model, "vfio-"):
@@ -37,11 +37,12 @@ func Device(model string) error {
 	return nil
 }
 
-// word begins an option's value: a type or model, in either of QEMU's two spellings.
+// word matches the type or model that begins an option's value, in either of QEMU's two
+// spellings.
 var word = regexp.MustCompile(`^(?:\{.*?"(?:type|driver)"\s*:\s*"([^"]*)"|(?:driver=|type=)?([^,{]*))`)
 
-// CheckExtra refuses arguments for QEMU that give the guest a NIC or a device which
-// lockstep cannot keep in step. i is the argument.
+// CheckExtra returns an error if arguments for QEMU give the guest a NIC or a device
+// which lockstep cannot keep in step. i is the index of that argument.
 func CheckExtra(args []string) (i int, err error) {
 	for i, a := range args {
 		value := ""
@@ -73,18 +74,18 @@ var (
 	childType = regexp.MustCompile(`^child<(.+)>$`)
 )
 
-// CheckNICs refuses a guest that has a NIC or a device which lockstep cannot keep in
-// step, or another number of NICs than n.
+// CheckNICs returns an error if the guest has a NIC or a device which lockstep cannot
+// keep in step, or another number of NICs than n.
 func CheckNICs(m *qmp.Monitor, n int) error {
 	var text string
 	err := m.Execute("human-monitor-command", map[string]string{"command-line": "info network"}, &text)
 	if unknown := (*qmp.Error)(nil); errors.As(err, &unknown) && unknown.Class == "CommandNotFound" {
-		return nil // a QEMU built without the commands for people
+		return nil // this QEMU was built without HMP
 	}
 	if err != nil {
 		return err
 	}
-	nics := make(map[string]bool) // one with several queues is there several times
+	nics := make(map[string]bool) // a NIC is listed once for each of its queues
 	for _, c := range netClient.FindAllStringSubmatch(text, -1) {
 		if c[2] == "nic" {
 			nics[c[1]] = true
@@ -94,7 +95,7 @@ func CheckNICs(m *qmp.Monitor, n int) error {
 		}
 	}
 	if len(nics) != n {
-		return fmt.Errorf("the guest has %d NICs, and the config lists %d under nics: list all of them, for what the guest says on another does not pass lockstep", len(nics), n)
+		return fmt.Errorf("the guest has %d NICs, and the config lists %d under nics: list all of them, for what the guest sends on another does not pass lockstep", len(nics), n)
 	}
 	models, err := devices(m)
 	if err != nil {
@@ -108,7 +109,7 @@ func CheckNICs(m *qmp.Monitor, n int) error {
 	return nil
 }
 
-// devices are the models of the guest's devices, by their names in QEMU.
+// devices returns the models of the guest's devices by their names in QEMU.
 func devices(m *qmp.Monitor) (map[string]string, error) {
 	models := make(map[string]string)
 	for _, where := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {

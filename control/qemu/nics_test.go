@@ -21,7 +21,7 @@ func TestCheckExtra(t *testing.T) {
 		"-nic none":                                        "",
 		"-netdev vhost-user,id=n,chardev=c":                "0 -netdev vhost-user: another process",
 		"-display none -netdev vhost-vdpa,x=y":             "2 -netdev vhost-vdpa: another process",
-		"--netdev user,id=n":                               "0 --netdev user: what the guest says there does not pass lockstep",
+		"--netdev user,id=n":                               "0 --netdev user: what the guest sends there does not pass lockstep",
 		"-nic tap,ifname=t":                                "0 -nic tap: a tap that is not under nics",
 		`-netdev {"id":"n","type":"stream"}`:               "0 -netdev stream: ",
 		"-net socket,listen=:1":                            "0 -net socket: ",
@@ -56,7 +56,7 @@ func TestCheckNICs(t *testing.T) {
 		"none":       {0, "", ""},
 		"two":        {2, "-device virtio-net-pci,id=n0 -device e1000", ""},
 		"one unsaid": {1, "-device virtio-net-pci,id=n0 -device e1000", "has 2 NICs, and the config lists 1"},
-		"user":       {1, "-netdev user,id=u0 -device virtio-net-pci,netdev=u0", "backend u0 is a user: what the guest says there does not pass lockstep"},
+		"user":       {1, "-netdev user,id=u0 -device virtio-net-pci,netdev=u0", "backend u0 is a user: what the guest sends there does not pass lockstep"},
 		"socket":     {1, "-netdev dgram,id=s0,local.type=unix,local.path=" + dir + "/a,remote.type=unix,remote.path=" + dir + "/b -device e1000,netdev=s0", "backend s0 is a dgram: "},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -18,16 +18,16 @@ import (
 	"lockstep/control/qmp"
 )
 
-// OverlaySpace is a file system that holds a secondary's overlays.
+// OverlaySpace is the room on a file system that holds a secondary's overlays.
 type OverlaySpace struct {
 	Dir   string   // overlay_dir of the first of the disks
-	Disks []string // whose overlays are there
+	Disks []string // IDs of the disks whose overlays are there
 	Used  int64    // bytes that the overlays take
-	Free  int64    // bytes that are left for them, or for anybody
+	Free  int64    // bytes free on the file system
 }
 
-// Overlays looks at the overlays, and at the room around them. A folder that is not
-// there yet counts as what it will be in.
+// Overlays returns the room on each file system that holds overlays. A folder that does
+// not exist yet counts to the file system it will be on.
 func (s *Spec) Overlays() ([]OverlaySpace, error) {
 	var all []OverlaySpace
 	at := make(map[uint64]int) // device → index
@@ -58,7 +58,7 @@ func (s *Spec) Overlays() ([]OverlaySpace, error) {
 	return all, nil
 }
 
-// existing is the folder, or what is there of the way to it.
+// existing returns the folder, or its closest parent that exists.
 func existing(dir string) (string, error) {
 	for {
 		_, err := os.Stat(dir)
@@ -72,11 +72,11 @@ func existing(dir string) (string, error) {
 
 var overlayKinds = []string{"active", "hidden"}
 
-// MinOverlayRoom is how many bytes there have to be for one disk's overlays, or QEMU is
-// not started over them. They grow with what the guest writes between two checkpoints.
+// MinOverlayRoom is how many bytes have to be free for one disk's overlays when QEMU is
+// started. They grow with what the guest writes between two checkpoints.
 const MinOverlayRoom = 4 << 20
 
-// OverlayError is about an overlay_dir in which a secondary's overlays cannot be.
+// OverlayError means that a secondary's overlays cannot be made in an overlay_dir.
 type OverlayError struct {
 	Dir   string
 	Disks []string
@@ -87,8 +87,8 @@ func (e *OverlayError) Error() string {
 	return fmt.Sprintf("overlay_dir %s, of disk %s: %s; free some of it, or name a larger overlay_dir", e.Dir, strings.Join(e.Disks, ", "), e.Why)
 }
 
-// roomForOverlays takes away what an earlier secondary left and finds out whether there
-// is room for new ones.
+// roomForOverlays removes the overlays of an earlier secondary and checks that there is
+// room for new ones.
 func (s *Spec) roomForOverlays() error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
@@ -122,10 +122,10 @@ func (s *Spec) overlay(d *Disk, kind string) string {
 	return filepath.Join(d.OverlayDir, s.VM+"-"+s.Node+"-"+d.ID+"-"+kind+".qcow2")
 }
 
-// makeOverlays makes the secondary's overlays anew: what they held was against
-// another state of the image. With lazy refcounts one is marked as dirty from its first
-// write on until QEMU closes it. What the folder does not let it do is an
-// [*OverlayError].
+// makeOverlays makes the secondary's overlays anew: earlier ones lie over another state
+// of the image. They have lazy refcounts, with which qcow2 marks a file as dirty from its
+// first write until QEMU closes it ([MergeOverlays] needs that). Where the folder is the
+// cause, the error is an [*OverlayError].
 func (s *Spec) makeOverlays() error {
 	if err := s.roomForOverlays(); err != nil {
 		return err
@@ -148,9 +148,8 @@ func (s *Spec) makeOverlays() error {
 	return nil
 }
 
-// Merged reports whether a guest that took over has merged what it wrote into its
-// images, as it does in the background. Until then the images alone are of
-// no use: the overlays hold the rest.
+// Merged reports whether the overlays of a guest that took over are merged into its
+// images, which QEMU does in the background. Until then the images alone are incomplete.
 func Merged(m *qmp.Monitor, disks []Disk) (bool, error) {
 	have, err := nodes(m)
 	if err != nil {
@@ -164,10 +163,11 @@ func Merged(m *qmp.Monitor, disks []Disk) (bool, error) {
 	return true, nil
 }
 
-// MergeOverlays merges, while no QEMU runs, what a guest that took over wrote into its
-// images. It takes as long as there is to merge, and ends early with ctx; it may be
-// repeated: a merge that was cut off begins anew. One that QEMU has made is not made
-// again, because the image is newer than the overlays then: QEMU closes them behind it.
+// MergeOverlays merges the overlays of a guest that took over into its images while no
+// QEMU runs. It takes as long as there is to merge, and ends early with ctx. It may be
+// repeated, and starts a merge anew that was interrupted. Overlays that are not marked as
+// dirty are left out: QEMU has closed them after a merge of its own, and the images are
+// newer.
 func MergeOverlays(ctx context.Context, s *Spec) error {
 	for i := range s.Disks {
 		d := &s.Disks[i]
@@ -183,7 +183,7 @@ func MergeOverlays(ctx context.Context, s *Spec) error {
 		if !info.Dirty {
 			continue
 		}
-		// Until then the overlays do not name what they lie over: QEMU was told.
+		// The overlays do not name their backing files: QEMU gets those as options.
 		for _, args := range [][]string{
 			{"rebase", "-u", "-f", "qcow2", "-F", d.format(), "-b", d.Image, hidden},
 			{"rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", hidden, active},

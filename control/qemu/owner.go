@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Owner is the process that listens on the monitor socket which conn was made to. It
-// is known as soon as the connection is made, though nobody may ever take it.
+// Owner returns the process that listens on the monitor socket which conn is connected
+// to. The kernel knows it as soon as the connection is made, accepted or not.
 func Owner(conn *net.UnixConn) (*Process, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -35,13 +35,13 @@ func Owner(conn *net.UnixConn) (*Process, error) {
 	}
 	if cred.Pid == 0 {
 		unix.Close(fd)
-		return nil, fmt.Errorf("who listens on %s: a process of another PID namespace", conn.RemoteAddr())
+		return nil, fmt.Errorf("who listens on %s is not known: it is a process of another PID namespace", conn.RemoteAddr())
 	}
 	return watch(int(cred.Pid), fd)
 }
 
-// Listens reports whether p still listens on the unix socket that was bound as path:
-// also when the file is gone, or another's.
+// Listens reports whether p still listens on the unix socket that was bound as path. The
+// file may have been removed, or belong to another process by now.
 func (p *Process) Listens(path string) (listens bool, err error) {
 	err = p.each(path, func(fd int) (bool, error) {
 		n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
@@ -51,9 +51,9 @@ func (p *Process) Listens(path string) (listens bool, err error) {
 	return listens, err
 }
 
-// Client names the process that p serves on the unix socket bound as path, as a monitor
-// serves one client at a time; "": there is none. A client that has closed its end does
-// not count, though p may not have noticed.
+// Client names the process that p serves on the unix socket bound as path; "": there is
+// none. A monitor serves one client at a time. A client that has closed its end does not
+// count, even if p has not noticed yet.
 func (p *Process) Client(path string) (who string, err error) {
 	err = p.each(path, func(fd int) (bool, error) {
 		if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); n == 1 || err != nil {
@@ -68,7 +68,7 @@ func (p *Process) Client(path string) (who string, err error) {
 			return false, err
 		}
 		who = fmt.Sprintf("process %d", cred.Pid)
-		// It may have ended, and another go on with its socket.
+		// That process may have ended after handing its socket to another.
 		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cred.Pid)); err == nil {
 			who += " (" + strings.TrimSpace(string(name)) + ")"
 		}
@@ -77,9 +77,9 @@ func (p *Process) Client(path string) (who string, err error) {
 	return who, err
 }
 
-// each hands f p's sockets that were bound as path, or accepted there, one after the
-// other, until it has enough. It asks p's descriptors: /proc/net/unix shows an accepted
-// connection in the network namespace of its client only.
+// each calls f with each of p's sockets that was bound as path or accepted there, until f
+// returns enough. It goes through p's descriptors, because /proc/net/unix shows an
+// accepted connection only in the network namespace of its client.
 func (p *Process) each(path string, f func(fd int) (enough bool, err error)) error {
 	dir := fmt.Sprintf("/proc/%d/fd", p.pid)
 	all, err := os.ReadDir(dir)
@@ -119,6 +119,6 @@ func (p *Process) each(path string, f func(fd int) (enough bool, err error)) err
 // Stopped reports whether a signal has stopped p (SIGSTOP).
 func (p *Process) Stopped() bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.pid))
-	_, rest, _ := strings.Cut(string(b), ") ") // QEMU's name has no parenthesis
+	_, rest, _ := strings.Cut(string(b), ") ") // after the program's name, in which QEMU's has no parenthesis
 	return err == nil && strings.HasPrefix(rest, "T")
 }

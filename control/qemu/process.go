@@ -28,19 +28,19 @@ var ErrNotRunning = errors.New("QEMU does not run")
 // Process is a running QEMU. It outlives the daemon that started it.
 type Process struct {
 	pid  int
-	fd   int // pidfd: cannot come to mean another process
+	fd   int // pidfd: unlike pid it never refers to another process
 	done chan struct{}
 
 	release sync.Once
 	stop    [2]int // a pipe: closing its end stops the watch
 }
 
-// Start starts the guest: paused as a primary, or with in as a secondary that
-// waits for one. It returns when the monitor answers; when QEMU ends before, with
-// what that said. [Spec.Check] comes first.
+// Start starts the guest: paused as a primary, or with in as a secondary that waits for
+// its primary. It returns when the monitor answers. When QEMU ends before, the error has
+// what QEMU printed. Call [Spec.Check] first.
 //
-// A secondary's overlays are made anew, and with them goes whatever a guest that
-// took over had not yet merged into its image ([Merged]).
+// A secondary's overlays are made anew. What a guest that took over wrote and had not
+// yet merged into its image ([Merged]) is lost.
 func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	if p, err := Find(s); err == nil {
 		defer p.Release()
@@ -59,7 +59,7 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, f := range []string{s.QMP, s.file(".pid")} { // what a killed QEMU leaves
+	for _, f := range []string{s.QMP, s.file(".pid")} { // left by a QEMU that was killed
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
@@ -73,7 +73,7 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	cmd.Env = append(os.Environ(), s.Env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	fd := -1
-	// A session of its own: no terminal's signal ends the guest.
+	// Setsid: a signal of the terminal does not reach the guest.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &fd}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("QEMU: %w", err)
@@ -89,7 +89,7 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 		cmd.Wait()
 		return nil, err
 	}
-	go cmd.Wait() // no zombie is left
+	go cmd.Wait() // reaps the process
 	if err := p.answers(ctx, s.QMP); err != nil {
 		p.Kill(context.Background())
 		p.Release()
@@ -101,13 +101,13 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	return p, nil
 }
 
-// startup bounds how long QEMU may take from its start to its monitor's first answer;
-// with much memory that it has to touch first it is minutes. gone bounds how long one
-// that was killed may take to be gone: it may wait for storage that does not answer.
-// Tests shorten them.
+// startup bounds how long QEMU may take from its start to its monitor's first answer,
+// which is minutes if it has to touch much memory first. gone bounds how long a QEMU that
+// was killed may take to exit, which waits for storage that does not answer. Tests shorten
+// both.
 var startup, gone = 5 * time.Minute, 30 * time.Second
 
-// answers waits until the monitor answers. The socket is there earlier; QEMU may
+// answers waits until the monitor answers. That the socket exists is not enough: QEMU may
 // still fail to make the guest's devices.
 func (p *Process) answers(ctx context.Context, path string) error {
 	ctx, done := context.WithTimeoutCause(ctx, startup, fmt.Errorf("not within %v", startup))
@@ -128,7 +128,7 @@ func (p *Process) answers(ctx context.Context, path string) error {
 	}
 }
 
-// Log is the end of what QEMU has printed since it was started, in one line.
+// Log returns the last 1000 bytes that QEMU has printed since it was started, as one line.
 func Log(s *Spec) string {
 	b, err := os.ReadFile(s.file(".log"))
 	if err != nil {
@@ -140,7 +140,7 @@ func Log(s *Spec) string {
 // Find finds the QEMU that an earlier daemon started; [ErrNotRunning] when there
 // is none.
 func Find(s *Spec) (*Process, error) {
-	// QEMU writes the file itself, so it is right however soon the daemon died.
+	// QEMU writes the file itself, so it exists even if the daemon died right after the start.
 	b, err := os.ReadFile(s.file(".pid"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrNotRunning
@@ -150,7 +150,7 @@ func Find(s *Spec) (*Process, error) {
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil || pid < 1 {
-		return nil, ErrNotRunning // not yet written, or not by QEMU
+		return nil, ErrNotRunning // not written yet, or not by QEMU
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
@@ -159,8 +159,8 @@ func Find(s *Spec) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("process %d: pidfd: %w", pid, err)
 	}
-	// Behind a crash or a reboot the number may be another's. The command line of
-	// the process that fd is, for as long as fd says that it lives.
+	// After a crash or a reboot the number may be another process's. The command line read
+	// is that of fd's process if fd shows it alive afterwards.
 	line, err := commandLine(pid)
 	if errors.Is(err, program.ErrGivenUp) {
 		unix.Close(fd)
@@ -173,8 +173,8 @@ func Find(s *Spec) (*Process, error) {
 	return watch(pid, fd)
 }
 
-// commandLine is a process's. To read it the kernel waits for one that holds its own
-// memory, as while it waits for storage.
+// commandLine returns a process's command line. Reading it can block: the kernel takes
+// the process's mmap lock, which a process that waits for storage may hold.
 func commandLine(pid int) ([]byte, error) {
 	ctx, done := context.WithTimeout(context.Background(), patience)
 	defer done()
@@ -191,7 +191,7 @@ func commandLine(pid int) ([]byte, error) {
 	return <-read, nil
 }
 
-// watch takes over fd.
+// watch makes a Process of a pidfd, which it takes over, and closes done at its end.
 func watch(pid, fd int) (*Process, error) {
 	p := &Process{pid: pid, fd: fd, done: make(chan struct{})}
 	if err := unix.Pipe2(p.stop[:], unix.O_CLOEXEC); err != nil {
@@ -215,7 +215,7 @@ func watch(pid, fd int) (*Process, error) {
 	return p, nil
 }
 
-// Pid is the process's number.
+// Pid returns the process's ID.
 func (p *Process) Pid() int { return p.pid }
 
 // Done is closed when QEMU has ended.
@@ -231,7 +231,7 @@ func (p *Process) Alive() bool {
 	}
 }
 
-// Kill ends QEMU at once, as a crash would, and waits until it is gone.
+// Kill sends SIGKILL and waits until QEMU is gone.
 func (p *Process) Kill(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("QEMU, process %d: kill: %w", p.pid, err)
@@ -246,8 +246,8 @@ func (p *Process) Kill(ctx context.Context) error {
 	}
 }
 
-// Release gives up the watch and leaves QEMU as it is. The Process must not be
-// used behind it, and Done says nothing more.
+// Release frees the Process and leaves QEMU as it is. The Process must not be used
+// afterwards: Done is never closed then.
 func (p *Process) Release() {
 	p.release.Do(func() {
 		unix.Close(p.stop[1])

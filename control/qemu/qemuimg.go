@@ -14,8 +14,8 @@ import (
 	"lockstep/control/program"
 )
 
-// DiskSizes are what the guest sees of its disks, in bytes, in their order. It
-// works while they are in use.
+// DiskSizes returns the sizes of the disks as the guest sees them, in bytes and in their
+// order. The images may be in use.
 func (s *Spec) DiskSizes() ([]int64, error) {
 	sizes := make([]int64, len(s.Disks))
 	var errs []error
@@ -27,8 +27,8 @@ func (s *Spec) DiskSizes() ([]int64, error) {
 	return sizes, errors.Join(errs...)
 }
 
-// size asks qemu-img. Unless shared, an image that another process uses is
-// refused.
+// size is what the guest sees of the disk, in bytes. Unless shared, an image that another
+// process has locked is an error.
 func (d *Disk) size(shared bool) (int64, error) {
 	args := []string{"info", "--output=json", "-f", d.format()}
 	if shared {
@@ -45,24 +45,25 @@ func (d *Disk) size(shared bool) (int64, error) {
 	return info.Size, nil
 }
 
-// imageInfo is some of what `qemu-img info` tells.
+// imageInfo is some of what `qemu-img info` prints.
 type imageInfo struct {
 	Size  int64 `json:"virtual-size"`
-	Dirty bool  `json:"dirty-flag"` // qcow2: it was written to and not closed
+	Dirty bool  `json:"dirty-flag"` // qcow2 with lazy refcounts: it was written to and not closed
 }
 
 // patience bounds what may wait for storage that does not answer, or for a process that
-// stands still. A test shortens it.
+// is stopped. Tests shorten it.
 var patience = 10 * time.Second
 
-// qemuImg returns what qemu-img prints; an error is its own words.
+// qemuImg runs qemu-img and returns what it prints. If it fails, the error is what it
+// printed to standard error.
 func qemuImg(args ...string) ([]byte, error) {
 	ctx, done := context.WithTimeout(context.Background(), patience)
 	defer done()
 	return qemuImgUntil(ctx, args...)
 }
 
-// qemuImgUntil is qemuImg for what may take its time.
+// qemuImgUntil is qemuImg with the caller's bound in place of patience.
 func qemuImgUntil(ctx context.Context, args ...string) ([]byte, error) {
 	out, said, err := program.Output(ctx, "qemu-img", args...)
 	switch {

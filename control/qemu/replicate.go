@@ -14,26 +14,26 @@ import (
 	"lockstep/control/qmp"
 )
 
-// Options of Replicate.
+// Options of [Replicate].
 type Options struct {
 	// Resync copies the disks to the secondary first. Without it the images of
 	// both hosts have to be the same already.
 	Resync bool
-	// Progress is told how far things are, in between; nil: nobody is.
+	// Progress is called again and again while something is copied; it may be nil.
 	Progress func(Progress)
 	Limits
 
-	ownPeriod bool // a mutation, only tests set it: QEMU\'s own period stays
+	ownPeriod bool // a mutation, only tests set it: QEMU's own period stays
 }
 
-// Progress is how much is done of copying one disk, or the memory, or of comparing a
+// Progress is how far the copy of one disk or of the memory is, or the comparison of a
 // disk's images.
 type Progress struct {
 	What        string // "memory" or the disk's ID
 	Compare     bool   // both hosts' images are compared, and nothing is copied
 	Done, Total int64  // bytes; Total may grow
 	Rate        int64  // bytes per second; 0: not measured yet
-	Dirtied     int64  // of memory: bytes per second that the guest writes meanwhile; 0: not measured yet
+	Dirtied     int64  // bytes of memory that the guest writes per second, each page counted once a pass; 0: not measured yet
 }
 
 func (p Progress) String() string {
@@ -51,9 +51,8 @@ func (p Progress) String() string {
 	return s
 }
 
-// PrepareSecondary makes a secondary that waits for its primary ready for it:
-// behind it the primary may call [Replicate]. nbd is where it serves its disks'
-// images.
+// PrepareSecondary makes a secondary that waits for its primary ready for the primary's
+// [Replicate]. It serves its disks' images at nbd.
 func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, nbd netip.AddrPort) error {
 	if err := checkCaps(caps, disks); err != nil {
 		return err
@@ -61,7 +60,7 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 	if mode, err := m.COLO(); err != nil || mode == "secondary" {
 		return err
 	}
-	// From 8.1 on the secondary has to know; 7.2 does not mind.
+	// QEMU 8.1 and later need it on the secondary too, and 7.2 allows it.
 	if err := setCOLO(m, true); err != nil {
 		return err
 	}
@@ -94,19 +93,18 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 	return nil
 }
 
-// Replicate makes a primary, or a guest that is alone, replicate to the
-// secondary at to, which is prepared. Behind it the guest runs in COLO: it does
-// so as well when it was paused before, as a primary is that was just started.
-// When replication is on already, it returns at once.
+// Replicate makes a primary, or a guest without a secondary, replicate to the secondary at
+// to, which [PrepareSecondary] has prepared. Afterwards the guest runs in COLO, also if it
+// was paused before, as a primary is that was just started. If replication is on already,
+// Replicate returns at once.
 //
-// The guest runs meanwhile. When it fails, or ctx ends, everything is undone, and
-// the guest goes on alone if it ran. The secondary's QEMU has to be started anew
+// The guest runs meanwhile. After an error, ctx's end among them, everything is undone and
+// the guest goes on alone if it ran before. The secondary's QEMU has to be started anew
 // then.
 //
-// Other than with QEMU's replication driver on the primary, which refuses writes
-// until COLO is on, the secondary's image is an NBD child of the disk's quorum from
-// the moment on in which both are the same. So the guest need not stand still while
-// its memory is copied.
+// The primary does not use QEMU's replication driver, which refuses writes until COLO is
+// on. Instead the secondary's image becomes an NBD child of the disk's quorum as soon as
+// both are the same. So the guest can run while its memory is copied.
 func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to Incoming, o Options) error {
 	if err := checkCaps(caps, disks); err != nil {
 		return err
@@ -124,7 +122,7 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 		return err
 	}
 	if !slices.Contains([]string{"setup", "active", "colo"}, state.Status) {
-		// What an earlier try has left is found before a disk is copied in vain.
+		// First, because otherwise the disks may be copied in vain.
 		if err := endMigration(ctx, m, disks); err != nil {
 			return err
 		}
@@ -139,10 +137,10 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 	return nil
 }
 
-// begin does everything up to the order to migrate.
+// begin does everything up to the command migrate, and that.
 func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Options, running bool) error {
 	if len(disks) > 0 {
-		// Of an earlier try, or of the time before a failover.
+		// What an earlier try has left, or a failover.
 		if err := detach(m, disks); err != nil {
 			return err
 		}
@@ -182,7 +180,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 	if err := setCOLO(m, true); err != nil {
 		return err
 	}
-	// No checkpoint but ours, from the first moment on (R12).
+	// QEMU must make no checkpoint of its own, from the beginning (R12).
 	if !o.ownPeriod {
 		if err := m.Checkpoint(); err != nil {
 			return err
@@ -191,15 +189,15 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 	return m.Execute("migrate", map[string]any{"uri": to.Migration}, nil)
 }
 
-// undo leaves a guest that is alone, running if it was; it needs no context,
-// because each command has its deadline.
+// undo takes back a try to replicate: the guest is alone again, and runs if it did before.
+// It has no context because it has to be done, and each command has a deadline.
 func undo(m *qmp.Monitor, disks []Disk, running bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*settle)
 	defer cancel()
-	// Whatever waits for the secondary fails at once.
+	// This makes whatever waits for the secondary fail at once.
 	err := endMigration(ctx, m, disks)
 	if running {
-		err = errors.Join(err, goOn(m)) // the rest need not keep it waiting
+		err = errors.Join(err, goOn(m)) // before the rest, which may take a while
 	}
 	for i := range disks {
 		m.Execute("block-job-cancel", map[string]any{"device": mirrorJob(&disks[i]), "force": true}, nil)
@@ -229,7 +227,7 @@ func undo(m *qmp.Monitor, disks []Disk, running bool) error {
 	return nil
 }
 
-// goOn has a guest run that does not.
+// goOn resumes a guest that does not run.
 func goOn(m *qmp.Monitor) error {
 	is, _, err := m.Status()
 	if err != nil || is {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package qemu is what lockstep does to a guest's QEMU: it starts the process,
-// and takes it over QMP through COLO's procedures: replication of memory and
-// disks to the secondary, both failovers, replication to a new secondary.
+// Package qemu starts and controls a guest's QEMU. Over QMP it carries out COLO's
+// procedures: replication of memory and disks to the secondary, failover to either side,
+// and replication to a new secondary.
 //
-// It needs no QMP events, which are the daemon's to read: it asks for states
-// until they are as wanted. Every step may be repeated, so that a daemon that
-// was started again just does it again.
+// It uses no QMP events, which the daemon reads: it polls states instead. Every step may
+// be repeated, so that a daemon that was restarted just does the step again.
+//
+// In comments P is the primary's host and S the secondary's.
 package qemu
 
 import (
@@ -15,30 +16,31 @@ import (
 	"path/filepath"
 )
 
-// Guest is what a guest is made of and run with.
+// Guest is the configuration of a guest.
 type Guest struct {
 	Binary  string // a path, or a name to look up in PATH
 	Machine string
-	Accel   string // "kvm" or "tcg", and QEMU's options behind a comma
+	Accel   string // "kvm" or "tcg"; QEMU's options may follow, after a comma
 	CPU     string
 	Memory  int64 // bytes, whole KiB
 	SMP     int
 
 	Kernel, Initrd, Append string // Kernel "": the guest boots from its disks
 
-	NICModel string // QEMU's device, "virtio-net-pci"
+	NICModel string // QEMU's name of the device, "virtio-net-pci"
 	Disks    []Disk
 
-	Extra []string // further arguments, as they are
-	User  string   // that QEMU becomes, a name or uid:gid; "": it stays what lockstep is
+	Extra []string // further arguments of QEMU
+	User  string   // the user that QEMU becomes, a name or uid:gid; "": that of the daemon
 }
 
-// Spec is one guest on one host.
+// Spec is the configuration of one guest on one host. What depends on this host's QEMU
+// is found out when the guest is started.
 type Spec struct {
-	VM, Node string // name the files in Dir; Node is this host's
+	VM, Node string // names of the guest and of this host, used for the files in Dir
 	Guest
 	NICs []NIC
-	Env  []string // QEMU's environment beside the daemon's, "NAME=value"
+	Env  []string // QEMU's environment besides the daemon's, "NAME=value"
 
 	QMP string // path of the monitor's socket
 	Dir string // of pid file and log
@@ -46,7 +48,7 @@ type Spec struct {
 	mask bool // mutation, set by tests: a disk's vote threshold is 1 (R24)
 }
 
-// NIC is a guest NIC on a tap that exists.
+// NIC is a guest's NIC. The tap exists before QEMU is started.
 type NIC struct {
 	Tap string
 	MAC net.HardwareAddr
@@ -57,8 +59,8 @@ type NIC struct {
 type Disk struct {
 	ID         string // the same on both hosts
 	Image      string
-	Format     string // "qcow2", which "" means too, or "raw". It is never guessed: a guest could write another format's header
-	OverlayDir string // of the secondary's overlays, which hold what the guests write between checkpoints; best on a RAM disk
+	Format     string // "qcow2" (also ""), or "raw". It is never detected: a guest could write another format's header
+	OverlayDir string // folder of the secondary's overlays, which hold what the guests write between checkpoints; best on a RAM disk
 }
 
 func (d *Disk) format() string {
@@ -68,7 +70,7 @@ func (d *Disk) format() string {
 	return d.Format
 }
 
-// Incoming is where a secondary waits for its primary.
+// Incoming is where a secondary's QEMU listens for its primary's.
 type Incoming struct {
 	Migration string         // "tcp:HOST:PORT" or "unix:PATH"
 	NBD       netip.AddrPort // of the disks, if there are any

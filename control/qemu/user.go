@@ -71,7 +71,7 @@ func checkUser(user string, disks []Disk, secondary bool) error {
 	return errors.Join(errs...)
 }
 
-// give makes a user the owner of a file that lockstep made for QEMU. "": it stays as it is.
+// give makes a user the owner of a file that lockstep made for QEMU. "": nothing is done.
 func give(user, path string) error {
 	if user == "" {
 		return nil

@@ -3,12 +3,12 @@
 // Package qmp talks to one QEMU over its monitor socket (QMP), with deadlines,
 // typed errors and bounds.
 //
-// [Monitor] is a go-qemu qmp.Monitor, so go-qemu's typed commands (qmp/raw) run
-// over it, but it is not go-qemu's SocketMonitor. That one cannot be made safe
-// from outside (read at v0.0.0-20250212194115): it drops what QEMU sends behind
-// the handshake, so a STOP may be lost; one unasked reply blocks all events
-// for good; a reply is handed out in the buffer that the next line overwrites;
-// an error's class is thrown away; lines end at 64 KiB; nothing has a deadline.
+// [Monitor] implements go-qemu's qmp.Monitor, so that go-qemu's typed commands (qmp/raw)
+// run over it. go-qemu's own SocketMonitor cannot be made safe from outside (read at
+// v0.0.0-20250212194115): it drops what QEMU sends right after the handshake, so that a
+// STOP may be lost; one unexpected reply blocks all events forever; a reply is returned in
+// the buffer that the next line overwrites; the class of an error is dropped; lines are
+// limited to 64 KiB; nothing has a deadline.
 package qmp
 
 import (
@@ -35,7 +35,7 @@ const (
 	// maxLine bounds one line from QEMU. query-qmp-schema, the longest reply
 	// known, is about 200 KiB.
 	maxLine = 4 << 20
-	// maxEvents bounds the events that wait for their reader.
+	// maxEvents bounds the events that are queued for the reader.
 	maxEvents = 1024
 
 	// noPeriod is x-checkpoint-delay's maximum, 49 days: QEMU makes no
@@ -43,8 +43,8 @@ const (
 	noPeriod = math.MaxUint32
 )
 
-// ErrTimeout means that QEMU did not answer in time. The connection is closed
-// then, because a late reply must not be taken for the next one's.
+// ErrTimeout means that QEMU did not answer in time. The connection is closed then, so
+// that a late reply cannot be taken for that of the next command.
 var ErrTimeout = errors.New("no answer in time")
 
 // Error is QEMU's refusal of a command.
@@ -58,23 +58,23 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("qmp %s: %s (%s)", e.Command, e.Description, e.Class)
 }
 
-// Event is something that QEMU tells unasked.
+// Event is an asynchronous message of QEMU's.
 type Event = qmp.Event
 
-// Time is when QEMU says it happened, by the host's clock.
+// Time returns when an event happened according to QEMU, by its host's real-time clock.
 func Time(e Event) time.Time {
 	return time.Unix(e.Timestamp.Seconds, e.Timestamp.Microseconds*int64(time.Microsecond))
 }
 
-// Monitor is a connection to QEMU's monitor. It does not reconnect: after any
-// failure it is closed and its owner dials again, because events may be lost.
+// Monitor is a connection to QEMU's monitor. It does not reconnect, because events may
+// have been lost: after any failure it is closed, and its owner dials again.
 type Monitor struct {
 	conn    net.Conn
 	timeout time.Duration
 	version qmp.Version
 	events  chan Event
 
-	run sync.Mutex // one command at a time
+	run sync.Mutex // held by the one command under way, but for those out of band
 
 	oob bool // QEMU takes commands out of band
 
@@ -97,8 +97,8 @@ func Dial(ctx context.Context, path string, timeout time.Duration) (*Monitor, er
 	return DialTo(ctx, path, timeout, func(*net.UnixConn) {})
 }
 
-// DialTo is Dial, and hands on the connection before the monitor has answered on it:
-// one that serves somebody else does not.
+// DialTo is [Dial], and calls connected with the connection before the monitor has
+// answered on it, which a monitor that serves another client does not do.
 func DialTo(ctx context.Context, path string, timeout time.Duration, connected func(*net.UnixConn)) (*Monitor, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -111,7 +111,7 @@ func DialTo(ctx context.Context, path string, timeout time.Duration, connected f
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(nil, maxLine)
 
-	// The context also ends a handshake that QEMU answers byte by byte.
+	// This bounds the whole handshake, also one that is answered byte by byte.
 	stop := context.AfterFunc(ctx, func() { m.fail(ErrTimeout) })
 	defer stop()
 	if err := m.greeting(lines); err != nil {
@@ -130,7 +130,7 @@ func DialTo(ctx context.Context, path string, timeout time.Duration, connected f
 	return m, nil
 }
 
-// connect waits while the queue of those who wait to be served is full.
+// connect dials path, and waits while the socket's queue of connections is full.
 func connect(ctx context.Context, path string) (*net.UnixConn, error) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -179,7 +179,7 @@ func scanErr(lines *bufio.Scanner) error {
 	return io.EOF
 }
 
-// Version is what QEMU said of itself, "7.2.0".
+// Version returns QEMU's version as the monitor's greeting has it, "7.2.0".
 func (m *Monitor) Version() string { return m.version.String() }
 
 // read takes lines in until the connection closes.
@@ -197,7 +197,7 @@ func (m *Monitor) read(lines *bufio.Scanner) {
 	m.fail(scanErr(lines))
 }
 
-// line handles one line. The line is the scanner's: what stays is copied.
+// line handles one line. The buffer belongs to the scanner, so what is kept is copied.
 func (m *Monitor) line(b []byte) error {
 	var l struct {
 		Event string
@@ -223,7 +223,7 @@ func (m *Monitor) line(b []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if l.ID == nil || m.waiting[*l.ID] == nil {
-		return errors.New("a reply to nothing that was asked")
+		return errors.New("a reply to no command that was sent")
 	}
 	r := reply{line: bytes.Clone(b)}
 	if l.Error != nil {
@@ -249,7 +249,7 @@ func (m *Monitor) fail(err error) {
 	clear(m.waiting)
 }
 
-// Err tells why the connection closed; nil while it is open.
+// Err returns why the connection was closed; nil: it is open.
 func (m *Monitor) Err() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -272,14 +272,14 @@ func (m *Monitor) ExecuteWithin(timeout time.Duration, command string, args, res
 	return decode(command, out, result)
 }
 
-// PassFile gives QEMU an open file: a command may name it, where it takes a file's name
-// or number.
+// PassFile passes QEMU an open file under a name, by which commands that take a
+// descriptor may refer to it.
 func (m *Monitor) PassFile(name string, f *os.File) error {
 	conn, ok := m.conn.(*net.UnixConn)
 	if !ok {
 		return errors.New("qmp getfd: files can be passed over a unix socket only")
 	}
-	// QEMU keeps the last file that came, until it is given a name.
+	// QEMU keeps the last descriptor it received until getfd names it.
 	if _, _, err := conn.WriteMsgUnix([]byte("\n"), syscall.UnixRights(int(f.Fd())), nil); err != nil {
 		return fmt.Errorf("qmp getfd: %w", err)
 	}
@@ -305,15 +305,15 @@ type request struct {
 	ID      uint64 `json:"id"`
 }
 
-// command returns the whole line of the reply.
+// command runs a command after the one under way and returns the whole line of the reply.
 func (m *Monitor) command(timeout time.Duration, command string, args any) ([]byte, error) {
 	m.run.Lock()
 	defer m.run.Unlock()
 	return m.send(timeout, command, request{Execute: command, Args: args})
 }
 
-// outOfBand runs a command that allows it beside the one that is under way, even
-// if that hangs.
+// outOfBand runs a command that QEMU allows out of band, without waiting for the one under
+// way, which may hang.
 func (m *Monitor) outOfBand(command string, args, result any) error {
 	if !m.oob {
 		return m.Execute(command, args, result)
@@ -344,7 +344,7 @@ func (m *Monitor) send(timeout time.Duration, command string, r request) ([]byte
 		m.mu.Unlock()
 		return nil, fmt.Errorf("qmp %s: arguments: %w", command, err)
 	}
-	// The timer guards the write as well: closing the socket ends it.
+	// The timer bounds the write too: it closes the socket.
 	expired := time.AfterFunc(timeout, func() { m.fail(ErrTimeout) })
 	defer expired.Stop()
 	if _, err := m.conn.Write(append(b, '\n')); err != nil {
@@ -361,7 +361,8 @@ func (m *Monitor) send(timeout time.Duration, command string, r request) ([]byte
 	return got.line, nil
 }
 
-// Run is go-qemu's way in: a whole command as JSON, the whole reply out.
+// Run runs a command given as JSON and returns the whole reply. It is part of go-qemu's
+// interface.
 func (m *Monitor) Run(command []byte) ([]byte, error) {
 	var c struct {
 		Execute   string
@@ -376,7 +377,7 @@ func (m *Monitor) Run(command []byte) ([]byte, error) {
 	return m.command(m.timeout, c.Execute, c.Arguments)
 }
 
-// Connect is part of go-qemu's interface; Dial did it.
+// Connect does nothing, since [Dial] has connected. It is part of go-qemu's interface.
 func (m *Monitor) Connect() error { return m.Err() }
 
 // Disconnect closes the connection.
@@ -385,14 +386,15 @@ func (m *Monitor) Disconnect() error {
 	return nil
 }
 
-// Events is where QEMU's events come out, whether commands run or not; it is
-// closed with the connection. A reader that lets too many wait loses the
-// connection: a lost event would be worse.
+// Events returns the channel of QEMU's events, which is closed with the connection.
+// Events come whether commands run or not. If the reader lets too many wait, the
+// connection is closed: a lost event would be worse.
 func (m *Monitor) Events(context.Context) (<-chan Event, error) { return m.events, nil }
 
-// Status asks whether the guest runs, and for QEMU's word for its state.
+// Status returns whether the guest runs, and QEMU's name for its state ("running",
+// "io-error" …).
 func (m *Monitor) Status() (running bool, state string, err error) {
-	// Not raw.QueryStatus: that refuses states which a newer QEMU may add.
+	// raw.QueryStatus would fail on states that a newer QEMU may add.
 	var s struct {
 		Running bool
 		Status  string
@@ -401,39 +403,39 @@ func (m *Monitor) Status() (running bool, state string, err error) {
 	return s.Running, s.Status, err
 }
 
-// COLO asks for the COLO mode: "primary", "secondary" or "none".
+// COLO returns the COLO mode: "primary", "secondary" or "none".
 func (m *Monitor) COLO() (mode string, err error) {
 	var s struct{ Mode string }
 	err = m.Execute("query-colo-status", nil, &s)
 	return s.Mode, err
 }
 
-// Checkpoint makes a primary in COLO state take a checkpoint now. That is what
-// setting its period does, and the period set is endless (R12).
+// Checkpoint makes a primary in COLO take a checkpoint now: QEMU does so when the period
+// is set. The period set is so long that QEMU takes none of its own (R12).
 func (m *Monitor) Checkpoint() error {
 	delay := int64(noPeriod)
 	return raw.NewMonitor(m).MigrateSetParameters(&raw.MigrateSetParameters{XCheckpointDelay: &delay})
 }
 
-// Link is a connection of QEMU's that [Monitor.Yank] can cut.
+// Link is a connection of QEMU's that [Monitor.Yank] can close (a yank instance).
 type Link struct {
 	Type string `json:"type"`                // "migration", "block-node", "chardev"
 	Node string `json:"node-name,omitempty"` // a block-node's
 	ID   string `json:"id,omitempty"`        // a chardev's
 }
 
-// Links are QEMU's connections that can be cut.
+// Links returns QEMU's connections that can be closed.
 func (m *Monitor) Links() (links []Link, err error) {
 	err = m.outOfBand("query-yank", nil, &links)
 	return links, err
 }
 
-// Yank cuts those of QEMU's connections that which picks. What waits for the
-// other end fails then, so it frees a QEMU that hangs because the other host is
-// gone. It works beside a command that hangs.
+// Yank closes the connections of QEMU's for which which returns true. What waits for the
+// other end fails then, so that a QEMU that hangs because the other host is gone goes on.
+// It works while another command hangs.
 func (m *Monitor) Yank(which func(Link) bool) error {
 	var err error
-	for range 3 { // one may close between the two commands
+	for range 3 { // yank fails if a connection has closed since query-yank
 		links, lost := m.Links()
 		if lost != nil {
 			return lost

@@ -163,7 +163,7 @@ func TestUnaskedReply(t *testing.T) {
 	for range events {
 		t.Error("an event from nowhere")
 	}
-	if err := m.Err(); err == nil || !strings.Contains(err.Error(), "nothing that was asked") {
+	if err := m.Err(); err == nil || !strings.Contains(err.Error(), "no command that was sent") {
 		t.Errorf("closed by %v", err)
 	}
 }

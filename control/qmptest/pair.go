@@ -12,7 +12,7 @@ import (
 // Stage is a step of a checkpoint, in COLO's order.
 type Stage int
 
-// Stages.
+// Stages of a checkpoint.
 const (
 	SecondaryStop Stage = iota
 	PrimaryStop
@@ -25,9 +25,9 @@ func (s Stage) String() string {
 	return [...]string{"secondary STOP", "primary STOP", "secondary RESUME", "primary RESUME"}[s]
 }
 
-// Pair is the two QEMUs of a COLO pair. Setting x-checkpoint-delay on the
+// Pair plays the two QEMUs of a COLO pair. Setting x-checkpoint-delay on the
 // primary makes them go through a checkpoint. As in QEMU, requests coalesce
-// until the primary has stopped; one that comes later makes one more.
+// until the primary has stopped; a later one makes another checkpoint.
 type Pair struct {
 	Primary, Secondary *Server
 
@@ -41,7 +41,7 @@ type Pair struct {
 	closed  chan struct{}
 }
 
-// NewPair makes both servers, on sockets in dir.
+// NewPair starts both servers, on sockets in dir.
 func NewPair(dir string) (*Pair, error) {
 	p, err := Listen(filepath.Join(dir, "primary.qmp"), "primary")
 	if err != nil {
@@ -63,8 +63,7 @@ func NewPair(dir string) (*Pair, error) {
 	return pair, nil
 }
 
-// Close ends both servers. A checkpoint that a hook holds has to be let go
-// first.
+// Close ends both servers. A hook that holds a checkpoint has to return first.
 func (p *Pair) Close() error {
 	close(p.closed)
 	err := errors.Join(p.Primary.Close(), p.Secondary.Close())
@@ -87,7 +86,7 @@ func (p *Pair) SetHook(f func(Stage) bool) {
 	p.before = f
 }
 
-// Checkpoints counts the checkpoints that were completed.
+// Checkpoints returns the number of checkpoints that were completed.
 func (p *Pair) Checkpoints() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -123,7 +122,7 @@ func (p *Pair) checkpoint() {
 		p.mu.Lock()
 		delay, before := p.delay[stage], p.before
 		if stage == PrimaryStop {
-			p.pending = false // requests so far were for this one
+			p.pending = false // requests until now were for this checkpoint
 		}
 		p.mu.Unlock()
 		if delay > 0 {

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package qmptest plays QEMU's monitor for tests: a [Server] on a unix socket
-// that answers what a COLO guest's QEMU would, misbehaves on request, and
-// records what it was asked; a [Pair] of them that goes through checkpoints
-// together. Daemons under test, in this process or another, are given the
-// sockets' paths.
+// Package qmptest simulates QEMU's monitor for tests. A [Server] on a unix socket
+// answers as the QEMU of a COLO guest does, misbehaves on request, and records the
+// commands. A [Pair] of them goes through checkpoints together. Daemons under test, in
+// this process or another, are given the sockets' paths.
 package qmptest
 
 import (
@@ -40,7 +39,7 @@ const (
 )
 
 // Server is one QEMU's monitor. Like QEMU's, it serves one connection at a time
-// and tells events only to a client that is connected.
+// and sends events only to a client that is connected.
 type Server struct {
 	ln   *net.UnixListener
 	path string
@@ -52,7 +51,7 @@ type Server struct {
 	diesAt   string // a command; "": none
 	delay    time.Duration
 	running  bool
-	mode     string // COLO's
+	mode     string // of COLO
 	requests []Request
 	changed  chan struct{} // closed and replaced when requests or conn change
 	handle   func(Request) // called after the reply
@@ -70,11 +69,11 @@ type session struct {
 func (c *session) write(b []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.conn.Write(b) // the client may be gone; its tests will tell
+	c.conn.Write(b) // an error means that the client is gone
 }
 
-// Listen makes a server on the unix socket path. Its guest runs; COLO's mode is
-// given: "primary", "secondary" or "none".
+// Listen starts a server on the unix socket path. Its guest runs. mode is COLO's:
+// "primary", "secondary" or "none".
 func Listen(path, mode string) (*Server, error) {
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -85,7 +84,7 @@ func Listen(path, mode string) (*Server, error) {
 	return s, nil
 }
 
-// Path is the socket's.
+// Path returns the socket's path.
 func (s *Server) Path() string { return s.path }
 
 // Close ends the server and removes its socket.
@@ -125,7 +124,7 @@ func (s *Server) accept() {
 	}
 }
 
-// signal tells waiters that something changed; called under mu.
+// signal wakes those who wait for a change; called under mu.
 func (s *Server) signal() {
 	close(s.changed)
 	s.changed = make(chan struct{})
@@ -196,7 +195,7 @@ func id(r Request) string {
 	return string(r.ID)
 }
 
-// answer makes the reply of a QEMU that behaves; called under mu.
+// answer returns the reply of a QEMU that works; called under mu.
 func (s *Server) answer(c *session, r Request) []byte {
 	ok := func(v string) []byte { return fmt.Appendf(nil, `{"return": %s, "id": %s}`+"\r\n", v, id(r)) }
 	switch {
@@ -242,8 +241,8 @@ func (s *Server) answer(c *session, r Request) []byte {
 	return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %s}`+"\r\n", r.Execute, id(r))
 }
 
-// SetFault makes the server misbehave from the next command on, or stop it.
-// HangUp also closes the connection there is. delay is Slow's.
+// SetFault makes the server misbehave from the next command on, or with None behave.
+// HangUp also closes the present connection. delay is for Slow.
 func (s *Server) SetFault(f Fault, delay time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -261,8 +260,7 @@ func (s *Server) DieAt(command string) {
 	s.diesAt = command
 }
 
-// SetReply has a command answered in another way: reply is like `"return": {}`; "" is
-// the usual one.
+// SetReply sets the reply to a command, in the form `"return": {}`; "": the usual one.
 func (s *Server) SetReply(command, reply string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -274,17 +272,17 @@ func (s *Server) SetReply(command, reply string) {
 	}
 }
 
-// SetCOLO sets the mode that query-colo-status tells.
+// SetCOLO sets the mode that query-colo-status returns.
 func (s *Server) SetCOLO(mode string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mode = mode
 }
 
-// Stop stops the guest and tells STOP, as an operator's stop would.
+// Stop stops the guest and sends STOP, as after an operator's stop.
 func (s *Server) Stop() { s.setRunning(false, "STOP") }
 
-// Resume lets the guest go on and tells RESUME.
+// Resume resumes the guest and sends RESUME.
 func (s *Server) Resume() { s.setRunning(true, "RESUME") }
 
 func (s *Server) setRunning(running bool, event string) {
@@ -294,13 +292,13 @@ func (s *Server) setRunning(running bool, event string) {
 	s.Event(event, time.Now())
 }
 
-// Event tells an event that happened at the time given.
+// Event sends an event with a time.
 func (s *Server) Event(name string, at time.Time) {
 	s.Raw(fmt.Sprintf(`{"timestamp": {"seconds": %d, "microseconds": %d}, "event": "%s"}`+"\r\n",
 		at.Unix(), at.Nanosecond()/1000, name))
 }
 
-// Raw writes to the client, if there is one that has shaken hands.
+// Raw writes to the client, if there is one that has completed the handshake.
 func (s *Server) Raw(line string) {
 	s.mu.Lock()
 	c := s.conn
@@ -318,7 +316,7 @@ func (s *Server) Requests() []Request {
 	return append([]Request(nil), s.requests...)
 }
 
-// Await returns when command was asked for n times in all.
+// Await returns when command has come n times in all.
 func (s *Server) Await(ctx context.Context, command string, n int) error {
 	return s.await(ctx, fmt.Sprintf("%d times %s", n, command), func() bool {
 		have := 0
@@ -331,7 +329,7 @@ func (s *Server) Await(ctx context.Context, command string, n int) error {
 	})
 }
 
-// AwaitClient returns when a client has shaken hands.
+// AwaitClient returns when a client has completed the handshake.
 func (s *Server) AwaitClient(ctx context.Context) error {
 	return s.await(ctx, "a client", func() bool { return s.conn != nil && s.conn.negotiated })
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package state keeps what a daemon must know when it starts again: a host that
-// forgot its role or term could speak beside the one that took over (R19).
+// forgot its role or fencing term could transmit while another one serves (R19).
 package state
 
 import (
@@ -19,14 +19,14 @@ import (
 	"lockstep/control/durable"
 )
 
-// State is one node's part in one pair. The zero State is that of a node that
-// never ran.
+// State is what a node has to remember of one guest. The zero State is that of a node
+// that never ran.
 type State struct {
 	Role       string `json:"role"`               // "primary", "secondary"
-	Term       uint64 `json:"term"`               // of the arbiter's record that this node last acted on
-	Covered    uint64 `json:"covered"`            // the term for which the secondary was told that it may take over (R18); 0: none
+	Term       uint64 `json:"term"`               // fencing term of the arbiter's entry that this node last acted on
+	Covered    uint64 `json:"covered"`            // fencing term in which the secondary may take over (R18); 0: none
 	Replicated bool   `json:"replicated"`         // replication has begun once: the images of both hosts may differ since
-	Unmerged   bool   `json:"unmerged,omitempty"` // what the guest wrote since it took over is in the overlays, not yet in its images
+	Unmerged   bool   `json:"unmerged,omitempty"` // the guest took over, and its overlays are not yet merged into its images
 	Off        bool   `json:"off,omitempty"`      // the guest powered off, and nobody has started it since (R25)
 }
 
@@ -34,7 +34,7 @@ type State struct {
 // daemon's lock on its pins ensures.
 type Store struct{ dir, vm, node string }
 
-// Open returns the store of a guest's node in dir, and makes dir if need be.
+// Open returns the store of a guest's node in dir, which it makes if necessary.
 func Open(dir, vm, node string) (*Store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("state_dir: %w", err)
@@ -42,7 +42,7 @@ func Open(dir, vm, node string) (*Store, error) {
 	return &Store{dir, vm, node}, nil
 }
 
-// Path is the file's.
+// Path returns the path of the file.
 func (s *Store) Path() string { return filepath.Join(s.dir, s.vm+"-"+s.node+".state") }
 
 // content is the file's first line; the second is its SHA-256 in hex.
@@ -74,7 +74,7 @@ func (s *Store) Load() (State, error) {
 	}
 	st, err := s.decode(b)
 	if err != nil {
-		return State{}, fmt.Errorf("%s: %w; it says whether this node may speak for %s. Find out which node does (the arbiter's record, or lockstep status there), remove the file, and start this one with the --role that leaves that so",
+		return State{}, fmt.Errorf("%s: %w; it says whether this node may serve %s. Find out which node does (the arbiter's entry, or lockstep status there), remove the file, and start this one with the --role that leaves that so",
 			s.Path(), err, s.vm)
 	}
 	return st, nil
@@ -89,10 +89,10 @@ func (s *Store) decode(b []byte) (State, error) {
 	d := json.NewDecoder(bytes.NewReader(line))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&c); err != nil || c.Version != version {
-		return State{}, fmt.Errorf("the file is another version's (%d, not %d)", c.Version, version)
+		return State{}, fmt.Errorf("the file is of another version (%d, not %d)", c.Version, version)
 	}
 	if c.VM != s.vm || c.Node != s.node {
-		return State{}, fmt.Errorf("the file is that of guest %s on node %s", c.VM, c.Node)
+		return State{}, fmt.Errorf("the file is of guest %s on node %s", c.VM, c.Node)
 	}
 	if c.Role != "primary" && c.Role != "secondary" {
 		return State{}, fmt.Errorf("the file names the role %q", c.Role)
@@ -105,7 +105,7 @@ func checksum(line []byte) string {
 	return hex.EncodeToString(sum[:]) + "\n"
 }
 
-// Save replaces the file. When it returns, st outlives a crash of the host; after
+// Save replaces the file. When it returns nil, st outlives a crash of the host. After
 // an error, or a crash in between, the file holds st or what was there before.
 func (s *Store) Save(st State) error {
 	if err := s.save(st); err != nil {

@@ -76,7 +76,7 @@ func TestCrashInSave(t *testing.T) {
 	}
 }
 
-// Every flipped bit and every cut is noticed: a wrong role or term is worse than none.
+// Every flipped bit and every cut is noticed: a wrong role or fencing term is worse than none.
 func TestDamaged(t *testing.T) {
 	s := newStore(t)
 	if err := s.Save(State{Role: "secondary", Term: 4, Covered: 4, Replicated: true}); err != nil {
@@ -120,10 +120,10 @@ func TestForeign(t *testing.T) {
 		`{"version":1,"vm":"web2","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false}`:          "guest web2 on node alpha",
 		`{"version":1,"vm":"web1","node":"beta","role":"primary","term":1,"covered":0,"replicated":false}`:           "guest web1 on node beta",
 		`{"version":1,"vm":"web1","node":"alpha","role":"","term":1,"covered":0,"replicated":false}`:                 `the role ""`,
-		`{"version":2,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false}`:          "another version's (2, not 1)",
-		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false,"more":1}`: "another version's",
-		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":-1}`:                                        "another version's",
-		`[]`: "another version's",
+		`{"version":2,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false}`:          "of another version (2, not 1)",
+		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":1,"covered":0,"replicated":false,"more":1}`: "of another version",
+		`{"version":1,"vm":"web1","node":"alpha","role":"primary","term":-1}`:                                        "of another version",
+		`[]`: "of another version",
 	} {
 		if err := os.WriteFile(s.Path(), []byte(line+"\n"+checksum([]byte(line))), 0o600); err != nil {
 			t.Fatal(err)
