@@ -268,9 +268,13 @@ func checkWay(files map[string]string, fault func(format string, args ...any)) {
 	}
 }
 
+// inFile is "`a`, `b` in `dir/file.go`".
+var inFile = regexp.MustCompile("((?:`\\w+`(?:, | and ))*`\\w+`) in `([\\w./]+/[\\w.]+\\.(?:go|c|h))`")
+
 var ourPath = regexp.MustCompile(`^(?:bench|bpf|cmd|compare|control|docs|loader|packaging|rewriter)/[\w./*-]+$`)
 
-// checkPaths checks that the documents name files, folders and patterns that are there.
+// checkPaths checks that the documents name files, folders and patterns that are there, and
+// functions that are in the files named.
 func checkPaths(files map[string]string, fault func(format string, args ...any)) {
 	there := make(map[string]bool)
 	for file := range files {
@@ -281,6 +285,13 @@ func checkPaths(files map[string]string, fault func(format string, args ...any))
 	for file, text := range files {
 		if path.Ext(file) != ".md" {
 			continue
+		}
+		for _, m := range inFile.FindAllStringSubmatch(text, -1) {
+			words := []string{m[2]}
+			for _, q := range quoted.FindAllStringSubmatch(m[1], -1) {
+				words = append(words, q[1])
+			}
+			checkPlaces(files, file, words, fault)
 		}
 		for _, q := range quoted.FindAllStringSubmatch(text, -1) {
 			p := strings.TrimSuffix(q[1], "/")
@@ -314,7 +325,7 @@ func TestRulesFaults(t *testing.T) {
 			"p/a_test.go":                "package p\n\nfunc TestGuard(t) {}\n\nfunc TestMutation(t) { noGuard, LsLS_CHECK }\n",
 			"cmd/lockstep/e2e/x_test.go": "package main\n\nfunc TestWhole(t) {} // R1\n",
 			"p/testdata/transcripts/r0":  "# R0: it says so.\n",
-			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`.\n",
+			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`; `Guard`, `guard` in `p/a.go`.\n",
 			"compare/x.go":               "package compare\n",
 			"cmd/lockstep/unrelated.txt": "",
 		}
@@ -352,6 +363,7 @@ func TestRulesFaults(t *testing.T) {
 		{"mutation without a switch", "docs/RULES.md", "`noGuard` by ", "", "R0: the test p.TestMutation stands behind no switch"},
 		{"mutation without a test", "docs/RULES.md", "`noGuard` by `p.TestMutation`; `LS_CHECK` by `p.TestMutation`", "`noGuard`", "R0: no test is named that a mutation makes fail"},
 		{"path that moved", "docs/other.md", "compare/x.go", "compare/y.go", "docs/other.md names compare/y.go, which is not there"},
+		{"function that is not in the file", "docs/other.md", "`guard` in", "`check` in", "docs/other.md: p/a.go defines no check"},
 		{"pattern without a file", "docs/other.md", "compare/*.go", "compare/*.c", "docs/other.md names compare/*.c"},
 		{"no way", "ARCHITECTURE.md", "From the ring", "Along the ring", "ARCHITECTURE.md has no section"},
 		{"hop without a file", "ARCHITECTURE.md", "1. `p/a.go` ", "1. ", "ARCHITECTURE.md: hop 1 does not begin with a file"},
