@@ -32,6 +32,7 @@ var (
 	citation  = regexp.MustCompile(`(?:\basm\.)?\bR\d{1,2}\b`) // asm.R0 is a register of the kernel's machine
 	testName  = regexp.MustCompile(`^(?:([a-z0-9/]+)\.)?(Test\w+)$`)
 	sourceExt = regexp.MustCompile(`\.(go|c|h)$`)
+	mutation  = regexp.MustCompile(`\b(?:mut[A-Z]\w*|LS_MUTATE_\w+)\b`)
 	anyList   = []string{"Enforced", "Tests", "Mutations"}
 )
 
@@ -73,9 +74,12 @@ func parseRules(doc string, fault func(format string, args ...any)) (rules []rul
 func checkRules(files map[string]string, fault func(format string, args ...any)) {
 	const doc = "docs/RULES.md"
 	rules := parseRules(files[doc], fault)
-	known, cited := make(map[string]bool), make(map[string]bool)
+	known, cited, listed := make(map[string]bool), make(map[string]bool), make(map[string]bool)
 	for _, r := range rules {
 		known[r.name] = true
+		for _, word := range r.lists["Mutations"] {
+			listed[word] = true
+		}
 	}
 	for _, file := range slices.Sorted(maps.Keys(files)) {
 		for _, c := range citation.FindAllString(files[file], -1) {
@@ -85,8 +89,14 @@ func checkRules(files map[string]string, fault func(format string, args ...any))
 			if !known[c] {
 				fault("%s cites %s, which %s does not have", file, c, doc)
 			}
-			if sourceExt.MatchString(file) && !strings.HasSuffix(file, "_test.go") {
+			if isCode(file) {
 				cited[c] = true
+			}
+		}
+		for _, m := range mutation.FindAllString(files[file], -1) {
+			if isCode(file) && !listed[m] {
+				fault("%s has the mutation %s, which no rule in %s lists", file, m, doc)
+				listed[m] = true // once
 			}
 		}
 	}
@@ -104,6 +114,11 @@ func checkRules(files map[string]string, fault func(format string, args ...any))
 		}
 		checkMutations(files, &r, fault)
 	}
+}
+
+// isCode reports whether a file is source and no test.
+func isCode(file string) bool {
+	return sourceExt.MatchString(file) && !strings.HasSuffix(file, "_test.go")
 }
 
 // checkPlaces checks words that name, by turns, a file and functions in it.
@@ -126,7 +141,7 @@ func checkPlaces(files map[string]string, where string, words []string, fault fu
 		}
 		var instead []string
 		for other, text := range files {
-			if defines(other, text, word) {
+			if isCode(other) && defines(other, text, word) {
 				instead = append(instead, other)
 			}
 		}
@@ -194,7 +209,7 @@ func checkMutations(files map[string]string, r *rule, fault func(format string, 
 			switches = append(switches, word)
 			found := false
 			for file, text := range files {
-				found = found || !strings.HasSuffix(file, "_test.go") && names(file, text, word)
+				found = found || isCode(file) && names(file, text, word)
 			}
 			if !found {
 				fault("%s: no code goes by the switch %s", r.name, word)
@@ -268,9 +283,13 @@ func checkWay(files map[string]string, fault func(format string, args ...any)) {
 	}
 }
 
+// inFile is "`a`, `b` in `dir/file.go`".
+var inFile = regexp.MustCompile("((?:`\\w+`(?:, | and ))*`\\w+`) in `([\\w./]+/[\\w.]+\\.(?:go|c|h))`")
+
 var ourPath = regexp.MustCompile(`^(?:bench|bpf|cmd|compare|control|docs|loader|packaging|rewriter)/[\w./*-]+$`)
 
-// checkPaths checks that the documents name files, folders and patterns that are there.
+// checkPaths checks that the documents name files, folders and patterns that are there, and
+// functions that are in the files named.
 func checkPaths(files map[string]string, fault func(format string, args ...any)) {
 	there := make(map[string]bool)
 	for file := range files {
@@ -281,6 +300,13 @@ func checkPaths(files map[string]string, fault func(format string, args ...any))
 	for file, text := range files {
 		if path.Ext(file) != ".md" {
 			continue
+		}
+		for _, m := range inFile.FindAllStringSubmatch(text, -1) {
+			words := []string{m[2]}
+			for _, q := range quoted.FindAllStringSubmatch(m[1], -1) {
+				words = append(words, q[1])
+			}
+			checkPlaces(files, file, words, fault)
 		}
 		for _, q := range quoted.FindAllStringSubmatch(text, -1) {
 			p := strings.TrimSuffix(q[1], "/")
@@ -314,7 +340,7 @@ func TestRulesFaults(t *testing.T) {
 			"p/a_test.go":                "package p\n\nfunc TestGuard(t) {}\n\nfunc TestMutation(t) { noGuard, LsLS_CHECK }\n",
 			"cmd/lockstep/e2e/x_test.go": "package main\n\nfunc TestWhole(t) {} // R1\n",
 			"p/testdata/transcripts/r0":  "# R0: it says so.\n",
-			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`.\n",
+			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`; `Guard`, `guard` in `p/a.go`.\n",
 			"compare/x.go":               "package compare\n",
 			"cmd/lockstep/unrelated.txt": "",
 		}
@@ -349,9 +375,11 @@ func TestRulesFaults(t *testing.T) {
 		{"switch in C that nothing goes by", "p/b.c", "LS_CHECK", "0", "R1: no code goes by the switch LS_CHECK"},
 		{"switch that only a comment names", "p/a.go", "noGuard =", "nothing = // noGuard\n", "R1: no code goes by the switch noGuard"},
 		{"switch that no test turns", "p/a_test.go", "noGuard, ", "", "R1: the tests beside p.TestMutation do not turn the switch noGuard"},
+		{"mutation that no rule lists", "p/b.c", "return LS_CHECK", "return LS_CHECK & LS_MUTATE_R1", "p/b.c has the mutation LS_MUTATE_R1, which no rule in docs/RULES.md lists"},
 		{"mutation without a switch", "docs/RULES.md", "`noGuard` by ", "", "R0: the test p.TestMutation stands behind no switch"},
 		{"mutation without a test", "docs/RULES.md", "`noGuard` by `p.TestMutation`; `LS_CHECK` by `p.TestMutation`", "`noGuard`", "R0: no test is named that a mutation makes fail"},
 		{"path that moved", "docs/other.md", "compare/x.go", "compare/y.go", "docs/other.md names compare/y.go, which is not there"},
+		{"function that is not in the file", "docs/other.md", "`guard` in", "`check` in", "docs/other.md: p/a.go defines no check"},
 		{"pattern without a file", "docs/other.md", "compare/*.go", "compare/*.c", "docs/other.md names compare/*.c"},
 		{"no way", "ARCHITECTURE.md", "From the ring", "Along the ring", "ARCHITECTURE.md has no section"},
 		{"hop without a file", "ARCHITECTURE.md", "1. `p/a.go` ", "1. ", "ARCHITECTURE.md: hop 1 does not begin with a file"},
