@@ -411,7 +411,7 @@ struct ls_cli {
 	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
 	X(crowded, "frame dropped: its connection is not open, and half of the ring is used") \
 	X(sacked, "duplicate ACK sent to the PVM alone, so that it retransmits (R6)") \
-	X(peer_again, "peer frame dropped: duplicate of a record, one of them retransmitted (R6)")
+	X(peer_again, "duplicate of a digest record, one of them retransmitted (R6)")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

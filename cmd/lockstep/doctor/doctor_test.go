@@ -173,7 +173,7 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(m *machine) { m.command = qemuOf("11.1.3", "replication") }},
 		{name: "machine", check: "machine", state: "missing", found: `no machine "pc-q35-9.9"`, fix: "-machine help", file: "machine.yaml",
 			spoil: func(*machine) {}},
-		{name: "device", check: "devices", state: "missing", found: "vfio-pci,host=01:00.0: a device of the host", fix: "qemu.extra", file: "device.yaml",
+		{name: "device", check: "devices", state: "missing", found: "vfio-pci,host=01:00.0: the other host has no copy of a host's device", fix: "qemu.extra", file: "device.yaml",
 			spoil: func(*machine) {}},
 		{name: "too little memory", check: "memory", state: "missing", found: "2048 MiB, and this host has 2000", fix: "qemu.memory", file: "life.yaml",
 			spoil: func(m *machine) {
