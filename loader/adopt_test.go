@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 
@@ -25,7 +24,7 @@ import (
 // linkIDs are the links that hold a NIC's programs.
 func linkIDs(n *NIC) map[string]link.ID {
 	ids := make(map[string]link.ID)
-	for _, g := range n.guards {
+	for _, g := range n.attached {
 		ids[g.name] = g.id
 	}
 	return ids
@@ -34,12 +33,12 @@ func linkIDs(n *NIC) map[string]link.ID {
 // wantFree fails unless every slot is free.
 func wantFree(t testing.TB, n *NIC) {
 	t.Helper()
-	for i := range len(n.slots.small) / slotSize {
+	for i := range len(n.frames.slots.small) / slotSize {
 		if got := slotState(n, compare.Slot(i)); got != bpf.LockstepLsSlotStateLS_SLOT_FREE {
 			t.Errorf("slot %d is in state %d", i, got)
 		}
 	}
-	for i := range len(n.slots.gso) / gsoSize {
+	for i := range len(n.frames.slots.gso) / gsoSize {
 		if got := slotState(n, compare.Slot(i)|compare.Slot(bpf.LockstepLsConstLS_SLOT_GSO)); got != bpf.LockstepLsSlotStateLS_SLOT_FREE {
 			t.Errorf("GSO slot %d is in state %d", i, got)
 		}
@@ -141,7 +140,7 @@ func TestAdoptSecondary(t *testing.T) {
 	key, half := toTuple(askTuple), bpf.LockstepLsHalf{IsnPvm: 4}
 	check(t, h.s.objs.LsConn.Put(&key, &conn))
 	check(t, h.s.objs.LsHalf.Put(&key, &half))
-	base := h.s.tapBase
+	base := h.s.tapDrain.base
 	check(t, h.s.SetMode(datapath.ModePark))
 	h.die(h.s)
 	n := h.open(options(h.pins, "b.lab", Secondary))
@@ -160,8 +159,8 @@ func TestAdoptSecondary(t *testing.T) {
 	if err := n.objs.LsHalf.Lookup(&key, &half); err != nil || half.IsnPvm != 4 {
 		t.Errorf("half-open connection: %+v, %v", half, err)
 	}
-	if n.tapBase != base {
-		t.Errorf("the tap's count began at %d, now at %d", base, n.tapBase)
+	if n.tapDrain.base != base {
+		t.Errorf("the tap's count began at %d, now at %d", base, n.tapDrain.base)
 	}
 	check(t, n.SetMode(datapath.ModeRun))
 	client.send(segment(false, 0, 2, compare.ACK, nil, randomBytes(100)))
@@ -280,7 +279,7 @@ func TestAdoptRefuses(t *testing.T) {
 
 	// A map of another shape, and another ABI, of which nothing else is believed.
 	dir := nicDir(pins, o.VM, o.Node, 0)
-	rules := filepath.Join(dir, bpf.LockstepMapLsRules)
+	rules := dir.path(bpf.LockstepMapLsRules)
 	check(t, os.Remove(rules))
 	_, err = Open(o)
 	wantError(t, err, "no map ls_rules", "this is lockstep v1.2 with map ls_rules")
@@ -290,16 +289,16 @@ func TestAdoptRefuses(t *testing.T) {
 	check(t, m.Close())
 	_, err = Open(o)
 	wantError(t, err, "another map ls_rules", "ValueSize: 4 changed to 8")
-	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsMeta), nil)
+	meta, err := ebpf.LoadPinnedMap(dir.path(bpf.LockstepMapLsMeta), nil)
 	check(t, err)
-	m1 := metaOf(o)
+	m1 := metaOf(&o)
 	m1.Abi, m1.Slots = 1, 4711
 	check(t, meta.Put(uint32(0), &m1))
 	check(t, meta.Close())
 	_, err = Open(o)
 	wantError(t, err, "with ABI 1;", fmt.Sprintf("with ABI %d:", bpf.LockstepLsConstLS_ABI_VERSION))
 	untouched()
-	check(t, os.Remove(filepath.Join(dir, bpf.LockstepMapLsMeta)))
+	check(t, os.Remove(dir.path(bpf.LockstepMapLsMeta)))
 	_, err = Open(o)
 	wantError(t, err, "did not write down what it is for", "end the guest and run `lockstep unload`")
 	untouched()

@@ -4,42 +4,61 @@ package loader
 
 import (
 	"fmt"
+	"log/slog"
+	"os"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
+// chainGuard finds out who receives the guest's frames before lockstep's programs do.
+type chainGuard struct {
+	programs *programs
+	log      *slog.Logger
+	// Kept open: the check works without free descriptors, too.
+	rt      *netlink.Handle
+	packets *os.File
+	readers map[string]int // packet sockets on the tap that were logged: process by inode
+	noWatch bool           // a mutation, only tests set it: packet sockets are not looked for
+}
+
+func newChainGuard(p *programs, log *slog.Logger) (*chainGuard, error) {
+	rt, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	packets, err := openPackets()
+	if err != nil {
+		rt.Close()
+		return nil, err
+	}
+	return &chainGuard{programs: p, log: log, rt: rt, packets: packets}, nil
+}
+
+func (c *chainGuard) close() error {
+	c.rt.Close()
+	return c.packets.Close()
+}
+
 // CheckOrder implements [datapath.NIC].
-func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
-	for _, g := range n.guards {
-		dev := g.dev.Attrs()
-		q, err := link.QueryPrograms(link.QueryOptions{Target: dev.Index, Attach: g.attach})
+func (c *chainGuard) CheckOrder() (intruder string, tap bool, err error) {
+	for _, a := range c.programs.attached {
+		what, err := inFrontOf(&a)
 		if err != nil {
-			return "", true, fmt.Errorf("query programs of %s: %w", dev.Name, err)
-		}
-		what := fmt.Sprintf("%s is not attached to %s any more", g.name, dev.Name)
-		for i, p := range q.Programs {
-			if id, ok := p.LinkID(); ok && id == g.id {
-				if i == 0 {
-					what = ""
-				} else {
-					first := q.Programs[0].ID
-					what = fmt.Sprintf("program %s (id %d) is in front of %s on %s (%s)", programName(first), first, g.name, dev.Name, hook(g.attach))
-				}
-				break
-			}
+			return "", true, err
 		}
 		if what == "" {
 			continue
 		}
-		if onTap := dev.Index == n.tap.Attrs().Index; intruder == "" || onTap && !tap {
+		if onTap := a.dev.Attrs().Index == c.programs.tap.Attrs().Index; intruder == "" || onTap && !tap {
 			intruder, tap = what, onTap
 		}
 	}
 	if tap {
 		return intruder, tap, nil
 	}
-	front, err := n.inFront()
+	front, err := c.beforeTCX()
 	if err != nil {
 		return "", true, err
 	}
@@ -49,20 +68,41 @@ func (n *NIC) CheckOrder() (intruder string, tap bool, err error) {
 	return intruder, tap, nil
 }
 
-// inFront names what sees the tap's frames before tcx does and can pass them on. Who
-// only reads is told of in the log, once.
-func (n *NIC) inFront() (string, error) {
-	tap, err := n.rt.LinkByIndex(n.tap.Attrs().Index)
+// inFrontOf names the program in front of a in its chain, or says that a is not
+// attached; "": a is the first.
+func inFrontOf(a *attachedProgram) (string, error) {
+	dev := a.dev.Attrs()
+	q, err := link.QueryPrograms(link.QueryOptions{Target: dev.Index, Attach: a.attach})
 	if err != nil {
-		return "", fmt.Errorf("tap %s: %w", n.tap.Attrs().Name, err)
+		return "", fmt.Errorf("query programs of %s: %w", dev.Name, err)
+	}
+	for i, p := range q.Programs {
+		if id, ok := p.LinkID(); !ok || id != a.id {
+			continue
+		}
+		if i == 0 {
+			return "", nil
+		}
+		first := q.Programs[0].ID
+		return fmt.Sprintf("program %s (id %d) is in front of %s on %s (%s)", programName(first), first, a.name, dev.Name, hook(a.attach)), nil
+	}
+	return fmt.Sprintf("%s is not attached to %s any more", a.name, dev.Name), nil
+}
+
+// beforeTCX names what receives the tap's frames before tcx does and can pass them on.
+// What can only read them is logged, once.
+func (c *chainGuard) beforeTCX() (string, error) {
+	tap, err := c.rt.LinkByIndex(c.programs.tap.Attrs().Index)
+	if err != nil {
+		return "", fmt.Errorf("tap %s: %w", c.programs.tap.Attrs().Name, err)
 	}
 	if x := foreignXDP(tap); x != "" {
 		return x, nil
 	}
-	if n.noWatch {
+	if c.noWatch {
 		return "", nil
 	}
-	all, err := watchers(n.packets, tap.Attrs().Index, n.readers)
+	all, err := watchers(c.packets, tap.Attrs().Index, c.readers)
 	if err != nil {
 		return "", err
 	}
@@ -72,35 +112,23 @@ func (n *NIC) inFront() (string, error) {
 			return w.passesOn(tap.Attrs().Name), nil
 		}
 		readers[w.inode] = w.pid
-		if _, told := n.readers[w.inode]; !told {
-			n.log.Warn(w.reads(tap.Attrs().Name))
+		if _, logged := c.readers[w.inode]; !logged {
+			c.log.Warn(w.reads(tap.Attrs().Name))
 		}
 	}
-	n.readers = readers
+	c.readers = readers
 	return "", nil
 }
 
-func programName(id ebpf.ProgramID) string {
-	p, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return "?" // gone meanwhile
-	}
-	defer p.Close()
-	info, err := p.Info()
-	if err != nil {
-		return "?"
-	}
-	return info.Name
-}
-
 // SetTap implements [datapath.NIC].
-func (n *NIC) SetTap(up bool) error {
-	set, how := n.rt.LinkSetDown, "down"
+func (c *chainGuard) SetTap(up bool) error {
+	set, how := c.rt.LinkSetDown, "down"
 	if up {
-		set, how = n.rt.LinkSetUp, "up"
+		set, how = c.rt.LinkSetUp, "up"
 	}
-	if err := set(n.tap); err != nil {
-		return fmt.Errorf("set tap %s %s: %w", n.tap.Attrs().Name, how, err)
+	tap := c.programs.tap
+	if err := set(tap); err != nil {
+		return fmt.Errorf("set tap %s %s: %w", tap.Attrs().Name, how, err)
 	}
 	return nil
 }

@@ -4,18 +4,19 @@ package loader
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
-	"os"
 	"strings"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
-	"errors"
 	"lockstep/bpf"
 	"lockstep/control/datapath"
 )
 
-// settings are the differences of a config whose hash is pinned.
+// settings are the settings that differ between this config and the one whose hash is
+// pinned.
 func (o *Options) settings(pinned [32]byte, alone bool) (out []difference) {
 	if pinned == o.ConfigHash {
 		return nil
@@ -29,8 +30,8 @@ func (o *Options) settings(pinned [32]byte, alone bool) (out []difference) {
 	return out
 }
 
-// metaOf is what tables are made for.
-func metaOf(o Options) bpf.LockstepLsMeta {
+// metaOf describes what tables of these options are made for.
+func metaOf(o *Options) bpf.LockstepLsMeta {
 	m := bpf.LockstepLsMeta{
 		Abi: uint32(bpf.LockstepLsConstLS_ABI_VERSION), Role: uint32(o.Role),
 		MaxConns: uint32(o.MaxConnections), Slots: uint32(o.Slots), GsoSlots: uint32(o.GSOSlots), Config: o.ConfigHash,
@@ -39,7 +40,26 @@ func metaOf(o Options) bpf.LockstepLsMeta {
 	return m
 }
 
-// difference is the same thing as the tables have it and as it is wanted.
+// writeMeta notes for the next daemon what the tables are made for. In recovered tables
+// (old is not nil) only the config may have changed.
+func writeMeta(m *ebpf.Map, o *Options, tap netlink.Link, old *tables) (bpf.LockstepLsMeta, error) {
+	var meta bpf.LockstepLsMeta
+	if old != nil {
+		meta = old.meta
+		meta.Config = o.ConfigHash
+	} else {
+		meta = metaOf(o)
+		if s := tap.Attrs().Statistics; s != nil {
+			meta.TapBase = uint32(s.TxPackets + s.TxDropped)
+		}
+	}
+	if err := m.Put(uint32(0), &meta); err != nil {
+		return meta, fmt.Errorf("write down what the tables are for: %w", err)
+	}
+	return meta, nil
+}
+
+// difference is one property, of the pinned tables and as this daemon wants it.
 type difference struct{ pinned, own string }
 
 func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
@@ -50,7 +70,7 @@ func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
 	}
 	numbers("ABI", pinned.Abi, own.Abi)
 	if len(out) > 0 {
-		return out // who knows where the rest is
+		return out // the other fields may be elsewhere
 	}
 	if pinned.Role != own.Role && own.Role != 0 {
 		out = append(out, difference{"role " + Role(pinned.Role).String(), "role " + Role(own.Role).String()})
@@ -61,7 +81,7 @@ func differences(pinned, own *bpf.LockstepLsMeta) (out []difference) {
 	return out
 }
 
-// refusal names both sides.
+// refusal is the error that names both sides.
 func refusal(pinned, own *bpf.LockstepLsMeta, differ []difference) error {
 	var theirs, ours []string
 	for _, d := range differ {
@@ -77,24 +97,24 @@ func versionOf(m *bpf.LockstepLsMeta) string {
 	return string(v)
 }
 
-// CheckUpgrade reports whether Open with these options would go on from what is
-// pinned, down to the kernel's taking the programs, and changes nothing. Role 0
-// is the one that the tables were made for. It returns the version that made them.
+// CheckUpgrade reports whether Open with these options would recover what is pinned,
+// up to loading the programs, and changes nothing. Role 0 is that of the pinned tables.
+// It returns the version of the lockstep that made them.
 func CheckUpgrade(o Options) (version string, err error) {
-	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
-	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("nothing to take over: %w", err)
+	pins := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
+	if !pins.exists() {
+		return "", fmt.Errorf("nothing to take over: %s does not exist", pins)
 	}
 	tap, err := netlink.LinkByName(o.Tap)
 	if err != nil {
 		return "", fmt.Errorf("nothing to take over: tap %s: %w", o.Tap, err)
 	}
-	if here, err := guardHere(dir, o, tap); err != nil {
+	if here, err := guards(pins, &o, tap); err != nil {
 		return "", err
 	} else if !here {
 		return "", fmt.Errorf("nothing to take over: what is pinned does not guard tap %s", o.Tap)
 	}
-	old, err := openTables(dir, o)
+	old, err := openTables(pins, o)
 	if err != nil {
 		return "", err
 	}
@@ -111,30 +131,30 @@ func CheckUpgrade(o Options) (version string, err error) {
 	return versionOf(&old.meta), objs.Close()
 }
 
-// Found tells what an earlier daemon left pinned for a NIC, whatever role it had.
+// Found describes what an earlier daemon left pinned for a NIC, whatever its role was.
+// Whether it fits these options is checked by Open, but for the ABI.
 func Found(o Options) (datapath.Pinned, error) {
 	tap, err := netlink.LinkByName(o.Tap)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return datapath.Pinned{}, nil // with the tap goes what guarded it
+		return datapath.Pinned{}, nil // the programs went with the tap
 	}
 	if err != nil {
 		return datapath.Pinned{}, fmt.Errorf("tap %s: %w", o.Tap, err)
 	}
-	dir := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
-	if here, err := guardHere(dir, o, tap); !here || err != nil {
+	pins := nicDir(o.PinDir, o.VM, o.Node, o.NIC)
+	if here, err := guards(pins, &o, tap); !here || err != nil {
 		return datapath.Pinned{}, err
 	}
-	// Whether they fit is asked only by whoever goes on from them.
-	t, err := openMeta(dir)
+	t, err := openMeta(pins)
 	if err != nil {
 		return datapath.Pinned{}, err
 	}
 	defer t.close()
-	own := metaOf(o)
+	own := metaOf(&o)
 	if t.meta.Abi != own.Abi {
 		return datapath.Pinned{}, refusal(&t.meta, &own, differences(&t.meta, &own))
 	}
-	mode, err := pinnedMode(dir)
+	mode, err := pinnedMode(pins)
 	if err != nil {
 		return datapath.Pinned{}, err
 	}

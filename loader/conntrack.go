@@ -5,6 +5,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -15,10 +16,28 @@ import (
 	"lockstep/rewriter"
 )
 
+// conntrack is what the kernel keeps for each TCP connection.
+type conntrack struct {
+	role      Role
+	conns     *ebpf.Map // ls_conn. S: connections with a known offset
+	half      *ebpf.Map // ls_half. S: half-open connections
+	inherited *ebpf.Map // ls_inherited. S: connections that came with a checkpoint
+	edge      *ebpf.Map // ls_edge: connections that were taken over
+	remotes   *ebpf.Map // ls_cli. P: the remotes' newest segments
+	hasEdges  *uint32   // in ls_conf: the programs look into ls_edge
+}
+
+func newConntrack(role Role, objs *bpf.LockstepObjects, hasEdges *uint32) *conntrack {
+	return &conntrack{
+		role: role, conns: objs.LsConn, half: objs.LsHalf, inherited: objs.LsInherited, edge: objs.LsEdge, remotes: objs.LsCli,
+		hasEdges: hasEdges,
+	}
+}
+
 // ResetOffsets implements [datapath.NIC].
-func (n *NIC) ResetOffsets() error {
+func (c *conntrack) ResetOffsets() error {
 	if err := errors.Join(
-		empty[bpf.LockstepLsConn](n.objs.LsConn), empty[bpf.LockstepLsHalf](n.objs.LsHalf), empty[bpf.LockstepLsInh](n.objs.LsInherited),
+		empty[bpf.LockstepLsConn](c.conns), empty[bpf.LockstepLsHalf](c.half), empty[bpf.LockstepLsInh](c.inherited),
 	); err != nil {
 		return fmt.Errorf("reset offsets: %w", err)
 	}
@@ -31,51 +50,68 @@ func empty[V any](m *ebpf.Map) error {
 }
 
 // Sweep implements [datapath.NIC].
-func (n *NIC) Sweep(linger, idle time.Duration) (int, error) {
-	now, removed := n.Now(), 0
-	maps := []*ebpf.Map{n.objs.LsConn}
-	if n.edges() {
-		maps = append(maps, n.objs.LsEdge)
+func (c *conntrack) Sweep(linger, idle time.Duration) (int, error) {
+	now, removed := bootTime(), 0
+	maps := []*ebpf.Map{c.conns}
+	if c.role == Primary && atomic.LoadUint32(c.hasEdges) != 0 { // S sees no frames of its entries
+		maps = append(maps, c.edge)
 	}
 	for _, m := range maps {
-		var old []bpf.LockstepLsTuple
-		err := each(m, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-			if conn := fromConn(c); conn.Ended(now, linger, idle) {
-				old = append(old, k)
+		var ended []bpf.LockstepLsTuple
+		err := each(m, func(k bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
+			if conn := fromConn(v); conn.Ended(now, linger, idle) {
+				ended = append(ended, k)
 			}
 		})
 		if err == nil {
-			err = deleteKeys(m, old)
+			err = deleteKeys(m, ended)
 		}
 		if err != nil {
 			return removed, fmt.Errorf("sweep connections: %w", err)
 		}
-		removed += len(old)
+		removed += len(ended)
 	}
 	return removed, nil
 }
 
 // Offsets implements [datapath.NIC].
-func (n *NIC) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
-	if err := each(n.objs.LsConn, func(k bpf.LockstepLsTuple, c *bpf.LockstepLsConn) {
-		yield(fromTuple(&k), datapath.Offset{Seq: c.Off, TS: c.TsOff, Incarnation: c.Inc, Last: int64(c.Last), State: rewriter.State(c.State).String()})
+func (c *conntrack) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
+	if err := each(c.conns, func(k bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
+		yield(fromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, Last: int64(v.Last), State: rewriter.State(v.State).String()})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}
 	return nil
 }
 
-// tells: an ACK tells what the remote has; nobody goes on behind a RST.
-func tells(c *bpf.LockstepLsCli) bool {
+// newest is the remote's newest segment of a connection; false: evicted, or there was
+// none.
+func (c *conntrack) newest(t compare.Tuple) (seg bpf.LockstepLsCli, ok bool) {
+	key := toTuple(t)
+	err := c.remotes.Lookup(&key, &seg)
+	return seg, err == nil
+}
+
+// acknowledges reports whether a remote's newest segment shows what it has received. A
+// SYN without ACK does not, and behind a RST nobody goes on.
+func acknowledges(c *bpf.LockstepLsCli) bool {
 	return compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) == compare.ACK
 }
 
 // Acked implements [datapath.NIC].
-func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
-	key := toTuple(t)
-	var c bpf.LockstepLsCli
-	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
-		return 0, false // evicted, or never there
+func (c *conntrack) Acked(t compare.Tuple) (ack uint32, ok bool) {
+	seg, ok := c.newest(t)
+	return seg.Ack, ok && acknowledges(&seg)
+}
+
+// knownRemotes are the remotes whose acknowledgment is known.
+func (c *conntrack) knownRemotes() (out []datapath.Remote, err error) {
+	if err := each(c.remotes, func(t bpf.LockstepLsTuple, seg *bpf.LockstepLsCli) {
+		if t.Proto == protoTCP && acknowledges(seg) {
+			out = append(out, datapath.Remote{Tuple: fromTuple(&t), Ack: seg.Ack, At: int64(seg.At)})
+		}
+	}); err != nil {
+		return nil, fmt.Errorf("list remotes: %w", err)
 	}
-	return c.Ack, tells(&c)
+	return out, nil
 }

@@ -243,7 +243,7 @@ func (h *hosts) through(guest, client *wire, in []byte, less func(*compare.Segme
 			out = f // an ACK may leave before what it came with
 		}
 	}
-	if evs[0].Seg.Slot != compare.NoSlot && len(h.p.meta) != 0 {
+	if evs[0].Seg.Slot != compare.NoSlot && len(h.p.frames.meta) != 0 {
 		apply(h, h.p, compare.Effect{Op: compare.OpFree, Slot: evs[0].Seg.Slot})
 	}
 	return out

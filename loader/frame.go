@@ -39,7 +39,7 @@ const (
 	optTimestamp = 8
 )
 
-// l3Offset is where the IP header of a frame begins: behind at most two tags.
+// l3Offset is where the IP header of a frame begins: after at most two tags.
 func l3Offset(frame []byte) int {
 	l3 := ethLen
 	for range 2 {
@@ -57,9 +57,8 @@ func l3Offset(frame []byte) int {
 // buildHeader writes the virtio-net header and the frame's headers up to the
 // payload into dst and returns what it used. l2l3 is the original Ethernet and IP
 // header, tci the VLAN tag that stood beside it with its ethertype (0: none); the
-// TCP fields come from e; payload bytes of payLen follow behind it in the caller's
-// iovec. The checksum is left to the device (partial): the bytes were compared with
-// the SVM's, so there is no old checksum worth keeping.
+// TCP fields come from e; payLen bytes of payload follow in the caller's iovec. The
+// checksum is left to the device (partial).
 func buildHeader(dst, l2l3, ports []byte, e *compare.Effect, tpid, tci uint16, payLen int, gso uint16) ([]byte, bool) {
 	if len(l2l3) < l3Offset(l2l3)+minIPHeader || int(e.OptLen) > len(e.Opts) || cap(dst) < vnetHdrLen+4+len(l2l3)+tcpHdrLen+int(e.OptLen) {
 		return nil, false
@@ -153,9 +152,8 @@ func fold(s uint32) uint16 {
 	return uint16(s)
 }
 
-// neighRequest writes an ARP request or a neighbour solicitation in the guest's
-// name, with its virtio-net header: who has e.Tuple.Remote? The guest's MAC is in
-// e.Opts.
+// neighRequest writes an ARP request or a neighbour solicitation for e.Tuple.Remote in
+// the guest's name, with its virtio-net header. The guest's MAC is in e.Opts.
 func neighRequest(dst []byte, e *compare.Effect) []byte {
 	t := &e.Tuple
 	mac, target := e.Opts[:6], t.Remote[:]

@@ -4,8 +4,6 @@ package loader
 
 import (
 	"errors"
-	"fmt"
-	"os"
 	"sync/atomic"
 	"unsafe"
 
@@ -16,38 +14,65 @@ import (
 	"lockstep/compare"
 )
 
-// mmapMap maps a mmapable array's elements.
-func mmapMap(m *ebpf.Map) ([]byte, error) {
-	page := os.Getpagesize()
-	size := (int(m.MaxEntries())*int(m.ValueSize()) + page - 1) / page * page
-	b, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("map memory of %s: %w", m.String(), err)
-	}
-	return b, nil
+// frames are those that the kernel keeps in slots, with what it reported of each. Only
+// a frame that was reported and not freed since is handed out.
+type frames struct {
+	slots slots
+	meta  map[compare.Slot]frameMeta
 }
 
-// conf is the kernel's live settings.
-type conf = bpf.LockstepLsConf
-
-type confMemory struct {
-	*conf
-	mem []byte
+// frameMeta is what the kernel reported of a frame in a slot.
+type frameMeta struct {
+	l3, l4, pay, paylen uint32 // offsets from the frame's start; payload bytes
+	gso, tpid, tci      uint16
+	csumStart, csumOff  uint16
+	partial, udp, ufo   bool
 }
 
-func mapConf(m *ebpf.Map) (*confMemory, error) {
-	mem, err := mmapMap(m)
+func newFrames(objs *bpf.LockstepObjects) (*frames, error) {
+	s, err := mapSlots(objs.LsSlots, objs.LsGslots)
 	if err != nil {
 		return nil, err
 	}
-	return &confMemory{(*conf)(unsafe.Pointer(unsafe.SliceData(mem))), mem}, nil
+	return &frames{slots: s, meta: make(map[compare.Slot]frameMeta)}, nil
 }
 
-func (c *confMemory) unmap() error {
-	if c == nil {
-		return nil
+func (f *frames) close() error { return f.slots.unmap() }
+
+// add notes the frame in a slot. It reports whether the payload lies inside the slot.
+func (f *frames) add(id compare.Slot, m frameMeta) bool {
+	f.meta[id] = m
+	return uint64(m.pay)+uint64(m.paylen) <= uint64(len(f.slots.data(id)))
+}
+
+// whole is the frame in the slot.
+func (f *frames) whole(id compare.Slot) (frame []byte, m frameMeta, ok bool) {
+	m, ok = f.meta[id]
+	frame = f.slots.frame(id)
+	return frame, m, ok && len(frame) >= ethLen
+}
+
+// part are the headers before TCP's of the segment in the slot, and bytes [from, to) of
+// its payload.
+func (f *frames) part(id compare.Slot, from, to uint32) (headers, payload []byte, m frameMeta, ok bool) {
+	m = f.meta[id]
+	if m.l4 == 0 || from > to || to > m.paylen {
+		return nil, nil, m, false
 	}
-	return unix.Munmap(c.mem)
+	data := f.slots.data(id)
+	return data[:m.l4], data[m.pay+from : m.pay+to], m, true
+}
+
+// payload is that of the frame in the slot.
+func (f *frames) payload(id compare.Slot) []byte {
+	m := f.meta[id]
+	return f.slots.data(id)[m.pay:][:m.paylen:m.paylen]
+}
+
+// free gives the slot back to the kernel.
+func (f *frames) free(id compare.Slot) {
+	delete(f.meta, id)
+	f.slots.free(id)
 }
 
 // TCPSlots is how many of n slots are for TCP: the others are for datagrams.
@@ -132,12 +157,4 @@ func (s slots) free(id compare.Slot) {
 	if e := s.element(id); e != nil {
 		atomic.SwapUint32((*uint32)(unsafe.Pointer(unsafe.SliceData(e))), uint32(bpf.LockstepLsSlotStateLS_SLOT_FREE))
 	}
-}
-
-// frameMeta is what the kernel told about a frame in a slot.
-type frameMeta struct {
-	l3, l4, pay, paylen uint32
-	gso, tpid, tci      uint16
-	csumStart, csumOff  uint16
-	partial, udp, ufo   bool
 }

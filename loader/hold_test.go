@@ -46,7 +46,7 @@ func release(s compare.Segment) compare.Effect {
 }
 
 func slotState(n *NIC, s compare.Slot) bpf.LockstepLsSlotState {
-	return bpf.LockstepLsSlotState(binary.NativeEndian.Uint32(n.slots.element(s)))
+	return bpf.LockstepLsSlotState(binary.NativeEndian.Uint32(n.frames.slots.element(s)))
 }
 
 func TestHoldAndRelease(t *testing.T) {
@@ -80,7 +80,7 @@ func TestHoldAndRelease(t *testing.T) {
 		if got := client.recv(); !bytes.Equal(got, c.frame) {
 			t.Errorf("%s: released\n% x, was\n% x", c.name, got, c.frame)
 		}
-		if slotState(h.p, s.Slot) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.meta) != 0 {
+		if slotState(h.p, s.Slot) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.frames.meta) != 0 {
 			t.Errorf("%s: slot is not free after its release", c.name)
 		}
 	}
@@ -200,7 +200,7 @@ func TestFree(t *testing.T) {
 		t.Errorf("of a frame without a slot came %+v", s)
 	}
 	apply(t, h.p, compare.Effect{Op: compare.OpFree, Slot: held[3]})
-	if slotState(h.p, held[3]) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.meta) != 5 {
+	if slotState(h.p, held[3]) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.frames.meta) != 5 {
 		t.Errorf("slot %d is not free", held[3])
 	}
 	guest.send(frame)

@@ -72,7 +72,7 @@ func TestDrainTap(t *testing.T) {
 	defer cancel()
 	check(t, h.s.DrainTap(ctx))
 	// A frame that the tap has not counted: the wait ends with its context.
-	h.s.tapBase++
+	h.s.tapDrain.base++
 	ctx, cancel = context.WithCancel(t.Context())
 	cancel()
 	if err := h.s.DrainTap(ctx); !errors.Is(err, context.Canceled) {
@@ -220,13 +220,13 @@ func TestDrainTapSegments(t *testing.T) {
 			// Counts that cannot be right: whatever waits goes, and they are right again.
 			sendGSO(t, "client", 0, randomBytes(20000))
 			counts(t, h.s, "let_in", uint64(3*c.frames))
-			h.s.tapBase -= 1000
+			h.s.tapDrain.base -= 1000
 			check(t, h.s.DrainTap(t.Context()))
 			if n, err := unix.Read(tap.fd, make([]byte, 1<<17)); err != unix.EAGAIN {
 				t.Errorf("%d bytes were left in the tap (%v)", n, err)
 			}
 			check(t, h.s.DrainTap(t.Context()))
-			if h.s.tapBase == 0 {
+			if h.s.tapDrain.base == 0 {
 				t.Error("the base was not mended")
 			}
 		})

@@ -77,7 +77,7 @@ func TestQuietAtOnce(t *testing.T) {
 // TestMutationWait: without the wait TestQuietAtOnce fails.
 func TestMutationWait(t *testing.T) {
 	h := newHosts(t)
-	h.s.hasty = true
+	h.s.skipWait = true
 	if !lateRecord(t, h, 500) {
 		t.Error("no record was made after a SetMode that does not wait")
 	}

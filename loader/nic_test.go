@@ -124,13 +124,14 @@ func TestOpenPrimary(t *testing.T) {
 	check(t, second.Close())
 
 	// One that ended while it put its pins in place is replaced as well.
-	check(t, os.Rename(nicDir(pins, o.VM, o.Node, 0), nicDir(pins, o.VM, o.Node, 0)+"-new"))
+	dir := nicDir(pins, o.VM, o.Node, 0)
+	check(t, os.Rename(string(dir), string(dir.staging())))
 	third, err := Open(o)
 	check(t, err)
 	guards()
 	check(t, third.Close())
 	for _, suffix := range []string{"-new", "-left"} {
-		check(t, os.Mkdir(nicDir(pins, o.VM, o.Node, 0)+suffix, 0o700))
+		check(t, os.Mkdir(string(dir)+suffix, 0o700))
 	}
 	fourth, err := Open(o)
 	check(t, err)

@@ -41,15 +41,15 @@ type Options struct {
 	MPTCP            bool     // the guests may use it
 	XDP              string   // XDPOff, XDPOn, XDPAuto; "": off
 	ConfigHash       [32]byte // of what both nodes must agree on
-	// Differ names the settings that keep a config from going on with the tables that one
-	// of another hash made; alone: the guest speaks alone. nil: all do.
+	// Differ names the settings of this config that do not fit tables made by the config
+	// with the pinned hash; alone: the guest transmits alone. nil: any other hash is refused.
 	Differ  func(pinned [32]byte, alone bool) []string
 	Version string // of this lockstep
-	Discard bool   // what is pinned for this NIC goes, whatever it is
+	Discard bool   // removes what is pinned for this NIC, whatever it is
 	Log     *slog.Logger
 
-	// Mutation switches a rule of the kernel half off ; tests
-	// only: nothing in the config or on the command line reaches it.
+	// Mutation switches a rule of the kernel half off. Only tests set it: nothing in the
+	// config or on the command line does.
 	Mutation Mutation
 }
 
@@ -62,21 +62,16 @@ type Rule struct {
 // Mutation is a rule switched off.
 type Mutation uint32
 
-// MutateR9 has the rewriter ignore announcements and guess. MutateR6 leaves gaps
-// in a lane's numbers alone, MutateR20 lets guests speak for ever, MutateReplay takes
-// records again and again, MutateTag takes forged ones, MutateGuard leaves timestamps
-// behind and MutateEdge numbers as they are where a connection was taken over,
-// MutateQuote what ICMP errors quote, and MutateMode has released frames leave in every
-// mode. MutateWait has SetMode return while programs go by the mode before.
+// What is switched off.
 const (
-	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)
-	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)
-	MutateR20    = Mutation(bpf.LockstepLsMutationLS_MUTATE_R20)
-	MutateReplay = Mutation(bpf.LockstepLsMutationLS_MUTATE_REPLAY)
-	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)
-	MutateGuard  = Mutation(bpf.LockstepLsMutationLS_MUTATE_GUARD)
-	MutateEdge   = Mutation(bpf.LockstepLsMutationLS_MUTATE_EDGE)
-	MutateQuote  = Mutation(bpf.LockstepLsMutationLS_MUTATE_QUOTE)
-	MutateMode   = Mutation(bpf.LockstepLsMutationLS_MUTATE_MODE)
-	MutateWait   = Mutation(1 << 31) // SetMode does not wait
+	MutateR9     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R9)     // offsets: announcements are ignored, every offset is 0
+	MutateR6     = Mutation(bpf.LockstepLsMutationLS_MUTATE_R6)     // retransmission of lost records
+	MutateR20    = Mutation(bpf.LockstepLsMutationLS_MUTATE_R20)    // the output lease
+	MutateReplay = Mutation(bpf.LockstepLsMutationLS_MUTATE_REPLAY) // the anti-replay check
+	MutateTag    = Mutation(bpf.LockstepLsMutationLS_MUTATE_TAG)    // the check of records' tags
+	MutateGuard  = Mutation(bpf.LockstepLsMutationLS_MUTATE_GUARD)  // the timestamps' guard after a takeover
+	MutateEdge   = Mutation(bpf.LockstepLsMutationLS_MUTATE_EDGE)   // the translation of connections that were taken over
+	MutateQuote  = Mutation(bpf.LockstepLsMutationLS_MUTATE_QUOTE)  // the translation of what ICMP errors quote
+	MutateMode   = Mutation(bpf.LockstepLsMutationLS_MUTATE_MODE)   // the mode's check for released frames
+	MutateWait   = Mutation(1 << 31)                                // SetMode's wait for programs that go by the mode before
 )

@@ -88,7 +88,7 @@ func TestCheckOrder(t *testing.T) {
 	away1()
 	away2()
 
-	check(t, h.s.guards[0].link.Detach())
+	check(t, h.s.attached[0].link.Detach())
 	wantOrder(t, h.s, "ls_sec_gate is not attached to tapS any more", true)
 	check(t, netlink.LinkDel(linkOf(t, "tapP")))
 	if _, tap, err := h.p.CheckOrder(); err == nil || !tap {

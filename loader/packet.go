@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sendBuffer lets a burst of GSO frames queue in the kernel; what does not fit
-// is a lost frame that the guest sends again.
+// sendBuffer lets a burst of GSO frames queue in the kernel; a frame that does not fit
+// is lost, and the guest retransmits it.
 const sendBuffer = 64 << 20
 
 // packetConn sends frames on one device, each with a virtio-net header, by
@@ -22,8 +22,8 @@ type packetConn struct {
 	iovs [][2]unix.Iovec
 }
 
-// mmsghdr is the kernel's struct: behind the length is what aligns the next one, four
-// bytes on 64 bits and none on 32.
+// mmsghdr is the kernel's struct. Go aligns it as C does: with four bytes after the
+// length on 64 bits, and none on 32.
 type mmsghdr struct {
 	hdr unix.Msghdr
 	len uint32
@@ -67,7 +67,7 @@ func (c *packetConn) queue(head, tail []byte) {
 }
 
 // flush sends what was queued, in order, and returns how many frames the
-// kernel refused. A refused frame is lost, the ones behind it are still sent.
+// kernel refused. A refused frame is lost, those after it are still sent.
 func (c *packetConn) flush() (lost int, err error) {
 	c.msgs = c.msgs[:0]
 	for i := range c.iovs {

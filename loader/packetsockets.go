@@ -16,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What sees a guest's frames before lockstep's tcx programs do: XDP on the tap, and
-// packet sockets for all protocols (ETH_P_ALL). The kernel hands these a copy of every
-// frame in front of tcx, of those, too, that lockstep then holds or drops.
+// What receives a guest's frames before lockstep's tcx programs do: XDP on the tap, and
+// packet sockets for all protocols (ETH_P_ALL). The kernel gives these a copy of every
+// frame before tcx runs, also of frames that lockstep then holds or drops.
 
 // Watcher is a packet socket that reads all of a tap's frames.
 type Watcher struct {
@@ -37,15 +37,15 @@ func foreignXDP(tap netlink.Link) string {
 	return fmt.Sprintf("XDP program %s (id %d) is in front of lockstep's on %s: ip link set %[3]s xdp off", programName(ebpf.ProgramID(x.ProgId)), x.ProgId, tap.Attrs().Name)
 }
 
-// passesOn tells how a watcher is named that can pass frames on.
+// passesOn describes a watcher that can pass frames on.
 func (w *Watcher) passesOn(tap string) string {
 	return fmt.Sprintf("%s reads every frame of %s in front of lockstep's programs (a packet socket), and can pass them on (%s): take %[2]s out of it, and put it into a bridge",
 		w.Owner, tap, w.PassOn)
 }
 
-// reads is the same of one of which that is not known.
+// reads describes one that is not known to be able to.
 func (w *Watcher) reads(tap string) string {
-	return fmt.Sprintf("%s reads every frame of %s, also what clients have not been told yet (a packet socket)", w.Owner, tap)
+	return fmt.Sprintf("%s reads every frame of %s, also output that clients have not received yet (a packet socket)", w.Owner, tap)
 }
 
 // InFront names what is in front of lockstep's programs on a tap and can pass frames
@@ -183,7 +183,7 @@ func descriptors(pid int) map[int]string {
 
 // wayOut is what else a process has open by which it could pass frames on: a user-space
 // switch or router has such a thing, a program that captures has not. Whoever means to
-// deceive can send through the very socket that it reads by; that cannot be told apart.
+// deceive can send through the very socket that it reads from; that is not detectable.
 func wayOut(pid int, inode string) string {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {

@@ -15,9 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Pins live in pinDir/vm/node/nicN: the maps by name, the links as
-// "link_" + program name. A NIC's folder is filled beside its place and
+// pinFolder is where a NIC's maps and links are pinned, pin_dir/vm/node/nicN: the maps
+// by name, the links as "link_" + program name. It is filled beside its place and
 // renamed into it, so that a folder that exists is whole.
+type pinFolder string
 
 const linkPrefix = "link_"
 
@@ -28,14 +29,45 @@ func nodeDir(pinDir, vm, node string) string {
 	return filepath.Join(pinDir, pinName.Replace(vm), pinName.Replace(node))
 }
 
-func nicDir(pinDir, vm, node string, nic int) string {
-	return filepath.Join(nodeDir(pinDir, vm, node), fmt.Sprintf("nic%d", nic))
+func nicDir(pinDir, vm, node string, nic int) pinFolder {
+	return pinFolder(filepath.Join(nodeDir(pinDir, vm, node), fmt.Sprintf("nic%d", nic)))
 }
 
-// stagingDir is where a NIC's folder is filled; leftDir holds one that an earlier
-// daemon began to fill and did not finish.
-func stagingDir(nicDir string) string { return nicDir + "-new" }
-func leftDir(nicDir string) string    { return nicDir + "-left" }
+func (p pinFolder) path(name string) string    { return filepath.Join(string(p), name) }
+func (p pinFolder) link(program string) string { return p.path(linkPrefix + program) }
+
+// staging is where the folder is filled; leftover is what an earlier daemon began to
+// fill and did not finish.
+func (p pinFolder) staging() pinFolder  { return p + "-new" }
+func (p pinFolder) leftover() pinFolder { return p + "-left" }
+
+func (p pinFolder) exists() bool {
+	_, err := os.Stat(string(p))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// stage makes an empty staging folder. Programs that are pinned in an older one may be
+// all that guards the tap, so that one is kept as the leftover.
+func (p pinFolder) stage() (pinFolder, error) {
+	staging := p.staging()
+	if err := os.Rename(string(staging), string(p.leftover())); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := removePins(string(staging)); err != nil { // the leftover has older ones
+			return "", err
+		}
+	}
+	if err := os.MkdirAll(string(staging), 0o700); err != nil {
+		return "", fmt.Errorf("create pin folder: %w", err)
+	}
+	return staging, nil
+}
+
+// commit puts the staging folder in place.
+func (p pinFolder) commit() error {
+	if err := os.Rename(string(p.staging()), string(p)); err != nil {
+		return fmt.Errorf("put pins in place: %w", err)
+	}
+	return nil
+}
 
 // CheckBPFFS makes sure that pins made under pinDir outlive this process: the
 // folder must lie on a bpffs that the init process sees too.
@@ -96,7 +128,7 @@ func Lock(pinDir, vm, node string) (release func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// ErrLocked says that a daemon of this VM and node lives.
+// ErrLocked: a daemon of this VM and node is running.
 var ErrLocked = errors.New("a lockstep daemon of this VM and node is running")
 
 // removePins removes everything below dir, and dir. Removing a pinned link

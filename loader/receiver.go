@@ -4,15 +4,17 @@ package loader
 
 import (
 	"encoding/binary"
-	"unsafe"
-
 	"errors"
 	"fmt"
-	"github.com/cilium/ebpf/ringbuf"
-	"lockstep/bpf"
-	"lockstep/compare"
 	"os"
 	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+
+	"lockstep/bpf"
+	"lockstep/compare"
 )
 
 const (
@@ -20,21 +22,102 @@ const (
 	recBase = int(unsafe.Offsetof(bpf.LockstepLsEvRec{}.Rec)) + int(bpf.LockstepLsConstLS_REC_BASE)
 )
 
-// event turns ring record i, size bytes long, into an event. It reports whether
-// the record made sense; the slot of one that did not is freed.
-func (n *NIC) event(i, size int, evs []compare.Event) ([]compare.Event, bool) {
-	p := unsafe.Pointer(&n.samples[i])
-	switch typ := bpf.LockstepLsEvType(n.samples[i][0]); {
+// batch bounds the events of one Poll.
+const batch = 256
+
+// receiver turns the records in the kernel's ring into events.
+type receiver struct {
+	ring     *ringbuf.Reader
+	waiter   *waiter
+	frames   *frames
+	counters *counters
+	buffers  [batch]eventBuffer
+	noUFO    bool // a mutation, only tests set it: what the guest left as UFO leaves as USO
+}
+
+// eventBuffer holds what the views in an event point to, until the next Poll.
+type eventBuffer struct {
+	record ringbuf.Record
+	sample sample
+	bounds []compare.Bound
+	tagged [int(bpf.LockstepLsConstLS_L4MAX) + 4]byte // a template with its VLAN tag
+}
+
+// sample is room for any ring record, aligned as the records are.
+type sample [118]uint64
+
+func newReceiver(ring *ebpf.Map, f *frames, c *counters) (*receiver, error) {
+	reader, err := ringbuf.NewReader(ring)
+	if err != nil {
+		return nil, fmt.Errorf("ring: %w", err)
+	}
+	reader.SetDeadline(time.Unix(1, 0)) // in the past: only the waiter waits
+	w, err := newWaiter(ring.FD())
+	if err != nil {
+		return nil, errors.Join(err, reader.Close())
+	}
+	return &receiver{ring: reader, waiter: w, frames: f, counters: c}, nil
+}
+
+func (r *receiver) close() error { return errors.Join(r.ring.Close(), r.waiter.close()) }
+
+// Wake implements [datapath.NIC].
+func (r *receiver) Wake() { r.waiter.wakeUp() }
+
+// Poll implements [datapath.NIC].
+func (r *receiver) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
+	if r.ring.AvailableBytes() == 0 {
+		if err := r.waiter.wait(wait); err != nil {
+			return evs, err
+		}
+	}
+	for i := 0; i < batch && r.ring.AvailableBytes() > 0; i++ {
+		b := &r.buffers[i]
+		b.record.RawSample = bytesOf(&b.sample)[:0]
+		if err := r.ring.ReadInto(&b.record); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break // there were only discarded ones
+			}
+			return evs, fmt.Errorf("read ring: %w", err)
+		}
+		var ok bool
+		if evs, ok = r.event(b, evs); !ok {
+			r.counters.lost.events.Add(1)
+		}
+	}
+	return evs, nil
+}
+
+// discard reads the ring empty.
+func (r *receiver) discard() error {
+	r.ring.SetDeadline(time.Now())
+	rec := ringbuf.Record{RawSample: bytesOf(&r.buffers[0].sample)[:0]}
+	for {
+		err := r.ring.ReadInto(&rec)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read ring: %w", err)
+		}
+	}
+}
+
+// event turns the ring record in b into an event. It reports whether the record made
+// sense; the slot of one that did not is freed.
+func (r *receiver) event(b *eventBuffer, evs []compare.Event) ([]compare.Event, bool) {
+	p, size := unsafe.Pointer(&b.sample), len(b.record.RawSample)
+	switch typ := bpf.LockstepLsEvType(b.sample[0]); {
 	case typ == bpf.LockstepLsEvTypeLS_EV_REC && size >= recBase:
-		return n.record(i, (*bpf.LockstepLsEvRec)(p), evs)
+		return b.peerRecord((*bpf.LockstepLsEvRec)(p), evs)
 	case typ != bpf.LockstepLsEvTypeLS_EV_REC && size >= evSize:
-		return n.frameEvent(i, typ, (*bpf.LockstepLsEv)(p), evs)
+		return r.frameEvent(b, typ, (*bpf.LockstepLsEv)(p), evs)
 	}
 	return evs, false
 }
 
-// record takes an authentic peer frame.
-func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]compare.Event, bool) {
+// peerRecord is the event of an authentic peer frame.
+func (b *eventBuffer) peerRecord(ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]compare.Event, bool) {
 	r := &ev.Rec
 	if int(r.Optlen) > len(r.Opts) || int(r.Nsum) > len(r.Bound) {
 		return evs, false
@@ -55,12 +138,11 @@ func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]com
 				s.Len--
 			}
 		}
-		bounds := n.bounds[i][:0]
-		for b := range r.Bound[:r.Nsum] {
-			bounds = append(bounds, compare.Bound{Pos: s.PayloadStart() + uint32(b+1)*r.Stride, Sum: r.Bound[b]})
+		b.bounds = b.bounds[:0]
+		for i := range r.Bound[:r.Nsum] {
+			b.bounds = append(b.bounds, compare.Bound{Pos: s.PayloadStart() + uint32(i+1)*r.Stride, Sum: r.Bound[i]})
 		}
-		n.bounds[i] = bounds
-		s.Bounds = bounds
+		s.Bounds = b.bounds
 	case bpf.LockstepLsRecTypeLS_REC_DGRAM:
 		e.Kind = compare.EvSVM
 		s.Datagram, s.Frag = true, r.Frag
@@ -78,19 +160,17 @@ func (n *NIC) record(i int, ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]com
 	return append(evs, e), true
 }
 
-// frameEvent takes an event about a frame of the guest or for it.
-func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
+// frameEvent is the event of a frame of the guest or for it.
+func (r *receiver) frameEvent(b *eventBuffer, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
 	slot := compare.Slot(ev.Slot)
 	hdr := ev.Hdr[:min(int(ev.HdrLen), len(ev.Hdr))]
 	ok := true
 	if slot != compare.NoSlot {
-		m := frameMeta{
+		ok = r.frames.add(slot, frameMeta{
 			l3: uint32(ev.L3Off), l4: uint32(ev.L4Off), pay: uint32(ev.PayOff), paylen: ev.Paylen, gso: ev.GsoSize,
-			tpid: tpid(ev), tci: ev.Tci, udp: ev.T.Proto == protoUDP, ufo: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_UFO) != 0 && !n.noUFO,
+			tpid: tpid(ev), tci: ev.Tci, udp: ev.T.Proto == protoUDP, ufo: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_UFO) != 0 && !r.noUFO,
 			partial: ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_PARTIAL) != 0, csumStart: ev.CsumStart, csumOff: ev.CsumOffset,
-		}
-		ok = uint64(m.pay)+uint64(m.paylen) <= uint64(len(n.slots.data(slot)))
-		n.meta[slot] = m
+		})
 	}
 	e := compare.Event{Seg: compare.Segment{
 		Tuple: fromTuple(&ev.T),
@@ -106,7 +186,7 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 		s.Urg = binary.BigEndian.Uint16(hdr[l4+tcpUrgOff:])
 		s.Header = hdr[:l4]
 		if ev.Tci != 0 { // a template has its tag in its bytes
-			s.Header = append(appendTag(append(n.tagged[i][:0], hdr[:12]...), tpid(ev), ev.Tci), hdr[12:l4]...)
+			s.Header = append(appendTag(append(b.tagged[:0], hdr[:12]...), tpid(ev), ev.Tci), hdr[12:l4]...)
 		}
 		if pay := int(ev.PayOff); pay >= l4+tcpHdrLen && pay <= len(hdr) {
 			s.Opts = hdr[l4+tcpHdrLen : pay]
@@ -127,61 +207,12 @@ func (n *NIC) frameEvent(i int, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, 
 	}
 	if !ok {
 		if slot != compare.NoSlot {
-			delete(n.meta, slot)
-			n.slots.free(slot)
+			r.frames.free(slot)
 		}
 		return evs, false
 	}
 	if slot != compare.NoSlot && !s.Datagram && typ != bpf.LockstepLsEvTypeLS_EV_PARK {
-		s.Payload = n.slots.data(slot)[ev.PayOff:][:ev.Paylen:ev.Paylen]
+		s.Payload = r.frames.payload(slot)
 	}
 	return append(evs, e), true
-}
-
-// batch bounds the events of one Poll.
-const batch = 256
-
-// sample is room for any ring record, aligned as the records are.
-type sample [118]uint64
-
-// Wake implements [datapath.NIC].
-func (n *NIC) Wake() { n.waiter.wakeUp() }
-
-// Poll implements [datapath.NIC].
-func (n *NIC) Poll(wait time.Duration, evs []compare.Event) ([]compare.Event, error) {
-	if n.ring.AvailableBytes() == 0 {
-		if err := n.waiter.wait(wait); err != nil {
-			return evs, err
-		}
-	}
-	for i := 0; i < batch && n.ring.AvailableBytes() > 0; i++ {
-		r := &n.records[i]
-		r.RawSample = bytesOf(&n.samples[i])[:0]
-		if err := n.ring.ReadInto(r); err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				break // discarded ones alone
-			}
-			return evs, fmt.Errorf("read ring: %w", err)
-		}
-		var ok bool
-		if evs, ok = n.event(i, len(r.RawSample), evs); !ok {
-			n.lost.events.Add(1)
-		}
-	}
-	return evs, nil
-}
-
-// discard reads the ring empty.
-func (n *NIC) discard() error {
-	n.ring.SetDeadline(time.Now())
-	r := ringbuf.Record{RawSample: bytesOf(&n.samples[0])[:0]}
-	for {
-		err := n.ring.ReadInto(&r)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read ring: %w", err)
-		}
-	}
 }

@@ -5,11 +5,7 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	"path/filepath"
-	"strings"
-	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -33,30 +29,54 @@ func (t *tables) close() {
 	}
 }
 
-// inherited reports whether a map goes from one daemon to the next. What programs
-// work on does not, nor do the object's data sections.
-func inherited(name string) bool {
-	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch
+// conf is the programs' settings.
+func (t *tables) conf() (c conf, err error) {
+	if err := t.maps[bpf.LockstepMapLsConf].Lookup(uint32(0), &c); err != nil {
+		return c, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsConf, err)
+	}
+	return c, nil
 }
 
-// findTables opens what is pinned in dir for a NIC with these options. nil: there is
-// nothing to go on from. Tables of a guest that is gone are nothing: its tap is,
-// and who is behind another one under the same name has none of its connections.
-func findTables(dir string, o Options, tap netlink.Link) (*tables, error) {
-	if here, err := guardHere(dir, o, tap); !here || err != nil {
+// recoveredTables are what Open goes on from: at most one of them.
+type recoveredTables struct {
+	sameRole *tables // of a daemon of the same role
+	promoted *tables // of a secondary that took over and is to be a primary
+}
+
+func (r *recoveredTables) close() {
+	r.sameRole.close()
+	r.promoted.close()
+}
+
+func recoverTables(pins pinFolder, o Options, tap netlink.Link) (r recoveredTables, err error) {
+	alone, err := promoted(pins)
+	if err != nil || !alone || o.Role != Primary {
+		r.sameRole, err = findTables(pins, o, tap)
+		return r, err
+	}
+	o.Role = Secondary
+	r.promoted, err = findTables(pins, o, tap)
+	return r, err
+}
+
+// findTables opens what is pinned for a NIC with these options. nil: there is nothing
+// to recover. If the tap is gone, so is its guest; the guest at a new tap of the same
+// name has none of its connections.
+func findTables(pins pinFolder, o Options, tap netlink.Link) (*tables, error) {
+	if here, err := guards(pins, &o, tap); !here || err != nil {
 		return nil, err
 	}
-	return openTables(dir, o)
+	return openTables(pins, o)
 }
 
-// guardHere reports whether what is pinned in dir guards the tap.
-func guardHere(dir string, o Options, tap netlink.Link) (bool, error) {
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+// guards reports whether the pinned programs guard the tap.
+func guards(pins pinFolder, o *Options, tap netlink.Link) (bool, error) {
+	if !pins.exists() {
 		return false, nil
 	}
 	guarded := 0
 	for _, name := range []string{priOut, secOut} {
-		at, err := deviceOf(filepath.Join(dir, linkPrefix+name))
+		at, err := deviceOf(pins.link(name))
 		if err != nil {
 			return false, err
 		}
@@ -73,21 +93,8 @@ func guardHere(dir string, o Options, tap netlink.Link) (bool, error) {
 		o.Tap, tap.Attrs().Index, guarded)
 }
 
-// goOnFrom finds what Open goes on from: old, of the same role, or taken, of a
-// secondary that took over and is to be a primary.
-func goOnFrom(dir string, o Options, tap netlink.Link) (old, taken *tables, err error) {
-	alone, err := promoted(dir)
-	if err != nil || !alone || o.Role != Primary {
-		old, err = findTables(dir, o, tap)
-		return old, nil, err
-	}
-	o.Role = Secondary
-	taken, err = findTables(dir, o, tap)
-	return nil, taken, err
-}
-
-// deviceOf is the index of the device that a pinned link holds a program at; 0: of
-// none, or there is no such link.
+// deviceOf is the index of the device to which a pinned link attaches its program; 0:
+// to none, or there is no such link.
 func deviceOf(pin string) (int, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {
@@ -107,10 +114,10 @@ func deviceOf(pin string) (int, error) {
 	return 0, nil
 }
 
-// openTables opens the maps in dir, unless they are of another lockstep or for
+// openTables opens the pinned maps. It refuses those of another ABI, or made for
 // something else than the options say.
-func openTables(dir string, o Options) (_ *tables, err error) {
-	t, err := openMeta(dir)
+func openTables(pins pinFolder, o Options) (_ *tables, err error) {
+	t, err := openMeta(pins)
 	if err != nil {
 		return nil, err
 	}
@@ -119,10 +126,10 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 			t.close()
 		}
 	}()
-	own := metaOf(o)
+	own := metaOf(&o)
 	differ := differences(&t.meta, &own)
 	if t.meta.Abi == own.Abi {
-		mode, err := pinnedMode(dir)
+		mode, err := pinnedMode(pins)
 		if err != nil {
 			return nil, err
 		}
@@ -134,10 +141,10 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 		return nil, err
 	}
 	for name, m := range spec.Maps {
-		if !inherited(name) || name == bpf.LockstepMapLsMeta || len(differ) > 0 {
+		if !isPinned(name) || name == bpf.LockstepMapLsMeta || len(differ) > 0 {
 			continue
 		}
-		pinned, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		pinned, err := ebpf.LoadPinnedMap(pins.path(name), nil)
 		switch {
 		case errors.Is(err, os.ErrNotExist):
 			differ = append(differ, difference{"no map " + name, "map " + name})
@@ -156,12 +163,12 @@ func openTables(dir string, o Options) (_ *tables, err error) {
 	return t, nil
 }
 
-// openMeta opens what the tables in dir were made for, and no other map.
-func openMeta(dir string) (*tables, error) {
-	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsMeta), nil)
+// openMeta opens what the pinned tables were made for, and no other map.
+func openMeta(pins pinFolder) (*tables, error) {
+	meta, err := ebpf.LoadPinnedMap(pins.path(bpf.LockstepMapLsMeta), nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("what is pinned in %s is of a lockstep that did not write down what it is for; "+
-			"run that one again, or end the guest and run `lockstep unload`", dir)
+			"run that one again, or end the guest and run `lockstep unload`", pins)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsMeta, err)
@@ -177,9 +184,9 @@ func openMeta(dir string) (*tables, error) {
 	return t, nil
 }
 
-// pinnedMode is the mode of the programs that are pinned in dir.
-func pinnedMode(dir string) (datapath.Mode, error) {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
+// pinnedMode is the mode of the pinned programs.
+func pinnedMode(pins pinFolder) (datapath.Mode, error) {
+	m, err := ebpf.LoadPinnedMap(pins.path(bpf.LockstepMapLsConf), &ebpf.LoadPinOptions{ReadOnly: true})
 	if err != nil {
 		return 0, fmt.Errorf("pinned map %s: %w", bpf.LockstepMapLsConf, err)
 	}
@@ -191,62 +198,11 @@ func pinnedMode(dir string) (datapath.Mode, error) {
 	return datapath.Mode(c.Mode), nil
 }
 
-// adopt puts the new programs in the place of those that a dead daemon left in
-// dir, over the same maps. Those ran on meanwhile, and what they held or told is
-// lost: the guests repeat it. Programs are shut when adopt returns.
-func (n *NIC) adopt(role Role, dir string) error {
-	found, err := n.found(role)
-	if err != nil {
-		return err
+// promoted reports whether the pinned programs are those of a secondary that took over.
+func promoted(pins pinFolder) (bool, error) {
+	if _, err := os.Stat(pins.link(secOut)); errors.Is(err, os.ErrNotExist) {
+		return false, nil
 	}
-	atomic.StoreUint32(&n.conf.Mode, uint32(datapath.ModeShut))
-	for _, a := range n.attachments(role) {
-		if err := n.replace(a, dir); err != nil {
-			return err
-		}
-	}
-	// Who looked at the mode before may still be filling slots.
-	if err := grace(); err != nil {
-		return err
-	}
-	if err := n.discard(); err != nil {
-		return err
-	}
-	n.slots.freeAll()
-	for _, leftover := range []string{stagingDir(dir), leftDir(dir)} {
-		if err := removePins(leftover); err != nil {
-			return err
-		}
-	}
-	n.adopted = found
-	return nil
+	mode, err := pinnedMode(pins)
+	return mode == datapath.ModeSolo, err
 }
-
-// found is what the dead daemon had come to.
-func (n *NIC) found(role Role) (*datapath.Recovered, error) {
-	var k bpf.LockstepLsKeys
-	if err := n.objs.LsKeys.Lookup(n.conf.KeyIndex, &k); err != nil {
-		return nil, fmt.Errorf("read pinned keys: %w", err)
-	}
-	a := &datapath.Recovered{Term: n.conf.KeyGen, Epoch: n.conf.Epoch, Mode: datapath.Mode(n.conf.Mode)}
-	a.Digest.Mix = k.Mix
-	for lane := range k.K {
-		copy(a.Digest.K[lane][:], k.K[lane][:])
-	}
-	n.signer.key, n.signer.term, n.signer.epoch = k.SipTx, a.Term, a.Epoch
-	n.signer.to = append(net.HardwareAddr(nil), n.conf.PeerMac[:]...)
-	if role != Primary {
-		return a, nil
-	}
-	if err := each(n.objs.LsCli, func(t bpf.LockstepLsTuple, c *bpf.LockstepLsCli) {
-		if t.Proto == protoTCP && tells(c) {
-			a.Remotes = append(a.Remotes, datapath.Remote{Tuple: fromTuple(&t), Ack: c.Ack, At: int64(c.At)})
-		}
-	}); err != nil {
-		return nil, fmt.Errorf("list remotes: %w", err)
-	}
-	return a, nil
-}
-
-// Recovered implements [datapath.NIC].
-func (n *NIC) Recovered() *datapath.Recovered { return n.adopted }

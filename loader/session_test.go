@@ -5,20 +5,22 @@ package loader
 import (
 	"testing"
 
+	"github.com/dchest/siphash"
+
 	"lockstep/bpf"
 	"lockstep/compare"
 )
 
 // A rotation keeps the old keys beside the new ones for a second, the epoch and
-// the lane's numbers for good; a session of its own does neither.
+// the stream's numbers for good; a session of its own does neither.
 func TestRotatedSession(t *testing.T) {
 	h := newHosts(t)
 	apply(t, h.p, compare.Effect{Op: compare.OpAsk, Tuple: askTuple, Slot: compare.NoSlot, Inc: 1, Seq: 2, To: 3})
 	event(t, h.s, compare.EvAsk)
 	check(t, h.p.SetEpoch(41)) // a checkpoint under way
-	lane := h.p.signer.laneNext
-	if lane == 0 {
-		t.Fatal("the lane has no numbers")
+	stream := h.p.signer.no
+	if stream == 0 {
+		t.Fatal("the stream has no numbers")
 	}
 	old, next := h.at[h.p], h.at[h.p]
 	next.Term, next.Rotated, next.TxKey, next.RxKey = 8, true, [2]uint64{5, 6}, [2]uint64{7, 8}
@@ -26,11 +28,18 @@ func TestRotatedSession(t *testing.T) {
 	check(t, h.p.InstallSession(next))
 	after := h.p.Now()
 	c := h.p.conf
-	if until := int64(c.OldUntil); until < before+int64(rotation) || until > after+int64(rotation) {
-		t.Errorf("old frames until %d, want %d to %d", until, before+int64(rotation), after+int64(rotation))
+	if until := int64(c.OldUntil); until < before+int64(rotationOverlap) || until > after+int64(rotationOverlap) {
+		t.Errorf("old frames until %d, want %d to %d", until, before+int64(rotationOverlap), after+int64(rotationOverlap))
 	}
-	if c.KeyGen != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.signer.epoch != 41 || h.p.signer.term != 8 || h.p.signer.laneNext != lane {
-		t.Errorf("term %d, keys %d, epoch %d, signer %+v", c.KeyGen, c.KeyIndex, c.Epoch, h.p.signer)
+	if c.KeyGen != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.signer.no != stream {
+		t.Errorf("term %d, keys %d, epoch %d, stream %d", c.KeyGen, c.KeyIndex, c.Epoch, h.p.signer.no)
+	}
+	var signed bpf.LockstepLsRec
+	copy(bytesOf(&signed), h.p.signer.mark(nil)[vnetHdrLen+recOff:])
+	want := signed
+	want.Tag, want.KeyGen, want.Epoch, want.StreamNo = 0, 8, 41, stream+1
+	if want.Tag = siphash.Hash(5, 6, bytesOf(&want)[8:bpf.LockstepLsConstLS_REC_BASE]); signed != want {
+		t.Errorf("user space signed %+v, want %+v", signed, want)
 	}
 	for index, want := range [][2]uint64{next.RxKey, old.RxKey} {
 		var k bpf.LockstepLsKeys
@@ -43,8 +52,8 @@ func TestRotatedSession(t *testing.T) {
 	fresh := next
 	fresh.Term, fresh.Rotated, fresh.Epoch = 9, false, 50
 	check(t, h.p.InstallSession(fresh))
-	if c.OldUntil != 0 || c.KeyGen != 9 || c.Epoch != 50 || h.p.signer.laneNext != lane {
-		t.Errorf("old frames until %d, term %d, epoch %d, lane %d", c.OldUntil, c.KeyGen, c.Epoch, h.p.signer.laneNext)
+	if c.OldUntil != 0 || c.KeyGen != 9 || c.Epoch != 50 || h.p.signer.no != stream+1 {
+		t.Errorf("old frames until %d, term %d, epoch %d, stream %d", c.OldUntil, c.KeyGen, c.Epoch, h.p.signer.no)
 	}
 }
 

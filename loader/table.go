@@ -40,7 +40,7 @@ func walk[V any](m *ebpf.Map, batch int, lookup batchLookup, f func(bpf.Lockstep
 	for {
 		n, err := lookup(&cursor, keys, values, nil)
 		if errors.Is(err, unix.ENOSPC) {
-			// The next bucket alone is larger. It comes again.
+			// The next bucket alone is larger. The kernel returns it again.
 			keys, values = make([]bpf.LockstepLsTuple, 2*len(keys)), make([]V, 2*len(values))
 			continue
 		}
@@ -65,7 +65,7 @@ func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
 		case err == nil:
 			keys = keys[len(part):]
 		case errors.Is(err, ebpf.ErrKeyNotExist):
-			keys = keys[n+1:] // a program was faster with this one
+			keys = keys[n+1:] // a program has removed this one
 		default:
 			return err
 		}
@@ -73,8 +73,8 @@ func deleteKeys(m *ebpf.Map, keys []bpf.LockstepLsTuple) error {
 	return nil
 }
 
-// putAll writes elements into a map of tuples. What has no place goes to full, which
-// reports whether the map may do without it.
+// putAll writes elements into a map of tuples. If the map is full, full reports whether
+// an element may be left out.
 func putAll[V any](m *ebpf.Map, keys []bpf.LockstepLsTuple, values []V, full func(*V) bool) error {
 	for len(keys) > 0 {
 		part := min(len(keys), walkBatch)

@@ -8,66 +8,81 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
 	"lockstep/bpf"
 )
 
-// DrainTap implements [datapath.NIC]: a tap counts a frame as sent when its
-// reader takes it, so what the gate let in and the tap has not counted is still
-// on its way. What a guest that boots, or has crashed, has not read at ctx's
-// deadline goes: to it that is a loss, and the PVM has heard it. So does what is there
-// when the tap has counted more than was let in, for then nobody knows how much it is.
-func (n *NIC) DrainTap(ctx context.Context) error {
+// tapDrain knows how many frames for the SVM wait in its tap's queue: a tap counts a
+// frame as sent when its reader takes it, so what the gate let in and the tap has not
+// counted is still there.
+type tapDrain struct {
+	counters *counters
+	tap      netlink.Link
+	meta     *ebpf.Map // has base for the next daemon
+	base     uint32    // the tap's frame count before the first one was let in, mod 2^32
+}
+
+// DrainTap implements [datapath.NIC]. What a guest that boots, or has crashed, has not
+// read at ctx's deadline is dropped: to it that is a loss, and the PVM has received it.
+// If the tap has counted more than was let in, it is unknown how much waits, and all of
+// it is dropped.
+func (d *tapDrain) DrainTap(ctx context.Context) error {
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		in, err := n.counter(uint32(bpf.LockstepLsReasonLS_R_letIn))
-		if err != nil {
+		unread, err := d.unread()
+		if err != nil || unread == 0 {
 			return err
 		}
-		dev, err := netlink.LinkByIndex(n.tap.Attrs().Index)
-		if err != nil {
-			return fmt.Errorf("tap %s: %w", n.tap.Attrs().Name, err)
-		}
-		s := dev.Attrs().Statistics
-		if s == nil {
-			return fmt.Errorf("tap %s: no statistics", n.tap.Attrs().Name)
-		}
-		// A difference of counts, neither of which has grown by 2^31 meanwhile.
-		unread := int32(n.tapBase + uint32(in) - uint32(s.TxPackets+s.TxDropped))
-		if unread == 0 {
-			return nil
-		}
 		if unread < 0 {
-			return n.purgeTap(unread)
+			return d.purge(unread)
 		}
 		select {
 		case <-ctx.Done():
 			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return n.purgeTap(unread)
+				return d.purge(unread)
 			}
-			return fmt.Errorf("tap %s: the SVM has not read all frames: %w", n.tap.Attrs().Name, ctx.Err())
+			return fmt.Errorf("tap %s: the SVM has not read all frames: %w", d.tap.Attrs().Name, ctx.Err())
 		case <-tick.C:
 		}
 	}
 }
 
-// purgeTap drops what waits in the tap's queue: unread frames by its count, which is
-// right again afterwards.
-func (n *NIC) purgeTap(unread int32) error {
-	if err := emptyQueue(n.tap.Attrs().Index); err != nil {
-		return fmt.Errorf("tap %s: drop what the SVM does not read: %w", n.tap.Attrs().Name, err)
+// unread is how many frames were let in that the tap has not counted.
+func (d *tapDrain) unread() (int32, error) {
+	in, err := d.counters.counter(uint32(bpf.LockstepLsReasonLS_R_letIn))
+	if err != nil {
+		return 0, err
 	}
-	n.lost.unread.Add(uint64(max(unread, 0)))
+	dev, err := netlink.LinkByIndex(d.tap.Attrs().Index)
+	if err != nil {
+		return 0, fmt.Errorf("tap %s: %w", d.tap.Attrs().Name, err)
+	}
+	s := dev.Attrs().Statistics
+	if s == nil {
+		return 0, fmt.Errorf("tap %s: no statistics", d.tap.Attrs().Name)
+	}
+	// A difference of counts, neither of which has grown by 2^31 meanwhile.
+	return int32(d.base + uint32(in) - uint32(s.TxPackets+s.TxDropped)), nil
+}
+
+// purge drops what waits in the tap's queue: unread frames by its count, which is right
+// again afterwards.
+func (d *tapDrain) purge(unread int32) error {
+	if err := emptyQueue(d.tap.Attrs().Index); err != nil {
+		return fmt.Errorf("tap %s: drop what the SVM does not read: %w", d.tap.Attrs().Name, err)
+	}
+	d.counters.lost.unread.Add(uint64(max(unread, 0)))
 	// They were let in, and will never be counted as sent.
-	n.tapBase -= uint32(unread)
+	d.base -= uint32(unread)
 	var meta bpf.LockstepLsMeta
-	if err := n.objs.LsMeta.Lookup(uint32(0), &meta); err != nil {
+	if err := d.meta.Lookup(uint32(0), &meta); err != nil {
 		return fmt.Errorf("read what the tables are for: %w", err)
 	}
-	meta.TapBase = n.tapBase
-	if err := n.objs.LsMeta.Put(uint32(0), &meta); err != nil {
+	meta.TapBase = d.base
+	if err := d.meta.Put(uint32(0), &meta); err != nil {
 		return fmt.Errorf("write down what the tap has lost: %w", err)
 	}
 	return nil

@@ -4,95 +4,187 @@ package loader
 
 import (
 	"encoding/binary"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+
+	"github.com/vishvananda/netlink"
 
 	"lockstep/bpf"
 	"lockstep/compare"
 )
 
+// transmitter carries out effects: it sends frames in the guests' name and records to
+// the peer, and frees slots.
+type transmitter struct {
+	log    *slog.Logger
+	frames *frames
+	conns  *conntrack
+	signer signer
+
+	toTap      outlet // P: released frames; S: frames for the SVM
+	retransmit outlet // S: copies, to the tap with the release mark (R22)
+	toGuest    outlet // P: frames for the PVM that are not mirrored
+	toPeer     outlet
+
+	heads  [batch][maxHeader + signedMax]byte // of the frames that are queued
+	nheads int
+	frees  []compare.Slot // when what is queued was sent
+}
+
+// outlet is a socket on a device, with the counter of what the kernel refused there.
+type outlet struct {
+	*packetConn
+	device string
+	lost   *atomic.Uint64
+}
+
 // signedMax is room for a peer frame made by user space.
 const signedMax = vnetHdrLen + ethLen + 4 + int(bpf.LockstepLsConstLS_REC_BASE)
 
-// Apply implements [datapath.NIC].
-func (n *NIC) Apply(effs []compare.Effect) error {
-	for i := range effs {
-		e := &effs[i]
-		if n.nheads == len(n.heads) {
-			n.flush()
-		}
-		switch e.Op {
-		case compare.OpSend:
-			n.send(e)
-		case compare.OpDeliver, compare.OpForward:
-			n.deliver(n.toTap, e.Slot)
-			n.frees = append(n.frees, e.Slot)
-		case compare.OpReplay:
-			n.deliver(n.replays, e.Slot)
-			n.frees = append(n.frees, e.Slot)
-		case compare.OpNeigh:
-			n.toTap.queue(neighRequest(n.head(), e), nil)
-		case compare.OpRemirror:
-			n.repeatACK(n.toPeer, e)
-		case compare.OpSACK:
-			n.repeatACK(n.toGuest, e)
-		case compare.OpQuery:
-			n.toPeer.queue(n.signer.query(n.head()), nil)
-		case compare.OpFree:
-			n.frees = append(n.frees, e.Slot)
-		case compare.OpAsk:
-			n.tell(bpf.LockstepLsRecTypeLS_REC_ASK, e)
-		case compare.OpAnnounce:
-			n.tell(bpf.LockstepLsRecTypeLS_REC_ANNOUNCE, e)
-		case compare.OpAnswer:
-			n.tell(bpf.LockstepLsRecTypeLS_REC_ANSWER, e)
-		}
+func (t *transmitter) open(role Role, tap, peer netlink.Link, m marks, c *counters) error {
+	mark := m.release
+	if role == Secondary {
+		mark = m.mirrored
 	}
-	n.flush()
+	for _, o := range []struct {
+		out  *outlet
+		dev  netlink.Link
+		mark uint32
+		lost *atomic.Uint64
+	}{
+		{&t.toTap, tap, mark, &c.lost.tap},
+		{&t.retransmit, tap, m.release, &c.lost.tap},
+		{&t.toGuest, tap, m.mirrored, &c.lost.tap},
+		{&t.toPeer, peer, 0, &c.lost.peer},
+	} {
+		conn, err := newPacketConn(o.dev.Attrs().Index, o.mark)
+		if err != nil {
+			return err
+		}
+		*o.out = outlet{conn, o.dev.Attrs().Name, o.lost}
+	}
 	return nil
 }
 
-func (n *NIC) head() []byte {
-	n.nheads++
-	return n.heads[n.nheads-1][:0]
+// outlets are in the order in which they are flushed.
+func (t *transmitter) outlets() [4]*outlet {
+	return [...]*outlet{&t.toTap, &t.retransmit, &t.toGuest, &t.toPeer}
 }
 
-// send queues a frame in the PVM's name. What cannot be built is counted as
-// lost: the guests send it again.
-func (n *NIC) send(e *compare.Effect) {
+func (t *transmitter) close() error {
+	var errs []error
+	for _, o := range t.outlets() {
+		if o.packetConn != nil {
+			errs = append(errs, o.close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Apply implements [datapath.NIC].
+func (t *transmitter) Apply(effs []compare.Effect) error {
+	for i := range effs {
+		e := &effs[i]
+		if t.nheads == len(t.heads) {
+			t.flush()
+		}
+		switch e.Op {
+		case compare.OpSend:
+			t.send(e)
+		case compare.OpDeliver, compare.OpForward:
+			t.deliver(&t.toTap, e.Slot)
+		case compare.OpReplay:
+			t.deliver(&t.retransmit, e.Slot)
+		case compare.OpNeigh:
+			t.toTap.queue(neighRequest(t.head(), e), nil)
+		case compare.OpRemirror:
+			t.repeatACK(&t.toPeer, e)
+		case compare.OpSACK:
+			t.repeatACK(&t.toGuest, e)
+		case compare.OpQuery:
+			t.toPeer.queue(t.signer.nackAll(t.head()), nil)
+		case compare.OpFree:
+			t.frees = append(t.frees, e.Slot)
+		case compare.OpAsk:
+			t.toPeer.queue(t.signer.frame(t.head(), bpf.LockstepLsRecTypeLS_REC_ASK, e), nil)
+		case compare.OpAnnounce:
+			t.toPeer.queue(t.signer.frame(t.head(), bpf.LockstepLsRecTypeLS_REC_ANNOUNCE, e), nil)
+		case compare.OpAnswer:
+			t.toPeer.queue(t.signer.frame(t.head(), bpf.LockstepLsRecTypeLS_REC_ANSWER, e), nil)
+		}
+	}
+	t.flush()
+	return nil
+}
+
+// RequestEcho implements [datapath.NIC].
+func (t *transmitter) RequestEcho() error {
+	t.toPeer.queue(t.signer.echo(t.head(), bootTime()), nil)
+	t.flush()
+	return nil
+}
+
+// MarkStop implements [datapath.NIC].
+func (t *transmitter) MarkStop() error {
+	t.toPeer.queue(t.signer.mark(t.head()), nil)
+	t.flush()
+	return nil
+}
+
+// head is an empty buffer for the first bytes of a frame.
+func (t *transmitter) head() []byte {
+	t.nheads++
+	return t.heads[t.nheads-1][:0]
+}
+
+// send queues a frame in the PVM's name. One that cannot be built is counted as lost:
+// the guests retransmit it.
+func (t *transmitter) send(e *compare.Effect) {
 	if e.Free && e.Slot != compare.NoSlot {
-		n.frees = append(n.frees, e.Slot)
+		t.frees = append(t.frees, e.Slot)
 	}
 	l2l3, payload := e.Header[:e.HdrLen], []byte(nil)
 	ports := binary.BigEndian.AppendUint16(nil, e.Tuple.GuestPort)
 	ports = binary.BigEndian.AppendUint16(ports, e.Tuple.RemotePort)
 	var m frameMeta
+	ok := true
 	if e.Slot != compare.NoSlot {
-		m = n.meta[e.Slot]
-		data := n.slots.data(e.Slot)
-		if m.l4 == 0 || e.From > e.To || e.To > m.paylen {
-			n.lost.tap.Add(1)
-			return
-		}
-		l2l3, payload = data[:m.l4], data[m.pay+e.From:m.pay+e.To]
+		l2l3, payload, m, ok = t.frames.part(e.Slot, e.From, e.To)
 	}
-	head, ok := buildHeader(n.head(), l2l3, ports, e, m.tpid, m.tci, len(payload), m.gso)
+	var head []byte
+	if ok {
+		head, ok = buildHeader(t.head(), l2l3, ports, e, m.tpid, m.tci, len(payload), m.gso)
+	}
 	if !ok {
-		n.lost.tap.Add(1)
-	} else {
-		n.toTap.queue(head, payload)
+		t.toTap.lost.Add(1)
+		return
 	}
+	t.toTap.queue(head, payload)
 }
 
-// dupThresh is how many duplicate ACKs make a sender repeat (RFC 5681, 3.2).
+// deliver queues the frame in a slot as it was captured, and then frees the slot: a
+// parked frame for the SVM, a datagram of the PVM, or a copy that is retransmitted (R22).
+func (t *transmitter) deliver(to *outlet, s compare.Slot) {
+	t.frees = append(t.frees, s)
+	data, m, ok := t.frames.whole(s)
+	if !ok {
+		to.lost.Add(1)
+		return
+	}
+	to.queue(rawHeader(t.head(), data, &m), data[12:])
+}
+
+// dupThresh is how many duplicate ACKs make a sender retransmit (RFC 5681, 3.2).
 const dupThresh = 3
 
-// repeatACK gives S or the PVM the remote's newest segment again, without its payload
-// (R6). With a SACK option it is to repeat what the remote has not got: so only if the
-// remote has all before that, and as often as it takes.
-func (n *NIC) repeatACK(to *packetConn, e *compare.Effect) {
-	var c bpf.LockstepLsCli
-	key := toTuple(e.Tuple)
-	if err := n.objs.LsCli.Lookup(&key, &c); err != nil {
-		return // evicted: a chance to heal less
+// repeatACK sends the remote's newest segment, without its payload, to S or to the PVM
+// again (R6). With a SACK option it is to make the guest retransmit what the remote has
+// not received: so only if the remote has all before that, and as often as it takes.
+func (t *transmitter) repeatACK(to *outlet, e *compare.Effect) {
+	c, ok := t.conns.newest(e.Tuple)
+	if !ok {
+		return // evicted: the guest's own timer has to do
 	}
 	l4, end := int(c.L4Off), int(c.HdrLen)
 	if compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) != compare.ACK || l4+tcpHdrLen > end || end > len(c.Hdr) {
@@ -112,58 +204,24 @@ func (n *NIC) repeatACK(to *packetConn, e *compare.Effect) {
 	if c.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
 		tpid = ethQinQ
 	}
-	if head, ok := buildHeader(n.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
+	if head, ok := buildHeader(t.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
 		for range times {
 			to.queue(head, nil)
 		}
 	}
 }
 
-// RequestEcho implements [datapath.NIC].
-func (n *NIC) RequestEcho() error {
-	n.toPeer.queue(n.signer.echo(n.head(), n.Now()), nil)
-	n.flush()
-	return nil
-}
-
-// MarkStop implements [datapath.NIC].
-func (n *NIC) MarkStop() error {
-	n.toPeer.queue(n.signer.mark(n.head()), nil)
-	n.flush()
-	return nil
-}
-
-// deliver queues a frame as it came: parked for the SVM, a datagram of the PVM, or a
-// copy that is said again (R22).
-func (n *NIC) deliver(to *packetConn, s compare.Slot) {
-	m, ok := n.meta[s]
-	data := n.slots.frame(s)
-	if !ok || len(data) < ethLen {
-		n.lost.tap.Add(1)
-		return
-	}
-	to.queue(rawHeader(n.head(), data, &m), data[12:])
-}
-
-func (n *NIC) tell(typ bpf.LockstepLsRecType, e *compare.Effect) {
-	n.toPeer.queue(n.signer.frame(n.head(), typ, e), nil)
-}
-
-func (n *NIC) flush() {
-	for _, c := range []*packetConn{n.toTap, n.replays, n.toGuest} {
-		if lost, err := c.flush(); lost > 0 {
-			n.lost.tap.Add(uint64(lost))
-			n.log.Debug("frames not sent", "device", n.tap.Attrs().Name, "frames", lost, "err", err)
+// flush sends what is queued, and frees the slots that were waiting for that.
+func (t *transmitter) flush() {
+	for _, o := range t.outlets() {
+		if lost, err := o.flush(); lost > 0 {
+			o.lost.Add(uint64(lost))
+			t.log.Debug("frames not sent", "device", o.device, "frames", lost, "err", err)
 		}
 	}
-	if lost, err := n.toPeer.flush(); lost > 0 {
-		n.lost.peer.Add(uint64(lost))
-		n.log.Debug("frames not sent", "device", n.peer.Attrs().Name, "frames", lost, "err", err)
+	t.nheads = 0
+	for _, s := range t.frees {
+		t.frames.free(s)
 	}
-	n.nheads = 0
-	for _, s := range n.frees {
-		delete(n.meta, s)
-		n.slots.free(s)
-	}
-	n.frees = n.frees[:0]
+	t.frees = t.frees[:0]
 }

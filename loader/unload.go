@@ -13,19 +13,18 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/control/datapath"
 	"lockstep/loader/device"
 )
 
 // Unload removes what is pinned for a node, programs and maps. The taps are set down
-// first: whoever is behind one is not heard without its programs. Without force, a
-// secondary that was promoted and a folder that is not whole are refused.
+// first: a guest must not transmit without its programs. Without force, a secondary that
+// was promoted and a folder that is not whole are refused.
 func Unload(pinDir, vm, node string, force bool) error {
 	return unload(pinDir, vm, node, force, true)
 }
 
-// LetGo is Unload for the one guest that may be heard without its programs: its taps stay
-// as they are. Who calls it knows that no other host speaks for it, and none will.
+// LetGo is Unload for the one guest that may transmit without its programs: its taps stay
+// as they are. The caller knows that no other host runs the guest, and none will.
 func LetGo(pinDir, vm, node string, force bool) error {
 	return unload(pinDir, vm, node, force, false)
 }
@@ -42,7 +41,8 @@ func unload(pinDir, vm, node string, force, mute bool) error {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	for _, nic := range nics {
-		alone, err := promoted(nic)
+		pins := pinFolder(nic)
+		alone, err := promoted(pins)
 		switch {
 		case force:
 		case err != nil:
@@ -54,9 +54,9 @@ func unload(pinDir, vm, node string, force, mute bool) error {
 		if !mute {
 			continue
 		}
-		// Not even force lets a guest loose.
+		// Also with force: a guest must not transmit without the programs.
 		for _, name := range []string{priOut, secOut} {
-			if err := silence(filepath.Join(nic, linkPrefix+name)); err != nil {
+			if err := setTapDown(pins.link(name)); err != nil {
 				return err
 			}
 		}
@@ -64,17 +64,9 @@ func unload(pinDir, vm, node string, force, mute bool) error {
 	return removePins(dir)
 }
 
-// promoted reports whether the folder is that of a secondary that took over.
-func promoted(nic string) (bool, error) {
-	if _, err := os.Stat(filepath.Join(nic, linkPrefix+secOut)); errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	mode, err := pinnedMode(nic)
-	return mode == datapath.ModeSolo, err
-}
-
-// silence sets the tap that the pinned link guards down. No such pin is no error.
-func silence(pin string) error {
+// setTapDown sets down the tap to which the pinned link attaches its program. No such
+// pin is no error.
+func setTapDown(pin string) error {
 	if _, err := os.Stat(pin); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -91,7 +83,7 @@ func silence(pin string) error {
 	if tcx == nil || tcx.Ifindex == 0 {
 		return nil // the device is gone
 	}
-	// Its number means another device in another namespace.
+	// In another network namespace the index would be another device's.
 	q, err := link.QueryPrograms(link.QueryOptions{Target: int(tcx.Ifindex), Attach: ebpf.AttachTCXIngress})
 	if err != nil || !slices.ContainsFunc(q.Programs, func(p link.AttachedProgram) bool {
 		id, ok := p.LinkID()

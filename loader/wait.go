@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// waiter waits until a ring holds something or it is woken, to the nanosecond:
-// the library's reader cuts its deadline down to milliseconds, and the loop would
-// spin through the rest of each.
+// waiter waits until a ring holds something or it is woken, to the nanosecond: the
+// library's reader rounds its deadline down to milliseconds, so that the loop would
+// spin through the rest.
 type waiter struct {
-	ring   int      // not the waiter's
-	wake   *os.File // eventfd; a File, so that a late wakeUp hits no descriptor of others
+	ring   int      // a descriptor that the ring's reader owns
+	wake   *os.File // eventfd; a File, so that a late wakeUp cannot hit a reused descriptor
 	wakeFD int
 }
 
@@ -28,7 +28,7 @@ func newWaiter(ring int) (*waiter, error) {
 	return &waiter{ring: ring, wake: os.NewFile(uintptr(fd), "eventfd"), wakeFD: fd}, nil
 }
 
-// wait returns early, now or the next time, when wakeUp was called.
+// wait returns early if wakeUp is called, or was called since the last wait.
 func (w *waiter) wait(d time.Duration) error {
 	fds := [...]unix.PollFd{{Fd: int32(w.ring), Events: unix.POLLIN}, {Fd: int32(w.wakeFD), Events: unix.POLLIN}}
 	ts := unix.NsecToTimespec(int64(max(d, 0)))
@@ -46,7 +46,7 @@ func (w *waiter) wait(d time.Duration) error {
 }
 
 func (w *waiter) wakeUp() {
-	// Fails on a closed one, which needs no waking.
+	// It fails if the waiter is closed, which needs no waking.
 	_, _ = w.wake.Write([]byte{0: 1, 7: 0})
 }
 

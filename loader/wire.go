@@ -4,7 +4,6 @@ package loader
 
 import (
 	"encoding/binary"
-	"net"
 	"unsafe"
 
 	"github.com/dchest/siphash"
@@ -13,18 +12,23 @@ import (
 	"lockstep/compare"
 )
 
-// recOff is where user space puts the record in its peer frames: straight
-// behind struct ls_pre. They carry no old headers.
+// recOff is where user space puts the record in its peer frames: directly after
+// struct ls_pre, as they are not made of guests' frames.
 const recOff = ethLen + int(unsafe.Sizeof(bpf.LockstepLsPre{}))
 
-// signer makes the peer frames that user space sends (types of abi.h).
+// signer makes the peer frames that user space sends (types of abi.h), in a TX stream of
+// their own. The gate has the session that they belong to.
 type signer struct {
-	key      [2]uint64
-	own, to  net.HardwareAddr
-	dir      bpf.LockstepLsDir
-	term     uint32
-	epoch    uint32
-	laneNext uint64
+	gate *gate
+	dir  bpf.LockstepLsDir
+	no   uint64 // the stream's newest number
+}
+
+func newSigner(role Role, g *gate) signer {
+	if role == Secondary {
+		return signer{gate: g, dir: bpf.LockstepLsDirLS_DIR_S2P}
+	}
+	return signer{gate: g, dir: bpf.LockstepLsDirLS_DIR_P2S}
 }
 
 // frame writes virtio-net header, peer frame and signed record into dst: one about
@@ -43,8 +47,8 @@ func (s *signer) frame(dst []byte, typ bpf.LockstepLsRecType, e *compare.Effect)
 	return s.seal(dst, typ, &rec)
 }
 
-// query asks for the newest record of every lane (R6).
-func (s *signer) query(dst []byte) []byte {
+// nackAll asks for the newest record of every stream (R6).
+func (s *signer) nackAll(dst []byte) []byte {
 	return s.seal(dst, bpf.LockstepLsRecTypeLS_REC_NACK, &bpf.LockstepLsRec{Stride: uint32(bpf.LockstepLsConstLS_STREAM_ALL)})
 }
 
@@ -53,7 +57,8 @@ func (s *signer) echo(dst []byte, now int64) []byte {
 	return s.seal(dst, bpf.LockstepLsRecTypeLS_REC_ECHO, &bpf.LockstepLsRec{Sum: [2]uint64{uint64(now)}})
 }
 
-// mark tells S that the PVM has not heard what follows before its STOP (R16).
+// mark shows S where the PVM's STOP lies among its input: what follows, the PVM receives
+// after it (R16).
 func (s *signer) mark(dst []byte) []byte {
 	return s.seal(dst, bpf.LockstepLsRecTypeLS_REC_MARK, new(bpf.LockstepLsRec))
 }
@@ -61,19 +66,20 @@ func (s *signer) mark(dst []byte) []byte {
 // seal numbers and signs rec and writes it with all that stands before it.
 func (s *signer) seal(dst []byte, typ bpf.LockstepLsRecType, rec *bpf.LockstepLsRec) []byte {
 	dst = append(dst[:0], make([]byte, vnetHdrLen)...)
-	dst = append(dst, s.to...)
-	dst = append(dst, s.own...)
+	conf := s.gate.conf
+	dst = append(dst, conf.PeerMac[:]...)
+	dst = append(dst, s.gate.mac...)
 	dst = binary.BigEndian.AppendUint16(dst, uint16(bpf.LockstepLsConstLS_ETHERTYPE))
 	dst = binary.LittleEndian.AppendUint16(dst, uint16(bpf.LockstepLsConstLS_MAGIC))
 	dst = binary.LittleEndian.AppendUint16(dst, uint16(recOff))
 
-	s.laneNext++
+	s.no++
 	rec.Version, rec.Type, rec.Dir = uint8(bpf.LockstepLsConstLS_ABI_VERSION), uint8(typ), uint8(s.dir)
 	rec.Len = uint16(bpf.LockstepLsConstLS_REC_BASE)
-	rec.Stream, rec.StreamNo = uint16(bpf.LockstepLsConstLS_STREAM_USER), s.laneNext
-	rec.KeyGen, rec.Epoch = s.term, s.epoch
+	rec.Stream, rec.StreamNo = uint16(bpf.LockstepLsConstLS_STREAM_USER), s.no
+	rec.KeyGen, rec.Epoch = conf.KeyGen, conf.Epoch
 	b := bytesOf(rec)[:rec.Len]
-	rec.Tag = siphash.Hash(s.key[0], s.key[1], b[8:])
+	rec.Tag = siphash.Hash(s.gate.txKey[0], s.gate.txKey[1], b[8:])
 	return append(dst, b...)
 }
 

@@ -4,7 +4,6 @@ package loader
 
 import (
 	"fmt"
-	"path/filepath"
 
 	"github.com/cilium/ebpf/link"
 
@@ -20,32 +19,32 @@ const (
 	XDPAuto = "auto" // where the driver runs XDP itself
 )
 
-// attachXDP has XDP drop early what is not authentic on P's peer device, where its
-// driver runs XDP itself: the generic one would only copy frames. On S it would
-// stand before a path that rewrites frames whose partial checksums it does not see.
-// Nothing depends on it, so an earlier daemon's is taken away first.
-func (n *NIC) attachXDP(o Options, dir string) error {
-	pin := filepath.Join(dir, linkPrefix+peerXDP)
+// attachXDP attaches ls_peer_xdp to P's peer device, where it drops early what is not
+// authentic, if the driver runs XDP itself: generic XDP would only copy frames. Not on
+// S, whose programs rewrite frames with partial checksums, which XDP does not see.
+// Nothing depends on it, so that of an earlier daemon is removed first.
+func (p *programs) attachXDP(o *Options, pins pinFolder) error {
+	pin := pins.link(peerXDP)
 	if err := removePins(pin); err != nil {
 		return err
 	}
 	if o.Role != Primary || o.XDP == XDPOff || o.XDP == "" {
 		return nil
 	}
-	p := datapath.Program{Name: peerXDP, Device: n.peer.Attrs().Name, Attach: "xdp-native"}
-	l, err := link.AttachXDP(link.XDPOptions{Program: n.objs.LsPeerXdp, Interface: n.peer.Attrs().Index, Flags: link.XDPDriverMode})
+	prog := datapath.Program{Name: peerXDP, Device: p.peer.Attrs().Name, Attach: "xdp-native"}
+	l, err := link.AttachXDP(link.XDPOptions{Program: p.objs.LsPeerXdp, Interface: p.peer.Attrs().Index, Flags: link.XDPDriverMode})
 	switch {
 	case err != nil && o.XDP == XDPOn:
-		return fmt.Errorf("attach %s to %s: %w; peer.xdp: auto goes on without it", peerXDP, p.Device, err)
+		return fmt.Errorf("attach %s to %s: %w; peer.xdp: auto goes on without it", peerXDP, prog.Device, err)
 	case err != nil:
-		n.log.Info("no native XDP on the peer device", "device", p.Device, "err", err)
-		p.Attach = "none (no native XDP)"
+		p.log.Info("no native XDP on the peer device", "device", prog.Device, "err", err)
+		prog.Attach = "none (no native XDP)"
 	default:
 		defer l.Close()
 		if err := l.Pin(pin); err != nil {
 			return fmt.Errorf("pin link of %s: %w", peerXDP, err)
 		}
 	}
-	n.programs = append(n.programs, p)
+	p.list = append(p.list, prog)
 	return nil
 }

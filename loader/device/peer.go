@@ -12,13 +12,12 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// PreparePeer makes a device fit to be a peer link: everything on it is the
-// other host's, so it takes frames for any address and this host's own stack
-// stays silent on it (its neighbour discovery would reach the SVM as if a
-// client had sent it).
+// PreparePeer makes a device fit to be a peer link: it receives frames for any address,
+// and this host's own stack does not transmit on it (its neighbour discovery would reach
+// the SVM as if a client had sent it).
 func PreparePeer(l netlink.Link) error {
 	name := l.Attrs().Name
-	// The device may come without IPv6; then there is nothing to silence.
+	// A device may have no IPv6; then there is nothing to switch off.
 	sysctl := filepath.Join("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
 	if err := os.WriteFile(sysctl, []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("peer device %s: %w", name, err)

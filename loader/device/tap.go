@@ -17,9 +17,9 @@ import (
 // tapAlias marks taps that EnsureTap made.
 const tapAlias = "made by lockstep"
 
-// EnsureTap makes a tap that outlives who uses it, where there is none, and puts it into
-// the bridge. It does not set it up: who is behind it must not be heard before the
-// programs are in their place ([datapath.NIC].SetTap).
+// EnsureTap makes a persistent tap, if there is none of the name, and puts it into the
+// bridge. It does not set it up: the guest must not transmit before the programs are
+// attached.
 func EnsureTap(name, bridge string) error {
 	br, err := netlink.LinkByName(bridge)
 	if err != nil {
@@ -49,8 +49,8 @@ func EnsureTap(name, bridge string) error {
 	return nil
 }
 
-// TapInUse reports whether a process has the tap open: a QEMU, then. What is no tap is
-// in use by nobody, and neither is what does not exist.
+// TapInUse reports whether a process, a QEMU, has the tap open. A device that is no tap
+// or does not exist is not in use.
 func TapInUse(name string) (bool, error) {
 	l, err := netlink.LinkByName(name)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
@@ -65,9 +65,9 @@ func TapInUse(name string) (bool, error) {
 	return carrier(l)
 }
 
-// carrier is what the driver says of the device, which has to be down for it as well as
-// up: the flag LOWER_UP goes with either. The kernel gives a tap its carrier when
-// somebody opens it, and takes it when the last one closes it.
+// carrier is the driver's carrier state, whether the device is up or down; the flag
+// LOWER_UP would depend on that. The kernel gives a tap its carrier when a process opens
+// it, and takes it away when the last one closes it.
 func carrier(l netlink.Link) (bool, error) {
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
@@ -88,7 +88,7 @@ func carrier(l netlink.Link) (bool, error) {
 			}
 		}
 	}
-	return false, fmt.Errorf("carrier of %s: the kernel does not tell it", l.Attrs().Name)
+	return false, fmt.Errorf("carrier of %s: the kernel does not report it", l.Attrs().Name)
 }
 
 // RemoveTap removes a tap that EnsureTap made and that nobody uses.
@@ -112,8 +112,8 @@ func RemoveTap(name string) error {
 	return nil
 }
 
-// CheckTap refuses a device that is no place for lockstep's programs: what the guest
-// says does not come in by it, or not at all.
+// CheckTap refuses a device to which lockstep's programs cannot be attached, because the
+// guest's output does not arrive there.
 func CheckTap(name string) error {
 	l, err := netlink.LinkByName(name)
 	if err != nil {
@@ -122,11 +122,11 @@ func CheckTap(name string) error {
 	const instead = "give the guest a tap in a bridge: nics: [{tap: NAME, bridge: NAME}]"
 	switch kind := l.Type(); kind {
 	case "macvtap", "macvlan", "ipvtap", "ipvlan":
-		return fmt.Errorf("tap %s is a %s: what the guest says goes straight to the card below it, past lockstep's programs; %s", name, kind, instead)
+		return fmt.Errorf("tap %s is a %s: the guest's output goes straight to the card below it, past lockstep's programs; %s", name, kind, instead)
 	}
 	at := "/sys/class/net/" + name
 	if _, err := os.Stat(at + "/device/physfn"); err == nil {
-		return fmt.Errorf("tap %s is an SR-IOV virtual function: a guest that has it speaks past the host's kernel; %s", name, instead)
+		return fmt.Errorf("tap %s is an SR-IOV virtual function: a guest that has it transmits past the host's kernel; %s", name, instead)
 	}
 	if _, err := os.Stat(at + "/device"); err == nil {
 		return fmt.Errorf("tap %s is a card of this host, not the guest's tap; %s", name, instead)
@@ -142,7 +142,7 @@ func SetDown(tap netlink.Link) error {
 	return nil
 }
 
-// Mute sets a tap down. Who is behind it is not heard, whatever is attached to it. No
+// Mute sets a tap down, so that its guest cannot transmit, whatever is attached to it. No
 // such tap is no error.
 func Mute(tap string) error {
 	l, err := netlink.LinkByName(tap)

@@ -35,7 +35,7 @@ func (v *VXLAN) UnderlayMTU() int {
 	return v.GuestMTU + vxlanOverhead4
 }
 
-// EnsureVXLAN makes the device, or takes an existing one that is exactly as
+// EnsureVXLAN makes the device, or accepts an existing one that is exactly as
 // wanted, and returns its name.
 func EnsureVXLAN(v VXLAN) (string, error) {
 	under, err := netlink.LinkByName(v.Underlay)

@@ -74,8 +74,8 @@ const (
 	netdevXDPBasic        = 1
 )
 
-// NativeXDP reports whether the device's driver runs XDP programs itself. It asks
-// and attaches nothing, which would reset some NICs.
+// NativeXDP reports whether the device's driver runs XDP programs itself. It asks the
+// kernel; to attach a program would reset some NICs.
 func NativeXDP(device string) (bool, error) {
 	l, err := netlink.LinkByName(device)
 	if err != nil {
@@ -86,7 +86,7 @@ func NativeXDP(device string) (bool, error) {
 		return false, fmt.Errorf("xdp features of %s: %w", device, err)
 	}
 	req := nl.NewNetlinkRequest(int(family.ID), 0)
-	// nl.Genlmsg leaves the reserved bytes to chance, and this family wants zeros.
+	// nl.Genlmsg does not initialize the reserved bytes, and this family wants zeros.
 	head := []byte{netdevCmdDevGet, 1, 0, 0}
 	req.AddRawData(append(head, nl.NewRtAttr(netdevAttrIfindex, nl.Uint32Attr(uint32(l.Attrs().Index))).Serialize()...))
 	msgs, err := req.Execute(unix.NETLINK_GENERIC, 0)
@@ -104,5 +104,5 @@ func NativeXDP(device string) (bool, error) {
 			}
 		}
 	}
-	return false, fmt.Errorf("xdp features of %s: %w", device, errors.New("the kernel does not tell them"))
+	return false, fmt.Errorf("xdp features of %s: %w", device, errors.New("the kernel does not report them"))
 }
