@@ -17,7 +17,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// memlock is what the kernel says of a map's memory, all of it, in bytes.
+// memlock is a map's whole memory, in bytes, as the kernel accounts it.
 func memlock(t testing.TB, m *ebpf.Map) (bytes int) {
 	t.Helper()
 	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", m.FD()))
@@ -111,7 +111,7 @@ func TestMemoryByRole(t *testing.T) {
 }
 
 // An LRU map keeps as many as it is for, however many CPUs fill it: what each of them
-// has taken for itself and not used is not there for the others.
+// has reserved and not used is not available to the others.
 func TestLRUBound(t *testing.T) {
 	lt.NeedRoot(t)
 	const bound = 2048

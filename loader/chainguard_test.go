@@ -25,7 +25,7 @@ const (
 )
 
 // foreign attaches a program that is not ours and does nothing but give a verdict. It
-// returns the program's id and what takes it away.
+// returns the program's id and a function that detaches it.
 func foreign(t testing.TB, dev string, at ebpf.AttachType, where link.Anchor, verdict int32) (ebpf.ProgramID, func()) {
 	t.Helper()
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -72,9 +72,9 @@ func TestCheckOrder(t *testing.T) {
 	} {
 		_, leave := foreign(t, c.dev, c.at, link.Tail(), tcxNext)
 		wantOrder(t, c.n, "", false)
-		id, away := foreign(t, c.dev, c.at, link.Head(), tcxNext)
+		id, detach := foreign(t, c.dev, c.at, link.Head(), tcxNext)
 		wantOrder(t, c.n, fmt.Sprintf("program foreign (id %d) is in front of %s on %s (%s)", id, c.ours, c.dev, hook(c.at)), c.tap)
-		away()
+		detach()
 		wantOrder(t, c.n, "", false)
 		leave()
 	}
@@ -117,19 +117,19 @@ func TestOrderWithoutDescriptors(t *testing.T) {
 func TestForeignPrograms(t *testing.T) {
 	h := newHosts(t)
 	guest, client := newWire(t, "guestP"), newWire(t, "client")
-	say := func(seq uint32) []byte {
+	send := func(seq uint32) []byte {
 		f := segment(false, 0, seq, compare.ACK|compare.PSH, nil, randomBytes(10))
 		guest.send(f)
 		return f
 	}
-	_, away := foreign(t, "tapP", ebpf.AttachTCXIngress, link.Tail(), tcxDrop)
-	say(1000)
+	_, detach := foreign(t, "tapP", ebpf.AttachTCXIngress, link.Tail(), tcxDrop)
+	send(1000)
 	apply(t, h.p, release(event(t, h.p, compare.EvPVM)))
 	counts(t, h.p, "released_out", 1)
-	away()
+	detach()
 
-	_, away = foreign(t, "tapP", ebpf.AttachTCXIngress, link.Head(), tcxPass)
-	leaks := say(2000)
+	_, detach = foreign(t, "tapP", ebpf.AttachTCXIngress, link.Head(), tcxPass)
+	leaks := send(2000)
 	if got := client.recv(); string(got) != string(leaks) {
 		// The dropped one would have come first.
 		t.Fatalf("came % x, want what the program in front let out", got)
@@ -137,7 +137,7 @@ func TestForeignPrograms(t *testing.T) {
 	check(t, h.p.SetTap(false))
 	// Refused or lost, as the device finds out.
 	_, _ = unix.Write(guest.fd, segment(false, 0, 3000, compare.ACK|compare.PSH, nil, randomBytes(10)))
-	away()
+	detach()
 	check(t, h.p.SetTap(true))
 	want := segment(false, 0, 4000, compare.ACK|compare.PSH, nil, randomBytes(10))
 	var evs []compare.Event

@@ -51,7 +51,7 @@ func field(v6 bool, bit int) string {
 }
 
 // changes are the fields of which a changed bit is not simply passed on although the SVM
-// says just what the PVM does, and the rule that has it so.
+// sends just what the PVM does, and the rule behind it.
 var changes = map[string]string{
 	"IP checksum":    "computed anew",
 	"TCP checksum":   "computed anew",
@@ -68,11 +68,11 @@ var changes = map[string]string{
 }
 
 // TestEveryBit: a frame is captured by the kernel, compared and released, with each bit of
-// its headers turned in turn. The SVM says the same. What leaves is what was captured,
+// its headers turned in turn. The SVM sends the same. What leaves is what was captured,
 // to the bit, but for what a rule has otherwise.
 func TestEveryBit(t *testing.T) {
 	h := newHosts(t)
-	// No firewall of the host's has a say: it would drop what is wrong, and keep fragments.
+	// No firewall of the host is to drop what is wrong, or to keep fragments.
 	for _, which := range []string{"iptables", "ip6tables"} {
 		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+which, []byte("0"), 0)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -143,7 +143,7 @@ func fixed(frame []byte) []byte {
 	return f
 }
 
-// TestChangedBits: where the SVM says less than the PVM, just those fields are the
+// TestChangedBits: where the SVM acknowledges less than the PVM, just those fields are the
 // SVM's that R2 names.
 func TestChangedBits(t *testing.T) {
 	h := newHosts(t)
@@ -182,7 +182,7 @@ func TestChangedBits(t *testing.T) {
 	}
 }
 
-// through gives in to the PVM's tap, has the SVM say the same but for what less changes,
+// through gives in to the PVM's tap, has the SVM send the same but for what less changes,
 // and returns what leaves; nil: nothing.
 func (h *hosts) through(guest, client *wire, in []byte, less func(*compare.Segment)) []byte {
 	h.Helper()

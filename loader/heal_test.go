@@ -35,8 +35,8 @@ func datagram(v6 bool, payload []byte) []byte {
 	return append(f, udp...)
 }
 
-// A datagram is held, told with its digest and its flow, and leaves as it came;
-// what the SVM says of it arrives as a record.
+// A datagram is held, reported with its digest and its flow, and leaves as it came;
+// the SVM's arrives as a record.
 func TestDatagram(t *testing.T) {
 	h := newHosts(t)
 	pvm, svm, client := newWire(t, "guestP"), newWire(t, "guestS"), newWire(t, "client")
@@ -151,7 +151,7 @@ func TestRepeatedACK(t *testing.T) {
 		})
 	}
 	// Nothing else came: none was mirrored, none before its time. Of a connection that
-	// nothing is known of, nothing is said.
+	// nothing is known of, nothing is sent.
 	apply(t, h.p, compare.Effect{Op: compare.OpRemirror, Tuple: askTuple})
 	last := segment(false, 9, 1, compare.ACK, nil, nil)
 	client.send(last)
@@ -168,11 +168,11 @@ func TestRepeatedACK(t *testing.T) {
 func TestQuery(t *testing.T) {
 	h := newHosts(t)
 	svm := newWire(t, "guestS")
-	say := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
-	say(1)
+	send := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
+	send(1)
 	event(t, h.p, compare.EvSVM)
-	check(t, h.p.SetMode(datapath.ModeShut)) // P is deaf
-	say(2)
+	check(t, h.p.SetMode(datapath.ModeShut)) // P receives nothing
+	send(2)
 	counts(t, h.s, "record_out", 2)
 	counts(t, h.p, "shut", 1)
 	check(t, h.p.SetMode(datapath.ModeHold))
@@ -190,16 +190,16 @@ func TestQuery(t *testing.T) {
 func TestGap(t *testing.T) {
 	h := newHosts(t)
 	svm := newWire(t, "guestS")
-	say := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
-	say(1)
+	send := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }
+	send(1)
 	event(t, h.p, compare.EvSVM)
 	check(t, h.p.SetMode(datapath.ModeShut))
 	for seq := range uint32(20) {
-		say(2 + seq)
+		send(2 + seq)
 	}
 	counts(t, h.p, "shut", 20)
 	check(t, h.p.SetMode(datapath.ModeHold))
-	say(22)
+	send(22)
 	counts(t, h.p, "record_in", 22)
 	seen := make(map[uint32]bool)
 	for len(seen) < 21 {
@@ -217,7 +217,7 @@ func TestGap(t *testing.T) {
 	}
 }
 
-// R20: an echo lets P speak until the time it tells plus T, whenever it comes, and
+// R20: an echo extends P's lease to its own time plus T, whenever it comes, and
 // a shut S gives none.
 func TestEcho(t *testing.T) {
 	h := newHosts(t)

@@ -121,7 +121,7 @@ func TestReleaseOfPureAck(t *testing.T) {
 	guest.send(frame)
 	s := event(t, h.p, compare.EvPVM)
 	if s.Slot != compare.NoSlot || !bytes.Equal(s.Header, frame[:54]) {
-		t.Fatalf("ACK told as %+v", s)
+		t.Fatalf("ACK reported as %+v", s)
 	}
 	e := release(s)
 	e.HdrLen = uint8(copy(e.Header[:], s.Header))

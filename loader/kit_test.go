@@ -163,7 +163,7 @@ func devices(t testing.TB) {
 	veth(t, "peerP", "peerS")
 	veth(t, "up", "client")
 	noOffload(t, "up")
-	snoop := false // with it, the bridge says IGMP, at a time of its own
+	snoop := false // with it, the bridge sends IGMP at any time
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br"}, MulticastSnooping: &snoop}
 	check(t, netlink.LinkAdd(bridge))
 	check(t, netlink.LinkSetUp(bridge))

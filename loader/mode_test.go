@@ -11,7 +11,7 @@ import (
 	"lockstep/control/datapath"
 )
 
-// lateRecord reports whether an SVM that says large frames without pause was recorded, in one
+// lateRecord reports whether an SVM that sends large frames without pause was recorded, in one
 // of so many turns, after SetMode(ModeQuiet) had returned: the record may then be
 // confirmed, and what it is of leave, though S takes over (R21).
 func lateRecord(t *testing.T, h *hosts, turns int) bool {
@@ -44,7 +44,7 @@ func lateRecord(t *testing.T, h *hosts, turns int) bool {
 		check(t, err)
 		return n
 	}
-	// Copies find no slot soon, which says nothing about records.
+	// Copies soon find no slot, which does not affect records.
 	records := func() uint64 {
 		return count(bpf.LockstepLsReasonLS_R_copyLost) + count(bpf.LockstepLsReasonLS_R_recordOut)
 	}

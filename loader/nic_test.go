@@ -46,7 +46,7 @@ func wantAttached(t testing.TB, name string, want ...string) {
 	}
 }
 
-// wantError fails unless err says all of words.
+// wantError fails unless err contains all of words.
 func wantError(t testing.TB, err error, words ...string) {
 	t.Helper()
 	if err == nil {
@@ -55,7 +55,7 @@ func wantError(t testing.TB, err error, words ...string) {
 	}
 	for _, w := range words {
 		if !strings.Contains(err.Error(), w) {
-			t.Errorf("error %q does not say %q", err, w)
+			t.Errorf("error %q does not contain %q", err, w)
 		}
 	}
 }

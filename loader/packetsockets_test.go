@@ -56,7 +56,7 @@ func beWatcher(devices []string) {
 }
 
 // watch starts a stranger and returns how it is named, and what ends it.
-func watch(t testing.TB, devices string) (name string, away func()) {
+func watch(t testing.TB, devices string) (name string, end func()) {
 	t.Helper()
 	self, err := os.Executable()
 	check(t, err)
@@ -67,20 +67,20 @@ func watch(t testing.TB, devices string) (name string, away func()) {
 	out, err := cmd.StdoutPipe()
 	check(t, err)
 	check(t, cmd.Start())
-	away = func() {
+	end = func() {
 		in.Close()
 		cmd.Wait()
 	}
-	t.Cleanup(away)
+	t.Cleanup(end)
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
 		t.Fatalf("a stranger on %s: %q, %v", devices, line, err)
 	}
 	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cmd.Process.Pid))
 	check(t, err)
-	return fmt.Sprintf("process %d (%s)", cmd.Process.Pid, strings.TrimSpace(string(comm))), away
+	return fmt.Sprintf("process %d (%s)", cmd.Process.Pid, strings.TrimSpace(string(comm))), end
 }
 
-// Whoever reads the tap in front of lockstep's programs and can pass frames on is told
+// Whoever reads the tap in front of lockstep's programs and can pass frames on is named
 // apart from who only reads, and from what reads elsewhere.
 func TestPacketSockets(t *testing.T) {
 	h := newHosts(t)
@@ -95,7 +95,7 @@ func TestPacketSockets(t *testing.T) {
 		{"any,client", "another packet socket", h.s, "tapS"},
 		{"tapS,tapP", "another packet socket", h.s, "tapS"},
 	} {
-		name, away := watch(t, c.devices)
+		name, end := watch(t, c.devices)
 		want := ""
 		if c.passOn != "" {
 			want = fmt.Sprintf("%s reads every frame of %s in front of lockstep's programs (a packet socket), and can pass them on (%s): take %[2]s out of it, and put it into a bridge", name, c.tap, c.passOn)
@@ -105,13 +105,13 @@ func TestPacketSockets(t *testing.T) {
 		if want != "" && (len(passOn) != 1 || passOn[0] != want || len(read) != 0) || want == "" && (len(passOn) != 0 || len(read) != 1 || !strings.HasPrefix(read[0], name)) || err != nil {
 			t.Errorf("%s: in front: %q, %q, %v", c.devices, passOn, read, err)
 		}
-		away()
+		end()
 		wantOrder(t, c.n, "", false)
 	}
 	// What reads elsewhere sees nothing that has not been released.
-	_, away := watch(t, "client,tapP")
+	_, end := watch(t, "client,tapP")
 	wantOrder(t, h.p, "", false)
-	away()
+	end()
 }
 
 // What such a socket reads is what lockstep has not released. With the tap down, as the
@@ -122,7 +122,7 @@ func TestPacketSocketSeesUnreleased(t *testing.T) {
 	f := segment(false, 0, 1000, compare.ACK|compare.PSH, nil, randomBytes(10))
 	guest.send(f)
 	if got := stranger.recv(); string(got) != string(f) {
-		t.Fatalf("the stranger reads % x, want what the guest has just said", got)
+		t.Fatalf("the stranger reads % x, want what the guest has just sent", got)
 	}
 	apply(t, h.p, release(event(t, h.p, compare.EvPVM)))
 	if got := client.recv(); string(got) != string(f) {
@@ -150,7 +150,7 @@ func TestMutationPacketSocket(t *testing.T) {
 	f := segment(false, 0, 1000, compare.ACK|compare.PSH, nil, randomBytes(10))
 	guest.send(f)
 	if got := stranger.recv(); string(got) != string(f) {
-		t.Errorf("the stranger reads % x, want what the guest has just said", got)
+		t.Errorf("the stranger reads % x, want what the guest has just sent", got)
 	}
 }
 

@@ -69,7 +69,7 @@ func TestAdoptPrimary(t *testing.T) {
 		check(t, h.p.objs.LsCli.Put(&key, &c))
 	}
 	if h.p.Recovered() != nil {
-		t.Error("tables made anew are taken for adopted ones")
+		t.Error("new tables count as recovered ones")
 	}
 	ids, digest := linkIDs(h.p), h.at[h.p].Digest
 	h.die(h.p)
@@ -277,7 +277,7 @@ func TestAdoptRefuses(t *testing.T) {
 	_, err = CheckUpgrade(other)
 	wantError(t, err, "nothing to take over")
 
-	// A map of another shape, and another ABI, of which nothing else is believed.
+	// A map of another shape, and another ABI, whose other fields are not read.
 	dir := nicDir(pins, o.VM, o.Node, 0)
 	rules := dir.path(bpf.LockstepMapLsRules)
 	check(t, os.Remove(rules))
@@ -305,9 +305,8 @@ func TestAdoptRefuses(t *testing.T) {
 	check(t, Unload(pins, o.VM, o.Node, false))
 }
 
-// TestAdoptOtherSettings: settings that keep nobody from going on are taken up, and what
-// is pinned says so to the next daemon; which ones those are may depend on whether the
-// guest speaks alone.
+// TestAdoptOtherSettings: settings that fit the tables are accepted, and noted there for
+// the next daemon; which ones fit may depend on whether the guest transmits alone.
 func TestAdoptOtherSettings(t *testing.T) {
 	devices(t)
 	o := options(mountBPFFS(t), "a", Primary)
@@ -341,8 +340,8 @@ func TestAdoptOtherSettings(t *testing.T) {
 	check(t, Unload(o.PinDir, o.VM, o.Node, false))
 }
 
-// TestAdoptOtherDevices: a peer device made anew gets its program again; a tap made
-// anew has another guest behind it, so its tables are made anew too.
+// TestAdoptOtherDevices: a new peer device gets its program again; a new tap has another
+// guest, so its tables are made anew too.
 func TestAdoptOtherDevices(t *testing.T) {
 	devices(t)
 	pins := mountBPFFS(t)
@@ -418,7 +417,7 @@ func TestUnloadPromoted(t *testing.T) {
 func TestUnloadMutes(t *testing.T) {
 	for name, x := range map[string]struct {
 		unload func(pinDir, vm, node string, force bool) error
-		heard  bool
+		passes bool
 	}{"unload": {Unload, false}, "without the rule": {LetGo, true}} {
 		for _, role := range []Role{Primary, Secondary} {
 			t.Run(fmt.Sprintf("%s, %v", name, role), func(t *testing.T) {
@@ -435,13 +434,13 @@ func TestUnloadMutes(t *testing.T) {
 				check(t, err)
 				check(t, n.Close())
 				guest, elsewhere, client := newWire(t, end), newWire(t, "elsewhere"), newWire(t, "client")
-				said, last := segment(false, 0, 1, compare.ACK, nil, randomBytes(100)), segment(false, 7, 1, compare.ACK, nil, randomBytes(100))
+				sent, last := segment(false, 0, 1, compare.ACK, nil, randomBytes(100)), segment(false, 7, 1, compare.ACK, nil, randomBytes(100))
 				check(t, x.unload(pins, o.VM, o.Node, false))
-				_, _ = unix.Write(guest.fd, said) // fails, or does not, on a cable that is cut
+				_, _ = unix.Write(guest.fd, sent) // fails, or does not, on a cable that is cut
 				elsewhere.send(last)
 				got := client.recv()
-				if heard := bytes.Equal(got, said); heard != x.heard || !heard && !bytes.Equal(got, last) {
-					t.Errorf("heard % x; the guest said % x", got, said)
+				if passes := bytes.Equal(got, sent); passes != x.passes || !passes && !bytes.Equal(got, last) {
+					t.Errorf("received % x; the guest sent % x", got, sent)
 				}
 			})
 		}

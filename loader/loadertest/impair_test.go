@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestImpair: the bad link does what its counters say, and the same again for
+// TestImpair: the bad link does what it counts, and the same again for
 // the same seed.
 func TestImpair(t *testing.T) {
 	NeedRoot(t)

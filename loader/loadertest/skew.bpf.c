@@ -4,7 +4,7 @@
  * skew.bpf.c: makes a namespace's TCP look as if another kernel had chosen its
  * ISNs and timestamps. Two namespaces share the kernel's secrets, so without it
  * a wrong rewriter would pass every test. Attached to the guest's own end of
- * its link: what it says gets the skew, what it hears loses it.
+ * its link: the skew is added to what it sends and taken from what it receives.
  *
  * Knows the option layouts that Linux sends, which is what runs in the tests.
  */

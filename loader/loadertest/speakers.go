@@ -15,20 +15,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Speakers notes who says frames in the guest's name, by the kernel's time of
+// Speakers notes at which port frames with the guest's MAC are sent, by the kernel's time of
 // arrival.
 type Speakers struct {
 	mu     sync.Mutex
-	frames []spoken
+	frames []sighting
 }
 
-type spoken struct {
+type sighting struct {
 	at   time.Time
 	port string
 	text string
 }
 
-// Turn is a time in which one port alone spoke.
+// Turn is a time in which one port alone sent them.
 type Turn struct {
 	Port   string
 	Begin  time.Time
@@ -58,7 +58,7 @@ func WatchSpeakers(t testing.TB, ns string, ports ...string) *Speakers {
 			if len(frame) < 14 || !bytes.Equal(frame[6:12], guest) {
 				return
 			}
-			x := spoken{at: stamp(oob), port: port, text: fmt.Sprintf("%x", frame[12:min(len(frame), 54)])}
+			x := sighting{at: stamp(oob), port: port, text: fmt.Sprintf("%x", frame[12:min(len(frame), 54)])}
 			s.mu.Lock()
 			s.frames = append(s.frames, x)
 			s.mu.Unlock()
@@ -80,12 +80,12 @@ func stamp(oob []byte) time.Time {
 }
 
 // Turns are those so far: as many as the guest changed its host, plus one. Two hosts
-// that speak beside each other make more.
+// that transmit at the same time make more.
 func (s *Speakers) Turns() []Turn {
 	s.mu.Lock()
 	frames := slices.Clone(s.frames)
 	s.mu.Unlock()
-	slices.SortStableFunc(frames, func(a, b spoken) int { return a.at.Compare(b.at) })
+	slices.SortStableFunc(frames, func(a, b sighting) int { return a.at.Compare(b.at) })
 	var turns []Turn
 	for _, f := range frames {
 		if n := len(turns); n > 0 && turns[n-1].Port == f.port {

@@ -106,7 +106,7 @@ func receive(t testing.TB, fd int, sent bool, f func(frame, oob []byte), last fu
 	})
 }
 
-// withTag puts a VLAN tag back that the kernel told beside the frame.
+// withTag puts back a VLAN tag that the kernel reported beside the frame.
 func withTag(frame, oob []byte) []byte {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(frame) < 12 {
@@ -162,7 +162,7 @@ func (w *Wire) Count(text string) int {
 	return len(w.Frames(func(f []byte) bool { return bytes.Contains(f, []byte(text)) }))
 }
 
-// Forget begins anew.
+// Forget drops the frames that came in so far.
 func (w *Wire) Forget() {
 	w.mu.Lock()
 	w.frames = nil
