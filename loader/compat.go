@@ -131,9 +131,9 @@ func CheckUpgrade(o Options) (version string, err error) {
 	return versionOf(&old.meta), objs.Close()
 }
 
-// Found describes what an earlier daemon left pinned for a NIC, whatever its role was.
+// Pinned describes what an earlier daemon left pinned for a NIC, whatever its role was.
 // Whether it fits these options is checked by Open, but for the ABI.
-func Found(o Options) (datapath.Pinned, error) {
+func Pinned(o Options) (datapath.Pinned, error) {
 	tap, err := netlink.LinkByName(o.Tap)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return datapath.Pinned{}, nil // the programs went with the tap

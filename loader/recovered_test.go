@@ -256,13 +256,13 @@ func TestAdoptRefuses(t *testing.T) {
 	}
 
 	// What is found does not have to fit.
-	found, err := Found(o)
+	found, err := Pinned(o)
 	if want := (datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}); err != nil || found != want {
 		t.Errorf("found %+v, %v", found, err)
 	}
 	other := o
 	other.ConfigHash[0], other.Slots, other.MaxConnections = 0xff, 9, 65
-	if f, err := Found(other); err != nil || f != found {
+	if f, err := Pinned(other); err != nil || f != found {
 		t.Errorf("found %+v, %v", f, err)
 	}
 
@@ -393,7 +393,7 @@ func TestAdoptOtherDevices(t *testing.T) {
 	wantAttached(t, "peerP")
 }
 
-// TestUnloadPromoted: a secondary that took over is the only speaker there is.
+// TestUnloadPromoted: a secondary that took over has the only guest that transmits.
 func TestUnloadPromoted(t *testing.T) {
 	devices(t)
 	pins := mountBPFFS(t)
@@ -418,7 +418,7 @@ func TestUnloadMutes(t *testing.T) {
 	for name, x := range map[string]struct {
 		unload func(pinDir, vm, node string, force bool) error
 		passes bool
-	}{"unload": {Unload, false}, "without the rule": {LetGo, true}} {
+	}{"unload": {Unload, false}, "without the rule": {Detach, true}} {
 		for _, role := range []Role{Primary, Secondary} {
 			t.Run(fmt.Sprintf("%s, %v", name, role), func(t *testing.T) {
 				devices(t)
@@ -447,7 +447,7 @@ func TestUnloadMutes(t *testing.T) {
 	}
 }
 
-// TestLetGo: the one speaker that there is goes on without its programs.
+// TestLetGo: a guest that may transmit without the programs keeps its tap up.
 func TestLetGo(t *testing.T) {
 	devices(t)
 	pins := mountBPFFS(t)
@@ -456,7 +456,7 @@ func TestLetGo(t *testing.T) {
 		check(t, err)
 		check(t, n.SetMode(datapath.ModeSolo))
 		check(t, n.Close())
-		check(t, LetGo(pins, o.VM, o.Node, true))
+		check(t, Detach(pins, o.VM, o.Node, true))
 		wantAttached(t, o.Tap)
 		if !up(t, o.Tap) {
 			t.Errorf("%s was set down", o.Tap)

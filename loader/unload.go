@@ -23,9 +23,9 @@ func Unload(pinDir, vm, node string, force bool) error {
 	return unload(pinDir, vm, node, force, true)
 }
 
-// LetGo is Unload for the one guest that may transmit without its programs: its taps stay
-// as they are. The caller knows that no other host runs the guest, and none will.
-func LetGo(pinDir, vm, node string, force bool) error {
+// Detach is Unload for a guest that may transmit without the programs: its taps stay as
+// they are. The caller knows that no other host runs the guest, and none will.
+func Detach(pinDir, vm, node string, force bool) error {
 	return unload(pinDir, vm, node, force, false)
 }
 

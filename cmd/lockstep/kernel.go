@@ -53,8 +53,8 @@ var realKernel = kernel{
 	open:        openNIC,
 	upgradable:  loader.CheckUpgrade,
 	unload:      loader.Unload,
-	letGo:       loader.LetGo,
-	found:       loader.Found,
+	letGo:       loader.Detach,
+	found:       loader.Pinned,
 }
 
 func openNIC(o loader.Options) (dp datapath.NIC, fresh bool, err error) {
