@@ -49,7 +49,7 @@ func TestEchoIn(t *testing.T) {
 	for _, c := range []struct{ asked, want uint64 }{{1000, 1050}, {999, 1050}, {1001, 1051}, {0, 1051}, {1 << 60, 1<<60 + 50}, {1000, 1<<60 + 50}} {
 		k.check(k.LsDigestRx, k.wire(rec(c.asked)), drop, "echo_in")
 		if got := until(); got != c.want {
-			t.Errorf("speak_until %d, want %d", got, c.want)
+			t.Errorf("lease_until %d, want %d", got, c.want)
 		}
 	}
 	refuse := func(reason string, change func(r *bpf.LockstepLsRec)) {
@@ -59,7 +59,7 @@ func TestEchoIn(t *testing.T) {
 		k.sent[0]--
 		k.check(k.LsDigestRx, k.wire(r), drop, reason)
 		if got := until(); got != 1<<60+50 {
-			t.Errorf("%s: speak_until %d", reason, got)
+			t.Errorf("%s: lease_until %d", reason, got)
 		}
 	}
 	refuse("peer_term", func(r *bpf.LockstepLsRec) { r.KeyGen-- })
@@ -70,7 +70,7 @@ func TestEchoIn(t *testing.T) {
 	r.Epoch += 1000 // echoes are of no epoch
 	k.check(k.LsDigestRx, k.wire(r), drop, "echo_in")
 	if got := until(); got != 1<<61+50 {
-		t.Errorf("speak_until %d", got)
+		t.Errorf("lease_until %d", got)
 	}
 	k.conf.LeaseUntil = math.MaxUint64 // solo
 	k.setConf()

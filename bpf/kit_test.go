@@ -369,7 +369,7 @@ func sign(r *bpf.LockstepLsRec, key [2]uint64) []byte {
 }
 
 // record returns the frame that a program must make of frame, whose TCP header
-// is at l4, to carry want. Lane and number are taken from out, the stream's numbers
+// is at l4, to carry want. Stream and number are taken from out, the stream's numbers
 // having to rise one by one.
 func (k *kit) record(want *bpf.LockstepLsRec, out, frame []byte, off int) []byte {
 	k.Helper()

@@ -217,7 +217,7 @@ func TestFree(t *testing.T) {
 	counts(t, h.p, "release_lost", 1)
 }
 
-// After speak_until nothing leaves (R20).
+// After the output lease nothing leaves (R20).
 func TestReleaseMuted(t *testing.T) {
 	h := newHosts(t)
 	guest := newWire(t, "guestP")
