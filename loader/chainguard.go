@@ -108,7 +108,7 @@ func (c *chainGuard) beforeTCX() (string, error) {
 	}
 	readers := make(map[string]int)
 	for _, w := range all {
-		if w.PassOn != "" {
+		if w.passOnBy != "" {
 			return w.passesOn(tap.Attrs().Name), nil
 		}
 		readers[w.inode] = w.pid

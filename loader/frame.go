@@ -6,34 +6,38 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	"lockstep/bpf"
 	"lockstep/compare"
 )
 
 const (
 	ethLen      = 14
+	minIPHeader = 20
 	ip4CsumOff  = 10
 	tcpHdrLen   = 20
 	tcpFlagsOff = 12 // the header's length is in it too
 	flagsMask   = 0xfff
 	tcpCsumOff  = 16
 	tcpUrgOff   = 18
-	maxHeader   = 320 // virtio-net, Ethernet, tags, IP and TCP headers as built here
 	vnetHdrLen  = 10  // struct virtio_net_hdr
-	vnetCsum    = 1   // VIRTIO_NET_HDR_F_NEEDS_CSUM
-	gsoTCPv4    = 1   // VIRTIO_NET_HDR_GSO_TCPV4
-	gsoTCPv6    = 4   // VIRTIO_NET_HDR_GSO_TCPV6
-	gsoUFO      = 3   // VIRTIO_NET_HDR_GSO_UDP: fragments of one datagram
-	gsoUDP      = 5   // VIRTIO_NET_HDR_GSO_UDP_L4: datagrams
-	gsoECN      = 128 // VIRTIO_NET_HDR_GSO_ECN: CWR is the first segment's alone
-	ethARP      = 0x0806
-	ethVLAN     = 0x8100
-	ethIPv6     = 0x86dd
-	ethQinQ     = 0x88a8
-	protoTCP    = 6
-	protoUDP    = 17
-	protoICMPv6 = 58
-	minIPHeader = 20
+	maxHeader   = 320 // virtio-net, Ethernet, tags, IP and TCP headers as built here
+
+	ethARP      = unix.ETH_P_ARP
+	ethVLAN     = unix.ETH_P_8021Q
+	ethIPv6     = unix.ETH_P_IPV6
+	ethQinQ     = unix.ETH_P_8021AD
+	protoTCP    = unix.IPPROTO_TCP
+	protoUDP    = unix.IPPROTO_UDP
+	protoICMPv6 = unix.IPPROTO_ICMPV6
+
+	vnetCsum = unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
+	gsoTCPv4 = unix.VIRTIO_NET_HDR_GSO_TCPV4
+	gsoTCPv6 = unix.VIRTIO_NET_HDR_GSO_TCPV6
+	gsoUFO   = unix.VIRTIO_NET_HDR_GSO_UDP    // fragments of one datagram
+	gsoUDP   = unix.VIRTIO_NET_HDR_GSO_UDP_L4 // datagrams
+	gsoECN   = unix.VIRTIO_NET_HDR_GSO_ECN    // CWR is the first segment's alone
 
 	optNOP       = 1
 	optTimestamp = 8

@@ -20,12 +20,12 @@ import (
 // packet sockets for all protocols (ETH_P_ALL). The kernel gives these a copy of every
 // frame before tcx runs, also of frames that lockstep then holds or drops.
 
-// Watcher is a packet socket that reads all of a tap's frames.
-type Watcher struct {
-	Owner  string // "process 7 (name)"
-	PassOn string // what the owner could pass frames on by; "": nothing that is known
-	inode  string
-	pid    int
+// watcher is a packet socket that reads all of a tap's frames.
+type watcher struct {
+	owner    string // "process 7 (name)"
+	passOnBy string // what the owner could pass frames on by; "": nothing that is known
+	inode    string
+	pid      int
 }
 
 // foreignXDP names an XDP program on a tap, where lockstep has none.
@@ -38,14 +38,14 @@ func foreignXDP(tap netlink.Link) string {
 }
 
 // passesOn describes a watcher that can pass frames on.
-func (w *Watcher) passesOn(tap string) string {
+func (w *watcher) passesOn(tap string) string {
 	return fmt.Sprintf("%s reads every frame of %s in front of lockstep's programs (a packet socket), and can pass them on (%s): take %[2]s out of it, and put it into a bridge",
-		w.Owner, tap, w.PassOn)
+		w.owner, tap, w.passOnBy)
 }
 
 // reads describes one that is not known to be able to.
-func (w *Watcher) reads(tap string) string {
-	return fmt.Sprintf("%s reads every frame of %s, also output that clients have not received yet (a packet socket)", w.Owner, tap)
+func (w *watcher) reads(tap string) string {
+	return fmt.Sprintf("%s reads every frame of %s, also output that clients have not received yet (a packet socket)", w.owner, tap)
 }
 
 // InFront names what is in front of lockstep's programs on a tap and can pass frames
@@ -65,7 +65,7 @@ func InFront(tap string) (passOn, read []string, err error) {
 	defer f.Close()
 	all, err := watchers(f, l.Attrs().Index, nil)
 	for _, w := range all {
-		if w.PassOn != "" {
+		if w.passOnBy != "" {
 			passOn = append(passOn, w.passesOn(tap))
 		} else {
 			read = append(read, w.reads(tap))
@@ -86,7 +86,7 @@ func openPackets() (*os.File, error) {
 
 // watchers lists the packet sockets that read all frames of a device. known are the
 // processes that had some, by inode; nil: none.
-func watchers(f *os.File, ifindex int, known map[string]int) (list []Watcher, err error) {
+func watchers(f *os.File, ifindex int, known map[string]int) (list []watcher, err error) {
 	socks, err := packetSockets(f)
 	if err != nil {
 		return nil, err
@@ -96,15 +96,15 @@ func watchers(f *os.File, ifindex int, known map[string]int) (list []Watcher, er
 		if !s.all || s.ifindex != ifindex && s.ifindex != 0 {
 			continue
 		}
-		w := Watcher{inode: inode, pid: known[inode]}
+		w := watcher{inode: inode, pid: known[inode]}
 		if w.pid == 0 || !holds(w.pid, inode) {
 			w.pid = holder(inode)
 		}
 		switch pid := w.pid; {
 		case pid != 0:
 			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			w.Owner = fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name)))
-			w.PassOn = wayOut(pid, inode)
+			w.owner = fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name)))
+			w.passOnBy = wayOut(pid, inode)
 		default:
 			again, err := packetSockets(f)
 			if err != nil {
@@ -113,7 +113,7 @@ func watchers(f *os.File, ifindex int, known map[string]int) (list []Watcher, er
 			if _, there := again[inode]; !there {
 				continue // closed meanwhile
 			}
-			w.Owner, w.PassOn = "a process that cannot be seen here", "nobody knows"
+			w.owner, w.passOnBy = "a process that cannot be seen here", "nobody knows"
 		}
 		list = append(list, w)
 	}
