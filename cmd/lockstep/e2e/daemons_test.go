@@ -16,7 +16,7 @@ import (
 func TestDaemonStaysDead(t *testing.T) {
 	p := newLivingPair(t, 0, "heartbeat: {restart: 1s}")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.kill("alpha")
 	began := time.Now()

@@ -42,7 +42,7 @@ func (p *livingPair) monitor(node string) *qmp.Monitor {
 func TestPowerOff(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	c.c.Close()
 	p.end("poweroff")
@@ -108,7 +108,7 @@ func TestPanic(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.extra("-device", "pvpanic", "-action", "panic=pause")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	if err := p.monitor("alpha").Execute("human-monitor-command", map[string]string{"command-line": "o/b 0x505 1"}, nil); err != nil {
 		t.Fatal(err)

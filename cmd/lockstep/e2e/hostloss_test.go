@@ -21,7 +21,7 @@ import (
 func TestFrozenQEMU(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signal("alpha", syscall.SIGSTOP)
 	began := time.Now()

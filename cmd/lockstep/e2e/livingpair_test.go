@@ -250,7 +250,7 @@ func (p *livingPair) fenced(node string) {
 }
 
 // twoTurns checks that one host has spoken after the other, and no more.
-func twoTurns(t *testing.T, heard *lt.Speakers) {
+func twoTurns(t *testing.T, heard *lt.Transmitters) {
 	t.Helper()
 	if turns := heard.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)

@@ -24,7 +24,7 @@ import (
 func TestUnreachableMonitor(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	whole := func(what string) {
 		t.Helper()

@@ -26,7 +26,7 @@ func (p *livingPair) order(node string, args ...string) (string, error) {
 func TestOperator(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	out, err := p.order("alpha", "checkpoint")
 	if err != nil || !strings.Contains(out, "is committed") {

@@ -37,7 +37,7 @@ func (p *livingPair) partition(what string, cut bool) {
 
 // silentSince waits for the time in which a host would speak that should not, and checks
 // that nobody has spoken since before, and nothing was answered.
-func silentSince(t *testing.T, heard *lt.Speakers, before []lt.Turn, answered <-chan error, wait time.Duration) {
+func silentSince(t *testing.T, heard *lt.Transmitters, before []lt.Turn, answered <-chan error, wait time.Duration) {
 	t.Helper()
 	select {
 	case err := <-answered:
@@ -70,7 +70,7 @@ func TestPartitions(t *testing.T) {
 			}})
 			lost := map[string]struct{ hide, show func(testing.TB) }{"gone": {etcd.Kill, etcd.Start}, "still": {etcd.Stop, etcd.Continue}}[x.arbiter]
 			p.start()
-			heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+			heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 			c := p.open()
 			if lost.hide != nil {
 				lost.hide(t)
@@ -121,7 +121,7 @@ func TestPartitions(t *testing.T) {
 func TestFrozen(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signalDaemon("alpha", syscall.SIGSTOP)
 	began := time.Now()
@@ -150,7 +150,7 @@ func TestFrozen(t *testing.T) {
 func TestStarved(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	for _, node := range []string{"alpha", "beta"} {
 		p.signalDaemon(node, syscall.SIGSTOP)
@@ -173,7 +173,7 @@ func TestStarved(t *testing.T) {
 func TestFrozenWinner(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signal("beta", syscall.SIGSTOP) // so that winning is as far as it gets
 	p.signalDaemon("alpha", syscall.SIGSTOP)

@@ -76,7 +76,7 @@ func (p *livingPair) refused(node, why string) {
 func TestUnloadSpeakers(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
 
@@ -144,7 +144,7 @@ func TestUnloadSpeakers(t *testing.T) {
 func TestPinsGone(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
 	// The covered secondary's, while nobody is there to take over from it: both daemons are
@@ -194,7 +194,7 @@ func (p *livingPair) change(node, old, text string) {
 func TestChangeSettings(t *testing.T) {
 	p := newLivingPair(t, 0, "compare: {timeout: 10s, slots: 16384}\ncheckpoint: {period: 20s}\nheartbeat: {interval: 50ms, timeout: 500ms, lease: 400ms, restart: 15s}")
 	p.start()
-	heard := lt.WatchSpeakers(t, p.Switch, "portP", "portS")
+	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
 	// A daemon's own settings: on either host, in any order.

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Speakers notes at which port frames with the guest's MAC are sent, by the kernel's time of
+// Transmitters notes at which port the guest's frames come in, by the kernel's time of
 // arrival.
-type Speakers struct {
+type Transmitters struct {
 	mu     sync.Mutex
 	frames []sighting
 }
@@ -41,14 +41,14 @@ func (t Turn) String() string {
 	return fmt.Sprintf("%s %s to %s: %d frames, first %s", t.Port, t.Begin.Format("05.000"), t.End.Format("05.000"), t.Frames, t.First)
 }
 
-// WatchSpeakers watches what comes in at the ports of namespace ns.
-func WatchSpeakers(t testing.TB, ns string, ports ...string) *Speakers {
+// WatchTransmitters watches the ports of namespace ns.
+func WatchTransmitters(t testing.TB, ns string, ports ...string) *Transmitters {
 	t.Helper()
 	guest, err := net.ParseMAC(GuestMAC)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := new(Speakers)
+	s := new(Transmitters)
 	for _, port := range ports {
 		fd := packetSocket(t, ns, Index(t, ns, port))
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
@@ -81,7 +81,7 @@ func stamp(oob []byte) time.Time {
 
 // Turns are those so far: as many as the guest changed its host, plus one. Two hosts
 // that transmit at the same time make more.
-func (s *Speakers) Turns() []Turn {
+func (s *Transmitters) Turns() []Turn {
 	s.mu.Lock()
 	frames := slices.Clone(s.frames)
 	s.mu.Unlock()
