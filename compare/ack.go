@@ -243,8 +243,8 @@ func (a *ackState) freeze() {
 }
 
 // commit makes the SVM's side what the PVM had acknowledged at the commit point, as far
-// as it is certain (R8). What was sent is from before it; old tells of a capture time
-// whether it is.
+// as it is certain (R8). What was sent is from before it; old reports whether a capture
+// time is.
 func (a *ackState) commit(old func(at int64) bool, held []piece) {
 	s := a.sent
 	if a.pvm.ok && old(a.at) {

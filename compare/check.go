@@ -164,7 +164,7 @@ func (d *datagrams) check() (err error) {
 			}
 		}
 	}
-	if held != d.held || svm != d.svm || held > d.cfg.MaxDatagrams || svm > d.cfg.MaxSaid {
+	if held != d.held || svm != d.svm || held > d.cfg.MaxDatagrams || svm > d.cfg.MaxUnmatched {
 		err = errors.Join(err, fmt.Errorf("datagrams: %d held and %d of the SVM alone, counted %d and %d", held, svm, d.held, d.svm))
 	}
 	return err

@@ -174,7 +174,7 @@ func (d *datagrams) fromSVM(s *Segment) {
 		d.pump(f)
 		return
 	}
-	if d.svm >= d.cfg.MaxSaid || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
+	if d.svm >= d.cfg.MaxUnmatched || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
 		d.stats.Drops[ReasonCrowded]++
 		return
 	}

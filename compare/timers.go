@@ -14,7 +14,7 @@ const (
 	maxAsks   = 8
 )
 
-// timer is the entry of a connection, or of a flow of datagrams, in a timerHeap.
+// timer is the entry of a connection, or of a flow of datagrams, in a [timerHeap].
 type timer struct {
 	due     int64
 	heapIdx int // -1: removed
@@ -219,8 +219,8 @@ func (p *Primary) fire(c *conn) {
 // stalled: R7's clock ran out. It reports whether c was removed.
 func (p *Primary) stalled(c *conn) bool {
 	if c.clientRST {
-		// The remote has reset the connection, and one guest saw it before it
-		// spoke. If the guests did not believe the RST, the next segment makes the
+		// The remote has reset the connection, and one guest received the RST before it
+		// transmitted. If the guests ignored the RST, the next segment makes the
 		// connection known again.
 		p.conns.remove(c, ReasonReset)
 		return true
@@ -266,9 +266,9 @@ func (c *conn) askEnd() (end uint32, soon, ok bool) {
 	return 0, false, false
 }
 
-// ask asks S for a sum (R5). It heals a lost record too, and where records behind it
-// are known, asks for what leads to them: without that they would be of no use, and as
-// long as the SVM is ahead each frame of the PVM would have to be asked for.
+// ask asks S for a sum (R5). That repairs the loss of a digest record too. Where records
+// behind the hole are known, it asks for what leads to them: without that they are of no
+// use, and as long as the SVM is ahead each frame of the PVM would need a question.
 func (c *conn) ask() {
 	c.asks.at = 0
 	end, _, ok := c.askEnd()
@@ -288,7 +288,7 @@ func (p *Primary) wait(c *conn) {
 	p.arm(c)
 }
 
-// retime is wait for who looks at the timers next.
+// retime updates the timers; the caller looks at them next.
 func (c *conn) retime() {
 	c.stall.run(c.unmatched(), c.now)
 	if c.stuck() {
@@ -303,7 +303,7 @@ func (c *conn) retime() {
 	}
 }
 
-// moved notes that the compared point or A moved.
+// moved notes that the compared point, or what the SVM acknowledged, moved.
 func (c *conn) moved() {
 	c.query = backoff{}
 	if !c.off(mutR7) {

@@ -103,7 +103,7 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 			case "flows":
 				c.MaxFlows = int(x.number(v))
 			case "said":
-				c.MaxSaid = int(x.number(v))
+				c.MaxUnmatched = int(x.number(v))
 			case "copies":
 				x.s.cfg.MaxCopies = int(x.number(v))
 				return ""
