@@ -13,7 +13,7 @@ import (
 func TestAssertionSeesMutation(t *testing.T) {
 	defer func() {
 		if why := fmt.Sprint(recover()); !strings.Contains(why, "acknowledged") {
-			t.Errorf("the assertion says: %v", why)
+			t.Errorf("the assertion reports: %v", why)
 		}
 	}()
 	x := newTranscript(t, 0)
@@ -27,7 +27,7 @@ func TestAssertionSeesMutation(t *testing.T) {
 func TestAssertions(t *testing.T) {
 	for name, c := range map[string]struct {
 		damage func(p *Primary, c *conn)
-		says   string
+		report string
 	}{
 		"nothing":                   {func(*Primary, *conn) {}, ""},
 		"released beyond compared":  {func(_ *Primary, c *conn) { c.released += 5000 }, "released up to"},
@@ -72,8 +72,8 @@ func TestAssertions(t *testing.T) {
 				c.damage(x.p, conn)
 			}
 			switch err := x.p.check(); {
-			case c.says == "" && err != nil, c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)):
-				t.Errorf("the assertion says %v, want %q", err, c.says)
+			case c.report == "" && err != nil, c.report != "" && (err == nil || !strings.Contains(err.Error(), c.report)):
+				t.Errorf("the assertion reports %v, want %q", err, c.report)
 			}
 		})
 	}

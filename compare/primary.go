@@ -31,7 +31,7 @@ type Config struct {
 	MaxFlows      int // 16384
 	MaxDatagrams  int // held, over all flows; 4096
 	FlowDatagrams int // of each side, in one flow; 1024
-	MaxUnmatched       int // of the SVM, over all flows; 16384
+	MaxUnmatched  int // of the SVM, over all flows; 16384
 
 	// KeepYoung: held frames captured behind a commit point stay held and are
 	// compared with the SVM of the new epoch. Else they are dropped, and the guest
