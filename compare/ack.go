@@ -97,6 +97,15 @@ func (a *ackState) scaleOf(f Flags) int8 {
 	return a.scale
 }
 
+// scaleBy settles the window scale from the guests' SYN: it offers one, or not, and the
+// remote takes it up, or not. A SYN|ACK offers only what was offered.
+func (a *ackState) scaleBy(syn []byte, taken bool) {
+	a.scale = 0
+	if scale, ok := wscale(syn); ok && taken {
+		a.scale = int8(scale)
+	}
+}
+
 // fromPVM takes the ACK of a PVM segment in and reports whether it brought news.
 func (a *ackState) fromPVM(s *Segment, frozen bool) (grew bool) {
 	if s.Flags&(ACK|RST) != ACK {
@@ -135,6 +144,9 @@ func (a *ackState) fromSVM(s *Segment) (ackGrew, grew bool) {
 
 // setSVM replaces what the SVM acknowledged.
 func (a *ackState) setSVM(s side) { a.svm, a.svmSACK, a.nblocks = s, sackSet{}, 0 }
+
+// trustPVM lets what the PVM acknowledged count for both: there is no SVM any more.
+func (a *ackState) trustPVM() { a.svm = a.pvm }
 
 // svmBehind reports whether the SVM has acknowledged less than the PVM.
 func (a *ackState) svmBehind() bool {

@@ -131,7 +131,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 		h := &c.held.view()[i]
 		switch {
 		case !c.cfg.KeepYoung && h.fin:
-			c.pvm.fin = mark{}
+			c.pvm.reopen()
 		case c.cfg.KeepYoung && !h.syn:
 			h.rest = c.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 		}
@@ -192,8 +192,8 @@ func (p *Primary) goSolo() {
 	cs := p.conns.all()
 	var out []leaving
 	for _, c := range cs {
-		c.acks.svm = c.acks.pvm
-		c.syn.waiting = false
+		c.acks.trustPVM()
+		c.syn.matched()
 		for _, h := range c.held.take(func(*piece) bool { return true }) {
 			out = append(out, leaving{no: h.no, c: c, piece: h})
 		}

@@ -97,11 +97,8 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	c.svm.begin(s.Seq)
 	c.released = s.Seq
 	c.pvm.reach(s.Seq + 1)
-	// Scaling holds when both SYNs offer it: a SYN|ACK offers only what was offered.
-	if scale, ok := wscale(s.Opts); !ok {
-		c.acks.scale = 0
-	} else if passive {
-		c.acks.scale = int8(scale)
+	if _, offered := wscale(s.Opts); passive || !offered {
+		c.acks.scaleBy(s.Opts, true)
 	}
 	p.conns.halfOpened(c)
 	if !passive {
@@ -221,11 +218,8 @@ func (p *Primary) client(s *Segment) {
 		c.clientRST = true
 	case s.Flags&(SYN|ACK) == SYN|ACK && c.syn.seen && c.acks.scale == scaleUnknown && len(s.Opts) > 0:
 		// The answer to an active open settles whether windows are scaled.
-		c.acks.scale = 0
-		if _, ok := wscale(s.Opts); ok {
-			scale, _ := wscale(c.syn.opts.bytes())
-			c.acks.scale = int8(scale)
-		}
+		_, taken := wscale(s.Opts)
+		c.acks.scaleBy(c.syn.opts.bytes(), taken)
 	}
 	if s.Flags&(FIN|SYN|RST) == FIN {
 		c.cliFIN = mark{true, s.End()}

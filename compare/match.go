@@ -43,7 +43,7 @@ func (c *conn) matchSYN() bool {
 			return false
 		}
 	}
-	c.syn.waiting = false
+	c.syn.matched()
 	c.opens.unlink(c)
 	c.advanceTo(c.inc.isn+1, c.svm.sum)
 	return true
@@ -216,10 +216,9 @@ func (c *conn) svmData(s *Segment) bool {
 		c.sameBytes(c.svm.learn(span{start, c.bounds}))
 	}
 	if s.Flags&FIN != 0 {
-		if c.svm.extent.fin.ok && c.svm.extent.fin.pos != end {
+		if !c.svm.extent.close(end) {
 			c.diverge(ReasonSVMChanged)
 		}
-		c.svm.extent.fin = mark{true, end}
 	}
 	return true
 }

@@ -64,6 +64,16 @@ func (x *extent) reach(end uint32) {
 	}
 }
 
+// close notes a FIN at pos, and reports false if there was one elsewhere.
+func (x *extent) close(pos uint32) bool {
+	same := !x.fin.ok || x.fin.pos == pos
+	x.fin = mark{true, pos}
+	return same
+}
+
+// reopen forgets the FIN, which was dropped.
+func (x *extent) reopen() { x.fin = mark{} }
+
 // beyond reports whether the guest has transmitted data beyond pos.
 func (x *extent) beyond(pos uint32) bool { return x.known && after(x.end, pos) }
 
@@ -85,7 +95,7 @@ func (x *extent) add(end uint32, fin bool) bool {
 		return false
 	}
 	if fin {
-		x.fin = mark{true, end}
+		x.close(end)
 	}
 	x.reach(end)
 	return true
