@@ -218,8 +218,8 @@ func (d *datagrams) pump(f *dgramFlow) {
 }
 
 // release sends what both transmitted, up to the first that the SVM has not. An ICMP
-// error that it does not transmit stands in nobody's way for longer than Timeout: guests
-// limit the rate of those, each for itself.
+// error that it does not transmit blocks the flow for no longer than Timeout: each guest
+// limits the rate of those on its own.
 func (d *datagrams) release(f *dgramFlow) {
 	for !d.frozen && f.held.len() > 0 {
 		switch g := &f.held.view()[0]; {

@@ -132,7 +132,7 @@ func (c *conn) matchFIN() bool {
 }
 
 // checkFIN: one side closed where the other goes on, or both at different
-// positions (R3). This cannot heal.
+// positions (R3). No later segment can change that.
 func (c *conn) checkFIN() {
 	if c.pvm.goesOn(&c.svm.extent) || c.svm.extent.goesOn(&c.pvm) {
 		c.diverge(ReasonFIN)
