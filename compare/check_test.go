@@ -48,7 +48,7 @@ func TestAssertions(t *testing.T) {
 		"half-open not listed":      {func(p *Primary, _ *conn) { p.conns.half.n++ }, "half-open connections"},
 		"active open not listed":    {func(p *Primary, c *conn) { p.opens.link(c, false); c.open.in = nil }, "active opens"},
 		"timer out of place":        {func(p *Primary, _ *conn) { p.timers[0].due = 1 << 62 }, "out of place"},
-		"timer of nobody":           {func(p *Primary, _ *conn) { p.timers.push(new(timer)) }, "timers of"},
+		"timer of nobody":           {func(p *Primary, _ *conn) { p.timers.add(new(timer)) }, "timers of"},
 		"datagram not counted":      {func(p *Primary, _ *conn) { p.datagrams.held++ }, "datagrams"},
 		"flow of nothing":           {func(p *Primary, _ *conn) { p.datagrams.create(&Tuple{Proto: 17}) }, "of nothing"},
 		"datagram of both": {func(p *Primary, _ *conn) {

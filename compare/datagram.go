@@ -99,7 +99,7 @@ func (d *datagrams) create(t *Tuple) *dgramFlow {
 	*f = dgramFlow{tuple: *t, no: d.eventNo, born: d.now, held: f.held, svm: f.svm}
 	f.timer.flow = f
 	d.flows[*t] = f
-	d.timers.push(&f.timer)
+	d.timers.add(&f.timer)
 	return f
 }
 

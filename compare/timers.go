@@ -3,6 +3,7 @@
 package compare
 
 import (
+	"container/heap"
 	"math"
 	"time"
 )
@@ -28,55 +29,38 @@ type timer struct {
 // packet costs nothing.
 type timerHeap []*timer
 
-func (h timerHeap) swap(i, j int) {
+func (h timerHeap) Len() int           { return len(h) }
+func (h timerHeap) Less(i, j int) bool { return h[i].due < h[j].due }
+
+func (h timerHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].heapIdx, h[j].heapIdx = i, j
 }
 
-func (h timerHeap) up(i int) {
-	for i > 0 && h[i].due < h[(i-1)/2].due {
-		h.swap(i, (i-1)/2)
-		i = (i - 1) / 2
-	}
+func (h *timerHeap) Push(t any) { *h = append(*h, t.(*timer)) }
+
+func (h *timerHeap) Pop() any {
+	last := len(*h) - 1
+	t := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return t
 }
 
-func (h timerHeap) down(i int) {
-	for {
-		least := i
-		for k := 2*i + 1; k <= 2*i+2 && k < len(h); k++ {
-			if h[k].due < h[least].due {
-				least = k
-			}
-		}
-		if least == i {
-			return
-		}
-		h.swap(i, least)
-		i = least
-	}
-}
-
-func (h *timerHeap) push(t *timer) {
+// add makes t an entry that is never due.
+func (h *timerHeap) add(t *timer) {
 	t.due, t.heapIdx = math.MaxInt64, len(*h)
-	*h = append(*h, t)
+	heap.Push(h, t)
 }
 
 func (h *timerHeap) remove(t *timer) {
-	i, last := t.heapIdx, len(*h)-1
-	h.swap(i, last)
-	(*h)[last] = nil
-	*h = (*h)[:last]
+	heap.Remove(h, t.heapIdx)
 	t.heapIdx = -1
-	if i < last {
-		h.up(i)
-		h.down(i)
-	}
 }
 
-func (h timerHeap) set(t *timer, due int64) {
+func (h *timerHeap) set(t *timer, due int64) {
 	t.due = due
-	h.up(t.heapIdx)
-	h.down(t.heapIdx)
+	heap.Fix(h, t.heapIdx)
 }
 
 // stallClock is R7's: it runs while one guest has transmitted what the other has not.
