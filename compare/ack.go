@@ -76,10 +76,11 @@ const scaleUnknown = -1
 
 // ackState is what the guests acknowledged of the remote's stream, and what has been
 // transmitted of it (R2): never more than both guests have. All three only grow, but
-// for the SVM's, which is forgotten when it turns out to be of another incarnation and
-// begins anew at a commit.
+// for the SVM's, which is forgotten where it turns out to be of another incarnation, on a
+// connection that was met in mid-stream, and begins anew at a commit.
 type ackState struct {
 	pvm, svm, sent side
+	ahead          bool  // sent may be more than svm, because that was forgotten
 	at             int64 // capture time of the newest of pvm
 	pvmSACK        sackSet
 	svmSACK        sackSet
@@ -95,6 +96,15 @@ func (a *ackState) scaleOf(f Flags) int8 {
 		return 0
 	}
 	return a.scale
+}
+
+// scaleBy settles the window scale from the guests' SYN: it offers one, or not, and the
+// remote takes it up, or not. A SYN|ACK offers only what was offered.
+func (a *ackState) scaleBy(syn []byte, taken bool) {
+	a.scale = 0
+	if scale, ok := wscale(syn); ok && taken {
+		a.scale = int8(scale)
+	}
 }
 
 // fromPVM takes the ACK of a PVM segment in and reports whether it brought news.
@@ -123,6 +133,9 @@ func (a *ackState) fromSVM(s *Segment) (ackGrew, grew bool) {
 		return false, false
 	}
 	ackGrew, grew = a.svm.update(s.Ack, s.Win, a.scaleOf(s.Flags), s.Opts)
+	if a.ahead && !before(a.svm.ack, a.sent.ack) && !before(a.svm.edge, a.sent.edge) {
+		a.ahead = false
+	}
 	if s.Ack == a.svm.ack {
 		n := len(sackBlocks(a.blocks[:0], s.Opts))
 		a.nblocks = min(n, len(a.blocks))
@@ -133,8 +146,18 @@ func (a *ackState) fromSVM(s *Segment) (ackGrew, grew bool) {
 	return ackGrew, grew
 }
 
+// forgetSVM: what the SVM acknowledged was of another incarnation. What was transmitted
+// by it stays.
+func (a *ackState) forgetSVM() {
+	a.setSVM(side{})
+	a.ahead = a.sent.ok
+}
+
 // setSVM replaces what the SVM acknowledged.
-func (a *ackState) setSVM(s side) { a.svm, a.svmSACK, a.nblocks = s, sackSet{}, 0 }
+func (a *ackState) setSVM(s side) { a.svm, a.svmSACK, a.nblocks, a.ahead = s, sackSet{}, 0, false }
+
+// trustPVM lets what the PVM acknowledged count for both: there is no SVM any more.
+func (a *ackState) trustPVM() { a.svm = a.pvm }
 
 // svmBehind reports whether the SVM has acknowledged less than the PVM.
 func (a *ackState) svmBehind() bool {
@@ -243,8 +266,8 @@ func (a *ackState) freeze() {
 }
 
 // commit makes the SVM's side what the PVM had acknowledged at the commit point, as far
-// as it is certain (R8). What was sent is from before it; old tells of a capture time
-// whether it is.
+// as it is certain (R8). What was sent is from before it; old reports whether a capture
+// time is.
 func (a *ackState) commit(old func(at int64) bool, held []piece) {
 	s := a.sent
 	if a.pvm.ok && old(a.at) {

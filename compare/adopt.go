@@ -2,10 +2,10 @@
 
 package compare
 
-// adopt takes over a connection of an earlier daemon (R23). What the remote has
-// acknowledged had left, so both guests said it: the comparison goes on from there.
-// What was held and what had left but is not acknowledged the PVM repeats, unless the
-// remote's ACK came since; so the caller may be asked to adopt again, with a higher
+// adopt recovers a connection of an earlier daemon (R23). What the remote has acknowledged
+// had left, so both guests transmitted it: the comparison goes on from there. The PVM
+// retransmits what was held, and what had left but is not acknowledged, unless the
+// remote's ACK has come since. So the caller may be asked to adopt again, with a higher
 // position (see OpAdopt).
 func (p *Primary) adopt(s *Segment) {
 	if p.solo || s.Datagram || p.off(mutR23) {

@@ -66,7 +66,7 @@ func (t *connTable) check() (err error) {
 }
 
 func (c *conn) check() error {
-	err := errors.Join(c.acks.check(), c.held.check(), c.svm.check())
+	err := errors.Join(c.acks.check(c.sealed), c.held.check(), c.svm.check())
 	switch {
 	case c.floating:
 	case after(c.released, c.svm.compared):
@@ -80,15 +80,16 @@ func (c *conn) check() error {
 	return err
 }
 
-// check holds what was transmitted against what both guests acknowledged (R2).
-func (a *ackState) check() error {
-	if !a.sent.ok || !a.pvm.ok || !a.svm.ok {
+// check compares what was transmitted with what both guests acknowledged (R2). The window
+// of a sealed frame is the PVM's, whatever the SVM's is.
+func (a *ackState) check(sealed bool) error {
+	if !a.sent.ok || !a.pvm.ok || !a.svm.ok || a.ahead {
 		return nil
 	}
 	if m := minSeq(a.pvm.ack, a.svm.ack); after(a.sent.ack, m) {
 		return fmt.Errorf("acknowledged %d to the remote, the guests %d and %d", a.sent.ack, a.pvm.ack, a.svm.ack)
 	}
-	if m := minSeq(a.pvm.edge, a.svm.edge); after(a.sent.edge, m) {
+	if m := minSeq(a.pvm.edge, a.svm.edge); !sealed && after(a.sent.edge, m) {
 		return fmt.Errorf("offered the remote a window up to %d, the guests up to %d and %d", a.sent.edge, a.pvm.edge, a.svm.edge)
 	}
 	return nil
@@ -164,7 +165,7 @@ func (d *datagrams) check() (err error) {
 			}
 		}
 	}
-	if held != d.held || svm != d.svm || held > d.cfg.MaxDatagrams || svm > d.cfg.MaxSaid {
+	if held != d.held || svm != d.svm || held > d.cfg.MaxDatagrams || svm > d.cfg.MaxUnmatched {
 		err = errors.Join(err, fmt.Errorf("datagrams: %d held and %d of the SVM alone, counted %d and %d", held, svm, d.held, d.svm))
 	}
 	return err

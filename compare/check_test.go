@@ -13,7 +13,7 @@ import (
 func TestAssertionSeesMutation(t *testing.T) {
 	defer func() {
 		if why := fmt.Sprint(recover()); !strings.Contains(why, "acknowledged") {
-			t.Errorf("the assertion says: %v", why)
+			t.Errorf("the assertion reports: %v", why)
 		}
 	}()
 	x := newTranscript(t, 0)
@@ -27,7 +27,7 @@ func TestAssertionSeesMutation(t *testing.T) {
 func TestAssertions(t *testing.T) {
 	for name, c := range map[string]struct {
 		damage func(p *Primary, c *conn)
-		says   string
+		report string
 	}{
 		"nothing":                   {func(*Primary, *conn) {}, ""},
 		"released beyond compared":  {func(_ *Primary, c *conn) { c.released += 5000 }, "released up to"},
@@ -48,7 +48,7 @@ func TestAssertions(t *testing.T) {
 		"half-open not listed":      {func(p *Primary, _ *conn) { p.conns.half.n++ }, "half-open connections"},
 		"active open not listed":    {func(p *Primary, c *conn) { p.opens.link(c, false); c.open.in = nil }, "active opens"},
 		"timer out of place":        {func(p *Primary, _ *conn) { p.timers[0].due = 1 << 62 }, "out of place"},
-		"timer of nobody":           {func(p *Primary, _ *conn) { p.timers.push(new(timer)) }, "timers of"},
+		"timer of nobody":           {func(p *Primary, _ *conn) { p.timers.add(new(timer)) }, "timers of"},
 		"datagram not counted":      {func(p *Primary, _ *conn) { p.datagrams.held++ }, "datagrams"},
 		"flow of nothing":           {func(p *Primary, _ *conn) { p.datagrams.create(&Tuple{Proto: 17}) }, "of nothing"},
 		"datagram of both": {func(p *Primary, _ *conn) {
@@ -72,8 +72,8 @@ func TestAssertions(t *testing.T) {
 				c.damage(x.p, conn)
 			}
 			switch err := x.p.check(); {
-			case c.says == "" && err != nil, c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)):
-				t.Errorf("the assertion says %v, want %q", err, c.says)
+			case c.report == "" && err != nil, c.report != "" && (err == nil || !strings.Contains(err.Error(), c.report)):
+				t.Errorf("the assertion reports %v, want %q", err, c.report)
 			}
 		})
 	}

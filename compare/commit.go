@@ -7,8 +7,8 @@ import (
 	"slices"
 )
 
-// inEpoch reports whether a record is of this epoch. One of the next is kept for
-// after the commit (R17), one of an older is dropped.
+// inEpoch reports whether a digest record is of this epoch. One of the next epoch is kept
+// until the commit (R17), one of an earlier epoch is dropped.
 func (p *Primary) inEpoch(s *Segment) bool {
 	switch d := int32(s.Epoch - p.epoch); {
 	case d == 0:
@@ -57,7 +57,7 @@ func (p *Primary) thaw() {
 		p.datagrams.restart(f)
 	}
 	if diverged != nil {
-		// What it was asked for is still needed.
+		// The reason for that checkpoint is still there.
 		p.checkpoint(&diverged.tuple, diverged.why)
 	}
 }
@@ -83,7 +83,7 @@ type leaving struct {
 }
 
 // commit begins epoch: the SVM has become a copy of the PVM as it was at at. What
-// the PVM said before leaves (R14), everything else starts from there (R8).
+// the PVM transmitted before leaves (R14), everything else starts from there (R8).
 func (p *Primary) commit(epoch uint32, at int64) {
 	p.epoch, p.frozen = epoch, false
 	cs := p.conns.all()
@@ -131,7 +131,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 		h := &c.held.view()[i]
 		switch {
 		case !c.cfg.KeepYoung && h.fin:
-			c.pvm.fin = mark{}
+			c.pvm.reopen()
 		case c.cfg.KeepYoung && !h.syn:
 			h.rest = c.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 		}
@@ -192,8 +192,8 @@ func (p *Primary) goSolo() {
 	cs := p.conns.all()
 	var out []leaving
 	for _, c := range cs {
-		c.acks.svm = c.acks.pvm
-		c.syn.waiting = false
+		c.acks.trustPVM()
+		c.syn.matched()
 		for _, h := range c.held.take(func(*piece) bool { return true }) {
 			out = append(out, leaving{no: h.no, c: c, piece: h})
 		}

@@ -78,7 +78,7 @@ func (c *conn) accept(s *Segment) bool {
 		if !c.floating {
 			c.svm.setBase(c.svm.compared)
 		}
-		c.acks.setSVM(side{})
+		c.acks.forgetSVM()
 		c.svm.extent, c.svmRST = extent{}, svmReset{}
 	}
 	c.inc.take(s)

@@ -38,7 +38,7 @@ func (t *connTable) create(tuple *Tuple) *conn {
 	c.tuple = *tuple
 	t.reset(c)
 	t.byTuple[c.tuple] = c
-	t.timers.push(&c.timer)
+	t.timers.add(&c.timer)
 	return c
 }
 

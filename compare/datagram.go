@@ -99,7 +99,7 @@ func (d *datagrams) create(t *Tuple) *dgramFlow {
 	*f = dgramFlow{tuple: *t, no: d.eventNo, born: d.now, held: f.held, svm: f.svm}
 	f.timer.flow = f
 	d.flows[*t] = f
-	d.timers.push(&f.timer)
+	d.timers.add(&f.timer)
 	return f
 }
 
@@ -174,7 +174,7 @@ func (d *datagrams) fromSVM(s *Segment) {
 		d.pump(f)
 		return
 	}
-	if d.svm >= d.cfg.MaxSaid || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
+	if d.svm >= d.cfg.MaxUnmatched || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
 		d.stats.Drops[ReasonCrowded]++
 		return
 	}
@@ -218,8 +218,8 @@ func (d *datagrams) pump(f *dgramFlow) {
 }
 
 // release sends what both transmitted, up to the first that the SVM has not. An ICMP
-// error that it does not transmit stands in nobody's way for longer than Timeout: guests
-// limit the rate of those, each for itself.
+// error that it does not transmit blocks the flow for no longer than Timeout: each guest
+// limits the rate of those on its own.
 func (d *datagrams) release(f *dgramFlow) {
 	for !d.frozen && f.held.len() > 0 {
 		switch g := &f.held.view()[0]; {

@@ -10,14 +10,14 @@ import (
 	"pgregory.net/rapid"
 )
 
-// what is said: a datagram of a flow.
+// what is transmitted: a datagram of a flow.
 type what struct {
 	tuple Tuple
 	key   dgramKey
 }
 
-// dgramWorld is two guests that say datagrams of a few flows, each in its own
-// order. What leaves is checked against what both have said so far.
+// dgramWorld is two guests that transmit datagrams of a few flows, each in its own
+// order. What leaves is checked against what both have transmitted so far.
 type dgramWorld struct {
 	t       *rapid.T
 	p       *Primary
@@ -25,7 +25,7 @@ type dgramWorld struct {
 	slot    Slot
 	held    map[Slot]Segment
 	order   map[Tuple][]Slot // not released yet, as captured
-	said    map[what]int     // by the SVM, more than has left
+	svmSent map[what]int     // by the SVM, more than has left
 	ready   bool             // a commit: the SVM is a copy
 	left    int
 	reasons []Reason
@@ -48,8 +48,8 @@ func (w *dgramWorld) step(ev Event) {
 			w.order[s.Tuple] = w.order[s.Tuple][1:]
 			w.left++
 			k := what{s.Tuple, s.key()}
-			if w.said[k]--; w.said[k] < 0 && !w.ready {
-				w.t.Fatalf("slot %d left although the SVM has not said it", e.Slot)
+			if w.svmSent[k]--; w.svmSent[k] < 0 && !w.ready {
+				w.t.Fatalf("slot %d left although the SVM has not transmitted it", e.Slot)
 			}
 		case OpFree:
 			w.t.Fatalf("slot %d dropped: %v", e.Slot, e.Reason)
@@ -69,12 +69,12 @@ func (w *dgramWorld) pvm(s Segment) {
 }
 
 func (w *dgramWorld) svm(s Segment) {
-	w.said[what{s.Tuple, s.key()}]++
+	w.svmSent[what{s.Tuple, s.key()}]++
 	w.step(Event{Kind: EvSVM, Seg: s})
 }
 
 // TestDatagrams: whatever way the guests' datagrams are mixed, one leaves only when
-// the SVM has said as many equal ones, and in the PVM's order. When it said all,
+// the SVM has transmitted as many equal ones, and in the PVM's order. When it transmitted all,
 // all leave and nobody asks for a checkpoint; else one is asked for, and with its
 // commit the rest leaves.
 func TestDatagrams(t *testing.T) {
@@ -82,7 +82,7 @@ func TestDatagrams(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := &dgramWorld{
 			t: t, p: NewPrimary(Config{}, keys), now: 1e9,
-			held: map[Slot]Segment{}, order: map[Tuple][]Slot{}, said: map[what]int{},
+			held: map[Slot]Segment{}, order: map[Tuple][]Slot{}, svmSent: map[what]int{},
 		}
 		gen := rapid.Custom(func(t *rapid.T) Segment {
 			b := []byte{byte(rapid.IntRange(0, 3).Draw(t, "content"))}

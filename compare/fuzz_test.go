@@ -92,7 +92,7 @@ func FuzzStep(f *testing.F) {
 		in := fuzzInput{b}
 		p := NewPrimary(Config{
 			MaxConnections: 2, ConnPoints: 6, MaxNext: 3, KeepYoung: in.byte()%2 == 0,
-			MaxHalfOpen: int(in.byte() % 4), MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxSaid: 4,
+			MaxHalfOpen: int(in.byte() % 4), MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxUnmatched: 4,
 		}, keys)
 		s := NewSecondary(SecondaryConfig{MaxCopies: 3}, keys)
 		slots := map[Slot]bool{}

@@ -8,21 +8,21 @@ import (
 	"time"
 )
 
-// guest is what one guest said so far.
+// guest is what one guest transmitted so far.
 type guest struct {
-	data      []byte
-	sent      int // new data ends here
-	fin       bool
-	syn       bool
-	ack, edge uint32  // highest acknowledged, and right edge said
-	buf       uint32  // right edge there is room for
-	said      []bool  // data handed to its host, lost or not
-	sack      []block // held above ack
+	data        []byte
+	sent        int // new data ends here
+	fin         bool
+	syn         bool
+	ack, edge   uint32  // highest acknowledged, and right edge offered
+	buf         uint32  // right edge there is room for
+	transmitted []bool  // data handed to its host, lost or not
+	sack        []block // held above ack
 }
 
 func (g *guest) clone() guest {
 	c := *g
-	c.data, c.said, c.sack = slices.Clone(g.data), slices.Clone(g.said), slices.Clone(g.sack)
+	c.data, c.transmitted, c.sack = slices.Clone(g.data), slices.Clone(g.transmitted), slices.Clone(g.sack)
 	return c
 }
 
@@ -56,7 +56,7 @@ func (w *world) segment(g *guest, from, to int, flags Flags) Segment {
 	}
 	s.Sum = w.keys.Sum(s.PayloadStart(), s.Payload)
 	for i := from; i < to; i++ {
-		g.said[i] = true
+		g.transmitted[i] = true
 	}
 	return s
 }
@@ -66,8 +66,8 @@ func (w *world) timestamp(b []byte) []byte {
 	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, uint32(w.now/1000)), 77)
 }
 
-// pvmSays captures a frame of the PVM.
-func (w *world) pvmSays(from, to int, flags Flags) {
+// pvmSends captures a frame of the PVM.
+func (w *world) pvmSends(from, to int, flags Flags) {
 	s := w.segment(&w.pvm, from, to, flags)
 	s.At = w.now
 	if s.Len > 0 || flags&(SYN|FIN) != 0 {
@@ -78,9 +78,9 @@ func (w *world) pvmSays(from, to int, flags Flags) {
 	w.step(Event{Kind: EvPVM, Seg: s})
 }
 
-// svmSays makes a record and a copy of what the SVM says; the record arrives
+// svmSends makes a record and a copy of what the SVM transmits; the record arrives
 // now, later or never.
-func (w *world) svmSays(from, to int, flags Flags, fate int) {
+func (w *world) svmSends(from, to int, flags Flags, fate int) {
 	s := w.segment(&w.svm, from, to, flags)
 	if flags&FIN != 0 {
 		w.svm.fin = true
@@ -157,12 +157,12 @@ func (w *world) open() {
 		g.buf = g.ack + 60000
 	}
 	if w.n(0, 1, "svm slow") == 0 {
-		w.pvmSays(0, 0, SYN)
-		w.svmSays(0, 0, SYN, 0)
+		w.pvmSends(0, 0, SYN)
+		w.svmSends(0, 0, SYN, 0)
 	} else {
-		w.pvmSays(0, 0, SYN)
-		w.svmSays(0, 0, SYN, 1)
-		w.pvmSays(0, 0, SYN) // a repetition
+		w.pvmSends(0, 0, SYN)
+		w.svmSends(0, 0, SYN, 1)
+		w.pvmSends(0, 0, SYN) // a repetition
 		for !w.gotSYN && len(w.late) > 0 {
 			w.arrive()
 		}
@@ -197,7 +197,7 @@ func (w *world) act() {
 		return from, to, f
 	}
 	switch w.n(0, 9, "act") {
-	case 0, 1: // the PVM says something new; one frame in eight is lost or overtaken
+	case 0, 1: // the PVM transmits something new; one frame in eight is lost or overtaken
 		g := &w.pvm
 		if g.fin {
 			return
@@ -209,10 +209,10 @@ func (w *world) act() {
 			w.segment(g, from, g.sent, f)
 			return
 		}
-		w.pvmSays(from, g.sent, f)
+		w.pvmSends(from, g.sent, f)
 	case 2: // or something old
 		if from, to, f := again(&w.pvm); to > from || f != 0 {
-			w.pvmSays(from, to, f)
+			w.pvmSends(from, to, f)
 		}
 	case 3, 4:
 		g := &w.svm
@@ -221,17 +221,17 @@ func (w *world) act() {
 		}
 		from := g.sent
 		g.sent += w.length(len(g.data) - from)
-		w.svmSays(from, g.sent, fin(g), w.n(0, 2, "fate"))
+		w.svmSends(from, g.sent, fin(g), w.n(0, 2, "fate"))
 	case 5:
 		if from, to, f := again(&w.svm); to > from || f != 0 {
-			w.svmSays(from, to, f, w.n(0, 2, "fate"))
+			w.svmSends(from, to, f, w.n(0, 2, "fate"))
 		}
 	case 6:
 		w.acknowledge(&w.pvm)
-		w.pvmSays(w.pvm.sent, w.pvm.sent, 0)
+		w.pvmSends(w.pvm.sent, w.pvm.sent, 0)
 	case 7:
 		w.acknowledge(&w.svm)
-		w.svmSays(w.svm.sent, w.svm.sent, 0, w.n(0, 2, "fate"))
+		w.svmSends(w.svm.sent, w.svm.sent, 0, w.n(0, 2, "fate"))
 	case 8:
 		w.arrive()
 	case 9:
@@ -247,7 +247,7 @@ func (w *world) next() int {
 	return len(w.got)
 }
 
-// adopt tells P of the connection, with what the remote has acknowledged.
+// adopt has P recover the connection, with what the remote has acknowledged.
 func (w *world) adopt(off int) {
 	una := w.isn + 1 + uint32(off)
 	if w.gotFIN && off == len(w.got) {
@@ -256,7 +256,7 @@ func (w *world) adopt(off int) {
 	w.step(Event{Kind: EvAdopt, Seg: Segment{Tuple: w.tup, Seq: una}})
 }
 
-// settle lets both guests say all they have to, as often as it takes.
+// settle lets both guests transmit all they have to, as often as it takes.
 func (w *world) settle() {
 	for range 400 {
 		for len(w.late) > 0 {
@@ -270,21 +270,21 @@ func (w *world) settle() {
 		if from == len(w.got) && w.gotFIN {
 			return
 		}
-		say := func(g *guest, says func(from, to int, f Flags)) {
+		send := func(g *guest, transmit func(from, to int, f Flags)) {
 			to, f := from+w.length(len(g.data)-from), Flags(0)
 			if to == len(g.data) {
 				f, g.fin = FIN, true
 			}
 			g.sent = max(g.sent, to)
-			says(from, to, f)
+			transmit(from, to, f)
 		}
-		say(&w.pvm, w.pvmSays)
-		say(&w.svm, func(from, to int, f Flags) { w.svmSays(from, to, f, 0) })
+		send(&w.pvm, w.pvmSends)
+		send(&w.svm, func(from, to int, f Flags) { w.svmSends(from, to, f, 0) })
 	}
 }
 
 // checkpoint makes the SVM a copy of the PVM as it is at some point, with both
-// going on to speak in between.
+// still transmitting in between.
 func (w *world) checkpoint() {
 	chat := func(what string) {
 		for range w.n(0, 6, what) {

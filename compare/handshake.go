@@ -77,12 +77,15 @@ func (h *handshake) next(now int64) bool {
 // announced: S knows the SYN.
 func (h *handshake) announced() { h.announcing, h.due = false, 0 }
 
+// matched: the SYN is compared, or need not be.
+func (h *handshake) matched() { h.waiting = false }
+
 // forgetSVM: the SVM's part begins afresh.
 func (h *handshake) forgetSVM() { h.svm, h.svmSame = false, false }
 
 // commit: both guests have the SYN. established: the handshake is over, so that its
 // offset needs no announcement; else nothing tells P when it is.
 func (h *handshake) commit(established bool) {
-	h.waiting = false
+	h.matched()
 	h.announcing, h.left = h.seen && !established, announceAgain
 }

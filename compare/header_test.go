@@ -29,8 +29,8 @@ func TestHeaderMutations(t *testing.T) {
 	}
 }
 
-// said is a connection met in mid-stream of which both guests say segments.
-type said struct {
+// midstream is a connection met in mid-stream of which both guests transmit segments.
+type midstream struct {
 	testing.TB
 	p    *Primary
 	keys *Keys
@@ -39,18 +39,18 @@ type said struct {
 	now  int64
 }
 
-func newSaid(t testing.TB) *said {
+func newMidstream(t testing.TB) *midstream {
 	keys, err := NewKeys(rand.NewChaCha8([32]byte{1}))
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := NewPrimary(Config{}, keys)
 	p.mutate(map[string]mutation{"URG": mutURG, "sealed": mutSealed}[os.Getenv(mutationEnv)])
-	return &said{TB: t, keys: keys, p: p, at: Tuple{GuestPort: 80, RemotePort: 4000, Proto: 6}, now: 1}
+	return &midstream{TB: t, keys: keys, p: p, at: Tuple{GuestPort: 80, RemotePort: 4000, Proto: 6}, now: 1}
 }
 
-// step has a guest say s, of which payload, sum and slot are filled in, and returns what leaves.
-func (x *said) step(kind EventKind, s Segment) (sent []Effect) {
+// step has a guest transmit s, of which payload, sum and slot are filled in, and returns what leaves.
+func (x *midstream) step(kind EventKind, s Segment) (sent []Effect) {
 	x.Helper()
 	s.Tuple, s.Win, s.At, s.Inherited, s.Slot = x.at, 1000, x.now, true, NoSlot
 	b := make([]byte, s.Len)
@@ -68,7 +68,7 @@ func (x *said) step(kind EventKind, s Segment) (sent []Effect) {
 	return x.do(Event{Kind: kind, Seg: s})
 }
 
-func (x *said) do(ev Event) (sent []Effect) {
+func (x *midstream) do(ev Event) (sent []Effect) {
 	for _, e := range x.p.Step(x.now, &ev, nil) {
 		if e.Op == OpSend {
 			sent = append(sent, e)
@@ -77,20 +77,20 @@ func (x *said) do(ev Event) (sent []Effect) {
 	return sent
 }
 
-// open has both guests acknowledge what the remote said so far.
-func (x *said) open(seq uint32) {
+// open has both guests acknowledge what the remote transmitted so far.
+func (x *midstream) open(seq uint32) {
 	x.Helper()
 	x.step(EvPVM, Segment{Seq: seq, Ack: 1, Flags: ACK})
 	x.step(EvSVM, Segment{Seq: seq, Ack: 1, Flags: ACK})
 }
 
 // pass lets the time come at which a verified part leaves alone.
-func (x *said) pass() []Effect {
+func (x *midstream) pass() []Effect {
 	x.now = x.p.NextDeadline()
 	return x.do(Event{Kind: EvTick})
 }
 
-func (x *said) one(sent []Effect) Effect {
+func (x *midstream) one(sent []Effect) Effect {
 	x.Helper()
 	if len(sent) != 1 {
 		x.Fatalf("%d frames left: %+v", len(sent), sent)
@@ -115,7 +115,7 @@ func TestUrgent(t *testing.T) {
 		{"as far as can be", 0xffff, 100, 0xffff, 0xffff - 100},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			x := newSaid(t)
+			x := newMidstream(t)
 			x.open(seq)
 			check := func(e Effect, from uint32, urg uint16) {
 				t.Helper()
@@ -130,7 +130,7 @@ func TestUrgent(t *testing.T) {
 			}
 			check(x.one(x.pass()), 0, c.urg1)
 			check(x.one(x.step(EvSVM, Segment{Seq: seq + c.cut, Len: n - c.cut, Ack: 1, Flags: ACK})), c.cut, c.urg2)
-			check(x.one(x.step(EvPVM, frame)), 0, c.urg1) // said again
+			check(x.one(x.step(EvPVM, frame)), 0, c.urg1) // transmitted again
 			// A repetition with something new behind it.
 			frame.Len += 10
 			check(x.one(x.step(EvPVM, frame)), 0, c.urg1)
@@ -145,10 +145,10 @@ func TestUrgent(t *testing.T) {
 	}
 }
 
-// TestUrgentACK: a probe that tells of urgent data keeps its pointer, and what is made
+// TestUrgentACK: a probe that reports urgent data keeps its pointer, and what is made
 // of it points to the same byte.
 func TestUrgentACK(t *testing.T) {
-	x := newSaid(t)
+	x := newMidstream(t)
 	x.open(1000)
 	x.step(EvPVM, Segment{Seq: 1000, Len: 100, Ack: 1, Flags: ACK})
 	x.one(x.step(EvSVM, Segment{Seq: 1000, Len: 100, Ack: 1, Flags: ACK}))
@@ -170,7 +170,7 @@ func TestUrgentACK(t *testing.T) {
 // part's alone, unless AccECN counts with it.
 func TestHeaderBits(t *testing.T) {
 	for bit := FIN; bit <= 1<<11; bit <<= 1 {
-		x := newSaid(t)
+		x := newMidstream(t)
 		x.open(1000)
 		if bit != FIN && bit != SYN && bit != RST {
 			x.step(EvPVM, Segment{Seq: 1000, Len: 10, Ack: 1, Flags: ACK | bit, Urg: 7})
@@ -188,7 +188,7 @@ func TestHeaderBits(t *testing.T) {
 		}
 	}
 	for _, accurate := range []bool{false, true} {
-		x := newSaid(t)
+		x := newMidstream(t)
 		x.open(1000)
 		flags, second := ACK|CWR, ACK
 		if accurate {
@@ -240,7 +240,7 @@ var md5 = slices.Concat([]byte{1, 1, 19, 18}, make([]byte, 16))
 func TestSealed(t *testing.T) {
 	for name, opts := range map[string][]byte{"TCP-MD5": md5, "TCP-AO": {29, 16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14}} {
 		t.Run(name, func(t *testing.T) {
-			x := newSaid(t)
+			x := newMidstream(t)
 			asItWas := func(e Effect, s Segment) {
 				t.Helper()
 				if e.Seq != s.Seq || e.From != 0 || e.To != s.Len || e.Ack != s.Ack || e.Win != 1000 || e.Flags != s.Flags || e.Urg != s.Urg ||
@@ -250,7 +250,7 @@ func TestSealed(t *testing.T) {
 			}
 			frame := Segment{Seq: 1000, Len: 300, Ack: 50, Flags: ACK | PSH | CWR | URG, Urg: 9, Opts: opts}
 			if sent := x.step(EvPVM, frame); len(sent) != 0 {
-				t.Fatalf("left before the SVM said it: %+v", sent)
+				t.Fatalf("left before the SVM transmitted it: %+v", sent)
 			}
 			x.step(EvSVM, Segment{Seq: 1000, Len: 100, Ack: 40, Flags: ACK})
 			if sent := x.pass(); len(sent) != 0 {
@@ -271,7 +271,7 @@ func TestSealed(t *testing.T) {
 			}
 			asItWas(x.one(x.step(EvSVM, Segment{Seq: 1300, Ack: 61, Flags: ACK})), ack)
 
-			// One that repeats and adds leaves whole, once all of it was said.
+			// One that repeats and adds leaves whole, once all of it was transmitted.
 			more := Segment{Seq: 1200, Len: 150, Ack: 60, Flags: ACK, Opts: opts}
 			if sent := x.step(EvPVM, more); len(sent) != 0 {
 				t.Fatalf("cut: %+v", sent)
@@ -284,7 +284,7 @@ func TestSealed(t *testing.T) {
 // TestSealedSYN: the digests of two ISNs differ, so the connection waits for the
 // checkpoint that makes them one; then the handshake goes on.
 func TestSealedSYN(t *testing.T) {
-	x := newSaid(t)
+	x := newMidstream(t)
 	mine, other := slices.Clone(md5), slices.Clone(md5)
 	mine[10], other[10] = 1, 2
 	syn := Segment{Seq: 1000, Ack: 50, Flags: SYN | ACK, Opts: mine}

@@ -4,7 +4,7 @@ package compare
 
 import "time"
 
-// pvm takes in what the PVM said.
+// pvm takes in a segment or datagram of the PVM.
 func (p *Primary) pvm(s *Segment) {
 	if s.Datagram {
 		p.datagrams.fromPVM(s)
@@ -97,11 +97,8 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	c.svm.begin(s.Seq)
 	c.released = s.Seq
 	c.pvm.reach(s.Seq + 1)
-	// Scaling holds when both SYNs offer it: a SYN|ACK offers only what was offered.
-	if scale, ok := wscale(s.Opts); !ok {
-		c.acks.scale = 0
-	} else if passive {
-		c.acks.scale = int8(scale)
+	if _, offered := wscale(s.Opts); passive || !offered {
+		c.acks.scaleBy(s.Opts, true)
 	}
 	p.conns.halfOpened(c)
 	if !passive {
@@ -110,7 +107,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	return c
 }
 
-// svm takes in a record.
+// svm takes in a digest record.
 func (p *Primary) svm(s *Segment) {
 	if p.solo || !p.inEpoch(s) {
 		return
@@ -129,9 +126,9 @@ func (p *Primary) svm(s *Segment) {
 	}
 	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
-		// The SVM may be the first to speak on a connection that came with a
+		// The SVM may be the first to transmit on a connection that came with a
 		// checkpoint. Late ACKs and FINs of connections that are over come here too,
-		// so it is forgotten soon if the PVM says nothing.
+		// so it is forgotten soon if the PVM transmits nothing.
 		if s.Flags&SYN == 0 && (s.Flags&RST == 0 || s.Inherited) {
 			c = p.conns.create(&s.Tuple)
 		}
@@ -184,10 +181,10 @@ func (p *Primary) svm(s *Segment) {
 	}
 }
 
-// goesOn is how long after a RST a guest has to speak on the connection to show that it
-// did not mean it; sooner, its segments may have overtaken each other. Linux up to 6.18
+// goesOn is how long after a RST a guest has to transmit on the connection for the RST to
+// be ignored; sooner, its segments may have overtaken each other. Linux up to 6.18
 // answers with a RST now and then when a segment comes while a handshake ends (its
-// lookup without locks finds neither of both sockets); the connection lives on.
+// lookup without locks finds neither of both sockets); the connection goes on.
 const goesOn = 5 * time.Millisecond
 
 // answer takes in S's answer to an ask (R5).
@@ -209,7 +206,7 @@ func (p *Primary) answer(s *Segment) {
 	}
 }
 
-// client notes what ends a connection from the remote's side.
+// client notes a SYN|ACK, FIN or RST of the remote.
 func (p *Primary) client(s *Segment) {
 	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
@@ -221,11 +218,8 @@ func (p *Primary) client(s *Segment) {
 		c.clientRST = true
 	case s.Flags&(SYN|ACK) == SYN|ACK && c.syn.seen && c.acks.scale == scaleUnknown && len(s.Opts) > 0:
 		// The answer to an active open settles whether windows are scaled.
-		c.acks.scale = 0
-		if _, ok := wscale(s.Opts); ok {
-			scale, _ := wscale(c.syn.opts.bytes())
-			c.acks.scale = int8(scale)
-		}
+		_, taken := wscale(s.Opts)
+		c.acks.scaleBy(c.syn.opts.bytes(), taken)
 	}
 	if s.Flags&(FIN|SYN|RST) == FIN {
 		c.cliFIN = mark{true, s.End()}
@@ -234,7 +228,7 @@ func (p *Primary) client(s *Segment) {
 }
 
 // pump does all that c's state allows: match, release, acknowledge; then it sets
-// the timers. c may be gone afterwards: alive tells.
+// the timers. It reports whether c is still there.
 func (p *Primary) pump(c *conn) (alive bool) {
 	if !p.frozen && !c.diverged {
 		c.root()

@@ -4,17 +4,17 @@ package compare
 
 import "time"
 
-// What heals loss on the peer link before a guest's timer has to (R6): a lost record
-// is the newest of its lane or leaves a gap that the caller asks for, so the newest
-// of all lanes are asked for when something waits. A frame of the remote that the SVM
-// did not get shows in what it repeats or does not say.
+// Loss on the peer link is repaired before a guest's timer has to (R6). A lost digest
+// record is the newest of its TX stream, or leaves a gap that the caller asks for, so the
+// newest of all streams are asked for when something waits. A frame of the remote that
+// the SVM did not receive shows in what the SVM retransmits or does not transmit.
 
 const (
 	queryEvery    = 5 * time.Millisecond
 	remirrorEvery = 5 * time.Millisecond
 )
 
-// backoff times what is tried again, ever more seldom: after 5, 10, 20 … ms, maxAsks
+// backoff times tries, ever more seldom: after 5, 10, 20 … ms, maxAsks
 // times at most.
 type backoff struct {
 	at int64 // 0: off
@@ -47,7 +47,7 @@ func (c *conn) stuck() bool {
 		(c.held.len() > 0 || c.held.hasRST || c.acks.svmBehind())
 }
 
-// query asks for the newest records. All lanes and connections share one limit.
+// query asks S for the newest digest records. All streams and connections share one limit.
 func (k *core) query() {
 	if k.now < k.queryAt || k.off(mutR6) {
 		return
@@ -57,8 +57,8 @@ func (k *core) query() {
 	k.emit(OpQuery, &Tuple{})
 }
 
-// unstick does what may help c. An SVM that says nothing where the PVM spoke may
-// miss what the remote said, such as the last ACK of its handshake.
+// unstick does what may get c going again. An SVM that transmits nothing where the PVM did
+// may have missed a segment of the remote, such as the last ACK of its handshake.
 func (c *conn) unstick() {
 	c.core.query()
 	if c.adopted {
@@ -80,13 +80,14 @@ func (c *conn) remirror() {
 	c.emit(OpRemirror, &c.tuple)
 }
 
-// sackAsked is how often S was asked for a hole in what the SVM said before the SVM is.
+// sackAsked is how many times S is asked about a hole in the SVM's stream before the SVM
+// is made to retransmit it.
 const sackAsked = 3
 
-// sack has a guest repeat what is missing at the compared point at once, where what stands
-// behind it is at hand: it gets the SACK blocks that the remote would send if that had
-// left. The guest's own timer has grown with all the time that its frames were held. Should
-// P lose what it spoke of, the guest finds its data unacknowledged, and repeats it (RFC
+// sack has a guest retransmit what is missing at the compared point, where data behind it
+// is at hand: the guest gets the SACK blocks that the remote would send if that data had
+// left. Its own timer has grown with all the time that its frames were held. Should P drop
+// what it reported in a block, the guest finds it unacknowledged, and retransmits it (RFC
 // 2018, 8).
 func (c *conn) sack() {
 	if c.floating || c.syn.waiting || c.off(mutR6) {
@@ -118,10 +119,10 @@ func (t *sender) sackAs(op Op, seq uint32, there *sackSet) {
 // maxBlocks is how many SACK blocks fit beside a timestamp (RFC 2018, 3).
 const maxBlocks = 3
 
-// repeated looks at a record before its sums are taken in: if it says only what is
-// compared already, the SVM misses the remote's ACK or window. A probe of its window,
-// or a keep-alive, is an ACK from below the compared point: nobody else answers it,
-// for what the SVM says does not leave.
+// repeated looks at a digest record before its sums are taken in: if all of it is
+// compared already, the SVM has missed the remote's ACK or window. A window probe or a
+// keep-alive is an ACK from below the compared point: nobody else answers it, for what
+// the SVM transmits does not leave.
 func (c *conn) repeated(s *Segment) {
 	if c.frozen || c.diverged || c.floating || c.syn.waiting || !near(s.Seq, c.svm.compared) {
 		return

@@ -14,13 +14,13 @@ import (
 // than the test looks. The peer link loses records, and mirrored ACKs.
 type lossy struct {
 	*world
-	lost []*lostRecord
-	deaf bool // the SVM has not got the handshake's last ACK
-	left int  // times that it will not get it again
-	says func()
+	lost      []*lostRecord
+	deaf      bool // the SVM has not got the handshake's last ACK
+	left      int  // times that it will not get it again
+	svmStarts func()
 }
 
-// lostRecord is one that S keeps in its lane; it is lost again this often.
+// lostRecord is one that S keeps in its TX stream; it is lost again this often.
 type lostRecord struct {
 	ev    Event
 	again int
@@ -50,7 +50,7 @@ func (l *lossy) event(ev Event) {
 		case OpRemirror:
 			if l.left--; l.deaf && l.left < 0 {
 				l.deaf = false
-				l.says()
+				l.svmStarts()
 			}
 		default:
 			l.effect(&e)
@@ -58,24 +58,24 @@ func (l *lossy) event(ev Event) {
 	}
 }
 
-// heals plays a server that speaks first and then acknowledges a request, and tells
+// heals plays a server that transmits first and then acknowledges a request, and reports
 // whether all of that leaves within 200 ms.
 func heals(t *rapid.T, mut mutation, deaf bool) bool {
 	data := genData(t)
 	l := &lossy{world: newWorld(t, Config{Timeout: time.Hour}, data), deaf: deaf}
 	l.p.mutate(mut)
 	l.left = l.n(0, 1, "remirrored ones lost")
-	speak := func(g *guest, says func(Segment)) {
+	transmit := func(g *guest, send func(Segment)) {
 		for g.sent < len(data) {
 			from := g.sent
 			g.sent += l.length(len(data) - from)
-			says(l.segment(g, from, g.sent, 0))
+			send(l.segment(g, from, g.sent, 0))
 		}
 		g.fin = true
-		says(l.segment(g, g.sent, g.sent, FIN))
+		send(l.segment(g, g.sent, g.sent, FIN))
 		g.ack += 300
 		g.buf = maxSeq(g.buf, g.ack)
-		says(l.segment(g, g.sent, g.sent, 0))
+		send(l.segment(g, g.sent, g.sent, 0))
 	}
 	pvm := func(s Segment) {
 		if s.At = l.now; s.Len > 0 || s.Flags&(SYN|FIN) != 0 {
@@ -95,7 +95,7 @@ func heals(t *rapid.T, mut mutation, deaf bool) bool {
 	l.svm.syn = true
 	pvm(l.segment(&l.pvm, 0, 0, SYN))
 	svm(l.segment(&l.svm, 0, 0, SYN))
-	l.says = func() { speak(&l.svm, svm) }
+	l.svmStarts = func() { transmit(&l.svm, svm) }
 	run := func(d time.Duration) {
 		for end := l.now + int64(d); ; {
 			for len(l.late) > 0 {
@@ -115,10 +115,10 @@ func heals(t *rapid.T, mut mutation, deaf bool) bool {
 		return false
 	}
 	if l.deaf {
-		speak(&l.pvm, pvm)
+		transmit(&l.pvm, pvm)
 	} else {
-		l.says()
-		speak(&l.pvm, pvm)
+		l.svmStarts()
+		transmit(&l.pvm, pvm)
 	}
 	run(200 * time.Millisecond)
 	if len(l.reasons) > 0 {

@@ -43,7 +43,7 @@ func (c *conn) matchSYN() bool {
 			return false
 		}
 	}
-	c.syn.waiting = false
+	c.syn.matched()
 	c.opens.unlink(c)
 	c.advanceTo(c.inc.isn+1, c.svm.sum)
 	return true
@@ -132,7 +132,7 @@ func (c *conn) matchFIN() bool {
 }
 
 // checkFIN: one side closed where the other goes on, or both at different
-// positions (R3). This cannot heal.
+// positions (R3). No later segment can change that.
 func (c *conn) checkFIN() {
 	if c.pvm.goesOn(&c.svm.extent) || c.svm.extent.goesOn(&c.pvm) {
 		c.diverge(ReasonFIN)
@@ -216,10 +216,9 @@ func (c *conn) svmData(s *Segment) bool {
 		c.sameBytes(c.svm.learn(span{start, c.bounds}))
 	}
 	if s.Flags&FIN != 0 {
-		if c.svm.extent.fin.ok && c.svm.extent.fin.pos != end {
+		if !c.svm.extent.close(end) {
 			c.diverge(ReasonSVMChanged)
 		}
-		c.svm.extent.fin = mark{true, end}
 	}
 	return true
 }

@@ -20,7 +20,7 @@ const (
 	mutR15                           // freezing does nothing
 	mutR16                           // S: all that was parked is delivered
 	mutR17                           // records of the next epoch are dropped
-	mutR22                           // S: nothing is said again
+	mutR22                           // S: nothing is transmitted again
 	mutR23                           // what an earlier daemon's tables tell is not used
 	mutDatagram                      // datagrams need not match
 	mutRoom                          // no frame makes room for another

@@ -4,9 +4,10 @@ package compare
 
 import "time"
 
-// The SVM's requests for its neighbours' addresses do not leave S: two guests of one
-// address would confuse the network. P asks in the guest's name, now and then, and
-// the answers reach both guests, so the SVM's entries live.
+// The SVM's requests for its neighbours' addresses (ARP, neighbour discovery) do not leave
+// S: two guests with one address would confuse the network. P asks in the guest's name,
+// at most once in neighEvery, and the answers reach both guests, so the SVM's neighbour
+// entries stay valid.
 
 const (
 	neighEvery = time.Second
@@ -18,7 +19,7 @@ type neighKey struct {
 	vlan, vlan2   uint16
 }
 
-// neighAsk says when P last asked.
+// neighAsk is a question and the time of it.
 type neighAsk struct {
 	key neighKey
 	at  int64
@@ -44,7 +45,7 @@ func (n *neighbours) ask(k neighKey, now int64) bool {
 	return true
 }
 
-// neigh passes on a request of the SVM. It tells nothing of the guest's state, so it
+// neigh passes on a request of the SVM. It reveals nothing of the guest's state, so it
 // leaves while frozen too.
 func (p *Primary) neigh(s *Segment) {
 	if p.solo {

@@ -4,7 +4,7 @@ package compare
 
 import "testing"
 
-// TestNeighboursAreBounded: an SVM that asks for ever more neighbours is heard for so
+// TestNeighboursAreBounded: an SVM that asks for ever more neighbours gets an answer for so
 // many of them at a time only.
 func TestNeighboursAreBounded(t *testing.T) {
 	x := newTranscript(t, 0)

@@ -174,7 +174,7 @@ func TestACKState(t *testing.T) {
 			if ack != m.ack || win != m.win {
 				t.Fatalf("transmitted %d and %d, may %+v", ack, win, m)
 			}
-			if err := a.check(); err != nil {
+			if err := a.check(false); err != nil {
 				t.Fatal(err)
 			}
 			if before.ok && (after(before.ack, ack) || after(before.edge, a.sent.edge)) {

@@ -27,11 +27,11 @@ type Config struct {
 	ConnPoints int // in one connection; 4096
 	MaxNext    int // records of the next epoch kept until its commit; 4096
 
-	// Datagrams that one side has said and the other has not.
+	// Datagrams that one guest has transmitted and the other has not.
 	MaxFlows      int // 16384
 	MaxDatagrams  int // held, over all flows; 4096
 	FlowDatagrams int // of each side, in one flow; 1024
-	MaxSaid       int // of the SVM, over all flows; 16384
+	MaxUnmatched  int // of the SVM, over all flows; 16384
 
 	// KeepYoung: held frames captured behind a commit point stay held and are
 	// compared with the SVM of the new epoch. Else they are dropped, and the guest
@@ -57,7 +57,7 @@ func (c *Config) setDefaults() {
 	c.MaxFlows = cmp.Or(c.MaxFlows, 1<<14)
 	c.MaxDatagrams = cmp.Or(c.MaxDatagrams, 1<<12)
 	c.FlowDatagrams = cmp.Or(c.FlowDatagrams, 1<<10)
-	c.MaxSaid = cmp.Or(c.MaxSaid, 1<<14)
+	c.MaxUnmatched = cmp.Or(c.MaxUnmatched, 1<<14)
 }
 
 // Primary decides what leaves on P. It holds no lock: one goroutine drives it.
@@ -76,7 +76,8 @@ type Primary struct {
 	fullAt    int64
 }
 
-// Stats counts what happened. Connections, Flows and Held tell how things are now.
+// Stats counts events since the start, but for Connections, Flows and Held, which are as
+// of now.
 type Stats struct {
 	Connections   int
 	Flows         int // of datagrams
@@ -87,7 +88,7 @@ type Stats struct {
 	// a template.
 	ReleasedPackets, SentACKs uint64
 	ReleasedDatagrams         uint64
-	Records                   uint64 // of what the SVM said
+	Records                   uint64 // digest records of the SVM
 	Asks, Announces           uint64
 	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
@@ -95,14 +96,14 @@ type Stats struct {
 	Checkpoints, Drops        [ReasonCount]uint64
 }
 
-// Flow describes a connection, or a flow of datagrams that not both guests have
-// said; for that State is "datagram", and positions mean nothing.
+// Flow describes a connection, or a flow of datagrams of which one guest has transmitted
+// more; for that State is "datagram", and positions mean nothing.
 type Flow struct {
 	Tuple     Tuple
 	State     string
 	Inc       uint32 // the PVM's ISN, where it is known
 	Inherited bool   // known since a commit, or not from its start
-	Compared  uint32 // below it both guests said the same
+	Compared  uint32 // below it both guests transmitted the same
 	Released  uint32 // highest position sent
 	Held      int    // packets
 	HeldBytes int

@@ -46,6 +46,7 @@ func TestSteadyStateAllocatesNothing(t *testing.T) {
 
 func BenchmarkMatch(b *testing.B) {
 	x := newTranscript(b, 0)
+	x.p.asserts = false // as in production
 	pvm, svm := x.parse("pvm SA 1000 ack=501 ws=7 ts=1"), x.parse("svm SA 1000 ack=501 ws=7 ts=1")
 	pvm.Seg.Slot = 1
 	x.p.Step(x.now, &pvm, nil)

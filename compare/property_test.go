@@ -33,7 +33,7 @@ func genData(t *rapid.T) []byte {
 }
 
 // TestSameStreamsLeave: however two equal streams are cut, repeated, overtaken and
-// lost, all of it leaves, nothing before the SVM said it, and nobody asks for a
+// lost, all of it leaves, nothing before the SVM transmitted it, and nobody asks for a
 // checkpoint. The world checks each frame.
 func TestSameStreamsLeave(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -52,7 +52,7 @@ func TestSameStreamsLeave(t *testing.T) {
 }
 
 // TestDifferentStreamsDoNot: a byte that differs never leaves, and both having
-// said it asks for exactly one checkpoint.
+// transmitted it asks for exactly one checkpoint.
 func TestDifferentStreamsDoNot(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		data := genData(t)

@@ -13,8 +13,8 @@ const (
 	ReasonOpen        // the guests opened different connections
 	ReasonTimeout     // nothing moved for Config.Timeout (R7)
 	ReasonTableFull   // no room for a connection
-	ReasonSVMChanged  // the SVM said other bytes at the same position
-	ReasonUnknownPast // the PVM repeats what was said before the connection was known
+	ReasonSVMChanged  // the SVM transmitted other bytes at the same position
+	ReasonUnknownPast // the PVM retransmits from before the connection was known
 	// Drops.
 	ReasonDuplicate   // of a held range (R4)
 	ReasonMalformed   // impossible lengths or flags
@@ -36,13 +36,13 @@ const (
 	ReasonAcked     // S: the remote has acknowledged the copy
 	ReasonVoid      // S: a checkpoint made the copy void
 	// Added later.
-	ReasonDatagram   // checkpoint: a datagram that the SVM did not say
-	ReasonICMPError  // an ICMP error that the SVM did not say
+	ReasonDatagram   // checkpoint: a datagram that the SVM did not transmit
+	ReasonICMPError  // an ICMP error that the SVM did not transmit
 	ReasonCrowded    // no room for a datagram or its record
-	ReasonUnmatched  // a datagram of the SVM that the PVM did not say
+	ReasonUnmatched  // a datagram of the SVM that the PVM did not transmit
 	ReasonNeigh      // a neighbour request of the SVM that was passed on just now, or one too many
 	ReasonHalfOpen   // a half-open connection had to make room (R11)
-	ReasonBeforeMark // S: a datagram that the SVM has heard as the PVM (R16)
+	ReasonBeforeMark // S: a datagram that the SVM has received as the PVM (R16)
 	ReasonNoRoom     // gave up its slot to what others wait for
 	ReasonSealed     // checkpoint, or drop: TCP-MD5 or TCP-AO forbid to change what would have to be changed
 	ReasonCount

@@ -53,17 +53,17 @@ func (c *conn) hold(s *Segment) bool {
 }
 
 // repeat sends what lies below the compared point of a frame that the PVM
-// repeats (R4), or drops it when it must not leave now. last: nothing else
+// retransmits (R4), or drops it when it must not leave now. last: nothing else
 // of the frame is kept.
 func (c *conn) repeat(h *piece, last bool) {
-	said := len(h.payload)
+	n := len(h.payload)
 	if why := c.mayRepeat(h); why != ReasonNone {
 		if last {
 			c.drop(h.slot, why)
 		}
 		return
 	}
-	if c.sealed && (len(h.payload) != said || !c.whole(h, c.svm.compared)) {
+	if c.sealed && (len(h.payload) != n || !c.whole(h, c.svm.compared)) {
 		if last {
 			c.drop(h.slot, ReasonSealed)
 		}
@@ -83,8 +83,8 @@ func (c *conn) mayRepeat(h *piece) Reason {
 	case !c.acks.may(h.flags):
 		return ReasonNoACK
 	case !c.rooted && c.adopted && before(h.start, c.low):
-		// The remote has it, and the PVM missed that ACK: ask without the bytes, which
-		// nobody has compared.
+		// The remote has it, and the PVM missed that ACK: the frame leaves without the
+		// bytes, which nobody has compared, for the remote to repeat its ACK.
 		h.payload, h.end, h.fin = nil, h.base, false
 		return ReasonNone
 	case !c.rooted && before(h.start, c.low):
@@ -94,7 +94,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 	case h.syn:
 		return ReasonNone
 	}
-	// A guest may repeat other bytes than it said (its page cache changed under a
+	// A guest may retransmit other bytes than before (its page cache changed under a
 	// sendfile). Where the SVM's sums are still known they are checked again.
 	to := minSeq(h.dataEnd(), c.svm.compared)
 	from, ok := c.svm.find(h.start)
@@ -110,7 +110,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 	case from.plus(sum) == end:
 		return ReasonNone
 	case to-h.start == 1:
-		// The byte of a keep-alive is arbitrary (RFC 1122, 4.2.3.6): ask without it.
+		// The byte of a keep-alive is arbitrary (RFC 1122, 4.2.3.6): it leaves without.
 		h.payload, h.end, h.fin = nil, h.base, false
 		return ReasonNone
 	}
@@ -151,9 +151,9 @@ func (c *conn) release() {
 	}
 }
 
-// cutSoon is how long a GSO frame waits for the rest of what the SVM says of it. Cut in
-// two it costs twice as much to send, and P has to sum its front up; the rest comes
-// sooner, as a rule, or only after the remote has heard the front.
+// cutSoon is how long a GSO frame waits for the digest record of its rest. Cut in two it
+// costs twice as much to send, and P has to digest its front; the rest comes sooner, as a
+// rule, or only after the remote has received the front.
 const cutSoon = 100 * time.Microsecond
 
 // cutLater sets the time to cut the first held frame (R5), unless it is set.
@@ -208,7 +208,7 @@ func (c *conn) pureACK(s *Segment, grew bool) {
 	}
 	switch {
 	case before(s.Seq, c.released) && near(s.Seq, c.released):
-		// A keep-alive or window probe says nothing new (R4).
+		// A keep-alive or window probe has nothing new (R4).
 		c.sendACK(s.Seq)
 	case !grew && s.Ack == c.acks.pvm.ack && after(c.acks.svm.ack, c.acks.pvm.ack):
 		// The PVM misses what the SVM has: its duplicate ACKs make the remote

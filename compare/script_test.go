@@ -95,7 +95,7 @@ func flagNames(f Flags) string {
 	return string(b)
 }
 
-// payload is what both guests say at these positions, but at those of x.
+// payload is what both guests transmit at these positions, but at those of x.
 func (x *transcript) payload(from, n uint32, differ []uint32) []byte {
 	b := make([]byte, n)
 	for i := range b {

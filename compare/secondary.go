@@ -15,8 +15,8 @@ type SecondaryConfig struct {
 	MaxBytes  int // of payload; 64 MiB
 }
 
-// SecondaryStats counts what happened; Copies, Bytes and Parked tell how things
-// are now.
+// SecondaryStats counts events since the start, but for Copies, Bytes and Parked, which
+// are as of now.
 type SecondaryStats struct {
 	Copies, Bytes, Parked      int
 	Asked, Answered, Delivered uint64
@@ -24,7 +24,7 @@ type SecondaryStats struct {
 	Drops                      [ReasonCount]uint64
 }
 
-// Secondary keeps copies of what the SVM said, answers P's questions about them
+// Secondary keeps copies of what the SVM transmitted, answers P's questions about them
 // (R5), and queues the input parked for the SVM (R16).
 type Secondary struct {
 	cfg    SecondaryConfig
@@ -46,16 +46,16 @@ type parkedFrame struct {
 	datagram bool
 }
 
-// parkMark is P's newest mark: what is in the queue from at on, the PVM had not
-// heard when it stopped for epoch.
+// parkMark is P's newest mark: what is in the queue from at on the PVM had not
+// received when it stopped for epoch.
 type parkMark struct {
 	ok    bool
 	epoch uint32
 	at    int
 }
 
-// parkReset says that since the queue was last delivered the SVM became a copy of
-// the PVM, for epoch.
+// parkReset notes that the SVM became a copy of the PVM, for epoch, since the queue was
+// last delivered.
 type parkReset struct {
 	ok    bool
 	epoch uint32
@@ -131,9 +131,9 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 }
 
 // unpark delivers what was parked, in order (R16). If the SVM has become a copy of
-// the PVM meanwhile, it has heard what came before the PVM stopped: TCP does not
-// mind hearing it twice, others might, so of those only what is behind the mark is
-// delivered. A mark that was lost, or is of another epoch than the one that began,
+// the PVM meanwhile, it has received what came before the PVM stopped: TCP is not
+// harmed by receiving it twice, others might be, so of datagrams only what is behind the
+// mark is delivered. A mark that was lost, or is of another epoch than the one that began,
 // marks nothing: then all datagrams are dropped, as a network may.
 func (s *Secondary) unpark() {
 	from := 0
@@ -165,7 +165,7 @@ func (s *Secondary) keep(seg *Segment) {
 	}
 	start := seg.PayloadStart()
 	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot}
-	if f != nil && seg.ClientAck != 0 { // 0: the remote has said nothing yet
+	if f != nil && seg.ClientAck != 0 { // 0: the remote has acknowledged nothing yet
 		// Sorted by start, not by end: what is kept a little longer does no harm.
 		for f.byPos.len() > 0 && !after(f.byPos.view()[0].end, seg.ClientAck) {
 			s.free(f.byPos.view()[0], ReasonAcked)
@@ -246,7 +246,7 @@ func (s *Secondary) answer(seg *Segment) {
 	})
 }
 
-// replay says a copy to the client: P may have died before it did.
+// replay transmits a copy to the client: P may have died before it did.
 func (s *Secondary) replay(slot Slot) {
 	if s.off(mutR22) {
 		s.drop(slot, ReasonVoid)

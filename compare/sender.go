@@ -29,7 +29,7 @@ type sender struct {
 	sealed   bool // by a digest over the header: frames leave as they are
 }
 
-// look notes what a segment of the PVM tells of how its frames have to be treated.
+// look notes what a segment of the PVM shows of how its frames have to be treated.
 // first: it may settle whether they are sealed.
 func (t *sender) look(s *Segment, first bool) {
 	t.accECN = t.accECN || s.Flags&AE != 0
@@ -63,7 +63,7 @@ func (t *sender) keep(s *Segment) {
 	m.ok, m.pure = true, m.pure || pure
 }
 
-// ackFlags are kept in pure ACKs: what the PVM tells of congestion, which AccECN counts
+// ackFlags are kept in pure ACKs: what the PVM reports of congestion, which AccECN counts
 // in all three bits, and the reserved bits.
 const ackFlags = ECE | CWR | AE | 0xe00
 

@@ -9,7 +9,7 @@ import "time"
 // eighth of them free: beyond that the connection that holds more than its share gives
 // up frames, from the end that leaves last. The guest repeats those.
 
-// slotClass tells slots for frames of the usual size from large ones.
+// slotClass is the size of a slot: for frames of the usual size, or for large ones.
 type slotClass uint8
 
 const (
@@ -85,8 +85,8 @@ func (p *Primary) makeRoom(c *conn, class slotClass) {
 }
 
 // giveUp drops the last frame but one that is held in a slot of the class, and reports
-// whether there was any. The last one of all stays as long as it can: it tells the guest,
-// by a SACK block, that what stands before it was lost.
+// whether there was any. The last one of all stays as long as it can: a SACK block for
+// it shows the guest that what lies before it was lost.
 func (q *heldQueue) giveUp(class slotClass) bool {
 	held := q.view()
 	end := len(held) - 1

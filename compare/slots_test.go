@@ -10,28 +10,28 @@ import (
 	"pgregory.net/rapid"
 )
 
-// crowd is connections whose PVM says more than the kernel has slots for, while nothing
+// crowd is connections whose PVM transmits more than the kernel has slots for, while nothing
 // comes from S. Their TCP knows SACK, and a timer. The remote acknowledges at once.
 type crowd struct {
-	t     *rapid.T
-	keys  *Keys
-	p     *Primary
-	now   int64
-	conns []*talker
-	slots map[Slot]*talker
-	next  Slot
-	most  int  // slots in use
-	away  bool // S is
-	ring  int  // of so many frames one finds no room in the ring, and P does not hear of it; 0: all do
-	said  int
+	t      *rapid.T
+	keys   *Keys
+	p      *Primary
+	now    int64
+	conns  []*talker
+	slots  map[Slot]*talker
+	next   Slot
+	most   int  // slots in use
+	away   bool // S is
+	ring   int  // of so many frames one finds no room in the ring, and P does not learn of it; 0: all do
+	frames int
 }
 
-// talker says segments of segLen bytes. all[i]: what is known of segment i.
+// talker transmits segments of segLen bytes. all[i]: what is known of segment i.
 type talker struct {
 	c      *crowd
 	tuple  Tuple
 	all    []segState
-	sent   int // segments said at least once
+	sent   int // segments transmitted at least once
 	una    int // the first that the remote has not got
 	window int
 	rto    int64 // when the timer runs out
@@ -47,13 +47,13 @@ const (
 
 func (k *talker) seq(i int) uint32 { return 1001 + uint32(i)*segLen }
 
-// say has the PVM say segment i.
-func (k *talker) say(i int) {
+// send has the PVM transmit segment i.
+func (k *talker) send(i int) {
 	c := k.c
 	b := make([]byte, segLen)
 	s := Segment{Tuple: k.tuple, Seq: k.seq(i), Len: segLen, Ack: 1, Win: 100, Flags: ACK, Slot: NoSlot, At: c.now, Sum: c.keys.Sum(k.seq(i), b)}
 	k.all[i].lost = false
-	if c.said++; c.away && c.ring > 0 && c.said%c.ring == 0 {
+	if c.frames++; c.away && c.ring > 0 && c.frames%c.ring == 0 {
 		return
 	}
 	if len(c.slots) < c.most {
@@ -64,7 +64,7 @@ func (k *talker) say(i int) {
 	c.step(Event{Kind: EvPVM, Seg: s})
 }
 
-// record tells P that the SVM has said segments [i, j).
+// record: a digest record shows that the SVM has transmitted segments [i, j).
 func (k *talker) record(i, j int) {
 	for ; i < j; i++ {
 		b := make([]byte, segLen)
@@ -73,7 +73,7 @@ func (k *talker) record(i, j int) {
 	}
 }
 
-// goOn says what is lost, then what is new, within the window.
+// goOn transmits what is lost, then what is new, within the window.
 func (k *talker) goOn() {
 	flying := 0
 	for i := k.una; i < k.sent; i++ {
@@ -83,14 +83,14 @@ func (k *talker) goOn() {
 	}
 	for i := k.una; i < k.sent && flying < k.window; i++ {
 		if k.all[i].lost && !k.all[i].sacked {
-			k.say(i)
+			k.send(i)
 			flying++
 		}
 	}
 	for k.sent < len(k.all) && flying < k.window {
 		k.sent++
 		flying++
-		k.say(k.sent - 1)
+		k.send(k.sent - 1)
 	}
 }
 
@@ -229,9 +229,9 @@ func recovers(t *rapid.T, mut mutation) (ok bool, state string) {
 	return true, ""
 }
 
-// TestRecovery: what found no slot is repeated as soon as the SVM has said it, however few
+// TestRecovery: what found no slot is repeated as soon as the SVM has transmitted it, however few
 // slots there are, and no connection starves another one; without room kept free, or
-// without telling the guest, it is not.
+// without SACK, it is not.
 func TestRecovery(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		if ok, state := recovers(t, 0); !ok {

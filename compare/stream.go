@@ -14,8 +14,8 @@ type point struct {
 	sum Sum
 }
 
-// span is what one digest record tells: from a position on, the digests of the SVM's
-// bytes up to each of bounds, which are in order. It is loose while none of its positions
+// span is what one digest record holds: the digests of the SVM's bytes from one position
+// up to each of bounds, which are in order. It is loose while none of its positions
 // is known to hang together with the compared point.
 type span struct {
 	from   uint32
@@ -36,8 +36,8 @@ type pointBudget struct {
 	forgotten      uint64 // what was given up for want of room
 }
 
-// stream is what digest records tell of the SVM's stream on one connection. Losing any of
-// it is safe: what cannot be compared does not leave. points is sorted and, once the
+// stream is what is known of the SVM's stream on one connection, from digest records.
+// Losing any of it is safe: what cannot be compared does not leave. points is sorted and, once the
 // stream has a base, contains the compared point, or, where that is a SYN or behind a
 // FIN, the position beside it.
 type stream struct {
@@ -64,6 +64,16 @@ func (x *extent) reach(end uint32) {
 	}
 }
 
+// close notes a FIN at pos, and reports false if there was one elsewhere.
+func (x *extent) close(pos uint32) bool {
+	same := !x.fin.ok || x.fin.pos == pos
+	x.fin = mark{true, pos}
+	return same
+}
+
+// reopen forgets the FIN, which was dropped.
+func (x *extent) reopen() { x.fin = mark{} }
+
 // beyond reports whether the guest has transmitted data beyond pos.
 func (x *extent) beyond(pos uint32) bool { return x.known && after(x.end, pos) }
 
@@ -85,7 +95,7 @@ func (x *extent) add(end uint32, fin bool) bool {
 		return false
 	}
 	if fin {
-		x.fin = mark{true, end}
+		x.close(end)
 	}
 	x.reach(end)
 	return true
@@ -159,7 +169,7 @@ func (s *stream) forget() {
 	s.loose, s.nloose = s.loose[:0], 0
 }
 
-// learn adds what a digest record or an answer tells, and what follows from it.
+// learn adds what a digest record or an answer holds, and what follows from it.
 // l.bounds is the caller's. It reports false when the SVM transmitted other bytes at
 // positions that were known.
 func (s *stream) learn(l span) (same bool) {

@@ -3,6 +3,7 @@
 package compare
 
 import (
+	"container/heap"
 	"math"
 	"time"
 )
@@ -14,7 +15,7 @@ const (
 	maxAsks   = 8
 )
 
-// timer is the entry of a connection, or of a flow of datagrams, in a timerHeap.
+// timer is the entry of a connection, or of a flow of datagrams, in a [timerHeap].
 type timer struct {
 	due     int64
 	heapIdx int // -1: removed
@@ -28,55 +29,38 @@ type timer struct {
 // packet costs nothing.
 type timerHeap []*timer
 
-func (h timerHeap) swap(i, j int) {
+func (h timerHeap) Len() int           { return len(h) }
+func (h timerHeap) Less(i, j int) bool { return h[i].due < h[j].due }
+
+func (h timerHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].heapIdx, h[j].heapIdx = i, j
 }
 
-func (h timerHeap) up(i int) {
-	for i > 0 && h[i].due < h[(i-1)/2].due {
-		h.swap(i, (i-1)/2)
-		i = (i - 1) / 2
-	}
+func (h *timerHeap) Push(t any) { *h = append(*h, t.(*timer)) }
+
+func (h *timerHeap) Pop() any {
+	last := len(*h) - 1
+	t := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return t
 }
 
-func (h timerHeap) down(i int) {
-	for {
-		least := i
-		for k := 2*i + 1; k <= 2*i+2 && k < len(h); k++ {
-			if h[k].due < h[least].due {
-				least = k
-			}
-		}
-		if least == i {
-			return
-		}
-		h.swap(i, least)
-		i = least
-	}
-}
-
-func (h *timerHeap) push(t *timer) {
+// add makes t an entry that is never due.
+func (h *timerHeap) add(t *timer) {
 	t.due, t.heapIdx = math.MaxInt64, len(*h)
-	*h = append(*h, t)
+	heap.Push(h, t)
 }
 
 func (h *timerHeap) remove(t *timer) {
-	i, last := t.heapIdx, len(*h)-1
-	h.swap(i, last)
-	(*h)[last] = nil
-	*h = (*h)[:last]
+	heap.Remove(h, t.heapIdx)
 	t.heapIdx = -1
-	if i < last {
-		h.up(i)
-		h.down(i)
-	}
 }
 
-func (h timerHeap) set(t *timer, due int64) {
+func (h *timerHeap) set(t *timer, due int64) {
 	t.due = due
-	h.up(t.heapIdx)
-	h.down(t.heapIdx)
+	heap.Fix(h, t.heapIdx)
 }
 
 // stallClock is R7's: it runs while one guest has transmitted what the other has not.
@@ -219,8 +203,8 @@ func (p *Primary) fire(c *conn) {
 // stalled: R7's clock ran out. It reports whether c was removed.
 func (p *Primary) stalled(c *conn) bool {
 	if c.clientRST {
-		// The remote has reset the connection, and one guest saw it before it
-		// spoke. If the guests did not believe the RST, the next segment makes the
+		// The remote has reset the connection, and one guest received the RST before it
+		// transmitted. If the guests ignored the RST, the next segment makes the
 		// connection known again.
 		p.conns.remove(c, ReasonReset)
 		return true
@@ -266,9 +250,9 @@ func (c *conn) askEnd() (end uint32, soon, ok bool) {
 	return 0, false, false
 }
 
-// ask asks S for a sum (R5). It heals a lost record too, and where records behind it
-// are known, asks for what leads to them: without that they would be of no use, and as
-// long as the SVM is ahead each frame of the PVM would have to be asked for.
+// ask asks S for a sum (R5). That repairs the loss of a digest record too. Where records
+// behind the hole are known, it asks for what leads to them: without that they are of no
+// use, and as long as the SVM is ahead each frame of the PVM would need a question.
 func (c *conn) ask() {
 	c.asks.at = 0
 	end, _, ok := c.askEnd()
@@ -288,7 +272,7 @@ func (p *Primary) wait(c *conn) {
 	p.arm(c)
 }
 
-// retime is wait for who looks at the timers next.
+// retime updates the timers; the caller looks at them next.
 func (c *conn) retime() {
 	c.stall.run(c.unmatched(), c.now)
 	if c.stuck() {
@@ -303,7 +287,7 @@ func (c *conn) retime() {
 	}
 }
 
-// moved notes that the compared point or A moved.
+// moved notes that the compared point, or what the SVM acknowledged, moved.
 func (c *conn) moved() {
 	c.query = backoff{}
 	if !c.off(mutR7) {

@@ -33,7 +33,7 @@ import (
 //	+DURATION      time passes, up to the next deadline, a tick, and so on
 //
 // FLAGS are letters of SFRPA. Payload bytes follow from their position, so both
-// guests say the same, but at the positions of x=. All of SEQ..END is payload:
+// guests transmit the same, but at the positions of x=. All of SEQ..END is payload:
 // positions of SYN and FIN lie outside. port=n, rport=n pick another connection;
 // a segment with payload, SYN, FIN or RST and a datagram take the next slot, which is printed
 // as #n, and every slot must be freed once, which is checked at the end.
@@ -103,7 +103,7 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 			case "flows":
 				c.MaxFlows = int(x.number(v))
 			case "said":
-				c.MaxSaid = int(x.number(v))
+				c.MaxUnmatched = int(x.number(v))
 			case "copies":
 				x.s.cfg.MaxCopies = int(x.number(v))
 				return ""
@@ -200,7 +200,7 @@ func (x *transcript) done() {
 	x.step("end", Event{Kind: EvUnpark})
 	x.step("end", Event{Kind: EvReset})
 	if len(x.slots) > 0 || x.p.stats.HeldPackets != 0 || x.p.stats.HeldBytes != 0 || x.p.points.used != 0 || x.p.datagrams.held != 0 || x.p.datagrams.svm != 0 {
-		x.t.Errorf("left over: slots %v, %d points, %d datagrams, %d said, %+v", x.slots, x.p.points.used, x.p.datagrams.held, x.p.datagrams.svm, x.p.Stats())
+		x.t.Errorf("left over: slots %v, %d points, %d datagrams, %d of the SVM alone, %+v", x.slots, x.p.points.used, x.p.datagrams.held, x.p.datagrams.svm, x.p.Stats())
 	}
 	if strings.Contains(x.out.String(), "NOT HELD") {
 		x.t.Error(x.out.String())

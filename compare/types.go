@@ -102,15 +102,15 @@ func (s *Segment) End() uint32 {
 	return end
 }
 
-// EventKind tells what happened.
+// EventKind is the kind of an event.
 type EventKind uint8
 
 // Events of the primary side (P), of the secondary side (S) or of both.
 const (
-	// EvPVM (P): the PVM said Seg. Without a slot and payload although it has some: it
-	// was dropped for want of a slot.
+	// EvPVM (P): the PVM transmitted Seg. Without a slot and payload although Len is not
+	// 0: the kernel dropped it for want of a slot.
 	EvPVM EventKind = iota + 1
-	// EvSVM (P): a record: the SVM said Seg.
+	// EvSVM (P): a digest record: the SVM transmitted Seg.
 	EvSVM
 	// EvAnswer (P): S answers: Seg.Sum is the digest of [Seg.Seq, Seg.Seq+Seg.Len).
 	EvAnswer
@@ -118,7 +118,7 @@ const (
 	// Seg's Seq, Len, Ack, Flags are the remote's, and Opts with a SYN|ACK where the
 	// caller has them: they settle whether windows are scaled.
 	EvClient
-	// EvCopy (S): the SVM said Seg and its frame is kept in Seg.Slot.
+	// EvCopy (S): the SVM transmitted Seg and its frame is kept in Seg.Slot.
 	EvCopy
 	// EvAsk (S): P asks for the sum over [Seg.Seq, Seg.Seq+Seg.Len).
 	EvAsk
@@ -129,29 +129,29 @@ const (
 	// MAC is in Seg.Opts.
 	EvNeigh
 	// EvAdopt (P): a connection that an earlier daemon tracked (R23). Seg.Seq is the
-	// remote's highest ACK: below it nobody repeats anything.
+	// remote's highest ACK: below it nothing is retransmitted.
 	EvAdopt
 	// EvMark (S): P's mark of its STOP for Epoch came: what is parked later the PVM
-	// had not heard before (R16).
+	// had not received before it stopped (R16).
 	EvMark
 	// EvTick: time passed (see NextDeadline).
 	EvTick
 	// EvFreeze (P): release nothing from now on, but go on collecting (R13, R15).
 	EvFreeze
-	// EvThaw (P): match again: the checkpoint did not happen.
+	// EvThaw (P): release again: the checkpoint did not happen.
 	EvThaw
 	// EvCommit (P): Epoch has begun. Frames captured before At leave in order (R14),
 	// all younger state starts inherited (R8).
 	EvCommit
-	// EvSolo (P): the SVM is gone for good and the arbiter was won: everything held
+	// EvSolo (P): the SVM is dead and the arbiter's entry names P: everything held
 	// leaves (R15, R21).
 	EvSolo
 	// EvReset (S): a checkpoint was loaded: copies are void. EvUnpark: deliver
 	// what was parked, in order.
 	EvReset
 	EvUnpark
-	// EvTakeOver (S): the SVM speaks from now on (R22): what the client may not have
-	// heard is said again.
+	// EvTakeOver (S): what the SVM transmits leaves from now on (R22). What the client
+	// may not have received is transmitted again.
 	EvTakeOver
 )
 
@@ -163,7 +163,7 @@ type Event struct {
 	At    int64  // EvCommit: the commit point, boottime ns
 }
 
-// Op tells what to do.
+// Op is the kind of an effect.
 type Op uint8
 
 // Effects. The caller carries them out in order.
@@ -174,15 +174,15 @@ const (
 	// from its payload's first byte; GSO segment size as in the slot. Free: the
 	// slot is free once it was sent.
 	OpSend Op = iota + 1
-	// OpFree: Slot is free, its frame is dropped. Reason says why.
+	// OpFree: Slot is free, its frame is dropped. Reason: why.
 	OpFree
 	// OpAsk: ask S for the sum over [Seq, Seq+To) of Tuple's incarnation Inc (P).
 	OpAsk
 	// OpAnnounce: announce the PVM's SYN again: Seq is its ISN, with Ack, Flags, Opts (P).
 	OpAnnounce
-	// OpCheckpoint: a checkpoint is needed (P). Reason says why.
+	// OpCheckpoint: a checkpoint is needed (P). Reason: why.
 	OpCheckpoint
-	// OpAnswer: tell P the sum over [Seq, Seq+To) (S).
+	// OpAnswer: send P the sum over [Seq, Seq+To) (S).
 	OpAnswer
 	// OpDeliver: give the frame in Slot to the SVM, then free it (S).
 	OpDeliver
@@ -192,21 +192,21 @@ const (
 	// OpNeigh: ask who has Tuple.Remote, in the name of Tuple.Guest, whose MAC is in
 	// Opts (P).
 	OpNeigh
-	// OpRemirror: give S the header of the remote's newest segment again (R6), with the
-	// SACK option in Opts, if any; then only if the remote has acknowledged Seq.
+	// OpRemirror: send S the header of the remote's newest segment again (R6), with the
+	// SACK option in Opts, if any; then only if the remote has acknowledged Seq (P).
 	OpRemirror
-	// OpQuery: ask S for the newest record of every lane (R6).
+	// OpQuery: ask S for the newest digest record of every TX stream (R6) (P).
 	OpQuery
-	// OpAdopt: tell with EvAdopt what the remote of Tuple has acknowledged by now (P).
+	// OpAdopt: report with EvAdopt what the remote of Tuple has acknowledged by now (P).
 	OpAdopt
-	// OpReplay: send the copy in Slot in the guest's name, then free it (S).
+	// OpReplay: transmit the copy in Slot in the guest's name, then free it (S).
 	OpReplay
-	// OpSACK: give the PVM the header of the remote's newest segment again, with the SACK
+	// OpSACK: send the PVM the header of the remote's newest segment again, with the SACK
 	// option in Opts, if the remote has acknowledged Seq (P, R6).
 	OpSACK
 )
 
-// Reason says why a frame was dropped or a checkpoint is needed.
+// Reason is why a frame was dropped or a checkpoint is needed.
 type Reason uint8
 
 // Effect is one output of Step.

@@ -70,12 +70,12 @@ func (w *world) n(lo, hi int, label string) int {
 	return rapid.IntRange(lo, hi).Draw(w.t, label)
 }
 
-// dial begins a new connection in which the guests will say data.
+// dial begins a new connection in which the guests will transmit data.
 func (w *world) dial(data []byte) {
 	w.dials++
 	w.isn = (w.dials-1)<<28 + rapid.SampledFrom([]uint32{1000, math.MaxUint32 - 500, 1<<31 - 700, math.MaxUint32, 4095}).Draw(w.t, "isn")
 	w.cliISN += rapid.SampledFrom([]uint32{7, math.MaxUint32 - 300}).Draw(w.t, "cliISN")
-	w.pvm = guest{data: data, said: make([]bool, len(data))}
+	w.pvm = guest{data: data, transmitted: make([]bool, len(data))}
 	w.svm = w.pvm.clone()
 	w.got, w.gotSYN, w.gotFIN, w.inherit = make([]bool, len(data)), false, false, false
 	w.lastAck, w.lastTS = 0, 0
@@ -86,7 +86,7 @@ func (w *world) fatalf(format string, args ...any) {
 	w.t.Fatalf("at %v: %s", time.Duration(w.now), fmt.Sprintf(format, args...))
 }
 
-// step gives P an event and carries out what it says.
+// step gives P an event and carries out the effects.
 func (w *world) step(ev Event) {
 	for _, e := range w.p.Step(w.now, &ev, nil) {
 		w.effect(&e)
@@ -139,7 +139,7 @@ func (w *world) free(s Slot) {
 
 func (w *world) off(pos uint32) int { return int(int32(pos - w.isn - 1)) }
 
-// sent checks a frame that leaves: what the SVM did not say, or acknowledge, must
+// sent checks a frame that leaves: what the SVM did not transmit, or acknowledge, must
 // not be in it.
 func (w *world) sent(e *Effect) {
 	if e.Flags&SYN != 0 {
@@ -165,11 +165,11 @@ func (w *world) sent(e *Effect) {
 		}
 		for i, c := range b {
 			at := w.off(e.Seq) + i
-			if !w.svm.said[at] {
-				w.fatalf("byte %d left before the SVM said it", at)
+			if !w.svm.transmitted[at] {
+				w.fatalf("byte %d left before the SVM transmitted it", at)
 			}
 			if w.svm.data[at] != c {
-				w.fatalf("byte %d left as %d, the SVM said %d", at, c, w.svm.data[at])
+				w.fatalf("byte %d left as %d, the SVM transmitted %d", at, c, w.svm.data[at])
 			}
 			w.got[at] = true
 		}

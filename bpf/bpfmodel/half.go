@@ -25,7 +25,7 @@ func (h *Half) pair() bool {
 }
 
 // learnSVM takes the SVM's part from its SYN or SYN|ACK. One with the ISN that is
-// known is the same said again, or a simultaneous open's second SYN: the
+// known is a retransmission, or a simultaneous open's second SYN: the
 // timestamp then stays what the offset was made with.
 func (h *Half) learnSVM(tcp TCP, now int64) {
 	flags, cli := tcp.Flags(), tcp.Ack()-1

@@ -297,7 +297,7 @@ func (s *Segment) tuple(toGuest bool) Tuple {
 }
 
 // toSVM turns the remote's numbers about the PVM into the SVM's (R10): ack, SACK
-// blocks and TSecr, which mean nothing without the ACK flag. A TSecr of 0 says
+// blocks and TSecr, which mean nothing without the ACK flag. A TSecr of 0 means
 // that there is none.
 func (s *Segment) toSVM(off rewriter.Offset) {
 	h := s.TCP()
@@ -325,7 +325,7 @@ func (s *Segment) toSVM(off rewriter.Offset) {
 	}
 }
 
-// toPVM turns what the SVM says into the PVM's numbers (R10): seq and TSval. Its
+// toPVM turns what the SVM transmits into the PVM's numbers (R10): seq and TSval. Its
 // ack, SACK blocks and TSecr are about the remote's numbers, which both guests share.
 func (s *Segment) toPVM(off rewriter.Offset) {
 	h := s.TCP()

@@ -27,7 +27,7 @@ type ICMPError struct {
 }
 
 // Parse makes e a view of frame and reports whether it is such an error. toGuest: it comes
-// for the guest, which then has said what is quoted.
+// for the guest, which then has transmitted what is quoted.
 func (e *ICMPError) Parse(frame []byte, toGuest bool) bool {
 	v6 := false
 	ip := frame[min(etherLen, len(frame)):]
@@ -47,7 +47,7 @@ func (e *ICMPError) Parse(frame []byte, toGuest bool) bool {
 	if !ok || len(payload) < icmpLen+inner || !isError(payload[0], v6) {
 		return false
 	}
-	// What the quoted header says of its length is of the whole packet.
+	// The length in the quoted header is that of the whole packet.
 	q := payload[icmpLen:]
 	hlen := inner
 	if !v6 {
@@ -131,7 +131,7 @@ func (e *ICMPError) add(at int, n uint32) {
 }
 
 // acks reports whether the quoted segment acknowledges. Where the flags are not quoted a
-// number that is not 0 says so.
+// number that is not 0 shows that.
 func (e *ICMPError) acks() bool {
 	h := e.quoted()
 	switch {
@@ -150,7 +150,7 @@ func (e *ICMPError) options() Options {
 	return e.quoted().Options()
 }
 
-// toSVM gives the error, which quotes what the PVM said, the SVM's numbers.
+// toSVM gives the error, which quotes what the PVM transmitted, the SVM's numbers.
 func (e *ICMPError) toSVM(off rewriter.Offset) {
 	e.add(offSeq, off.Seq)
 	for at := range e.options().timestamps() {
@@ -158,7 +158,7 @@ func (e *ICMPError) toSVM(off rewriter.Offset) {
 	}
 }
 
-// toPVM gives the SVM's error, which quotes what the remote said, the PVM's numbers.
+// toPVM gives the SVM's error, which quotes what the remote transmitted, the PVM's numbers.
 func (e *ICMPError) toPVM(off rewriter.Offset) {
 	if !e.acks() {
 		return

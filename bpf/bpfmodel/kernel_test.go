@@ -118,7 +118,7 @@ func (d *duel) inbound(frame []byte) {
 	}
 }
 
-// outbound: the SVM says something.
+// outbound: the SVM transmits something.
 func (d *duel) outbound(frame []byte) {
 	s := d.pass("outbound", d.k.LsSecOut, frame)
 	switch s.Parse(d.changed) {

@@ -43,24 +43,24 @@ type life struct {
 	open          opening
 	pvm, svm, cli host
 
-	announced        []bpfmodel.Record // by P; the link repeats and reorders them
-	toldSyn, toldAck bool              // the PVM's SYN, SYN|ACK was announced to S
-	svmSyn, svmAck   bool              // the SVM said its SYN, SYN|ACK
-	pvmTS, svmTS     uint32            // TSvals that make ts_off: the first ones
-	keptTS           uint32            // TSval of the SVM's last SYN before it was established
-	keptAck          bool              // that was a SYN|ACK
-	shown            bool              // the PVM's SYN left: the remote knows its ISN
-	established      bool              // the remote acked: in ls_conn
-	cliAck           uint32
-	gone             bool // swept
-	closed           bool
+	announced      []bpfmodel.Record // by P; the link repeats and reorders them
+	annSyn, annAck bool              // the PVM's SYN, SYN|ACK was announced to S
+	svmSyn, svmAck bool              // the SVM transmitted its SYN, SYN|ACK
+	pvmTS, svmTS   uint32            // TSvals that make ts_off: the first ones
+	keptTS         uint32            // TSval of the SVM's last SYN before it was established
+	keptAck        bool              // that was a SYN|ACK
+	shown          bool              // the PVM's SYN left: the remote knows its ISN
+	established    bool              // the remote acked: in ls_conn
+	cliAck         uint32
+	gone           bool // swept
+	closed         bool
 }
 
-func (l *life) kept() bool   { return l.established && !l.gone } // in ls_conn
-func (l *life) told() bool   { return l.toldSyn || l.toldAck }
-func (l *life) spoken() bool { return l.svmSyn || l.svmAck }
-func (l *life) off() uint32  { return l.svm.isn - l.pvm.isn }
-func (l *life) paired() bool { return l.toldSyn && l.svmSyn || l.toldAck && l.svmAck }
+func (l *life) kept() bool        { return l.established && !l.gone } // in ls_conn
+func (l *life) reported() bool    { return l.annSyn || l.annAck }
+func (l *life) transmitted() bool { return l.svmSyn || l.svmAck }
+func (l *life) off() uint32       { return l.svm.isn - l.pvm.isn }
+func (l *life) paired() bool      { return l.annSyn && l.svmSyn || l.annAck && l.svmAck }
 func (l *life) tsOff() uint32 {
 	if !l.pvm.hasTS || !l.svm.hasTS {
 		return 0
@@ -76,7 +76,7 @@ type world struct {
 	now      uint32          // ms, also the unit of timestamps
 	cur, old *life           // the SVM lives in old until its first SYN of cur
 	used     map[uint32]bool // ISNs
-	moved    bool            // S was told of an incarnation after old
+	moved    bool            // S received an announcement of an incarnation after old
 }
 
 func (w *world) String() string {
@@ -102,7 +102,7 @@ func (w *world) begin() {
 	has := rapid.SampledFrom([][2]bool{{true, true}, {true, true}, {false, false}, {true, false}, {false, true}})
 	hasTS := has.Draw(w.T, "timestamps")
 	l.pvm.hasTS, l.svm.hasTS, l.cli.hasTS = hasTS[0], hasTS[1], hasTS[0]
-	if w.cur == nil || w.cur.spoken() {
+	if w.cur == nil || w.cur.transmitted() {
 		w.old, w.moved = w.cur, false
 	}
 	w.cur = l
@@ -171,7 +171,7 @@ func (w *world) in(what string, s, want seg) {
 	w.expectFrame(what, frame, want)
 }
 
-// out lets the SVM say s and holds the record against want, nil when none is due.
+// out lets the SVM transmit s and holds the record against want, nil when none is due.
 func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict bpfmodel.Verdict) {
 	w.Helper()
 	var r bpfmodel.Record
@@ -202,7 +202,7 @@ func recordOf(s seg, inc, cliAck uint32) bpfmodel.Record {
 	return r
 }
 
-// say is a guest's SYN or SYN|ACK.
+// guestSyn is a guest's SYN or SYN|ACK.
 func (w *world) guestSyn(h host, synAck bool) seg {
 	s := seg{flow: w.flow, seq: h.isn, flags: syn, win: 4000, opts: h.synOpts(w.now)}
 	if synAck {
@@ -221,18 +221,18 @@ func (w *world) actions() map[string]func(*rapid.T) {
 		}
 	}
 	return map[string]func(*rapid.T){
-		"PVM SYN":      in(w.pvmSyn),
-		"announcement": in(w.announcement),
-		"stale":        in(w.stale),
-		"SVM SYN":      in(w.svmSyn),
-		"SVM says":     in(w.svmSays),
-		"SVM says 2":   in(w.svmSays),
-		"remote SYN":   in(w.remoteSyn),
-		"remote says":  in(w.remoteSays),
-		"remote says2": in(w.remoteSays),
-		"reuse":        in(w.reuse),
-		"sweep":        in(w.sweep),
-		"checkpoint":   in(w.checkpoint),
+		"PVM SYN":        in(w.pvmSyn),
+		"announcement":   in(w.announcement),
+		"stale":          in(w.stale),
+		"SVM SYN":        in(w.svmSyn),
+		"SVM sends":      in(w.svmSends),
+		"SVM sends 2":    in(w.svmSends),
+		"remote SYN":     in(w.remoteSyn),
+		"remote sends":   in(w.remoteSends),
+		"remote sends 2": in(w.remoteSends),
+		"reuse":          in(w.reuse),
+		"sweep":          in(w.sweep),
+		"checkpoint":     in(w.checkpoint),
 	}
 }
 
@@ -252,12 +252,12 @@ func (w *world) announcement() {
 		return
 	}
 	a := rapid.SampledFrom(l.announced).Draw(w.T, "announcement")
-	if !l.told() {
+	if !l.reported() {
 		l.pvmTS = tsVal(&a)
 	}
 	w.moved = true
-	l.toldAck = l.toldAck || a.Flags&ackF != 0
-	l.toldSyn = l.toldSyn || a.Flags&ackF == 0
+	l.annAck = l.annAck || a.Flags&ackF != 0
+	l.annSyn = l.annSyn || a.Flags&ackF == 0
 	w.answer("announcement", l, a, l.paired() && !l.kept())
 }
 
@@ -268,7 +268,7 @@ func (w *world) stale() {
 		return
 	}
 	a := rapid.SampledFrom(l.announced).Draw(w.T, "stale")
-	w.answer("stale announcement", l, a, !w.cur.spoken() && !l.kept())
+	w.answer("stale announcement", l, a, !w.cur.transmitted() && !l.kept())
 }
 
 // answer announces a and holds the answer against the SVM's last SYN.
@@ -303,14 +303,14 @@ func tsVal(r *bpfmodel.Record) uint32 {
 	return be.Uint32(r.Opts[7:])
 }
 
-// svmSyn: the SVM says its SYN, the first or again.
+// svmSyn: the SVM transmits its SYN, the first or again.
 func (w *world) svmSyn() {
 	l := w.cur
 	if l.gone || l.closed {
 		return
 	}
 	s := w.guestSyn(l.svm, w.synAck(l.svmSyn))
-	if !l.spoken() {
+	if !l.transmitted() {
 		l.svmTS = l.svm.ts + w.now
 	}
 	l.svmAck = l.svmAck || s.flags&ackF != 0
@@ -332,7 +332,7 @@ func (w *world) svmSyn() {
 	}
 }
 
-// outKnown: what the SVM says is recorded in PVM numbering.
+// outKnown: what the SVM transmits is recorded in PVM numbering.
 func (w *world) outKnown(what string, l *life, s seg) {
 	want := s
 	want.seq -= l.off()
@@ -347,11 +347,11 @@ func (w *world) outKnown(what string, l *life, s seg) {
 	w.out(what, s, &want, l.pvm.isn, cliAck, bpfmodel.RecordOut)
 }
 
-// svmSays: the SVM says anything but a SYN, of the incarnation it lives in.
-func (w *world) svmSays() {
+// svmSends: the SVM transmits anything but a SYN, of the incarnation it lives in.
+func (w *world) svmSends() {
 	l, after := w.cur, false
-	if !l.spoken() {
-		if l, after = w.old, w.moved; l == nil || !l.spoken() {
+	if !l.transmitted() {
+		if l, after = w.old, w.moved; l == nil || !l.transmitted() {
 			return
 		}
 	}
@@ -389,8 +389,8 @@ func (w *world) remoteSyn() {
 	w.in("remote SYN", s, s)
 }
 
-// remoteSays: what the remote acks of the PVM's, the SVM gets in its own numbers.
-func (w *world) remoteSays() {
+// remoteSends: what the remote acks of the PVM's, the SVM gets in its own numbers.
+func (w *world) remoteSends() {
 	l := w.cur
 	if !l.shown {
 		return
@@ -437,7 +437,7 @@ func (w *world) remoteSays() {
 
 // reuse: the tuple is used again, by the PVM first.
 func (w *world) reuse() {
-	if l := w.cur; l.open != passive && (l.told() || l.spoken()) && !l.paired() {
+	if l := w.cur; l.open != passive && (l.reported() || l.transmitted()) && !l.paired() {
 		return // an active open that S knows half of would take the next one's other half
 	}
 	w.begin()
@@ -462,7 +462,7 @@ func (w *world) sweep() {
 // checkpoint: the SVM is the PVM from here on. P announces nothing of what the
 // remote knew before (R8).
 func (w *world) checkpoint() {
-	if w.cur.shown || w.cur.spoken() {
+	if w.cur.shown || w.cur.transmitted() {
 		w.begin() // first: a draw that fails undoes nothing
 	} else {
 		*w.cur = life{open: w.cur.open, pvm: w.cur.pvm, svm: w.cur.pvm, cli: w.cur.cli}
@@ -480,7 +480,7 @@ func conns(tab *bpfmodel.Table) map[bpfmodel.Tuple]rewriter.Conn {
 }
 
 // R9, R10: whatever the order of announcements and SYNs, the SVM gets acked
-// exactly what it sent, and what it says leaves in the PVM's numbers or not at all.
+// exactly what it sent, and what it transmits leaves in the PVM's numbers or not at all.
 func TestExchange(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := &world{T: t, tab: newTable(4, 4), flow: drawFlow(t), used: map[uint32]bool{0: true}}

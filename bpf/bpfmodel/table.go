@@ -6,7 +6,7 @@
 //
 // The guests choose their own ISNs and timestamps. The remote only ever sees the
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
-// what the SVM says on the way out. The offset between the two is not guessed
+// what the SVM transmits on the way out. The offset between the two is not guessed
 // from traffic but announced by P (R9).
 package bpfmodel
 
@@ -21,8 +21,8 @@ import (
 // Conn is an entry of ls_conn.
 type Conn = rewriter.Conn
 
-// Record is what P is told of a segment of the SVM, in PVM numbering, or, as an
-// announcement, what S is told of the PVM's SYN.
+// Record is the digest record of a segment of the SVM, in PVM numbering, or, as an
+// announcement, P's report of the PVM's SYN.
 type Record struct {
 	Tuple
 	Inherited     bool // no incarnation, numbers untranslated
@@ -52,7 +52,7 @@ const (
 type Table struct {
 	conn  map[Tuple]Conn
 	half  halves
-	inher map[Tuple]uint32 // highest ack of the remote of connections that came with a checkpoint; 0: none heard
+	inher map[Tuple]uint32 // highest ack of the remote of connections that came with a checkpoint; 0: none received
 	max   int
 	guess bool // R9 off: offsets guessed from the remote's acks; tests only
 }
@@ -225,7 +225,7 @@ func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) 
 	return c, true
 }
 
-// Announce takes P's word for the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
+// Announce takes in the announcement of the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
 // the SVM's is known too, *r is the SVM's, for P, however often P asks (R9).
 func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool) {
 	if c, ok := t.conn[a.Tuple]; t.guess || ok && c.Inc == a.Seq {

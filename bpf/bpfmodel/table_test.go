@@ -43,7 +43,7 @@ func (b *bench) in(flags bpfmodel.Flags, ack uint32, opts ...byte) (bpfmodel.Ver
 	return v, s.TCP()
 }
 
-// out lets the SVM speak.
+// out has the SVM transmit.
 func (b *bench) out(flags bpfmodel.Flags, seq, ack uint32, opts ...byte) (v bpfmodel.Verdict, r *bpfmodel.Record) {
 	b.Helper()
 	s := parse(b, b.flow, seg{flow: b.flow, seq: seq, ack: ack, flags: flags, opts: opts}.bytes())
@@ -220,7 +220,7 @@ func TestTupleReuse(t *testing.T) {
 			t.Fatalf("announcement: %s %+v", v, r)
 		}
 		v, r = b.out(ackF|fin, isnSVM+4, isnCli+1)
-		b.want("what the SVM still says of the first", v, bpfmodel.RecordOut, r.Seq, 2)
+		b.want("what the SVM still transmits on the first", v, bpfmodel.RecordOut, r.Seq, 2)
 		v, r = b.out(syn|ackF, nextSVM, nextCli+1)
 		b.want("SYN|ACK", v, bpfmodel.RecordOut, r.Seq, nextPVM)
 		b.want("incarnation", v, bpfmodel.RecordOut, r.Inc, nextPVM)
@@ -386,7 +386,7 @@ func TestPartialChecksum(t *testing.T) {
 	}
 }
 
-// A TSecr of 0 says that there is none; without ACK the numbers mean nothing.
+// A TSecr of 0 means that there is none; without ACK the numbers mean nothing.
 func TestNotTranslated(t *testing.T) {
 	b := newBench(t, 1, 1)
 	b.establish()
