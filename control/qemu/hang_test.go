@@ -16,9 +16,9 @@ import (
 // hurry shortens the timeouts.
 func hurry(t *testing.T) {
 	t.Helper()
-	p, s := patience, startup
-	patience, startup = 200*time.Millisecond, 500*time.Millisecond
-	t.Cleanup(func() { patience, startup = p, s })
+	p, s := storageTimeout, startTimeout
+	storageTimeout, startTimeout = 200*time.Millisecond, 500*time.Millisecond
+	t.Cleanup(func() { storageTimeout, startTimeout = p, s })
 }
 
 // script makes a shell script and returns its path.

@@ -82,7 +82,7 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 // finish waits until COLO is on and the guest runs in it. A guest that was running before
 // must not be stopped for long.
 func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
-	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: pause}
+	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: maxPause}
 	err := until(ctx, "the memory is copied", func() (bool, error) {
 		s, err := migration(m)
 		if err != nil {
@@ -98,8 +98,8 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 	if err != nil {
 		return err
 	}
-	ctx, cancelCOLO := context.WithTimeoutCause(ctx, settle, errors.New("COLO began and ended at once: the secondary's log tells why"))
-	defer cancelCOLO()
+	ctx, done := context.WithTimeoutCause(ctx, stateTimeout, errors.New("COLO began and ended at once: the secondary's log tells why"))
+	defer done()
 	return until(ctx, "the guest runs in COLO", func() (bool, error) {
 		mode, err := m.COLO()
 		if err != nil {
@@ -155,7 +155,7 @@ func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
+	ctx, cancel := context.WithTimeoutCause(ctx, cancelTimeout, ErrStuck)
 	defer cancel()
 	return until(ctx, "the last migration has ended", func() (bool, error) {
 		links, err := m.Links()

@@ -192,7 +192,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 // undo takes back a try to replicate: the guest is alone again, and runs if it did before.
 // It has no context because it has to be done, and each command has a deadline.
 func undo(m *qmp.Monitor, disks []Disk, running bool) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*settle)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*stateTimeout)
 	defer cancel()
 	// This makes whatever waits for the secondary fail at once.
 	err := endMigration(ctx, m, disks)
