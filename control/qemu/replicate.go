@@ -23,7 +23,7 @@ type Options struct {
 	Progress func(Progress)
 	Limits
 
-	ownPeriod bool // a mutation, only tests set it: QEMU's own period stays
+	ownPeriod bool // mutation, set by tests: QEMU keeps its own period (R12)
 }
 
 // Progress is how far the copy of one disk or of the memory is, or the comparison of a
