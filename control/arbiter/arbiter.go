@@ -26,7 +26,7 @@ func (r Entry) String() string {
 	if r == (Entry{}) {
 		return "no entry"
 	}
-	return fmt.Sprintf("term %d, speaker %s", r.Term, r.Speaker)
+	return fmt.Sprintf("fencing term %d, speaker %s", r.Term, r.Speaker)
 }
 
 // Record is the former name of [Entry].
