@@ -59,7 +59,7 @@ func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
 	return f()
 }
 
-// stall distinguishes a copy that makes progress from one that stands still.
+// stall distinguishes a copy that makes progress from one that makes none.
 type stall struct {
 	limit time.Duration
 	moved int64     // bytes copied at the last progress

@@ -169,7 +169,7 @@ func (g *guest) checkpoint() {
 		t.Fatal(err)
 	}
 	lt.Eventually(t, time.Minute, func() (bool, string) {
-		return g.resumes.Load() > before, "no RESUME behind the order for a checkpoint"
+		return g.resumes.Load() > before, "no RESUME after the order for a checkpoint"
 	})
 }
 

@@ -30,7 +30,7 @@ func TestProcess(t *testing.T) {
 	g.kill()
 	<-found.Done()
 	if found.Alive() || g.p.Alive() {
-		t.Error("alive behind its death")
+		t.Error("alive after its death")
 	}
 	found.Release()
 	if _, err := qemu.Find(g.spec); !errors.Is(err, qemu.ErrNotRunning) {
