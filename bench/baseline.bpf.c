@@ -3,11 +3,11 @@
 /*
  * baseline.bpf.c: mirroring only, what lockstep is measured against. The PVM's
  * output leaves at once, the SVM's is dropped; nothing is held, digested or
- * compared. So that the SVM works as the PVM does, the ACKs that it hears are moved
- * into its numbers and not above what it has said; when it says what the client
- * has heard of the PVM already, its segment is turned into that ACK. The map is
- * shared by both hosts, so nothing has to be announced. What the SVM lost is not
- * repeated for it.
+ * compared. So that the SVM works as the PVM does, the ACKs it receives are moved
+ * into its numbers and not above what it has sent; when it sends what the client
+ * has received from the PVM, its segment is turned into that ACK. Both hosts
+ * share the map, so nothing has to be announced. What the SVM did not receive is
+ * not sent to it again.
  *
  * Knows IPv4 without options and the TCP option layouts that Linux sends.
  */

@@ -17,7 +17,7 @@ import (
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -strip llvm-strip-19 -go-package bench -target bpfel -output-stem baseline baseline baseline.bpf.c -- -std=gnu11 -O2 -g -Wall -Werror -mcpu=v3 -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 
-// attachBaseline makes of a World one that mirrors only. It is undone with the test.
+// attachBaseline has a World only mirror, until the test ends.
 func attachBaseline(t testing.TB, w *lt.World) {
 	t.Helper()
 	var objs baselineObjects

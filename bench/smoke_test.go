@@ -29,7 +29,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// The test binary is also the guests' service and the client.
+// The test binary is also the service of the guests and the client.
 const actAs = "LOCKSTEP_BENCH_ACT_AS"
 
 func TestMain(m *testing.M) {
@@ -56,14 +56,14 @@ const (
 	peerMost    = 0.05 // record bytes per byte of output
 )
 
-// size is how much a run measures.
+// size is how much a run does.
 type size struct {
 	rounds, warm, exchanges, bulk int
 }
 
-// TestSmoke measures and prints. It fails when something did not work, never
-// because of a figure. LOCKSTEP_BENCH names the lockstep binary to measure and
-// asks for a whole run; without it the run is short, to see that all of this works.
+// TestSmoke measures and prints. It fails when something does not work, never because of
+// a figure. LOCKSTEP_BENCH names the lockstep binary to measure in a whole run. Without it
+// the run is short, as a test of the benchmark.
 func TestSmoke(t *testing.T) {
 	lt.NeedRoot(t)
 	bin, s := os.Getenv("LOCKSTEP_BENCH"), size{rounds: 5, warm: 1000, exchanges: 5000, bulk: 1 << 30}
@@ -74,14 +74,14 @@ func TestSmoke(t *testing.T) {
 	ours, base := newLockstep(t, bin), newBaseline(t)
 	describe(t, bin, s)
 
-	for range s.rounds { // in turn, so that both have the machine's moods
+	for range s.rounds { // in turn, so that disturbances of the machine hit both alike
 		for _, u := range []*setup{base, ours} {
 			for do, r := range u.round(s) {
 				u.results[do] = append(u.results[do], r)
 			}
 		}
 	}
-	// The kernel's counting costs time too: a round of its own.
+	// In a round of its own, because the kernel's counting costs time too.
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 	if err != nil {
 		t.Fatalf("count programs' run time: %v", err)
@@ -90,7 +90,7 @@ func TestSmoke(t *testing.T) {
 	report(base, ours, base.round(s), ours.round(s))
 }
 
-// setup is a World with services, and what was measured in it.
+// setup is a World with services, and the measurements made in it.
 type setup struct {
 	*lt.World
 	t       testing.TB
@@ -112,7 +112,7 @@ func newBaseline(t testing.TB) *setup {
 	return u
 }
 
-// act is this binary in a namespace as something else.
+// act runs this binary in a namespace, in another role.
 func (u *setup) act(ns, as string) *exec.Cmd {
 	exe, err := os.Executable()
 	if err != nil {
@@ -135,7 +135,7 @@ func (u *setup) serve(ns string) {
 		u.t.Fatal(err)
 	}
 	u.t.Cleanup(func() {
-		cmd.Process.Kill() // it ends in no other way
+		cmd.Process.Kill() // it does not end by itself
 		cmd.Wait()
 	})
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
@@ -283,8 +283,8 @@ func (u *setup) cpu(pid int) (sum time.Duration) {
 	return sum
 }
 
-// runTime is how long the programs on a device have run, as far as the kernel
-// was told to count. It is called in the device's namespace.
+// runTime is how long the programs on a device have run while the kernel counted that
+// (BPF_ENABLE_STATS). It is called in the device's namespace.
 func (u *setup) runTime(device string) (sum time.Duration) {
 	l, err := netlink.LinkByName(device)
 	if err != nil {
@@ -311,7 +311,7 @@ func (u *setup) runTime(device string) (sum time.Duration) {
 	return sum
 }
 
-// describe prints what is measured, and where.
+// describe prints what is measured and on which machine.
 func describe(t testing.TB, bin string, s size) {
 	t.Helper()
 	version, err := exec.Command(bin, "version").Output()
@@ -332,7 +332,7 @@ func describe(t testing.TB, bin string, s size) {
 	}
 	fmt.Printf("%s, Linux %s, %s, %d cores for client, both hosts and both guests\n",
 		bytes.TrimSpace(version), unix.ByteSliceToString(uts.Release[:]), model, runtime.NumCPU())
-	control, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control") // namespaces begin with it
+	control, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control") // new namespaces have the same
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -340,7 +340,7 @@ func describe(t testing.TB, bin string, s size) {
 		s.rounds, s.exchanges, message, s.bulk>>20, bytes.TrimSpace(control))
 }
 
-// median of what f tells of each result.
+// median is that of f over the results.
 func median[T cmp.Ordered](rs []result, f func(*result) T) T {
 	var v []T
 	for i := range rs {

@@ -20,8 +20,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// Guests and client run in processes of their own and call the kernel without
-// telling Go's scheduler: its work would be measured too.
+// Guests and client are processes of their own. They make raw system calls, so that the
+// work of Go's scheduler is not measured.
 
 const (
 	port    = 7000
@@ -29,15 +29,14 @@ const (
 	chunk   = 1 << 17 // bytes of a bulk read or write
 )
 
-// A connection begins with what is asked of the guest and a count: exchanges,
-// or bytes.
+// The client begins a connection with one of these and a count, of exchanges or bytes.
 const (
 	doEcho   = 'e'
 	doSource = 's' // the guest sends
-	doSink   = 'k' // the guest receives and says one byte at the end
+	doSink   = 'k' // the guest receives and sends one byte at the end
 )
 
-// job is one measurement: what to do, and the times the client found, in ns.
+// job is one measurement: what to do, and the times that the client measured, in ns.
 type job struct {
 	Do       byte
 	Warm, N  int // exchanges; bytes
@@ -45,7 +44,7 @@ type job struct {
 	P50, P99 int64
 }
 
-// transfer calls read or write until all of b is done. EOF is an error.
+// transfer reads or writes all of b. EOF is an error.
 func transfer(call uintptr, fd int, b []byte) error {
 	for len(b) > 0 {
 		n, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
@@ -89,7 +88,8 @@ func process() {
 	debug.SetGCPercent(-1)
 }
 
-// prepare sets a connection up: it fails when it stands still for that long.
+// prepare sets the options of a connection, which fails when it makes no progress for
+// that long.
 func prepare(fd int, seconds int64) error {
 	stuck := unix.Timeval{Sec: seconds}
 	return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &stuck),
@@ -113,8 +113,8 @@ func serve() error {
 		if err != nil {
 			return err
 		}
-		// The SVM of the baseline may lose its connection, and nobody repeats
-		// anything for its sake: it gives up before long.
+		// In the baseline nothing is sent again to the SVM, so its connection may hang: it
+		// gives up soon.
 		if err := prepare(fd, 2); err != nil {
 			return err
 		}
@@ -151,11 +151,11 @@ func answer(fd int, b []byte) error {
 			return err
 		}
 	}
-	// The client is the one to close: it keeps the TIME_WAIT.
+	// The client closes first, so that TIME-WAIT is on its side.
 	return read(fd, head[:1])
 }
 
-// runJob does one measurement and prints it.
+// runJob makes one measurement and prints it.
 func runJob(arg string) error {
 	process()
 	var j job

@@ -50,13 +50,13 @@ func TestRunLife(t *testing.T) {
 	}
 	ends = []error{control.ErrFenced}
 	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
-	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary term 1, speaker beta discard=true`)
+	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary fencing term 1, speaker beta discard=true`)
 	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak",
-		"secondary term 1, speaker beta discard=true", "secondary term 1, speaker beta discard=true", "primary term 2, speaker alpha discard=true")
-	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (term 2, speaker alpha)")
+		"secondary fencing term 1, speaker beta discard=true", "secondary fencing term 1, speaker beta discard=true", "primary fencing term 2, speaker alpha discard=true")
+	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (fencing term 2, speaker alpha)")
 	ends = []error{control.ErrFenced}
-	run("--node alpha --role secondary", 1, "does not speak", "primary term 2, speaker alpha discard=true")
+	run("--node alpha --role secondary", 1, "does not speak", "primary fencing term 2, speaker alpha discard=true")
 
 	// When a daemon began, and why it ended, is in the journal.
 	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)

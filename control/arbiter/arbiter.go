@@ -26,7 +26,7 @@ func (r Entry) String() string {
 	if r == (Entry{}) {
 		return "no entry"
 	}
-	return fmt.Sprintf("term %d, speaker %s", r.Term, r.Speaker)
+	return fmt.Sprintf("fencing term %d, speaker %s", r.Term, r.Speaker)
 }
 
 // Record is the former name of [Entry].
@@ -70,7 +70,7 @@ func Open(c *config.Config, node string) (Arbiter, error) {
 	case config.ArbiterNone:
 		return &none{}, nil
 	}
-	return nil, fmt.Errorf("%s names no arbiter; docs/CONFIG.md tells what arbiter.type may be", c.File)
+	return nil, fmt.Errorf("%s names no arbiter; docs/CONFIG.md lists what arbiter.type may be", c.File)
 }
 
 // checkSwap refuses an entry that cannot follow old.

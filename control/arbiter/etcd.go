@@ -162,7 +162,7 @@ func (e *etcd) try(ctx context.Context, what string, ask func(context.Context) e
 	return fmt.Errorf("arbiter etcd (%s): %s %s: %w", strings.Join(e.endpoints, ", "), what, e.key, err)
 }
 
-var errContent = errors.New("somebody else writes there, or another version does")
+var errContent = errors.New("another program writes there, or another version of lockstep")
 
 // get is a linearizable read. The revision is 0 where the key does not exist.
 func (e *etcd) get(ctx context.Context) (Entry, int64, error) {

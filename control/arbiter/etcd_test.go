@@ -273,7 +273,7 @@ func TestEtcdForeignKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err := a.Settle(t.Context())
-		if err == nil || !strings.Contains(err.Error(), "somebody else writes there") {
+		if err == nil || !strings.Contains(err.Error(), "another program writes there") {
 			t.Errorf("%.20q: %v", value, err)
 		}
 		if _, ok, err := a.Swap(t.Context(), Entry{}, Entry{1, "alpha"}); ok || err == nil {

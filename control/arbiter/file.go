@@ -26,7 +26,7 @@ import (
 type file struct {
 	dir, vm, node string
 	timeout       time.Duration
-	busy          chan struct{} // held by the one operation under way, also behind its timeout
+	busy          chan struct{} // held by the one operation under way, also after its timeout
 
 	beforeLink func() // for tests
 	noBump     bool   // mutation, set by tests: Settle only reads

@@ -20,7 +20,7 @@ import (
 )
 
 // claimant is the environment variable that makes this binary another host's
-// process: it claims what its standard input tells.
+// process: it makes the claims that it reads from standard input.
 const claimant = "LOCKSTEP_TEST_CLAIMANT"
 
 func TestMain(m *testing.M) {
@@ -214,8 +214,8 @@ func TestFileSwapBesideSettle(t *testing.T) {
 	}
 }
 
-// While storage hangs on a change whose caller gave up, nothing is settled. Behind it
-// Settle tells the outcome.
+// While storage hangs on a change whose caller gave up, nothing is settled. After it
+// Settle returns the outcome.
 func TestFileSlowStorage(t *testing.T) {
 	dir := t.TempDir()
 	a := openDir(t, dir, "alpha")

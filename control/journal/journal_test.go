@@ -199,7 +199,7 @@ func TestReadWhileWritten(t *testing.T) {
 	}
 }
 
-// What the queue does not hold is counted, and nobody waits.
+// What the queue does not hold is counted, and no caller waits.
 func TestLost(t *testing.T) {
 	dir := t.TempDir()
 	j := &Journal{
@@ -248,7 +248,7 @@ func TestUnspeakable(t *testing.T) {
 	}
 }
 
-// A full disk is said once, and the journal goes on when there is room.
+// A full disk is logged once, and the journal goes on when there is room.
 func TestFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Symlink("/dev/full", path(dir, "web1", "alpha")); err != nil {

@@ -20,8 +20,8 @@ import (
 // maxOutput is how many bytes are kept of the end of each output.
 const maxOutput = 1 << 20
 
-// grace is how long a program that was killed may take to exit.
-const grace = time.Second
+// exitTimeout is how long a program that was killed may take to exit.
+const exitTimeout = time.Second
 
 // ErrGivenUp means that the outcome is not known: the program or function had not ended
 // in time, and may still have its effect.
@@ -45,20 +45,20 @@ func OutputEnv(ctx context.Context, env []string, name string, args ...string) (
 		cmd.Stdout, cmd.Stderr = &out, &errs
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // its children too
-		cmd.WaitDelay = grace / 2                                                            // a child that left the group may hold the pipes
+		cmd.WaitDelay = exitTimeout / 2                                                      // a child that left the group may hold the pipes
 		return cmd.Run()
 	})
-	if errors.Is(err, errLeft) {
+	if errors.Is(err, errAbandoned) {
 		return "", "", err // the program may still write to out and errs
 	}
 	return out.b.String(), strings.TrimSpace(errs.b.String()), err
 }
 
-// errLeft means that the function goes on in the background.
-var errLeft = fmt.Errorf("%w, and it cannot be ended", ErrGivenUp)
+// errAbandoned means that the function goes on in the background.
+var errAbandoned = fmt.Errorf("%w, and it cannot be ended", ErrGivenUp)
 
-// left holds the names of the functions that go on in the background.
-var left = struct {
+// abandoned holds the names of the functions that go on in the background.
+var abandoned = struct {
 	sync.Mutex
 	names map[string]bool
 }{names: make(map[string]bool)}
@@ -71,18 +71,18 @@ func Within(ctx context.Context, name string, f func() error) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%w: %w", ErrGivenUp, err)
 	}
-	left.Lock()
-	before := left.names[name]
-	left.Unlock()
+	abandoned.Lock()
+	before := abandoned.names[name]
+	abandoned.Unlock()
 	if before {
-		return fmt.Errorf("%w: an earlier one still waits", errLeft)
+		return fmt.Errorf("%w: an earlier one still waits", errAbandoned)
 	}
 	ended := make(chan error, 1)
 	go func() {
 		err := f()
-		left.Lock()
-		defer left.Unlock()
-		delete(left.names, name)
+		abandoned.Lock()
+		defer abandoned.Unlock()
+		delete(abandoned.names, name)
 		ended <- err
 	}()
 	select {
@@ -93,7 +93,7 @@ func Within(ctx context.Context, name string, f func() error) error {
 		return err
 	case <-ctx.Done():
 	}
-	late := time.NewTimer(grace)
+	late := time.NewTimer(exitTimeout)
 	defer late.Stop()
 	select {
 	case err := <-ended:
@@ -103,12 +103,12 @@ func Within(ctx context.Context, name string, f func() error) error {
 		return fmt.Errorf("%w: %w", ErrGivenUp, ctx.Err())
 	case <-late.C:
 	}
-	left.Lock()
-	defer left.Unlock()
+	abandoned.Lock()
+	defer abandoned.Unlock()
 	if len(ended) == 0 {
-		left.names[name] = true
+		abandoned.names[name] = true
 	}
-	return fmt.Errorf("%w: %w", errLeft, ctx.Err())
+	return fmt.Errorf("%w: %w", errAbandoned, ctx.Err())
 }
 
 // tail keeps the last maxOutput bytes written to it. The buffer is not embedded because

@@ -61,7 +61,7 @@ func TestOutputGivenUp(t *testing.T) {
 	}
 }
 
-// TestWithin: what waits in the kernel, here for the other end of a pipe, is left behind.
+// TestWithin: what waits in the kernel, here for the other end of a pipe, is abandoned.
 func TestWithin(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
@@ -76,11 +76,11 @@ func TestWithin(t *testing.T) {
 		close(opened)
 		return err
 	}
-	if err := Within(ctx, pipe, open); !errors.Is(err, errLeft) || !errors.Is(err, ErrGivenUp) {
+	if err := Within(ctx, pipe, open); !errors.Is(err, errAbandoned) || !errors.Is(err, ErrGivenUp) {
 		t.Errorf("%v", err)
 	}
 	never := func() error { t.Error("it was begun"); return nil }
-	if err := Within(t.Context(), pipe, never); !errors.Is(err, errLeft) || !strings.Contains(err.Error(), "still waits") {
+	if err := Within(t.Context(), pipe, never); !errors.Is(err, errAbandoned) || !strings.Contains(err.Error(), "still waits") {
 		t.Errorf("%v", err)
 	}
 	if err := Within(t.Context(), "another", func() error { return nil }); err != nil {
@@ -95,12 +95,12 @@ func TestWithin(t *testing.T) {
 	if err := Within(ctx, "late", never); !errors.Is(err, ErrGivenUp) {
 		t.Errorf("%v", err)
 	}
-	for { // the one that was left ends
+	for { // the abandoned one ends
 		err := Within(t.Context(), pipe, func() error { return os.ErrExist })
 		if err == os.ErrExist {
 			break
 		}
-		if !errors.Is(err, errLeft) {
+		if !errors.Is(err, errAbandoned) {
 			t.Fatal(err)
 		}
 		runtime.Gosched()

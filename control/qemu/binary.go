@@ -14,7 +14,7 @@ import (
 
 // ask runs QEMU's binary to have it print something about itself.
 func (s *Spec) ask(ctx context.Context, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, storageTimeout)
 	defer cancel()
 	out, _, err := program.OutputEnv(ctx, s.Env, s.Binary, args...)
 	asked := s.Binary + " " + strings.Join(args, " ")

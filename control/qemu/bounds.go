@@ -13,15 +13,15 @@ import (
 // A secondary may hang at any step of a try to replicate. Each step of the primary's
 // QEMU that waits for it has a bound, so that the guest that serves waits no longer.
 const (
-	// hang is how long a command may wait for the secondary before its connections
+	// cutAfter is how long a command may wait for the secondary before its connections
 	// are cut: QEMU does nothing else meanwhile.
-	hang = 2 * time.Second
-	// pause is how long the guest may be stopped at the end of a copy.
-	pause = 5 * time.Second
-	// stalled is how long a copy may make no progress.
-	stalled = 30 * time.Second
-	// ends is how long a migration may take to end once its connection is cut.
-	ends = 5 * time.Second
+	cutAfter = 2 * time.Second
+	// maxPause is how long the guest may be stopped at the end of a copy.
+	maxPause = 5 * time.Second
+	// defaultStalled is how long a copy may make no progress.
+	defaultStalled = 30 * time.Second
+	// cancelTimeout is how long a migration may take to end once its connection is cut.
+	cancelTimeout = 5 * time.Second
 	// DefaultTimeout is the Timeout of the zero [Limits].
 	DefaultTimeout = time.Hour
 )
@@ -47,19 +47,19 @@ func (l *Limits) fill() {
 		l.Timeout = DefaultTimeout
 	}
 	if l.Stalled == 0 {
-		l.Stalled = stalled
+		l.Stalled = defaultStalled
 	}
 }
 
 // guarded runs a command that may wait for the secondary, and cuts the connections it
 // waits for in time: a monitor that does not answer counts as a dead QEMU.
 func guarded(m *qmp.Monitor, disks []Disk, f func() error) error {
-	late := time.AfterFunc(hang, func() { _ = cut(m, disks) })
+	late := time.AfterFunc(cutAfter, func() { _ = cut(m, disks) })
 	defer late.Stop()
 	return f()
 }
 
-// stall distinguishes a copy that makes progress from one that stands still.
+// stall distinguishes a copy that makes progress from one that makes none.
 type stall struct {
 	limit time.Duration
 	moved int64     // bytes copied at the last progress

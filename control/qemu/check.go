@@ -62,7 +62,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 	}
 	if _, err := os.Stat(filepath.Dir(s.QMP)); err != nil {
 		bad("QMP socket: %w", err)
-	} else if c, err := net.DialTimeout("unix", s.QMP, patience); err == nil {
+	} else if c, err := net.DialTimeout("unix", s.QMP, storageTimeout); err == nil {
 		c.Close()
 		bad("a QEMU answers at %s already: stop it, or name the socket as the node's qmp to attach to it", s.QMP)
 	} else if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.EAGAIN) {
@@ -155,7 +155,7 @@ func (s *Spec) checkDisks(secondary bool, peer []int64) []error {
 // onStorage runs f, which accesses path, and returns an error when the storage does not
 // answer in time.
 func onStorage(path string, f func() error) error {
-	ctx, done := context.WithTimeout(context.Background(), patience)
+	ctx, done := context.WithTimeout(context.Background(), storageTimeout)
 	defer done()
 	err := program.Within(ctx, path, f)
 	if errors.Is(err, program.ErrGivenUp) {

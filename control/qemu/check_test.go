@@ -15,8 +15,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// TestCheck: everything that would keep a guest from starting is told before
-// anything starts, all of it at once, and by name.
+// TestCheck: everything that would keep a guest from starting is reported before anything
+// is started, all of it at once and by name.
 func TestCheck(t *testing.T) {
 	for _, tool := range []string{"qemu-system-x86_64", "qemu-img"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -195,7 +195,7 @@ func TestCredential(t *testing.T) {
 	if c, err = credential("root"); err != nil || c.Uid != 0 || c.Gid != 0 {
 		t.Errorf("%+v, %v", c, err)
 	}
-	// What is no user is not taken for root.
+	// What names no user is not taken for root, whose number is 0.
 	for _, name := range []string{"qemu:kvm", "1:", ":1", ":", "-1:0", "no-such-user"} {
 		if c, err := credential(name); err == nil {
 			t.Errorf("%s is %+v", name, c)

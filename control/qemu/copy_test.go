@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// TestCopyLimit: the time limit of a disk's copy is for what the guest writes behind
+// TestCopyLimit: the time limit of a disk's copy is for what the guest writes after
 // the first pass. It does not run during that pass, which takes as long as the disk
 // is large, nor before QEMU knows how much there is to copy.
 func TestCopyLimit(t *testing.T) {
@@ -23,7 +23,7 @@ func TestCopyLimit(t *testing.T) {
 		{"not begun", job{}, ""},
 		{"the first pass", job{Current: 1, Total: 64}, ""},
 		{"the first pass, and the guest writes", job{Current: 63, Total: 80}, ""},
-		{"behind it", job{Current: 64, Total: 80}, "the guest has written"},
+		{"after it", job{Current: 64, Total: 80}, "the guest has written"},
 		{"the rest is copied", job{Current: 81, Total: 81, Status: "ready"}, ""},
 	} {
 		// The limit has passed by the second look.
@@ -45,7 +45,7 @@ func check(t *testing.T, name string, err error, want string) {
 }
 
 // TestMemoryCopy: the copy of the memory is given up when it makes no progress, when its
-// time is over and when QEMU says so, each with what an operator needs to know.
+// time is over and when QEMU reports a failure, each with what an operator needs to know.
 func TestMemoryCopy(t *testing.T) {
 	l := Limits{Timeout: time.Minute, Stalled: 10 * time.Second}
 	active := func(transferred int64) (s migrationState) {
@@ -62,8 +62,8 @@ func TestMemoryCopy(t *testing.T) {
 		err  string
 	}{
 		{"it goes on", 9 * time.Second, active(1 << 20), ""},
-		{"it stands still", 11 * time.Second, active(0), "has stood still for 10s, at 104 of 128 MiB"},
-		{"it stood still and goes on", 11 * time.Second, active(1), ""},
+		{"it makes no progress", 11 * time.Second, active(0), "has made no progress for 10s, at 104 of 128 MiB"},
+		{"it made none and goes on", 11 * time.Second, active(1), ""},
 		{"its time is over", 61 * time.Second, active(122 << 20),
 			"not copied within 1m0s: 2.0 MiB/s are copied and the guest writes 64.0 MiB/s, with 24 of 128 MiB left; a faster link, a higher migration.bandwidth, migration.auto_converge"},
 		{"it failed", time.Second, migrationState{Status: "failed", Why: "broken pipe"}, "migration to the secondary failed: broken pipe"},

@@ -16,7 +16,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// awaitState waits for QEMU's word for what the guest does.
+// awaitState waits for a state of the guest, by QEMU's name for it.
 func (g *guest) awaitState(want string) {
 	g.w.t.Helper()
 	lt.Eventually(g.w.t, time.Minute, func() (bool, string) {
@@ -53,7 +53,7 @@ func (g *guest) waitingWrite(block int, word string) (written func()) {
 	}
 }
 
-// small is a file system of its own with so much room.
+// small makes a file system with room for so many bytes, and returns its folder.
 func small(t *testing.T, dir string, bytes int) string {
 	t.Helper()
 	lt.Run(t, "mkdir", "-p", dir)
@@ -68,8 +68,8 @@ func small(t *testing.T, dir string, bytes int) string {
 	return dir
 }
 
-// fill writes blocks, each in a cluster of its own, until one is not taken; confirmed is
-// called behind each of the others.
+// fill writes blocks, each in a cluster of its own, until a write is not confirmed.
+// confirmed is called after each one that is.
 func (g *guest) fill(word string, confirmed func()) (n int) {
 	t := g.w.t
 	t.Helper()
@@ -107,7 +107,7 @@ func (g *guest) fill(word string, confirmed func()) (n int) {
 
 const maxFill = 400
 
-// whole checks that nothing which was confirmed is missing.
+// whole checks that no confirmed write is missing.
 func (g *guest) whole(word string, confirmed int) {
 	g.w.t.Helper()
 	for n := 1; n <= confirmed; n++ {
@@ -115,8 +115,8 @@ func (g *guest) whole(word string, confirmed int) {
 	}
 }
 
-// TestWriteNeedsBoth: a write that one of the two replicas did not take is not reported
-// to the guest as done, whichever it was and for whatever reason (R24).
+// TestWriteNeedsBoth: a write that failed on one of the two replicas is not reported to
+// the guest as done, whichever replica it was and for whatever reason (R24).
 func TestWriteNeedsBoth(t *testing.T) {
 	const room = 1 << 20
 	t.Run("primary's image", func(t *testing.T) {
@@ -124,7 +124,7 @@ func TestWriteNeedsBoth(t *testing.T) {
 		a := w.start("a", false)
 		b := a.replicate("b", qemu.Options{})
 		qemutest.Await(t, w.serial("a"), "ready")
-		// The SVM hears nothing in this test: it has what the checkpoints brought.
+		// The SVM has no input in this test: its state is that of the last checkpoint.
 		confirmed := a.fill("word", a.checkpoint)
 		a.kill()
 		b.takeOver()

@@ -54,7 +54,7 @@ func SecondaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error 
 		}
 	}
 	if len(disks) > 0 {
-		if err := m.ExecuteWithin(slow, "nbd-server-stop", nil, nil); err != nil && !strings.Contains(err.Error(), "not running") {
+		if err := m.ExecuteWithin(ioTimeout, "nbd-server-stop", nil, nil); err != nil && !strings.Contains(err.Error(), "not running") {
 			return err
 		}
 	}
@@ -79,7 +79,7 @@ func lostHeartbeat(ctx context.Context, m *qmp.Monitor, mode string) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, settle)
+	ctx, cancel := context.WithTimeout(ctx, stateTimeout)
 	defer cancel()
 	return until(ctx, "COLO has ended", func() (bool, error) {
 		mode, err := m.COLO()

@@ -12,8 +12,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// Memory without disks: what the guest knew at the checkpoint it knows behind any
-// failover, and a survivor replicates again, to either host.
+// Memory without disks: after any failover the guest's memory is that of the last
+// checkpoint or newer, and the survivor replicates again, to either host.
 func TestDiskless(t *testing.T) {
 	w := newWorld(t, 0)
 	a := w.start("a", false)
@@ -32,7 +32,7 @@ func TestDiskless(t *testing.T) {
 
 	b = a.replicate("b", qemu.Options{})
 	a.checkpoint()
-	a.mustAsk("set three", "ok") // the secondary's guest never hears of it
+	a.mustAsk("set three", "ok") // after the last checkpoint
 	a.kill()
 	b.takeOver()
 	b.mustAsk("get", "two")
@@ -45,9 +45,9 @@ func TestDiskless(t *testing.T) {
 	a.mustAsk("get", "four")
 }
 
-// Two disks through both failovers and the replication to a new secondary behind
-// each: what was on the disks at the checkpoint is there, and what the dead primary
-// wrote behind it is not, because the SVM's memory does not know of it.
+// Two disks through both failovers and the replication to a new secondary after each:
+// what was on the disks at the checkpoint is there, and what the dead primary wrote after
+// it is not, because the SVM's memory knows nothing of it.
 func TestDisks(t *testing.T) {
 	w := newWorld(t, 2)
 	a := w.start("a", false)
@@ -100,7 +100,7 @@ func TestDisks(t *testing.T) {
 	b = a.replicate("b", copied)
 	a.mustWrite("vda", 6, "six")
 	b.kill()
-	written := a.waitingWrite(7, "seven") // before anybody noticed
+	written := a.waitingWrite(7, "seven") // before the failover
 	a.takeOver()
 	written()
 	a.mustWrite("vda", 8, "eight")
@@ -114,7 +114,7 @@ func TestDisks(t *testing.T) {
 	b.mustRead("vdb", 2, "vdb-both")
 	b.mustWrite("vdb", 9, "nine")
 
-	// Behind the merge the images alone are the disks.
+	// After the merge the images alone are the disks.
 	b.awaitMerged()
 	if err := qemu.Quit(b.m); err != nil {
 		t.Error(err)
@@ -130,7 +130,7 @@ func TestDisks(t *testing.T) {
 	b.mustRead("vdb", 9, "nine")
 }
 
-// QEMUs that somebody else started, with the disk as QEMU's own guide has it.
+// QEMUs that lockstep did not start, with the disk as in QEMU's docs/COLO-FT.txt.
 func TestAttached(t *testing.T) {
 	w := newWorld(t, 1)
 	w.seed = true
@@ -206,8 +206,8 @@ func TestDiskUnderLoad(t *testing.T) {
 	lt.Run(t, "qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", w.image("a", 0), w.image("b", 0))
 }
 
-// A host that is silent instead of dead: its QEMU stands still with all its
-// connections open. Writes and checkpoints hang then, and failover frees them.
+// A host that hangs instead of dying: its QEMU is stopped with all its connections open.
+// Writes and checkpoints hang then, and failover ends that.
 func TestSilentHost(t *testing.T) {
 	w := newWorld(t, 1)
 	a := w.start("a", false)
@@ -219,7 +219,7 @@ func TestSilentHost(t *testing.T) {
 	if err := a.m.Checkpoint(); err != nil {
 		t.Fatal(err)
 	}
-	// Something that waits for the guest's writes, and so for the other host.
+	// Stopping the guest waits for its writes, and so for the other host.
 	hangs := make(chan error, 1)
 	go func() { hangs <- qemu.Stop(a.m) }()
 	a.takeOver()

@@ -126,20 +126,20 @@ func (g *graph) has(name string) bool {
 }
 
 func addChild(m *qmp.Monitor, d *Disk, name string) error {
-	return m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "node": name}, nil)
+	return m.ExecuteWithin(ioTimeout, "x-blockdev-change", map[string]any{"parent": d.ID, "node": name}, nil)
 }
 
 // removeChild removes a node from a disk's quorum, if it is a child, and deletes it.
 func removeChild(m *qmp.Monitor, g *graph, d *Disk, name string) error {
 	if edge, is := g.child(d, name); is {
-		if err := m.ExecuteWithin(slow, "x-blockdev-change", map[string]any{"parent": d.ID, "child": edge}, nil); err != nil {
+		if err := m.ExecuteWithin(ioTimeout, "x-blockdev-change", map[string]any{"parent": d.ID, "child": edge}, nil); err != nil {
 			return err
 		}
 	}
 	if !g.has(name) {
 		return nil
 	}
-	return m.ExecuteWithin(slow, "blockdev-del", map[string]any{"node-name": name}, nil)
+	return m.ExecuteWithin(ioTimeout, "blockdev-del", map[string]any{"node-name": name}, nil)
 }
 
 // attach makes the secondary's image the second replica of every disk. The guest is
@@ -174,10 +174,10 @@ func detach(m *qmp.Monitor, disks []Disk) error {
 	}
 	for i := range disks {
 		d := &disks[i]
-		if _, is := g.child(d, nbdNode(i)); is && !g.alone(i, d) {
+		if _, is := g.child(d, nbdNode(i)); is && !g.hasStandIn(i, d) {
 			threshold, err := threshold(m, &g, d)
 			if err == nil && threshold > 1 {
-				err = standIn(m, &g, i, d)
+				err = addStandIn(m, &g, i, d)
 			}
 			if err != nil {
 				return fmt.Errorf("disk %s: %w", d.ID, err)
@@ -190,20 +190,20 @@ func detach(m *qmp.Monitor, disks []Disk) error {
 	return nil
 }
 
-// alone reports whether the stand-in is a child of the disk's quorum.
-func (g *graph) alone(i int, d *Disk) bool {
+// hasStandIn reports whether the stand-in is a child of the disk's quorum.
+func (g *graph) hasStandIn(i int, d *Disk) bool {
 	_, is := g.child(d, absentNode(i))
 	return is
 }
 
-// standIn adds the stand-in to a disk's quorum.
-func standIn(m *qmp.Monitor, g *graph, i int, d *Disk) error {
+// addStandIn adds the stand-in to a disk's quorum.
+func addStandIn(m *qmp.Monitor, g *graph, i int, d *Disk) error {
 	if !g.has(absentNode(i)) {
 		info, err := quorumNode(m, g, d)
 		if err != nil {
 			return err
 		}
-		if err := m.ExecuteWithin(slow, "blockdev-add", absent(i, info.Image.Size), nil); err != nil {
+		if err := m.ExecuteWithin(ioTimeout, "blockdev-add", absent(i, info.Image.Size), nil); err != nil {
 			return err
 		}
 	}
@@ -281,7 +281,7 @@ func Unreplicated(m *qmp.Monitor, disks []Disk) (ids []string, err error) {
 	}
 	for i := range disks {
 		d := &disks[i]
-		if _, is := g.child(d, nbdNode(i)); !is || g.alone(i, d) {
+		if _, is := g.child(d, nbdNode(i)); !is || g.hasStandIn(i, d) {
 			ids = append(ids, d.ID)
 		}
 	}

@@ -11,32 +11,32 @@ import (
 )
 
 const (
-	poll = 20 * time.Millisecond
-	// slow is the deadline of commands that wait for the guest's I/O.
-	slow = 15 * time.Second
-	// settle is how long QEMU may take for a change of state that needs no further
+	pollInterval = 20 * time.Millisecond
+	// ioTimeout is the deadline of commands that wait for the guest's I/O.
+	ioTimeout = 15 * time.Second
+	// stateTimeout is how long QEMU may take for a change of state that needs no further
 	// command.
-	settle = 15 * time.Second
-	// nbdConnect is how many seconds QEMU waits for the secondary's NBD server. The
+	stateTimeout = 15 * time.Second
+	// nbdTimeout is how many seconds QEMU waits for the secondary's NBD server. The
 	// guest waits too.
-	nbdConnect = 1
+	nbdTimeout = 1
 )
 
 // Stop stops the guest once its I/O under way is done.
-func Stop(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "stop", nil, nil) }
+func Stop(m *qmp.Monitor) error { return m.ExecuteWithin(ioTimeout, "stop", nil, nil) }
 
 // Cont resumes a guest that was stopped.
-func Cont(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "cont", nil, nil) }
+func Cont(m *qmp.Monitor) error { return m.ExecuteWithin(ioTimeout, "cont", nil, nil) }
 
 // Shutdown presses the guest's power button (ACPI).
 func Shutdown(m *qmp.Monitor) error { return m.Execute("system_powerdown", nil, nil) }
 
 // Quit ends QEMU after a flush of its images.
-func Quit(m *qmp.Monitor) error { return m.ExecuteWithin(slow, "quit", nil, nil) }
+func Quit(m *qmp.Monitor) error { return m.ExecuteWithin(ioTimeout, "quit", nil, nil) }
 
 // until polls done until it is true or fails, or ctx ends. what completes "waiting until".
 func until(ctx context.Context, what string, done func() (bool, error)) error {
-	tick := time.NewTicker(poll)
+	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for {
 		if ok, err := done(); ok || err != nil {

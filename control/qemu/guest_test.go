@@ -34,7 +34,7 @@ type guest struct {
 	halted  atomic.Int64  // the longest time from STOP to RESUME, ns
 }
 
-// start starts a primary, or with in a secondary.
+// start starts a guest on host, as a primary or as a secondary.
 func (w *world) start(host string, secondary bool) *guest {
 	t := w.t
 	t.Helper()
@@ -122,7 +122,8 @@ func freeze(g *guest) {
 	}
 }
 
-// halts measures from now on for how long the guest stands still at a time.
+// halts begins to measure how long the guest is stopped. longest returns the longest stop
+// since.
 func (g *guest) halts() (longest func() time.Duration) {
 	g.halted.Store(0)
 	return func() time.Duration { return time.Duration(g.halted.Load()) }
@@ -144,7 +145,7 @@ func (g *guest) replicate(host string, o qemu.Options) *guest {
 	s := g.w.start(host, true)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	for range 2 { // once more changes nothing
+	for range 2 { // a repetition changes nothing
 		if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
 			t.Fatal(err)
 		}
@@ -168,11 +169,11 @@ func (g *guest) checkpoint() {
 		t.Fatal(err)
 	}
 	lt.Eventually(t, time.Minute, func() (bool, string) {
-		return g.resumes.Load() > before, "no RESUME behind the order for a checkpoint"
+		return g.resumes.Load() > before, "no RESUME after the order for a checkpoint"
 	})
 }
 
-// takeOver is the failover of a survivor.
+// takeOver has g go on without the other host, as a primary or as a secondary.
 func (g *guest) takeOver() {
 	t := g.w.t
 	t.Helper()

@@ -13,15 +13,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hurry shortens what is waited for.
+// hurry shortens the timeouts.
 func hurry(t *testing.T) {
 	t.Helper()
-	p, s := patience, startup
-	patience, startup = 200*time.Millisecond, 500*time.Millisecond
-	t.Cleanup(func() { patience, startup = p, s })
+	p, s := storageTimeout, startTimeout
+	storageTimeout, startTimeout = 200*time.Millisecond, 500*time.Millisecond
+	t.Cleanup(func() { storageTimeout, startTimeout = p, s })
 }
 
-// script is a program that the test makes.
+// script makes a shell script and returns its path.
 func script(t *testing.T, dir, name, text string) string {
 	t.Helper()
 	path := filepath.Join(dir, name)
@@ -31,8 +31,8 @@ func script(t *testing.T, dir, name, text string) string {
 	return path
 }
 
-// TestHangs: programs and storage that do not answer are given up, by name and with what
-// may mend it, at a guest's start and wherever else they are asked.
+// TestHangs: programs and storage that do not answer are given up, at a guest's start and
+// elsewhere. The error names them and what to do.
 func TestHangs(t *testing.T) {
 	hurry(t)
 	dir := t.TempDir()
@@ -68,7 +68,7 @@ func TestHangs(t *testing.T) {
 	want(err, "disk d0: `qemu-img info", "does not end")
 	_, err = Start(t.Context(), s, &Incoming{Migration: "unix:" + filepath.Join(dir, "mig")})
 	want(err, "disk d0: `qemu-img info", "does not end")
-	// Opening it takes as long as nobody writes.
+	// Opening a FIFO blocks until somebody opens it for writing.
 	pipe := filepath.Join(dir, "pipe")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)

@@ -49,7 +49,7 @@ func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []in
 		return err
 	}
 	defer func() {
-		err = errors.Join(err, m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
+		err = errors.Join(err, m.ExecuteWithin(ioTimeout, "nbd-server-stop", nil, nil))
 		os.Remove(socket)
 	}()
 	for i := range disks {
@@ -102,13 +102,13 @@ func exportDisks(m *qmp.Monitor, disks []Disk, socket string) error {
 		}
 	}
 	// A daemon that was killed may have left its server. An error means that there is none.
-	_ = m.ExecuteWithin(slow, "nbd-server-stop", nil, nil)
+	_ = m.ExecuteWithin(ioTimeout, "nbd-server-stop", nil, nil)
 	if err := serveNBD(m, socket); err != nil {
 		return err
 	}
 	for id, image := range images {
 		if err := m.Execute("nbd-server-add", map[string]any{"device": image, "name": id}, nil); err != nil {
-			return errors.Join(fmt.Errorf("disk %s: %w", id, err), m.ExecuteWithin(slow, "nbd-server-stop", nil, nil))
+			return errors.Join(fmt.Errorf("disk %s: %w", id, err), m.ExecuteWithin(ioTimeout, "nbd-server-stop", nil, nil))
 		}
 	}
 	return nil

@@ -12,17 +12,17 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// Both hosts' images are compared before a first replication, of QEMUs that lockstep
-// started and of others.
+// Before the first replication both hosts' images are compared, whether lockstep started
+// the QEMUs or not.
 func TestCompareImages(t *testing.T) {
 	for _, seed := range []bool{false, true} {
 		t.Run(map[bool]string{false: "started", true: "attached"}[seed], func(t *testing.T) {
 			w := newWorld(t, map[bool]int{false: 2, true: 1}[seed])
 			if w.seed = seed; !seed {
-				w.runAs("nobody") // who can make no socket here
+				w.runAs("nobody") // a user who cannot make a socket here
 			}
 			last := w.disks - 1
-			// Of both, so that there is something to find equal.
+			// On both hosts, so that the equal parts are not all empty.
 			for _, host := range []string{"a", "b"} {
 				lt.Run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 1M", w.image(host, last))
 			}
@@ -41,7 +41,7 @@ func TestCompareImages(t *testing.T) {
 				})
 				return err
 			}
-			for range 2 { // nothing of the first stays
+			for range 2 { // the first comparison leaves nothing that disturbs the second
 				if err := compare(t.Context()); err != nil {
 					t.Fatal(err)
 				}
@@ -54,7 +54,7 @@ func TestCompareImages(t *testing.T) {
 			if err := compare(gone); !errors.Is(err, context.Canceled) {
 				t.Errorf("with a context that has ended: %v", err)
 			}
-			// Written over NBD as a guest's writes are: the image is QEMU's.
+			// Over NBD, because QEMU has the image open.
 			lt.In(t, w.ns("b"), func() {
 				lt.Run(t, "qemu-io", "-f", "raw", "-c", "write -P 8 1228800 1", "nbd://"+b.in.NBD.String()+"/parent"+string(rune('0'+last)))
 			})

@@ -70,7 +70,7 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 		Rate: c.speed.measure(now, s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}
 	switch still := c.still.spent(now, s.RAM.Transferred); {
 	case still:
-		return p, false, fmt.Errorf("copying the memory to the secondary has stood still for %v, at %d of %d MiB", l.Stalled, p.Done>>20, p.Total>>20)
+		return p, false, fmt.Errorf("copying the memory to the secondary has made no progress for %v, at %d of %d MiB", l.Stalled, p.Done>>20, p.Total>>20)
 	case now.Sub(c.began) > l.Timeout:
 		return p, false, fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
 			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
@@ -82,7 +82,7 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 // finish waits until COLO is on and the guest runs in it. A guest that was running before
 // must not be stopped for long.
 func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error {
-	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: pause}
+	memory, halted := memoryCopy{began: time.Now(), still: stall{limit: o.Stalled}}, stall{limit: maxPause}
 	err := until(ctx, "the memory is copied", func() (bool, error) {
 		s, err := migration(m)
 		if err != nil {
@@ -93,13 +93,13 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 			return done, err
 		}
 		o.Progress(p)
-		return false, standsStill(m, running, &halted)
+		return false, stoppedTooLong(m, running, &halted)
 	})
 	if err != nil {
 		return err
 	}
-	ctx, cancelCOLO := context.WithTimeoutCause(ctx, settle, errors.New("COLO began and ended at once: the secondary's log tells why"))
-	defer cancelCOLO()
+	ctx, done := context.WithTimeoutCause(ctx, stateTimeout, errors.New("COLO began and ended at once: the secondary's log has the reason"))
+	defer done()
 	return until(ctx, "the guest runs in COLO", func() (bool, error) {
 		mode, err := m.COLO()
 		if err != nil {
@@ -109,13 +109,13 @@ func finish(ctx context.Context, m *qmp.Monitor, o Options, running bool) error 
 		if err != nil || is && mode == "primary" {
 			return err == nil, err
 		}
-		return false, standsStill(m, running, &halted)
+		return false, stoppedTooLong(m, running, &halted)
 	})
 }
 
-// standsStill returns an error when a guest that ran before has been stopped for too
+// stoppedTooLong returns an error when a guest that ran before has been stopped for too
 // long, because the secondary does not take the last of its state.
-func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
+func stoppedTooLong(m *qmp.Monitor, ran bool, halted *stall) error {
 	is, _, err := m.Status()
 	if err != nil || !ran {
 		return err
@@ -125,7 +125,7 @@ func standsStill(m *qmp.Monitor, ran bool, halted *stall) error {
 		return nil
 	}
 	if halted.spent(time.Now(), 0) {
-		return fmt.Errorf("the guest has stood still for %v, because the secondary does not take the last of its state", halted.limit)
+		return fmt.Errorf("the guest has been stopped for %v, because the secondary does not take the last of its state", halted.limit)
 	}
 	return nil
 }
@@ -155,7 +155,7 @@ func endMigration(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, ends, ErrStuck)
+	ctx, cancel := context.WithTimeoutCause(ctx, cancelTimeout, ErrStuck)
 	defer cancel()
 	return until(ctx, "the last migration has ended", func() (bool, error) {
 		links, err := m.Links()

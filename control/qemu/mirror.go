@@ -14,8 +14,8 @@ import (
 )
 
 func connectNBD(m *qmp.Monitor, i int, to netip.AddrPort) error {
-	return m.ExecuteWithin(slow, "blockdev-add", map[string]any{
-		"driver": "nbd", "node-name": nbdNode(i), "export": parentNode(i), "open-timeout": nbdConnect,
+	return m.ExecuteWithin(ioTimeout, "blockdev-add", map[string]any{
+		"driver": "nbd", "node-name": nbdNode(i), "export": parentNode(i), "open-timeout": nbdTimeout,
 		"server": map[string]string{"type": "inet", "host": to.Addr().String(), "port": strconv.Itoa(int(to.Port()))},
 	}, nil)
 }
@@ -65,7 +65,7 @@ func mirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error 
 		if o.Bandwidth > 0 {
 			args["speed"] = o.Bandwidth
 		}
-		if err := guarded(m, disks, func() error { return m.ExecuteWithin(slow, "blockdev-mirror", args, nil) }); err != nil {
+		if err := guarded(m, disks, func() error { return m.ExecuteWithin(ioTimeout, "blockdev-mirror", args, nil) }); err != nil {
 			return fmt.Errorf("disk %s: %w", d.ID, err)
 		}
 	}
@@ -114,7 +114,7 @@ func (c *diskCopy) look(now time.Time, d *Disk, j *job, l Limits) (Progress, err
 	switch still := c.still.spent(now, j.Current); {
 	case j.ready():
 	case still:
-		return p, fmt.Errorf("disk %s: copying it to the secondary has stood still for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
+		return p, fmt.Errorf("disk %s: copying it to the secondary has made no progress for %v, at %d of %d MiB", d.ID, l.Stalled, p.Done>>20, p.Total>>20)
 	case !c.first.IsZero() && now.Sub(c.first) > l.Timeout:
 		return p, fmt.Errorf("disk %s: the guest has written for %v as fast as its disk is copied, at %s; a faster link, a higher migration.bandwidth or less load ends that",
 			d.ID, l.Timeout, perSecond(p.Rate))
@@ -133,12 +133,12 @@ func mirrorFailed(d *Disk, j *job) error {
 // endMirror completes the jobs. The guest is stopped, so that both sides are the same
 // afterwards.
 func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, pause, errors.New("the guest stands still for it, and the secondary does not take the rest of its disk"))
+	ctx, cancel := context.WithTimeoutCause(ctx, maxPause, errors.New("the guest is stopped for it, and the secondary does not take the rest of its disk"))
 	defer cancel()
 	for i := range disks {
 		// Cancelling a job that is ready copies the rest and completes it.
 		if err := guarded(m, disks, func() error {
-			return m.ExecuteWithin(slow, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil)
+			return m.ExecuteWithin(ioTimeout, "block-job-cancel", map[string]any{"device": mirrorJob(&disks[i])}, nil)
 		}); err != nil {
 			return fmt.Errorf("disk %s: %w", disks[i].ID, err)
 		}

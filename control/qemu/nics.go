@@ -30,7 +30,7 @@ func Backend(kind string) error {
 func Device(model string) error {
 	switch {
 	case strings.HasPrefix(model, "vfio-"):
-		return fmt.Errorf("%s: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC speaks past lockstep; use an emulated one, for a NIC %s", model, useTap)
+		return fmt.Errorf("%s: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC transmits without lockstep; use an emulated one, for a NIC %s", model, useTap)
 	case strings.HasPrefix(model, "vhost-user-"), strings.HasPrefix(model, "vhost-vdpa-"):
 		return fmt.Errorf("%s: another process has a part of the device's state, which nothing copies; use QEMU's own virtio device", model)
 	}

@@ -41,7 +41,7 @@ func TestCheckExtra(t *testing.T) {
 	}
 }
 
-// A QEMU that somebody else has started is asked for its NICs and devices.
+// A QEMU that lockstep did not start is asked for its NICs and devices.
 func TestCheckNICs(t *testing.T) {
 	binary, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

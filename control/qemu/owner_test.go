@@ -15,8 +15,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// A real QEMU's monitor tells whose it is, whom it serves and whether it listens, also
-// when it does not answer.
+// Of a real QEMU's monitor it is known which process it belongs to, which client it serves
+// and whether it listens, also when QEMU does not answer.
 func TestOwner(t *testing.T) {
 	binary, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -69,8 +69,8 @@ func TestOwner(t *testing.T) {
 	self := fmt.Sprintf("process %d (%s)", os.Getpid(), comm[:len(comm)-1])
 	eventually("QEMU does not serve its client", func() bool { return client() == self })
 
-	// One that waits for its turn is not served, and one that has gone is not either,
-	// though a QEMU that stands still does not know yet.
+	// A client that waits for its turn is not served, nor is one that has closed its end,
+	// though a QEMU that is stopped has not noticed yet.
 	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}

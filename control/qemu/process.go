@@ -101,21 +101,23 @@ func Start(ctx context.Context, s *Spec, in *Incoming) (*Process, error) {
 	return p, nil
 }
 
-// startup bounds how long QEMU may take from its start to its monitor's first answer,
-// which is minutes if it has to touch much memory first. gone bounds how long a QEMU that
-// was killed may take to exit, which waits for storage that does not answer. Tests shorten
-// both.
-var startup, gone = 5 * time.Minute, 30 * time.Second
+// startTimeout bounds how long QEMU may take from its start to its monitor's first answer,
+// which is minutes if it has to touch much memory first. Tests shorten it.
+var startTimeout = 5 * time.Minute
+
+// exitTimeout bounds how long a QEMU that was killed may take to exit: it waits for
+// storage that does not answer.
+const exitTimeout = 30 * time.Second
 
 // answers waits until the monitor answers. That the socket exists is not enough: QEMU may
 // still fail to make the guest's devices.
 func (p *Process) answers(ctx context.Context, path string) error {
-	ctx, done := context.WithTimeoutCause(ctx, startup, fmt.Errorf("not within %v", startup))
+	ctx, done := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("not within %v", startTimeout))
 	defer done()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if m, err := qmp.Dial(ctx, path, slow); err == nil {
+		if m, err := qmp.Dial(ctx, path, ioTimeout); err == nil {
 			return m.Disconnect()
 		}
 		select {
@@ -176,7 +178,7 @@ func Find(s *Spec) (*Process, error) {
 // commandLine returns a process's command line. Reading it can block: the kernel takes
 // the process's mmap lock, which a process that waits for storage may hold.
 func commandLine(pid int) ([]byte, error) {
-	ctx, done := context.WithTimeout(context.Background(), patience)
+	ctx, done := context.WithTimeout(context.Background(), storageTimeout)
 	defer done()
 	path := fmt.Sprintf("/proc/%d/cmdline", pid)
 	read := make(chan []byte, 1)
@@ -236,7 +238,7 @@ func (p *Process) Kill(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("QEMU, process %d: kill: %w", p.pid, err)
 	}
-	ctx, done := context.WithTimeoutCause(ctx, gone, fmt.Errorf("for %v: is the storage there that its images are on?", gone))
+	ctx, done := context.WithTimeoutCause(ctx, exitTimeout, fmt.Errorf("for %v: is the storage there that its images are on?", exitTimeout))
 	defer done()
 	select {
 	case <-p.done:

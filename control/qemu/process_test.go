@@ -14,7 +14,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// A process is found again by whoever comes later, and only when it is the one.
+// A QEMU is found again by a later daemon, and another process is not taken for it.
 func TestProcess(t *testing.T) {
 	w := newWorld(t, 0)
 	g := w.start("a", false)
@@ -30,13 +30,13 @@ func TestProcess(t *testing.T) {
 	g.kill()
 	<-found.Done()
 	if found.Alive() || g.p.Alive() {
-		t.Error("alive behind its death")
+		t.Error("alive after its death")
 	}
 	found.Release()
 	if _, err := qemu.Find(g.spec); !errors.Is(err, qemu.ErrNotRunning) {
 		t.Errorf("the dead was found: %v", err)
 	}
-	// The number may be another process's by now.
+	// The pid file may name another process by now.
 	pid := filepath.Join(g.spec.Dir, g.spec.VM+"-"+g.spec.Node+".pid")
 	for _, is := range []string{fmt.Sprint(os.Getpid()), "", "x", "-1", "999999999"} {
 		if err := os.WriteFile(pid, []byte(is+"\n"), 0o600); err != nil {

@@ -51,19 +51,19 @@ type imageInfo struct {
 	Dirty bool  `json:"dirty-flag"` // qcow2 with lazy refcounts: it was written to and not closed
 }
 
-// patience bounds what may wait for storage that does not answer, or for a process that
+// storageTimeout bounds what may wait for storage that does not answer, or for a process that
 // is stopped. Tests shorten it.
-var patience = 10 * time.Second
+var storageTimeout = 10 * time.Second
 
 // qemuImg runs qemu-img and returns what it prints. If it fails, the error is what it
 // printed to standard error.
 func qemuImg(args ...string) ([]byte, error) {
-	ctx, done := context.WithTimeout(context.Background(), patience)
+	ctx, done := context.WithTimeout(context.Background(), storageTimeout)
 	defer done()
 	return qemuImgUntil(ctx, args...)
 }
 
-// qemuImgUntil is qemuImg with the caller's bound in place of patience.
+// qemuImgUntil is qemuImg with the caller's bound in place of storageTimeout.
 func qemuImgUntil(ctx context.Context, args ...string) ([]byte, error) {
 	out, said, err := program.Output(ctx, "qemu-img", args...)
 	switch {

@@ -23,7 +23,7 @@ type Options struct {
 	Progress func(Progress)
 	Limits
 
-	ownPeriod bool // a mutation, only tests set it: QEMU's own period stays
+	ownPeriod bool // mutation, set by tests: QEMU keeps its own period (R12)
 }
 
 // Progress is how far the copy of one disk or of the memory is, or the comparison of a
@@ -192,7 +192,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 // undo takes back a try to replicate: the guest is alone again, and runs if it did before.
 // It has no context because it has to be done, and each command has a deadline.
 func undo(m *qmp.Monitor, disks []Disk, running bool) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*settle)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*stateTimeout)
 	defer cancel()
 	// This makes whatever waits for the secondary fail at once.
 	err := endMigration(ctx, m, disks)

@@ -18,8 +18,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// Whatever goes wrong before COLO is on, the guest goes on alone, with nothing
-// left of the try, and the next one succeeds.
+// Whatever goes wrong before COLO is on, the guest goes on alone, nothing is left of the
+// try, and the next one succeeds.
 func TestReplicateFails(t *testing.T) {
 	w := newWorld(t, 1)
 	a := w.start("a", false)
@@ -28,7 +28,7 @@ func TestReplicateFails(t *testing.T) {
 	}
 	qemutest.Await(t, w.serial("a"), "ready")
 	a.mustAsk("churn vda", "ok")
-	// Slow enough that memory is not there at once.
+	// Slow enough that there is time to fail while the memory is copied.
 	bandwidth := func(bytes int64) {
 		if err := a.m.Execute("migrate-set-parameters", map[string]any{"max-bandwidth": bytes}, nil); err != nil {
 			t.Fatal(err)
@@ -66,7 +66,7 @@ func TestReplicateFails(t *testing.T) {
 			bandwidth(4 << 20)
 			to, o := *w.incoming("b"), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
 			if tt.at == "slow" {
-				o.Timeout, o.Stalled = 2*time.Second, 0 // the disk has its time
+				o.Timeout, o.Stalled = 2*time.Second, 0 // too short for the memory, not for the disk
 			}
 			if tt.do != nil {
 				s := w.start("b", true)
@@ -115,7 +115,7 @@ func TestReplicateFails(t *testing.T) {
 			}
 		})
 		if !ok {
-			return // what it left is the next one's trouble
+			return // what this try left would make the next one fail
 		}
 	}
 	bandwidth(1 << 30)
@@ -182,8 +182,8 @@ func TestAutoConverge(t *testing.T) {
 		})
 	}
 
-	// How fast the guest writes QEMU knows behind the first pass, for which a busy host may
-	// need longer.
+	// QEMU knows how fast the guest writes after the first pass, which on a busy host may
+	// take longer.
 	limits := qemu.Limits{Bandwidth: 32 << 20, Timeout: 5 * time.Second}
 	b, throttled, err := try(limits)
 	for err != nil && strings.Contains(err.Error(), "the guest writes 0.0 MiB/s") && limits.Timeout < time.Minute {

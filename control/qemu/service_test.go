@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// In a guest the test binary is the service.
+// The test binary is also the service that runs in the guests.
 func TestMain(m *testing.M) {
 	if os.Getenv("TEST_GUEST") == "" {
 		os.Exit(m.Run())
@@ -92,11 +92,11 @@ func serve() {
 // churn keeps writing, and keeps in memory what the disk must hold.
 type churn struct {
 	on   atomic.Bool
-	mu   sync.Mutex // a write, and what memory says of it, or verify
+	mu   sync.Mutex // held for a write together with its entry in want, and by verify
 	want map[int64]string
 }
 
-// Its blocks.
+// The blocks that churn writes to.
 const churnFrom, churnTo = 1000, 1500
 
 func (l *churn) run(disk string) {
@@ -137,7 +137,7 @@ func onDisk(disk string, block int64, word string) (string, error) {
 	defer unix.Close(fd)
 	const size = 4096
 	b := make([]byte, 2*size)
-	b = b[size-int(uintptr(unsafe.Pointer(&b[0]))%size):][:size] // O_DIRECT wants it aligned
+	b = b[size-int(uintptr(unsafe.Pointer(&b[0]))%size):][:size] // aligned, for O_DIRECT
 	if word == "" {
 		_, err := unix.Pread(fd, b, block*size)
 		return strings.TrimRight(string(b), "\x00"), err
@@ -164,7 +164,7 @@ func (d *dirty) run(mib, rate int) {
 	best := time.Hour
 	for range 20 {
 		began := time.Now()
-		spin(work)
+		sink = spin(work)
 		best = min(best, time.Since(began))
 	}
 	each := int(float64(work) * float64(page) / float64(rate<<20) / best.Seconds())
@@ -172,12 +172,14 @@ func (d *dirty) run(mib, rate int) {
 		for at := 0; at < len(memory) && d.on.Load(); at += page {
 			memory[at]++
 			d.pages.Add(1)
-			spin(each)
+			sink = spin(each)
 		}
 	}
 }
 
-//go:noinline
+// sink keeps the compiler from leaving out the work.
+var sink int
+
 func spin(n int) (x int) {
 	for i := range n {
 		x ^= i

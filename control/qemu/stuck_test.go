@@ -15,9 +15,8 @@ import (
 	"lockstep/control/qmptest"
 )
 
-// TestStuckMigration: a QEMU whose last migration never ended is not told to copy its
-// disks for another one that it would refuse. A real QEMU gets there by a deadlock of
-// its own, which no test can order.
+// TestStuckMigration: a QEMU whose last migration never ended would refuse another, so no
+// disk is copied for it. A real QEMU gets there by a deadlock, which no test can cause.
 func TestStuckMigration(t *testing.T) {
 	s, err := qmptest.Listen(filepath.Join(t.TempDir(), "qmp"), "none")
 	if err != nil {

@@ -42,8 +42,8 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
-// A secondary that became another user has tap, disks and sockets all the same, and may
-// use what it opens again. What that user may not use is said before.
+// A secondary whose QEMU became another user has tap, disks and sockets all the same, and
+// may use what it opens again. Check names what that user may not use.
 func TestUser(t *testing.T) {
 	w := newWorld(t, 1)
 	const uid, gid = 64055, 64056
@@ -76,7 +76,7 @@ func TestUser(t *testing.T) {
 		}
 		defer p.Release()
 		defer p.Kill(ctx)
-		// QEMU becomes the user just before it runs; its monitor answers before.
+		// The monitor answers before QEMU becomes the user.
 		lt.Eventually(t, 10*time.Second, func() (bool, string) {
 			u := status(t, p, "Uid")
 			return u == fmt.Sprintf("%[1]d %[1]d %[1]d %[1]d", uid), u

@@ -29,17 +29,17 @@ type world struct {
 	preload        string
 	disks          int
 	images         map[string]string // folders of the hosts' images; "": dir
-	overlays       map[string]string // of their overlays
-	user           string            // that QEMU becomes
-	mask           bool              // a mutation: one replica's word is enough
-	seed           bool              // QEMU's command lines have the disks as COLO-FT.txt does
+	overlays       map[string]string // folders of their overlays; "": in dir
+	user           string            // the user that QEMU becomes
+	mask           bool              // mutation: a write is done when one replica took it
+	seed           bool              // the disks are as in QEMU's docs/COLO-FT.txt
 }
 
 const diskSize = 32 << 20
 
 func newWorld(t *testing.T, disks int) *world { return newWorldIn(t, disks, func(*world) {}) }
 
-// newWorldIn has choose say where things are, before they are made.
+// newWorldIn calls choose to set fields of the world before anything is made.
 func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 	lt.NeedRoot(t)
 	self, err := os.Executable()
@@ -59,7 +59,7 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 		// The guest knows its client by the same MAC on both hosts.
 		ip(in + "link set tap0 address 02:00:00:00:77:01 up")
 		ip(in + "addr add 10.77.0.1/24 dev tap0")
-		// While there is no guest, nobody finds out that there is none.
+		// Permanent, so that no lookup fails while there is no guest.
 		ip(in + "neigh replace " + guestAddr + " lladdr " + guestMAC.String() + " dev tap0 nud permanent")
 	}
 	for i := range disks {
@@ -118,7 +118,7 @@ func (w *world) spec(host string) *qemu.Spec {
 	return s
 }
 
-// seedDrives has the disk as docs/COLO-FT.txt of QEMU starts it.
+// seedDrives are arguments that define the disk as QEMU's docs/COLO-FT.txt does.
 func (w *world) seedDrives(host string, secondary bool) []string {
 	image, active, hidden := w.image(host, 0), filepath.Join(w.dir, "active"), filepath.Join(w.dir, "hidden")
 	device := []string{"-device", "virtio-blk-pci,drive=colo-disk0"}
@@ -138,7 +138,7 @@ func (w *world) seedDrives(host string, secondary bool) []string {
 
 func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".serial") }
 
-// incoming is where a host's secondary waits.
+// incoming is where a host's secondary listens.
 func (w *world) incoming(host string) *qemu.Incoming {
 	addr := map[string]string{"a": "192.0.2.1", "b": "192.0.2.2"}[host]
 	return &qemu.Incoming{Migration: "unix:" + filepath.Join(w.dir, host+".mig"), NBD: netip.AddrPortFrom(netip.MustParseAddr(addr), 9999)}

@@ -16,7 +16,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// TestQEMU: a real QEMU understands what is asked and says what is expected.
+// TestQEMU: a real QEMU accepts the commands and answers as expected.
 func TestQEMU(t *testing.T) {
 	binary, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

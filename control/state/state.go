@@ -27,7 +27,7 @@ type State struct {
 	Covered    uint64 `json:"covered"`            // fencing term in which the secondary may take over (R18); 0: none
 	Replicated bool   `json:"replicated"`         // replication has begun once: the images of both hosts may differ since
 	Unmerged   bool   `json:"unmerged,omitempty"` // the guest took over, and its overlays are not yet merged into its images
-	Off        bool   `json:"off,omitempty"`      // the guest powered off, and nobody has started it since (R25)
+	Off        bool   `json:"off,omitempty"`      // the guest powered off and was not started since (R25)
 }
 
 // Store is a node's file in state_dir. It is for one process at a time, which the

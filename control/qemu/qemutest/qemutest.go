@@ -4,9 +4,9 @@
 // boot a static binary as the guest's service, disks, and what QEMU needs to
 // run COLO under TCG, where no KVM is. Production needs none of that:
 //
-//   - [Preload]: the primary deadlocks, or sleeps for ever, at a checkpoint
+//   - [Preload]: without it the primary deadlocks, or sleeps forever, at a checkpoint
 //     (testdata/bql.c).
-//   - [Memory]: of a RAM that is a multiple of 256 KiB dirty pages are lost.
+//   - [Memory]: with a RAM that is a multiple of 256 KiB dirty pages are lost.
 //   - The migration goes over a unix socket: over TCP each checkpoint waits 40 ms
 //     and more for a delayed ACK.
 package qemutest
@@ -28,11 +28,11 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// Memory is a guest's in bytes: enough to boot the image and run a Go service,
-// and no multiple of 256 KiB.
+// Memory is the size of a guest's RAM in bytes: enough to boot the image and run a Go
+// service, and no multiple of 256 KiB.
 const Memory = 131056 << 10
 
-// Guest is what an image has beside kernel and busybox.
+// Guest is what an image has besides kernel and busybox.
 type Guest struct {
 	// Service is a static binary, run as /svc. What it prints goes to the serial
 	// console ttyS0; its standard input never ends.
@@ -43,7 +43,7 @@ type Guest struct {
 	Files map[string]string
 }
 
-// Image makes what QEMU's -kernel and -initrd take; -append is [Append]'s. The
+// Image makes the files for QEMU's -kernel and -initrd; [Append] makes the -append. The
 // guest loads the virtio modules, gives its NICs their addresses, mounts the first
 // disk at /disk if that has an ext4 file system (a disk without one is there
 // as /dev/vda all the same), prints "guest up" and runs the service.
@@ -60,11 +60,11 @@ func Image(t testing.TB, g Guest) (kernel, initrd string) {
 	return filepath.Join(parts, "vmlinuz"), initrd
 }
 
-// Append is the kernel command line: the guest's addresses, NIC by NIC, each
-// "10.77.0.2/24,fd77::2/64". more is put behind as it is; "gw=ADDRESS" gives a
+// Append makes the kernel command line. nics are the guest's addresses, NIC by NIC, each
+// in the form "10.77.0.2/24,fd77::2/64". more is appended; "gw=ADDRESS" in it gives a
 // default route.
 func Append(nics []string, more ...string) string {
-	// What the kernel does not know is in init's environment.
+	// The kernel passes parameters it does not know to init, as environment variables.
 	line := []string{"console=ttyS0", "quiet", "panic=-1", "rdinit=/init"}
 	for i, addrs := range nics {
 		line = append(line, fmt.Sprintf("eth%d=%s", i, addrs))
@@ -72,7 +72,8 @@ func Append(nics []string, more ...string) string {
 	return strings.Join(append(line, more...), " ")
 }
 
-// Disk makes a qcow2 image of size bytes. With a file system the guest mounts it.
+// Disk makes a qcow2 image of size bytes. With ext4 it has a file system, which the guest
+// mounts.
 func Disk(t testing.TB, path string, size int64, ext4 bool) {
 	t.Helper()
 	if !ext4 {
@@ -91,9 +92,8 @@ func Disk(t testing.TB, path string, size int64, ext4 bool) {
 	run(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
 }
 
-// Preload makes the environment variable, "LD_PRELOAD=…", with which a QEMU
-// under TCG survives its checkpoints as primary. A program that starts
-// QEMU hands it on.
+// Preload returns the environment variable "LD_PRELOAD=…" that a primary's QEMU needs
+// under TCG. It builds the library.
 func Preload(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "bql.so")
@@ -102,7 +102,7 @@ func Preload(t testing.TB) string {
 	return "LD_PRELOAD=" + path
 }
 
-// Await returns when a serial console's log holds text.
+// Await returns when the log of a serial console contains text.
 func Await(t testing.TB, log, text string) {
 	t.Helper()
 	const limit = 120 * time.Second
@@ -133,7 +133,7 @@ func run(t testing.TB, name string, args ...string) {
 	}
 }
 
-// root is the repository's folder: tests run in their package's.
+// root is the repository's folder, which is above the one that a test runs in.
 func root(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()
@@ -152,7 +152,7 @@ func root(t testing.TB) string {
 	}
 }
 
-// parts is the folder that `make deps` has put kernel and modules into.
+// parts is the folder into which `make deps` puts kernel and modules.
 func parts(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(root(t), "bin", "guest")
@@ -162,14 +162,13 @@ func parts(t testing.TB) string {
 	return dir
 }
 
-// modules in the order in which they find what they need.
+// modules are in the order in which they can be loaded.
 var modules = []string{
 	"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
 	"failover", "net_failover", "virtio_net", "virtio_blk",
 }
 
-// init is the guest's first program. Of a NIC that has no address given only the
-// link goes up.
+// initScript is the guest's init. A NIC without an address is only set up.
 const initScript = `#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev
@@ -193,8 +192,8 @@ echo "guest: the service ended: $?"
 exec sleep 1000000
 `
 
-// build writes the initramfs: a cpio archive, not compressed, because
-// unpacking takes an emulated CPU longer than reading.
+// build writes the initramfs, a cpio archive. It is not compressed, because an emulated
+// CPU takes longer to unpack than to read.
 func build(path, parts string, g Guest) error {
 	if err := static(g.Service); err != nil {
 		return err
@@ -229,7 +228,8 @@ func build(path, parts string, g Guest) error {
 	return os.WriteFile(path, c.end(), 0o600)
 }
 
-// static refuses a binary that the guest, which has no libraries, cannot run.
+// static returns an error for a binary that is linked dynamically: the guest has no
+// libraries.
 func static(path string) error {
 	f, err := elf.Open(path)
 	if err != nil {
@@ -244,7 +244,7 @@ func static(path string) error {
 	return nil
 }
 
-// cpio is an archive in the "newc" format, which the kernel unpacks.
+// cpio makes an archive in the "newc" format, which the kernel unpacks.
 type cpio struct {
 	b    []byte
 	made map[string]bool // folders
