@@ -28,7 +28,7 @@ type rule struct {
 var (
 	ruleHead  = regexp.MustCompile(`(?m)^## (R\d+)\b.*$`)
 	ruleList  = regexp.MustCompile(`(?m)^- (Enforced|Tests|Mutations): (.*)$`)
-	quoted    = regexp.MustCompile("`([^`]+)`")
+	quoted    = regexp.MustCompile("`([^`\\n]+)`")             // and no block of code
 	citation  = regexp.MustCompile(`(?:\basm\.)?\bR\d{1,2}\b`) // asm.R0 is a register of the kernel's machine
 	testName  = regexp.MustCompile(`^(?:([a-z0-9/]+)\.)?(Test\w+)$`)
 	sourceExt = regexp.MustCompile(`\.(go|c|h)$`)
@@ -340,7 +340,7 @@ func TestRulesFaults(t *testing.T) {
 			"p/a_test.go":                "package p\n\nfunc TestGuard(t) {}\n\nfunc TestMutation(t) { noGuard, LsLS_CHECK }\n",
 			"cmd/lockstep/e2e/x_test.go": "package main\n\nfunc TestWhole(t) {} // R1\n",
 			"p/testdata/transcripts/r0":  "# R0: it says so.\n",
-			"docs/other.md":              "R1, R0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`; `Guard`, `guard` in `p/a.go`.\n",
+			"docs/other.md":              "```\nR1\n```\nR0 and R0-R1; `compare/`, `compare/*.go`, `compare/x.go`, `compare.TestX`; `Guard`, `guard` in `p/a.go`.\n",
 			"compare/x.go":               "package compare\n",
 			"cmd/lockstep/unrelated.txt": "",
 		}
