@@ -49,10 +49,13 @@ check-generated: ## fail when the committed object is not what its sources give
 	done
 
 .PHONY: lint
-lint: ## gofmt, vet, staticcheck, clang-format, import direction, licences
+lint: ## gofmt, vet, staticcheck, other analyzers, known vulnerabilities, clang-format, the repository's own checks
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt: $$unformatted" >&2; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	$(GO) tool nilness ./...
+	$(GO) tool go-errorlint ./...
+	@.ci/vulncheck $(GO)
 	clang-format-19 --dry-run -Werror --style=file:bpf/.clang-format $(C_FILES)
 	$(GO) test -count=1 .
 

@@ -97,7 +97,7 @@ func TestWithin(t *testing.T) {
 	}
 	for { // the abandoned one ends
 		err := Within(t.Context(), pipe, func() error { return os.ErrExist })
-		if err == os.ErrExist {
+		if errors.Is(err, os.ErrExist) {
 			break
 		}
 		if !errors.Is(err, errAbandoned) {

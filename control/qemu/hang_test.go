@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -85,7 +86,7 @@ func TestHangs(t *testing.T) {
 	s.Binary = script(t, dir, "mute", `case "$*" in *help*) echo "pc-i440fx-7.2 x (default)"; exit;; esac; sleep 1000`)
 	_, err = Start(t.Context(), s, nil)
 	want(err, "monitor does not answer: not within 500ms")
-	if _, err := Find(s); err != ErrNotRunning {
+	if _, err := Find(s); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("it still runs: %v", err)
 	}
 	if took := time.Since(began); took > 30*time.Second {

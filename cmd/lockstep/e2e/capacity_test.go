@@ -53,7 +53,7 @@ func (g *pacing) look(t *testing.T, s *control.Status) {
 
 // settle waits until nothing is tracked, held or frozen, and checks that the pair
 // then works as before, without a checkpoint.
-func (p *pair) settle(g *pacing, limit time.Duration) {
+func settle(p *pair, g *pacing, limit time.Duration) {
 	p.t.Helper()
 	var s *control.Status
 	for _, node := range []string{"alpha", "beta"} {
@@ -122,7 +122,7 @@ func TestFullTable(t *testing.T) {
 	for _, c := range conns {
 		c.Close()
 	}
-	p.settle(&g, time.Minute)
+	settle(p, &g, time.Minute)
 }
 
 // TestFullSlots: held frames stay within their slots; what finds none is dropped, and
@@ -168,7 +168,7 @@ func TestFullSlots(t *testing.T) {
 				conns[i] = p.mustDial(outage.host, portCut)
 			}
 			p.await("beta", func(s *control.Status) bool { return s.Connections == len(conns) })
-			before, timers := noRoom(p.status("alpha")), p.timeouts("pvm")
+			before, timers := noRoom(p.status("alpha")), timeouts(p, "pvm")
 			outage.begin()
 			defer outage.end() // when the test fails before
 			for _, c := range conns {
@@ -180,10 +180,10 @@ func TestFullSlots(t *testing.T) {
 				if most := slots*2048 + gsoSlots*69632; s.HeldBytes > most || s.HeldPackets > slots+gsoSlots {
 					t.Fatalf("%d packets, %d bytes held, more than all slots (%d)", s.HeldPackets, s.HeldBytes, most)
 				}
-				return noRoom(s) > before && p.timeouts("pvm") >= timers+len(conns)
+				return noRoom(s) > before && timeouts(p, "pvm") >= timers+len(conns)
 			})
 			t.Logf("slots full: %d packets, %d bytes held, %d dropped", s.HeldPackets, s.HeldBytes, noRoom(s)-before)
-			timers = p.timeouts("pvm")
+			timers = timeouts(p, "pvm")
 			begun := time.Now()
 			outage.end()
 			var readers sync.WaitGroup
@@ -196,7 +196,7 @@ func TestFullSlots(t *testing.T) {
 				})
 			}
 			readers.Wait()
-			timers = p.timeouts("pvm") - timers
+			timers = timeouts(p, "pvm") - timers
 			t.Logf("all there after %v, in which the PVM's timers ran out %d times", time.Since(begun).Round(time.Millisecond), timers)
 			// Held frames have made each timer long: a few are a second, dozens a minute.
 			if most := 3 * len(conns); timers > most {
@@ -214,11 +214,11 @@ func TestFullSlots(t *testing.T) {
 			}
 		})
 	}
-	p.settle(&g, time.Minute)
+	settle(p, &g, time.Minute)
 }
 
 // timeouts is how often a guest's TCP timers have run out.
-func (p *pair) timeouts(guest string) int {
+func timeouts(p *pair, guest string) int {
 	p.t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/netstat", p.procs[guest].Process.Pid))
 	if err != nil {
@@ -264,7 +264,7 @@ func syn(from netip.AddrPort, seq uint32, flags byte) []byte {
 }
 
 // flood sends n SYNs from as many addresses and ports, none of which answers.
-func (p *pair) flood(w *lt.Wire, first, n int, flags byte, seqAdd uint32) {
+func flood(p *pair, w *lt.Wire, first, n int, flags byte, seqAdd uint32) {
 	p.t.Helper()
 	for i := first; i < first+n; i++ {
 		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 78, byte(i >> 8), byte(i)}), uint16(1024+i%60000))
@@ -273,7 +273,7 @@ func (p *pair) flood(w *lt.Wire, first, n int, flags byte, seqAdd uint32) {
 }
 
 // floodable lets the guests send answers to the flood's addresses, to the client.
-func (p *pair) floodable() *lt.Wire {
+func floodable(p *pair) *lt.Wire {
 	p.t.Helper()
 	for _, guest := range []string{p.PVM, p.SVM} {
 		lt.Run(p.t, "ip", "-n", guest, "route", "add", "10.78.0.0/16", "via", lt.Client4)
@@ -294,7 +294,7 @@ func TestHalfOpenFlood(t *testing.T) {
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), fmt.Sprintf("%scompare: {max_connections: %d, slots: 512}", unasked, limit))
 	p.await("alpha", ready)
-	w := p.floodable()
+	w := floodable(p)
 	meant := p.mustDial(lt.Guest4, portEcho)
 	var g pacing
 	look := func() *control.Status {
@@ -308,7 +308,7 @@ func TestHalfOpenFlood(t *testing.T) {
 	}
 	const step = 2000
 	for i := 0; i < n; i += step {
-		p.flood(w, i, step, flagSYN, 0)
+		flood(p, w, i, step, flagSYN, 0)
 		look()
 		if err := echo(meant, i); err != nil {
 			t.Fatalf("after %d SYNs the open connection: %v", i+step, err)
@@ -323,8 +323,8 @@ func TestHalfOpenFlood(t *testing.T) {
 		t.Errorf("S tracks %d connections, more than %d", sec.Connections, limit)
 	}
 	meant.Close()
-	p.flood(w, 0, n, flagRST, 1) // the flood takes itself back
-	p.settle(&g, 2*time.Minute)
+	flood(p, w, 0, n, flagRST, 1) // the flood takes itself back
+	settle(p, &g, 2*time.Minute)
 }
 
 // TestFullRing: with P's daemon stopped the ring fills up, half of it with a flood of
@@ -337,15 +337,15 @@ func TestFullRing(t *testing.T) {
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), unasked+"compare: {slots: 512}")
 	p.await("alpha", ready)
-	w := p.floodable()
+	w := floodable(p)
 	var g pacing
 	daemon := p.procs["alpha"].Process
 	if err := daemon.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { daemon.Signal(syscall.SIGCONT) })
-	p.flood(w, 0, n, flagSYN, 0)
-	p.flood(w, n, n, flagACK, 0)
+	flood(p, w, 0, n, flagSYN, 0)
+	flood(p, w, n, n, flagACK, 0)
 	if err := daemon.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
@@ -355,8 +355,8 @@ func TestFullRing(t *testing.T) {
 	})
 	t.Logf("ring full: %d connections, %d frames dropped, %d of SYNs before, %d checkpoints requested, %d done",
 		s.Connections, s.Dropped["no_ring"], s.Dropped["crowded"], s.CheckpointsRequested, s.CheckpointsDone)
-	p.flood(w, 0, n, flagRST, 1)
-	p.settle(&g, 2*time.Minute)
+	flood(p, w, 0, n, flagRST, 1)
+	settle(p, &g, 2*time.Minute)
 }
 
 // resident is a process' memory.

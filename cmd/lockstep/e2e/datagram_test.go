@@ -135,7 +135,7 @@ func TestDatagrams(t *testing.T) {
 				c.WriteTo(req, from)
 			}
 		})
-		p.serveDNS(guest, ns)
+		serveDNS(p, guest, ns)
 	}
 	seen := lt.OpenWire(t, p.Client, "eth0")
 	for _, x := range families {
@@ -206,7 +206,7 @@ func TestDatagrams(t *testing.T) {
 			}
 		})
 		for _, size := range []int{56, 0, 1, fragmented} {
-			t.Run(fmt.Sprintf("ping/%s/%d", x.name, size), func(t *testing.T) { p.with(t).ping(x.host, size, 20) })
+			t.Run(fmt.Sprintf("ping/%s/%d", x.name, size), func(t *testing.T) { ping(p.with(t), x.host, size, 20) })
 		}
 		t.Run("unreachable/"+x.name, func(t *testing.T) {
 			p := p.with(t)
@@ -218,8 +218,8 @@ func TestDatagrams(t *testing.T) {
 				t.Fatalf("read: %v, want what the ICMP error makes of it", err)
 			}
 		})
-		t.Run("dns/"+x.name, func(t *testing.T) { p.with(t).resolve(x.host) })
-		t.Run("multicast/"+x.name, func(t *testing.T) { p.with(t).multicast(x.name, seen) })
+		t.Run("dns/"+x.name, func(t *testing.T) { resolve(p.with(t), x.host) })
+		t.Run("multicast/"+x.name, func(t *testing.T) { multicast(p.with(t), x.name, seen) })
 	}
 	s := p.await("alpha", func(s *control.Status) bool { return s.HeldPackets == 0 })
 	if s.CheckpointsRequested != 0 {
@@ -230,7 +230,7 @@ func TestDatagrams(t *testing.T) {
 // unmatched is the reason for dropping what only the SVM said.
 const unmatched = "unmatched svm datagram"
 
-func (p *pair) ping(host string, size, count int) {
+func ping(p *pair, host string, size, count int) {
 	p.t.Helper()
 	out, err := lt.Command(p.Client, "ping", "-n", "-c", strconv.Itoa(count), "-i", "0.01", "-W", "5", "-s", strconv.Itoa(size), host).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), fmt.Sprintf("%d received, 0%% packet loss", count)) || strings.Contains(string(out), "duplicates") {
@@ -239,7 +239,7 @@ func (p *pair) ping(host string, size, count int) {
 }
 
 // serveDNS runs dnsmasq in a guest.
-func (p *pair) serveDNS(guest, ns string) {
+func serveDNS(p *pair, guest, ns string) {
 	p.t.Helper()
 	var log bytes.Buffer
 	cmd := lt.Command(ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
@@ -271,7 +271,7 @@ func (p *pair) connectIn(ns, network, address string) (c net.Conn) {
 	return c
 }
 
-func (p *pair) resolve(host string) {
+func resolve(p *pair, host string) {
 	p.t.Helper()
 	for _, network := range []string{"udp", "tcp"} {
 		r := net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
@@ -301,7 +301,7 @@ func (p *pair) resolve(host string) {
 }
 
 // multicast: both guests send to a group; the client's link sees it once.
-func (p *pair) multicast(family string, seen *lt.Wire) {
+func multicast(p *pair, family string, seen *lt.Wire) {
 	p.t.Helper()
 	const port = 7110
 	text := family + " to whom it may concern"
@@ -390,7 +390,7 @@ func TestJumbo(t *testing.T) {
 			n := seen.Count(string(req))
 			return n == 1, fmt.Sprintf("%s: %d frames hold the whole answer", x.name, n)
 		})
-		p.ping(x.host, 8900, 5)
+		ping(p, x.host, 8900, 5)
 		p.bothWays(x.host, 10_000_000)
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {

@@ -27,7 +27,7 @@ import (
 // data.
 
 // routed has the guests reach other networks through the client.
-func (p *pair) routed() {
+func routed(p *pair) {
 	p.t.Helper()
 	for _, guest := range []string{p.PVM, p.SVM} {
 		lt.Run(p.t, "ip", "-n", guest, "route", "add", "203.0.113.0/24", "via", lt.Client4)
@@ -39,7 +39,7 @@ func (p *pair) routed() {
 
 // unreachable has both guests connect to an address that a router calls unreachable, and
 // then to the client, from ports that both take. It returns what they say within limit.
-func (p *pair) unreachable(to, client, from string, limit time.Duration) (said [2]string, err error) {
+func unreachable(p *pair, to, client, from string, limit time.Duration) (said [2]string, err error) {
 	p.t.Helper()
 	var l net.Listener
 	lt.In(p.t, p.Client, func() {
@@ -66,11 +66,11 @@ func (p *pair) unreachable(to, client, from string, limit time.Duration) (said [
 // quoting the PVM's SYN. The SVM believes it too, at once, so both go on alike.
 func TestUnreachable(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	p.routed()
+	routed(p)
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "2001:db8:77::/48")
 	for _, to := range [][]string{{"203.0.113.9", lt.Client4, "4100"}, {"2001:db8:77::9", lt.Client6, "4101"}} {
-		said, err := p.unreachable(to[0], to[1], to[2], 5*time.Second)
+		said, err := unreachable(p, to[0], to[1], to[2], 5*time.Second)
 		if err != nil || !strings.Contains(said[0], "no route to host") && !strings.Contains(said[0], "network is unreachable") || said[1] != "<nil>\n" {
 			t.Errorf("%s: the guests said %q, %v", to, said, err)
 		}
@@ -84,9 +84,9 @@ func TestUnreachable(t *testing.T) {
 // and goes on trying.
 func TestMutationQuotes(t *testing.T) {
 	p := newPairWithout(t, loader.MutateQuote, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	p.routed()
+	routed(p)
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
-	if said, err := p.unreachable("203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
+	if said, err := unreachable(p, "203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
 		t.Errorf("the guests said %q, %v", said, err)
 	}
 	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
@@ -94,7 +94,7 @@ func TestMutationQuotes(t *testing.T) {
 
 // complains has a guest answer the first segment with payload that comes to port with an
 // ICMP error that quotes it, as a firewall does, with the numbers that it has heard.
-func (p *pair) complains(guest string, port uint16) {
+func complains(p *pair, guest string, port uint16) {
 	p.t.Helper()
 	lt.In(p.t, guest, func() {
 		const all = unix.ETH_P_ALL << 8 // in network order: who asks for all hears before the skew is taken out
@@ -166,8 +166,8 @@ func complaint(t *testing.T, without loader.Mutation, limit time.Duration) (arri
 	})
 	defer in.Close()
 	c := p.mustDial(lt.Guest4, portEcho)
-	p.complains(p.PVM, port)
-	p.complains(p.SVM, port)
+	complains(p, p.PVM, port)
+	complains(p, p.SVM, port)
 	if err := echo(c, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -202,7 +202,7 @@ func TestMutationComplaint(t *testing.T) {
 }
 
 // far makes a host behind the client, on a path that the guest's large frames do not fit.
-func (p *pair) far() (ns string) {
+func far(p *pair) (ns string) {
 	p.t.Helper()
 	ns = p.Client + "f"
 	lt.Run(p.t, "ip", "netns", "add", ns)
@@ -223,8 +223,8 @@ func (p *pair) far() (ns string) {
 // the path. It returns what became of them.
 func pathMTU(t *testing.T, without loader.Mutation, limit time.Duration) map[string]error {
 	p, q := coveredPair(t, without)
-	p.routed()
-	far := p.far()
+	routed(p)
+	far := far(p)
 	const n = 200_000
 	conns := make(map[string]net.Conn)
 	for _, guest := range []string{lt.Guest4, lt.Guest6} {
@@ -284,7 +284,7 @@ func TestMutationPathMTU(t *testing.T) {
 }
 
 // multipath dials the guests, whose service takes MPTCP as Go's listeners do, by MPTCP.
-func (p *pair) multipath(limit time.Duration) (used bool, err error) {
+func multipath(p *pair, limit time.Duration) (used bool, err error) {
 	p.t.Helper()
 	var c net.Conn
 	lt.In(p.t, p.Client, func() {
@@ -306,7 +306,7 @@ func (p *pair) multipath(limit time.Duration) (used bool, err error) {
 // TestMultipath: a client that offers MPTCP gets TCP, without a checkpoint.
 func TestMultipath(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	if used, err := p.multipath(10 * time.Second); used || err != nil {
+	if used, err := multipath(p, 10 * time.Second); used || err != nil {
 		t.Errorf("MPTCP %v, %v", used, err)
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
@@ -318,7 +318,7 @@ func TestMultipath(t *testing.T) {
 // waits for a checkpoint.
 func TestMultipathKept(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms, mptcp: true}")
-	if used, err := p.multipath(2 * time.Second); !os.IsTimeout(err) {
+	if used, err := multipath(p, 2 * time.Second); !os.IsTimeout(err) {
 		t.Errorf("MPTCP %v, %v", used, err)
 	}
 	if s := p.status("alpha"); !causes(s)["syn differs"] {
@@ -346,7 +346,7 @@ func signed(to string) sockopt {
 // connection is held back until a checkpoint has made them one, and says why.
 func TestSigned(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	p.serveIn("tcp4", "7179", signed(lt.Client4), func(c *net.TCPConn) { io.Copy(c, c) })
+	serveIn(p, "tcp4", "7179", signed(lt.Client4), func(c *net.TCPConn) { io.Copy(c, c) })
 	lt.In(t, p.Client, func() {
 		d := net.Dialer{Timeout: time.Second, Control: signed(lt.Guest4)}
 		if c, err := d.Dial("tcp4", lt.Guest4+":7179"); !os.IsTimeout(err) {
@@ -365,7 +365,7 @@ func causes(s *control.Status) map[string]bool {
 }
 
 // serveIn gives f each connection to a port of both guests, until the test ends.
-func (p *pair) serveIn(network, port string, control sockopt, f func(*net.TCPConn)) {
+func serveIn(p *pair, network, port string, control sockopt, f func(*net.TCPConn)) {
 	p.t.Helper()
 	for _, guest := range []string{p.PVM, p.SVM} {
 		lt.In(p.t, guest, func() {
@@ -385,7 +385,7 @@ func (p *pair) serveIn(network, port string, control sockopt, f func(*net.TCPCon
 // none is missing of the others.
 func TestUrgentByte(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
-	p.serveIn("tcp", "7180", nil, func(c *net.TCPConn) {
+	serveIn(p, "tcp", "7180", nil, func(c *net.TCPConn) {
 		raw, err := c.SyscallConn()
 		if err != nil {
 			return

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -118,7 +119,7 @@ var situations = []situation{
 		c := p.mustDial(lt.Guest4, portSource)
 		fmt.Fprintln(c, transferred)
 		p.expectPattern(&wayPoint{Reader: c, at: transferred / 4, f: underWay}, transferred)
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			p.t.Errorf("after the last byte: %v, want EOF", err)
 		}
 	}},

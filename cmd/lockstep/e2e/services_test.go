@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -69,7 +70,7 @@ func TestServices(t *testing.T) {
 		cmd := lt.Command(p.Client, name, args...)
 		out, err := cmd.Output()
 		if err != nil {
-			if exit, ok := err.(*exec.ExitError); ok {
+			if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 				t.Fatalf("%s: %v\n%s%s", name, err, out, exit.Stderr)
 			}
 			t.Fatalf("%s: %v", name, err)

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -58,7 +59,7 @@ func (p *pair) source(host string, n int64) {
 	c := p.mustDial(host, portSource)
 	fmt.Fprintln(c, n)
 	p.expectPattern(c, n)
-	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		p.t.Fatalf("after the last byte: %v, want EOF", err)
 	}
 }
