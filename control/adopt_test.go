@@ -136,37 +136,6 @@ func TestAdoptAlone(t *testing.T) {
 	p.path.await(t, 0, "session 2", "send 1000+4")
 }
 
-// The SVM stops while its daemon goes on from old offsets and has no session yet.
-func TestAdoptedSecondaryMissesAStop(t *testing.T) {
-	cfg := defaultCkptConfig()
-	for _, qmp := range []bool{true, false} {
-		for name, evs := range map[string][]ckptEvent{
-			"stop": {{Kind: evQMPUp, OK: true}, {Kind: evStop}, {Kind: evResume}}, "stopped": {{Kind: evQMPUp}},
-			"lost": {{Kind: evQMPUp, OK: true}, {Kind: evQMPDown}, {Kind: evQMPUp, OK: true}},
-		} {
-			cfg.qmp = qmp
-			c := newCkptSecondary(cfg)
-			c.adopt(datapath.ModeRun)
-			if !c.whole() {
-				t.Errorf("%s: not whole from the start", name)
-			}
-			for _, ev := range evs {
-				c.Step(0, ev)
-			}
-			if c.whole() == qmp {
-				t.Errorf("%s, qmp %v: whole is %v", name, qmp, c.whole())
-			}
-			fresh := newCkptSecondary(cfg)
-			for _, ev := range evs {
-				fresh.Step(0, ev)
-			}
-			if !fresh.whole() {
-				t.Errorf("%s: empty tables are not whole", name)
-			}
-		}
-	}
-}
-
 // adoptCore notes what it is told.
 type adoptCore struct {
 	core

@@ -4,7 +4,6 @@ package control
 
 import (
 	"fmt"
-	"lockstep/control/datapath"
 	"math"
 	"time"
 )
@@ -48,6 +47,8 @@ const (
 	evPrepare // S: P prepares Epoch
 	evAbort   // S: P gave Epoch up
 	evDrained // S: answer to fxDrain: OK, else Cause
+
+	evRecovered // S, before anything else: the offsets are an earlier daemon's (R23). OK: the kernel was in RUN
 )
 
 // causePeriod is the cause of an attempt that only the period asked for.
@@ -174,8 +175,8 @@ func newCkptPrimary(cfg ckptConfig) *ckptPrimary {
 	return &ckptPrimary{cfg: cfg, period: cfg.period, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
 }
 
-// state is the pair's state as status names it, and what to add to it.
-func (c *ckptPrimary) state() (word, detail string) {
+// State is the pair's state as status names it, and what to add to it.
+func (c *ckptPrimary) State() (word, detail string) {
 	switch {
 	case !c.started:
 		return "start", c.doubt
@@ -393,9 +394,21 @@ func (c *ckptPrimary) fail(cause string) {
 	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
 }
 
-// stuck reports whether nothing leaves, and not because somebody has the PVM wait or
+// Stuck reports whether nothing leaves, and not because somebody has the PVM wait or
 // keeps its QEMU's monitor: then QEMU cannot be told to go on alone either.
-func (c *ckptPrimary) stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
+func (c *ckptPrimary) Stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
+
+// InDoubt reports whether only a commit may release what is held.
+func (c *ckptPrimary) InDoubt() bool { return c.doubt != "" }
+
+// Serves is the first attempt whose commit covers all that the guest has done until
+// now.
+func (c *ckptPrimary) Serves() uint32 {
+	if c.stage == pPrepare {
+		return c.last // QEMU has not been asked yet
+	}
+	return c.last + 1
+}
 
 // able reports whether an attempt could begin.
 func (c *ckptPrimary) able() bool {
@@ -511,7 +524,7 @@ type ckptSecondary struct {
 	epoch      uint32 // of the attempt
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	link, qmp  bool
-	adopted    bool // the offsets are older than this daemon
+	recovered  bool // the offsets are older than this daemon
 	park       bool // P was in doubt when the session began
 	void       bool // offsets are not to be trusted
 	quiet      bool // taking over
@@ -522,22 +535,14 @@ type ckptSecondary struct {
 
 func newCkptSecondary(cfg ckptConfig) *ckptSecondary { return &ckptSecondary{cfg: cfg} }
 
-// adopt goes on from the tables of an earlier daemon, which left the kernel in a
-// mode (R23). In any but RUN it died in mid checkpoint, or before it knew.
-func (c *ckptSecondary) adopt(m datapath.Mode) {
-	c.adopted = true
-	if m != datapath.ModeRun {
-		c.missed()
-	}
-}
-
 // missed: before the first session the SVM stopped, or may have. Only offsets that
 // are there can be wrong. Without QMP there are no STOPs, and no way back.
 func (c *ckptSecondary) missed() {
-	c.void = c.void || c.adopted && c.cfg.qmp
+	c.void = c.void || c.recovered && c.cfg.qmp
 }
 
-func (c *ckptSecondary) state() (word, detail string) {
+// State is the secondary's, as status names it.
+func (c *ckptSecondary) State() (word, detail string) {
 	switch c.stage {
 	case sOff:
 		return "start", ""
@@ -564,6 +569,11 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 		return c.out
 	}
 	switch ev.Kind {
+	case evRecovered:
+		c.recovered = true
+		if !ev.OK { // the daemon died in mid checkpoint, or before it knew
+			c.missed()
+		}
 	case evQuiet:
 		c.quiet = true
 	case evLinkUp:
@@ -673,13 +683,13 @@ func (c *ckptSecondary) hush(ev ckptEvent) {
 	}
 }
 
-// whole reports whether the offsets are those of the SVM as it is. In mid
+// Whole reports whether the offsets are those of the SVM as it is. In mid
 // checkpoint they are so only for the P that ordered it.
-func (c *ckptSecondary) whole() bool { return !c.void && c.stage != sStopped }
+func (c *ckptSecondary) Whole() bool { return !c.void && c.stage != sStopped }
 
 // begin follows a new session.
 func (c *ckptSecondary) begin() {
-	if c.park || !c.whole() {
+	if c.park || !c.Whole() {
 		c.stage, c.void = sVoid, true
 		c.emit(fxPark, 0)
 		if !c.park {

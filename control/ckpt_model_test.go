@@ -242,7 +242,7 @@ func (m *ckptModel) join() {
 	}
 	m.linkGen++
 	gen := m.linkGen
-	whole := m.s.whole()
+	whole := m.s.Whole()
 	m.send(chToP, func() {
 		if gen != m.linkGen {
 			return

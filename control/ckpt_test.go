@@ -43,7 +43,7 @@ func (e ckptEffect) String() string {
 type ckptMachine interface {
 	Step(now int64, ev ckptEvent) []ckptEffect
 	NextDeadline() int64
-	state() (string, string)
+	State() (string, string)
 }
 
 // TestCkptTranscripts runs testdata/ckpt. A command "primary" or "secondary"
@@ -90,7 +90,7 @@ func TestCkptTranscripts(t *testing.T) {
 			for line := range strings.Lines(d.Input) {
 				transcriptLine(t, &out, m, kinds, strings.TrimSpace(line))
 			}
-			word, detail := m.state()
+			word, detail := m.State()
 			fmt.Fprintf(&out, "%s", word)
 			if detail != "" {
 				fmt.Fprintf(&out, " (%s)", detail)
@@ -166,11 +166,42 @@ func TestUnaskedStopOutlivesAPair(t *testing.T) {
 	} {
 		c.Step(int64(i)*int64(time.Millisecond), ev)
 	}
-	if state, detail := c.state(); c.doubt == "" || c.stuck() {
-		t.Errorf("%s (%s): doubt %q, stuck %v", state, detail, c.doubt, c.stuck())
+	if state, detail := c.State(); c.doubt == "" || c.Stuck() {
+		t.Errorf("%s (%s): doubt %q, stuck %v", state, detail, c.doubt, c.Stuck())
 	}
 	c.Step(int64(time.Second), ckptEvent{Kind: evResume})
-	if !c.stuck() {
+	if !c.Stuck() {
 		t.Errorf("the PVM goes on, and the doubt %q is nobody's", c.doubt)
+	}
+}
+
+// The SVM stops while its daemon goes on from old offsets and has no session yet.
+func TestAdoptedSecondaryMissesAStop(t *testing.T) {
+	cfg := defaultCkptConfig()
+	for _, qmp := range []bool{true, false} {
+		for name, evs := range map[string][]ckptEvent{
+			"stop": {{Kind: evQMPUp, OK: true}, {Kind: evStop}, {Kind: evResume}}, "stopped": {{Kind: evQMPUp}},
+			"lost": {{Kind: evQMPUp, OK: true}, {Kind: evQMPDown}, {Kind: evQMPUp, OK: true}},
+		} {
+			cfg.qmp = qmp
+			c := newCkptSecondary(cfg)
+			c.Step(0, ckptEvent{Kind: evRecovered, OK: true})
+			if !c.Whole() {
+				t.Errorf("%s: not whole from the start", name)
+			}
+			for _, ev := range evs {
+				c.Step(0, ev)
+			}
+			if c.Whole() == qmp {
+				t.Errorf("%s, qmp %v: whole is %v", name, qmp, c.Whole())
+			}
+			fresh := newCkptSecondary(cfg)
+			for _, ev := range evs {
+				fresh.Step(0, ev)
+			}
+			if !fresh.Whole() {
+				t.Errorf("%s: empty tables are not whole", name)
+			}
+		}
 	}
 }

@@ -154,7 +154,7 @@ const (
 type machine interface {
 	Step(now int64, ev ckptEvent) []ckptEffect
 	NextDeadline() int64
-	state() (word, detail string)
+	State() (word, detail string)
 }
 
 // Daemon runs one host. What is not said to be otherwise is the controller's.
@@ -240,7 +240,7 @@ func New(o Options) (*Daemon, error) {
 	} else {
 		d.secondary = newCkptSecondary(cfg)
 		if found != nil {
-			d.secondary.adopt(found.Mode)
+			d.secondary.Step(0, ckptEvent{Kind: evRecovered, OK: found.Mode == datapath.ModeRun})
 		}
 		d.machine = d.secondary
 	}
@@ -544,7 +544,7 @@ func (d *Daemon) step(ev ckptEvent) {
 	if d.life == nil || d.primary == nil {
 		return
 	}
-	if stuck := d.primary.stuck(); stuck != (d.life.p.doubtBy != 0) {
+	if stuck := d.primary.Stuck(); stuck != (d.life.p.doubtBy != 0) {
 		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
 	}
 }

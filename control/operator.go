@@ -38,10 +38,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 		case d.life != nil && d.life.p.state != lpPair:
 			refused = errors.New("the guest does not replicate")
 		default:
-			from = d.primary.last + 1
-			if d.primary.stage == pPrepare {
-				from-- // QEMU has not been asked yet
-			}
+			from = d.primary.Serves()
 			d.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {

@@ -185,7 +185,7 @@ func (d *Daemon) offer(l *link, h hello) {
 		s.Record = d.life.p.term
 		s.Pair = d.life.p.state == lpPair || d.life.p.state == lpStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
 	}
-	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.doubt != "")
+	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.InDoubt())
 	s.Sign = newSeed()
 	if err := d.install(d.nics[0].keys, s.Sign, false); err != nil {
 		d.fatal = err
@@ -287,7 +287,7 @@ func (d *Daemon) join(ctx context.Context) (up bool, err error) {
 		}
 	}
 	if err := d.ask(ctx, func() {
-		h.party, h.Whole, h.Fresh = d.party(), d.secondary.whole(), !d.adopted && d.sessions == 0
+		h.party, h.Whole, h.Fresh = d.party(), d.secondary.Whole(), !d.adopted && d.sessions == 0
 		h.Term, h.Epoch = d.term, d.epoch
 		if d.life != nil {
 			h.Machine, h.QEMU = d.life.caps.Machine, d.life.caps.Version

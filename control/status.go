@@ -189,7 +189,7 @@ func (d *Daemon) ownStatus() Status {
 		Causes:      append([]Cause{}, d.causes...),
 		Checkpoints: append([]Checkpoint{}, d.attempts...),
 	}
-	s.State, s.Detail = d.machine.state()
+	s.State, s.Detail = d.machine.State()
 	if d.life != nil {
 		d.life.status(&s)
 	}
