@@ -30,6 +30,7 @@ import (
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
 	"lockstep/compare"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/program"
@@ -90,7 +91,7 @@ type Options struct {
 	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
-	ckpt       *ckptConfig
+	ckpt       *checkpoint.Config
 }
 
 func (o *Options) setDefaults() error {
@@ -134,7 +135,7 @@ func (o *Options) setDefaults() error {
 		o.Progress = func(qemu.Progress) {}
 	}
 	if o.ckpt == nil {
-		c := defaultCkptConfig()
+		c := checkpoint.DefaultConfig()
 		o.ckpt = &c
 	}
 	if o.Log == nil {
@@ -152,7 +153,7 @@ const (
 
 // machine is a ckptPrimary or a ckptSecondary.
 type machine interface {
-	Step(now int64, ev ckptEvent) []ckptEffect
+	Step(now int64, ev checkpoint.Event) []checkpoint.Effect
 	NextDeadline() int64
 	State() (word, detail string)
 }
@@ -171,9 +172,9 @@ type Daemon struct {
 	fatal    error
 
 	machine   machine
-	primary   *ckptPrimary   // one of the two
-	secondary *ckptSecondary // is machine
-	queue     []ckptEvent
+	primary   *checkpoint.Primary   // one of the two
+	secondary *checkpoint.Secondary // is machine
+	queue     []checkpoint.Event
 	stepping  bool
 
 	epoch, term uint32
@@ -216,7 +217,7 @@ func New(o Options) (*Daemon, error) {
 		linkSince: time.Now(), qmp: monitor{path: o.QMP, info: qmpInfo{since: time.Now()}},
 	}
 	cfg := *o.ckpt
-	cfg.qmp, cfg.period, cfg.minInterval, cfg.target = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
+	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
 		return nil, err
@@ -225,22 +226,22 @@ func New(o Options) (*Daemon, error) {
 	if found != nil {
 		*keys = found.Digest
 	}
-	cfg.firstEpoch = max(cfg.firstEpoch, d.epoch)
-	d.epoch = cfg.firstEpoch
+	cfg.FirstEpoch = max(cfg.FirstEpoch, d.epoch)
+	d.epoch = cfg.FirstEpoch
 	d.opt.Compare.Epoch = d.epoch
 	if o.Life != nil {
 		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
 			return nil, err
 		}
-		cfg.unpaired = d.life.p != nil && d.life.p.state != lpPair
+		cfg.Unpaired = d.life.p != nil && d.life.p.state != lpPair
 	}
 	if o.Role == datapath.RolePrimary {
-		d.primary = newCkptPrimary(cfg)
+		d.primary = checkpoint.NewPrimary(cfg)
 		d.machine = d.primary
 	} else {
-		d.secondary = newCkptSecondary(cfg)
+		d.secondary = checkpoint.NewSecondary(cfg)
 		if found != nil {
-			d.secondary.Step(0, ckptEvent{Kind: evRecovered, OK: found.Mode == datapath.ModeRun})
+			d.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
 		}
 		d.machine = d.secondary
 	}
@@ -453,7 +454,7 @@ func (d *Daemon) control(ctx context.Context) error {
 			d.link.close(context.Canceled)
 		}
 	}()
-	d.step(ckptEvent{Kind: evTick})
+	d.step(checkpoint.Event{Kind: checkpoint.EvTick})
 	if d.life != nil && d.life.Begin.takeOver {
 		d.live(lifeEvent{Kind: lvTakeOver})
 	}
@@ -477,7 +478,7 @@ func (d *Daemon) control(ctx context.Context) error {
 		case r := <-d.requests:
 			d.wanted(r)
 		case <-timer.C:
-			d.step(ckptEvent{Kind: evTick})
+			d.step(checkpoint.Event{Kind: checkpoint.EvTick})
 			d.live(lifeEvent{Kind: lvTick})
 		}
 	}
@@ -505,7 +506,7 @@ func (d *Daemon) wanted(r request) {
 			d.unservedLog, d.unserved = time.Now(), 0
 		}
 	}
-	d.step(ckptEvent{Kind: evWant, Cause: r.reason})
+	d.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.reason})
 }
 
 // note keeps a request in mind for the attempt that serves it, and for status.
@@ -524,7 +525,7 @@ func keepLast[T any](s []T) []T {
 
 // step gives the machine an event and carries out what follows. Events that come
 // of it are taken in their turn.
-func (d *Daemon) step(ev ckptEvent) {
+func (d *Daemon) step(ev checkpoint.Event) {
 	d.queue = append(d.queue, ev)
 	if d.stepping {
 		return
@@ -560,38 +561,38 @@ func (d *Daemon) each(what string, f func(*nic) error) error {
 	return nil
 }
 
-func (d *Daemon) carryOut(fx ckptEffect) error {
+func (d *Daemon) carryOut(fx checkpoint.Effect) error {
 	switch fx.Op {
-	case fxOpen:
+	case checkpoint.OpOpen:
 		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
 		return d.each("hold", func(n *nic) error {
 			// Who spoke alone did so without a limit.
 			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
 		})
-	case fxFreeze:
+	case checkpoint.OpFreeze:
 		d.attemptAt = d.now()
 		return d.each("freeze", (*nic).freeze)
-	case fxThaw:
+	case checkpoint.OpThaw:
 		return d.each("thaw", (*nic).thaw)
-	case fxPrepare:
+	case checkpoint.OpPrepare:
 		d.attempt(fx)
 		d.send(message{Type: "prepare", Epoch: fx.Epoch})
-	case fxAbort:
+	case checkpoint.OpAbort:
 		d.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
-	case fxAsk:
-		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
-			ev := ckptEvent{Kind: evAsked, Epoch: fx.Epoch, OK: true}
+	case checkpoint.OpAsk:
+		d.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
 			if err := m.Checkpoint(); err != nil {
 				ev.OK, ev.Cause = false, err.Error()
 			}
 			return ev
 		})
-	case fxEpoch:
+	case checkpoint.OpEpoch:
 		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
-	case fxCOLO:
-		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
+	case checkpoint.OpCOLO:
+		d.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			mode, err := m.COLO()
-			ev := ckptEvent{Kind: evCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(d.opt.Role)}
+			ev := checkpoint.Event{Kind: checkpoint.EvCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(d.opt.Role)}
 			if err != nil {
 				ev.Cause = err.Error()
 			} else if !ev.OK {
@@ -610,32 +611,32 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 			}
 			return ev
 		})
-	case fxCommit:
+	case checkpoint.OpCommit:
 		return d.commit(fx)
-	case fxFailed:
+	case checkpoint.OpFailed:
 		d.attemptEnds(fx.Cause, fx)
 		d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
 		d.checkpointEvent()
 
-	case fxPark:
+	case checkpoint.OpPark:
 		return d.each("park", (*nic).park)
-	case fxDrain:
+	case checkpoint.OpDrain:
 		d.drain(fx.Epoch)
-	case fxReady:
+	case checkpoint.OpReady:
 		d.send(message{Type: "ready", Epoch: fx.Epoch})
-	case fxBegin:
+	case checkpoint.OpBegin:
 		d.epoch = fx.Epoch
 		return d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
-	case fxReset:
+	case checkpoint.OpReset:
 		return d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
-	case fxStopped:
+	case checkpoint.OpStopped:
 		if fx.Epoch == 0 {
 			d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
 		d.send(message{Type: "stopped", Epoch: fx.Epoch})
-	case fxRun:
+	case checkpoint.OpRun:
 		return d.each("unpark", (*nic).unpark)
-	case fxResumed:
+	case checkpoint.OpResumed:
 		d.committed++
 		d.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
@@ -643,8 +644,8 @@ func (d *Daemon) carryOut(fx ckptEffect) error {
 }
 
 // attempt notes that a checkpoint begins.
-func (d *Daemon) attempt(fx ckptEffect) {
-	if len(d.waiting) == 0 && fx.Cause != causePeriod {
+func (d *Daemon) attempt(fx checkpoint.Effect) {
+	if len(d.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
 		// The machine's own wish: it has a doubt to end.
 		d.requested.Add(1)
 		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
@@ -658,7 +659,7 @@ func (d *Daemon) attempt(fx ckptEffect) {
 	d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(d.attemptNow))
 }
 
-func (d *Daemon) attemptEnds(result string, fx ckptEffect) {
+func (d *Daemon) attemptEnds(result string, fx checkpoint.Effect) {
 	if len(d.attempts) == 0 {
 		return
 	}
@@ -666,7 +667,7 @@ func (d *Daemon) attemptEnds(result string, fx ckptEffect) {
 	a.Result = result
 	a.FrozenMS = milliseconds(d.now() - d.attemptAt)
 	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
-	if fx.Op == fxFailed {
+	if fx.Op == checkpoint.OpFailed {
 		// What it was for is still to be done.
 		d.waiting = keepLast(append(d.attemptNow, d.waiting...))
 	}
@@ -690,7 +691,7 @@ func (d *Daemon) checkpointEvent() {
 
 func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
-func (d *Daemon) commit(fx ckptEffect) error {
+func (d *Daemon) commit(fx checkpoint.Effect) error {
 	inside := false
 	err := d.each("commit", func(n *nic) error {
 		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
@@ -707,7 +708,7 @@ func (d *Daemon) commit(fx ckptEffect) error {
 	d.checkpointEvent()
 	d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
 	if inside {
-		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
+		d.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
 	}
 	if d.life != nil {
 		d.life.tries.lasts()
@@ -722,11 +723,11 @@ func (d *Daemon) drain(epoch uint32) {
 		d.stopDrain()
 	}
 	// P waits a little longer than that.
-	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.ready)*4/5)
+	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.Ready)*4/5)
 	d.stopDrain = cancel
 	d.work.Go(func() {
 		defer cancel()
-		ev := ckptEvent{Kind: evDrained, Epoch: epoch, OK: true}
+		ev := checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: epoch, OK: true}
 		for _, n := range d.nics {
 			if err := n.dp.DrainTap(ctx); err != nil {
 				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
@@ -552,8 +553,8 @@ func TestHalfACheckpoint(t *testing.T) {
 		t.Run(stage.String(), func(t *testing.T) {
 			pair := newPair(t)
 			p, s := hosts(t, pair)
-			cfg := defaultCkptConfig()
-			cfg.stop, cfg.resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
+			cfg := checkpoint.DefaultConfig()
+			cfg.Stop, cfg.Resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
 			p.opt.ckpt = &cfg
 			p.start()
 			s.start()

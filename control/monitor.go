@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"lockstep/control/checkpoint"
 	"lockstep/control/qmp"
 )
 
@@ -104,7 +105,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				d.tellQEMU()
 			}
 		}
-		d.step(ckptEvent{Kind: evQMPUp, OK: running})
+		d.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
 		d.guestState(state)
 		d.checkMasked()
 		d.prepare()
@@ -122,9 +123,15 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		at, skew := d.boottime(qmp.Time(e))
 		switch e.Event {
 		case "STOP":
-			d.post(func() { d.qmp.info.state = "paused"; d.ran(ckptEvent{Kind: evStop, At: at, Skew: skew}) })
+			d.post(func() {
+				d.qmp.info.state = "paused"
+				d.ran(checkpoint.Event{Kind: checkpoint.EvStop, At: at, Skew: skew})
+			})
 		case "RESUME":
-			d.post(func() { d.qmp.info.state = "running"; d.ran(ckptEvent{Kind: evResume, At: at, Skew: skew}) })
+			d.post(func() {
+				d.qmp.info.state = "running"
+				d.ran(checkpoint.Event{Kind: checkpoint.EvResume, At: at, Skew: skew})
+			})
 		case "COLO_EXIT":
 			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
 			d.post(func() {
@@ -140,18 +147,18 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	d.post(func() {
 		d.qmp.conn = nil
 		d.qmp.info.connected, d.qmp.info.since = false, time.Now()
-		d.step(ckptEvent{Kind: evQMPDown})
+		d.step(checkpoint.Event{Kind: checkpoint.EvQMPDown})
 	})
 	return m.Err()
 }
 
 // ran takes a STOP or a RESUME.
-func (d *Daemon) ran(ev ckptEvent) {
+func (d *Daemon) ran(ev checkpoint.Event) {
 	if d.life != nil {
 		if d.life.deaf {
 			return // the failover's own
 		}
-		if ev.Kind == evResume {
+		if ev.Kind == checkpoint.EvResume {
 			defer d.live(lifeEvent{Kind: lvAwake})
 			defer d.guestGoesOn()
 		}
@@ -192,7 +199,7 @@ func (d *Daemon) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 }
 
 // askQEMU runs a command beside the controller, which hears of the result.
-func (d *Daemon) askQEMU(ask func(*qmp.Monitor) ckptEvent) {
+func (d *Daemon) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
 	m := d.qmp.conn
 	if m == nil {
 		return // evQMPDown said so

@@ -16,6 +16,7 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/arbiter"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
@@ -192,7 +193,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		d.claim(fx.Term)
 	case lxShut:
 		if l.s != nil {
-			d.step(ckptEvent{Kind: evQuiet}) // it opens nothing any more
+			d.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
 		return d.each("shut", (*nic).shut)
 	case lxDead:
@@ -213,9 +214,9 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 			return err
 		}
 		d.tellEdges()
-		d.step(ckptEvent{Kind: evPair, OK: true})
+		d.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case lxUnpair:
-		d.step(ckptEvent{Kind: evPair})
+		d.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		l.stopSync("this host replicates no more")
 		l.tries.over()
 		return d.remember(func(st *state.State) { st.Covered = 0 })
@@ -230,7 +231,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 	case lxQuiet:
 		d.log.Warn("the primary is gone: taking over")
 		d.event(journal.Failover, "the primary is gone", nil)
-		d.step(ckptEvent{Kind: evQuiet})
+		d.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
 		if err := d.each("fall silent", (*nic).quiet); err != nil {
 			return err
 		}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
 )
@@ -160,7 +161,7 @@ func (d *Daemon) greet(ctx context.Context, raw net.Conn, known func() bool) err
 func (d *Daemon) offer(l *link, h hello) {
 	d.unlink(d.link, errors.New("the secondary connected anew"))
 	d.link, d.linkUp, d.peerAddr, d.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
-	d.step(ckptEvent{Kind: evHandshake})
+	d.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
 
 	// Connections whose offsets S has lost, or of which this P knows nothing; or a
 	// checkpoint that one of them has begun an epoch with and the other has not.
@@ -350,7 +351,7 @@ func (d *Daemon) up(ok bool) {
 	d.sessions++
 	d.log.Info("session", "peer", d.opt.Peer, "address", d.peerAddr, "term", d.term, "epoch", d.epoch)
 	d.event(journal.Session, "began", map[string]any{"address": d.peerAddr, "term": d.term})
-	d.step(ckptEvent{Kind: evLinkUp, OK: ok})
+	d.step(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
 	d.paired()
 }
 
@@ -461,7 +462,7 @@ func (d *Daemon) unlink(l *link, why error) {
 	}
 	d.link, d.linkUp, d.rotation, d.linkSince, d.linkErr = nil, false, nil, time.Now(), why.Error()
 	d.log.Warn("control link lost", "peer", d.opt.Peer, "err", why)
-	d.step(ckptEvent{Kind: evLinkDown})
+	d.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
 	d.linkLost(why)
 }
 
@@ -473,9 +474,9 @@ func (d *Daemon) send(m message) {
 
 // received takes a message of the peer.
 func (d *Daemon) received(l *link, m message) {
-	kinds := map[string]ckptKind{"prepare": evPrepare, "abort": evAbort}
+	kinds := map[string]checkpoint.Kind{"prepare": checkpoint.EvPrepare, "abort": checkpoint.EvAbort}
 	if d.primary != nil {
-		kinds = map[string]ckptKind{"ready": evReady, "stopped": evPeerStopped, "resumed": evPeerResumed, "abort": evPeerAbort}
+		kinds = map[string]checkpoint.Kind{"ready": checkpoint.EvReady, "stopped": checkpoint.EvPeerStopped, "resumed": checkpoint.EvPeerResumed, "abort": checkpoint.EvPeerAbort}
 	}
 	kind, known := kinds[m.Type]
 	switch {
@@ -499,10 +500,10 @@ func (d *Daemon) received(l *link, m message) {
 		d.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type))
 		return
 	}
-	if kind == evPeerResumed && len(d.attempts) > 0 {
+	if kind == checkpoint.EvPeerResumed && len(d.attempts) > 0 {
 		if a := &d.attempts[len(d.attempts)-1]; a.Epoch == m.Epoch {
 			a.SVMPauseMS = milliseconds(m.PauseNS)
 		}
 	}
-	d.step(ckptEvent{Kind: kind, Epoch: m.Epoch, OK: true, Cause: m.Cause})
+	d.step(checkpoint.Event{Kind: kind, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package checkpoint
 
 import (
 	"fmt"
@@ -20,42 +20,42 @@ import (
 // Every attempt has a number of its own, which is the epoch that begins with it.
 
 // ckptKind is the kind of an event.
-type ckptKind uint8
+type Kind uint8
 
 // Events of both sides, of P, of S.
 const (
-	evTick     ckptKind = iota + 1
-	evQMPUp             // OK: the guest runs
-	evQMPDown           // events of QEMU may have been missed
-	evStop              // QEMU's STOP: At, Skew
-	evResume            // QEMU's RESUME: At, Skew
-	evCOLO              // answer to fxCOLO: OK when the mode is this side's, else Cause
-	evLinkUp            // a session holds. P: OK when S's tables are whole. S: OK unless P is in doubt
-	evLinkDown          // the control link or its handshake failed
-	evPair              // P. OK: COLO runs, and the next commit covers S; else it is over, and nobody waits for one
-	evQuiet             // S: it is about to take over: of this machine only the offsets' age is asked
+	EvTick     Kind = iota + 1
+	EvQMPUp         // OK: the guest runs
+	EvQMPDown       // events of QEMU may have been missed
+	EvStop          // QEMU's STOP: At, Skew
+	EvResume        // QEMU's RESUME: At, Skew
+	EvCOLO          // answer to fxCOLO: OK when the mode is this side's, else Cause
+	EvLinkUp        // a session holds. P: OK when S's tables are whole. S: OK unless P is in doubt
+	EvLinkDown      // the control link or its handshake failed
+	EvPair          // P. OK: COLO runs, and the next commit covers S; else it is over, and nobody waits for one
+	EvQuiet         // S: it is about to take over: of this machine only the offsets' age is asked
 
-	evHandshake   // P: a session is being made
-	evWant        // P: a checkpoint is needed
-	evReady       // P: S has parked its input and its tap is empty
-	evPeerStopped // P: S's QEMU stopped for Epoch; 0: for nothing that was asked
-	evPeerResumed // P: S's QEMU goes on in Epoch, in COLO state
-	evPeerAbort   // P: S gave Epoch up
-	evAsked       // P: answer to fxAsk: OK, else Cause
-	evInside      // P: the PVM said something between STOP and RESUME of Epoch
+	EvHandshake   // P: a session is being made
+	EvWant        // P: a checkpoint is needed
+	EvReady       // P: S has parked its input and its tap is empty
+	EvPeerStopped // P: S's QEMU stopped for Epoch; 0: for nothing that was asked
+	EvPeerResumed // P: S's QEMU goes on in Epoch, in COLO state
+	EvPeerAbort   // P: S gave Epoch up
+	EvAsked       // P: answer to fxAsk: OK, else Cause
+	EvInside      // P: the PVM said something between STOP and RESUME of Epoch
 
-	evPrepare // S: P prepares Epoch
-	evAbort   // S: P gave Epoch up
-	evDrained // S: answer to fxDrain: OK, else Cause
+	EvPrepare // S: P prepares Epoch
+	EvAbort   // S: P gave Epoch up
+	EvDrained // S: answer to fxDrain: OK, else Cause
 
-	evRecovered // S, before anything else: the offsets are an earlier daemon's (R23). OK: the kernel was in RUN
+	EvRecovered // S, before anything else: the offsets are an earlier daemon's (R23). OK: the kernel was in RUN
 )
 
 // causePeriod is the cause of an attempt that only the period asked for.
-const causePeriod = "period"
+const CausePeriod = "period"
 
-type ckptEvent struct {
-	Kind  ckptKind
+type Event struct {
+	Kind  Kind
 	Epoch uint32
 	OK    bool
 	Cause string
@@ -64,61 +64,61 @@ type ckptEvent struct {
 }
 
 // ckptOp is the kind of an effect.
-type ckptOp uint8
+type Op uint8
 
 // Effects.
 const (
-	fxOpen    ckptOp = iota + 1 // P: replication begins: HOLD, speak
-	fxFreeze                    // P: the cores release nothing from now on
-	fxThaw                      // P: the cores match again
-	fxPrepare                   // P: send Prepare(Epoch); Cause is why
-	fxAbort                     // send Abort(Epoch), Cause
-	fxAsk                       // P: ask QEMU for a checkpoint
-	fxEpoch                     // P: the kernel is in Epoch
-	fxCOLO                      // ask QEMU for its COLO mode
-	fxCommit                    // P: Epoch is committed at At, inside [Stop, Resume]; ends the freeze
-	fxFailed                    // P: the attempt failed: Cause
+	OpOpen    Op = iota + 1 // P: replication begins: HOLD, speak
+	OpFreeze                // P: the cores release nothing from now on
+	OpThaw                  // P: the cores match again
+	OpPrepare               // P: send Prepare(Epoch); Cause is why
+	OpAbort                 // send Abort(Epoch), Cause
+	OpAsk                   // P: ask QEMU for a checkpoint
+	OpEpoch                 // P: the kernel is in Epoch
+	OpCOLO                  // ask QEMU for its COLO mode
+	OpCommit                // P: Epoch is committed at At, inside [Stop, Resume]; ends the freeze
+	OpFailed                // P: the attempt failed: Cause
 
-	fxPark    // S: park input, drop output
-	fxDrain   // S: wait for the tap to empty
-	fxReady   // S: send Ready(Epoch)
-	fxBegin   // S: the kernel is in Epoch
-	fxReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void
-	fxStopped // S: send Stopped(Epoch)
-	fxRun     // S: deliver again, what was parked first; records go out
-	fxResumed // S: send Resumed(Epoch) with the SVM's pause
+	OpPark    // S: park input, drop output
+	OpDrain   // S: wait for the tap to empty
+	OpReady   // S: send Ready(Epoch)
+	OpBegin   // S: the kernel is in Epoch
+	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void
+	OpStopped // S: send Stopped(Epoch)
+	OpRun     // S: deliver again, what was parked first; records go out
+	OpResumed // S: send Resumed(Epoch) with the SVM's pause
 )
 
-type ckptEffect struct {
-	Op               ckptOp
+type Effect struct {
+	Op               Op
 	Epoch            uint32
 	At, Stop, Resume int64
 	Cause            string
 }
 
 // ckptConfig has durations in ns.
-type ckptConfig struct {
-	qmp            bool  // a QMP socket is configured: checkpoints are possible
-	period         int64 // the longest
-	minInterval    int64
-	target         int64 // pause that the period is to lead to; 0: it is fixed
-	ready          int64 // PREPARE to READY
-	stop           int64 // request to P's STOP
-	resume         int64 // P's STOP to the commit
-	maxRetry       int64 // longest wait after failed attempts
-	unpaired       bool  // evPair tells when COLO runs; else it does from the beginning
+type Config struct {
+	QMP            bool  // a QMP socket is configured: checkpoints are possible
+	Period         int64 // the longest
+	MinInterval    int64
+	TargetPause    int64 // pause that the period is to lead to; 0: it is fixed
+	Ready          int64 // PREPARE to READY
+	Stop           int64 // request to P's STOP
+	Resume         int64 // P's STOP to the commit
+	MaxRetry       int64 // longest wait after failed attempts
+	Unpaired       bool  // evPair tells when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
-	firstEpoch     uint32
+	FirstEpoch     uint32
 	clockTolerance int64
 }
 
-func defaultCkptConfig() ckptConfig {
-	return ckptConfig{
-		ready:          int64(500 * time.Millisecond),
-		stop:           int64(2 * time.Second),
-		resume:         int64(10 * time.Second),
-		maxRetry:       int64(5 * time.Second),
-		firstEpoch:     1,
+func DefaultConfig() Config {
+	return Config{
+		Ready:          int64(500 * time.Millisecond),
+		Stop:           int64(2 * time.Second),
+		Resume:         int64(10 * time.Second),
+		MaxRetry:       int64(5 * time.Second),
+		FirstEpoch:     1,
 		clockTolerance: int64(time.Millisecond),
 	}
 }
@@ -135,10 +135,10 @@ const (
 )
 
 // ckptPrimary is P's machine.
-type ckptPrimary struct {
-	cfg ckptConfig
+type Primary struct {
+	cfg Config
 	now int64
-	out []ckptEffect
+	out []Effect
 
 	link, handshake bool
 	paired          bool // COLO runs between the two QEMUs, or none is configured
@@ -171,12 +171,12 @@ type ckptPrimary struct {
 	inCOLO    bool
 }
 
-func newCkptPrimary(cfg ckptConfig) *ckptPrimary {
-	return &ckptPrimary{cfg: cfg, period: cfg.period, last: cfg.firstEpoch, committed: cfg.firstEpoch, paired: !cfg.unpaired}
+func NewPrimary(cfg Config) *Primary {
+	return &Primary{cfg: cfg, period: cfg.Period, last: cfg.FirstEpoch, committed: cfg.FirstEpoch, paired: !cfg.Unpaired}
 }
 
 // State is the pair's state as status names it, and what to add to it.
-func (c *ckptPrimary) State() (word, detail string) {
+func (c *Primary) State() (word, detail string) {
 	switch {
 	case !c.started:
 		return "start", c.doubt
@@ -187,7 +187,7 @@ func (c *ckptPrimary) State() (word, detail string) {
 }
 
 // NextDeadline is when evTick is due next, boottime ns; MaxInt64: never.
-func (c *ckptPrimary) NextDeadline() int64 {
+func (c *Primary) NextDeadline() int64 {
 	if c.stage != pIdle {
 		return c.deadline
 	}
@@ -202,45 +202,45 @@ func (c *ckptPrimary) NextDeadline() int64 {
 }
 
 // Step takes one event in. The effects are valid until the next Step.
-func (c *ckptPrimary) Step(now int64, ev ckptEvent) []ckptEffect {
+func (c *Primary) Step(now int64, ev Event) []Effect {
 	c.now, c.out = now, c.out[:0]
 	c.event(ev)
 	c.advance()
 	return c.out
 }
 
-func (c *ckptPrimary) emit(fx ckptEffect) { c.out = append(c.out, fx) }
+func (c *Primary) emit(fx Effect) { c.out = append(c.out, fx) }
 
-func (c *ckptPrimary) event(ev ckptEvent) {
+func (c *Primary) event(ev Event) {
 	current := c.stage != pIdle && ev.Epoch == c.last
 	switch ev.Kind {
-	case evWant:
+	case EvWant:
 		// Before QEMU is asked, the attempt under way serves.
-		if c.cfg.qmp && c.paired && c.stage != pPrepare {
+		if c.cfg.QMP && c.paired && c.stage != pPrepare {
 			c.want(ev.Cause)
 		}
-	case evInside:
+	case EvInside:
 		// R14: the epoch is suspect.
 		if !c.cfg.noR14 {
 			c.want("the PVM spoke while it was stopped")
 		}
 
-	case evHandshake:
+	case EvHandshake:
 		c.unlinked()
 		c.handshake = true
-	case evLinkUp:
+	case EvLinkUp:
 		c.link, c.handshake = true, false
 		if !ev.OK {
 			c.suspect("the secondary's tables are not whole")
 		}
 		c.resolve()
-	case evLinkDown:
+	case EvLinkDown:
 		c.unlinked()
 
-	case evPair:
+	case EvPair:
 		if !ev.OK {
-			*c = ckptPrimary{
-				cfg: c.cfg, period: c.cfg.period, out: c.out, now: c.now, last: c.last, committed: c.committed,
+			*c = Primary{
+				cfg: c.cfg, period: c.cfg.Period, out: c.out, now: c.now, last: c.last, committed: c.committed,
 				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped, unasked: c.unasked,
 			}
 			break
@@ -250,10 +250,10 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 		c.suspect("nothing covers the secondary yet")
 		c.resolve()
 
-	case evQMPUp:
+	case EvQMPUp:
 		c.qmp, c.pvmStopped = true, !ev.OK
 		c.resolve()
-	case evQMPDown:
+	case EvQMPDown:
 		c.qmp = false
 		if c.started {
 			// A STOP may pass unseen from now on (R15).
@@ -263,16 +263,16 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 			c.fail("no QMP connection")
 		}
 
-	case evReady:
+	case EvReady:
 		if current && c.stage == pPrepare {
-			c.stage, c.asked, c.deadline = pAsk, c.now, c.now+c.cfg.stop
-			c.emit(ckptEffect{Op: fxAsk, Epoch: c.last})
+			c.stage, c.asked, c.deadline = pAsk, c.now, c.now+c.cfg.Stop
+			c.emit(Effect{Op: OpAsk, Epoch: c.last})
 		}
-	case evAsked:
+	case EvAsked:
 		if current && c.stage == pAsk && !ev.OK {
 			c.fail(ev.Cause)
 		}
-	case evPeerStopped:
+	case EvPeerStopped:
 		switch {
 		case current:
 			c.sStopped = true
@@ -286,19 +286,19 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 			c.suspect("the SVM stopped for an attempt given up")
 			c.resolve()
 		}
-	case evPeerResumed:
+	case EvPeerResumed:
 		if current {
 			c.sResumed = true
 		}
-	case evPeerAbort:
+	case EvPeerAbort:
 		if current {
 			c.fail("secondary: " + ev.Cause)
 		}
-	case evStop:
+	case EvStop:
 		c.stopped(ev)
-	case evResume:
+	case EvResume:
 		c.resumed(ev)
-	case evCOLO:
+	case EvCOLO:
 		if current && c.stage == pVerify {
 			c.inCOLO = ev.OK
 			if !ev.OK {
@@ -308,12 +308,12 @@ func (c *ckptPrimary) event(ev ckptEvent) {
 	}
 }
 
-func (c *ckptPrimary) stopped(ev ckptEvent) {
+func (c *Primary) stopped(ev Event) {
 	c.pvmStopped = true
 	if c.stage == pAsk {
-		c.stage, c.deadline = pStopped, c.now+c.cfg.resume
+		c.stage, c.deadline = pStopped, c.now+c.cfg.Resume
 		c.pvmStop, c.stopSkew = ev.At, ev.Skew
-		c.emit(ckptEffect{Op: fxEpoch, Epoch: c.last})
+		c.emit(Effect{Op: OpEpoch, Epoch: c.last})
 		return
 	}
 	// R15: nobody asked for this one. It may be an operator's, or a checkpoint
@@ -328,12 +328,12 @@ func (c *ckptPrimary) stopped(ev ckptEvent) {
 	}
 }
 
-func (c *ckptPrimary) resumed(ev ckptEvent) {
+func (c *Primary) resumed(ev Event) {
 	c.pvmStopped, c.unasked = false, false
 	if c.stage == pStopped {
 		c.stage, c.pvmResume = pVerify, ev.At
 		c.skewed = abs(ev.Skew-c.stopSkew) > c.cfg.clockTolerance
-		c.emit(ckptEffect{Op: fxCOLO, Epoch: c.last})
+		c.emit(Effect{Op: OpCOLO, Epoch: c.last})
 		return
 	}
 	if c.cfg.noR15 {
@@ -346,7 +346,7 @@ func (c *ckptPrimary) resumed(ev ckptEvent) {
 	}
 }
 
-func (c *ckptPrimary) unlinked() {
+func (c *Primary) unlinked() {
 	c.link, c.handshake = false, false
 	if c.stage >= pAsk {
 		// S may have stopped and could not say so.
@@ -358,14 +358,14 @@ func (c *ckptPrimary) unlinked() {
 }
 
 // want asks for an attempt as soon as one can begin.
-func (c *ckptPrimary) want(why string) {
+func (c *Primary) want(why string) {
 	if !c.wanted {
 		c.wanted, c.why = true, why
 	}
 }
 
 // resolve asks for the attempt that ends a doubt, if there is one.
-func (c *ckptPrimary) resolve() {
+func (c *Primary) resolve() {
 	if c.doubt != "" {
 		c.want(c.doubt)
 	}
@@ -373,37 +373,37 @@ func (c *ckptPrimary) resolve() {
 
 // suspect freezes until the next commit. Without QMP no commit will ever come:
 // then there are no STOPs to be seen either, and compare alone decides.
-func (c *ckptPrimary) suspect(why string) {
-	if c.cfg.qmp && c.paired && c.doubt == "" {
+func (c *Primary) suspect(why string) {
+	if c.cfg.QMP && c.paired && c.doubt == "" {
 		c.doubt = why
 	}
 }
 
-func (c *ckptPrimary) fail(cause string) {
+func (c *Primary) fail(cause string) {
 	if c.sStopped || c.stage >= pStopped {
 		c.suspect(cause)
 	}
-	c.emit(ckptEffect{Op: fxFailed, Epoch: c.last, Cause: cause})
+	c.emit(Effect{Op: OpFailed, Epoch: c.last, Cause: cause})
 	if c.link {
-		c.emit(ckptEffect{Op: fxAbort, Epoch: c.last, Cause: cause})
+		c.emit(Effect{Op: OpAbort, Epoch: c.last, Cause: cause})
 	}
 	c.stage = pIdle
 	c.want(c.cause)
-	retry := max(c.cfg.minInterval, int64(10*time.Millisecond)) << min(c.failures, 10)
+	retry := max(c.cfg.MinInterval, int64(10*time.Millisecond)) << min(c.failures, 10)
 	c.failures++
-	c.notBefore = c.now + max(min(retry, c.cfg.maxRetry), c.cfg.minInterval)
+	c.notBefore = c.now + max(min(retry, c.cfg.MaxRetry), c.cfg.MinInterval)
 }
 
 // Stuck reports whether nothing leaves, and not because somebody has the PVM wait or
 // keeps its QEMU's monitor: then QEMU cannot be told to go on alone either.
-func (c *ckptPrimary) Stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
+func (c *Primary) Stuck() bool { return c.doubt != "" && !c.unasked && c.qmp }
 
 // InDoubt reports whether only a commit may release what is held.
-func (c *ckptPrimary) InDoubt() bool { return c.doubt != "" }
+func (c *Primary) InDoubt() bool { return c.doubt != "" }
 
 // Serves is the first attempt whose commit covers all that the guest has done until
 // now.
-func (c *ckptPrimary) Serves() uint32 {
+func (c *Primary) Serves() uint32 {
 	if c.stage == pPrepare {
 		return c.last // QEMU has not been asked yet
 	}
@@ -411,12 +411,12 @@ func (c *ckptPrimary) Serves() uint32 {
 }
 
 // able reports whether an attempt could begin.
-func (c *ckptPrimary) able() bool {
+func (c *Primary) able() bool {
 	return c.started && c.link && !c.handshake && c.qmp && !c.pvmStopped
 }
 
 // advance does what time and the event just taken allow.
-func (c *ckptPrimary) advance() {
+func (c *Primary) advance() {
 	if c.stage != pIdle && c.now >= c.deadline {
 		c.fail(fmt.Sprintf("no %s in time", map[pStage]string{
 			pPrepare: "READY of the secondary", pAsk: "STOP of the PVM", pStopped: "RESUME of the PVM", pVerify: "RESUME of the SVM",
@@ -425,16 +425,16 @@ func (c *ckptPrimary) advance() {
 	if c.stage == pVerify && c.inCOLO && (c.sStopped && c.sResumed || c.cfg.noR14) {
 		c.commit()
 	}
-	if !c.started && c.paired && c.link && !c.handshake && (c.qmp || !c.cfg.qmp) {
+	if !c.started && c.paired && c.link && !c.handshake && (c.qmp || !c.cfg.QMP) {
 		c.started, c.lastDone = true, c.now
 		if c.doubt != "" {
 			c.settle() // it holds from the first frame on
 		}
-		c.emit(ckptEffect{Op: fxOpen})
+		c.emit(Effect{Op: OpOpen})
 	}
 	if c.stage == pIdle && c.able() {
 		if c.period > 0 && c.now >= c.lastDone+c.period {
-			c.want(causePeriod)
+			c.want(CausePeriod)
 		}
 		if c.wanted && c.now >= c.notBefore {
 			c.begin()
@@ -443,33 +443,33 @@ func (c *ckptPrimary) advance() {
 	c.settle()
 }
 
-func (c *ckptPrimary) begin() {
+func (c *Primary) begin() {
 	c.last++
-	c.stage, c.deadline = pPrepare, c.now+c.cfg.ready
+	c.stage, c.deadline = pPrepare, c.now+c.cfg.Ready
 	c.cause, c.wanted, c.why = c.why, false, ""
-	c.notBefore = c.now + c.cfg.minInterval
+	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
 	c.sStopped, c.sResumed, c.inCOLO = false, false, false
 	c.settle() // first nothing is released any more, then S is told (R13)
-	c.emit(ckptEffect{Op: fxPrepare, Epoch: c.last, Cause: c.cause})
+	c.emit(Effect{Op: OpPrepare, Epoch: c.last, Cause: c.cause})
 }
 
 // settle makes the cores' freeze what it has to be.
-func (c *ckptPrimary) settle() {
+func (c *Primary) settle() {
 	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "")
 	if frozen == c.frozen {
 		return
 	}
 	c.frozen = frozen
 	if frozen {
-		c.emit(ckptEffect{Op: fxFreeze})
+		c.emit(Effect{Op: OpFreeze})
 	} else {
-		c.emit(ckptEffect{Op: fxThaw})
+		c.emit(Effect{Op: OpThaw})
 	}
 }
 
 // commit lets leave what the checkpoint covers (R14).
-func (c *ckptPrimary) commit() {
+func (c *Primary) commit() {
 	// Anything the PVM said before its STOP is in the checkpoint, so an earlier
 	// commit point is always right, only less is released. When QEMU's times
 	// cannot be (the wall clock was set), the time of the request serves.
@@ -480,7 +480,7 @@ func (c *ckptPrimary) commit() {
 		at, stop, resume = c.asked, c.asked, c.now
 		c.want("the clock was set during a checkpoint")
 	}
-	c.emit(ckptEffect{Op: fxCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume})
+	c.emit(Effect{Op: OpCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume})
 	c.adapt(resume - stop)
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0
 	c.frozen = false
@@ -493,14 +493,14 @@ const maxShare = 10
 
 // adapt has the period follow the pause that just was. What the guest writes between
 // two checkpoints is what a pause is for: half the time, half the pause.
-func (c *ckptPrimary) adapt(pause int64) {
-	if c.cfg.target == 0 || c.period == 0 || pause <= 0 {
+func (c *Primary) adapt(pause int64) {
+	if c.cfg.TargetPause == 0 || c.period == 0 || pause <= 0 {
 		return
 	}
 	since := float64(c.now - c.lastDone) // the checkpoint may have come before the period's end
-	wanted := since * float64(c.cfg.target) / float64(pause)
-	next := int64(min((float64(c.period)+wanted)/2, float64(c.cfg.period))) // half way: one pause says little
-	c.period = min(max(next, c.cfg.minInterval, maxShare*pause), c.cfg.period)
+	wanted := since * float64(c.cfg.TargetPause) / float64(pause)
+	next := int64(min((float64(c.period)+wanted)/2, float64(c.cfg.Period))) // half way: one pause says little
+	c.period = min(max(next, c.cfg.MinInterval, maxShare*pause), c.cfg.Period)
 }
 
 // sStage is where S is.
@@ -516,9 +516,9 @@ const (
 )
 
 // ckptSecondary is S's machine.
-type ckptSecondary struct {
-	cfg ckptConfig
-	out []ckptEffect
+type Secondary struct {
+	cfg Config
+	out []Effect
 
 	stage      sStage
 	epoch      uint32 // of the attempt
@@ -533,16 +533,16 @@ type ckptSecondary struct {
 	svmResume  int64
 }
 
-func newCkptSecondary(cfg ckptConfig) *ckptSecondary { return &ckptSecondary{cfg: cfg} }
+func NewSecondary(cfg Config) *Secondary { return &Secondary{cfg: cfg} }
 
 // missed: before the first session the SVM stopped, or may have. Only offsets that
 // are there can be wrong. Without QMP there are no STOPs, and no way back.
-func (c *ckptSecondary) missed() {
-	c.void = c.void || c.recovered && c.cfg.qmp
+func (c *Secondary) missed() {
+	c.void = c.void || c.recovered && c.cfg.QMP
 }
 
 // State is the secondary's, as status names it.
-func (c *ckptSecondary) State() (word, detail string) {
+func (c *Secondary) State() (word, detail string) {
 	switch c.stage {
 	case sOff:
 		return "start", ""
@@ -555,43 +555,43 @@ func (c *ckptSecondary) State() (word, detail string) {
 }
 
 // NextDeadline: S waits for P or for the link to fail, never for a time.
-func (c *ckptSecondary) NextDeadline() int64 { return math.MaxInt64 }
+func (c *Secondary) NextDeadline() int64 { return math.MaxInt64 }
 
-func (c *ckptSecondary) emit(op ckptOp, epoch uint32) {
-	c.out = append(c.out, ckptEffect{Op: op, Epoch: epoch})
+func (c *Secondary) emit(op Op, epoch uint32) {
+	c.out = append(c.out, Effect{Op: op, Epoch: epoch})
 }
 
 // Step takes one event in. The effects are valid until the next Step.
-func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
+func (c *Secondary) Step(_ int64, ev Event) []Effect {
 	c.out = c.out[:0]
 	if c.quiet {
 		c.hush(ev)
 		return c.out
 	}
 	switch ev.Kind {
-	case evRecovered:
+	case EvRecovered:
 		c.recovered = true
 		if !ev.OK { // the daemon died in mid checkpoint, or before it knew
 			c.missed()
 		}
-	case evQuiet:
+	case EvQuiet:
 		c.quiet = true
-	case evLinkUp:
+	case EvLinkUp:
 		c.link, c.park, c.next = true, !ev.OK, 0
 		if c.stage != sOff {
 			c.begin()
 		}
-	case evLinkDown:
+	case EvLinkDown:
 		c.link, c.next = false, 0
 		if c.stage == sParking || c.stage == sParked {
 			c.unpark()
 		}
-	case evQMPUp:
+	case EvQMPUp:
 		c.qmp, c.svmStopped = true, !ev.OK
 		if c.stage == sOff && !ev.OK {
 			c.missed()
 		}
-	case evQMPDown:
+	case EvQMPDown:
 		c.qmp = false
 		if c.stage == sOff {
 			c.missed()
@@ -599,16 +599,16 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 			c.doubt()
 		}
 
-	case evPrepare:
+	case EvPrepare:
 		c.next = ev.Epoch
-	case evAbort:
+	case EvAbort:
 		if c.next == ev.Epoch {
 			c.next = 0
 		}
 		if c.epoch == ev.Epoch && (c.stage == sParking || c.stage == sParked) {
 			c.unpark()
 		}
-	case evDrained:
+	case EvDrained:
 		if c.stage != sParking || c.epoch != ev.Epoch {
 			break
 		}
@@ -618,9 +618,9 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 			break
 		}
 		c.stage = sParked
-		c.emit(fxReady, c.epoch)
+		c.emit(OpReady, c.epoch)
 
-	case evStop:
+	case EvStop:
 		c.svmStopped = true
 		switch c.stage {
 		case sOff:
@@ -629,34 +629,34 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 			// The epoch is right before P's mark of it comes. The offsets stay: P
 			// may die now, and the SVM goes on as it was.
 			c.stage, c.svmStop, c.void = sStopped, ev.At, false
-			c.emit(fxBegin, c.epoch)
-			c.emit(fxStopped, c.epoch)
+			c.emit(OpBegin, c.epoch)
+			c.emit(OpStopped, c.epoch)
 		default:
 			c.doubt()
 		}
-	case evResume:
+	case EvResume:
 		c.svmStopped = false
 		switch c.stage {
 		case sStopped:
 			// The order counts: the offsets are right before output opens.
 			c.stage, c.svmResume = sRun, ev.At
-			c.emit(fxReset, c.epoch)
-			c.emit(fxRun, c.epoch)
-			c.emit(fxCOLO, c.epoch)
+			c.emit(OpReset, c.epoch)
+			c.emit(OpRun, c.epoch)
+			c.emit(OpCOLO, c.epoch)
 		case sRun, sParking, sParked:
 			c.doubt() // a STOP was missed
 		}
-	case evCOLO:
+	case EvCOLO:
 		if c.stage == sRun && c.epoch == ev.Epoch {
 			if ev.OK {
-				c.out = append(c.out, ckptEffect{Op: fxResumed, Epoch: c.epoch, Stop: c.svmStop, Resume: c.svmResume})
+				c.out = append(c.out, Effect{Op: OpResumed, Epoch: c.epoch, Stop: c.svmStop, Resume: c.svmResume})
 			} else {
 				c.abort(ev.Cause)
 			}
 		}
 	}
 
-	if c.stage == sOff && c.link && (c.qmp || !c.cfg.qmp) {
+	if c.stage == sOff && c.link && (c.qmp || !c.cfg.QMP) {
 		c.begin()
 	}
 	if c.next != 0 {
@@ -667,42 +667,42 @@ func (c *ckptSecondary) Step(_ int64, ev ckptEvent) []ckptEffect {
 
 // hush follows QEMU alone: a checkpoint that was under way when P died is loaded if
 // the SVM goes on before anybody told it that P is gone.
-func (c *ckptSecondary) hush(ev ckptEvent) {
+func (c *Secondary) hush(ev Event) {
 	switch ev.Kind {
-	case evStop:
+	case EvStop:
 		c.svmStopped = true
 		if c.stage == sParked {
 			c.stage = sStopped // P had asked for it before it died
 		}
-	case evResume:
+	case EvResume:
 		c.svmStopped = false
 		if c.stage == sStopped {
 			c.stage = sRun
-			c.emit(fxReset, c.epoch)
+			c.emit(OpReset, c.epoch)
 		}
 	}
 }
 
 // Whole reports whether the offsets are those of the SVM as it is. In mid
 // checkpoint they are so only for the P that ordered it.
-func (c *ckptSecondary) Whole() bool { return !c.void && c.stage != sStopped }
+func (c *Secondary) Whole() bool { return !c.void && c.stage != sStopped }
 
 // begin follows a new session.
-func (c *ckptSecondary) begin() {
+func (c *Secondary) begin() {
 	if c.park || !c.Whole() {
 		c.stage, c.void = sVoid, true
-		c.emit(fxPark, 0)
+		c.emit(OpPark, 0)
 		if !c.park {
-			c.emit(fxStopped, 0) // P may not know yet
+			c.emit(OpStopped, 0) // P may not know yet
 		}
 		return
 	}
 	c.stage = sRun
-	c.emit(fxRun, 0)
+	c.emit(OpRun, 0)
 }
 
 // prepare begins the attempt c.next when the SVM runs.
-func (c *ckptSecondary) prepare() {
+func (c *Secondary) prepare() {
 	switch {
 	case c.stage == sOff || !c.qmp:
 		c.epoch, c.next = c.next, 0
@@ -713,34 +713,34 @@ func (c *ckptSecondary) prepare() {
 	default:
 		// An attempt before this one is over; what was parked stays parked.
 		c.epoch, c.next, c.stage = c.next, 0, sParking
-		c.emit(fxPark, c.epoch)
-		c.emit(fxDrain, c.epoch)
+		c.emit(OpPark, c.epoch)
+		c.emit(OpDrain, c.epoch)
 	}
 }
 
 // doubt follows a STOP or RESUME that nobody asked for or nobody may have seen:
 // what the SVM says from here on may not be what the offsets are for.
-func (c *ckptSecondary) doubt() {
+func (c *Secondary) doubt() {
 	c.stage, c.void = sVoid, true
-	c.emit(fxPark, 0)
+	c.emit(OpPark, 0)
 	if c.link {
-		c.emit(fxStopped, 0)
+		c.emit(OpStopped, 0)
 	}
 }
 
 // unpark goes back to where the attempt began: nothing happened.
-func (c *ckptSecondary) unpark() {
+func (c *Secondary) unpark() {
 	if c.void {
 		c.stage = sVoid
 		return
 	}
 	c.stage = sRun
-	c.emit(fxRun, 0)
+	c.emit(OpRun, 0)
 }
 
-func (c *ckptSecondary) abort(cause string) {
+func (c *Secondary) abort(cause string) {
 	if c.link {
-		c.out = append(c.out, ckptEffect{Op: fxAbort, Epoch: c.epoch, Cause: cause})
+		c.out = append(c.out, Effect{Op: OpAbort, Epoch: c.epoch, Cause: cause})
 	}
 }
 

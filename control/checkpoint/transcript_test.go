@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package checkpoint
 
 import (
 	"fmt"
@@ -11,27 +11,27 @@ import (
 	"github.com/cockroachdb/datadriven"
 )
 
-var kindNames = map[ckptKind]string{
-	evTick: "tick", evQMPUp: "qmp-up", evQMPDown: "qmp-down", evStop: "stop", evResume: "resume", evCOLO: "colo",
-	evLinkUp: "link-up", evLinkDown: "link-down", evHandshake: "handshake", evWant: "want", evReady: "ready",
-	evPeerStopped: "peer-stopped", evPeerResumed: "peer-resumed", evPeerAbort: "peer-abort", evAsked: "asked",
-	evPair: "pair", evQuiet: "quiet", evInside: "inside", evPrepare: "prepare", evAbort: "abort", evDrained: "drained",
+var kindNames = map[Kind]string{
+	EvTick: "tick", EvQMPUp: "qmp-up", EvQMPDown: "qmp-down", EvStop: "stop", EvResume: "resume", EvCOLO: "colo",
+	EvLinkUp: "link-up", EvLinkDown: "link-down", EvHandshake: "handshake", EvWant: "want", EvReady: "ready",
+	EvPeerStopped: "peer-stopped", EvPeerResumed: "peer-resumed", EvPeerAbort: "peer-abort", EvAsked: "asked",
+	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained",
 }
 
-var opNames = map[ckptOp]string{
-	fxOpen: "Open", fxFreeze: "Freeze", fxThaw: "Thaw", fxPrepare: "Prepare", fxAbort: "Abort", fxAsk: "Ask", fxEpoch: "Epoch",
-	fxCOLO: "COLO?", fxCommit: "Commit", fxFailed: "Failed", fxPark: "Park", fxDrain: "Drain", fxReady: "Ready", fxBegin: "Begin", fxReset: "Reset",
-	fxStopped: "Stopped", fxRun: "Run", fxResumed: "Resumed",
+var opNames = map[Op]string{
+	OpOpen: "Open", OpFreeze: "Freeze", OpThaw: "Thaw", OpPrepare: "Prepare", OpAbort: "Abort", OpAsk: "Ask", OpEpoch: "Epoch",
+	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset",
+	OpStopped: "Stopped", OpRun: "Run", OpResumed: "Resumed",
 }
 
-func (e ckptEffect) String() string {
+func (e Effect) String() string {
 	s := opNames[e.Op]
 	switch e.Op {
-	case fxOpen, fxFreeze, fxThaw, fxPark:
+	case OpOpen, OpFreeze, OpThaw, OpPark:
 		return s
 	}
 	s += fmt.Sprintf("(%d)", e.Epoch)
-	if e.Op == fxCommit {
+	if e.Op == OpCommit {
 		s += fmt.Sprintf(" at %v in [%v, %v]", time.Duration(e.At), time.Duration(e.Stop), time.Duration(e.Resume))
 	}
 	if e.Cause != "" {
@@ -40,13 +40,13 @@ func (e ckptEffect) String() string {
 	return s
 }
 
-type ckptMachine interface {
-	Step(now int64, ev ckptEvent) []ckptEffect
+type machine interface {
+	Step(now int64, ev Event) []Effect
 	NextDeadline() int64
 	State() (string, string)
 }
 
-// TestCkptTranscripts runs testdata/ckpt. A command "primary" or "secondary"
+// TestCkptTranscripts runs testdata. A command "primary" or "secondary"
 // makes a machine; each line is a time and an event:
 //
 //	12ms resume k=3 at=11ms skew=2ms no="cause"
@@ -54,33 +54,33 @@ type ckptMachine interface {
 // "no" makes the answer a refusal. The word "until" in place of an event lets
 // time pass to then, with a tick at each deadline.
 func TestCkptTranscripts(t *testing.T) {
-	kinds := make(map[string]ckptKind)
+	kinds := make(map[string]Kind)
 	for k, n := range kindNames {
 		kinds[n] = k
 	}
-	datadriven.Walk(t, "testdata/ckpt", func(t *testing.T, path string) {
-		var m ckptMachine
+	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
+		var m machine
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			switch d.Cmd {
 			case "primary", "secondary":
-				cfg := defaultCkptConfig()
-				cfg.qmp = !d.HasArg("noqmp")
-				cfg.minInterval = int64(20 * time.Millisecond)
-				cfg.unpaired = d.HasArg("unpaired")
+				cfg := DefaultConfig()
+				cfg.QMP = !d.HasArg("noqmp")
+				cfg.MinInterval = int64(20 * time.Millisecond)
+				cfg.Unpaired = d.HasArg("unpaired")
 				cfg.noR14, cfg.noR15 = d.HasArg("no-r14"), d.HasArg("no-r15")
 				if d.HasArg("period") {
 					var s string
 					d.ScanArgs(t, "period", &s)
-					cfg.period = int64(mustDuration(t, s))
+					cfg.Period = int64(mustDuration(t, s))
 				}
 				if d.HasArg("target") {
 					var s string
 					d.ScanArgs(t, "target", &s)
-					cfg.target = int64(mustDuration(t, s))
+					cfg.TargetPause = int64(mustDuration(t, s))
 				}
-				m = newCkptPrimary(cfg)
+				m = NewPrimary(cfg)
 				if d.Cmd == "secondary" {
-					m = newCkptSecondary(cfg)
+					m = NewSecondary(cfg)
 				}
 			case "step":
 			default:
@@ -109,12 +109,12 @@ func mustDuration(t *testing.T, s string) time.Duration {
 	return v
 }
 
-func transcriptLine(t *testing.T, out *strings.Builder, m ckptMachine, kinds map[string]ckptKind, line string) {
+func transcriptLine(t *testing.T, out *strings.Builder, m machine, kinds map[string]Kind, line string) {
 	t.Helper()
 	line, refusal, refused := strings.Cut(line, " no=")
 	f := strings.Fields(line)
 	now := int64(mustDuration(t, f[0]))
-	do := func(now int64, ev ckptEvent, what string) {
+	do := func(now int64, ev Event, what string) {
 		fmt.Fprintf(out, "%v %s:", time.Duration(now), what)
 		for i, fx := range m.Step(now, ev) {
 			if i > 0 {
@@ -126,7 +126,7 @@ func transcriptLine(t *testing.T, out *strings.Builder, m ckptMachine, kinds map
 	}
 	if f[1] == "until" {
 		for next := m.NextDeadline(); next <= now; next = m.NextDeadline() {
-			do(next, ckptEvent{Kind: evTick}, "tick")
+			do(next, Event{Kind: EvTick}, "tick")
 		}
 		return
 	}
@@ -134,7 +134,7 @@ func transcriptLine(t *testing.T, out *strings.Builder, m ckptMachine, kinds map
 	if !ok {
 		t.Fatalf("unknown event in %q", line)
 	}
-	ev := ckptEvent{Kind: kind, OK: !refused, Cause: strings.Trim(refusal, `"`), At: now}
+	ev := Event{Kind: kind, OK: !refused, Cause: strings.Trim(refusal, `"`), At: now}
 	for _, arg := range f[2:] {
 		k, v, _ := strings.Cut(arg, "=")
 		switch k {
@@ -158,18 +158,18 @@ func transcriptLine(t *testing.T, out *strings.Builder, m ckptMachine, kinds map
 // An operator who stopped the PVM is why a doubt lasts, and no reason to give S up: not
 // by the next pair either.
 func TestUnaskedStopOutlivesAPair(t *testing.T) {
-	cfg := defaultCkptConfig()
-	cfg.qmp, cfg.unpaired = true, true
-	c := newCkptPrimary(cfg)
-	for i, ev := range []ckptEvent{
-		{Kind: evQMPUp, OK: true}, {Kind: evLinkUp}, {Kind: evPair, OK: true}, {Kind: evStop}, {Kind: evPair}, {Kind: evPair, OK: true},
+	cfg := DefaultConfig()
+	cfg.QMP, cfg.Unpaired = true, true
+	c := NewPrimary(cfg)
+	for i, ev := range []Event{
+		{Kind: EvQMPUp, OK: true}, {Kind: EvLinkUp}, {Kind: EvPair, OK: true}, {Kind: EvStop}, {Kind: EvPair}, {Kind: EvPair, OK: true},
 	} {
 		c.Step(int64(i)*int64(time.Millisecond), ev)
 	}
 	if state, detail := c.State(); c.doubt == "" || c.Stuck() {
 		t.Errorf("%s (%s): doubt %q, stuck %v", state, detail, c.doubt, c.Stuck())
 	}
-	c.Step(int64(time.Second), ckptEvent{Kind: evResume})
+	c.Step(int64(time.Second), Event{Kind: EvResume})
 	if !c.Stuck() {
 		t.Errorf("the PVM goes on, and the doubt %q is nobody's", c.doubt)
 	}
@@ -177,15 +177,15 @@ func TestUnaskedStopOutlivesAPair(t *testing.T) {
 
 // The SVM stops while its daemon goes on from old offsets and has no session yet.
 func TestAdoptedSecondaryMissesAStop(t *testing.T) {
-	cfg := defaultCkptConfig()
+	cfg := DefaultConfig()
 	for _, qmp := range []bool{true, false} {
-		for name, evs := range map[string][]ckptEvent{
-			"stop": {{Kind: evQMPUp, OK: true}, {Kind: evStop}, {Kind: evResume}}, "stopped": {{Kind: evQMPUp}},
-			"lost": {{Kind: evQMPUp, OK: true}, {Kind: evQMPDown}, {Kind: evQMPUp, OK: true}},
+		for name, evs := range map[string][]Event{
+			"stop": {{Kind: EvQMPUp, OK: true}, {Kind: EvStop}, {Kind: EvResume}}, "stopped": {{Kind: EvQMPUp}},
+			"lost": {{Kind: EvQMPUp, OK: true}, {Kind: EvQMPDown}, {Kind: EvQMPUp, OK: true}},
 		} {
-			cfg.qmp = qmp
-			c := newCkptSecondary(cfg)
-			c.Step(0, ckptEvent{Kind: evRecovered, OK: true})
+			cfg.QMP = qmp
+			c := NewSecondary(cfg)
+			c.Step(0, Event{Kind: EvRecovered, OK: true})
 			if !c.Whole() {
 				t.Errorf("%s: not whole from the start", name)
 			}
@@ -195,7 +195,7 @@ func TestAdoptedSecondaryMissesAStop(t *testing.T) {
 			if c.Whole() == qmp {
 				t.Errorf("%s, qmp %v: whole is %v", name, qmp, c.Whole())
 			}
-			fresh := newCkptSecondary(cfg)
+			fresh := NewSecondary(cfg)
 			for _, ev := range evs {
 				fresh.Step(0, ev)
 			}
