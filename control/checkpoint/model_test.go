@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// ckptModel runs both machines against a model of two QEMUs, with channels that
+// model runs both machines against a model of two QEMUs, with channels that
 // delay and break, an operator, and checkpoints that stop half way. It knows
 // what the machines cannot: which state the SVM really has.
 type model struct {
