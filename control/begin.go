@@ -26,9 +26,9 @@ type Begin struct {
 	orphan   bool // P: if a guest runs, clients know it, but nothing in the kernel does
 }
 
-// ends reports whether a guest that runs is one that follows nobody any more: a former
+// Ends reports whether a guest that runs is one that follows nobody any more: a former
 // primary's, which the arbiter does not name, or an SVM that could not take over.
-func (b *Begin) ends() bool { return b.Role == datapath.RoleSecondary && b.Discard }
+func (b *Begin) Ends() bool { return b.Role == datapath.RoleSecondary && b.Discard }
 
 // Meets is the last word on how a node begins: runs says whether its guest runs already.
 // What is not known to be of no use is not ended, so then it does not begin.
@@ -99,16 +99,29 @@ func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Be
 	return b
 }
 
-// rescue has a P go on with a guest that clients know and whose tables are gone. What was
-// compared before is not known any more, and an S that was covered may be about to take
-// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
-// for its secondary.
-func (d *Daemon) rescue(running bool, state string) {
-	l := d.life
-	if l == nil || l.p == nil || !l.Begin.orphan || !running && state != "paused" && state != "colo" {
-		return
+// HasGuest reports whether the daemon before this one had a guest, so that its absence is
+// its death.
+func (b *Begin) HasGuest() bool {
+	return b.primary != lpStart || b.Role == datapath.RoleSecondary && b.covered
+}
+
+// Orphan reports whether a guest that runs here is one that clients know, while nothing in
+// the kernel does (P).
+func (b *Begin) Orphan() bool { return b.orphan }
+
+// ResumesTakeOver reports whether the daemon before this one had begun to take over (S).
+func (b *Begin) ResumesTakeOver() bool { return b.takeOver }
+
+// Primary is P's machine as it begins at now, boottime ns.
+func (b *Begin) Primary(cfg lifeConfig, now int64) *lifePrimary {
+	return newLifePrimary(cfg, b.Record.Term, b.primary, b.covered, now)
+}
+
+// Secondary is S's machine as it begins at now, boottime ns, on the node self.
+func (b *Begin) Secondary(cfg lifeConfig, self string, now int64) *lifeSecondary {
+	term := b.Record.Term
+	if b.takeOver && b.Record.Speaker == self {
+		term-- // the pair's
 	}
-	l.Begin.orphan = false
-	d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
-	d.live(lifeEvent{Kind: lvTakeOver})
+	return newLifeSecondary(cfg, term, b.covered, now)
 }

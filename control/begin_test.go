@@ -101,8 +101,8 @@ func TestBeginMeets(t *testing.T) {
 				if (err != nil) != keep || err != nil && !strings.Contains(err.Error(), "It is left as it is") && !strings.Contains(err.Error(), "it is left as it is") {
 					t.Errorf("%+v, a guest runs: %v", b, err)
 				}
-				if err == nil && b.ends() != (role == datapath.RoleSecondary && discard) {
-					t.Errorf("%+v ends the guest: %v", b, b.ends())
+				if err == nil && b.Ends() != (role == datapath.RoleSecondary && discard) {
+					t.Errorf("%+v ends the guest: %v", b, b.Ends())
 				}
 			}
 		}
@@ -117,7 +117,7 @@ func TestMutationKeep(t *testing.T) {
 		t.Fatalf("%+v, %v: it begins", b, err)
 	}
 	b.keep = false
-	if b.Meets(true) != nil || !b.ends() {
+	if b.Meets(true) != nil || !b.Ends() {
 		t.Errorf("%+v: the guest lives without the rule, too", b)
 	}
 }

@@ -233,7 +233,7 @@ func New(o Options) (*Daemon, error) {
 		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
 			return nil, err
 		}
-		cfg.Unpaired = d.life.p != nil && d.life.p.state != lpPair
+		cfg.Unpaired = d.life.p != nil && d.life.p.State() != lpPair
 	}
 	if o.Role == datapath.RolePrimary {
 		d.primary = checkpoint.NewPrimary(cfg)
@@ -455,7 +455,7 @@ func (d *Daemon) control(ctx context.Context) error {
 		}
 	}()
 	d.step(checkpoint.Event{Kind: checkpoint.EvTick})
-	if d.life != nil && d.life.Begin.takeOver {
+	if d.life != nil && d.life.Begin.ResumesTakeOver() {
 		d.live(lifeEvent{Kind: lvTakeOver})
 	}
 	if d.adopted && d.fatal == nil {
@@ -545,7 +545,7 @@ func (d *Daemon) step(ev checkpoint.Event) {
 	if d.life == nil || d.primary == nil {
 		return
 	}
-	if stuck := d.primary.Stuck(); stuck != (d.life.p.doubtBy != 0) {
+	if stuck := d.primary.Stuck(); stuck != (d.life.p.InDoubt()) {
 		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
 	}
 }

@@ -136,7 +136,7 @@ func (d *Daemon) diskFailed(node, operation, why string) {
 
 // ended reports whether this host has no say any more.
 func (l *pairLife) ended() bool {
-	return l.p != nil && l.p.state >= lpOut || l.s != nil && l.s.state >= lsOut
+	return l.p != nil && l.p.State() >= lpOut || l.s != nil && l.s.State() >= lsOut
 }
 
 func (l *pairLife) note(f DiskFault) {
@@ -195,7 +195,7 @@ func (d *Daemon) guestState(state string) {
 // then: its file system may have room again.
 func (d *Daemon) retryDisk() {
 	l := d.life
-	if l.p == nil || l.p.state != lpSolo && l.p.state != lpStart || l.retrying || time.Now().Before(l.retryAt) {
+	if l.p == nil || l.p.State() != lpSolo && l.p.State() != lpStart || l.retrying || time.Now().Before(l.retryAt) {
 		return
 	}
 	l.retryAt, l.retrying = time.Now().Add(l.retry.take()), true
@@ -217,7 +217,7 @@ func (d *Daemon) guestGoesOn() {
 // guestDead: QEMU stopped the guest for a reason of the guest's own, which is no
 // operator's stop.
 func (d *Daemon) guestDead(why string) {
-	if d.life.side.sick {
+	if d.life.machine.Sick() {
 		return
 	}
 	d.log.Error(why)
@@ -300,7 +300,7 @@ func (d *Daemon) checkMasked() {
 			return
 		}
 		d.log.Warn("QEMU tells the guest that a write is done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
-		if l.p.state == lpPair {
+		if l.p.State() == lpPair {
 			d.log.Error("writes that the secondary missed may have passed unseen")
 			d.live(lifeEvent{Kind: lvReplica})
 		}
@@ -368,7 +368,7 @@ func (d *Daemon) watchEntry(ctx context.Context, every time.Duration) {
 }
 
 func (d *Daemon) entry(now arbiter.Record) {
-	if now.Speaker != d.opt.Node && now.Term > d.life.p.term && d.life.p.state != lpClaim {
+	if now.Speaker != d.opt.Node && now.Term > d.life.p.Term() && d.life.p.State() != lpClaim {
 		d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
 	}
 	d.live(lifeEvent{Kind: lvEntry, Term: now.Term, OK: now.Speaker == d.opt.Node})

@@ -52,7 +52,7 @@ func (d *Daemon) replicateFirst() error {
 	}, func(err error) {
 		l.cancelSync, l.syncing = nil, qemu.Progress{}
 		d.opt.Progress(qemu.Progress{})
-		if err == nil && d.link == peer && l.p.state == lpSync {
+		if err == nil && d.link == peer && l.p.State() == lpSync {
 			if err := d.replicateTo(l.FirstStart == FirstCopy); err != nil {
 				d.fatal = err
 			}
@@ -148,7 +148,7 @@ func (l *pairLife) statusOfImages(s *Status) {
 	if s.Refused = l.refused; s.Refused == "" {
 		return
 	}
-	if l.p == nil && l.s.state <= lsPair {
+	if l.p == nil && l.s.State() <= lsPair {
 		s.State = "start"
 	}
 	s.Detail = strings.TrimPrefix(s.Detail+"; "+s.Refused, "; ")

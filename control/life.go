@@ -86,6 +86,9 @@ type lifeEffect struct {
 	Term uint64
 }
 
+// OrderTimeout bounds an order of an operator's that is carried out in steps.
+const OrderTimeout = 30 * time.Second
+
 // lifeConfig has durations in ns.
 type lifeConfig struct {
 	timeout int64 // silence of a peer that counts as dead
@@ -103,11 +106,12 @@ type lifeConfig struct {
 	noR18, noClaim, noWait, noR26Uncovered, noR26Lease, noR26Entry, noR24, noR25 bool
 }
 
-func defaultLifeConfig(timeout, speak time.Duration) lifeConfig {
+// rejoin is how long a daemon that ended on a living host may take to come back.
+func defaultLifeConfig(timeout, speak, rejoin time.Duration) lifeConfig {
 	return lifeConfig{
 		timeout: int64(timeout), speak: int64(speak),
-		rejoin: int64(max(MaxRejoin, timeout)), settle: int64(50 * time.Millisecond),
-		doubt: int64(10 * time.Second), order: int64(orderTimeout),
+		rejoin: int64(max(rejoin, timeout)), settle: int64(50 * time.Millisecond),
+		doubt: int64(10 * time.Second), order: int64(OrderTimeout),
 	}
 }
 
@@ -153,6 +157,12 @@ func (l *lifeSide) fallSilent() {
 	}
 }
 
+// Term is the arbiter's: P: of the entry that names this host. S: of the pair.
+func (l *lifeSide) Term() uint64 { return l.term }
+
+// Sick reports whether this side's guest cannot go on.
+func (l *lifeSide) Sick() bool { return l.sick }
+
 // lpState is where P is.
 type lpState uint8
 
@@ -186,6 +196,18 @@ func newLifePrimary(cfg lifeConfig, term uint64, state lpState, covered bool, no
 		state: state, solo: state == lpSolo, covered: covered, paired: now + cfg.rejoin,
 	}
 }
+
+// State is where P is.
+func (l *lifePrimary) State() lpState { return l.state }
+
+// Covered reports whether S may take over.
+func (l *lifePrimary) Covered() bool { return l.covered }
+
+// InDoubt reports whether nothing leaves until a checkpoint ends a doubt.
+func (l *lifePrimary) InDoubt() bool { return l.doubtBy != 0 }
+
+// WasSolo reports whether the guest transmitted alone before this replication began.
+func (l *lifePrimary) WasSolo() bool { return l.solo }
 
 // gone is when S counts as dead if nothing changes, and whether only its kernel's
 // echoes can put that off.
@@ -404,6 +426,12 @@ func newLifeSecondary(cfg lifeConfig, term uint64, covered bool, now int64) *lif
 	return l
 }
 
+// State is where S is.
+func (l *lifeSecondary) State() lsState { return l.state }
+
+// Covered reports whether S may take over.
+func (l *lifeSecondary) Covered() bool { return l.covered }
+
 // gone is when P counts as dead if nothing changes.
 func (l *lifeSecondary) gone() int64 {
 	if l.link || !l.covered && !l.cfg.noR18 {
@@ -472,7 +500,7 @@ func (l *lifeSecondary) Step(now int64, ev lifeEvent) []lifeEffect {
 		}
 	case lvTakeOver:
 		switch {
-		case l.state != lsPair || !l.mayTakeOver(ev.OK):
+		case l.state != lsPair || !l.MayTakeOver(l.echoed, ev.OK):
 		case l.link:
 			// A primary that lives says when it is silent.
 			l.ordered = now + l.cfg.order
@@ -531,11 +559,11 @@ func (l *lifeSecondary) advance(now int64) {
 	}
 }
 
-// mayTakeOver reports whether an order to take over can be followed: by force also by
+// MayTakeOver reports whether an order to take over can be followed: by force also by
 // an SVM that no commit covers, but not from a P that no lease binds, as none does
-// before it holds the PVM's output (R26).
-func (l *lifeSecondary) mayTakeOver(force bool) bool {
-	return l.covered || force && (l.echoed > l.paired || l.cfg.noR26Lease)
+// before it holds the PVM's output (R26). echoed is the boottime of the last echo, ns.
+func (l *lifeSecondary) MayTakeOver(echoed int64, force bool) bool {
+	return l.covered || force && (max(l.echoed, echoed) > l.paired || l.cfg.noR26Lease)
 }
 
 // takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.

@@ -416,7 +416,7 @@ func runLife(seed uint64, change func(*lifeConfig)) *lifeModel { return runLifeO
 // runLifeOn has QEMUs that mask a replica's faults, or none.
 func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	rng := rand.New(rand.NewPCG(seed, 11))
-	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond)
+	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond, 7*time.Second)
 	if change != nil {
 		change(&cfg)
 	}
@@ -538,4 +538,25 @@ func TestLifeMutations(t *testing.T) {
 		}
 		t.Error("3000 schedules did not find it")
 	})
+}
+
+// TestRestartBound: how long either side waits for a daemon that ended on a living host.
+func TestRestartBound(t *testing.T) {
+	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond, 7*time.Second)
+	cfg.rejoin = int64(1500 * time.Millisecond)
+	const ms = int64(time.Millisecond)
+	s := newLifeSecondary(cfg, 1, true, 0)
+	s.Step(0, lifeEvent{Kind: lvLinkUp, Term: 1})
+	s.Step(100*ms, lifeEvent{Kind: lvHeard})
+	s.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true})
+	if at := s.NextDeadline(); at != 1600*ms {
+		t.Errorf("S takes over at %d ms", at/ms)
+	}
+	p := newLifePrimary(cfg, 1, lpPair, true, 0)
+	p.Step(0, lifeEvent{Kind: lvLinkUp, OK: true})
+	p.Step(100*ms, lifeEvent{Kind: lvHeard})
+	p.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true, Echoed: 1400 * ms})
+	if at := p.NextDeadline(); at != 1600*ms {
+		t.Errorf("P claims at %d ms, though S's kernel still answers", at/ms)
+	}
 }

@@ -15,9 +15,7 @@ import (
 // What an operator may ask a daemon for, over its status socket.
 
 const (
-	// orderTimeout bounds an order that is carried out in steps.
-	orderTimeout = 30 * time.Second
-	orderPoll    = 10 * time.Millisecond
+	orderPoll = 10 * time.Millisecond
 
 	causeOperator = "an operator asked for it"
 )
@@ -35,7 +33,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 			refused = errors.New("there is no QEMU to ask for one: the config names no qmp socket")
 		case !d.linkUp:
 			refused = fmt.Errorf("there is no session with %s", d.opt.Peer)
-		case d.life != nil && d.life.p.state != lpPair:
+		case d.life != nil && d.life.p.State() != lpPair:
 			refused = errors.New("the guest does not replicate")
 		default:
 			from = d.primary.Serves()
@@ -63,7 +61,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 
 // until asks the controller again and again.
 func (d *Daemon) until(ctx context.Context, done func() bool) error {
-	ctx, cancel := context.WithTimeout(ctx, orderTimeout)
+	ctx, cancel := context.WithTimeout(ctx, OrderTimeout)
 	defer cancel()
 	tick := time.NewTicker(orderPoll)
 	defer tick.Stop()
@@ -119,7 +117,7 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error)
 	if err == nil {
 		err = d.life.outcome(d.opt.Peer)
 	} else if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", orderTimeout)
+		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", OrderTimeout)
 	}
 	return FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
 }
@@ -142,17 +140,17 @@ func (d *Daemon) loaded(ctx context.Context) (bool, error) {
 // done reports whether an order to fail over has come to an end.
 func (l *pairLife) done() bool {
 	if l.p != nil {
-		return l.p.state == lpSolo || l.p.state >= lpOut
+		return l.p.State() == lpSolo || l.p.State() >= lpOut
 	}
-	return l.s.state >= lsSolo
+	return l.s.State() >= lsSolo
 }
 
 // outcome is nil when this host transmits alone.
 func (l *pairLife) outcome(peer string) error {
 	switch {
-	case l.p != nil && l.p.state == lpSolo, l.s != nil && l.s.state == lsSolo:
+	case l.p != nil && l.p.State() == lpSolo, l.s != nil && l.s.State() == lsSolo:
 		return nil
-	case l.p != nil && l.p.state == lpOff, l.s != nil && l.s.state == lsOff:
+	case l.p != nil && l.p.State() == lpOff, l.s != nil && l.s.State() == lsOff:
 		return ErrPoweredOff
 	}
 	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
@@ -162,7 +160,7 @@ func (l *pairLife) outcome(peer string) error {
 // would not follow it. loaded: S has an SVM that could go on.
 func (d *Daemon) orderFailover(force, loaded bool) error {
 	if p := d.life.p; p != nil {
-		switch p.state {
+		switch p.State() {
 		case lpStart, lpPair:
 			d.live(lifeEvent{Kind: lvTakeOver})
 			return nil
@@ -172,17 +170,18 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 		return fmt.Errorf("not now: the pair is in state %q", d.ownStatus().State)
 	}
 	s := d.life.s
+	var echoed int64
 	for _, n := range d.nics {
-		s.echoed = max(s.echoed, n.dp.LastEcho())
+		echoed = max(echoed, n.dp.LastEcho())
 	}
 	switch {
-	case s.state != lsPair:
+	case s.State() != lsPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
-	case !s.covered && !force:
+	case !s.Covered() && !force:
 		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
-	case !s.covered && !loaded:
+	case !s.Covered() && !loaded:
 		return errors.New("this secondary has no guest yet: its memory is still being copied")
-	case !s.mayTakeOver(true):
+	case !s.MayTakeOver(echoed, true):
 		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
 	d.live(lifeEvent{Kind: lvTakeOver, OK: force})
@@ -193,7 +192,7 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 func obey[T any](f func(context.Context, *http.Request) (T, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Longer than what is only told.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(orderTimeout + askTimeout))
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(OrderTimeout + askTimeout))
 		v, err := f(r.Context(), r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)

@@ -166,7 +166,7 @@ func (d *Daemon) overlaysAre(all []OverlayStatus, ask string, tell bool) {
 		}
 		return
 	}
-	if l.s.covered && time.Since(l.Setback.at) > overlayForget {
+	if l.s.Covered() && time.Since(l.Setback.at) > overlayForget {
 		l.Setback.why = ""
 	}
 	for i := range all {
@@ -198,7 +198,7 @@ func (d *Daemon) peersOverlays(m message) {
 		}
 	}
 	l.overlays = m.Overlays
-	if m.Cause != "" && l.p.state == lpPair {
+	if m.Cause != "" && l.p.State() == lpPair {
 		d.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
@@ -262,7 +262,7 @@ func (d *Daemon) noRoom(dir, why string) *backoff {
 // known.
 func (d *Daemon) outOfRoom(disk string) {
 	l := d.life
-	if l == nil || l.s == nil || l.s.state > lsPair && l.s.state != lsOut {
+	if l == nil || l.s == nil || l.s.State() > lsPair && l.s.State() != lsOut {
 		return // of a host that takes over or speaks it is the guest that counts
 	}
 	if d.noteFull(disk) {

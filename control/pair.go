@@ -3,6 +3,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -71,6 +72,8 @@ const guardTicks = 1 << 24
 type lifeMachine interface {
 	NextDeadline() int64
 	Step(now int64, ev lifeEvent) []lifeEffect
+	Term() uint64
+	Sick() bool
 }
 
 // pairLife is the daemon's share in the pair's life: the controller's.
@@ -79,7 +82,7 @@ type pairLife struct {
 	machine lifeMachine
 	p       *lifePrimary // one of the two
 	s       *lifeSecondary
-	side    *lifeSide   // its
+	orphan  bool        // P: of Begin, until a new QEMU is started
 	state   state.State // as it is on disk
 	queue   []lifeEvent
 	busy    bool // stepping
@@ -130,31 +133,22 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, prepared: make(chan struct{}), tries: tries{again: syncAgain, atOnce: l.triesAtOnce}, endAgain: endAgain, imagesRetry: imagesRetry}
+	pl := &pairLife{Life: l, state: st, orphan: l.Begin.Orphan(), hadQEMU: l.Begin.HasGuest(), prepared: make(chan struct{}), tries: tries{again: syncAgain, atOnce: l.triesAtOnce}, endAgain: endAgain, imagesRetry: imagesRetry}
 	if l.again != (backoff{}) {
 		pl.tries.again = l.again
 	}
-	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor), o.NICs[0].Now()
+	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), o.NICs[0].Now()
 	cfg.noR26Entry = l.noR26Entry
-	if l.Restart != 0 {
-		cfg.rejoin = int64(max(l.Restart, l.Timeout))
-	}
 	if l.doubt != 0 {
 		cfg.doubt = int64(l.doubt)
 	}
 	if o.Role == datapath.RolePrimary {
-		pl.p = newLifePrimary(cfg, l.Begin.Record.Term, l.Begin.primary, l.Begin.covered, now)
-		pl.machine, pl.side = pl.p, &pl.p.lifeSide
-		pl.hadQEMU = l.Begin.primary != lpStart
+		pl.p = l.Begin.Primary(cfg, now)
+		pl.machine = pl.p
 		return pl, nil
 	}
-	term := l.Begin.Record.Term
-	if l.Begin.takeOver && l.Begin.Record.Speaker == o.Node {
-		term-- // the pair's
-	}
-	pl.s = newLifeSecondary(cfg, term, l.Begin.covered, now)
-	pl.machine, pl.side = pl.s, &pl.s.lifeSide
-	pl.hadQEMU = l.Begin.covered
+	pl.s = l.Begin.Secondary(cfg, o.Node, now)
+	pl.machine = pl.s
 	return pl, nil
 }
 
@@ -278,7 +272,7 @@ func (d *Daemon) tellQEMU() {
 func (d *Daemon) remember(change func(*state.State)) error {
 	l := d.life
 	st := l.state
-	st.Role, st.Term = string(d.opt.Role), l.side.term
+	st.Role, st.Term = string(d.opt.Role), l.machine.Term()
 	change(&st)
 	if st == l.state {
 		return nil
@@ -379,8 +373,8 @@ func (d *Daemon) goAlone() error {
 	if err := d.each("go on alone", (*nic).solo); err != nil {
 		return err
 	}
-	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.term)
-	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.term})
+	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.Term())
+	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.Term()})
 	d.endReplication()
 	return d.remember(func(*state.State) {})
 }
@@ -396,8 +390,8 @@ func (d *Daemon) promote() error {
 	if err := d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
 		return err
 	}
-	d.log.Warn("took over: the guest speaks from here", "arbiter_term", d.life.s.term)
-	d.event(journal.Failover, "took over", map[string]any{"term": d.life.s.term})
+	d.log.Warn("took over: the guest speaks from here", "arbiter_term", d.life.s.Term())
+	d.event(journal.Failover, "took over", map[string]any{"term": d.life.s.Term()})
 	d.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
 		if err != nil {
 			d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
@@ -584,7 +578,7 @@ func (d *Daemon) paired() {
 		if err != nil || d.link != peer || !d.linkUp {
 			return
 		}
-		if l.p.state == lpPair && l.syncedOn == peer {
+		if l.p.State() == lpPair && l.syncedOn == peer {
 			return // the session in which the pair began, and only QMP's connection is new
 		}
 		ok := mode == "primary" && l.hello.COLO
@@ -592,7 +586,7 @@ func (d *Daemon) paired() {
 			return
 		}
 		d.live(lifeEvent{Kind: lvLinkUp, OK: ok})
-		if l.p.state == lpPair && l.edgesTo != peer {
+		if l.p.State() == lpPair && l.edgesTo != peer {
 			d.tellEdges() // what was told on the link before this one may be lost
 		}
 	})
@@ -607,7 +601,7 @@ func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 	var unfit error
 	known := false
 	if err := d.ask(ctx, func() {
-		known = d.life.outOfReach && d.life.p.state == lpPair
+		known = d.life.outOfReach && d.life.p.State() == lpPair
 		if d.qmp.conn != nil {
 			caps, unfit = d.life.caps, d.life.unfit
 		}
@@ -655,7 +649,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
 	if err := d.remember(func(st *state.State) {
 		st.Replicated = true
-		if !l.s.covered {
+		if !l.s.Covered() {
 			st.Covered = 0
 		}
 	}); err != nil {
@@ -664,7 +658,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	}
 	switch {
 	case pair:
-	case l.s.covered:
+	case l.s.Covered():
 		// P has lost its guest, and says nothing before a new pair begins.
 		d.live(lifeEvent{Kind: lvPeerDead})
 	case colo:
@@ -688,9 +682,9 @@ func (d *Daemon) heardOf(m message) bool {
 		d.log.Warn("an operator has the secondary take over")
 		d.live(lifeEvent{Kind: lvYield})
 	case m.Type == "covered" && l.s != nil:
-		covered := l.s.covered
+		covered := l.s.Covered()
 		d.live(lifeEvent{Kind: lvCovered, Term: m.Record})
-		if l.s.covered && !covered {
+		if l.s.Covered() && !covered {
 			if err := d.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
 				d.fatal = err
 			}
@@ -732,8 +726,8 @@ func (d *Daemon) tellEdges() {
 			case err != nil:
 				d.unlink(peer, err) // the next session tries again
 			default:
-				if l.edgesTold = peer; l.p.covered {
-					d.send(message{Type: "covered", Record: l.p.term})
+				if l.edgesTold = peer; l.p.Covered() {
+					d.send(message{Type: "covered", Record: l.p.Term()})
 				}
 			}
 		})
@@ -817,7 +811,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	}
 	p, err := qemu.Find(l.Guest)
 	switch {
-	case err == nil && l.Begin.ends():
+	case err == nil && l.Begin.Ends():
 		err = p.Kill(ctx)
 		p.Release()
 		if err != nil {
@@ -833,7 +827,7 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 	case l.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
-	l.Begin.orphan = false // a new one has told clients nothing
+	l.orphan = false // a new one has told clients nothing
 	in := d.incoming()
 	if err := l.Guest.Check(in, nil); err != nil {
 		return err
@@ -933,14 +927,14 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 
 // status tells where the pair's life is.
 func (l *pairLife) status(s *Status) {
-	s.Record = l.side.term
+	s.Record = l.machine.Term()
 	defer func() {
 		l.statusOfImages(s)
 		l.statusOfOverlays(s)
 	}()
 	if l.p != nil {
-		s.Covered, s.Replication = l.p.covered, l.replication()
-		switch l.p.state {
+		s.Covered, s.Replication = l.p.Covered(), l.replication()
+		switch l.p.State() {
 		case lpStart:
 			s.State, s.Detail = "start", l.tries.String()
 		case lpSolo:
@@ -950,7 +944,7 @@ func (l *pairLife) status(s *Status) {
 			}
 		case lpSync:
 			s.State, s.Detail = "start", "replication begins"
-			if l.p.solo {
+			if l.p.WasSolo() {
 				s.State = "resync"
 			}
 			if l.syncing.Total > 0 {
@@ -966,8 +960,8 @@ func (l *pairLife) status(s *Status) {
 		l.diskStatus(s)
 		return
 	}
-	s.Covered = l.s.covered
-	switch l.s.state {
+	s.Covered = l.s.Covered()
+	switch l.s.State() {
 	case lsWait:
 		s.State = "start"
 	case lsClaim, lsEcho, lsLoad, lsQEMU, lsSolo:

@@ -374,27 +374,6 @@ func TestFencedLater(t *testing.T) {
 	}
 }
 
-// TestRestartBound: how long either side waits for a daemon that ended on a living host.
-func TestRestartBound(t *testing.T) {
-	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond)
-	cfg.rejoin = int64(1500 * time.Millisecond)
-	const ms = int64(time.Millisecond)
-	s := newLifeSecondary(cfg, 1, true, 0)
-	s.Step(0, lifeEvent{Kind: lvLinkUp, Term: 1})
-	s.Step(100*ms, lifeEvent{Kind: lvHeard})
-	s.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true})
-	if at := s.NextDeadline(); at != 1600*ms {
-		t.Errorf("S takes over at %d ms", at/ms)
-	}
-	p := newLifePrimary(cfg, 1, lpPair, true, 0)
-	p.Step(0, lifeEvent{Kind: lvLinkUp, OK: true})
-	p.Step(100*ms, lifeEvent{Kind: lvHeard})
-	p.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true, Echoed: 1400 * ms})
-	if at := p.NextDeadline(); at != 1600*ms {
-		t.Errorf("P claims at %d ms, though S's kernel still answers", at/ms)
-	}
-}
-
 // TestUncoveredAsks: a primary whose secondary nothing covers asks the arbiter, too,
 // before it transmits alone (R26).
 func TestUncoveredAsks(t *testing.T) {

@@ -183,8 +183,8 @@ func (d *Daemon) offer(l *link, h hello) {
 	if d.life != nil {
 		d.life.hello = h
 		// COLO may run already where somebody else has started it.
-		s.Record = d.life.p.term
-		s.Pair = d.life.p.state == lpPair || d.life.p.state == lpStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
+		s.Record = d.life.p.Term()
+		s.Pair = d.life.p.State() == lpPair || d.life.p.State() == lpStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
 	}
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.InDoubt())
 	s.Sign = newSeed()

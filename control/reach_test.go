@@ -17,6 +17,7 @@ import (
 	"lockstep/control/datapath"
 	"lockstep/control/qmp"
 	"lockstep/control/qmptest"
+	"lockstep/control/state"
 )
 
 // calmLives are lives in which a slow machine is not taken for a dead host.
@@ -138,7 +139,12 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	s.covered()
 	other := p.holdMonitor()
 	p.end()
-	p.opt.Life.Begin = Begin{Role: datapath.RolePrimary, Record: a.now, primary: lpPair, covered: true}
+	found := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
+	begin, err := Decide(datapath.RolePrimary, "alpha", "beta", state.State{Role: "primary", Term: a.now.Term, Covered: a.now.Term}, a.now, found)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.opt.Life.Begin = begin
 	p.start()
 	p.await("a session without QMP", func(st Status) bool {
 		return st.Peer.Connected && !st.QMP.Connected && strings.Contains(st.QMP.Error, "another client")

@@ -67,7 +67,7 @@ func (l *pairLife) replication() *Replication {
 	if r == (Replication{}) {
 		return nil
 	}
-	if l.tries.failed > 0 && l.p.state != lpSync && l.p.state != lpPair {
+	if l.tries.failed > 0 && l.p.State() != lpSync && l.p.State() != lpPair {
 		r.Next = &l.tries.due
 	}
 	return &r
@@ -93,7 +93,7 @@ func (d *Daemon) held(follows bool) bool {
 		return true // endReplication comes back to it
 	}
 	left := time.Until(l.tries.due)
-	if left <= 0 || follows || l.p.state != lpStart && l.p.state != lpSolo {
+	if left <= 0 || follows || l.p.State() != lpStart && l.p.State() != lpSolo {
 		return false
 	}
 	if l.tries.timer != nil {
@@ -118,7 +118,7 @@ func (d *Daemon) endReplication() {
 		}
 		return qemu.Cont(m) // it never ran: an operator has it begin alone
 	}, func(err error) {
-		if err == nil || l.p.state != lpSolo {
+		if err == nil || l.p.State() != lpSolo {
 			l.ending, l.unended = false, ""
 			l.endAgain.reset()
 			d.paired() // a session may have waited
@@ -135,4 +135,18 @@ func (d *Daemon) endReplication() {
 		l.unended = err.Error()
 		time.AfterFunc(wait, func() { d.post(d.endReplication) })
 	})
+}
+
+// rescue has a P go on with a guest that clients know and whose tables are gone. What was
+// compared before is not known any more, and an S that was covered may be about to take
+// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
+// for its secondary.
+func (d *Daemon) rescue(running bool, state string) {
+	l := d.life
+	if l == nil || l.p == nil || !l.orphan || !running && state != "paused" && state != "colo" {
+		return
+	}
+	l.orphan = false
+	d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
+	d.live(lifeEvent{Kind: lvTakeOver})
 }

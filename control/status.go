@@ -434,7 +434,7 @@ func FetchFlows(ctx context.Context, path string) ([]Flow, error) {
 
 func call[T any](ctx context.Context, method, path, topic string) (v T, err error) {
 	client := http.Client{
-		Timeout: map[string]time.Duration{http.MethodGet: askTimeout, http.MethodPost: orderTimeout + askTimeout}[method],
+		Timeout: map[string]time.Duration{http.MethodGet: askTimeout, http.MethodPost: OrderTimeout + askTimeout}[method],
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}},
