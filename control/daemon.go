@@ -32,6 +32,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/program"
 	"lockstep/control/qemu"
@@ -233,7 +234,7 @@ func New(o Options) (*Daemon, error) {
 		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
 			return nil, err
 		}
-		cfg.Unpaired = d.life.p != nil && d.life.p.State() != lpPair
+		cfg.Unpaired = d.life.p != nil && d.life.p.State() != failover.PrimaryPair
 	}
 	if o.Role == datapath.RolePrimary {
 		d.primary = checkpoint.NewPrimary(cfg)
@@ -456,7 +457,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	}()
 	d.step(checkpoint.Event{Kind: checkpoint.EvTick})
 	if d.life != nil && d.life.Begin.ResumesTakeOver() {
-		d.live(lifeEvent{Kind: lvTakeOver})
+		d.live(failover.Event{Kind: failover.EvTakeOver})
 	}
 	if d.adopted && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
@@ -479,7 +480,7 @@ func (d *Daemon) control(ctx context.Context) error {
 			d.wanted(r)
 		case <-timer.C:
 			d.step(checkpoint.Event{Kind: checkpoint.EvTick})
-			d.live(lifeEvent{Kind: lvTick})
+			d.live(failover.Event{Kind: failover.EvTick})
 		}
 	}
 	if ctx.Err() != nil {
@@ -546,7 +547,7 @@ func (d *Daemon) step(ev checkpoint.Event) {
 		return
 	}
 	if stuck := d.primary.Stuck(); stuck != (d.life.p.InDoubt()) {
-		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
+		d.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
 	}
 }
 
@@ -606,7 +607,7 @@ func (d *Daemon) carryOut(fx checkpoint.Effect) error {
 					ev.OK, ev.Cause = false, err.Error()
 				case len(missing) > 0:
 					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
-					d.post(func() { d.live(lifeEvent{Kind: lvReplica}) })
+					d.post(func() { d.live(failover.Event{Kind: failover.EvReplica}) })
 				}
 			}
 			return ev
@@ -713,7 +714,7 @@ func (d *Daemon) commit(fx checkpoint.Effect) error {
 	if d.life != nil {
 		d.life.tries.lasts()
 	}
-	d.live(lifeEvent{Kind: lvCommitted})
+	d.live(failover.Event{Kind: failover.EvCommitted})
 	return d.listen(a.Cause)
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"lockstep/control/arbiter"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -127,16 +128,16 @@ func (d *Daemon) diskFailed(node, operation, why string) {
 	d.log.Error("a disk failed", "disk", disk, "host", host, "operation", operation, "err", why)
 	d.event(journal.Disk, "a disk failed", map[string]any{"disk": disk, "host": host, "operation": operation, "error": why})
 	if !secondarys {
-		d.live(lifeEvent{Kind: lvSick})
+		d.live(failover.Event{Kind: failover.EvGuestFailed})
 		return
 	}
 	l.stopSync(fmt.Sprintf("disk %s on %s: %s: %s", disk, host, operation, why)) // what is copied is not what the guest has
-	d.live(lifeEvent{Kind: lvReplica})
+	d.live(failover.Event{Kind: failover.EvReplica})
 }
 
 // ended reports whether this host has no say any more.
 func (l *pairLife) ended() bool {
-	return l.p != nil && l.p.State() >= lpOut || l.s != nil && l.s.State() >= lsOut
+	return l.p != nil && l.p.State() >= failover.PrimaryFenced || l.s != nil && l.s.State() >= failover.SecondaryFenced
 }
 
 func (l *pairLife) note(f DiskFault) {
@@ -195,7 +196,7 @@ func (d *Daemon) guestState(state string) {
 // then: its file system may have room again.
 func (d *Daemon) retryDisk() {
 	l := d.life
-	if l.p == nil || l.p.State() != lpSolo && l.p.State() != lpStart || l.retrying || time.Now().Before(l.retryAt) {
+	if l.p == nil || l.p.State() != failover.PrimarySolo && l.p.State() != failover.PrimaryStart || l.retrying || time.Now().Before(l.retryAt) {
 		return
 	}
 	l.retryAt, l.retrying = time.Now().Add(l.retry.take()), true
@@ -211,7 +212,7 @@ func (d *Daemon) retryDisk() {
 func (d *Daemon) guestGoesOn() {
 	l := d.life
 	l.ioError, l.told = false, false
-	d.live(lifeEvent{Kind: lvHealthy})
+	d.live(failover.Event{Kind: failover.EvGuestHealthy})
 }
 
 // guestDead: QEMU stopped the guest for a reason of the guest's own, which is no
@@ -222,7 +223,7 @@ func (d *Daemon) guestDead(why string) {
 	}
 	d.log.Error(why)
 	d.event(journal.QEMU, why, nil)
-	d.live(lifeEvent{Kind: lvSick})
+	d.live(failover.Event{Kind: failover.EvGuestFailed})
 }
 
 // guestOff: the guest powered off. Of the SVM that counts when the PVM has done so,
@@ -230,7 +231,7 @@ func (d *Daemon) guestDead(why string) {
 func (d *Daemon) guestOff() {
 	l := d.life
 	if l.p != nil {
-		d.live(lifeEvent{Kind: lvOff})
+		d.live(failover.Event{Kind: failover.EvPoweredOff})
 		return
 	}
 	if !l.svmOff {
@@ -300,9 +301,9 @@ func (d *Daemon) checkMasked() {
 			return
 		}
 		d.log.Warn("QEMU tells the guest that a write is done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
-		if l.p.State() == lpPair {
+		if l.p.State() == failover.PrimaryPair {
 			d.log.Error("writes that the secondary missed may have passed unseen")
-			d.live(lifeEvent{Kind: lvReplica})
+			d.live(failover.Event{Kind: failover.EvReplica})
 		}
 	})
 }
@@ -368,10 +369,10 @@ func (d *Daemon) watchEntry(ctx context.Context, every time.Duration) {
 }
 
 func (d *Daemon) entry(now arbiter.Record) {
-	if now.Speaker != d.opt.Node && now.Term > d.life.p.Term() && d.life.p.State() != lpClaim {
+	if now.Speaker != d.opt.Node && now.Term > d.life.p.Term() && d.life.p.State() != failover.PrimaryClaim {
 		d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
 	}
-	d.live(lifeEvent{Kind: lvEntry, Term: now.Term, OK: now.Speaker == d.opt.Node})
+	d.live(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == d.opt.Node})
 }
 
 // serialArbiter is an arbiter that several goroutines ask, one after the other.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -52,7 +53,7 @@ func (d *Daemon) replicateFirst() error {
 	}, func(err error) {
 		l.cancelSync, l.syncing = nil, qemu.Progress{}
 		d.opt.Progress(qemu.Progress{})
-		if err == nil && d.link == peer && l.p.State() == lpSync {
+		if err == nil && d.link == peer && l.p.State() == failover.PrimarySync {
 			if err := d.replicateTo(l.FirstStart == FirstCopy); err != nil {
 				d.fatal = err
 			}
@@ -64,7 +65,7 @@ func (d *Daemon) replicateFirst() error {
 			d.refuse("the images could not be compared: " + err.Error())
 			d.tryImagesAgain(peer)
 		}
-		d.live(lifeEvent{Kind: lvSynced})
+		d.live(failover.Event{Kind: failover.EvSynced})
 		if d.link != peer {
 			d.paired() // there was one meanwhile
 		}
@@ -148,7 +149,7 @@ func (l *pairLife) statusOfImages(s *Status) {
 	if s.Refused = l.refused; s.Refused == "" {
 		return
 	}
-	if l.p == nil && l.s.State() <= lsPair {
+	if l.p == nil && l.s.State() <= failover.SecondaryPair {
 		s.State = "start"
 	}
 	s.Detail = strings.TrimPrefix(s.Detail+"; "+s.Refused, "; ")

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"lockstep/control/checkpoint"
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 )
 
@@ -136,7 +137,7 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
 			d.post(func() {
 				if d.life == nil || !d.life.deaf {
-					d.live(lifeEvent{Kind: lvCOLOExit})
+					d.live(failover.Event{Kind: failover.EvCOLOExit})
 				}
 			})
 		default:
@@ -159,7 +160,7 @@ func (d *Daemon) ran(ev checkpoint.Event) {
 			return // the failover's own
 		}
 		if ev.Kind == checkpoint.EvResume {
-			defer d.live(lifeEvent{Kind: lvAwake})
+			defer d.live(failover.Event{Kind: failover.EvRuns})
 			defer d.guestGoesOn()
 		}
 	}

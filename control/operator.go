@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"time"
 
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 )
 
@@ -33,7 +34,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 			refused = errors.New("there is no QEMU to ask for one: the config names no qmp socket")
 		case !d.linkUp:
 			refused = fmt.Errorf("there is no session with %s", d.opt.Peer)
-		case d.life != nil && d.life.p.State() != lpPair:
+		case d.life != nil && d.life.p.State() != failover.PrimaryPair:
 			refused = errors.New("the guest does not replicate")
 		default:
 			from = d.primary.Serves()
@@ -61,7 +62,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 
 // until asks the controller again and again.
 func (d *Daemon) until(ctx context.Context, done func() bool) error {
-	ctx, cancel := context.WithTimeout(ctx, OrderTimeout)
+	ctx, cancel := context.WithTimeout(ctx, failover.OrderTimeout)
 	defer cancel()
 	tick := time.NewTicker(orderPoll)
 	defer tick.Stop()
@@ -117,7 +118,7 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error)
 	if err == nil {
 		err = d.life.outcome(d.opt.Peer)
 	} else if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", OrderTimeout)
+		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", failover.OrderTimeout)
 	}
 	return FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
 }
@@ -140,17 +141,17 @@ func (d *Daemon) loaded(ctx context.Context) (bool, error) {
 // done reports whether an order to fail over has come to an end.
 func (l *pairLife) done() bool {
 	if l.p != nil {
-		return l.p.State() == lpSolo || l.p.State() >= lpOut
+		return l.p.State() == failover.PrimarySolo || l.p.State() >= failover.PrimaryFenced
 	}
-	return l.s.State() >= lsSolo
+	return l.s.State() >= failover.SecondarySolo
 }
 
 // outcome is nil when this host transmits alone.
 func (l *pairLife) outcome(peer string) error {
 	switch {
-	case l.p != nil && l.p.State() == lpSolo, l.s != nil && l.s.State() == lsSolo:
+	case l.p != nil && l.p.State() == failover.PrimarySolo, l.s != nil && l.s.State() == failover.SecondarySolo:
 		return nil
-	case l.p != nil && l.p.State() == lpOff, l.s != nil && l.s.State() == lsOff:
+	case l.p != nil && l.p.State() == failover.PrimaryOff, l.s != nil && l.s.State() == failover.SecondaryOff:
 		return ErrPoweredOff
 	}
 	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
@@ -161,10 +162,10 @@ func (l *pairLife) outcome(peer string) error {
 func (d *Daemon) orderFailover(force, loaded bool) error {
 	if p := d.life.p; p != nil {
 		switch p.State() {
-		case lpStart, lpPair:
-			d.live(lifeEvent{Kind: lvTakeOver})
+		case failover.PrimaryStart, failover.PrimaryPair:
+			d.live(failover.Event{Kind: failover.EvTakeOver})
 			return nil
-		case lpSolo:
+		case failover.PrimarySolo:
 			return errors.New("this host transmits alone already")
 		}
 		return fmt.Errorf("not now: the pair is in state %q", d.ownStatus().State)
@@ -175,7 +176,7 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 		echoed = max(echoed, n.dp.LastEcho())
 	}
 	switch {
-	case s.State() != lsPair:
+	case s.State() != failover.SecondaryPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
 	case !s.Covered() && !force:
 		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
@@ -184,7 +185,7 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 	case !s.MayTakeOver(echoed, true):
 		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
-	d.live(lifeEvent{Kind: lvTakeOver, OK: force})
+	d.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
 	return nil
 }
 
@@ -192,7 +193,7 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 func obey[T any](f func(context.Context, *http.Request) (T, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// Longer than what is only told.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(OrderTimeout + askTimeout))
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(failover.OrderTimeout + askTimeout))
 		v, err := f(r.Context(), r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 )
@@ -198,7 +199,7 @@ func (d *Daemon) peersOverlays(m message) {
 		}
 	}
 	l.overlays = m.Overlays
-	if m.Cause != "" && l.p.State() == lpPair {
+	if m.Cause != "" && l.p.State() == failover.PrimaryPair {
 		d.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
@@ -262,11 +263,11 @@ func (d *Daemon) noRoom(dir, why string) *backoff {
 // known.
 func (d *Daemon) outOfRoom(disk string) {
 	l := d.life
-	if l == nil || l.s == nil || l.s.State() > lsPair && l.s.State() != lsOut {
+	if l == nil || l.s == nil || l.s.State() > failover.SecondaryPair && l.s.State() != failover.SecondaryFenced {
 		return // of a host that takes over or speaks it is the guest that counts
 	}
 	if d.noteFull(disk) {
-		d.live(lifeEvent{Kind: lvSick})
+		d.live(failover.Event{Kind: failover.EvGuestFailed})
 	}
 }
 

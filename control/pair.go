@@ -19,6 +19,7 @@ import (
 	"lockstep/control/arbiter"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -28,7 +29,7 @@ import (
 // Life is what a daemon needs to begin a pair and to end it: an arbiter,
 // a place on disk for what it must not forget, and QEMU.
 type Life struct {
-	Begin   Begin
+	Begin   failover.Begin
 	Arbiter arbiter.Arbiter
 	Store   *state.Store
 	Timeout time.Duration // of a silent peer, before it counts as dead
@@ -71,7 +72,7 @@ const guardTicks = 1 << 24
 // lifeMachine is lifePrimary or lifeSecondary.
 type lifeMachine interface {
 	NextDeadline() int64
-	Step(now int64, ev lifeEvent) []lifeEffect
+	Step(now int64, ev failover.Event) []failover.Effect
 	Term() uint64
 	Sick() bool
 }
@@ -80,11 +81,11 @@ type lifeMachine interface {
 type pairLife struct {
 	Life
 	machine lifeMachine
-	p       *lifePrimary // one of the two
-	s       *lifeSecondary
+	p       *failover.Primary // one of the two
+	s       *failover.Secondary
 	orphan  bool        // P: of Begin, until a new QEMU is started
 	state   state.State // as it is on disk
-	queue   []lifeEvent
+	queue   []failover.Event
 	busy    bool // stepping
 
 	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
@@ -137,10 +138,10 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 	if l.again != (backoff{}) {
 		pl.tries.again = l.again
 	}
-	cfg, now := defaultLifeConfig(l.Timeout, o.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), o.NICs[0].Now()
-	cfg.noR26Entry = l.noR26Entry
+	cfg, now := failover.DefaultConfig(l.Timeout, o.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), o.NICs[0].Now()
+	cfg.NoR26Entry = l.noR26Entry
 	if l.doubt != 0 {
-		cfg.doubt = int64(l.doubt)
+		cfg.Doubt = int64(l.doubt)
 	}
 	if o.Role == datapath.RolePrimary {
 		pl.p = l.Begin.Primary(cfg, now)
@@ -154,7 +155,7 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 
 // live gives the life's machine an event, if there is one, and carries out what
 // follows.
-func (d *Daemon) live(ev lifeEvent) {
+func (d *Daemon) live(ev failover.Event) {
 	l := d.life
 	if l == nil {
 		return
@@ -170,7 +171,7 @@ func (d *Daemon) live(ev lifeEvent) {
 		for _, n := range d.nics {
 			ev.Echoed = max(ev.Echoed, n.dp.LastEcho())
 		}
-		for _, fx := range append([]lifeEffect(nil), l.machine.Step(d.now(), ev)...) {
+		for _, fx := range append([]failover.Effect(nil), l.machine.Step(d.now(), ev)...) {
 			if err := d.carryOutLife(fx); err != nil {
 				d.fatal = err
 				break
@@ -180,27 +181,27 @@ func (d *Daemon) live(ev lifeEvent) {
 	l.busy = false
 }
 
-func (d *Daemon) carryOutLife(fx lifeEffect) error {
+func (d *Daemon) carryOutLife(fx failover.Effect) error {
 	l := d.life
 	switch fx.Op {
-	case lxClaim:
+	case failover.OpClaim:
 		d.claim(fx.Term)
-	case lxShut:
+	case failover.OpShut:
 		if l.s != nil {
 			d.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
 		return d.each("shut", (*nic).shut)
-	case lxDead:
+	case failover.OpTellDead:
 		d.send(message{Type: "dead"})
-	case lxOut:
+	case failover.OpFenced:
 		d.out()
-	case lxOff:
+	case failover.OpPoweredOff:
 		return d.poweredOff()
-	case lxYield:
+	case failover.OpYield:
 		d.send(message{Type: "yield"})
-	case lxSync:
+	case failover.OpSync:
 		return d.replicate()
-	case lxPair:
+	case failover.OpPair:
 		l.tries.paired = time.Now()
 		d.event(journal.Sync, "the guest replicates", nil)
 		l.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
@@ -209,12 +210,12 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		}
 		d.tellEdges()
 		d.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
-	case lxUnpair:
+	case failover.OpUnpair:
 		d.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		l.stopSync("this host replicates no more")
 		l.tries.over()
 		return d.remember(func(st *state.State) { st.Covered = 0 })
-	case lxCovered:
+	case failover.OpTellCovered:
 		if err := d.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
 			return err
 		}
@@ -222,7 +223,7 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 		if l.edgesTold == d.link { // else tellEdges does it
 			d.send(message{Type: "covered", Record: fx.Term})
 		}
-	case lxQuiet:
+	case failover.OpQuiet:
 		d.log.Warn("the primary is gone: taking over")
 		d.event(journal.Failover, "the primary is gone", nil)
 		d.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
@@ -230,10 +231,10 @@ func (d *Daemon) carryOutLife(fx lifeEffect) error {
 			return err
 		}
 		d.askAwake()
-	case lxQEMU:
+	case failover.OpQEMU:
 		l.deaf = true
 		d.tellQEMU()
-	case lxSolo:
+	case failover.OpSolo:
 		if d.primary != nil {
 			return d.goAlone()
 		}
@@ -264,7 +265,7 @@ func (d *Daemon) tellQEMU() {
 		if err != nil {
 			d.log.Error("QEMU cannot take over", "err", err)
 		}
-		d.live(lifeEvent{Kind: lvQEMU, OK: err == nil})
+		d.live(failover.Event{Kind: failover.EvQEMU, OK: err == nil})
 	})
 }
 
@@ -310,7 +311,7 @@ func (d *Daemon) claim(term uint64) {
 		d.post(func() {
 			d.log.Info("the arbiter answered", "won", won, "record", now)
 			d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
-			d.live(lifeEvent{Kind: lvClaimed, OK: won, Term: now.Term})
+			d.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})
 }
@@ -449,7 +450,7 @@ func (d *Daemon) askAwake() {
 		return err
 	}, func(err error) {
 		if err == nil && running {
-			d.live(lifeEvent{Kind: lvAwake})
+			d.live(failover.Event{Kind: failover.EvRuns})
 		}
 	})
 }
@@ -483,7 +484,7 @@ func (d *Daemon) listen(cause string) error {
 	l.mute = 0
 	d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
 	d.event(journal.Failover, "the SVM is mute", nil)
-	d.live(lifeEvent{Kind: lvPeerDead})
+	d.live(failover.Event{Kind: failover.EvPeerDead})
 	return nil
 }
 
@@ -532,7 +533,7 @@ func (d *Daemon) replicateTo(resync bool) error {
 		if err == nil {
 			l.syncedOn = peer
 		}
-		d.live(lifeEvent{Kind: lvSynced, OK: err == nil})
+		d.live(failover.Event{Kind: failover.EvSynced, OK: err == nil})
 		if d.link != peer {
 			d.paired() // there was one meanwhile
 		}
@@ -578,15 +579,15 @@ func (d *Daemon) paired() {
 		if err != nil || d.link != peer || !d.linkUp {
 			return
 		}
-		if l.p.State() == lpPair && l.syncedOn == peer {
+		if l.p.State() == failover.PrimaryPair && l.syncedOn == peer {
 			return // the session in which the pair began, and only QMP's connection is new
 		}
 		ok := mode == "primary" && l.hello.COLO
 		if d.held(ok) {
 			return
 		}
-		d.live(lifeEvent{Kind: lvLinkUp, OK: ok})
-		if l.p.State() == lpPair && l.edgesTo != peer {
+		d.live(failover.Event{Kind: failover.EvLinkUp, OK: ok})
+		if l.p.State() == failover.PrimaryPair && l.edgesTo != peer {
 			d.tellEdges() // what was told on the link before this one may be lost
 		}
 	})
@@ -601,7 +602,7 @@ func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 	var unfit error
 	known := false
 	if err := d.ask(ctx, func() {
-		known = d.life.outOfReach && d.life.p.State() == lpPair
+		known = d.life.outOfReach && d.life.p.State() == failover.PrimaryPair
 		if d.qmp.conn != nil {
 			caps, unfit = d.life.caps, d.life.unfit
 		}
@@ -646,7 +647,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 		return
 	}
 	l.refused = ""
-	d.live(lifeEvent{Kind: lvLinkUp, Term: record})
+	d.live(failover.Event{Kind: failover.EvLinkUp, Term: record})
 	if err := d.remember(func(st *state.State) {
 		st.Replicated = true
 		if !l.s.Covered() {
@@ -660,7 +661,7 @@ func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
 	case pair:
 	case l.s.Covered():
 		// P has lost its guest, and says nothing before a new pair begins.
-		d.live(lifeEvent{Kind: lvPeerDead})
+		d.live(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
 		d.fatal = ErrAfresh // this SVM followed a PVM that is gone
 	}
@@ -672,18 +673,18 @@ func (d *Daemon) heardOf(m message) bool {
 	if l == nil {
 		return m.Type == "ping"
 	}
-	d.live(lifeEvent{Kind: lvHeard})
+	d.live(failover.Event{Kind: failover.EvReceived})
 	switch {
 	case m.Type == "ping":
 	case m.Type == "dead":
 		l.stopSync("the secondary's QEMU died")
-		d.live(lifeEvent{Kind: lvPeerDead})
+		d.live(failover.Event{Kind: failover.EvPeerDead})
 	case m.Type == "yield" && l.p != nil:
 		d.log.Warn("an operator has the secondary take over")
-		d.live(lifeEvent{Kind: lvYield})
+		d.live(failover.Event{Kind: failover.EvYield})
 	case m.Type == "covered" && l.s != nil:
 		covered := l.s.Covered()
-		d.live(lifeEvent{Kind: lvCovered, Term: m.Record})
+		d.live(failover.Event{Kind: failover.EvCovered, Term: m.Record})
 		if l.s.Covered() && !covered {
 			if err := d.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
 				d.fatal = err
@@ -695,14 +696,14 @@ func (d *Daemon) heardOf(m message) bool {
 			d.unlink(d.link, err) // not covered, then
 		}
 	case m.Type == "off" && l.s != nil:
-		d.live(lifeEvent{Kind: lvOff})
+		d.live(failover.Event{Kind: failover.EvPoweredOff})
 	case m.Type == "refused" && l.s != nil:
 		d.noteRefused(m.Cause)
 	case m.Type == "overlays" && l.p != nil:
 		d.peersOverlays(m)
 	case m.Type == "over" && l.s != nil:
 		d.log.Warn("the primary goes on without this secondary")
-		d.live(lifeEvent{Kind: lvOver})
+		d.live(failover.Event{Kind: failover.EvDismissed})
 	default:
 		return false
 	}
@@ -775,7 +776,7 @@ func (d *Daemon) linkLost(why error) {
 	}
 	l.stopSync(fmt.Sprintf("the control link was lost: %v", why))
 	var silent net.Error
-	d.live(lifeEvent{Kind: lvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
+	d.live(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
 }
 
 // qemuGone: this host's QEMU is.
@@ -788,10 +789,10 @@ func (d *Daemon) qemuGone(why string) {
 	d.event(journal.QEMU, "dead: "+why, nil)
 	if d.life.svmOff {
 		// One that ends with its guest: the primary's powers off as well, and says so.
-		time.AfterFunc(awaitOff, func() { d.post(func() { d.live(lifeEvent{Kind: lvQEMUDead}) }) })
+		time.AfterFunc(awaitOff, func() { d.post(func() { d.live(failover.Event{Kind: failover.EvQEMUDead}) }) })
 		return
 	}
-	d.live(lifeEvent{Kind: lvQEMUDead})
+	d.live(failover.Event{Kind: failover.EvQEMUDead})
 }
 
 // nextLife is when the life's machine wants to be asked again.
@@ -935,14 +936,14 @@ func (l *pairLife) status(s *Status) {
 	if l.p != nil {
 		s.Covered, s.Replication = l.p.Covered(), l.replication()
 		switch l.p.State() {
-		case lpStart:
+		case failover.PrimaryStart:
 			s.State, s.Detail = "start", l.tries.String()
-		case lpSolo:
+		case failover.PrimarySolo:
 			s.State, s.Detail = "solo", "nothing protects the guest"
 			for _, more := range []string{l.unended, l.tries.String()} {
 				s.Detail = strings.TrimSuffix(s.Detail+"; "+more, "; ")
 			}
-		case lpSync:
+		case failover.PrimarySync:
 			s.State, s.Detail = "start", "replication begins"
 			if l.p.WasSolo() {
 				s.State = "resync"
@@ -950,11 +951,11 @@ func (l *pairLife) status(s *Status) {
 			if l.syncing.Total > 0 {
 				s.Detail = l.syncing.String()
 			}
-		case lpClaim:
+		case failover.PrimaryClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"
-		case lpOut:
+		case failover.PrimaryFenced:
 			s.State, s.Detail = "failover", "another host speaks"
-		case lpOff:
+		case failover.PrimaryOff:
 			s.State, s.Detail = "off", "the guest powered off"
 		}
 		l.diskStatus(s)
@@ -962,13 +963,13 @@ func (l *pairLife) status(s *Status) {
 	}
 	s.Covered = l.s.Covered()
 	switch l.s.State() {
-	case lsWait:
+	case failover.SecondaryWait:
 		s.State = "start"
-	case lsClaim, lsEcho, lsLoad, lsQEMU, lsSolo:
+	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
 		s.State = "failover"
-	case lsOut:
+	case failover.SecondaryFenced:
 		s.State, s.Detail = "failover", "another host speaks"
-	case lsOff:
+	case failover.SecondaryOff:
 		s.State, s.Detail = "off", "the guest powered off"
 	}
 	l.diskStatus(s)

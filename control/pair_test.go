@@ -15,6 +15,7 @@ import (
 
 	"lockstep/control/arbiter"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/qemu"
 	"lockstep/control/qmptest"
 	"lockstep/control/state"
@@ -97,7 +98,7 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, datapath.Pinned{})
+		b, err := failover.Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, datapath.Pinned{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -17,6 +17,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 )
 
@@ -184,7 +185,7 @@ func (d *Daemon) offer(l *link, h hello) {
 		d.life.hello = h
 		// COLO may run already where somebody else has started it.
 		s.Record = d.life.p.Term()
-		s.Pair = d.life.p.State() == lpPair || d.life.p.State() == lpStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
+		s.Pair = d.life.p.State() == failover.PrimaryPair || d.life.p.State() == failover.PrimaryStart && d.qmp.conn != nil && d.qmp.info.colo == "primary"
 	}
 	s.Doubt = d.opt.QMP != "" && (!d.peerWhole || d.primary.InDoubt())
 	s.Sign = newSeed()

@@ -15,6 +15,7 @@ import (
 
 	"lockstep/control/arbiter"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 	"lockstep/control/qmptest"
 	"lockstep/control/state"
@@ -140,7 +141,7 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	other := p.holdMonitor()
 	p.end()
 	found := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
-	begin, err := Decide(datapath.RolePrimary, "alpha", "beta", state.State{Role: "primary", Term: a.now.Term, Covered: a.now.Term}, a.now, found)
+	begin, err := failover.Decide(datapath.RolePrimary, "alpha", "beta", state.State{Role: "primary", Term: a.now.Term, Covered: a.now.Term}, a.now, found)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"lockstep/control/failover"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
@@ -67,7 +68,7 @@ func (l *pairLife) replication() *Replication {
 	if r == (Replication{}) {
 		return nil
 	}
-	if l.tries.failed > 0 && l.p.State() != lpSync && l.p.State() != lpPair {
+	if l.tries.failed > 0 && l.p.State() != failover.PrimarySync && l.p.State() != failover.PrimaryPair {
 		r.Next = &l.tries.due
 	}
 	return &r
@@ -93,7 +94,7 @@ func (d *Daemon) held(follows bool) bool {
 		return true // endReplication comes back to it
 	}
 	left := time.Until(l.tries.due)
-	if left <= 0 || follows || l.p.State() != lpStart && l.p.State() != lpSolo {
+	if left <= 0 || follows || l.p.State() != failover.PrimaryStart && l.p.State() != failover.PrimarySolo {
 		return false
 	}
 	if l.tries.timer != nil {
@@ -118,14 +119,14 @@ func (d *Daemon) endReplication() {
 		}
 		return qemu.Cont(m) // it never ran: an operator has it begin alone
 	}, func(err error) {
-		if err == nil || l.p.State() != lpSolo {
+		if err == nil || l.p.State() != failover.PrimarySolo {
 			l.ending, l.unended = false, ""
 			l.endAgain.reset()
 			d.paired() // a session may have waited
 			return
 		}
 		if l.fencesUnended {
-			d.live(lifeEvent{Kind: lvQEMUDead})
+			d.live(failover.Event{Kind: failover.EvQEMUDead})
 			return
 		}
 		wait := l.endAgain.take()
@@ -148,5 +149,5 @@ func (d *Daemon) rescue(running bool, state string) {
 	}
 	l.orphan = false
 	d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
-	d.live(lifeEvent{Kind: lvTakeOver})
+	d.live(failover.Event{Kind: failover.EvTakeOver})
 }

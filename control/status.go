@@ -22,6 +22,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/config"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 )
 
 // Status is what a daemon says of itself.
@@ -434,7 +435,7 @@ func FetchFlows(ctx context.Context, path string) ([]Flow, error) {
 
 func call[T any](ctx context.Context, method, path, topic string) (v T, err error) {
 	client := http.Client{
-		Timeout: map[string]time.Duration{http.MethodGet: askTimeout, http.MethodPost: OrderTimeout + askTimeout}[method],
+		Timeout: map[string]time.Duration{http.MethodGet: askTimeout, http.MethodPost: failover.OrderTimeout + askTimeout}[method],
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		}},

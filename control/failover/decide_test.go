@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package failover
 
 import (
 	"strings"
@@ -27,16 +27,16 @@ func TestDecide(t *testing.T) {
 	}{
 		{name: "the speaker, after a boot", role: datapath.RolePrimary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
 		{name: "whatever the command line says", role: datapath.RoleSecondary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
-		{name: "alone", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+		{name: "alone", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
 		{name: "with an S that may take over", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair, covered: true}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair, covered: true}},
 		{name: "with an S that may not yet", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair}},
 		{name: "covered for an earlier term", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair}},
 		{name: "shut", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut}, want: Begin{Role: datapath.RolePrimary}},
 		{name: "took over, not yet promoted", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeSolo},
-			want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
 		{name: "won, and died before it spoke", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
 			want: Begin{Role: datapath.RoleSecondary, covered: true, takeOver: true}},
 		{name: "won with a guest that is not the one that was covered", role: datapath.RoleSecondary, rec: alpha, st: state.State{Role: "secondary", Term: 4}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},

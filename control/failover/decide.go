@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package failover
 
 import (
 	"fmt"
@@ -19,7 +19,7 @@ type Begin struct {
 	Discard bool
 	Record  arbiter.Record // the pair's
 
-	primary  lpState
+	primary  PrimaryState
 	covered  bool
 	takeOver bool // S: the daemon before this one had begun to, and could not end it
 	keep     bool // a guest that runs may be the only one that knows what clients were told
@@ -92,9 +92,9 @@ func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Be
 		// are nobody knows.
 		b.Discard, b.keep = true, true
 	case found.Mode == datapath.ModeSolo:
-		b.primary = lpSolo
+		b.primary = PrimarySolo
 	case found.Mode == datapath.ModeHold:
-		b.primary, b.covered = lpPair, st.Covered == rec.Term
+		b.primary, b.covered = PrimaryPair, st.Covered == rec.Term
 	}
 	return b
 }
@@ -102,7 +102,7 @@ func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Be
 // HasGuest reports whether the daemon before this one had a guest, so that its absence is
 // its death.
 func (b *Begin) HasGuest() bool {
-	return b.primary != lpStart || b.Role == datapath.RoleSecondary && b.covered
+	return b.primary != PrimaryStart || b.Role == datapath.RoleSecondary && b.covered
 }
 
 // Orphan reports whether a guest that runs here is one that clients know, while nothing in
@@ -113,15 +113,15 @@ func (b *Begin) Orphan() bool { return b.orphan }
 func (b *Begin) ResumesTakeOver() bool { return b.takeOver }
 
 // Primary is P's machine as it begins at now, boottime ns.
-func (b *Begin) Primary(cfg lifeConfig, now int64) *lifePrimary {
-	return newLifePrimary(cfg, b.Record.Term, b.primary, b.covered, now)
+func (b *Begin) Primary(cfg Config, now int64) *Primary {
+	return NewPrimary(cfg, b.Record.Term, b.primary, b.covered, now)
 }
 
 // Secondary is S's machine as it begins at now, boottime ns, on the node self.
-func (b *Begin) Secondary(cfg lifeConfig, self string, now int64) *lifeSecondary {
+func (b *Begin) Secondary(cfg Config, self string, now int64) *Secondary {
 	term := b.Record.Term
 	if b.takeOver && b.Record.Speaker == self {
 		term-- // the pair's
 	}
-	return newLifeSecondary(cfg, term, b.covered, now)
+	return NewSecondary(cfg, term, b.covered, now)
 }
