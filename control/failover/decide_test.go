@@ -45,7 +45,7 @@ func TestDecide(t *testing.T) {
 			want: Begin{Role: datapath.RolePrimary, Discard: true, orphan: true}},
 		{name: "an earlier speaker's, whose tables are gone", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 3},
 			want: Begin{Role: datapath.RolePrimary, Discard: true}},
-		{name: "an old primary in its old role", role: datapath.RolePrimary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}, err: "beta speaks for the guest"},
+		{name: "an old primary in its old role", role: datapath.RolePrimary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}, err: "beta transmits for the guest"},
 		{name: "an old primary that follows", role: datapath.RoleSecondary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "a new secondary", role: datapath.RoleSecondary, rec: beta, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "before there is a primary", role: datapath.RoleSecondary, want: Begin{Role: datapath.RoleSecondary, Discard: true}},

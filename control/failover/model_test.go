@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// lifeModel is two hosts with their kernels, QEMUs and daemons, the links between
+// model is two hosts with their kernels, QEMUs and daemons, the links between
 // them and the arbiter, driven by a seed. What it checks at all times: never two
-// speakers, and none that P's last commit does not cover.
+// transmitters, and none that P's last commit does not cover.
 type model struct {
 	rng   *rand.Rand
 	cfg   Config
@@ -25,14 +25,14 @@ type model struct {
 
 	peerLink, control, arbiter bool
 	record                     modelEntry
-	waiting                    []func() // claims that the arbiter does not hear
+	waiting                    []func() // claims that do not reach the arbiter
 	host                       [2]modelHost
 	linked                     bool // a session holds
 	linkGen                    int
 	svmCovered                 bool // the truth: a commit in HOLD made the SVM a copy
-	forced                     bool // an operator has said that it need not be
+	forced                     bool // an operator has forced a takeover
 
-	off bool // S has heard, before it claimed, that the guest powered off
+	off bool // S was told, before it claimed, that the guest powered off
 
 	mask    bool // mutation: QEMU has a vote threshold of 1
 	broken  bool // S's replica of the disk takes no writes
@@ -51,7 +51,7 @@ type modelEntry struct {
 	speaker int
 }
 
-// lifeHost is one side: 0 is P, 1 is S.
+// modelHost is one side: 0 is P, 1 is S.
 type modelHost struct {
 	p       *Primary
 	s       *Secondary
@@ -60,12 +60,12 @@ type modelHost struct {
 	missed  []Event
 	qemu    bool
 	mode    datapath.Mode
-	until   int64 // P's kernel: speaks before it
+	until   int64 // P's kernel: transmits before it
 	echoed  int64 // this host's clock
 	covered bool  // on disk
 }
 
-const lifeRun = int64(20 * time.Second)
+const modelRun = int64(20 * time.Second)
 
 func (m *model) clock(h int) int64 { return int64(float64(m.now) * m.host[h].rate) }
 
@@ -122,13 +122,13 @@ func (m *model) carryOut(h int, e Effect) {
 		}
 	case OpSolo:
 		if h == 1 && x.qemu && !m.svmCovered && !m.forced {
-			m.fault = "the SVM speaks, and no commit covers it"
+			m.fault = "the SVM transmits, and no commit covers it"
 		}
 		if h == 1 && x.qemu && m.missed {
-			m.fault = "the SVM speaks, and its disk lacks a confirmed write"
+			m.fault = "the SVM transmits, and its disk lacks a confirmed write"
 		}
 		if h == 1 && m.off {
-			m.fault = "the SVM speaks, and its guest has powered off"
+			m.fault = "the SVM transmits, and its guest has powered off"
 		}
 		if h == 0 {
 			m.detached()
@@ -287,9 +287,9 @@ func (m *model) echo() {
 
 func (m *model) check() {
 	p, s := &m.host[0], &m.host[1]
-	speaks := p.mode == datapath.ModeSolo || p.mode == datapath.ModeHold && m.now < p.until
-	if speaks && p.qemu && s.mode == datapath.ModeSolo && s.qemu && m.fault == "" {
-		m.fault = "two speakers"
+	transmits := p.mode == datapath.ModeSolo || p.mode == datapath.ModeHold && m.now < p.until
+	if transmits && p.qemu && s.mode == datapath.ModeSolo && s.qemu && m.fault == "" {
+		m.fault = "two hosts transmit"
 	}
 }
 
@@ -454,7 +454,7 @@ func runLifeOn(seed uint64, mask bool, change func(*Config)) *model {
 		}
 	})
 	m.after(int64(time.Second), func() { every(int64(100+rng.IntN(7000))*int64(time.Millisecond), m.trouble) })
-	for m.now < lifeRun && m.fault == "" {
+	for m.now < modelRun && m.fault == "" {
 		i := 0
 		for k := range m.queue {
 			if m.queue[k].at < m.queue[i].at {
@@ -472,7 +472,7 @@ func runLifeOn(seed uint64, mask bool, change func(*Config)) *model {
 
 func (e Event) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed",
+		"", "tick", "link-up", "link-down", "received", "peer-dead", "dismissed", "qemu-dead", "colo-exit", "take-over", "claimed",
 		"sick", "healthy", "off", "synced", "yield", "committed", "doubt", "replica", "entry", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
@@ -484,7 +484,7 @@ func (e Effect) String() string {
 }
 
 // TestLifeSchedules: whatever goes wrong in whatever order, there are never two
-// speakers, and none that is not covered.
+// transmitters, and none that is not covered.
 func TestLifeSchedules(t *testing.T) {
 	takeovers, solos, paired := 0, 0, 0
 	for seed := range uint64(3000) {
