@@ -30,6 +30,7 @@ import (
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
@@ -199,8 +200,8 @@ type Daemon struct {
 	requested   atomic.Uint64 // by anyone
 	committed   uint64
 	waiting     []request // causes of the next attempt
-	causes      []Cause
-	attempts    []Checkpoint
+	causes      []api.Cause
+	attempts    []api.Checkpoint
 	attemptNow  []request // causes of the attempt under way
 	attemptAt   int64
 	unservedLog time.Time
@@ -329,7 +330,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Info("control link", "address", control.Addr())
 	}
 	if d.opt.StatusSocket != "" {
-		if status, err = listenStatus(ctx, d.opt.StatusSocket); err != nil {
+		if status, err = api.Listen(ctx, d.opt.StatusSocket); err != nil {
 			return err
 		}
 		defer status.Close()
@@ -361,7 +362,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	start(func() error { return d.sweep(ctx) })
 	if status != nil {
-		start(func() error { return d.serveStatus(ctx, status) })
+		start(func() error { return api.Serve(ctx, status, d, d.log) })
 	}
 	if d.opt.QMP != "" {
 		start(func() error { d.watchQEMU(ctx); return nil })
@@ -512,7 +513,7 @@ func (d *Daemon) wanted(r request) {
 
 // note keeps a request in mind for the attempt that serves it, and for status.
 func (d *Daemon) note(r request) {
-	c := Cause{At: r.at, Reason: r.reason, Flow: r.flow}
+	c := api.Cause{At: r.at, Reason: r.reason, Flow: r.flow}
 	if r.nic >= 0 {
 		c.NIC = &r.nic
 	}
@@ -652,7 +653,7 @@ func (d *Daemon) attempt(fx checkpoint.Effect) {
 		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
 	}
 	d.attemptNow, d.waiting = d.waiting, nil
-	c := Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
+	c := api.Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
 	for _, r := range d.attemptNow {
 		c.Flow = cmp.Or(c.Flow, r.flow)
 	}

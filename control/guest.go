@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
@@ -22,16 +23,6 @@ import (
 // somebody starts it.
 var ErrPoweredOff = errors.New("the guest powered off")
 
-// DiskFault is something that a replica of a disk did not do.
-type DiskFault struct {
-	Disk      string    `json:"disk"`
-	Host      string    `json:"host"`      // the node whose replica it is
-	Operation string    `json:"operation"` // "read", "write", "flush"
-	Error     string    `json:"error"`
-	Count     uint64    `json:"count"` // of this disk, host and operation; QEMU reports one a second at most
-	At        time.Time `json:"at"`    // the last one
-}
-
 const (
 	// lateReport is how much later than BLOCK_IO_ERROR QEMU may report which replica
 	// failed: it emits QUORUM_REPORT_BAD once a second at most.
@@ -45,7 +36,7 @@ const (
 
 // guestLife is what is known of the guest's own state.
 type guestLife struct {
-	faults   []DiskFault
+	faults   []api.DiskFault
 	ioError  bool // QEMU stopped the guest because a disk failed
 	told     bool // which replica that was
 	masked   []string
@@ -124,7 +115,7 @@ func (d *Daemon) diskFailed(node, operation, why string) {
 		host = d.opt.Peer
 	}
 	l.told = true
-	l.note(DiskFault{Disk: disk, Host: host, Operation: operation, Error: why, At: time.Now()})
+	l.note(api.DiskFault{Disk: disk, Host: host, Operation: operation, Error: why, At: time.Now()})
 	d.log.Error("a disk failed", "disk", disk, "host", host, "operation", operation, "err", why)
 	d.event(journal.Disk, "a disk failed", map[string]any{"disk": disk, "host": host, "operation": operation, "error": why})
 	if !secondarys {
@@ -140,7 +131,7 @@ func (l *pairLife) ended() bool {
 	return l.p != nil && l.p.State() >= failover.PrimaryFenced || l.s != nil && l.s.State() >= failover.SecondaryFenced
 }
 
-func (l *pairLife) note(f DiskFault) {
+func (l *pairLife) note(f api.DiskFault) {
 	for i := range l.faults {
 		if x := &l.faults[i]; x.Disk == f.Disk && x.Host == f.Host && x.Operation == f.Operation {
 			f.Count = x.Count + 1
@@ -262,8 +253,8 @@ func (d *Daemon) poweredOff() error {
 }
 
 // diskStatus adds what is wrong with the disks and the guest to a status.
-func (l *pairLife) diskStatus(s *Status) {
-	s.DiskFaults = append([]DiskFault{}, l.faults...)
+func (l *pairLife) diskStatus(s *api.Status) {
+	s.DiskFaults = append([]api.DiskFault{}, l.faults...)
 	s.MaskedDisks, s.Unmerged = l.masked, l.state.Unmerged
 	if l.ioError {
 		s.Detail = "the guest stands still"

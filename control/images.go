@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
@@ -145,7 +146,7 @@ func (d *Daemon) tryImagesAgain(peer *link) {
 }
 
 // statusOfImages adds why replication does not begin.
-func (l *pairLife) statusOfImages(s *Status) {
+func (l *pairLife) statusOfImages(s *api.Status) {
 	if s.Refused = l.refused; s.Refused == "" {
 		return
 	}

@@ -6,9 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/qmp"
 )
@@ -23,7 +23,7 @@ const (
 
 // Checkpoint orders a checkpoint and returns it when it is committed, or has failed
 // for good.
-func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
+func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 	var refused error
 	var from uint32 // the first attempt that has all that the guest did until now
 	if err := d.ask(ctx, func() {
@@ -41,13 +41,13 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 			d.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
-		return Checkpoint{}, errors.Join(err, refused)
+		return api.Checkpoint{}, errors.Join(err, refused)
 	}
-	var done *Checkpoint
+	var done *api.Checkpoint
 	err := d.until(ctx, func() bool {
 		for i := range d.attempts {
 			if a := &d.attempts[i]; a.Epoch >= from && a.Result == "committed" {
-				done = new(Checkpoint)
+				done = new(api.Checkpoint)
 				*done = *a
 				return true
 			}
@@ -55,7 +55,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 		return false
 	})
 	if err != nil {
-		return Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
+		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
 	}
 	return *done, nil
 }
@@ -79,35 +79,28 @@ func (d *Daemon) until(ctx context.Context, done func() bool) error {
 	}
 }
 
-// FailoverDone tells what came of a failover.
-type FailoverDone struct {
-	Node    string  `json:"node"`   // that was asked
-	Result  string  `json:"result"` // "transmits alone"
-	Seconds float64 `json:"seconds"`
-}
-
 // Failover has this host transmit alone: as the primary it goes on without the
 // secondary, as the secondary it takes over. Without force a takeover that loses
 // what the guest has sent is refused. An error says what came of it in its place.
-func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error) {
+func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, error) {
 	began := time.Now()
 	if d.life == nil {
-		return FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
+		return api.FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
 	}
 	// Asked before anybody is muted.
 	if _, err := d.life.Arbiter.Read(ctx); err != nil {
-		return FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
+		return api.FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
 	}
 	loaded := false
 	if d.life.s != nil && force {
 		var err error
 		if loaded, err = d.loaded(ctx); err != nil {
-			return FailoverDone{}, err
+			return api.FailoverDone{}, err
 		}
 	}
 	var refused error
 	if err := d.ask(ctx, func() { refused = d.orderFailover(force, loaded) }); err != nil || refused != nil {
-		return FailoverDone{}, errors.Join(err, refused)
+		return api.FailoverDone{}, errors.Join(err, refused)
 	}
 	err := d.until(ctx, func() bool { return d.life.done() })
 	select {
@@ -120,7 +113,7 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error)
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", failover.OrderTimeout)
 	}
-	return FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
+	return api.FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
 }
 
 // loaded reports whether the SVM is one that could go on (S): it follows a PVM, and is
@@ -187,32 +180,4 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 	}
 	d.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
 	return nil
-}
-
-// obey answers a POST.
-func obey[T any](f func(context.Context, *http.Request) (T, error)) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Longer than what is only told.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(failover.OrderTimeout + askTimeout))
-		v, err := f(r.Context(), r)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusConflict)
-			return
-		}
-		reply(w, v)
-	})
-}
-
-// OrderCheckpoint asks the daemon behind the status socket path for a checkpoint.
-func OrderCheckpoint(ctx context.Context, path string) (Checkpoint, error) {
-	return call[Checkpoint](ctx, http.MethodPost, path, "checkpoint")
-}
-
-// OrderFailover has the daemon's host speak alone.
-func OrderFailover(ctx context.Context, path string, force bool) (FailoverDone, error) {
-	topic := "failover"
-	if force {
-		topic += "?force=1"
-	}
-	return call[FailoverDone](ctx, http.MethodPost, path, topic)
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
@@ -19,18 +20,6 @@ import (
 // A secondary's overlays hold what the guests wrote since the last checkpoint, which
 // empties them. S watches the room that they have, and asks P for a checkpoint in time:
 // full overlays stop the SVM, or lose what the PVM wrote.
-
-// OverlayStatus is about a file system that holds a secondary's overlays.
-type OverlayStatus struct {
-	Node           string   `json:"node"` // the secondary, or a host that took over and has not merged them yet
-	Dir            string   `json:"overlay_dir"`
-	Disks          []string `json:"disks"`
-	UsedBytes      int64    `json:"used_bytes"` // by the overlays
-	FreeBytes      int64    `json:"free_bytes"` // left for them
-	BytesPerSecond float64  `json:"bytes_per_second"`
-	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: for ever
-	Trouble        string   `json:"trouble,omitempty"`       // why a secondary could not start, or came to an end
-}
 
 const (
 	overlayEvery = 250 * time.Millisecond // between two looks at the room
@@ -58,7 +47,7 @@ type overlayWatch struct {
 
 // sample takes in what is there now. ask: a checkpoint is wanted, because of the
 // overlay_dir it names.
-func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []OverlayStatus, ask string) {
+func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []api.OverlayStatus, ask string) {
 	if w.used == nil {
 		w.used, w.rate, w.asked, w.least = make(map[string]int64), make(map[string]float64), make(map[string]int64), make(map[string]int64)
 	}
@@ -78,7 +67,7 @@ func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []Over
 			}
 			w.rate[o.Dir] += (grown/dt - w.rate[o.Dir]) * (1 - math.Exp(-dt/settle))
 		}
-		s := OverlayStatus{Node: w.node, Dir: o.Dir, Disks: o.Disks, UsedBytes: o.Used, FreeBytes: o.Free, BytesPerSecond: math.Round(w.rate[o.Dir])}
+		s := api.OverlayStatus{Node: w.node, Dir: o.Dir, Disks: o.Disks, UsedBytes: o.Used, FreeBytes: o.Free, BytesPerSecond: math.Round(w.rate[o.Dir])}
 		lasts := math.Inf(1)
 		if s.BytesPerSecond > 0 {
 			lasts = float64(o.Free) / s.BytesPerSecond
@@ -159,7 +148,7 @@ func (d *Daemon) watchOverlays(ctx context.Context) {
 
 // overlaysAre takes what was seen of the overlays, and tells P (S). A host that took over
 // has them until they are merged, and no checkpoint empties them.
-func (d *Daemon) overlaysAre(all []OverlayStatus, ask string, tell bool) {
+func (d *Daemon) overlaysAre(all []api.OverlayStatus, ask string, tell bool) {
 	l := d.life
 	if l.p != nil {
 		if l.own = nil; l.state.Unmerged {
@@ -192,7 +181,7 @@ func (d *Daemon) overlaysAre(all []OverlayStatus, ask string, tell bool) {
 func (d *Daemon) peersOverlays(m message) {
 	l := d.life
 	for _, o := range m.Overlays {
-		known := slices.ContainsFunc(l.overlays, func(k OverlayStatus) bool { return k.Trouble == o.Trouble })
+		known := slices.ContainsFunc(l.overlays, func(k api.OverlayStatus) bool { return k.Trouble == o.Trouble })
 		if o.Trouble != "" && !known {
 			d.log.Error("the secondary has no room", "why", o.Trouble)
 			d.event(journal.Disk, o.Trouble, nil)
@@ -204,22 +193,12 @@ func (d *Daemon) peersOverlays(m message) {
 	}
 }
 
-func describeOverlays(all []OverlayStatus) string {
+func describeOverlays(all []api.OverlayStatus) string {
 	var words []string
 	for i := range all {
 		words = append(words, all[i].String())
 	}
 	return strings.Join(words, "; ")
-}
-
-// String tells how much room there is and how long it lasts.
-func (o *OverlayStatus) String() string {
-	lasts := "and they do not grow"
-	if o.LastsSeconds != nil {
-		lasts = fmt.Sprintf("full in %.0f s at %.1f MiB/s", *o.LastsSeconds, o.BytesPerSecond/(1<<20))
-	}
-	return fmt.Sprintf("%s on %s: %.1f MiB used, %.1f MiB left in %s, %s", strings.Join(o.Disks, ", "), o.Node,
-		float64(o.UsedBytes)/(1<<20), float64(o.FreeBytes)/(1<<20), o.Dir, lasts)
 }
 
 // startGuest is ensureGuest's; but a secondary without room for its overlays waits for
@@ -318,7 +297,7 @@ func (d *Daemon) endPart(end error) {
 }
 
 // statusOfOverlays adds what is known of the secondary's overlays.
-func (l *pairLife) statusOfOverlays(s *Status) {
+func (l *pairLife) statusOfOverlays(s *api.Status) {
 	s.Overlays = append(s.Overlays, l.own...)
 	for _, o := range l.overlays {
 		if l.p == nil || s.Peer.Connected || o.Trouble != "" {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
@@ -101,10 +102,10 @@ type pairLife struct {
 	said     uint64 // P: records of the SVM until the last commit
 	mute     int    // P: commits in a row without one
 
-	imagesRetry backoff         // P: of comparisons that could not be made
-	overlays    []OverlayStatus // the secondary's
-	own         []OverlayStatus // P: those that are not merged yet
-	pause       *backoff        // S: before the next one may begin; nil: at once
+	imagesRetry backoff             // P: of comparisons that could not be made
+	overlays    []api.OverlayStatus // the secondary's
+	own         []api.OverlayStatus // P: those that are not merged yet
+	pause       *backoff            // S: before the next one may begin; nil: at once
 
 	sizing     sync.Mutex
 	sizes      []int64       // of the disks; nil: not asked for yet
@@ -927,7 +928,7 @@ func (l *pairLife) diskSizes() ([]int64, error) {
 }
 
 // status tells where the pair's life is.
-func (l *pairLife) status(s *Status) {
+func (l *pairLife) status(s *api.Status) {
 	s.Record = l.machine.Term()
 	defer func() {
 		l.statusOfImages(s)

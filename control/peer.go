@@ -27,7 +27,7 @@ const maxStrangers = 8
 // party is what this daemon tells of itself, its term left out.
 func (d *Daemon) party() party {
 	p := party{
-		Version: linkVersion, VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role),
+		Version: Version, VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role),
 		QMP: d.opt.QMP != "", Config: d.opt.ConfigDigest,
 	}
 	for _, n := range d.nics {

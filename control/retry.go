@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -60,12 +61,12 @@ func (t *tries) lasts() {
 }
 
 // replication tells of what begins, or of what came of the tries so far; nil: nothing.
-func (l *pairLife) replication() *Replication {
-	r := Replication{
+func (l *pairLife) replication() *api.Replication {
+	r := api.Replication{
 		What: l.syncing.What, Done: l.syncing.Done, Total: l.syncing.Total, Rate: l.syncing.Rate, Dirtied: l.syncing.Dirtied,
 		Failed: l.tries.failed, Why: l.tries.why,
 	}
-	if r == (Replication{}) {
+	if r == (api.Replication{}) {
 		return nil
 	}
 	if l.tries.failed > 0 && l.p.State() != failover.PrimarySync && l.p.State() != failover.PrimaryPair {
