@@ -160,43 +160,18 @@ type machine interface {
 	State() (word, detail string)
 }
 
-// Daemon runs one host. What is not said to be otherwise is the controller's.
-type Daemon struct {
-	opt  Options
-	log  *slog.Logger
-	nics []*nic
-
-	inbox    chan func()
-	requests chan request
-	stopped  chan struct{} // closed when the controller has ended
-	work     sync.WaitGroup
-	ctx      context.Context
-	fatal    error
-
+// checkpoints makes this host's share in them, and remembers what was asked for and what
+// came of it.
+type checkpoints struct {
+	d         *Daemon
 	machine   machine
 	primary   *checkpoint.Primary   // one of the two
 	secondary *checkpoint.Secondary // is machine
 	queue     []checkpoint.Event
 	stepping  bool
+	stopDrain context.CancelFunc
 
-	epoch, term uint32
-	adopted     bool  // all NICs go on from one daemon's tables
-	sessions    int   // made so far
-	link        *link // nil: none
-	linkUp      bool  // its session holds
-	linkSince   time.Time
-	linkErr     string
-	refusals    int // P: connections, since the last line of log about them
-	refusalLog  time.Time
-	peerAddr    string
-	peerParty   party
-	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way
-	peerWhole   bool          // P: what S said of its tables, until its session is ok
-	stopDrain   context.CancelFunc
-
-	qmp  monitor
-	life *pairLife // nil: the pair does not end by itself
-
+	requests    chan request
 	requested   atomic.Uint64 // by anyone
 	committed   uint64
 	waiting     []request // causes of the next attempt
@@ -208,6 +183,31 @@ type Daemon struct {
 	unserved    uint64
 }
 
+// Daemon runs one host. What is not said to be otherwise is the controller's.
+type Daemon struct {
+	opt  Options
+	log  *slog.Logger
+	nics []*nic
+
+	inbox   chan func()
+	stopped chan struct{} // closed when the controller has ended
+	work    sync.WaitGroup
+	ctx     context.Context
+	fatal   error
+
+	epoch, term uint32 // the kernel's epoch, the key generation
+	recovered   bool   // all NICs go on from one daemon's tables
+
+	// The parts, each with what it knows.
+	ckpts checkpoints
+	peer  peerLink
+	qmp   monitor
+	life  *pairLife // nil: the pair does not end by itself
+	repl  replicator
+	guest guestWatch
+	room  overlayRoom
+}
+
 // New makes a daemon; Run works.
 func New(o Options) (*Daemon, error) {
 	if err := o.setDefaults(); err != nil {
@@ -215,9 +215,13 @@ func New(o Options) (*Daemon, error) {
 	}
 	d := &Daemon{
 		opt: o, log: o.Log.With("role", string(o.Role)),
-		inbox: make(chan func(), 64), requests: make(chan request, maxRequests), stopped: make(chan struct{}),
-		linkSince: time.Now(), qmp: monitor{path: o.QMP, info: qmpInfo{since: time.Now()}},
+		inbox: make(chan func(), 64), stopped: make(chan struct{}),
 	}
+	d.ckpts.d, d.ckpts.requests = d, make(chan request, maxRequests)
+	d.peer.d, d.peer.linkSince = d, time.Now()
+	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
+	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
+	d.guest.d, d.room.d = d, d
 	cfg := *o.ckpt
 	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
@@ -232,26 +236,26 @@ func New(o Options) (*Daemon, error) {
 	d.epoch = cfg.FirstEpoch
 	d.opt.Compare.Epoch = d.epoch
 	if o.Life != nil {
-		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
+		if d.life, err = newPairLife(*o.Life, d); err != nil {
 			return nil, err
 		}
 		cfg.Unpaired = d.life.p != nil && d.life.p.State() != failover.PrimaryPair
 	}
 	if o.Role == datapath.RolePrimary {
-		d.primary = checkpoint.NewPrimary(cfg)
-		d.machine = d.primary
+		d.ckpts.primary = checkpoint.NewPrimary(cfg)
+		d.ckpts.machine = d.ckpts.primary
 	} else {
-		d.secondary = checkpoint.NewSecondary(cfg)
+		d.ckpts.secondary = checkpoint.NewSecondary(cfg)
 		if found != nil {
-			d.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
+			d.ckpts.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
 		}
-		d.machine = d.secondary
+		d.ckpts.machine = d.ckpts.secondary
 	}
 	for i, dp := range o.NICs {
-		n := newNIC(i, dp, d.log, d.want)
+		n := newNIC(i, dp, d.log, d.ckpts.want)
 		n.keys = new(compare.Keys)
 		*n.keys = *keys
-		if d.primary != nil {
+		if d.isPrimary() {
 			n.primary = compare.NewPrimary(d.opt.Compare, n.keys)
 			n.core = n.primary
 		} else {
@@ -280,7 +284,7 @@ func (d *Daemon) found() *datapath.Recovered {
 		// digests under zeros are all the same.
 		whole = whole && a.Epoch == first.Epoch && a.Mode == first.Mode && a.Digest == first.Digest && a.Digest != (compare.Keys{})
 	}
-	d.adopted = whole
+	d.recovered = whole
 	if !whole {
 		return nil
 	}
@@ -312,11 +316,11 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}
 	}()
 	switch {
-	case d.adopted:
+	case d.recovered:
 		for _, n := range d.nics {
 			n.adopt(d.opt.Compare.Idle)
 		}
-	case d.primary != nil:
+	case d.isPrimary():
 		if err := d.ownKeys(); err != nil {
 			return err
 		}
@@ -339,7 +343,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
-	if err := d.startGuest(ctx); err != nil {
+	if err := d.qmp.startGuest(ctx); err != nil {
 		return err
 	}
 	for _, n := range d.nics {
@@ -356,22 +360,22 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	start(func() error { return d.control(ctx) })
 	start(func() error { d.watchOrder(ctx); return nil })
 	if control != nil {
-		start(func() error { return d.accept(ctx, control) })
+		start(func() error { return d.peer.accept(ctx, control) })
 	} else {
-		start(func() error { d.connect(ctx); return nil })
+		start(func() error { d.peer.connect(ctx); return nil })
 	}
 	start(func() error { return d.sweep(ctx) })
 	if status != nil {
 		start(func() error { return api.Serve(ctx, status, d, d.log) })
 	}
 	if d.opt.QMP != "" {
-		start(func() error { d.watchQEMU(ctx); return nil })
+		start(func() error { d.qmp.watchQEMU(ctx); return nil })
 	}
 	if d.life != nil && d.life.p != nil {
-		start(func() error { d.watchEntry(ctx, d.opt.entryEvery); return nil })
+		start(func() error { d.life.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
 	if l := d.life; l != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
-		start(func() error { d.watchOverlays(ctx); return nil })
+		start(func() error { d.room.watchOverlays(ctx); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)
 	err = <-ends
@@ -422,6 +426,9 @@ func (d *Daemon) ownKeys() error {
 	return nil
 }
 
+// isPrimary reports whether this host runs the PVM.
+func (d *Daemon) isPrimary() bool { return d.opt.Role == datapath.RolePrimary }
+
 // now is the boottime, ns.
 func (d *Daemon) now() int64 { return d.nics[0].dp.Now() }
 
@@ -451,23 +458,23 @@ func (d *Daemon) ask(ctx context.Context, f func()) error {
 func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
-		if d.link != nil {
-			d.link.flush() // the peer may have to hear why
-			d.link.close(context.Canceled)
+		if d.peer.link != nil {
+			d.peer.link.flush() // the peer may have to hear why
+			d.peer.link.close(context.Canceled)
 		}
 	}()
-	d.step(checkpoint.Event{Kind: checkpoint.EvTick})
+	d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
 	if d.life != nil && d.life.Begin.ResumesTakeOver() {
-		d.live(failover.Event{Kind: failover.EvTakeOver})
+		d.life.live(failover.Event{Kind: failover.EvTakeOver})
 	}
-	if d.adopted && d.fatal == nil {
+	if d.recovered && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
 		d.fatal = d.each("go on", (*nic).goOn)
 	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
-		if next := min(d.machine.NextDeadline(), d.nextLife()); next == math.MaxInt64 {
+		if next := min(d.ckpts.machine.NextDeadline(), d.life.nextLife()); next == math.MaxInt64 {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Duration(max(next-d.now(), 0)))
@@ -477,11 +484,11 @@ func (d *Daemon) control(ctx context.Context) error {
 			return nil
 		case f := <-d.inbox:
 			f()
-		case r := <-d.requests:
-			d.wanted(r)
+		case r := <-d.ckpts.requests:
+			d.ckpts.wanted(r)
 		case <-timer.C:
-			d.step(checkpoint.Event{Kind: checkpoint.EvTick})
-			d.live(failover.Event{Kind: failover.EvTick})
+			d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
+			d.life.live(failover.Event{Kind: failover.EvTick})
 		}
 	}
 	if ctx.Err() != nil {
@@ -491,34 +498,34 @@ func (d *Daemon) control(ctx context.Context) error {
 }
 
 // want takes a request for a checkpoint from any goroutine, and never blocks.
-func (d *Daemon) want(r request) {
-	d.requested.Add(1)
+func (ck *checkpoints) want(r request) {
+	ck.requested.Add(1)
 	select {
-	case d.requests <- r:
+	case ck.requests <- r:
 	default: // as many wait as are ever told apart
 	}
 }
 
-func (d *Daemon) wanted(r request) {
-	d.note(r)
-	if d.opt.QMP == "" || !d.linkUp {
+func (ck *checkpoints) wanted(r request) {
+	ck.note(r)
+	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
 		// Nobody to ask. A guest in a bad way asks without end.
-		if d.unserved++; time.Since(d.unservedLog) >= quietRequest {
-			d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", d.unserved, "qmp", d.opt.QMP != "", "peer", d.linkUp)
-			d.unservedLog, d.unserved = time.Now(), 0
+		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
+			ck.d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
+			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
-	d.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.reason})
+	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.reason})
 }
 
 // note keeps a request in mind for the attempt that serves it, and for status.
-func (d *Daemon) note(r request) {
+func (ck *checkpoints) note(r request) {
 	c := api.Cause{At: r.at, Reason: r.reason, Flow: r.flow}
 	if r.nic >= 0 {
 		c.NIC = &r.nic
 	}
-	d.causes = keepLast(append(d.causes, c))
-	d.waiting = keepLast(append(d.waiting, r))
+	ck.causes = keepLast(append(ck.causes, c))
+	ck.waiting = keepLast(append(ck.waiting, r))
 }
 
 func keepLast[T any](s []T) []T {
@@ -527,28 +534,28 @@ func keepLast[T any](s []T) []T {
 
 // step gives the machine an event and carries out what follows. Events that come
 // of it are taken in their turn.
-func (d *Daemon) step(ev checkpoint.Event) {
-	d.queue = append(d.queue, ev)
-	if d.stepping {
+func (ck *checkpoints) step(ev checkpoint.Event) {
+	ck.queue = append(ck.queue, ev)
+	if ck.stepping {
 		return
 	}
-	d.stepping = true
-	for len(d.queue) > 0 && d.fatal == nil {
-		ev := d.queue[0]
-		d.queue = slices.Delete(d.queue, 0, 1)
-		for _, fx := range d.machine.Step(d.now(), ev) {
-			if err := d.carryOut(fx); err != nil {
-				d.fatal = err
+	ck.stepping = true
+	for len(ck.queue) > 0 && ck.d.fatal == nil {
+		ev := ck.queue[0]
+		ck.queue = slices.Delete(ck.queue, 0, 1)
+		for _, fx := range ck.machine.Step(ck.d.now(), ev) {
+			if err := ck.carryOut(fx); err != nil {
+				ck.d.fatal = err
 				break
 			}
 		}
 	}
-	d.stepping = false
-	if d.life == nil || d.primary == nil {
+	ck.stepping = false
+	if ck.d.life == nil || !ck.d.isPrimary() {
 		return
 	}
-	if stuck := d.primary.Stuck(); stuck != (d.life.p.InDoubt()) {
-		d.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
+	if stuck := ck.primary.Stuck(); stuck != (ck.d.life.p.InDoubt()) {
+		ck.d.life.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
 	}
 }
 
@@ -563,26 +570,26 @@ func (d *Daemon) each(what string, f func(*nic) error) error {
 	return nil
 }
 
-func (d *Daemon) carryOut(fx checkpoint.Effect) error {
+func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	switch fx.Op {
 	case checkpoint.OpOpen:
-		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
-		return d.each("hold", func(n *nic) error {
+		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
+		return ck.d.each("hold", func(n *nic) error {
 			// Who spoke alone did so without a limit.
-			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
+			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.EchoEvery, ck.d.opt.SpeakFor))
 		})
 	case checkpoint.OpFreeze:
-		d.attemptAt = d.now()
-		return d.each("freeze", (*nic).freeze)
+		ck.attemptAt = ck.d.now()
+		return ck.d.each("freeze", (*nic).freeze)
 	case checkpoint.OpThaw:
-		return d.each("thaw", (*nic).thaw)
+		return ck.d.each("thaw", (*nic).thaw)
 	case checkpoint.OpPrepare:
-		d.attempt(fx)
-		d.send(message{Type: "prepare", Epoch: fx.Epoch})
+		ck.attempt(fx)
+		ck.d.peer.send(message{Type: "prepare", Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
-		d.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+		ck.d.peer.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
-		d.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
 			if err := m.Checkpoint(); err != nil {
 				ev.OK, ev.Cause = false, err.Error()
@@ -590,112 +597,112 @@ func (d *Daemon) carryOut(fx checkpoint.Effect) error {
 			return ev
 		})
 	case checkpoint.OpEpoch:
-		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
+		return ck.d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
 	case checkpoint.OpCOLO:
-		d.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			mode, err := m.COLO()
-			ev := checkpoint.Event{Kind: checkpoint.EvCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(d.opt.Role)}
+			ev := checkpoint.Event{Kind: checkpoint.EvCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(ck.d.opt.Role)}
 			if err != nil {
 				ev.Cause = err.Error()
 			} else if !ev.OK {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
 			}
-			if ev.OK && d.primary != nil && d.life != nil {
+			if ev.OK && ck.d.isPrimary() && ck.d.life != nil {
 				// Whatever was heard of the disks, their state decides (R24). A QEMU
 				// that does not answer may be dead: then S is the better host.
-				switch missing, err := qemu.Unreplicated(m, d.life.Disks); {
+				switch missing, err := qemu.Unreplicated(m, ck.d.life.Disks); {
 				case err != nil:
 					ev.OK, ev.Cause = false, err.Error()
 				case len(missing) > 0:
 					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
-					d.post(func() { d.live(failover.Event{Kind: failover.EvReplica}) })
+					ck.d.post(func() { ck.d.life.live(failover.Event{Kind: failover.EvReplica}) })
 				}
 			}
 			return ev
 		})
 	case checkpoint.OpCommit:
-		return d.commit(fx)
+		return ck.commit(fx)
 	case checkpoint.OpFailed:
-		d.attemptEnds(fx.Cause, fx)
-		d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
-		d.checkpointEvent()
+		ck.attemptEnds(fx.Cause, fx)
+		ck.d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+		ck.checkpointEvent()
 
 	case checkpoint.OpPark:
-		return d.each("park", (*nic).park)
+		return ck.d.each("park", (*nic).park)
 	case checkpoint.OpDrain:
-		d.drain(fx.Epoch)
+		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
-		d.send(message{Type: "ready", Epoch: fx.Epoch})
+		ck.d.peer.send(message{Type: "ready", Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
-		d.epoch = fx.Epoch
-		return d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+		ck.d.epoch = fx.Epoch
+		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
 	case checkpoint.OpReset:
-		return d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
+		return ck.d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
 	case checkpoint.OpStopped:
 		if fx.Epoch == 0 {
-			d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
+			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
-		d.send(message{Type: "stopped", Epoch: fx.Epoch})
+		ck.d.peer.send(message{Type: "stopped", Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		return d.each("unpark", (*nic).unpark)
+		return ck.d.each("unpark", (*nic).unpark)
 	case checkpoint.OpResumed:
-		d.committed++
-		d.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+		ck.committed++
+		ck.d.peer.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
 }
 
 // attempt notes that a checkpoint begins.
-func (d *Daemon) attempt(fx checkpoint.Effect) {
-	if len(d.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
+func (ck *checkpoints) attempt(fx checkpoint.Effect) {
+	if len(ck.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
 		// The machine's own wish: it has a doubt to end.
-		d.requested.Add(1)
-		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
+		ck.requested.Add(1)
+		ck.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
 	}
-	d.attemptNow, d.waiting = d.waiting, nil
+	ck.attemptNow, ck.waiting = ck.waiting, nil
 	c := api.Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
-	for _, r := range d.attemptNow {
+	for _, r := range ck.attemptNow {
 		c.Flow = cmp.Or(c.Flow, r.flow)
 	}
-	d.attempts = keepLast(append(d.attempts, c))
-	d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(d.attemptNow))
+	ck.attempts = keepLast(append(ck.attempts, c))
+	ck.d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
 }
 
-func (d *Daemon) attemptEnds(result string, fx checkpoint.Effect) {
-	if len(d.attempts) == 0 {
+func (ck *checkpoints) attemptEnds(result string, fx checkpoint.Effect) {
+	if len(ck.attempts) == 0 {
 		return
 	}
-	a := &d.attempts[len(d.attempts)-1]
+	a := &ck.attempts[len(ck.attempts)-1]
 	a.Result = result
-	a.FrozenMS = milliseconds(d.now() - d.attemptAt)
+	a.FrozenMS = milliseconds(ck.d.now() - ck.attemptAt)
 	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
 	if fx.Op == checkpoint.OpFailed {
 		// What it was for is still to be done.
-		d.waiting = keepLast(append(d.attemptNow, d.waiting...))
+		ck.waiting = keepLast(append(ck.attemptNow, ck.waiting...))
 	}
-	d.attemptNow = nil
+	ck.attemptNow = nil
 }
 
 // checkpointEvent notes the attempt that has just ended.
-func (d *Daemon) checkpointEvent() {
-	if len(d.attempts) == 0 {
+func (ck *checkpoints) checkpointEvent() {
+	if len(ck.attempts) == 0 {
 		return
 	}
-	a := &d.attempts[len(d.attempts)-1]
+	a := &ck.attempts[len(ck.attempts)-1]
 	fields := map[string]any{
 		"epoch": a.Epoch, "result": a.Result, "frozen_ms": a.FrozenMS, "pvm_pause_ms": a.PVMPauseMS, "svm_pause_ms": a.SVMPauseMS,
 	}
 	if a.Flow != "" {
 		fields["flow"] = a.Flow
 	}
-	d.event(journal.Checkpoint, a.Cause, fields)
+	ck.d.event(journal.Checkpoint, a.Cause, fields)
 }
 
 func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
-func (d *Daemon) commit(fx checkpoint.Effect) error {
+func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	inside := false
-	err := d.each("commit", func(n *nic) error {
+	err := ck.d.each("commit", func(n *nic) error {
 		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		inside = inside || in
 		return err
@@ -703,40 +710,40 @@ func (d *Daemon) commit(fx checkpoint.Effect) error {
 	if err != nil {
 		return err
 	}
-	d.epoch = fx.Epoch
-	d.committed++
-	d.attemptEnds("committed", fx)
-	a := d.attempts[len(d.attempts)-1]
-	d.checkpointEvent()
-	d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
+	ck.d.epoch = fx.Epoch
+	ck.committed++
+	ck.attemptEnds("committed", fx)
+	a := ck.attempts[len(ck.attempts)-1]
+	ck.checkpointEvent()
+	ck.d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
 	if inside {
-		d.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
+		ck.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
 	}
-	if d.life != nil {
-		d.life.tries.lasts()
+	if ck.d.life != nil {
+		ck.d.repl.tries.lasts()
 	}
-	d.live(failover.Event{Kind: failover.EvCommitted})
-	return d.listen(a.Cause)
+	ck.d.life.live(failover.Event{Kind: failover.EvCommitted})
+	return ck.d.life.listen(a.Cause)
 }
 
 // drain waits until the SVM has read what its taps hold.
-func (d *Daemon) drain(epoch uint32) {
-	if d.stopDrain != nil {
-		d.stopDrain()
+func (ck *checkpoints) drain(epoch uint32) {
+	if ck.stopDrain != nil {
+		ck.stopDrain()
 	}
 	// P waits a little longer than that.
-	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.Ready)*4/5)
-	d.stopDrain = cancel
-	d.work.Go(func() {
+	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.ckpt.Ready)*4/5)
+	ck.stopDrain = cancel
+	ck.d.work.Go(func() {
 		defer cancel()
 		ev := checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: epoch, OK: true}
-		for _, n := range d.nics {
+		for _, n := range ck.d.nics {
 			if err := n.dp.DrainTap(ctx); err != nil {
 				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)
 				break
 			}
 		}
-		d.post(func() { d.step(ev) })
+		ck.d.post(func() { ck.step(ev) })
 	})
 }
 

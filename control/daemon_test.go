@@ -320,7 +320,7 @@ func TestFrameInside(t *testing.T) {
 		}
 		return true
 	})
-	p.d.want(request{nic: -1, reason: "test"})
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
 	st := p.await("a second checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 2 })
 	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "transmitted while it was stopped") {
 		t.Errorf("second checkpoint %+v", last)
@@ -455,7 +455,7 @@ func TestFailedAttempts(t *testing.T) {
 	s.path.mu.Unlock()
 	sm, pm := s.path.mark(), p.path.mark()
 	p.path.pvm(1000, "held")
-	p.d.want(request{nic: -1, reason: "test"})
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
 	p.await("a failed attempt", func(st api.Status) bool {
 		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
 	})
@@ -490,7 +490,7 @@ func TestNotInCOLO(t *testing.T) {
 			qemu.SetCOLO("none")
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.want(request{nic: -1, reason: "test"})
+			p.d.ckpts.want(request{nic: -1, reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
 			})
@@ -564,7 +564,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.want(request{nic: -1, reason: "test"})
+			p.d.ckpts.want(request{nic: -1, reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return len(st.Checkpoints) > 0 && strings.Contains(st.Checkpoints[0].Result, "in time") && st.State == "checkpointing"
 			})

@@ -337,8 +337,8 @@ func TestManyEdges(t *testing.T) {
 	}
 	queued, up := 0, false
 	if err := p.d.ask(t.Context(), func() {
-		if up = p.d.linkUp; up {
-			queued = len(p.d.link.out)
+		if up = p.d.peer.linkUp; up {
+			queued = len(p.d.peer.link.out)
 		}
 	}); err != nil {
 		t.Fatal(err)
@@ -379,7 +379,7 @@ func TestEdgesAgain(t *testing.T) {
 	s.start()
 	s.covered()
 	for want := 2; want < 4; want++ {
-		if err := p.d.ask(t.Context(), func() { p.d.unlink(p.d.link, errors.New("cut by the test")) }); err != nil {
+		if err := p.d.ask(t.Context(), func() { p.d.peer.unlink(p.d.peer.link, errors.New("cut by the test")) }); err != nil {
 			t.Fatal(err)
 		}
 		s.await("the edges again", func(st api.Status) bool {

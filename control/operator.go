@@ -28,25 +28,25 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 	var from uint32 // the first attempt that has all that the guest did until now
 	if err := d.ask(ctx, func() {
 		switch {
-		case d.primary == nil:
+		case !d.isPrimary():
 			refused = fmt.Errorf("checkpoints are the primary's: ask %s", d.opt.Peer)
 		case d.opt.QMP == "":
 			refused = errors.New("there is no QEMU to ask for one: the config names no qmp socket")
-		case !d.linkUp:
+		case !d.peer.linkUp:
 			refused = fmt.Errorf("there is no session with %s", d.opt.Peer)
 		case d.life != nil && d.life.p.State() != failover.PrimaryPair:
 			refused = errors.New("the guest does not replicate")
 		default:
-			from = d.primary.Serves()
-			d.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
+			from = d.ckpts.primary.Serves()
+			d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
 		return api.Checkpoint{}, errors.Join(err, refused)
 	}
 	var done *api.Checkpoint
 	err := d.until(ctx, func() bool {
-		for i := range d.attempts {
-			if a := &d.attempts[i]; a.Epoch >= from && a.Result == "committed" {
+		for i := range d.ckpts.attempts {
+			if a := &d.ckpts.attempts[i]; a.Epoch >= from && a.Result == "committed" {
 				done = new(api.Checkpoint)
 				*done = *a
 				return true
@@ -94,12 +94,12 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 	loaded := false
 	if d.life.s != nil && force {
 		var err error
-		if loaded, err = d.loaded(ctx); err != nil {
+		if loaded, err = d.qmp.loaded(ctx); err != nil {
 			return api.FailoverDone{}, err
 		}
 	}
 	var refused error
-	if err := d.ask(ctx, func() { refused = d.orderFailover(force, loaded) }); err != nil || refused != nil {
+	if err := d.ask(ctx, func() { refused = d.life.orderFailover(force, loaded) }); err != nil || refused != nil {
 		return api.FailoverDone{}, errors.Join(err, refused)
 	}
 	err := d.until(ctx, func() bool { return d.life.done() })
@@ -118,13 +118,13 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 
 // loaded reports whether the SVM is one that could go on (S): it follows a PVM, and is
 // not in the middle of being loaded for the first time.
-func (d *Daemon) loaded(ctx context.Context) (bool, error) {
-	follows, err := d.follows(ctx)
+func (mo *monitor) loaded(ctx context.Context) (bool, error) {
+	follows, err := mo.follows(ctx)
 	if err != nil || !follows {
 		return false, err
 	}
 	var m *qmp.Monitor
-	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil || m == nil {
+	if err := mo.d.ask(ctx, func() { m = mo.conn }); err != nil || m == nil {
 		return false, err
 	}
 	_, state, err := m.Status()
@@ -152,20 +152,20 @@ func (l *pairLife) outcome(peer string) error {
 
 // orderFailover hands an operator's order to the failover machine, or says why that
 // would not follow it. loaded: S has an SVM that could go on.
-func (d *Daemon) orderFailover(force, loaded bool) error {
-	if p := d.life.p; p != nil {
+func (l *pairLife) orderFailover(force, loaded bool) error {
+	if p := l.p; p != nil {
 		switch p.State() {
 		case failover.PrimaryStart, failover.PrimaryPair:
-			d.live(failover.Event{Kind: failover.EvTakeOver})
+			l.live(failover.Event{Kind: failover.EvTakeOver})
 			return nil
 		case failover.PrimarySolo:
 			return errors.New("this host transmits alone already")
 		}
-		return fmt.Errorf("not now: the pair is in state %q", d.ownStatus().State)
+		return fmt.Errorf("not now: the pair is in state %q", l.d.ownStatus().State)
 	}
-	s := d.life.s
+	s := l.s
 	var echoed int64
-	for _, n := range d.nics {
+	for _, n := range l.d.nics {
 		echoed = max(echoed, n.dp.LastEcho())
 	}
 	switch {
@@ -178,6 +178,6 @@ func (d *Daemon) orderFailover(force, loaded bool) error {
 	case !s.MayTakeOver(echoed, true):
 		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
-	d.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
+	l.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
 	return nil
 }

@@ -80,6 +80,7 @@ type lifeMachine interface {
 
 // pairLife is the daemon's share in the pair's life: the controller's.
 type pairLife struct {
+	d *Daemon
 	Life
 	machine lifeMachine
 	p       *failover.Primary // one of the two
@@ -87,43 +88,40 @@ type pairLife struct {
 	orphan  bool        // P: of Begin, until a new QEMU is started
 	state   state.State // as it is on disk
 	queue   []failover.Event
-	busy    bool // stepping
+	busy    bool   // stepping
+	untold  bool   // S: QEMU has to be told to take over, once it is connected
+	said    uint64 // P: records of the SVM until the last commit
+	mute    int    // P: commits in a row without one
+}
 
-	cancelSync context.CancelFunc // P: of the replication that begins; nil: none does
-	syncing    qemu.Progress      // how far it is
-	refused    string             // why replication does not begin, which somebody has to mend; "": nothing is known
-	guestLife
-	gaveUp   string // why it was cancelled
-	syncedOn *link  // the session in which it ended well
+// replicator begins replication, for as long as it takes, and ends it. On S it makes QEMU
+// ready for a primary's.
+type replicator struct {
+	d        *Daemon
+	cancel   context.CancelFunc // P: of the replication that begins; nil: none does
+	syncing  qemu.Progress      // how far it is
+	refused  string             // why replication does not begin, which somebody has to mend; "": nothing is known
+	gaveUp   string             // why it was cancelled
+	syncedOn *link              // the session in which it ended well
 	tries    tries
 	ending   bool   // P: QEMU is being told to go on alone
 	unended  string // why it has not; "": it was not tried
 	endAgain backoff
-	said     uint64 // P: records of the SVM until the last commit
-	mute     int    // P: commits in a row without one
 
-	imagesRetry backoff             // P: of comparisons that could not be made
-	overlays    []api.OverlayStatus // the secondary's
-	own         []api.OverlayStatus // P: those that are not merged yet
-	pause       *backoff            // S: before the next one may begin; nil: at once
+	imagesRetry backoff // P: of comparisons that could not be made
 
-	sizing     sync.Mutex
-	sizes      []int64       // of the disks; nil: not asked for yet
-	hello      hello         // P: of the session there is
-	caps       qemu.Caps     // of this host's QEMU
-	unfit      error         // why that cannot be part of a pair
-	prepared   chan struct{} // S: closed when QEMU waits for a primary's
-	ready      bool          // S: that is so
-	deaf       bool          // S: what QEMU does now is not the checkpoint machine's
-	untold     bool          // S: QEMU has to be told to take over, once it is connected
-	hadQEMU    bool          // there was one, so its absence is its death
-	unanswered int           // connections to it that it did not answer, in a row
-	edgesTo    *link         // P: the link on which the edges are told
-	edgesTold  *link         // P: and the one on which all were
-	outOfReach bool          // it lives, but its monitor cannot be reached
+	sizing    sync.Mutex
+	sizes     []int64       // of the disks; nil: not asked for yet
+	hello     hello         // P: of the session there is
+	caps      qemu.Caps     // of this host's QEMU
+	unfit     error         // why that cannot be part of a pair
+	prepared  chan struct{} // S: closed when QEMU waits for a primary's
+	ready     bool          // S: that is so
+	edgesTo   *link         // P: the link on which the edges are told
+	edgesTold *link         // P: and the one on which all were
 }
 
-func newPairLife(l Life, o *Options) (*pairLife, error) {
+func newPairLife(l Life, d *Daemon) (*pairLife, error) {
 	if l.Timeout == 0 {
 		l.Timeout = 500 * time.Millisecond
 	}
@@ -135,29 +133,30 @@ func newPairLife(l Life, o *Options) (*pairLife, error) {
 		return nil, err
 	}
 	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{Life: l, state: st, orphan: l.Begin.Orphan(), hadQEMU: l.Begin.HasGuest(), prepared: make(chan struct{}), tries: tries{again: syncAgain, atOnce: l.triesAtOnce}, endAgain: endAgain, imagesRetry: imagesRetry}
+	pl := &pairLife{d: d, Life: l, state: st, orphan: l.Begin.Orphan()}
+	d.qmp.hadQEMU = l.Begin.HasGuest()
+	d.repl.tries.atOnce = l.triesAtOnce
 	if l.again != (backoff{}) {
-		pl.tries.again = l.again
+		d.repl.tries.again = l.again
 	}
-	cfg, now := failover.DefaultConfig(l.Timeout, o.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), o.NICs[0].Now()
+	cfg, now := failover.DefaultConfig(l.Timeout, d.opt.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), d.opt.NICs[0].Now()
 	cfg.NoR26Entry = l.noR26Entry
 	if l.doubt != 0 {
 		cfg.Doubt = int64(l.doubt)
 	}
-	if o.Role == datapath.RolePrimary {
+	if d.opt.Role == datapath.RolePrimary {
 		pl.p = l.Begin.Primary(cfg, now)
 		pl.machine = pl.p
 		return pl, nil
 	}
-	pl.s = l.Begin.Secondary(cfg, o.Node, now)
+	pl.s = l.Begin.Secondary(cfg, d.opt.Node, now)
 	pl.machine = pl.s
 	return pl, nil
 }
 
 // live gives the life's machine an event, if there is one, and carries out what
 // follows.
-func (d *Daemon) live(ev failover.Event) {
-	l := d.life
+func (l *pairLife) live(ev failover.Event) {
 	if l == nil {
 		return
 	}
@@ -166,15 +165,15 @@ func (d *Daemon) live(ev failover.Event) {
 		return
 	}
 	l.busy = true
-	for len(l.queue) > 0 && d.fatal == nil {
+	for len(l.queue) > 0 && l.d.fatal == nil {
 		ev := l.queue[0]
 		l.queue = l.queue[1:]
-		for _, n := range d.nics {
+		for _, n := range l.d.nics {
 			ev.Echoed = max(ev.Echoed, n.dp.LastEcho())
 		}
-		for _, fx := range append([]failover.Effect(nil), l.machine.Step(d.now(), ev)...) {
-			if err := d.carryOutLife(fx); err != nil {
-				d.fatal = err
+		for _, fx := range append([]failover.Effect(nil), l.machine.Step(l.d.now(), ev)...) {
+			if err := l.carryOutLife(fx); err != nil {
+				l.d.fatal = err
 				break
 			}
 		}
@@ -182,99 +181,97 @@ func (d *Daemon) live(ev failover.Event) {
 	l.busy = false
 }
 
-func (d *Daemon) carryOutLife(fx failover.Effect) error {
-	l := d.life
+func (l *pairLife) carryOutLife(fx failover.Effect) error {
 	switch fx.Op {
 	case failover.OpClaim:
-		d.claim(fx.Term)
+		l.claim(fx.Term)
 	case failover.OpShut:
 		if l.s != nil {
-			d.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
+			l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
-		return d.each("shut", (*nic).shut)
+		return l.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
-		d.send(message{Type: "dead"})
+		l.d.peer.send(message{Type: "dead"})
 	case failover.OpFenced:
-		d.out()
+		l.out()
 	case failover.OpPoweredOff:
-		return d.poweredOff()
+		return l.poweredOff()
 	case failover.OpYield:
-		d.send(message{Type: "yield"})
+		l.d.peer.send(message{Type: "yield"})
 	case failover.OpSync:
-		return d.replicate()
+		return l.d.repl.replicate()
 	case failover.OpPair:
-		l.tries.paired = time.Now()
-		d.event(journal.Sync, "the guest replicates", nil)
-		l.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
-		if err := d.each("begin a pair", func(n *nic) error { return n.renew(d.opt.Compare, d.epoch) }); err != nil {
+		l.d.repl.tries.paired = time.Now()
+		l.d.event(journal.Sync, "the guest replicates", nil)
+		l.d.repl.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
+		if err := l.d.each("begin a pair", func(n *nic) error { return n.renew(l.d.opt.Compare, l.d.epoch) }); err != nil {
 			return err
 		}
-		d.tellEdges()
-		d.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
+		l.d.repl.tellEdges()
+		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case failover.OpUnpair:
-		d.step(checkpoint.Event{Kind: checkpoint.EvPair})
-		l.stopSync("this host replicates no more")
-		l.tries.over()
-		return d.remember(func(st *state.State) { st.Covered = 0 })
+		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair})
+		l.d.repl.stopSync("this host replicates no more")
+		l.d.repl.tries.over()
+		return l.remember(func(st *state.State) { st.Covered = 0 })
 	case failover.OpTellCovered:
-		if err := d.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
+		if err := l.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
 			return err
 		}
-		d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
-		if l.edgesTold == d.link { // else tellEdges does it
-			d.send(message{Type: "covered", Record: fx.Term})
+		l.d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
+		if l.d.repl.edgesTold == l.d.peer.link { // else tellEdges does it
+			l.d.peer.send(message{Type: "covered", Record: fx.Term})
 		}
 	case failover.OpQuiet:
-		d.log.Warn("the primary is gone: taking over")
-		d.event(journal.Failover, "the primary is gone", nil)
-		d.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
-		if err := d.each("fall silent", (*nic).quiet); err != nil {
+		l.d.log.Warn("the primary is gone: taking over")
+		l.d.event(journal.Failover, "the primary is gone", nil)
+		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
+		if err := l.d.each("fall silent", (*nic).quiet); err != nil {
 			return err
 		}
-		d.askAwake()
+		l.askAwake()
 	case failover.OpQEMU:
-		l.deaf = true
-		d.tellQEMU()
+		l.d.qmp.deaf = true
+		l.tellQEMU()
 	case failover.OpSolo:
-		if d.primary != nil {
-			return d.goAlone()
+		if l.d.isPrimary() {
+			return l.goAlone()
 		}
-		return d.promote()
+		return l.promote()
 	}
 	return nil
 }
 
 // tellQEMU is R21 (iv). A connection that broke on the way decides nothing: this host
 // has won, and QEMU is told again on the next one, unless it is dead.
-func (d *Daemon) tellQEMU() {
-	l, m := d.life, d.qmp.conn
+func (l *pairLife) tellQEMU() {
+	l, m := l, l.d.qmp.conn
 	l.untold = m == nil
 	if l.untold {
 		return
 	}
-	d.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
+	l.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
 		return qemu.SecondaryFailover(ctx, m, l.Disks)
 	}, func(err error) {
 		if err != nil && m.Err() != nil {
-			d.log.Warn("QEMU is told again to take over, on the next connection", "err", err)
+			l.d.log.Warn("QEMU is told again to take over, on the next connection", "err", err)
 			l.untold = true
-			if d.qmp.conn != nil && d.qmp.conn != m {
-				d.tellQEMU()
+			if l.d.qmp.conn != nil && l.d.qmp.conn != m {
+				l.tellQEMU()
 			}
 			return
 		}
 		if err != nil {
-			d.log.Error("QEMU cannot take over", "err", err)
+			l.d.log.Error("QEMU cannot take over", "err", err)
 		}
-		d.live(failover.Event{Kind: failover.EvQEMU, OK: err == nil})
+		l.live(failover.Event{Kind: failover.EvQEMU, OK: err == nil})
 	})
 }
 
 // remember changes what is on disk, before anything is done that rests on it.
-func (d *Daemon) remember(change func(*state.State)) error {
-	l := d.life
+func (l *pairLife) remember(change func(*state.State)) error {
 	st := l.state
-	st.Role, st.Term = string(d.opt.Role), l.machine.Term()
+	st.Role, st.Term = string(l.d.opt.Role), l.machine.Term()
 	change(&st)
 	if st == l.state {
 		return nil
@@ -294,25 +291,24 @@ func (d *Daemon) event(kind journal.Kind, cause string, fields map[string]any) {
 }
 
 // claim asks the arbiter until it is known what came of it (R21 ii).
-func (d *Daemon) claim(term uint64) {
-	l := d.life
-	from := arbiter.Record{Term: term, Speaker: d.opt.Node}
+func (l *pairLife) claim(term uint64) {
+	from := arbiter.Record{Term: term, Speaker: l.d.opt.Node}
 	if l.s != nil {
-		from.Speaker = d.opt.Peer
+		from.Speaker = l.d.opt.Peer
 	}
-	to := arbiter.Record{Term: term + 1, Speaker: d.opt.Node}
-	d.log.Info("claiming the arbiter", "from", from, "to", to)
-	d.work.Go(func() {
-		now, won, err := Swap(d.ctx, l.Arbiter, from, to, func(err error) {
-			d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+	to := arbiter.Record{Term: term + 1, Speaker: l.d.opt.Node}
+	l.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	l.d.work.Go(func() {
+		now, won, err := Swap(l.d.ctx, l.Arbiter, from, to, func(err error) {
+			l.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
 		})
 		if err != nil {
 			return // the daemon ends
 		}
-		d.post(func() {
-			d.log.Info("the arbiter answered", "won", won, "record", now)
-			d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
-			d.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
+		l.d.post(func() {
+			l.d.log.Info("the arbiter answered", "won", won, "record", now)
+			l.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			l.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})
 }
@@ -367,91 +363,90 @@ var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
 var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}
 
 // goAlone has P speak without S (R21): what is held leaves first.
-func (d *Daemon) goAlone() error {
-	l := d.life
-	if d.link != nil {
-		d.send(message{Type: "over"})
+func (l *pairLife) goAlone() error {
+	if l.d.peer.link != nil {
+		l.d.peer.send(message{Type: "over"})
 	}
-	if err := d.each("go on alone", (*nic).solo); err != nil {
+	if err := l.d.each("go on alone", (*nic).solo); err != nil {
 		return err
 	}
-	d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.Term())
-	d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.Term()})
-	d.endReplication()
-	return d.remember(func(*state.State) {})
+	l.d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.Term())
+	l.d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.Term()})
+	l.d.repl.endReplication()
+	return l.remember(func(*state.State) {})
 }
 
 // promote has the SVM speak (R21 v, R22), and ends this daemon's part.
-func (d *Daemon) promote() error {
-	if len(d.life.Disks) > 0 {
+func (l *pairLife) promote() error {
+	if len(l.Disks) > 0 {
 		// Noted before a client hears of anything that only the overlays have.
-		if err := d.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
+		if err := l.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
 			return err
 		}
 	}
-	if err := d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
+	if err := l.d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
 		return err
 	}
-	d.log.Warn("took over: the guest speaks from here", "arbiter_term", d.life.s.Term())
-	d.event(journal.Failover, "took over", map[string]any{"term": d.life.s.Term()})
-	d.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
+	l.d.log.Warn("took over: the guest speaks from here", "arbiter_term", l.s.Term())
+	l.d.event(journal.Failover, "took over", map[string]any{"term": l.s.Term()})
+	l.d.qmp.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
 		if err != nil {
-			d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
+			l.d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
 		}
-		d.fatal = ErrPromoted
+		l.d.fatal = ErrPromoted
 	})
 	return nil
 }
 
 // out: this host has no say any more.
-func (d *Daemon) out() {
+func (l *pairLife) out() {
 	end := ErrFenced
-	if d.life.s != nil {
+	if l.s != nil {
 		end = ErrAfresh
 	}
-	d.event(journal.Fencing, "this node has no say any more", nil)
-	if d.life.s != nil {
+	l.d.event(journal.Fencing, "this node has no say any more", nil)
+	if l.s != nil {
 		// So that a daemon after this one knows that the SVM may be ended.
-		if err := d.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
-			d.log.Error("what becomes of this secondary could not be noted", "err", err)
+		if err := l.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
+			l.d.log.Error("what becomes of this secondary could not be noted", "err", err)
 		}
 	}
-	if d.qmp.conn == nil {
-		d.endPart(end)
+	if l.d.qmp.conn == nil {
+		l.endPart(end)
 		return
 	}
-	d.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
+	l.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
 		if err != nil {
-			d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
+			l.d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
 		}
-		d.endPart(end)
+		l.endPart(end)
 	})
 }
 
 // procedure runs one of QEMU's beside the controller, which hears of the result.
-func (d *Daemon) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
-	ctx, cancel := context.WithCancel(d.ctx)
-	m := d.qmp.conn
-	d.work.Go(func() {
+func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
+	ctx, cancel := context.WithCancel(mo.d.ctx)
+	m := mo.conn
+	mo.d.work.Go(func() {
 		defer cancel()
 		err := fmt.Errorf("%s: no QMP connection", what)
 		if m != nil {
 			err = f(ctx, m)
 		}
-		d.post(func() { done(err) })
+		mo.d.post(func() { done(err) })
 	})
 	return cancel
 }
 
 // askAwake finds out whether the SVM runs: then nothing is being loaded.
-func (d *Daemon) askAwake() {
+func (l *pairLife) askAwake() {
 	running := false
-	d.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
+	l.d.qmp.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
 		running, _, err = m.Status()
 		return err
 	}, func(err error) {
 		if err == nil && running {
-			d.live(failover.Event{Kind: failover.EvRuns})
+			l.live(failover.Event{Kind: failover.EvRuns})
 		}
 	})
 }
@@ -462,13 +457,12 @@ const maxMute = 3
 
 // listen gives up an SVM that is mute (P): it was made the PVM's copy again and again,
 // and still says nothing. As a speaker it would be of no use.
-func (d *Daemon) listen(cause string) error {
-	l := d.life
+func (l *pairLife) listen(cause string) error {
 	if l == nil {
 		return nil
 	}
 	var said uint64
-	if err := d.each("count records", func(n *nic) error {
+	if err := l.d.each("count records", func(n *nic) error {
 		said += n.primary.Stats().Records
 		return nil
 	}); err != nil {
@@ -483,83 +477,83 @@ func (d *Daemon) listen(cause string) error {
 		return nil
 	}
 	l.mute = 0
-	d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
-	d.event(journal.Failover, "the SVM is mute", nil)
-	d.live(failover.Event{Kind: failover.EvPeerDead})
+	l.d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
+	l.d.event(journal.Failover, "the SVM is mute", nil)
+	l.live(failover.Event{Kind: failover.EvPeerDead})
 	return nil
 }
 
 // replicate has QEMU begin to replicate to S's (P).
-func (d *Daemon) replicate() error {
-	if !d.life.state.Replicated {
-		return d.replicateFirst()
+func (re *replicator) replicate() error {
+	if !re.d.life.state.Replicated {
+		return re.replicateFirst()
 	}
-	return d.replicateTo(true)
+	return re.replicateTo(true)
 }
 
 // replicateTo does it; resync: the disks are copied first.
-func (d *Daemon) replicateTo(resync bool) error {
-	l := d.life
-	if err := d.remember(func(st *state.State) { st.Replicated = true }); err != nil {
+func (re *replicator) replicateTo(resync bool) error {
+	l := re.d.life
+	if err := re.d.life.remember(func(st *state.State) { st.Replicated = true }); err != nil {
 		return err
 	}
-	peer := d.link
-	d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
-	d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
-	l.syncing, l.gaveUp = qemu.Progress{}, ""
-	told := d.progress()
-	l.cancelSync = d.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
+	peer := re.d.peer.link
+	re.d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
+	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
+	re.syncing, re.gaveUp = qemu.Progress{}, ""
+	told := re.progress()
+	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
 			return err
 		}
-		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
+		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
 		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: told})
 	}, func(err error) {
-		l.cancelSync, l.syncing = nil, qemu.Progress{}
-		d.opt.Progress(qemu.Progress{})
+		re.cancel, re.syncing = nil, qemu.Progress{}
+		re.d.opt.Progress(qemu.Progress{})
 		if err != nil {
-			if l.gaveUp != "" {
-				err = fmt.Errorf("%s (%w)", l.gaveUp, err)
+			if re.gaveUp != "" {
+				err = fmt.Errorf("%s (%w)", re.gaveUp, err)
 			}
-			l.tries.fail(err.Error())
-			d.log.Error("replication did not begin", "err", err, "try", l.tries.failed, "next_in", l.tries.again.next)
-			d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": l.tries.failed, "next_in": l.tries.again.next.String()})
-			if d.link == peer {
-				d.send(message{Type: "over"}) // S's QEMU has to wait anew
+			re.tries.fail(err.Error())
+			re.d.log.Error("replication did not begin", "err", err, "try", re.tries.failed, "next_in", re.tries.again.next)
+			re.d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": re.tries.failed, "next_in": re.tries.again.next.String()})
+			if re.d.peer.link == peer {
+				re.d.peer.send(message{Type: "over"}) // S's QEMU has to wait anew
 			}
 		}
 		if err == nil {
-			l.syncedOn = peer
+			re.syncedOn = peer
 		}
-		d.live(failover.Event{Kind: failover.EvSynced, OK: err == nil})
-		if d.link != peer {
-			d.paired() // there was one meanwhile
+		re.d.life.live(failover.Event{Kind: failover.EvSynced, OK: err == nil})
+		if re.d.peer.link != peer {
+			re.paired() // there was one meanwhile
 		}
 	})
 	return nil
 }
 
 // stopSync gives up the replication that begins, if one does.
-func (l *pairLife) stopSync(why string) {
-	if l.cancelSync != nil {
-		l.cancelSync()
-		l.gaveUp = why
+func (re *replicator) stopSync(why string) {
+	if re.cancel != nil {
+		re.cancel()
+		re.gaveUp = why
 	}
 }
 
 // progress hands on how far something is, to whoever waits for it and to status.
-func (d *Daemon) progress() func(qemu.Progress) {
+func (re *replicator) progress() func(qemu.Progress) {
 	var told time.Time
 	return func(p qemu.Progress) {
 		if time.Since(told) < progressEvery {
 			return
 		}
 		told = time.Now()
-		d.opt.Progress(p)
-		d.post(func() { d.life.syncing = p })
+		re.d.opt.Progress(p)
+		re.d.post(func() { re.syncing = p })
 	}
 }
 
@@ -567,29 +561,29 @@ func (d *Daemon) progress() func(qemu.Progress) {
 const progressEvery = 200 * time.Millisecond
 
 // paired tells the life's machine of a session, once QEMU's mode is known (P).
-func (d *Daemon) paired() {
-	l := d.life
-	if l == nil || l.p == nil || !d.linkUp || d.qmp.conn == nil {
+func (re *replicator) paired() {
+	l := re.d.life
+	if l == nil || l.p == nil || !re.d.peer.linkUp || re.d.qmp.conn == nil {
 		return // QMP's connection or the session comes
 	}
-	peer, mode := d.link, ""
-	d.procedure("ask for COLO's mode", func(_ context.Context, m *qmp.Monitor) (err error) {
+	peer, mode := re.d.peer.link, ""
+	re.d.qmp.procedure("ask for COLO's mode", func(_ context.Context, m *qmp.Monitor) (err error) {
 		mode, err = m.COLO()
 		return err
 	}, func(err error) {
-		if err != nil || d.link != peer || !d.linkUp {
+		if err != nil || re.d.peer.link != peer || !re.d.peer.linkUp {
 			return
 		}
-		if l.p.State() == failover.PrimaryPair && l.syncedOn == peer {
+		if l.p.State() == failover.PrimaryPair && re.syncedOn == peer {
 			return // the session in which the pair began, and only QMP's connection is new
 		}
-		ok := mode == "primary" && l.hello.COLO
-		if d.held(ok) {
+		ok := mode == "primary" && re.hello.COLO
+		if re.held(ok) {
 			return
 		}
-		d.live(failover.Event{Kind: failover.EvLinkUp, OK: ok})
-		if l.p.State() == failover.PrimaryPair && l.edgesTo != peer {
-			d.tellEdges() // what was told on the link before this one may be lost
+		re.d.life.live(failover.Event{Kind: failover.EvLinkUp, OK: ok})
+		if l.p.State() == failover.PrimaryPair && re.edgesTo != peer {
+			re.tellEdges() // what was told on the link before this one may be lost
 		}
 	})
 }
@@ -598,14 +592,14 @@ func (d *Daemon) paired() {
 // depends on what that does, and unless the two QEMUs can be a pair (P). Of a pair that
 // there was, and a QEMU that lives but cannot be reached, it is still what it was; were
 // there no session, S would take over.
-func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
+func (re *replicator) fitsQEMU(ctx context.Context, h *hello) error {
 	var caps qemu.Caps
 	var unfit error
 	known := false
-	if err := d.ask(ctx, func() {
-		known = d.life.outOfReach && d.life.p.State() == failover.PrimaryPair
-		if d.qmp.conn != nil {
-			caps, unfit = d.life.caps, d.life.unfit
+	if err := re.d.ask(ctx, func() {
+		known = re.d.qmp.outOfReach && re.d.life.p.State() == failover.PrimaryPair
+		if re.d.qmp.conn != nil {
+			caps, unfit = re.caps, re.unfit
 		}
 	}); err != nil || known {
 		return err
@@ -617,94 +611,92 @@ func (d *Daemon) fitsQEMU(ctx context.Context, h *hello) error {
 		return errors.New("the primary's QEMU is not connected yet")
 	case h.Machine == "":
 		return nil // an older lockstep does not tell
-	case d.life.anyMachine:
+	case re.d.life.anyMachine:
 		return nil
 	}
 	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
 }
 
 // probe finds out what P's QEMU can do.
-func (d *Daemon) probe() {
-	l := d.life
+func (re *replicator) probe() {
+	l := re.d.life
 	if l == nil || l.p == nil {
 		return
 	}
 	var caps qemu.Caps
-	d.procedure("probe", func(_ context.Context, m *qmp.Monitor) (err error) {
+	re.d.qmp.procedure("probe", func(_ context.Context, m *qmp.Monitor) (err error) {
 		caps, err = qemu.Probe(m)
 		return err
 	}, func(err error) {
-		if l.caps, l.unfit = caps, err; err != nil {
-			d.log.Error("QEMU cannot replicate", "err", err)
+		if re.caps, re.unfit = caps, err; err != nil {
+			re.d.log.Error("QEMU cannot replicate", "err", err)
 		}
 	})
 }
 
 // joinedPair is S's side of a session: record is the term of P's, pair whether P goes
 // on with the pair that there was.
-func (d *Daemon) joinedPair(record uint64, pair, colo bool) {
-	l := d.life
+func (l *pairLife) joinedPair(record uint64, pair, colo bool) {
 	if l == nil {
 		return
 	}
-	l.refused = ""
-	d.live(failover.Event{Kind: failover.EvLinkUp, Term: record})
-	if err := d.remember(func(st *state.State) {
+	l.d.repl.refused = ""
+	l.live(failover.Event{Kind: failover.EvLinkUp, Term: record})
+	if err := l.remember(func(st *state.State) {
 		st.Replicated = true
 		if !l.s.Covered() {
 			st.Covered = 0
 		}
 	}); err != nil {
-		d.fatal = err
+		l.d.fatal = err
 		return
 	}
 	switch {
 	case pair:
 	case l.s.Covered():
 		// P has lost its guest, and says nothing before a new pair begins.
-		d.live(failover.Event{Kind: failover.EvPeerDead})
+		l.live(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
-		d.fatal = ErrAfresh // this SVM followed a PVM that is gone
+		l.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
 	}
 }
 
 // heardOf takes a message about the pair's life; false: it is none.
-func (d *Daemon) heardOf(m message) bool {
-	l := d.life
+func (l *pairLife) heardOf(m message) bool {
 	if l == nil {
 		return m.Type == "ping"
 	}
-	d.live(failover.Event{Kind: failover.EvReceived})
+	l.live(failover.Event{Kind: failover.EvReceived})
 	switch {
 	case m.Type == "ping":
 	case m.Type == "dead":
-		l.stopSync("the secondary's QEMU died")
-		d.live(failover.Event{Kind: failover.EvPeerDead})
+		l.d.repl.stopSync("the secondary's QEMU died")
+		l.live(failover.Event{Kind: failover.EvPeerDead})
 	case m.Type == "yield" && l.p != nil:
-		d.log.Warn("an operator has the secondary take over")
-		d.live(failover.Event{Kind: failover.EvYield})
+		l.d.log.Warn("an operator has the secondary take over")
+		l.live(failover.Event{Kind: failover.EvYield})
 	case m.Type == "covered" && l.s != nil:
 		covered := l.s.Covered()
-		d.live(failover.Event{Kind: failover.EvCovered, Term: m.Record})
+		l.live(failover.Event{Kind: failover.EvCovered, Term: m.Record})
 		if l.s.Covered() && !covered {
-			if err := d.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
-				d.fatal = err
+			if err := l.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
+				l.d.fatal = err
 			}
-			d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
+			l.d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
 		}
 	case m.Type == "edges" && l.s != nil:
-		if err := d.addEdges(m); err != nil {
-			d.unlink(d.link, err) // not covered, then
+		if err := l.d.repl.addEdges(m); err != nil {
+			l.d.peer.unlink(l.d.peer.link, err) // not covered, then
 		}
 	case m.Type == "off" && l.s != nil:
-		d.live(failover.Event{Kind: failover.EvPoweredOff})
+		l.live(failover.Event{Kind: failover.EvPoweredOff})
 	case m.Type == "refused" && l.s != nil:
-		d.noteRefused(m.Cause)
+		l.d.repl.noteRefused(m.Cause)
 	case m.Type == "overlays" && l.p != nil:
-		d.peersOverlays(m)
+		l.d.room.peersOverlays(m)
 	case m.Type == "over" && l.s != nil:
-		d.log.Warn("the primary goes on without this secondary")
-		d.live(failover.Event{Kind: failover.EvDismissed})
+		l.d.log.Warn("the primary goes on without this secondary")
+		l.live(failover.Event{Kind: failover.EvDismissed})
 	default:
 		return false
 	}
@@ -714,30 +706,30 @@ func (d *Daemon) heardOf(m message) bool {
 // tellEdges tells S of the connections that were taken over by this host or by one
 // before it (P). There may be millions, so that takes a while, beside everything else.
 // S hears that it is covered only behind them.
-func (d *Daemon) tellEdges() {
-	l, peer := d.life, d.link
+func (re *replicator) tellEdges() {
+	l, peer := re.d.life, re.d.peer.link
 	if peer == nil {
 		return // whoever comes is told
 	}
-	l.edgesTo = peer
-	d.work.Go(func() {
-		err := d.streamEdges(peer)
-		d.post(func() {
+	re.edgesTo = peer
+	re.d.work.Go(func() {
+		err := re.streamEdges(peer)
+		re.d.post(func() {
 			switch {
-			case d.link != peer:
+			case re.d.peer.link != peer:
 			case err != nil:
-				d.unlink(peer, err) // the next session tries again
+				re.d.peer.unlink(peer, err) // the next session tries again
 			default:
-				if l.edgesTold = peer; l.p.Covered() {
-					d.send(message{Type: "covered", Record: l.p.Term()})
+				if re.edgesTold = peer; l.p.Covered() {
+					re.d.peer.send(message{Type: "covered", Record: l.p.Term()})
 				}
 			}
 		})
 	})
 }
 
-func (d *Daemon) streamEdges(peer *link) error {
-	for _, n := range d.nics {
+func (re *replicator) streamEdges(peer *link) error {
+	for _, n := range re.d.nics {
 		edges, err := n.dp.Edges()
 		if err != nil {
 			return fmt.Errorf("nic %d: %w", n.index, err)
@@ -760,54 +752,53 @@ func (d *Daemon) streamEdges(peer *link) error {
 }
 
 // addEdges takes what tellEdges tells (S).
-func (d *Daemon) addEdges(m message) error {
+func (re *replicator) addEdges(m message) error {
 	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
-	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(d.nics) {
+	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(re.d.nics) {
 		return errors.New("edges that make no sense")
 	}
-	n := d.nics[m.NIC]
+	n := re.d.nics[m.NIC]
 	return n.do(func() error { return n.dp.AddEdges(edges) })
 }
 
 // linkLost follows the end of a session.
-func (d *Daemon) linkLost(why error) {
-	l := d.life
+func (l *pairLife) linkLost(why error) {
 	if l == nil {
 		return
 	}
-	l.stopSync(fmt.Sprintf("the control link was lost: %v", why))
+	l.d.repl.stopSync(fmt.Sprintf("the control link was lost: %v", why))
 	var silent net.Error
-	d.live(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
+	l.live(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
 }
 
 // qemuGone: this host's QEMU is.
-func (d *Daemon) qemuGone(why string) {
+func (mo *monitor) qemuGone(why string) {
 	said := ""
-	if d.life.Guest != nil {
-		said = qemu.Log(d.life.Guest)
+	if mo.d.life.Guest != nil {
+		said = qemu.Log(mo.d.life.Guest)
 	}
-	d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
-	d.event(journal.QEMU, "dead: "+why, nil)
-	if d.life.svmOff {
+	mo.d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
+	mo.d.event(journal.QEMU, "dead: "+why, nil)
+	if mo.d.guest.svmOff {
 		// One that ends with its guest: the primary's powers off as well, and says so.
-		time.AfterFunc(awaitOff, func() { d.post(func() { d.live(failover.Event{Kind: failover.EvQEMUDead}) }) })
+		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead}) }) })
 		return
 	}
-	d.live(failover.Event{Kind: failover.EvQEMUDead})
+	mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
 }
 
 // nextLife is when the life's machine wants to be asked again.
-func (d *Daemon) nextLife() int64 {
-	if d.life == nil {
+func (l *pairLife) nextLife() int64 {
+	if l == nil {
 		return math.MaxInt64
 	}
-	return d.life.machine.NextDeadline()
+	return l.machine.NextDeadline()
 }
 
 // ensureGuest starts this host's QEMU, unless that is somebody else's or the one of
 // the daemon before this one runs.
-func (d *Daemon) ensureGuest(ctx context.Context) error {
-	l := d.life
+func (mo *monitor) ensureGuest(ctx context.Context) error {
+	l := mo.d.life
 	if l == nil || l.Guest == nil {
 		return nil
 	}
@@ -820,80 +811,80 @@ func (d *Daemon) ensureGuest(ctx context.Context) error {
 			return err
 		}
 	case err == nil:
-		d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
+		mo.d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
 		p.Release()
-		l.hadQEMU = true
+		mo.hadQEMU = true
 		return nil
 	case !errors.Is(err, qemu.ErrNotRunning):
 		return err
-	case l.hadQEMU:
+	case mo.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
 	l.orphan = false // a new one has told clients nothing
-	in := d.incoming()
+	in := mo.incoming()
 	if err := l.Guest.Check(in, nil); err != nil {
 		return err
 	}
 	if l.state.Unmerged {
 		if l.p != nil {
-			d.log.Warn("merging what the guest wrote after its takeover into its images")
+			mo.d.log.Warn("merging what the guest wrote after its takeover into its images")
 			if err := qemu.MergeOverlays(ctx, l.Guest); err != nil {
 				return err
 			}
 		}
-		if err := d.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+		if err := mo.d.life.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
 			return err
 		}
 	}
-	if err := d.startQEMU(ctx); err != nil {
+	if err := mo.startQEMU(ctx); err != nil {
 		return err
 	}
-	l.hadQEMU = true
+	mo.hadQEMU = true
 	return nil
 }
 
 // incoming is where this host's QEMU waits for another's; nil: it does not.
-func (d *Daemon) incoming() *qemu.Incoming {
-	if d.life.s == nil {
+func (mo *monitor) incoming() *qemu.Incoming {
+	if mo.d.life.s == nil {
 		return nil
 	}
-	return &d.life.Own
+	return &mo.d.life.Own
 }
 
 // startQEMU starts this host's QEMU, which does not run.
-func (d *Daemon) startQEMU(ctx context.Context) error {
-	p, err := qemu.Start(ctx, d.life.Guest, d.incoming())
+func (mo *monitor) startQEMU(ctx context.Context) error {
+	p, err := qemu.Start(ctx, mo.d.life.Guest, mo.incoming())
 	if err != nil {
 		return err
 	}
-	d.log.Info("QEMU started", "pid", p.Pid())
-	d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
+	mo.d.log.Info("QEMU started", "pid", p.Pid())
+	mo.d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
 	p.Release()
 	return nil
 }
 
 // prepare makes S's QEMU ready for P's, after which S may connect.
-func (d *Daemon) prepare() {
-	l := d.life
-	if l == nil || l.s == nil || l.ready {
+func (re *replicator) prepare() {
+	l := re.d.life
+	if l == nil || l.s == nil || re.ready {
 		return
 	}
 	var caps qemu.Caps
-	d.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
+	re.d.qmp.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
 		if caps, err = qemu.Probe(m); err != nil {
 			return err
 		}
-		if err := qemu.CheckNICs(m, len(d.nics)); err != nil {
+		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)
 	}, func(err error) {
 		switch {
-		case err == nil && !l.ready:
-			l.ready, l.caps = true, caps
-			close(l.prepared)
+		case err == nil && !re.ready:
+			re.ready, re.caps = true, caps
+			close(re.prepared)
 		case err != nil:
-			d.log.Error("QEMU is not ready for a primary", "err", err)
+			re.d.log.Error("QEMU is not ready for a primary", "err", err)
 		}
 	})
 }
@@ -913,35 +904,35 @@ func checkSizes(disks []qemu.Disk, own, peer []int64) error {
 
 // diskSizes are those of this host's disks, which do not change while they are in use.
 // Sessions are made on several goroutines.
-func (l *pairLife) diskSizes() ([]int64, error) {
-	l.sizing.Lock()
-	defer l.sizing.Unlock()
-	if l.sizes == nil {
-		spec := qemu.Spec{Guest: qemu.Guest{Disks: l.Disks}}
+func (re *replicator) diskSizes() ([]int64, error) {
+	re.sizing.Lock()
+	defer re.sizing.Unlock()
+	if re.sizes == nil {
+		spec := qemu.Spec{Guest: qemu.Guest{Disks: re.d.life.Disks}}
 		sizes, err := spec.DiskSizes()
 		if err != nil {
 			return nil, err
 		}
-		l.sizes = sizes
+		re.sizes = sizes
 	}
-	return l.sizes, nil
+	return re.sizes, nil
 }
 
 // status tells where the pair's life is.
 func (l *pairLife) status(s *api.Status) {
 	s.Record = l.machine.Term()
 	defer func() {
-		l.statusOfImages(s)
-		l.statusOfOverlays(s)
+		l.d.repl.statusOfImages(s)
+		l.d.room.statusOfOverlays(s)
 	}()
 	if l.p != nil {
-		s.Covered, s.Replication = l.p.Covered(), l.replication()
+		s.Covered, s.Replication = l.p.Covered(), l.d.repl.replication()
 		switch l.p.State() {
 		case failover.PrimaryStart:
-			s.State, s.Detail = "start", l.tries.String()
+			s.State, s.Detail = "start", l.d.repl.tries.String()
 		case failover.PrimarySolo:
 			s.State, s.Detail = "solo", "nothing protects the guest"
-			for _, more := range []string{l.unended, l.tries.String()} {
+			for _, more := range []string{l.d.repl.unended, l.d.repl.tries.String()} {
 				s.Detail = strings.TrimSuffix(s.Detail+"; "+more, "; ")
 			}
 		case failover.PrimarySync:
@@ -949,8 +940,8 @@ func (l *pairLife) status(s *api.Status) {
 			if l.p.WasSolo() {
 				s.State = "resync"
 			}
-			if l.syncing.Total > 0 {
-				s.Detail = l.syncing.String()
+			if l.d.repl.syncing.Total > 0 {
+				s.Detail = l.d.repl.syncing.String()
 			}
 		case failover.PrimaryClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"
@@ -959,7 +950,7 @@ func (l *pairLife) status(s *api.Status) {
 		case failover.PrimaryOff:
 			s.State, s.Detail = "off", "the guest powered off"
 		}
-		l.diskStatus(s)
+		l.d.guest.diskStatus(s)
 		return
 	}
 	s.Covered = l.s.Covered()
@@ -973,13 +964,13 @@ func (l *pairLife) status(s *api.Status) {
 	case failover.SecondaryOff:
 		s.State, s.Detail = "off", "the guest powered off"
 	}
-	l.diskStatus(s)
+	l.d.guest.diskStatus(s)
 }
 
 // follows reports whether the SVM follows a PVM, or did so to the end (S).
-func (d *Daemon) follows(ctx context.Context) (bool, error) {
+func (mo *monitor) follows(ctx context.Context) (bool, error) {
 	var m *qmp.Monitor
-	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil {
+	if err := mo.d.ask(ctx, func() { m = mo.conn }); err != nil {
 		return false, err
 	}
 	if m == nil {

@@ -75,7 +75,7 @@ func TestRotationInACheckpoint(t *testing.T) {
 	p.replicating()
 	s.replicating()
 	for n := uint64(1); n <= 5; n++ {
-		p.d.want(request{nic: -1, reason: "test"})
+		p.d.ckpts.want(request{nic: -1, reason: "test"})
 		p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == n && st.State == "replicating" })
 	}
 	st := p.replicating()
@@ -203,7 +203,7 @@ func TestRekeyRefused(t *testing.T) {
 			p.replicating()
 			s.replicating()
 			mark := s.path.mark()
-			p.d.post(func() { p.d.send(m) })
+			p.d.post(func() { p.d.peer.send(m) })
 			s.path.await(t, mark, "session 2")
 			for _, line := range s.path.since(0) {
 				if strings.HasPrefix(line, "rotated") {

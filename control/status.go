@@ -41,21 +41,21 @@ func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
-		CheckpointsRequested: d.requested.Load(), CheckpointsDone: d.committed,
+		CheckpointsRequested: d.ckpts.requested.Load(), CheckpointsDone: d.ckpts.committed,
 		Protocol: Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
-			Node: d.opt.Peer, Address: d.peerAddr, Connected: d.linkUp, Since: d.linkSince,
-			Error: d.linkErr, Insecure: d.opt.TLS == nil,
+			Node: d.opt.Peer, Address: d.peer.peerAddr, Connected: d.peer.linkUp, Since: d.peer.linkSince,
+			Error: d.peer.linkErr, Insecure: d.opt.TLS == nil,
 		},
 		QMP: api.QMPStatus{
 			Configured: d.opt.QMP != "", Connected: d.qmp.info.connected, Since: d.qmp.info.since,
 			QEMU: d.qmp.info.version, State: d.qmp.info.state, COLO: d.qmp.info.colo, Error: d.qmp.info.err,
 		},
-		Causes:      append([]api.Cause{}, d.causes...),
-		Checkpoints: append([]api.Checkpoint{}, d.attempts...),
+		Causes:      append([]api.Cause{}, d.ckpts.causes...),
+		Checkpoints: append([]api.Checkpoint{}, d.ckpts.attempts...),
 	}
-	s.State, s.Detail = d.machine.State()
+	s.State, s.Detail = d.ckpts.machine.State()
 	if d.life != nil {
 		d.life.status(&s)
 	}
