@@ -4,12 +4,10 @@ package control
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
 	"lockstep/control/api"
-	"lockstep/control/arbiter"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
@@ -18,10 +16,6 @@ import (
 )
 
 // What QEMU reports of the guest itself: disks that fail (R24), and its own end (R25).
-
-// ErrPoweredOff is how a part ends whose guest powered off: the pair stays off until
-// somebody starts it.
-var ErrPoweredOff = errors.New("the guest powered off")
 
 const (
 	// lateReport is how much later than BLOCK_IO_ERROR QEMU may report which replica
@@ -127,11 +121,6 @@ func (gw *guestWatch) diskFailed(node, operation, why string) {
 	gw.d.life.live(failover.Event{Kind: failover.EvReplica})
 }
 
-// ended reports whether this host has no say any more.
-func (l *pairLife) ended() bool {
-	return l.p != nil && l.p.State() >= failover.PrimaryFenced || l.s != nil && l.s.State() >= failover.SecondaryFenced
-}
-
 func (gw *guestWatch) note(f api.DiskFault) {
 	for i := range gw.faults {
 		if x := &gw.faults[i]; x.Disk == f.Disk && x.Host == f.Host && x.Operation == f.Operation {
@@ -230,26 +219,6 @@ func (gw *guestWatch) guestOff() {
 	}
 }
 
-// poweredOff ends a part (R25).
-func (l *pairLife) poweredOff() error {
-	l.d.log.Info("the guest powered off, and stays off until `lockstep start`")
-	l.d.event(journal.QEMU, "the guest powered off", nil)
-	if l.p != nil {
-		l.d.peer.send(message{Type: "off"})
-		if err := l.remember(func(st *state.State) { st.Off = l.Guest != nil }); err != nil {
-			return err
-		}
-	}
-	if l.Guest == nil || l.d.qmp.conn == nil {
-		l.d.fatal = ErrPoweredOff
-		return nil
-	}
-	l.d.qmp.procedure("end QEMU", func(_ context.Context, m *qmp.Monitor) error { return qemu.Quit(m) }, func(error) {
-		l.d.fatal = ErrPoweredOff // it may have gone before it answered
-	})
-	return nil
-}
-
 // diskStatus adds what is wrong with the disks and the guest to a status.
 func (gw *guestWatch) diskStatus(s *api.Status) {
 	s.DiskFaults = append([]api.DiskFault{}, gw.faults...)
@@ -328,83 +297,4 @@ func (gw *guestWatch) watchMerge() {
 			gw.d.event(journal.Disk, "the overlays are not merged into the guest's images", nil)
 		}
 	})
-}
-
-// entryEvery is how often a primary reads the arbiter's entry: one that somebody else
-// has won is fenced.
-const entryEvery = 5 * time.Second
-
-// entryTimeout bounds it: a claim may be waiting for its turn.
-const entryTimeout = 500 * time.Millisecond
-
-// watchEntry fences a host that the arbiter does not name any more (R26).
-func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
-		asking, done := context.WithTimeout(ctx, entryTimeout)
-		now, err := l.Arbiter.Read(asking)
-		done()
-		if err != nil {
-			continue // whoever needs its answer says so
-		}
-		l.d.post(func() { l.entry(now) })
-	}
-}
-
-func (l *pairLife) entry(now arbiter.Record) {
-	if now.Speaker != l.d.opt.Node && now.Term > l.p.Term() && l.p.State() != failover.PrimaryClaim {
-		l.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
-	}
-	l.live(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == l.d.opt.Node})
-}
-
-// serialArbiter is an arbiter that several goroutines ask, one after the other.
-type serialArbiter struct {
-	arbiter.Arbiter
-	turn chan struct{} // holds one
-}
-
-func serialize(a arbiter.Arbiter) *serialArbiter {
-	s := &serialArbiter{a, make(chan struct{}, 1)}
-	s.turn <- struct{}{}
-	return s
-}
-
-func (s *serialArbiter) wait(ctx context.Context) error {
-	select {
-	case <-s.turn:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (s *serialArbiter) Read(ctx context.Context) (arbiter.Record, error) {
-	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, err
-	}
-	defer func() { s.turn <- struct{}{} }()
-	return s.Arbiter.Read(ctx)
-}
-
-func (s *serialArbiter) Settle(ctx context.Context) (arbiter.Record, error) {
-	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, err
-	}
-	defer func() { s.turn <- struct{}{} }()
-	return s.Arbiter.Settle(ctx)
-}
-
-func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Record) (arbiter.Record, bool, error) {
-	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, false, err
-	}
-	defer func() { s.turn <- struct{}{} }()
-	return s.Arbiter.Swap(ctx, old, next)
 }

@@ -4,7 +4,6 @@ package control
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -209,33 +208,6 @@ func describeOverlays(all []api.OverlayStatus) string {
 	return strings.Join(words, "; ")
 }
 
-// startGuest is ensureGuest's; but a secondary without room for its overlays waits for
-// it, and status tells.
-func (mo *monitor) startGuest(ctx context.Context) error {
-	err := mo.ensureGuest(ctx)
-	full := (*qemu.OverlayError)(nil)
-	if !errors.As(err, &full) {
-		return err
-	}
-	pause := mo.d.room.noRoom(full.Dir, full.Error())
-	mo.d.work.Go(func() {
-		for pause.wait(ctx) {
-			err := mo.startQEMU(ctx)
-			if again := (*qemu.OverlayError)(nil); errors.As(err, &again) {
-				continue
-			}
-			mo.d.post(func() {
-				mo.hadQEMU = err == nil
-				if mo.d.life.Setback.why = ""; err != nil {
-					mo.d.fatal = err
-				}
-			})
-			return
-		}
-	})
-	return nil
-}
-
 // noRoom notes that a secondary's overlays find none (S).
 func (ov *overlayRoom) noRoom(dir, why string) *backoff {
 	why = ov.d.opt.Node + ": " + why
@@ -284,23 +256,6 @@ func (ov *overlayRoom) noteFull(disk string) bool {
 		return true
 	}
 	return false
-}
-
-// endPart ends this daemon's part. A secondary that had no room rests first: the next
-// one's disks have to be copied before it finds out whether there is some.
-func (l *pairLife) endPart(end error) {
-	if l.s != nil {
-		l.d.room.noteFull("") // P may have given it up before QEMU said so
-	}
-	if l.d.room.pause == nil {
-		l.d.fatal = end
-		return
-	}
-	l.d.work.Go(func() {
-		if l.d.room.pause.wait(l.d.ctx) {
-			l.d.post(func() { l.d.fatal = end })
-		}
-	})
 }
 
 // statusOfOverlays adds what is known of the secondary's overlays.

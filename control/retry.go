@@ -138,16 +138,3 @@ func (re *replicator) endReplication() {
 		time.AfterFunc(wait, func() { re.d.post(re.endReplication) })
 	})
 }
-
-// rescue has a P go on with a guest that clients know and whose tables are gone. What was
-// compared before is not known any more, and an S that was covered may be about to take
-// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
-// for its secondary.
-func (l *pairLife) rescue(running bool, state string) {
-	if l == nil || l.p == nil || !l.orphan || !running && state != "paused" && state != "colo" {
-		return
-	}
-	l.orphan = false
-	l.d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
-	l.live(failover.Event{Kind: failover.EvTakeOver})
-}

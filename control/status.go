@@ -12,6 +12,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/api"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 )
 
 // notDrops are the kernel's reasons that are not drops: the frame went on, or
@@ -186,4 +187,53 @@ func (n *nic) flow(t *compare.Tuple) api.Flow {
 		f.VLAN = &t.VLAN
 	}
 	return f
+}
+
+// status tells where the pair's life is.
+func (l *pairLife) status(s *api.Status) {
+	s.Record = l.machine.Term()
+	defer func() {
+		l.d.repl.statusOfImages(s)
+		l.d.room.statusOfOverlays(s)
+	}()
+	if l.p != nil {
+		s.Covered, s.Replication = l.p.Covered(), l.d.repl.replication()
+		switch l.p.State() {
+		case failover.PrimaryStart:
+			s.State, s.Detail = "start", l.d.repl.tries.String()
+		case failover.PrimarySolo:
+			s.State, s.Detail = "solo", "nothing protects the guest"
+			for _, more := range []string{l.d.repl.unended, l.d.repl.tries.String()} {
+				s.Detail = strings.TrimSuffix(s.Detail+"; "+more, "; ")
+			}
+		case failover.PrimarySync:
+			s.State, s.Detail = "start", "replication begins"
+			if l.p.WasSolo() {
+				s.State = "resync"
+			}
+			if l.d.repl.syncing.Total > 0 {
+				s.Detail = l.d.repl.syncing.String()
+			}
+		case failover.PrimaryClaim:
+			s.State, s.Detail = "failover", "the arbiter is asked"
+		case failover.PrimaryFenced:
+			s.State, s.Detail = "failover", "another host speaks"
+		case failover.PrimaryOff:
+			s.State, s.Detail = "off", "the guest powered off"
+		}
+		l.d.guest.diskStatus(s)
+		return
+	}
+	s.Covered = l.s.Covered()
+	switch l.s.State() {
+	case failover.SecondaryWait:
+		s.State = "start"
+	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
+		s.State = "failover"
+	case failover.SecondaryFenced:
+		s.State, s.Detail = "failover", "another host speaks"
+	case failover.SecondaryOff:
+		s.State, s.Detail = "off", "the guest powered off"
+	}
+	l.d.guest.diskStatus(s)
 }
