@@ -3,34 +3,13 @@
 package control
 
 import (
-	"cmp"
 	"context"
-	"crypto/rand"
-	"crypto/tls"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
-	"math"
-	"net"
-	"net/netip"
-	"slices"
-	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
-
-
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/arbiter"
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
-	"lockstep/control/program"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 	"lockstep/control/state"
