@@ -25,7 +25,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -179,7 +179,7 @@ run_dir: run
 	}
 	for _, node := range []string{"alpha", "beta"} {
 		lt.Eventually(t, 20*time.Second, func() (bool, string) {
-			s := new(control.Status)
+			s := new(api.Status)
 			out, err := exec.Command(bin, "status", "-c", config, "--node", node, "--json").CombinedOutput()
 			if err == nil {
 				err = json.Unmarshal(out, s)

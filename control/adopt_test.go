@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/datapath"
 )
 
@@ -44,19 +45,19 @@ func TestAdopt(t *testing.T) {
 			s.start()
 			p.replicating()
 			s.replicating()
-			p.d.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
-			p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
-			s.await("the epoch", func(st Status) bool { return st.Epoch == 2 && st.State == "replicating" })
+			p.d.ckpts.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
+			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+			s.await("the epoch", func(st api.Status) bool { return st.Epoch == 2 && st.State == "replicating" })
 			before := p.path.session.Digest
 
 			if tt.p {
 				p.end()
-				s.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+				s.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 			}
 			if tt.s {
 				s.end()
 				if !tt.p {
-					p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+					p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 				}
 			}
 			p.change, s.change = tt.pFinds, tt.sFinds
@@ -80,10 +81,10 @@ func TestAdopt(t *testing.T) {
 				s.start()
 				offsets()
 			}
-			p.await("a session", func(st Status) bool { return st.Peer.Connected && st.Term == 2 })
+			p.await("a session", func(st api.Status) bool { return st.Peer.Connected && st.Term == 2 })
 			if !tt.whole {
-				st := p.await("a checkpoint", func(st Status) bool {
-					return st.State == "replicating" && slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool {
+				st := p.await("a checkpoint", func(st api.Status) bool {
+					return st.State == "replicating" && slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool {
 						return strings.Contains(c.Cause, "not whole") && c.Result == "committed"
 					})
 				})
@@ -127,44 +128,13 @@ func TestAdoptAlone(t *testing.T) {
 	p.path.await(t, 0, "mode hold")
 	p.path.pvm(1000, "same")
 	p.path.svm(1, 1000, "same")
-	p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 && st.State == "start" })
+	p.await("the frame", func(st api.Status) bool { return st.HeldPackets == 1 && st.State == "start" })
 	if trace := p.path.since(0); len(sent(p.path, 0)) != 0 || slices.ContainsFunc(trace, func(l string) bool { return strings.HasPrefix(l, "session") }) {
 		t.Errorf("without a session: %q", trace)
 	}
 	s.start()
 	s.path.await(t, 0, "mode run")
 	p.path.await(t, 0, "session 2", "send 1000+4")
-}
-
-// The SVM stops while its daemon goes on from old offsets and has no session yet.
-func TestAdoptedSecondaryMissesAStop(t *testing.T) {
-	cfg := defaultCkptConfig()
-	for _, qmp := range []bool{true, false} {
-		for name, evs := range map[string][]ckptEvent{
-			"stop": {{Kind: evQMPUp, OK: true}, {Kind: evStop}, {Kind: evResume}}, "stopped": {{Kind: evQMPUp}},
-			"lost": {{Kind: evQMPUp, OK: true}, {Kind: evQMPDown}, {Kind: evQMPUp, OK: true}},
-		} {
-			cfg.qmp = qmp
-			c := newCkptSecondary(cfg)
-			c.adopt(datapath.ModeRun)
-			if !c.whole() {
-				t.Errorf("%s: not whole from the start", name)
-			}
-			for _, ev := range evs {
-				c.Step(0, ev)
-			}
-			if c.whole() == qmp {
-				t.Errorf("%s, qmp %v: whole is %v", name, qmp, c.whole())
-			}
-			fresh := newCkptSecondary(cfg)
-			for _, ev := range evs {
-				fresh.Step(0, ev)
-			}
-			if !fresh.whole() {
-				t.Errorf("%s: empty tables are not whole", name)
-			}
-		}
-	}
 }
 
 // adoptCore notes what it is told.
@@ -209,21 +179,21 @@ func TestForeignProgram(t *testing.T) {
 	mark := p.path.mark()
 	p.path.intrude("program foreign (id 7) is in front of ls_pri_out on tap0", true)
 	p.path.await(t, mark, "mode shut", "tap down")
-	st := p.await("the reason", func(st Status) bool { return strings.Contains(st.Detail, "program foreign (id 7)") })
+	st := p.await("the reason", func(st api.Status) bool { return strings.Contains(st.Detail, "program foreign (id 7)") })
 	if st.Counters["intruded"] != 1 {
 		t.Errorf("counters %v", st.Counters)
 	}
 	p.path.intrude("", false)
 	p.path.await(t, mark, "mode shut", "tap down", "tap up", "mode hold")
-	p.await("no reason", func(st Status) bool { return st.Detail == "" && st.Counters["intruded"] == 1 })
+	p.await("no reason", func(st api.Status) bool { return st.Detail == "" && st.Counters["intruded"] == 1 })
 
 	// On the peer device the tap stays up. A checkpoint parks S and unparks it; the
 	// kernel hears nothing of it.
 	sm := s.path.mark()
 	s.path.intrude("program foreign (id 8) is in front of ls_sec_in on peer0", false)
 	s.path.await(t, sm, "mode shut")
-	p.d.want(request{nic: -1, reason: "test"})
-	p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 })
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
 	if trace := s.path.since(sm); slices.Contains(trace, "mode park") || slices.Contains(trace, "mode run") || slices.Contains(trace, "tap down") {
 		t.Errorf("with a program in front: %q", trace)
 	}

@@ -15,147 +15,24 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math"
 	"net"
-	"net/netip"
-	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
 	"lockstep/compare"
+	"lockstep/control/api"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/program"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
 )
-
-// Options say what to run. Zero durations mean defaults.
-type Options struct {
-	VM   string
-	Node string // this host's name
-	Peer string // the other's
-	Role datapath.Role
-
-	// ConfigDigest is over what both nodes' configs must agree on; a peer with
-	// another one is refused.
-	ConfigDigest string
-
-	// Control is where the primary listens and the secondary connects: the
-	// primary's control address.
-	Control string
-	// Where the control link is made from: by this host as the secondary, by the peer.
-	// The zero Addr: from anywhere.
-	OwnAddr, PeerAddr netip.Addr
-
-	TLS *tls.Config // nil: the control link is not protected
-	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
-
-	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
-	// Fresh tells that a NIC's tables were made at this start, not found pinned
-	// (R23).
-	Fresh bool
-
-	Compare     compare.Config          // primary; Linger and Idle also the secondary's
-	Copies      compare.SecondaryConfig // secondary
-	Period      time.Duration           // of checkpoints that nothing asks for, the longest; 0: none
-	TargetPause time.Duration           // of the PVM, which the period follows; 0: the period is fixed
-	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
-	Rekey       time.Duration           // between rotations of the signing keys; 0: none
-
-	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
-	EchoEvery, SpeakFor time.Duration
-
-	StatusSocket string // "": none
-	Log          *slog.Logger
-
-	// Life: the pair begins and ends by lockstep. nil: it is there, and nobody takes
-	// over.
-	Life     *Life
-	Journal  *journal.Journal    // of what happened; nil: none
-	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
-
-	// Tests shorten these.
-	link       linkTiming
-	qmpTimeout time.Duration
-	qmpPoll    time.Duration
-	dialQMP    dialQMP
-	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
-	orderEvery time.Duration
-	entryEvery time.Duration
-	ckpt       *ckptConfig
-}
-
-func (o *Options) setDefaults() error {
-	switch {
-	case o.Role != datapath.RolePrimary && o.Role != datapath.RoleSecondary:
-		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
-	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
-		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
-	}
-	set := func(d *time.Duration, v time.Duration) {
-		if *d == 0 {
-			*d = v
-		}
-	}
-	set(&o.MinInterval, 20*time.Millisecond)
-	set(&o.EchoEvery, 50*time.Millisecond)
-	set(&o.SpeakFor, 400*time.Millisecond)
-	set(&o.Compare.Linger, 2*time.Second)
-	set(&o.Compare.Idle, 2*time.Hour)
-	set(&o.qmpTimeout, qmpTimeout)
-	if o.Life != nil {
-		set(&o.qmpPoll, qmpPollLife)
-	}
-	set(&o.qmpPoll, qmpPoll)
-	if o.dialQMP == nil {
-		o.dialQMP = dialMonitor
-	}
-	set(&o.orderEvery, orderEvery)
-	set(&o.entryEvery, entryEvery)
-	if o.link == (linkTiming{}) {
-		o.link = defaultLinkTiming
-		if o.Life != nil {
-			o.link.silence, o.link.ping = o.Life.Timeout, o.EchoEvery
-			if o.Life.Restart != 0 {
-				// A daemon that was started again is found within that time.
-				o.link.retryMax = min(o.link.retryMax, o.Life.Restart/4)
-			}
-		}
-	}
-	if o.Progress == nil {
-		o.Progress = func(qemu.Progress) {}
-	}
-	if o.ckpt == nil {
-		c := defaultCkptConfig()
-		o.ckpt = &c
-	}
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
-	return nil
-}
-
-const (
-	maxHistory   = 32 // requests and attempts kept for status
-	maxRequests  = 256
-	sweepEvery   = time.Second
-	quietRequest = time.Second // between two log lines about requests that nothing serves
-)
-
-// machine is a ckptPrimary or a ckptSecondary.
-type machine interface {
-	Step(now int64, ev ckptEvent) []ckptEffect
-	NextDeadline() int64
-	state() (word, detail string)
-}
 
 // Daemon runs one host. What is not said to be otherwise is the controller's.
 type Daemon struct {
@@ -163,46 +40,23 @@ type Daemon struct {
 	log  *slog.Logger
 	nics []*nic
 
-	inbox    chan func()
-	requests chan request
-	stopped  chan struct{} // closed when the controller has ended
-	work     sync.WaitGroup
-	ctx      context.Context
-	fatal    error
+	inbox   chan func()
+	stopped chan struct{} // closed when the controller has ended
+	work    sync.WaitGroup
+	ctx     context.Context
+	fatal   error
 
-	machine   machine
-	primary   *ckptPrimary   // one of the two
-	secondary *ckptSecondary // is machine
-	queue     []ckptEvent
-	stepping  bool
+	epoch, term uint32 // the kernel's epoch, the key generation
+	recovered   bool   // all NICs go on from one daemon's tables
 
-	epoch, term uint32
-	adopted     bool  // all NICs go on from one daemon's tables
-	sessions    int   // made so far
-	link        *link // nil: none
-	linkUp      bool  // its session holds
-	linkSince   time.Time
-	linkErr     string
-	refusals    int // P: connections, since the last line of log about them
-	refusalLog  time.Time
-	peerAddr    string
-	peerParty   party
-	rotation    chan struct{} // P: closed when S has the new keys; nil: none under way
-	peerWhole   bool          // P: what S said of its tables, until its session is ok
-	stopDrain   context.CancelFunc
-
-	qmp  monitor
-	life *pairLife // nil: the pair does not end by itself
-
-	requested   atomic.Uint64 // by anyone
-	committed   uint64
-	waiting     []request // causes of the next attempt
-	causes      []Cause
-	attempts    []Checkpoint
-	attemptNow  []request // causes of the attempt under way
-	attemptAt   int64
-	unservedLog time.Time
-	unserved    uint64
+	// The parts, each with what it knows.
+	ckpts checkpoints
+	peer  peerLink
+	qmp   monitor
+	life  *pairLife // nil: the pair does not end by itself
+	repl  replicator
+	guest guestWatch
+	room  overlayRoom
 }
 
 // New makes a daemon; Run works.
@@ -212,11 +66,15 @@ func New(o Options) (*Daemon, error) {
 	}
 	d := &Daemon{
 		opt: o, log: o.Log.With("role", string(o.Role)),
-		inbox: make(chan func(), 64), requests: make(chan request, maxRequests), stopped: make(chan struct{}),
-		linkSince: time.Now(), qmp: monitor{path: o.QMP, info: qmpInfo{since: time.Now()}},
+		inbox: make(chan func(), 64), stopped: make(chan struct{}),
 	}
+	d.ckpts.d, d.ckpts.requests = d, make(chan request, maxRequests)
+	d.peer.d, d.peer.linkSince = d, time.Now()
+	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
+	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
+	d.guest.d, d.room.d = d, d
 	cfg := *o.ckpt
-	cfg.qmp, cfg.period, cfg.minInterval, cfg.target = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
+	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
 		return nil, err
@@ -225,30 +83,30 @@ func New(o Options) (*Daemon, error) {
 	if found != nil {
 		*keys = found.Digest
 	}
-	cfg.firstEpoch = max(cfg.firstEpoch, d.epoch)
-	d.epoch = cfg.firstEpoch
+	cfg.FirstEpoch = max(cfg.FirstEpoch, d.epoch)
+	d.epoch = cfg.FirstEpoch
 	d.opt.Compare.Epoch = d.epoch
 	if o.Life != nil {
-		if d.life, err = newPairLife(*o.Life, &d.opt); err != nil {
+		if d.life, err = newPairLife(*o.Life, d); err != nil {
 			return nil, err
 		}
-		cfg.unpaired = d.life.p != nil && d.life.p.state != lpPair
+		cfg.Unpaired = d.life.p != nil && d.life.p.State() != failover.PrimaryPair
 	}
 	if o.Role == datapath.RolePrimary {
-		d.primary = newCkptPrimary(cfg)
-		d.machine = d.primary
+		d.ckpts.primary = checkpoint.NewPrimary(cfg)
+		d.ckpts.machine = d.ckpts.primary
 	} else {
-		d.secondary = newCkptSecondary(cfg)
+		d.ckpts.secondary = checkpoint.NewSecondary(cfg)
 		if found != nil {
-			d.secondary.adopt(found.Mode)
+			d.ckpts.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
 		}
-		d.machine = d.secondary
+		d.ckpts.machine = d.ckpts.secondary
 	}
 	for i, dp := range o.NICs {
-		n := newNIC(i, dp, d.log, d.want)
+		n := newNIC(i, dp, d.log, d.ckpts.want)
 		n.keys = new(compare.Keys)
 		*n.keys = *keys
-		if d.primary != nil {
+		if d.isPrimary() {
 			n.primary = compare.NewPrimary(d.opt.Compare, n.keys)
 			n.core = n.primary
 		} else {
@@ -277,7 +135,7 @@ func (d *Daemon) found() *datapath.Recovered {
 		// digests under zeros are all the same.
 		whole = whole && a.Epoch == first.Epoch && a.Mode == first.Mode && a.Digest == first.Digest && a.Digest != (compare.Keys{})
 	}
-	d.adopted = whole
+	d.recovered = whole
 	if !whole {
 		return nil
 	}
@@ -309,11 +167,11 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}
 	}()
 	switch {
-	case d.adopted:
+	case d.recovered:
 		for _, n := range d.nics {
 			n.adopt(d.opt.Compare.Idle)
 		}
-	case d.primary != nil:
+	case d.isPrimary():
 		if err := d.ownKeys(); err != nil {
 			return err
 		}
@@ -327,7 +185,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Info("control link", "address", control.Addr())
 	}
 	if d.opt.StatusSocket != "" {
-		if status, err = listenStatus(ctx, d.opt.StatusSocket); err != nil {
+		if status, err = api.Listen(ctx, d.opt.StatusSocket); err != nil {
 			return err
 		}
 		defer status.Close()
@@ -336,7 +194,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
 	}
 
-	if err := d.startGuest(ctx); err != nil {
+	if err := d.qmp.startGuest(ctx); err != nil {
 		return err
 	}
 	for _, n := range d.nics {
@@ -353,22 +211,22 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	start(func() error { return d.control(ctx) })
 	start(func() error { d.watchOrder(ctx); return nil })
 	if control != nil {
-		start(func() error { return d.accept(ctx, control) })
+		start(func() error { return d.peer.accept(ctx, control) })
 	} else {
-		start(func() error { d.connect(ctx); return nil })
+		start(func() error { d.peer.connect(ctx); return nil })
 	}
 	start(func() error { return d.sweep(ctx) })
 	if status != nil {
-		start(func() error { return d.serveStatus(ctx, status) })
+		start(func() error { return api.Serve(ctx, status, d, d.log) })
 	}
 	if d.opt.QMP != "" {
-		start(func() error { d.watchQEMU(ctx); return nil })
+		start(func() error { d.qmp.watchQEMU(ctx); return nil })
 	}
 	if d.life != nil && d.life.p != nil {
-		start(func() error { d.watchEntry(ctx, d.opt.entryEvery); return nil })
+		start(func() error { d.life.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
 	if l := d.life; l != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
-		start(func() error { d.watchOverlays(ctx); return nil })
+		start(func() error { d.room.watchOverlays(ctx); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)
 	err = <-ends
@@ -419,6 +277,9 @@ func (d *Daemon) ownKeys() error {
 	return nil
 }
 
+// isPrimary reports whether this host runs the PVM.
+func (d *Daemon) isPrimary() bool { return d.opt.Role == datapath.RolePrimary }
+
 // now is the boottime, ns.
 func (d *Daemon) now() int64 { return d.nics[0].dp.Now() }
 
@@ -448,23 +309,23 @@ func (d *Daemon) ask(ctx context.Context, f func()) error {
 func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
-		if d.link != nil {
-			d.link.flush() // the peer may have to hear why
-			d.link.close(context.Canceled)
+		if d.peer.link != nil {
+			d.peer.link.flush() // the peer may have to hear why
+			d.peer.link.close(context.Canceled)
 		}
 	}()
-	d.step(ckptEvent{Kind: evTick})
-	if d.life != nil && d.life.Begin.takeOver {
-		d.live(lifeEvent{Kind: lvTakeOver})
+	d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
+	if d.life != nil && d.life.Begin.ResumesTakeOver() {
+		d.life.live(failover.Event{Kind: failover.EvTakeOver})
 	}
-	if d.adopted && d.fatal == nil {
+	if d.recovered && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
 		d.fatal = d.each("go on", (*nic).goOn)
 	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
-		if next := min(d.machine.NextDeadline(), d.nextLife()); next == math.MaxInt64 {
+		if next := min(d.ckpts.machine.NextDeadline(), d.life.nextLife()); next == math.MaxInt64 {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Duration(max(next-d.now(), 0)))
@@ -474,79 +335,17 @@ func (d *Daemon) control(ctx context.Context) error {
 			return nil
 		case f := <-d.inbox:
 			f()
-		case r := <-d.requests:
-			d.wanted(r)
+		case r := <-d.ckpts.requests:
+			d.ckpts.wanted(r)
 		case <-timer.C:
-			d.step(ckptEvent{Kind: evTick})
-			d.live(lifeEvent{Kind: lvTick})
+			d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
+			d.life.live(failover.Event{Kind: failover.EvTick})
 		}
 	}
 	if ctx.Err() != nil {
 		return nil
 	}
 	return d.fatal
-}
-
-// want takes a request for a checkpoint from any goroutine, and never blocks.
-func (d *Daemon) want(r request) {
-	d.requested.Add(1)
-	select {
-	case d.requests <- r:
-	default: // as many wait as are ever told apart
-	}
-}
-
-func (d *Daemon) wanted(r request) {
-	d.note(r)
-	if d.opt.QMP == "" || !d.linkUp {
-		// Nobody to ask. A guest in a bad way asks without end.
-		if d.unserved++; time.Since(d.unservedLog) >= quietRequest {
-			d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", d.unserved, "qmp", d.opt.QMP != "", "peer", d.linkUp)
-			d.unservedLog, d.unserved = time.Now(), 0
-		}
-	}
-	d.step(ckptEvent{Kind: evWant, Cause: r.reason})
-}
-
-// note keeps a request in mind for the attempt that serves it, and for status.
-func (d *Daemon) note(r request) {
-	c := Cause{At: r.at, Reason: r.reason, Flow: r.flow}
-	if r.nic >= 0 {
-		c.NIC = &r.nic
-	}
-	d.causes = keepLast(append(d.causes, c))
-	d.waiting = keepLast(append(d.waiting, r))
-}
-
-func keepLast[T any](s []T) []T {
-	return slices.Delete(s, 0, max(0, len(s)-maxHistory))
-}
-
-// step gives the machine an event and carries out what follows. Events that come
-// of it are taken in their turn.
-func (d *Daemon) step(ev ckptEvent) {
-	d.queue = append(d.queue, ev)
-	if d.stepping {
-		return
-	}
-	d.stepping = true
-	for len(d.queue) > 0 && d.fatal == nil {
-		ev := d.queue[0]
-		d.queue = slices.Delete(d.queue, 0, 1)
-		for _, fx := range d.machine.Step(d.now(), ev) {
-			if err := d.carryOut(fx); err != nil {
-				d.fatal = err
-				break
-			}
-		}
-	}
-	d.stepping = false
-	if d.life == nil || d.primary == nil {
-		return
-	}
-	if stuck := d.primary.stuck(); stuck != (d.life.p.doubtBy != 0) {
-		d.live(lifeEvent{Kind: lvDoubt, OK: stuck})
-	}
 }
 
 // each runs f in every NIC's loop. A NIC that cannot do what it was told is the
@@ -558,183 +357,6 @@ func (d *Daemon) each(what string, f func(*nic) error) error {
 		}
 	}
 	return nil
-}
-
-func (d *Daemon) carryOut(fx ckptEffect) error {
-	switch fx.Op {
-	case fxOpen:
-		d.log.Info("replicating", "epoch", d.epoch, "term", d.term)
-		return d.each("hold", func(n *nic) error {
-			// Who spoke alone did so without a limit.
-			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(d.opt.EchoEvery, d.opt.SpeakFor))
-		})
-	case fxFreeze:
-		d.attemptAt = d.now()
-		return d.each("freeze", (*nic).freeze)
-	case fxThaw:
-		return d.each("thaw", (*nic).thaw)
-	case fxPrepare:
-		d.attempt(fx)
-		d.send(message{Type: "prepare", Epoch: fx.Epoch})
-	case fxAbort:
-		d.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
-	case fxAsk:
-		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
-			ev := ckptEvent{Kind: evAsked, Epoch: fx.Epoch, OK: true}
-			if err := m.Checkpoint(); err != nil {
-				ev.OK, ev.Cause = false, err.Error()
-			}
-			return ev
-		})
-	case fxEpoch:
-		return d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
-	case fxCOLO:
-		d.askQEMU(func(m *qmp.Monitor) ckptEvent {
-			mode, err := m.COLO()
-			ev := ckptEvent{Kind: evCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(d.opt.Role)}
-			if err != nil {
-				ev.Cause = err.Error()
-			} else if !ev.OK {
-				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
-			}
-			if ev.OK && d.primary != nil && d.life != nil {
-				// Whatever was heard of the disks, their state decides (R24). A QEMU
-				// that does not answer may be dead: then S is the better host.
-				switch missing, err := qemu.Unreplicated(m, d.life.Disks); {
-				case err != nil:
-					ev.OK, ev.Cause = false, err.Error()
-				case len(missing) > 0:
-					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
-					d.post(func() { d.live(lifeEvent{Kind: lvReplica}) })
-				}
-			}
-			return ev
-		})
-	case fxCommit:
-		return d.commit(fx)
-	case fxFailed:
-		d.attemptEnds(fx.Cause, fx)
-		d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
-		d.checkpointEvent()
-
-	case fxPark:
-		return d.each("park", (*nic).park)
-	case fxDrain:
-		d.drain(fx.Epoch)
-	case fxReady:
-		d.send(message{Type: "ready", Epoch: fx.Epoch})
-	case fxBegin:
-		d.epoch = fx.Epoch
-		return d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
-	case fxReset:
-		return d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
-	case fxStopped:
-		if fx.Epoch == 0 {
-			d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
-		}
-		d.send(message{Type: "stopped", Epoch: fx.Epoch})
-	case fxRun:
-		return d.each("unpark", (*nic).unpark)
-	case fxResumed:
-		d.committed++
-		d.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
-	}
-	return nil
-}
-
-// attempt notes that a checkpoint begins.
-func (d *Daemon) attempt(fx ckptEffect) {
-	if len(d.waiting) == 0 && fx.Cause != causePeriod {
-		// The machine's own wish: it has a doubt to end.
-		d.requested.Add(1)
-		d.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
-	}
-	d.attemptNow, d.waiting = d.waiting, nil
-	c := Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
-	for _, r := range d.attemptNow {
-		c.Flow = cmp.Or(c.Flow, r.flow)
-	}
-	d.attempts = keepLast(append(d.attempts, c))
-	d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(d.attemptNow))
-}
-
-func (d *Daemon) attemptEnds(result string, fx ckptEffect) {
-	if len(d.attempts) == 0 {
-		return
-	}
-	a := &d.attempts[len(d.attempts)-1]
-	a.Result = result
-	a.FrozenMS = milliseconds(d.now() - d.attemptAt)
-	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
-	if fx.Op == fxFailed {
-		// What it was for is still to be done.
-		d.waiting = keepLast(append(d.attemptNow, d.waiting...))
-	}
-	d.attemptNow = nil
-}
-
-// checkpointEvent notes the attempt that has just ended.
-func (d *Daemon) checkpointEvent() {
-	if len(d.attempts) == 0 {
-		return
-	}
-	a := &d.attempts[len(d.attempts)-1]
-	fields := map[string]any{
-		"epoch": a.Epoch, "result": a.Result, "frozen_ms": a.FrozenMS, "pvm_pause_ms": a.PVMPauseMS, "svm_pause_ms": a.SVMPauseMS,
-	}
-	if a.Flow != "" {
-		fields["flow"] = a.Flow
-	}
-	d.event(journal.Checkpoint, a.Cause, fields)
-}
-
-func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
-
-func (d *Daemon) commit(fx ckptEffect) error {
-	inside := false
-	err := d.each("commit", func(n *nic) error {
-		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
-		inside = inside || in
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	d.epoch = fx.Epoch
-	d.committed++
-	d.attemptEnds("committed", fx)
-	a := d.attempts[len(d.attempts)-1]
-	d.checkpointEvent()
-	d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
-	if inside {
-		d.step(ckptEvent{Kind: evInside, Epoch: fx.Epoch})
-	}
-	if d.life != nil {
-		d.life.tries.lasts()
-	}
-	d.live(lifeEvent{Kind: lvCommitted})
-	return d.listen(a.Cause)
-}
-
-// drain waits until the SVM has read what its taps hold.
-func (d *Daemon) drain(epoch uint32) {
-	if d.stopDrain != nil {
-		d.stopDrain()
-	}
-	// P waits a little longer than that.
-	ctx, cancel := context.WithTimeout(d.ctx, time.Duration(d.opt.ckpt.ready)*4/5)
-	d.stopDrain = cancel
-	d.work.Go(func() {
-		defer cancel()
-		ev := ckptEvent{Kind: evDrained, Epoch: epoch, OK: true}
-		for _, n := range d.nics {
-			if err := n.dp.DrainTap(ctx); err != nil {
-				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)
-				break
-			}
-		}
-		d.post(func() { d.step(ev) })
-	})
 }
 
 // sweep ends connections that are closed or idle, and that a host translates.
@@ -752,5 +374,12 @@ func (d *Daemon) sweep(ctx context.Context) error {
 				return fmt.Errorf("nic %d: sweep: %w", n.index, err)
 			}
 		}
+	}
+}
+
+// event notes something for `lockstep events`.
+func (d *Daemon) event(kind journal.Kind, cause string, fields map[string]any) {
+	if d.opt.Journal != nil {
+		d.opt.Journal.Add(journal.Event{Kind: kind, Cause: cause, Fields: fields})
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
+	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
@@ -118,19 +120,19 @@ func (w logWriter) Write(b []byte) (int, error) {
 }
 
 // await asks for the status until it is as wanted.
-func (s *side) await(what string, ok func(Status) bool) Status {
+func (s *side) await(what string, ok func(api.Status) bool) api.Status {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), patience)
 	defer cancel()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	var last Status
+	var last api.Status
 	for {
-		if st, err := FetchStatus(ctx, s.opt.StatusSocket); err == nil {
+		if st, err := api.FetchStatus(ctx, s.opt.StatusSocket); err == nil {
 			if last = st; ok(st) {
 				return st
 			}
-		} else if !errors.Is(err, ErrNoDaemon) && ctx.Err() == nil {
+		} else if !errors.Is(err, api.ErrNoDaemon) && ctx.Err() == nil {
 			s.t.Fatal(err)
 		}
 		select {
@@ -141,9 +143,9 @@ func (s *side) await(what string, ok func(Status) bool) Status {
 	}
 }
 
-func (s *side) replicating() Status {
+func (s *side) replicating() api.Status {
 	s.t.Helper()
-	return s.await("replicating", func(st Status) bool { return st.State == "replicating" && st.Peer.Connected })
+	return s.await("replicating", func(st api.Status) bool { return st.State == "replicating" && st.Peer.Connected })
 }
 
 // sent lists what left from a mark on.
@@ -160,7 +162,7 @@ func sent(f *fakePath, mark int) []string {
 func TestReplication(t *testing.T) {
 	p, s := hosts(t, nil)
 	p.start()
-	if st := p.await("an answer", func(Status) bool { return true }); st.State != "start" || st.Peer.Connected {
+	if st := p.await("an answer", func(api.Status) bool { return true }); st.State != "start" || st.Peer.Connected {
 		t.Errorf("before the secondary is there: %+v", st)
 	}
 	s.start()
@@ -180,20 +182,20 @@ func TestReplication(t *testing.T) {
 	if st.VM != "web1" || st.Node != "alpha" || st.Role != "primary" || st.Epoch != 1 || st.Term != 1 || st.Peer.Node != "beta" || !st.Peer.Insecure {
 		t.Errorf("status %+v", st)
 	}
-	if st.Dropped["no_slot"] != 2 || len(st.Dropped) != 1 || st.Counters["held"] != 7 || st.Programs["ls_mirror"] != (ProgramStatus{"tap0", "tcx-egress"}) {
+	if st.Dropped["no_slot"] != 2 || len(st.Dropped) != 1 || st.Counters["held"] != 7 || st.Programs["ls_mirror"] != (api.ProgramStatus{Device: "tap0", Attach: "tcx-egress"}) {
 		t.Errorf("counters %v, drops %v, programs %v", st.Counters, st.Dropped, st.Programs)
 	}
 
 	// What both say leaves, no sooner.
 	mark := p.path.mark()
 	p.path.pvm(1000, "hello")
-	p.await("a held frame", func(st Status) bool { return st.HeldPackets == 1 && st.HeldBytes == 5 && st.Connections == 1 })
+	p.await("a held frame", func(st api.Status) bool { return st.HeldPackets == 1 && st.HeldBytes == 5 && st.Connections == 1 })
 	if got := sent(p.path, mark); got != nil {
 		t.Errorf("left alone: %q", got)
 	}
 	p.path.svm(1, 1000, "hello")
 	p.path.await(t, mark, "send 1000+5")
-	p.await("a release", func(st Status) bool { return st.ReleasedPackets == 1 && st.HeldPackets == 0 })
+	p.await("a release", func(st api.Status) bool { return st.ReleasedPackets == 1 && st.HeldPackets == 0 })
 
 	// Datagrams are released too.
 	for _, kind := range []compare.EventKind{compare.EvPVM, compare.EvSVM} {
@@ -201,9 +203,9 @@ func TestReplication(t *testing.T) {
 		seg.Datagram, seg.Proto, seg.Seq, seg.Epoch, seg.At = true, 17, 0, 1, p.path.Now()
 		p.path.put(compare.Event{Kind: kind, Seg: seg})
 	}
-	p.await("a released datagram", func(st Status) bool { return st.ReleasedPackets == 2 && st.HeldPackets == 0 })
+	p.await("a released datagram", func(st api.Status) bool { return st.ReleasedPackets == 2 && st.HeldPackets == 0 })
 
-	flows, err := FetchFlows(t.Context(), p.opt.StatusSocket)
+	flows, err := api.FetchFlows(t.Context(), p.opt.StatusSocket)
 	if err != nil || len(flows) != 1 {
 		t.Fatalf("flows: %+v, %v", flows, err)
 	}
@@ -213,7 +215,7 @@ func TestReplication(t *testing.T) {
 	s.path.mu.Lock()
 	s.path.offsets[testTuple] = datapath.Offset{Seq: 77, State: "open", Last: s.path.Now()}
 	s.path.mu.Unlock()
-	flows, err = FetchFlows(t.Context(), s.opt.StatusSocket)
+	flows, err = api.FetchFlows(t.Context(), s.opt.StatusSocket)
 	if err != nil || len(flows) != 1 || flows[0].Offset == nil || *flows[0].Offset != 77 || flows[0].State != "open" {
 		t.Errorf("flows on S: %+v, %v", flows, err)
 	}
@@ -224,7 +226,7 @@ func TestReplication(t *testing.T) {
 	// Without QMP a divergence is counted; nothing is frozen for it.
 	p.path.pvm(1005, "primary")
 	p.path.svm(1, 1005, "another")
-	st = p.await("a request", func(st Status) bool { return st.CheckpointsRequested == 1 })
+	st = p.await("a request", func(st api.Status) bool { return st.CheckpointsRequested == 1 })
 	if st.State != "replicating" || len(st.Causes) != 1 || st.Causes[0].Reason != "payload differs" || st.Causes[0].Flow != testTuple.String() {
 		t.Errorf("after a divergence: %+v", st)
 	}
@@ -267,7 +269,7 @@ func TestCheckpoint(t *testing.T) {
 		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 501}})
 		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 502}})
 		p.path.pvm(1011, "more")
-		p.await("a held frame", func(st Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
+		p.await("a held frame", func(st api.Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
 	})
 	at(qmptest.PrimaryStop, func() { s.path.await(t, sm, "epoch 2") })
 	at(qmptest.SecondaryResume, func() { p.path.await(t, pm, "epoch 2") })
@@ -313,14 +315,14 @@ func TestFrameInside(t *testing.T) {
 			// Far enough from STOP and RESUME that the clocks' noise does not matter.
 			pause(t)
 			p.path.pvm(1000, "while stopped")
-			p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+			p.await("the frame", func(st api.Status) bool { return st.HeldPackets == 1 })
 			pause(t)
 		}
 		return true
 	})
-	p.d.want(request{nic: -1, reason: "test"})
-	st := p.await("a second checkpoint", func(st Status) bool { return st.CheckpointsDone == 2 })
-	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "spoke while it was stopped") {
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	st := p.await("a second checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 2 })
+	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "transmitted while it was stopped") {
 		t.Errorf("second checkpoint %+v", last)
 	}
 }
@@ -342,10 +344,10 @@ func TestUnaskedStop(t *testing.T) {
 	s.replicating()
 	mark := p.path.mark()
 	pair.Primary.Stop()
-	p.await("a freeze", func(st Status) bool { return st.State == "checkpointing" && st.QMP.State == "paused" })
+	p.await("a freeze", func(st api.Status) bool { return st.State == "checkpointing" && st.QMP.State == "paused" })
 	p.path.pvm(1000, "same")
 	p.path.svm(1, 1000, "same")
-	p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+	p.await("the frame", func(st api.Status) bool { return st.HeldPackets == 1 })
 	if n := pair.Checkpoints(); n != 0 {
 		t.Errorf("%d checkpoints of a stopped guest", n)
 	}
@@ -353,7 +355,7 @@ func TestUnaskedStop(t *testing.T) {
 		t.Errorf("left: %q", got)
 	}
 	pair.Primary.Resume()
-	st := p.await("our own checkpoint", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+	st := p.await("our own checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 	p.path.await(t, mark, "send 1000+4")
 	if st.Checkpoints[0].Cause != "the PVM stopped unasked" || st.CheckpointsRequested != 1 {
 		t.Errorf("status %+v", st)
@@ -363,9 +365,9 @@ func TestUnaskedStop(t *testing.T) {
 	sm := s.path.mark()
 	pair.Secondary.Stop()
 	s.path.await(t, sm, "mode park")
-	s.await("void", func(st Status) bool { return st.State == "checkpointing" })
+	s.await("void", func(st api.Status) bool { return st.State == "checkpointing" })
 	pair.Secondary.Resume()
-	p.await("a checkpoint", func(st Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
+	p.await("a checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
 	s.path.await(t, sm, "mode park", "mode run")
 }
 
@@ -383,13 +385,13 @@ func TestSecondaryRestart(t *testing.T) {
 
 	mark := p.path.mark()
 	s.end()
-	st := p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	st := p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 	if st.State != "replicating" || st.Peer.Error == "" || st.Peer.Since.IsZero() {
 		t.Errorf("status %+v", st)
 	}
 	p.path.pvm(1004, "primary")
 	p.path.svm(1, 1004, "another")
-	p.await("a request", func(st Status) bool { return st.CheckpointsRequested == 1 })
+	p.await("a request", func(st api.Status) bool { return st.CheckpointsRequested == 1 })
 	if n := pair.Checkpoints(); n != 0 {
 		t.Errorf("%d checkpoints without a secondary", n)
 	}
@@ -397,7 +399,7 @@ func TestSecondaryRestart(t *testing.T) {
 		t.Errorf("left: %q", got)
 	}
 	s.start()
-	st = p.await("the checkpoint asked for", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+	st = p.await("the checkpoint asked for", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 	if st.Term != 2 || !st.Peer.Connected {
 		t.Errorf("status %+v", st)
 	}
@@ -406,7 +408,7 @@ func TestSecondaryRestart(t *testing.T) {
 	s.end()
 	s.opt.Fresh = true
 	s.start()
-	st = p.await("a checkpoint for fresh tables", func(st Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
+	st = p.await("a checkpoint for fresh tables", func(st api.Status) bool { return st.CheckpointsDone == 2 && st.State == "replicating" })
 	if last := st.Checkpoints[len(st.Checkpoints)-1]; !strings.Contains(last.Cause, "not whole") || st.Term != 3 {
 		t.Errorf("status %+v", st)
 	}
@@ -423,7 +425,7 @@ func TestPrimaryRestart(t *testing.T) {
 	s.replicating()
 	old := s.path.session
 	p.end()
-	s.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	s.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 	p.opt.Fresh = true
 	p.start()
 	st := p.replicating()
@@ -453,9 +455,9 @@ func TestFailedAttempts(t *testing.T) {
 	s.path.mu.Unlock()
 	sm, pm := s.path.mark(), p.path.mark()
 	p.path.pvm(1000, "held")
-	p.d.want(request{nic: -1, reason: "test"})
-	p.await("a failed attempt", func(st Status) bool {
-		return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.await("a failed attempt", func(st api.Status) bool {
+		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
 	})
 	s.path.await(t, sm, "mode park", "mode run")
 
@@ -463,14 +465,14 @@ func TestFailedAttempts(t *testing.T) {
 	s.path.mu.Lock()
 	s.path.drain = nil
 	s.path.mu.Unlock()
-	p.await("a refused request", func(st Status) bool {
-		return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, "refused by the test") })
+	p.await("a refused request", func(st api.Status) bool {
+		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "refused by the test") })
 	})
 	if got := sent(p.path, pm); got != nil {
 		t.Errorf("left: %q", got)
 	}
 	pair.Primary.SetFault(qmptest.None, 0)
-	p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 })
+	p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
 	p.path.await(t, pm, "send 1000+4")
 }
 
@@ -488,11 +490,11 @@ func TestNotInCOLO(t *testing.T) {
 			qemu.SetCOLO("none")
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.want(request{nic: -1, reason: "test"})
-			p.await("a failed attempt", func(st Status) bool {
-				return slices.ContainsFunc(st.Checkpoints, func(c Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
+			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.await("a failed attempt", func(st api.Status) bool {
+				return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
 			})
-			if st := p.await("doubt", func(st Status) bool { return st.State == "checkpointing" }); st.CheckpointsDone != 0 {
+			if st := p.await("doubt", func(st api.Status) bool { return st.State == "checkpointing" }); st.CheckpointsDone != 0 {
 				t.Errorf("committed: %+v", st)
 			}
 			if got := sent(p.path, mark); got != nil {
@@ -525,20 +527,20 @@ func TestQMPFaults(t *testing.T) {
 				}
 				mark := p.path.mark()
 				qemu.SetFault(fault, 0)
-				st := sick.await("a lost monitor", func(st Status) bool { return !st.QMP.Connected && st.QMP.Error != "" })
+				st := sick.await("a lost monitor", func(st api.Status) bool { return !st.QMP.Connected && st.QMP.Error != "" })
 				if !st.QMP.Configured {
 					t.Errorf("status %+v", st)
 				}
-				p.await("a freeze", func(st Status) bool { return st.State == "checkpointing" })
+				p.await("a freeze", func(st api.Status) bool { return st.State == "checkpointing" })
 				p.path.pvm(1000, "same")
 				p.path.svm(1, 1000, "same")
-				p.await("the frame", func(st Status) bool { return st.HeldPackets == 1 })
+				p.await("the frame", func(st api.Status) bool { return st.HeldPackets == 1 })
 				if got := sent(p.path, mark); got != nil {
 					t.Errorf("left: %q", got)
 				}
 				qemu.SetFault(qmptest.None, 0)
-				p.await("health", func(st Status) bool { return st.State == "replicating" && st.CheckpointsDone > 0 })
-				s.await("health", func(st Status) bool { return st.State == "replicating" && st.QMP.Connected })
+				p.await("health", func(st api.Status) bool { return st.State == "replicating" && st.CheckpointsDone > 0 })
+				s.await("health", func(st api.Status) bool { return st.State == "replicating" && st.QMP.Connected })
 				p.path.await(t, mark, "send 1000+4")
 			})
 		}
@@ -552,8 +554,8 @@ func TestHalfACheckpoint(t *testing.T) {
 		t.Run(stage.String(), func(t *testing.T) {
 			pair := newPair(t)
 			p, s := hosts(t, pair)
-			cfg := defaultCkptConfig()
-			cfg.stop, cfg.resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
+			cfg := checkpoint.DefaultConfig()
+			cfg.Stop, cfg.Resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
 			p.opt.ckpt = &cfg
 			p.start()
 			s.start()
@@ -562,8 +564,8 @@ func TestHalfACheckpoint(t *testing.T) {
 			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.want(request{nic: -1, reason: "test"})
-			p.await("a failed attempt", func(st Status) bool {
+			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.await("a failed attempt", func(st api.Status) bool {
 				return len(st.Checkpoints) > 0 && strings.Contains(st.Checkpoints[0].Result, "in time") && st.State == "checkpointing"
 			})
 			if got := sent(p.path, mark); got != nil {
@@ -573,7 +575,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			pair.SetHook(nil)
 			pair.Secondary.Resume()
 			pair.Primary.Resume()
-			p.await("a commit", func(st Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
+			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 			p.path.await(t, mark, "send 1000+4")
 		})
 	}
@@ -593,18 +595,18 @@ func TestDataPathFails(t *testing.T) {
 	if !p.path.closed {
 		t.Error("the data path stayed open")
 	}
-	if _, err := FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+	if _, err := api.FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, api.ErrNoDaemon) {
 		t.Errorf("status of a dead daemon: %v", err)
 	}
 }
 
 func TestStatusSocket(t *testing.T) {
 	p, _ := hosts(t, nil)
-	if _, err := FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+	if _, err := api.FetchStatus(t.Context(), p.opt.StatusSocket); !errors.Is(err, api.ErrNoDaemon) {
 		t.Errorf("before the start: %v", err)
 	}
 	p.start()
-	p.await("an answer", func(Status) bool { return true })
+	p.await("an answer", func(api.Status) bool { return true })
 
 	// A second daemon leaves the first one's socket alone.
 	o := p.opt
@@ -613,7 +615,7 @@ func TestStatusSocket(t *testing.T) {
 	if err := Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), "already answers") {
 		t.Errorf("second daemon: %v", err)
 	}
-	p.await("an answer", func(Status) bool { return true })
+	p.await("an answer", func(api.Status) bool { return true })
 	p.end()
 
 	// A dead one's is replaced.
@@ -623,11 +625,11 @@ func TestStatusSocket(t *testing.T) {
 	}
 	ln.SetUnlinkOnClose(false)
 	ln.Close()
-	if _, err := FetchFlows(t.Context(), p.opt.StatusSocket); !errors.Is(err, ErrNoDaemon) {
+	if _, err := api.FetchFlows(t.Context(), p.opt.StatusSocket); !errors.Is(err, api.ErrNoDaemon) {
 		t.Errorf("dead socket: %v", err)
 	}
 	p.start()
-	p.await("an answer", func(Status) bool { return true })
+	p.await("an answer", func(api.Status) bool { return true })
 
 	for _, o := range []Options{
 		{},

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"lockstep/control/api"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
@@ -38,65 +40,65 @@ func (e *refusedError) Error() string { return e.why }
 
 // replicateFirst has QEMU begin to replicate for the first time (P): a replica that was
 // never the same must not count as one.
-func (d *Daemon) replicateFirst() error {
-	l := d.life
+func (re *replicator) replicateFirst() error {
+	l := re.d.life
 	if len(l.Disks) == 0 {
-		return d.replicateTo(false)
+		return re.replicateTo(false)
 	}
-	peer := d.link
-	d.refuse("")
-	l.syncing = qemu.Progress{}
-	told := d.progress()
-	l.cancelSync = d.procedure("compare the images", func(ctx context.Context, m *qmp.Monitor) error {
-		return d.imagesFit(ctx, m, told)
+	peer := re.d.peer.link
+	re.refuse("")
+	re.syncing = qemu.Progress{}
+	told := re.progress()
+	re.cancel = re.d.qmp.procedure("compare the images", func(ctx context.Context, m *qmp.Monitor) error {
+		return re.imagesFit(ctx, m, told)
 	}, func(err error) {
-		l.cancelSync, l.syncing = nil, qemu.Progress{}
-		d.opt.Progress(qemu.Progress{})
-		if err == nil && d.link == peer && l.p.state == lpSync {
-			if err := d.replicateTo(l.FirstStart == FirstCopy); err != nil {
-				d.fatal = err
+		re.cancel, re.syncing = nil, qemu.Progress{}
+		re.d.opt.Progress(qemu.Progress{})
+		if err == nil && re.d.peer.link == peer && l.p.State() == failover.PrimarySync {
+			if err := re.replicateTo(l.FirstStart == FirstCopy); err != nil {
+				re.d.fatal = err
 			}
 			return
 		}
 		if refused := (*refusedError)(nil); errors.As(err, &refused) {
-			d.refuse(refused.why)
-		} else if err != nil && d.link == peer && !errors.Is(err, context.Canceled) {
-			d.refuse("the images could not be compared: " + err.Error())
-			d.tryImagesAgain(peer)
+			re.refuse(refused.why)
+		} else if err != nil && re.d.peer.link == peer && !errors.Is(err, context.Canceled) {
+			re.refuse("the images could not be compared: " + err.Error())
+			re.tryImagesAgain(peer)
 		}
-		d.live(lifeEvent{Kind: lvSynced})
-		if d.link != peer {
-			d.paired() // there was one meanwhile
+		re.d.life.live(failover.Event{Kind: failover.EvSynced})
+		if re.d.peer.link != peer {
+			re.paired() // there was one meanwhile
 		}
 	})
 	return nil
 }
 
 // imagesFit finds out whether a first replication may begin.
-func (d *Daemon) imagesFit(ctx context.Context, m *qmp.Monitor, progress func(qemu.Progress)) error {
-	l := d.life
-	again := fmt.Sprintf("set qemu.first_start: copy on %s and start its daemon again, which copies %s's images over %s's, whose content is lost", d.opt.Node, d.opt.Node, d.opt.Peer)
-	runs := &refusedError{fmt.Sprintf("the guest runs already on %s and its images change, so that nobody can have copied them: %s", d.opt.Node, again)}
+func (re *replicator) imagesFit(ctx context.Context, m *qmp.Monitor, progress func(qemu.Progress)) error {
+	l := re.d.life
+	again := fmt.Sprintf("set qemu.first_start: copy on %s and start its daemon again, which copies %s's images over %s's, whose content is lost", re.d.opt.Node, re.d.opt.Node, re.d.opt.Peer)
+	runs := &refusedError{fmt.Sprintf("the guest runs already on %s and its images change, so that nobody can have copied them: %s", re.d.opt.Node, again)}
 	running, _, err := m.Status()
 	switch {
 	case err != nil:
 		return err
 	case l.FirstStart == FirstCopy:
-		what := fmt.Sprintf("first start: %s's images are copied over %s's: what %s's image holds is lost", d.opt.Node, d.opt.Peer, d.opt.Peer)
-		d.log.Warn(what)
-		d.event(journal.Sync, what, nil)
+		what := fmt.Sprintf("first start: %s's images are copied over %s's: what %s's image holds is lost", re.d.opt.Node, re.d.opt.Peer, re.d.opt.Peer)
+		re.d.log.Warn(what)
+		re.d.event(journal.Sync, what, nil)
 		return nil
 	case running:
 		return runs
 	case l.FirstStart == FirstTrust:
 		return nil
 	}
-	sizes, err := l.diskSizes()
+	sizes, err := re.diskSizes()
 	if err != nil {
 		return err
 	}
-	d.log.Info("first start: both hosts' images are compared")
-	socket := filepath.Join(filepath.Dir(d.opt.QMP), d.opt.VM+"-"+d.opt.Node+".nbd")
+	re.d.log.Info("first start: both hosts' images are compared")
+	socket := filepath.Join(filepath.Dir(re.d.opt.QMP), re.d.opt.VM+"-"+re.d.opt.Node+".nbd")
 	err = qemu.CompareImages(ctx, m, l.Disks, sizes, l.Peers.NBD, socket, progress)
 	var differ *qemu.DifferentError
 	switch {
@@ -104,51 +106,50 @@ func (d *Daemon) imagesFit(ctx context.Context, m *qmp.Monitor, progress func(qe
 		return runs
 	case errors.As(err, &differ):
 		return &refusedError{fmt.Sprintf("disk %s: the images on %s and %s are not the same: byte %d is the first that differs; end both QEMUs and daemons, copy the image yourself and start them again; or %s",
-			differ.Disk, d.opt.Node, d.opt.Peer, differ.Offset, again)}
+			differ.Disk, re.d.opt.Node, re.d.opt.Peer, differ.Offset, again)}
 	}
 	return err
 }
 
 // refuse notes why replication does not begin, here and on S; "": it is tried (P).
-func (d *Daemon) refuse(why string) {
-	l := d.life
-	if l.refused == "" && why == "" {
+func (re *replicator) refuse(why string) {
+	if re.refused == "" && why == "" {
 		return
 	}
-	d.noteRefused(why)
-	d.send(message{Type: "refused", Cause: why})
+	re.noteRefused(why)
+	re.d.peer.send(message{Type: "refused", Cause: why})
 }
 
 // noteRefused is each side's share.
-func (d *Daemon) noteRefused(why string) {
-	d.life.refused = why
+func (re *replicator) noteRefused(why string) {
+	re.refused = why
 	if why != "" {
-		d.log.Error("replication does not begin", "why", why)
-		d.event(journal.Sync, "replication does not begin: "+why, nil)
+		re.d.log.Error("replication does not begin", "why", why)
+		re.d.event(journal.Sync, "replication does not begin: "+why, nil)
 	}
 }
 
 // tryImagesAgain compares again some time later, if that is still to be done.
-func (d *Daemon) tryImagesAgain(peer *link) {
-	again := d.life.imagesRetry
-	d.work.Go(func() {
-		if !again.wait(d.ctx) {
+func (re *replicator) tryImagesAgain(peer *link) {
+	again := re.imagesRetry
+	re.d.work.Go(func() {
+		if !again.wait(re.d.ctx) {
 			return
 		}
-		d.post(func() {
-			if d.life.imagesRetry = again; d.link == peer {
-				d.paired()
+		re.d.post(func() {
+			if re.imagesRetry = again; re.d.peer.link == peer {
+				re.paired()
 			}
 		})
 	})
 }
 
 // statusOfImages adds why replication does not begin.
-func (l *pairLife) statusOfImages(s *Status) {
-	if s.Refused = l.refused; s.Refused == "" {
+func (re *replicator) statusOfImages(s *api.Status) {
+	if s.Refused = re.refused; s.Refused == "" {
 		return
 	}
-	if l.p == nil && l.s.state <= lsPair {
+	if re.d.life.p == nil && re.d.life.s.State() <= failover.SecondaryPair {
 		s.State = "start"
 	}
 	s.Detail = strings.TrimPrefix(s.Detail+"; "+s.Refused, "; ")

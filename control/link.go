@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/config"
 )
 
@@ -39,12 +40,13 @@ import (
 //	both   dead       my QEMU is dead, my gates are shut
 //	both   ping       now and then
 const (
-	linkVersion = 4
-	maxMessage  = 64 << 10 // a line; TestMessagesFit has the longest of each type
-	maxQueue    = 1024     // messages that wait to be written
-	maxEdges    = 1000     // in one message
-	maxNICs     = 256
-	maxCause    = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
+	// Version is the protocol's: both nodes need the same.
+	Version    = 4
+	maxMessage = 64 << 10 // a line; TestMessagesFit has the longest of each type
+	maxQueue   = 1024     // messages that wait to be written
+	maxEdges   = 1000     // in one message
+	maxNICs    = 256
+	maxCause   = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
 // message is one line.
@@ -60,7 +62,7 @@ type message struct {
 	NIC     int      `json:"nic,omitempty"`    // edges
 	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
 
-	Overlays []OverlayStatus `json:"overlays,omitempty"`
+	Overlays []api.OverlayStatus `json:"overlays,omitempty"`
 
 	written chan struct{} // closed when the message was; nil: nobody waits
 }
@@ -132,8 +134,8 @@ func signKeys(seed [seedLen]byte) (p2s, s2p [2]uint64) {
 // checkPeer compares what the peer says of itself with what this side knows.
 func checkPeer(own, peer party, peerNode, peerRole string) error {
 	switch {
-	case peer.Version != linkVersion:
-		return fmt.Errorf("control protocol %d here, %d there: run the same version of lockstep on both nodes", linkVersion, peer.Version)
+	case peer.Version != Version:
+		return fmt.Errorf("control protocol %d here, %d there: run the same version of lockstep on both nodes", Version, peer.Version)
 	case peer.VM != own.VM:
 		return fmt.Errorf("vm %q here, %q there: the config or the address is another pair's", own.VM, peer.VM)
 	case peer.Node != peerNode:

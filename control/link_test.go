@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/datapath"
 )
 
@@ -41,7 +42,7 @@ func dialLink(t *testing.T, address string) *link {
 
 func goodHello() hello {
 	return hello{
-		party: party{Version: linkVersion, VM: "web1", Node: "beta", Role: "secondary", NICs: []string{"02:00:00:00:00:02"}},
+		party: party{Version: Version, VM: "web1", Node: "beta", Role: "secondary", NICs: []string{"02:00:00:00:00:02"}},
 		Whole: true,
 	}
 }
@@ -54,7 +55,7 @@ func TestRefusals(t *testing.T) {
 		change func(*party)
 		want   string
 	}{
-		{"version", func(p *party) { p.Version = 1 }, fmt.Sprintf("control protocol %d here, 1 there", linkVersion)},
+		{"version", func(p *party) { p.Version = 1 }, fmt.Sprintf("control protocol %d here, 1 there", Version)},
 		{"vm", func(p *party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
 		{"node", func(p *party) { p.Node = "gamma" }, `but "gamma" is there`},
 		{"role", func(p *party) { p.Role = "boss" }, `"boss" there: one is to be primary`},
@@ -77,7 +78,7 @@ func TestRefusals(t *testing.T) {
 			if err != nil || m.Type != "refuse" || !strings.Contains(m.Cause, tt.want) {
 				t.Errorf("got %+v, %v, want %q", m, err, tt.want)
 			}
-			p.await("the reason", func(st Status) bool { return strings.Contains(st.Peer.Error, tt.want) && st.State == "start" })
+			p.await("the reason", func(st api.Status) bool { return strings.Contains(st.Peer.Error, tt.want) && st.State == "start" })
 		})
 	}
 	p.end()
@@ -91,7 +92,7 @@ func TestRefusals(t *testing.T) {
 	_, s := hosts(t, nil)
 	s.opt.Control = p.opt.Control
 	s.start()
-	good := party{Version: linkVersion, VM: "web1", Node: "alpha", Role: "primary", Term: 5, NICs: []string{"02:00:00:00:00:01"}}
+	good := party{Version: Version, VM: "web1", Node: "alpha", Role: "primary", Term: 5, NICs: []string{"02:00:00:00:00:01"}}
 	seed, keys := make([]byte, seedLen), keyBytes(new(compare.Keys))
 	offer := func(m message) *link {
 		t.Helper()
@@ -114,7 +115,7 @@ func TestRefusals(t *testing.T) {
 		q.NICs = append([]string(nil), good.NICs...)
 		tt.change(&q)
 		offer(message{Type: "session", Session: &session{party: q, Epoch: 1, Digest: keys, Sign: seed}})
-		s.await(tt.want, func(st Status) bool { return strings.Contains(st.Peer.Error, tt.want) })
+		s.await(tt.want, func(st api.Status) bool { return strings.Contains(st.Peer.Error, tt.want) })
 	}
 	old := good
 	old.Term = 0
@@ -126,9 +127,9 @@ func TestRefusals(t *testing.T) {
 		`"prepare" in place o`: {Type: "prepare", Epoch: 1},
 	} {
 		offer(m)
-		s.await(want, func(st Status) bool { return strings.Contains(st.Peer.Error, want) })
+		s.await(want, func(st api.Status) bool { return strings.Contains(st.Peer.Error, want) })
 	}
-	if st := s.await("start", func(st Status) bool { return st.State == "start" }); st.Peer.Connected {
+	if st := s.await("start", func(st api.Status) bool { return st.State == "start" }); st.Peer.Connected {
 		t.Errorf("status %+v", st)
 	}
 	l := offer(message{Type: "session", Session: &session{party: good, Epoch: 1, Digest: keys, Sign: seed}})
@@ -186,7 +187,7 @@ func TestStrangers(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
-	p.await("a status", func(Status) bool { return true }) // it listens
+	p.await("a status", func(api.Status) bool { return true }) // it listens
 	for range 3 {
 		conn := silent("127.0.0.2")
 		conn.SetReadDeadline(time.Now().Add(patience / 2))
@@ -194,7 +195,7 @@ func TestStrangers(t *testing.T) {
 			t.Fatalf("a client from elsewhere: %d bytes, %v", n, err)
 		}
 	}
-	p.await("the reason", func(st Status) bool {
+	p.await("the reason", func(st api.Status) bool {
 		return strings.Contains(st.Peer.Error, "beta is 127.0.0.1: that node has to connect from its control address")
 	})
 	for range 3 * maxStrangers {
@@ -235,14 +236,14 @@ func TestSilentPeer(t *testing.T) {
 	}
 	// Never says ok.
 	join()
-	p.await("a lost handshake", func(st Status) bool {
+	p.await("a lost handshake", func(st api.Status) bool {
 		return !st.Peer.Connected && strings.Contains(st.Peer.Error, "timeout") && st.State == "start"
 	})
 	// Says ok and no more. A slow machine's pings may come late, but these never do.
 	if err := join().write(message{Type: "ok"}); err != nil {
 		t.Fatal(err)
 	}
-	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected && st.State == "replicating" && st.Term == 2 })
+	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected && st.State == "replicating" && st.Term == 2 })
 	// Says nonsense.
 	l := join()
 	for _, m := range []message{{Type: "ok"}, {Type: "prepare", Epoch: 3}} {
@@ -250,7 +251,7 @@ func TestSilentPeer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.await("a lost peer", func(st Status) bool { return strings.Contains(st.Peer.Error, `"prepare" makes no sense`) })
+	p.await("a lost peer", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `"prepare" makes no sense`) })
 }
 
 func TestSignKeys(t *testing.T) {
@@ -336,8 +337,8 @@ func TestManyEdges(t *testing.T) {
 	}
 	queued, up := 0, false
 	if err := p.d.ask(t.Context(), func() {
-		if up = p.d.linkUp; up {
-			queued = len(p.d.link.out)
+		if up = p.d.peer.linkUp; up {
+			queued = len(p.d.peer.link.out)
 		}
 	}); err != nil {
 		t.Fatal(err)
@@ -351,7 +352,7 @@ func TestManyEdges(t *testing.T) {
 		if time.Now().After(late) {
 			t.Fatal("the secondary is not covered")
 		}
-		covered = s.await("a status", func(Status) bool { return true }).Covered
+		covered = s.await("a status", func(api.Status) bool { return true }).Covered
 		s.path.mu.Lock()
 		n := len(s.path.edges)
 		s.path.mu.Unlock()
@@ -364,7 +365,7 @@ func TestManyEdges(t *testing.T) {
 			t.Fatalf("edge %d is %+v", i, e)
 		}
 	}
-	if st := p.await("a commit", func(st Status) bool { return st.CheckpointsDone > 0 }); st.Term != 1 {
+	if st := p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone > 0 }); st.Term != 1 {
 		t.Errorf("term %d: the link was lost on the way", st.Term)
 	}
 }
@@ -378,10 +379,10 @@ func TestEdgesAgain(t *testing.T) {
 	s.start()
 	s.covered()
 	for want := 2; want < 4; want++ {
-		if err := p.d.ask(t.Context(), func() { p.d.unlink(p.d.link, errors.New("cut by the test")) }); err != nil {
+		if err := p.d.ask(t.Context(), func() { p.d.peer.unlink(p.d.peer.link, errors.New("cut by the test")) }); err != nil {
 			t.Fatal(err)
 		}
-		s.await("the edges again", func(st Status) bool {
+		s.await("the edges again", func(st api.Status) bool {
 			s.path.mu.Lock()
 			defer s.path.mu.Unlock()
 			return len(s.path.edges) >= want && st.Covered

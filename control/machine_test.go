@@ -3,6 +3,7 @@
 package control
 
 import (
+	"lockstep/control/api"
 	"strings"
 	"testing"
 )
@@ -16,7 +17,7 @@ func TestMachinesDiffer(t *testing.T) {
 	p.start()
 	s.start()
 	for _, x := range []*side{p, s} {
-		st := x.await("the reason", func(st Status) bool { return strings.Contains(st.Peer.Error, "qemu.machine") })
+		st := x.await("the reason", func(st api.Status) bool { return strings.Contains(st.Peer.Error, "qemu.machine") })
 		if st.Peer.Connected || !strings.Contains(st.Peer.Error, "pc-i440fx-7.2 here") || !strings.Contains(st.Peer.Error, "pc-i440fx-10.0 there") {
 			t.Errorf("%s: %+v", st.Node, st.Peer)
 		}
@@ -45,6 +46,6 @@ func TestUnfitQEMU(t *testing.T) {
 	p.start()
 	s.start()
 	for _, x := range []*side{p, s} {
-		x.await("the reason", func(st Status) bool { return strings.Contains(st.Peer.Error, "no migration capability x-colo") })
+		x.await("the reason", func(st api.Status) bool { return strings.Contains(st.Peer.Error, "no migration capability x-colo") })
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"lockstep/control/checkpoint"
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 )
 
@@ -32,40 +34,46 @@ type qmpInfo struct {
 // monitor keeps a connection to QEMU and hands what comes of it to the
 // controller. All of its fields but path are the controller's.
 type monitor struct {
+	d    *Daemon
 	path string
 	conn *qmp.Monitor // nil: not connected
 	info qmpInfo
 
 	reported map[string]time.Time // when an event was reported last, by name
+
+	hadQEMU    bool // there was one, so its absence is its death
+	unanswered int  // connections to it that it did not answer, in a row
+	outOfReach bool // it lives, but its monitor cannot be reached
+	deaf       bool // S: what QEMU does now is not the checkpoint machine's
 }
 
 // watchQEMU connects, tells, reconnects, until ctx ends.
-func (d *Daemon) watchQEMU(ctx context.Context) {
+func (mo *monitor) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
-	process := owner{path: d.qmp.path, noAsk: d.opt.noAskQEMU}
-	if d.life != nil {
-		process.guest = d.life.Guest
+	process := owner{path: mo.path, noAsk: mo.d.opt.noAskQEMU}
+	if mo.d.life != nil {
+		process.guest = mo.d.life.Guest
 	}
 	defer process.forget()
 	for ctx.Err() == nil {
 		began := time.Now()
-		m, err := d.opt.dialQMP(ctx, d.qmp.path, &d.opt, func(conn *net.UnixConn) {
+		m, err := mo.d.opt.dialQMP(ctx, mo.path, &mo.d.opt, func(conn *net.UnixConn) {
 			process.connected(conn)
-			d.slowToAnswer(ctx)
+			mo.slowToAnswer(ctx)
 		})
 		connected := err == nil
 		if connected {
 			again.reset()
-			err = d.watchMonitor(ctx, m)
+			err = mo.watchMonitor(ctx, m)
 		} else {
 			var r reach
 			r, err = process.judge(err)
-			d.post(func() { d.unreachable(r, err) })
+			mo.d.post(func() { mo.unreachable(r, err) })
 		}
-		d.post(func() {
-			if why := err.Error(); d.qmp.info.err != why && ctx.Err() == nil {
-				d.qmp.info.err = why
-				d.log.Warn("no QMP connection", "socket", d.qmp.path, "err", err)
+		mo.d.post(func() {
+			if why := err.Error(); mo.info.err != why && ctx.Err() == nil {
+				mo.info.err = why
+				mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
 			}
 		})
 		if connected && time.Since(began) > qmpRetry {
@@ -78,7 +86,7 @@ func (d *Daemon) watchQEMU(ctx context.Context) {
 }
 
 // watchMonitor follows one connection to its end.
-func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
+func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	defer context.AfterFunc(ctx, func() { m.Disconnect() })()
 	defer m.Disconnect()
 	events, err := m.Events(ctx)
@@ -94,69 +102,75 @@ func (d *Daemon) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	if err != nil {
 		return err
 	}
-	d.post(func() {
-		d.qmp.conn = m
-		d.qmp.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
-		d.log.Info("QMP connected", "socket", d.qmp.path, "qemu", m.Version(), "state", state, "colo", mode)
-		if d.life != nil {
-			d.life.hadQEMU, d.life.unanswered, d.life.outOfReach = true, 0, false
-			if d.life.untold {
-				d.tellQEMU()
+	mo.d.post(func() {
+		mo.conn = m
+		mo.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
+		mo.d.log.Info("QMP connected", "socket", mo.path, "qemu", m.Version(), "state", state, "colo", mode)
+		if mo.d.life != nil {
+			mo.hadQEMU, mo.unanswered, mo.outOfReach = true, 0, false
+			if mo.d.life.untold {
+				mo.d.life.tellQEMU()
 			}
 		}
-		d.step(ckptEvent{Kind: evQMPUp, OK: running})
-		d.guestState(state)
-		d.checkMasked()
-		d.prepare()
-		d.probe()
-		d.rescue(running, state)
-		d.paired()
+		mo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
+		mo.d.guest.guestState(state)
+		mo.d.guest.checkMasked()
+		mo.d.repl.prepare()
+		mo.d.repl.probe()
+		mo.d.life.rescue(running, state)
+		mo.d.repl.paired()
 	})
 
 	polling, stop := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer stop()
-	asking.Go(func() { d.pollMonitor(polling, m) })
+	asking.Go(func() { mo.pollMonitor(polling, m) })
 	for e := range events {
-		at, skew := d.boottime(qmp.Time(e))
+		at, skew := mo.boottime(qmp.Time(e))
 		switch e.Event {
 		case "STOP":
-			d.post(func() { d.qmp.info.state = "paused"; d.ran(ckptEvent{Kind: evStop, At: at, Skew: skew}) })
+			mo.d.post(func() {
+				mo.info.state = "paused"
+				mo.ran(checkpoint.Event{Kind: checkpoint.EvStop, At: at, Skew: skew})
+			})
 		case "RESUME":
-			d.post(func() { d.qmp.info.state = "running"; d.ran(ckptEvent{Kind: evResume, At: at, Skew: skew}) })
+			mo.d.post(func() {
+				mo.info.state = "running"
+				mo.ran(checkpoint.Event{Kind: checkpoint.EvResume, At: at, Skew: skew})
+			})
 		case "COLO_EXIT":
-			d.log.Info("QEMU", "event", e.Event, "data", e.Data)
-			d.post(func() {
-				if d.life == nil || !d.life.deaf {
-					d.live(lifeEvent{Kind: lvCOLOExit})
+			mo.d.log.Info("QEMU", "event", e.Event, "data", e.Data)
+			mo.d.post(func() {
+				if mo.d.life == nil || !mo.deaf {
+					mo.d.life.live(failover.Event{Kind: failover.EvCOLOExit})
 				}
 			})
 		default:
-			d.post(func() { d.guestEvent(e.Event, e.Data) })
-			d.reportEvent(e)
+			mo.d.post(func() { mo.d.guest.guestEvent(e.Event, e.Data) })
+			mo.reportEvent(e)
 		}
 	}
-	d.post(func() {
-		d.qmp.conn = nil
-		d.qmp.info.connected, d.qmp.info.since = false, time.Now()
-		d.step(ckptEvent{Kind: evQMPDown})
+	mo.d.post(func() {
+		mo.conn = nil
+		mo.info.connected, mo.info.since = false, time.Now()
+		mo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQMPDown})
 	})
 	return m.Err()
 }
 
 // ran takes a STOP or a RESUME.
-func (d *Daemon) ran(ev ckptEvent) {
-	if d.life != nil {
-		if d.life.deaf {
+func (mo *monitor) ran(ev checkpoint.Event) {
+	if mo.d.life != nil {
+		if mo.deaf {
 			return // the failover's own
 		}
-		if ev.Kind == evResume {
-			defer d.live(lifeEvent{Kind: lvAwake})
-			defer d.guestGoesOn()
+		if ev.Kind == checkpoint.EvResume {
+			defer mo.d.life.live(failover.Event{Kind: failover.EvRuns})
+			defer mo.d.guest.guestGoesOn()
 		}
 	}
-	d.step(ev)
+	mo.d.ckpts.step(ev)
 }
 
 // maxUnanswered is how often in a row a QEMU may not answer a new connection before
@@ -165,8 +179,8 @@ const maxUnanswered = 2
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
 // the connection.
-func (d *Daemon) pollMonitor(ctx context.Context, m *qmp.Monitor) {
-	tick := time.NewTicker(d.opt.qmpPoll)
+func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
+	tick := time.NewTicker(mo.d.opt.qmpPoll)
 	defer tick.Stop()
 	for m.Err() == nil {
 		select {
@@ -182,39 +196,39 @@ func (d *Daemon) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 		if err != nil {
 			continue
 		}
-		d.post(func() {
-			if d.qmp.conn == m {
-				d.qmp.info.state, d.qmp.info.colo = state, mode
-				d.guestState(state)
+		mo.d.post(func() {
+			if mo.conn == m {
+				mo.info.state, mo.info.colo = state, mode
+				mo.d.guest.guestState(state)
 			}
 		})
 	}
 }
 
 // askQEMU runs a command beside the controller, which hears of the result.
-func (d *Daemon) askQEMU(ask func(*qmp.Monitor) ckptEvent) {
-	m := d.qmp.conn
+func (mo *monitor) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
+	m := mo.conn
 	if m == nil {
 		return // evQMPDown said so
 	}
-	d.work.Go(func() {
+	mo.d.work.Go(func() {
 		ev := ask(m)
-		d.post(func() {
-			if d.qmp.conn == m {
-				d.step(ev)
+		mo.d.post(func() {
+			if mo.conn == m {
+				mo.d.ckpts.step(ev)
 			}
 		})
 	})
 }
 
 // boottime is QEMU's time on our clock, and the wall clock's lead over it.
-func (d *Daemon) boottime(t time.Time) (at, skew int64) {
+func (mo *monitor) boottime(t time.Time) (at, skew int64) {
 	// The clocks are read one after the other: the closest of a few readings.
 	best := int64(-1)
 	for range 5 {
-		before := d.now()
+		before := mo.d.now()
 		wall := time.Now().UnixNano()
-		if gap := d.now() - before; best < 0 || gap < best {
+		if gap := mo.d.now() - before; best < 0 || gap < best {
 			best, skew = gap, wall-before-gap/2
 		}
 	}

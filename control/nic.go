@@ -407,3 +407,58 @@ func (n *nic) install(s datapath.Session) error {
 	}
 	return n.dp.InstallSession(s)
 }
+
+// shut: nothing in or out, and no echoes.
+func (n *nic) shut() error {
+	n.echoEvery = 0
+	// No program is left that takes an echo when the mode is set.
+	return errors.Join(n.setMode(datapath.ModeShut), n.dp.SetLeaseUntil(0))
+}
+
+// renew begins a pair with an empty core; the guest goes on in mid-stream.
+func (n *nic) renew(cfg compare.Config, epoch uint32) error {
+	cfg.Epoch = epoch
+	n.primary = compare.NewPrimary(cfg, n.keys)
+	n.core = n.primary
+	n.frozen, n.captured = false, nil
+	return nil
+}
+
+// solo has P's guest speak alone.
+func (n *nic) solo() error {
+	n.echoEvery, n.frozen = 0, false
+	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
+		return err
+	}
+	n.tell(compare.Event{Kind: compare.EvSolo})
+	return n.setMode(datapath.ModeSolo)
+}
+
+// quiet has S say nothing to anybody; what its guest says is kept (R21 i).
+func (n *nic) quiet() error { return n.setMode(datapath.ModeQuiet) }
+
+// takeOver has the SVM speak, first what the clients may not have heard (R22).
+func (n *nic) takeOver(guard uint32) error {
+	if err := n.dp.TakeOver(guard); err != nil {
+		return err
+	}
+	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
+		return err
+	}
+	if err := n.setMode(datapath.ModeSolo); err != nil {
+		return err
+	}
+	n.parked = false
+	n.tell(compare.Event{Kind: compare.EvTakeOver})
+	// What it said until now may still be in the ring.
+	for range maxUnpark {
+		if err := n.poll(0); err != nil {
+			return err
+		}
+		n.apply()
+		if len(n.evs) == 0 {
+			break
+		}
+	}
+	return nil
+}

@@ -6,52 +6,48 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"time"
 
+	"lockstep/control/api"
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 )
 
 // What an operator may ask a daemon for, over its status socket.
 
 const (
-	// orderTimeout bounds an order that is carried out in steps.
-	orderTimeout = 30 * time.Second
-	orderPoll    = 10 * time.Millisecond
+	orderPoll = 10 * time.Millisecond
 
 	causeOperator = "an operator asked for it"
 )
 
 // Checkpoint orders a checkpoint and returns it when it is committed, or has failed
 // for good.
-func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
+func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 	var refused error
 	var from uint32 // the first attempt that has all that the guest did until now
 	if err := d.ask(ctx, func() {
 		switch {
-		case d.primary == nil:
+		case !d.isPrimary():
 			refused = fmt.Errorf("checkpoints are the primary's: ask %s", d.opt.Peer)
 		case d.opt.QMP == "":
 			refused = errors.New("there is no QEMU to ask for one: the config names no qmp socket")
-		case !d.linkUp:
+		case !d.peer.linkUp:
 			refused = fmt.Errorf("there is no session with %s", d.opt.Peer)
-		case d.life != nil && d.life.p.state != lpPair:
+		case d.life != nil && d.life.p.State() != failover.PrimaryPair:
 			refused = errors.New("the guest does not replicate")
 		default:
-			from = d.primary.last + 1
-			if d.primary.stage == pPrepare {
-				from-- // QEMU has not been asked yet
-			}
-			d.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
+			from = d.ckpts.primary.Serves()
+			d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
-		return Checkpoint{}, errors.Join(err, refused)
+		return api.Checkpoint{}, errors.Join(err, refused)
 	}
-	var done *Checkpoint
+	var done *api.Checkpoint
 	err := d.until(ctx, func() bool {
-		for i := range d.attempts {
-			if a := &d.attempts[i]; a.Epoch >= from && a.Result == "committed" {
-				done = new(Checkpoint)
+		for i := range d.ckpts.attempts {
+			if a := &d.ckpts.attempts[i]; a.Epoch >= from && a.Result == "committed" {
+				done = new(api.Checkpoint)
 				*done = *a
 				return true
 			}
@@ -59,14 +55,14 @@ func (d *Daemon) Checkpoint(ctx context.Context) (Checkpoint, error) {
 		return false
 	})
 	if err != nil {
-		return Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
+		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
 	}
 	return *done, nil
 }
 
 // until asks the controller again and again.
 func (d *Daemon) until(ctx context.Context, done func() bool) error {
-	ctx, cancel := context.WithTimeout(ctx, orderTimeout)
+	ctx, cancel := context.WithTimeout(ctx, failover.OrderTimeout)
 	defer cancel()
 	tick := time.NewTicker(orderPoll)
 	defer tick.Stop()
@@ -83,35 +79,28 @@ func (d *Daemon) until(ctx context.Context, done func() bool) error {
 	}
 }
 
-// FailoverDone tells what came of a failover.
-type FailoverDone struct {
-	Node    string  `json:"node"`   // that was asked
-	Result  string  `json:"result"` // "transmits alone"
-	Seconds float64 `json:"seconds"`
-}
-
 // Failover has this host transmit alone: as the primary it goes on without the
 // secondary, as the secondary it takes over. Without force a takeover that loses
 // what the guest has sent is refused. An error says what came of it in its place.
-func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error) {
+func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, error) {
 	began := time.Now()
 	if d.life == nil {
-		return FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
+		return api.FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
 	}
 	// Asked before anybody is muted.
 	if _, err := d.life.Arbiter.Read(ctx); err != nil {
-		return FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
+		return api.FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
 	}
 	loaded := false
 	if d.life.s != nil && force {
 		var err error
-		if loaded, err = d.loaded(ctx); err != nil {
-			return FailoverDone{}, err
+		if loaded, err = d.qmp.loaded(ctx); err != nil {
+			return api.FailoverDone{}, err
 		}
 	}
 	var refused error
-	if err := d.ask(ctx, func() { refused = d.orderFailover(force, loaded) }); err != nil || refused != nil {
-		return FailoverDone{}, errors.Join(err, refused)
+	if err := d.ask(ctx, func() { refused = d.life.orderFailover(force, loaded) }); err != nil || refused != nil {
+		return api.FailoverDone{}, errors.Join(err, refused)
 	}
 	err := d.until(ctx, func() bool { return d.life.done() })
 	select {
@@ -122,20 +111,20 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (FailoverDone, error)
 	if err == nil {
 		err = d.life.outcome(d.opt.Peer)
 	} else if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", orderTimeout)
+		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", failover.OrderTimeout)
 	}
-	return FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
+	return api.FailoverDone{Node: d.opt.Node, Result: "transmits alone", Seconds: time.Since(began).Seconds()}, err
 }
 
 // loaded reports whether the SVM is one that could go on (S): it follows a PVM, and is
 // not in the middle of being loaded for the first time.
-func (d *Daemon) loaded(ctx context.Context) (bool, error) {
-	follows, err := d.follows(ctx)
+func (mo *monitor) loaded(ctx context.Context) (bool, error) {
+	follows, err := mo.follows(ctx)
 	if err != nil || !follows {
 		return false, err
 	}
 	var m *qmp.Monitor
-	if err := d.ask(ctx, func() { m = d.qmp.conn }); err != nil || m == nil {
+	if err := mo.d.ask(ctx, func() { m = mo.conn }); err != nil || m == nil {
 		return false, err
 	}
 	_, state, err := m.Status()
@@ -145,17 +134,17 @@ func (d *Daemon) loaded(ctx context.Context) (bool, error) {
 // done reports whether an order to fail over has come to an end.
 func (l *pairLife) done() bool {
 	if l.p != nil {
-		return l.p.state == lpSolo || l.p.state >= lpOut
+		return l.p.State() == failover.PrimarySolo || l.p.State() >= failover.PrimaryFenced
 	}
-	return l.s.state >= lsSolo
+	return l.s.State() >= failover.SecondarySolo
 }
 
 // outcome is nil when this host transmits alone.
 func (l *pairLife) outcome(peer string) error {
 	switch {
-	case l.p != nil && l.p.state == lpSolo, l.s != nil && l.s.state == lsSolo:
+	case l.p != nil && l.p.State() == failover.PrimarySolo, l.s != nil && l.s.State() == failover.SecondarySolo:
 		return nil
-	case l.p != nil && l.p.state == lpOff, l.s != nil && l.s.state == lsOff:
+	case l.p != nil && l.p.State() == failover.PrimaryOff, l.s != nil && l.s.State() == failover.SecondaryOff:
 		return ErrPoweredOff
 	}
 	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
@@ -163,59 +152,32 @@ func (l *pairLife) outcome(peer string) error {
 
 // orderFailover hands an operator's order to the failover machine, or says why that
 // would not follow it. loaded: S has an SVM that could go on.
-func (d *Daemon) orderFailover(force, loaded bool) error {
-	if p := d.life.p; p != nil {
-		switch p.state {
-		case lpStart, lpPair:
-			d.live(lifeEvent{Kind: lvTakeOver})
+func (l *pairLife) orderFailover(force, loaded bool) error {
+	if p := l.p; p != nil {
+		switch p.State() {
+		case failover.PrimaryStart, failover.PrimaryPair:
+			l.live(failover.Event{Kind: failover.EvTakeOver})
 			return nil
-		case lpSolo:
+		case failover.PrimarySolo:
 			return errors.New("this host transmits alone already")
 		}
-		return fmt.Errorf("not now: the pair is in state %q", d.ownStatus().State)
+		return fmt.Errorf("not now: the pair is in state %q", l.d.ownStatus().State)
 	}
-	s := d.life.s
-	for _, n := range d.nics {
-		s.echoed = max(s.echoed, n.dp.LastEcho())
+	s := l.s
+	var echoed int64
+	for _, n := range l.d.nics {
+		echoed = max(echoed, n.dp.LastEcho())
 	}
 	switch {
-	case s.state != lsPair:
+	case s.State() != failover.SecondaryPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
-	case !s.covered && !force:
+	case !s.Covered() && !force:
 		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
-	case !s.covered && !loaded:
+	case !s.Covered() && !loaded:
 		return errors.New("this secondary has no guest yet: its memory is still being copied")
-	case !s.mayTakeOver(true):
+	case !s.MayTakeOver(echoed, true):
 		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
-	d.live(lifeEvent{Kind: lvTakeOver, OK: force})
+	l.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
 	return nil
-}
-
-// obey answers a POST.
-func obey[T any](f func(context.Context, *http.Request) (T, error)) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Longer than what is only told.
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(orderTimeout + askTimeout))
-		v, err := f(r.Context(), r)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusConflict)
-			return
-		}
-		reply(w, v)
-	})
-}
-
-// OrderCheckpoint asks the daemon behind the status socket path for a checkpoint.
-func OrderCheckpoint(ctx context.Context, path string) (Checkpoint, error) {
-	return call[Checkpoint](ctx, http.MethodPost, path, "checkpoint")
-}
-
-// OrderFailover has the daemon's host speak alone.
-func OrderFailover(ctx context.Context, path string, force bool) (FailoverDone, error) {
-	topic := "failover"
-	if force {
-		topic += "?force=1"
-	}
-	return call[FailoverDone](ctx, http.MethodPost, path, topic)
 }

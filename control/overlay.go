@@ -4,13 +4,14 @@ package control
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
 	"strings"
 	"time"
 
+	"lockstep/control/api"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 )
@@ -19,16 +20,12 @@ import (
 // empties them. S watches the room that they have, and asks P for a checkpoint in time:
 // full overlays stop the SVM, or lose what the PVM wrote.
 
-// OverlayStatus is about a file system that holds a secondary's overlays.
-type OverlayStatus struct {
-	Node           string   `json:"node"` // the secondary, or a host that took over and has not merged them yet
-	Dir            string   `json:"overlay_dir"`
-	Disks          []string `json:"disks"`
-	UsedBytes      int64    `json:"used_bytes"` // by the overlays
-	FreeBytes      int64    `json:"free_bytes"` // left for them
-	BytesPerSecond float64  `json:"bytes_per_second"`
-	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: for ever
-	Trouble        string   `json:"trouble,omitempty"`       // why a secondary could not start, or came to an end
+// overlayRoom knows how much room there is for overlays.
+type overlayRoom struct {
+	d        *Daemon
+	overlays []api.OverlayStatus // the secondary's
+	own      []api.OverlayStatus // P: those that are not merged yet
+	pause    *backoff            // S: before the next one may begin; nil: at once
 }
 
 const (
@@ -57,7 +54,7 @@ type overlayWatch struct {
 
 // sample takes in what is there now. ask: a checkpoint is wanted, because of the
 // overlay_dir it names.
-func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []OverlayStatus, ask string) {
+func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []api.OverlayStatus, ask string) {
 	if w.used == nil {
 		w.used, w.rate, w.asked, w.least = make(map[string]int64), make(map[string]float64), make(map[string]int64), make(map[string]int64)
 	}
@@ -77,7 +74,7 @@ func (w *overlayWatch) sample(now int64, spaces []qemu.OverlaySpace) (all []Over
 			}
 			w.rate[o.Dir] += (grown/dt - w.rate[o.Dir]) * (1 - math.Exp(-dt/settle))
 		}
-		s := OverlayStatus{Node: w.node, Dir: o.Dir, Disks: o.Disks, UsedBytes: o.Used, FreeBytes: o.Free, BytesPerSecond: math.Round(w.rate[o.Dir])}
+		s := api.OverlayStatus{Node: w.node, Dir: o.Dir, Disks: o.Disks, UsedBytes: o.Used, FreeBytes: o.Free, BytesPerSecond: math.Round(w.rate[o.Dir])}
 		lasts := math.Inf(1)
 		if s.BytesPerSecond > 0 {
 			lasts = float64(o.Free) / s.BytesPerSecond
@@ -126,27 +123,27 @@ func (s *Setback) trouble(dir string) string {
 }
 
 // watchOverlays looks at this host's overlays now and then, until ctx ends.
-func (d *Daemon) watchOverlays(ctx context.Context) {
+func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 	tick := time.NewTicker(overlayEvery)
 	defer tick.Stop()
-	watch := overlayWatch{node: d.opt.Node}
+	watch := overlayWatch{node: ov.d.opt.Node}
 	var told int64
 	failed := ""
 	for {
-		spaces, err := d.life.Guest.Overlays()
+		spaces, err := ov.d.life.Guest.Overlays()
 		if err != nil {
 			if why := err.Error(); failed != why {
 				failed = why
-				d.log.Warn("the room of the overlays is not known", "err", err)
+				ov.d.log.Warn("the room of the overlays is not known", "err", err)
 			}
 		} else {
-			now := d.now()
+			now := ov.d.now()
 			all, ask := watch.sample(now, spaces)
 			tell := ask != "" || now-told >= int64(overlayTell)
 			if tell {
 				told = now
 			}
-			d.post(func() { d.overlaysAre(all, ask, tell) })
+			ov.d.post(func() { ov.overlaysAre(all, ask, tell) })
 		}
 		select {
 		case <-tick.C:
@@ -158,52 +155,52 @@ func (d *Daemon) watchOverlays(ctx context.Context) {
 
 // overlaysAre takes what was seen of the overlays, and tells P (S). A host that took over
 // has them until they are merged, and no checkpoint empties them.
-func (d *Daemon) overlaysAre(all []OverlayStatus, ask string, tell bool) {
-	l := d.life
+func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell bool) {
+	l := ov.d.life
 	if l.p != nil {
-		if l.own = nil; l.state.Unmerged {
-			l.own = all
+		if ov.own = nil; l.state.Unmerged {
+			ov.own = all
 		}
 		return
 	}
-	if l.s.covered && time.Since(l.Setback.at) > overlayForget {
+	if l.s.Covered() && time.Since(l.Setback.at) > overlayForget {
 		l.Setback.why = ""
 	}
 	for i := range all {
 		all[i].Trouble = l.Setback.trouble(all[i].Dir)
 	}
-	l.overlays = all
-	if d.qmp.info.state == "io-error" {
-		d.outOfRoom("") // the event may have come while nobody listened
+	ov.overlays = all
+	if ov.d.qmp.info.state == "io-error" {
+		ov.outOfRoom("") // the event may have come while nobody listened
 	}
-	if !tell || !d.linkUp {
+	if !tell || !ov.d.peer.linkUp {
 		return
 	}
 	m := message{Type: "overlays", Overlays: all}
 	if ask != "" {
-		m.Cause = fmt.Sprintf("%s's overlay_dir %s is filling up", d.opt.Node, ask)
-		d.log.Info("a checkpoint is asked for", "cause", m.Cause, "overlays", describeOverlays(all))
+		m.Cause = fmt.Sprintf("%s's overlay_dir %s is filling up", ov.d.opt.Node, ask)
+		ov.d.log.Info("a checkpoint is asked for", "cause", m.Cause, "overlays", describeOverlays(all))
 	}
-	d.send(m)
+	ov.d.peer.send(m)
 }
 
 // peersOverlays takes what overlaysAre tells (P).
-func (d *Daemon) peersOverlays(m message) {
-	l := d.life
+func (ov *overlayRoom) peersOverlays(m message) {
+	l := ov.d.life
 	for _, o := range m.Overlays {
-		known := slices.ContainsFunc(l.overlays, func(k OverlayStatus) bool { return k.Trouble == o.Trouble })
+		known := slices.ContainsFunc(ov.overlays, func(k api.OverlayStatus) bool { return k.Trouble == o.Trouble })
 		if o.Trouble != "" && !known {
-			d.log.Error("the secondary has no room", "why", o.Trouble)
-			d.event(journal.Disk, o.Trouble, nil)
+			ov.d.log.Error("the secondary has no room", "why", o.Trouble)
+			ov.d.event(journal.Disk, o.Trouble, nil)
 		}
 	}
-	l.overlays = m.Overlays
-	if m.Cause != "" && l.p.state == lpPair {
-		d.want(request{at: time.Now(), nic: -1, reason: m.Cause})
+	ov.overlays = m.Overlays
+	if m.Cause != "" && l.p.State() == failover.PrimaryPair {
+		ov.d.ckpts.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
 
-func describeOverlays(all []OverlayStatus) string {
+func describeOverlays(all []api.OverlayStatus) string {
 	var words []string
 	for i := range all {
 		words = append(words, all[i].String())
@@ -211,74 +208,37 @@ func describeOverlays(all []OverlayStatus) string {
 	return strings.Join(words, "; ")
 }
 
-// String tells how much room there is and how long it lasts.
-func (o *OverlayStatus) String() string {
-	lasts := "and they do not grow"
-	if o.LastsSeconds != nil {
-		lasts = fmt.Sprintf("full in %.0f s at %.1f MiB/s", *o.LastsSeconds, o.BytesPerSecond/(1<<20))
-	}
-	return fmt.Sprintf("%s on %s: %.1f MiB used, %.1f MiB left in %s, %s", strings.Join(o.Disks, ", "), o.Node,
-		float64(o.UsedBytes)/(1<<20), float64(o.FreeBytes)/(1<<20), o.Dir, lasts)
-}
-
-// startGuest is ensureGuest's; but a secondary without room for its overlays waits for
-// it, and status tells.
-func (d *Daemon) startGuest(ctx context.Context) error {
-	err := d.ensureGuest(ctx)
-	full := (*qemu.OverlayError)(nil)
-	if !errors.As(err, &full) {
-		return err
-	}
-	pause := d.noRoom(full.Dir, full.Error())
-	d.work.Go(func() {
-		for pause.wait(ctx) {
-			err := d.startQEMU(ctx)
-			if again := (*qemu.OverlayError)(nil); errors.As(err, &again) {
-				continue
-			}
-			d.post(func() {
-				d.life.hadQEMU = err == nil
-				if d.life.Setback.why = ""; err != nil {
-					d.fatal = err
-				}
-			})
-			return
-		}
-	})
-	return nil
-}
-
 // noRoom notes that a secondary's overlays find none (S).
-func (d *Daemon) noRoom(dir, why string) *backoff {
-	why = d.opt.Node + ": " + why
-	d.log.Error("the secondary has no room", "why", why)
-	d.event(journal.Disk, why, nil)
-	return d.life.Setback.note(dir, why)
+func (ov *overlayRoom) noRoom(dir, why string) *backoff {
+	why = ov.d.opt.Node + ": " + why
+	ov.d.log.Error("the secondary has no room", "why", why)
+	ov.d.event(journal.Disk, why, nil)
+	return ov.d.life.Setback.note(dir, why)
 }
 
 // outOfRoom ends a secondary whose guest stopped because a write of it found no room: at
 // once, because nothing leaves P until it goes alone. Where P is gone, the secondary is all
 // there is, and the write is tried again once it has taken over. disk is "" where it is not
 // known.
-func (d *Daemon) outOfRoom(disk string) {
-	l := d.life
-	if l == nil || l.s == nil || l.s.state > lsPair && l.s.state != lsOut {
+func (ov *overlayRoom) outOfRoom(disk string) {
+	l := ov.d.life
+	if l == nil || l.s == nil || l.s.State() > failover.SecondaryPair && l.s.State() != failover.SecondaryFenced {
 		return // of a host that takes over or speaks it is the guest that counts
 	}
-	if d.noteFull(disk) {
-		d.live(lifeEvent{Kind: lvSick})
+	if ov.noteFull(disk) {
+		ov.d.life.live(failover.Event{Kind: failover.EvGuestFailed})
 	}
 }
 
 // noteFull reports whether an overlay_dir is full, and tells P (S).
-func (d *Daemon) noteFull(disk string) bool {
-	l := d.life
-	if l.Guest == nil || l.pause != nil {
+func (ov *overlayRoom) noteFull(disk string) bool {
+	l := ov.d.life
+	if l.Guest == nil || ov.pause != nil {
 		return false
 	}
 	spaces, err := l.Guest.Overlays()
 	if err != nil {
-		d.log.Warn("the room of the overlays is not known", "err", err)
+		ov.d.log.Warn("the room of the overlays is not known", "err", err)
 		return false
 	}
 	for _, o := range spaces {
@@ -286,41 +246,23 @@ func (d *Daemon) noteFull(disk string) bool {
 			continue
 		}
 		full := qemu.OverlayError{Dir: o.Dir, Disks: o.Disks, Why: fmt.Sprintf("it is full, and the secondary came to its end; its overlays had %.1f MiB", float64(o.Used)/(1<<20))}
-		l.pause = d.noRoom(o.Dir, full.Error())
-		all, _ := new(overlayWatch).sample(d.now(), spaces)
+		ov.pause = ov.noRoom(o.Dir, full.Error())
+		all, _ := new(overlayWatch).sample(ov.d.now(), spaces)
 		for i := range all {
-			all[i].Node, all[i].Trouble = d.opt.Node, l.Setback.trouble(all[i].Dir)
+			all[i].Node, all[i].Trouble = ov.d.opt.Node, l.Setback.trouble(all[i].Dir)
 		}
-		l.overlays = all
-		d.send(message{Type: "overlays", Overlays: all})
+		ov.overlays = all
+		ov.d.peer.send(message{Type: "overlays", Overlays: all})
 		return true
 	}
 	return false
 }
 
-// endPart ends this daemon's part. A secondary that had no room rests first: the next
-// one's disks have to be copied before it finds out whether there is some.
-func (d *Daemon) endPart(end error) {
-	l := d.life
-	if l.s != nil {
-		d.noteFull("") // P may have given it up before QEMU said so
-	}
-	if l.pause == nil {
-		d.fatal = end
-		return
-	}
-	d.work.Go(func() {
-		if l.pause.wait(d.ctx) {
-			d.post(func() { d.fatal = end })
-		}
-	})
-}
-
 // statusOfOverlays adds what is known of the secondary's overlays.
-func (l *pairLife) statusOfOverlays(s *Status) {
-	s.Overlays = append(s.Overlays, l.own...)
-	for _, o := range l.overlays {
-		if l.p == nil || s.Peer.Connected || o.Trouble != "" {
+func (ov *overlayRoom) statusOfOverlays(s *api.Status) {
+	s.Overlays = append(s.Overlays, ov.own...)
+	for _, o := range ov.overlays {
+		if ov.d.life.p == nil || s.Peer.Connected || o.Trouble != "" {
 			s.Overlays = append(s.Overlays, o)
 		}
 		if o.Trouble != "" && !s.Covered {

@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/qemu"
 	"lockstep/control/qmptest"
 	"lockstep/control/state"
@@ -97,7 +99,7 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, datapath.Pinned{})
+		b, err := failover.Decide(x.opt.Role, x.opt.Node, x.opt.Peer, state.State{}, a.now, datapath.Pinned{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +127,7 @@ func (s *side) ends(want error) {
 
 func (s *side) covered() {
 	s.t.Helper()
-	s.await("covered", func(st Status) bool { return st.Covered && st.State == "replicating" })
+	s.await("covered", func(st api.Status) bool { return st.Covered && st.State == "replicating" })
 }
 
 // TestLifeQMPFaults: whatever the primary's QEMU does to its monitor, the daemon does not
@@ -145,7 +147,7 @@ func TestLifeQMPFaults(t *testing.T) {
 			pair.Primary.SetFault(fault, time.Second)
 			if fault == qmptest.Garbage || fault == qmptest.Huge || fault == qmptest.HangUp {
 				// It answers anew each time, and so lives; somebody ends it.
-				p.await("an error", func(st Status) bool { return st.QMP.Error != "" })
+				p.await("an error", func(st api.Status) bool { return st.QMP.Error != "" })
 				pair.Primary.Close()
 			}
 			s.ends(ErrPromoted)
@@ -178,9 +180,9 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 	}
 	pair, p, _, _ := begin(t)
 	mark := len(pair.Primary.Requests())
-	done := p.await("a status", func(Status) bool { return true }).CheckpointsDone
-	p.d.want(request{nic: -1, reason: "test"})
-	p.await("a checkpoint", func(st Status) bool { return st.CheckpointsDone > done })
+	done := p.await("a status", func(api.Status) bool { return true }).CheckpointsDone
+	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.await("a checkpoint", func(st api.Status) bool { return st.CheckpointsDone > done })
 	var commands []string
 	for _, r := range pair.Primary.Requests()[mark:] {
 		if !slices.Contains(commands, r.Execute) {
@@ -194,7 +196,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			pair, p, s, a := begin(t)
 			pair.Primary.DieAt(command)
-			p.d.want(request{nic: -1, reason: "test"})
+			p.d.ckpts.want(request{nic: -1, reason: "test"})
 			s.ends(ErrPromoted)
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
@@ -237,7 +239,7 @@ func TestNoArbiter(t *testing.T) {
 	a.setCut(true)
 	mark := s.path.mark()
 	pair.Primary.Close()
-	s.await("failover", func(st Status) bool { return st.State == "failover" })
+	s.await("failover", func(st api.Status) bool { return st.State == "failover" })
 	s.path.await(t, mark, "mode quiet")
 	p.ends(ErrFenced)
 	for _, line := range s.path.since(mark) {
@@ -260,14 +262,14 @@ func TestUncovered(t *testing.T) {
 	pair.SetHook(func(qmptest.Stage) bool { return false }) // no checkpoint comes to pass
 	p.start()
 	s.start()
-	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" })
+	p.await("a checkpoint", func(st api.Status) bool { return st.State == "checkpointing" })
 	pair.Primary.Close()
 	p.ends(ErrFenced)
-	s.await("no link", func(st Status) bool { return !st.Peer.Connected })
+	s.await("no link", func(st api.Status) bool { return !st.Peer.Connected })
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	<-ctx.Done() // longer than a covered one would wait
-	if st := s.await("a status", func(Status) bool { return true }); st.State == "failover" || a.now.Speaker != "alpha" {
+	if st := s.await("a status", func(api.Status) bool { return true }); st.State == "failover" || a.now.Speaker != "alpha" {
 		t.Errorf("state %s, record %v", st.State, a.now)
 	}
 }
@@ -282,7 +284,7 @@ func TestStuck(t *testing.T) {
 	p.start()
 	s.start()
 	s.ends(ErrAfresh)
-	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
 	p.path.await(t, 0, "mode hold", "mode solo")
 }
 
@@ -294,12 +296,12 @@ func TestForcedFailover(t *testing.T) {
 	pair.SetHook(func(qmptest.Stage) bool { return false })
 	p.start()
 	s.start()
-	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
-	s.await("a session", func(st Status) bool { return st.Peer.Connected })
-	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "use --force") {
+	p.await("a checkpoint", func(st api.Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	s.await("a session", func(st api.Status) bool { return st.Peer.Connected })
+	if _, err := api.OrderFailover(t.Context(), s.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "use --force") {
 		t.Errorf("failover of an uncovered secondary: %v", err)
 	}
-	if _, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); a.now.Speaker != "alpha" {
+	if _, err := api.OrderFailover(t.Context(), p.opt.StatusSocket, false); a.now.Speaker != "alpha" {
 		t.Errorf("the record is %v, %v", a.now, err)
 	}
 	s.ends(ErrAfresh) // the primary went on alone, because it was asked to
@@ -309,21 +311,21 @@ func TestForcedFailover(t *testing.T) {
 	pair2.SetHook(func(qmptest.Stage) bool { return false })
 	p.start()
 	s.start()
-	s.await("a session", func(st Status) bool { return st.Peer.Connected })
-	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	s.await("a session", func(st api.Status) bool { return st.Peer.Connected })
+	p.await("a checkpoint", func(st api.Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
 	a.setCut(true)
-	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "cannot be reached") {
+	if _, err := api.OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "cannot be reached") {
 		t.Errorf("failover without an arbiter: %v", err)
 	}
 	a.setCut(false)
 	// While no lease binds the primary, force is not enough.
-	if _, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "without a lease") {
+	if _, err := api.OrderFailover(t.Context(), s.opt.StatusSocket, true); err == nil || !strings.Contains(err.Error(), "without a lease") {
 		t.Errorf("failover from a primary that has asked for no echo: %v", err)
 	}
 	if err := s.path.RequestEcho(); err != nil {
 		t.Fatal(err)
 	}
-	if done, err := OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil || done.Result != "transmits alone" {
+	if done, err := api.OrderFailover(t.Context(), s.opt.StatusSocket, true); err != nil || done.Result != "transmits alone" {
 		t.Error(done, err)
 	}
 	s.ends(ErrPromoted)
@@ -338,7 +340,7 @@ func TestFailoverLost(t *testing.T) {
 	p.covered()
 	s.covered()
 	a.set(arbiter.Record{Term: 3, Speaker: "beta"})
-	if done, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "names beta") {
+	if done, err := api.OrderFailover(t.Context(), p.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "names beta") {
 		t.Errorf("%v, %v", done, err)
 	}
 	p.ends(ErrFenced)
@@ -356,7 +358,7 @@ func TestFencedLater(t *testing.T) {
 			p.start()
 			s.start()
 			p.covered()
-			if _, err := OrderFailover(t.Context(), p.opt.StatusSocket, false); err != nil {
+			if _, err := api.OrderFailover(t.Context(), p.opt.StatusSocket, false); err != nil {
 				t.Fatal(err)
 			}
 			s.ends(ErrAfresh)
@@ -367,31 +369,10 @@ func TestFencedLater(t *testing.T) {
 				return
 			}
 			a.await(t, reads+3)
-			if st := p.await("a status", func(Status) bool { return true }); st.State != "solo" {
+			if st := p.await("a status", func(api.Status) bool { return true }); st.State != "solo" {
 				t.Errorf("without the rule the primary is in state %q", st.State)
 			}
 		})
-	}
-}
-
-// TestRestartBound: how long either side waits for a daemon that ended on a living host.
-func TestRestartBound(t *testing.T) {
-	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond)
-	cfg.rejoin = int64(1500 * time.Millisecond)
-	const ms = int64(time.Millisecond)
-	s := newLifeSecondary(cfg, 1, true, 0)
-	s.Step(0, lifeEvent{Kind: lvLinkUp, Term: 1})
-	s.Step(100*ms, lifeEvent{Kind: lvHeard})
-	s.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true})
-	if at := s.NextDeadline(); at != 1600*ms {
-		t.Errorf("S takes over at %d ms", at/ms)
-	}
-	p := newLifePrimary(cfg, 1, lpPair, true, 0)
-	p.Step(0, lifeEvent{Kind: lvLinkUp, OK: true})
-	p.Step(100*ms, lifeEvent{Kind: lvHeard})
-	p.Step(150*ms, lifeEvent{Kind: lvLinkDown, OK: true, Echoed: 1400 * ms})
-	if at := p.NextDeadline(); at != 1600*ms {
-		t.Errorf("P claims at %d ms, though S's kernel still answers", at/ms)
 	}
 }
 
@@ -403,19 +384,19 @@ func TestUncoveredAsks(t *testing.T) {
 	pair.SetHook(func(qmptest.Stage) bool { return false }) // no checkpoint comes to pass
 	p.start()
 	s.start()
-	p.await("a checkpoint", func(st Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
+	p.await("a checkpoint", func(st api.Status) bool { return st.State == "checkpointing" && st.Peer.Connected })
 	a.setCut(true)
 	mark := p.path.mark()
 	pair.Secondary.Close()
 	s.ends(ErrAfresh)
-	p.await("failover", func(st Status) bool { return st.State == "failover" })
+	p.await("failover", func(st api.Status) bool { return st.State == "failover" })
 	for _, line := range p.path.since(mark) {
 		if line == "mode solo" {
 			t.Error("the primary transmits, and nobody knows whether it may")
 		}
 	}
 	a.setCut(false)
-	p.await("solo", func(st Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
 }
 
 // Who is shut has no lease left, and an echo that is still on its way opens none: nothing

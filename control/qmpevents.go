@@ -107,20 +107,20 @@ func onEvent(name string) reaction {
 
 // reportEvent makes an event known, whatever the daemon does about it. A disk that
 // fails may send the same one thousands of times: once a second is enough to be told.
-func (d *Daemon) reportEvent(e qmp.Event) {
+func (mo *monitor) reportEvent(e qmp.Event) {
 	if onEvent(e.Event) == quiet {
-		d.log.Debug("QEMU", "event", e.Event, "data", e.Data)
+		mo.d.log.Debug("QEMU", "event", e.Event, "data", e.Data)
 		return
 	}
-	d.post(func() {
-		if time.Since(d.qmp.reported[e.Event]) < time.Second {
+	mo.d.post(func() {
+		if time.Since(mo.reported[e.Event]) < time.Second {
 			return
 		}
-		if d.qmp.reported == nil {
-			d.qmp.reported = make(map[string]time.Time)
+		if mo.reported == nil {
+			mo.reported = make(map[string]time.Time)
 		}
-		d.qmp.reported[e.Event] = time.Now()
-		d.log.Info("QEMU", "event", e.Event, "data", e.Data)
-		d.event(journal.QEMU, e.Event, e.Data)
+		mo.reported[e.Event] = time.Now()
+		mo.d.log.Info("QEMU", "event", e.Event, "data", e.Data)
+		mo.d.event(journal.QEMU, e.Event, e.Data)
 	})
 }

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/journal"
 	"lockstep/control/qmp"
 	lt "lockstep/loader/loadertest"
@@ -141,7 +142,7 @@ func TestReportedEvents(t *testing.T) {
 	p, _ := hosts(t, pair)
 	read := p.keepJournal()
 	p.start()
-	p.await("QMP", func(st Status) bool { return st.QMP.Connected })
+	p.await("QMP", func(st api.Status) bool { return st.QMP.Connected })
 	now := time.Now()
 	for _, name := range []string{"SUSPEND", "SOMETHING_NEW", "RTC_CHANGE"} {
 		pair.Primary.Event(name, now)
@@ -151,7 +152,7 @@ func TestReportedEvents(t *testing.T) {
 		pair.Primary.Event("MEMORY_FAILURE", now)
 	}
 	pair.Primary.Stop() // behind all of them
-	p.await("the stop", func(st Status) bool { return st.QMP.State == "paused" })
+	p.await("the stop", func(st api.Status) bool { return st.QMP.State == "paused" })
 	p.end()
 	count := make(map[string]int)
 	for _, e := range read() {
@@ -193,7 +194,7 @@ func TestSessionEvents(t *testing.T) {
 	s.start()
 	p.replicating()
 	s.end()
-	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 	p.end()
 	var causes []string
 	for _, e := range read() {

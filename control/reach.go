@@ -120,36 +120,36 @@ func (o *owner) judge(err error) (reach, error) {
 // slowToAnswer: QEMU's process has just taken a connection into its queue, and is given
 // a moment to answer before it counts as out of reach. To find out what it is that
 // keeps it takes longer than a secondary waits for a daemon that is started again.
-func (d *Daemon) slowToAnswer(ctx context.Context) {
-	d.work.Go(func() {
-		again := backoff{last: d.opt.qmpTimeout / 4, first: d.opt.qmpTimeout / 4}
+func (mo *monitor) slowToAnswer(ctx context.Context) {
+	mo.d.work.Go(func() {
+		again := backoff{last: mo.d.opt.qmpTimeout / 4, first: mo.d.opt.qmpTimeout / 4}
 		if !again.wait(ctx) {
 			return
 		}
-		d.post(func() {
-			if d.life != nil && d.qmp.conn == nil {
-				d.life.outOfReach = true
+		mo.d.post(func() {
+			if mo.d.life != nil && mo.conn == nil {
+				mo.outOfReach = true
 			}
 		})
 	})
 }
 
 // unreachable: no connection to QEMU could be made.
-func (d *Daemon) unreachable(r reach, why error) {
-	l := d.life
-	if l == nil || !l.hadQEMU {
+func (mo *monitor) unreachable(r reach, why error) {
+	l := mo.d.life
+	if l == nil || !mo.hadQEMU {
 		return // it comes
 	}
-	l.outOfReach = r == qemuLives
+	mo.outOfReach = r == qemuLives
 	switch r {
 	case qemuLives:
-		l.unanswered = 0
+		mo.unanswered = 0
 	case qemuMute:
-		l.unanswered++
+		mo.unanswered++
 	case qemuEnded:
-		l.unanswered = maxUnanswered
+		mo.unanswered = maxUnanswered
 	}
-	if l.unanswered == maxUnanswered {
-		d.qemuGone(why.Error())
+	if mo.unanswered == maxUnanswered {
+		mo.qemuGone(why.Error())
 	}
 }

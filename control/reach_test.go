@@ -13,10 +13,13 @@ import (
 	"testing"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/qmp"
 	"lockstep/control/qmptest"
+	"lockstep/control/state"
 )
 
 // calmLives are lives in which a slow machine is not taken for a dead host.
@@ -90,9 +93,9 @@ func TestHeldMonitor(t *testing.T) {
 			s.covered()
 			other := p.holdMonitor()
 			want := fmt.Sprintf("another client on its monitor, process %d (", os.Getpid())
-			p.await("who holds the monitor", func(st Status) bool { return strings.Contains(st.QMP.Error, want) })
+			p.await("who holds the monitor", func(st api.Status) bool { return strings.Contains(st.QMP.Error, want) })
 			tried(t, dials, maxUnanswered)
-			if st := p.await("a status", func(Status) bool { return true }); a.now.Term != 1 || st.State == "failover" || st.State == "solo" || !st.Covered {
+			if st := p.await("a status", func(api.Status) bool { return true }); a.now.Term != 1 || st.State == "failover" || st.State == "solo" || !st.Covered {
 				t.Fatalf("record %v, state %s, covered %v", a.now, st.State, st.Covered)
 			}
 			if dies {
@@ -102,7 +105,7 @@ func TestHeldMonitor(t *testing.T) {
 				return
 			}
 			other.Close()
-			p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+			p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
 			if want := (arbiter.Record{Term: 1, Speaker: "alpha"}); a.now != want {
 				t.Errorf("the record is %v, want %v", a.now, want)
 			}
@@ -138,13 +141,18 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	s.covered()
 	other := p.holdMonitor()
 	p.end()
-	p.opt.Life.Begin = Begin{Role: datapath.RolePrimary, Record: a.now, primary: lpPair, covered: true}
+	found := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
+	begin, err := failover.Decide(datapath.RolePrimary, "alpha", "beta", state.State{Role: "primary", Term: a.now.Term, Covered: a.now.Term}, a.now, found)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.opt.Life.Begin = begin
 	p.start()
-	p.await("a session without QMP", func(st Status) bool {
+	p.await("a session without QMP", func(st api.Status) bool {
 		return st.Peer.Connected && !st.QMP.Connected && strings.Contains(st.QMP.Error, "another client")
 	})
 	other.Close()
-	p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+	p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
 	if a.now.Term != 1 {
 		t.Errorf("the record is %v", a.now)
 	}
@@ -167,7 +175,7 @@ func TestMonitorFileGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	tried(t, dials, 1+maxUnanswered)
-	p.await("the reason", func(st Status) bool {
+	p.await("the reason", func(st api.Status) bool {
 		return strings.Contains(st.QMP.Error, "lives, but its monitor cannot be reached")
 	})
 	if a.now.Term != 1 {
@@ -176,7 +184,7 @@ func TestMonitorFileGone(t *testing.T) {
 	if err := os.Rename(p.opt.QMP+".away", p.opt.QMP); err != nil {
 		t.Fatal(err)
 	}
-	p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+	p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
 }
 
 // A primary whose monitor somebody holds loses its secondary: it goes on alone, and
@@ -188,11 +196,11 @@ func TestAloneWithoutMonitor(t *testing.T) {
 	s.start()
 	p.covered()
 	other := p.holdMonitor()
-	p.await("who holds the monitor", func(st Status) bool { return strings.Contains(st.QMP.Error, "another client") })
+	p.await("who holds the monitor", func(st api.Status) bool { return strings.Contains(st.QMP.Error, "another client") })
 	mark := p.path.mark()
 	pair.Secondary.Close()
 	s.ends(ErrAfresh)
-	p.await("solo", func(st Status) bool { return st.State == "solo" })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" })
 	p.path.await(t, mark, "mode solo")
 	for _, r := range pair.Primary.Requests() {
 		if r.Execute == "x-colo-lost-heartbeat" {
@@ -205,7 +213,7 @@ func TestAloneWithoutMonitor(t *testing.T) {
 	if err := pair.Primary.Await(ctx, "x-colo-lost-heartbeat", 1); err != nil {
 		t.Error(err)
 	}
-	p.await("solo", func(st Status) bool { return st.State == "solo" && st.QMP.Connected })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.QMP.Connected })
 	if a.now.Speaker != "alpha" {
 		t.Errorf("the record is %v", a.now)
 	}
@@ -236,15 +244,15 @@ func TestDialErrors(t *testing.T) {
 			if err := p.d.ask(t.Context(), func() { p.d.qmp.conn.Disconnect() }); err != nil {
 				t.Fatal(err)
 			}
-			p.await("the reason", func(st Status) bool {
+			p.await("the reason", func(st api.Status) bool {
 				return strings.Contains(st.QMP.Error, "lives, but its monitor cannot be reached") && strings.Contains(st.QMP.Error, errno.Error())
 			})
 			tried(t, dials, maxUnanswered)
-			if st := p.await("a status", func(Status) bool { return true }); a.now.Term != 1 || st.State == "failover" {
+			if st := p.await("a status", func(api.Status) bool { return true }); a.now.Term != 1 || st.State == "failover" {
 				t.Fatalf("record %v, state %s", a.now, st.State)
 			}
 			fail.Store(false)
-			p.await("a pair", func(st Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+			p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
 		})
 	}
 }

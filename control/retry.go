@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"time"
 
+	"lockstep/control/api"
+	"lockstep/control/failover"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
@@ -59,16 +61,16 @@ func (t *tries) lasts() {
 }
 
 // replication tells of what begins, or of what came of the tries so far; nil: nothing.
-func (l *pairLife) replication() *Replication {
-	r := Replication{
-		What: l.syncing.What, Done: l.syncing.Done, Total: l.syncing.Total, Rate: l.syncing.Rate, Dirtied: l.syncing.Dirtied,
-		Failed: l.tries.failed, Why: l.tries.why,
+func (re *replicator) replication() *api.Replication {
+	r := api.Replication{
+		What: re.syncing.What, Done: re.syncing.Done, Total: re.syncing.Total, Rate: re.syncing.Rate, Dirtied: re.syncing.Dirtied,
+		Failed: re.tries.failed, Why: re.tries.why,
 	}
-	if r == (Replication{}) {
+	if r == (api.Replication{}) {
 		return nil
 	}
-	if l.tries.failed > 0 && l.p.state != lpSync && l.p.state != lpPair {
-		r.Next = &l.tries.due
+	if re.tries.failed > 0 && re.d.life.p.State() != failover.PrimarySync && re.d.life.p.State() != failover.PrimaryPair {
+		r.Next = &re.tries.due
 	}
 	return &r
 }
@@ -87,29 +89,29 @@ func (t *tries) String() string {
 // held reports whether a session has to wait: for QEMU to end the last pair, or, when a try
 // to replicate would follow, until that is due. The machine hears of it later: until then
 // the guest serves alone, and orders are taken.
-func (d *Daemon) held(follows bool) bool {
-	l := d.life
-	if l.ending {
+func (re *replicator) held(follows bool) bool {
+	l := re.d.life
+	if re.ending {
 		return true // endReplication comes back to it
 	}
-	left := time.Until(l.tries.due)
-	if left <= 0 || follows || l.p.state != lpStart && l.p.state != lpSolo {
+	left := time.Until(re.tries.due)
+	if left <= 0 || follows || l.p.State() != failover.PrimaryStart && l.p.State() != failover.PrimarySolo {
 		return false
 	}
-	if l.tries.timer != nil {
-		l.tries.timer.Stop()
+	if re.tries.timer != nil {
+		re.tries.timer.Stop()
 	}
-	l.tries.timer = time.AfterFunc(left, func() { d.post(d.paired) })
+	re.tries.timer = time.AfterFunc(left, func() { re.d.post(re.paired) })
 	return true
 }
 
 // endReplication has this host's QEMU go on without the other's, until it does. A QEMU
 // that does not decides nothing: this host has won, its guest serves, and whether that
 // is dead its monitor tells (watchQEMU).
-func (d *Daemon) endReplication() {
-	l := d.life
-	l.ending = true
-	d.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
+func (re *replicator) endReplication() {
+	l := re.d.life
+	re.ending = true
+	re.d.qmp.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
 		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
 			return err
 		}
@@ -118,21 +120,21 @@ func (d *Daemon) endReplication() {
 		}
 		return qemu.Cont(m) // it never ran: an operator has it begin alone
 	}, func(err error) {
-		if err == nil || l.p.state != lpSolo {
-			l.ending, l.unended = false, ""
-			l.endAgain.reset()
-			d.paired() // a session may have waited
+		if err == nil || l.p.State() != failover.PrimarySolo {
+			re.ending, re.unended = false, ""
+			re.endAgain.reset()
+			re.paired() // a session may have waited
 			return
 		}
 		if l.fencesUnended {
-			d.live(lifeEvent{Kind: lvQEMUDead})
+			re.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
 			return
 		}
-		wait := l.endAgain.take()
-		if err.Error() != l.unended {
-			d.log.Error("QEMU has not ended replication: the guest goes on, and QEMU is told again", "err", err, "in", wait)
+		wait := re.endAgain.take()
+		if err.Error() != re.unended {
+			re.d.log.Error("QEMU has not ended replication: the guest goes on, and QEMU is told again", "err", err, "in", wait)
 		}
-		l.unended = err.Error()
-		time.AfterFunc(wait, func() { d.post(d.endReplication) })
+		re.unended = err.Error()
+		time.AfterFunc(wait, func() { re.d.post(re.endReplication) })
 	})
 }

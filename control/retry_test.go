@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"lockstep/control/api"
 	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
@@ -33,7 +34,7 @@ func unended(t *testing.T, mutation bool) (*side, *qmptest.Pair) {
 // QEMU does not end replication. It is told again until it does.
 func TestUnendedReplication(t *testing.T) {
 	p, pair := unended(t, false)
-	p.await("the reason", func(st Status) bool { return st.State == "solo" && strings.Contains(st.Detail, "busy") })
+	p.await("the reason", func(st api.Status) bool { return st.State == "solo" && strings.Contains(st.Detail, "busy") })
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := pair.Primary.Await(ctx, "x-colo-lost-heartbeat", 4); err != nil {
@@ -43,7 +44,7 @@ func TestUnendedReplication(t *testing.T) {
 		t.Errorf("the NIC is in mode %d", mode)
 	}
 	pair.Primary.SetReply("x-colo-lost-heartbeat", "")
-	p.await("the end", func(st Status) bool { return st.State == "solo" && !strings.Contains(st.Detail, "busy") })
+	p.await("the end", func(st api.Status) bool { return st.State == "solo" && !strings.Contains(st.Detail, "busy") })
 }
 
 // TestUnendedReplicationMutation: without the rule such a primary is fenced.
@@ -76,7 +77,7 @@ func failedTries(t *testing.T, mutation bool) (pair *qmptest.Pair, p, s *side, w
 			waits = append(waits, now.Sub(last))
 		}
 		last = now
-		st := p.await("the reason", func(st Status) bool { return st.Replication != nil && st.Replication.Failed == try })
+		st := p.await("the reason", func(st api.Status) bool { return st.Replication != nil && st.Replication.Failed == try })
 		if r := st.Replication; st.State != "start" || !strings.Contains(r.Why, "no room") || r.Next == nil || !strings.Contains(st.Detail, "no room") {
 			t.Errorf("try %d: status %+v, %+v", try, st, r)
 		}
@@ -111,17 +112,17 @@ func TestTriesBackOff(t *testing.T) {
 	pair.Primary.SetCOLO("primary")
 	pair.Primary.SetReply("query-migrate", "")
 	s.start()
-	p.await("a pair", func(st Status) bool { return st.State == "checkpointing" }) // its first
+	p.await("a pair", func(st api.Status) bool { return st.State == "checkpointing" }) // its first
 
 	// A connection to QEMU that breaks is no other secondary.
 	pair.Primary.SetFault(qmptest.Garbage, 0)
-	p.await("an error", func(st Status) bool { return st.QMP.Error != "" && !st.QMP.Connected })
+	p.await("an error", func(st api.Status) bool { return st.QMP.Error != "" && !st.QMP.Connected })
 	pair.Primary.SetFault(qmptest.None, 0)
-	since := p.await("QEMU", func(st Status) bool { return st.QMP.Connected }).QMP.Since
+	since := p.await("QEMU", func(st api.Status) bool { return st.QMP.Connected }).QMP.Since
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	<-ctx.Done() // the time in which it was given up
-	if st := p.await("a status", func(Status) bool { return true }); st.State != "checkpointing" || !st.QMP.Since.Equal(since) {
+	if st := p.await("a status", func(api.Status) bool { return true }); st.State != "checkpointing" || !st.QMP.Since.Equal(since) {
 		t.Errorf("behind a new connection to QEMU: %s, %s", st.State, st.Detail)
 	}
 	s.end()

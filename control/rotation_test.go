@@ -4,6 +4,7 @@ package control
 
 import (
 	"fmt"
+	"lockstep/control/api"
 	"lockstep/control/datapath"
 	"strings"
 	"testing"
@@ -36,7 +37,7 @@ func TestRotation(t *testing.T) {
 			s.path.await(t, 0, "session 1", "rotated 2", "rotated 3", "rotated 4")
 			p.path.svm(1, 1000, "hello")
 			p.path.await(t, 0, "send 1000+5")
-			st := p.await("a later term", func(st Status) bool { return st.Term > 4 && st.Peer.Connected })
+			st := p.await("a later term", func(st api.Status) bool { return st.Term > 4 && st.Peer.Connected })
 			if st.CheckpointsRequested != 0 || st.State != "replicating" {
 				t.Errorf("status %+v", st)
 			}
@@ -74,8 +75,8 @@ func TestRotationInACheckpoint(t *testing.T) {
 	p.replicating()
 	s.replicating()
 	for n := uint64(1); n <= 5; n++ {
-		p.d.want(request{nic: -1, reason: "test"})
-		p.await("a commit", func(st Status) bool { return st.CheckpointsDone == n && st.State == "replicating" })
+		p.d.ckpts.want(request{nic: -1, reason: "test"})
+		p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == n && st.State == "replicating" })
 	}
 	st := p.replicating()
 	if st.Term < 2 || st.Epoch != 6 {
@@ -144,7 +145,7 @@ func TestRotationFails(t *testing.T) {
 					}
 				}
 			}
-			st := p.await("a lost link", func(st Status) bool { return !st.Peer.Connected && strings.Contains(st.Peer.Error, want) })
+			st := p.await("a lost link", func(st api.Status) bool { return !st.Peer.Connected && strings.Contains(st.Peer.Error, want) })
 			if st.Term != 2 || st.CheckpointsRequested != 0 || st.State != "replicating" {
 				t.Errorf("status %+v", st)
 			}
@@ -171,7 +172,7 @@ func TestRestartAfterRotation(t *testing.T) {
 			gone := map[string]*side{"alpha": p, "beta": s}[who]
 			gone.end()
 			stays := map[string]*side{"alpha": s, "beta": p}[who]
-			stays.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+			stays.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 			last := stays.path.sessionNow().Term
 			p.opt.Rekey = 0
 			mark := stays.path.mark()
@@ -202,7 +203,7 @@ func TestRekeyRefused(t *testing.T) {
 			p.replicating()
 			s.replicating()
 			mark := s.path.mark()
-			p.d.post(func() { p.d.send(m) })
+			p.d.post(func() { p.d.peer.send(m) })
 			s.path.await(t, mark, "session 2")
 			for _, line := range s.path.since(0) {
 				if strings.HasPrefix(line, "rotated") {
@@ -218,5 +219,5 @@ func TestRekeyRefused(t *testing.T) {
 	if err := l.write(message{Type: "rekey", Rekey: &rekey{Term: 2, Sign: seed}}); err != nil {
 		t.Fatal(err)
 	}
-	p.await("a lost link", func(st Status) bool { return strings.Contains(st.Peer.Error, `"rekey" makes no sense`) })
+	p.await("a lost link", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `"rekey" makes no sense`) })
 }

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
 )
@@ -132,7 +133,7 @@ func TestStillDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if l, err := listenStatus(t.Context(), path); err == nil || !strings.Contains(err.Error(), "stands still") {
+	if l, err := api.Listen(t.Context(), path); err == nil || !strings.Contains(err.Error(), "stands still") {
 		t.Errorf("%v, %v", l, err)
 	}
 	if _, err := os.Stat(path); err != nil {
@@ -145,17 +146,17 @@ func TestTakes(t *testing.T) {
 	hash := strings.Repeat("00", 32)
 	other := strings.Repeat("00", 5*4) + "01" + hash[5*4*2+2:] // the heartbeat's share
 	for _, x := range []struct {
-		s    Status
+		s    api.Status
 		want string
 	}{
-		{Status{Protocol: linkVersion, Config: hash}, ""},
-		{Status{Protocol: linkVersion, Config: other}, "another config (heartbeat)"},
-		{Status{Protocol: linkVersion, Config: other, State: "solo"}, ""},
-		{Status{Protocol: linkVersion, Config: "short"}, "does not tell in what"},
-		{Status{Protocol: linkVersion - 1, Config: hash, Peer: PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", linkVersion-1, linkVersion)},
-		{Status{}, "too old"},
+		{api.Status{Protocol: Version, Config: hash}, ""},
+		{api.Status{Protocol: Version, Config: other}, "another config (heartbeat)"},
+		{api.Status{Protocol: Version, Config: other, State: "solo"}, ""},
+		{api.Status{Protocol: Version, Config: "short"}, "does not tell in what"},
+		{api.Status{Protocol: Version - 1, Config: hash, Peer: api.PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", Version-1, Version)},
+		{api.Status{}, "too old"},
 	} {
-		if err := x.s.Takes(hash); (err != nil) != (x.want != "") || err != nil && !strings.Contains(err.Error(), x.want) {
+		if err := x.s.Takes(Version, hash); (err != nil) != (x.want != "") || err != nil && !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%+v: %v, want %q", x.s, err, x.want)
 		}
 	}

@@ -172,15 +172,15 @@ func (a *authority) verify(chain []*x509.Certificate, file string) error {
 }
 
 // secure makes a TLS connection of conn. Without certificates it stays as it is.
-func (d *Daemon) secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
-	if d.opt.TLS == nil {
+func (pl *peerLink) secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
+	if pl.d.opt.TLS == nil {
 		return conn, nil
 	}
-	t := tls.Client(conn, d.opt.TLS)
-	if d.opt.Role == datapath.RolePrimary {
-		t = tls.Server(conn, d.opt.TLS)
+	t := tls.Client(conn, pl.d.opt.TLS)
+	if pl.d.opt.Role == datapath.RolePrimary {
+		t = tls.Server(conn, pl.d.opt.TLS)
 	}
-	ctx, cancel := context.WithTimeout(ctx, d.opt.link.handshake)
+	ctx, cancel := context.WithTimeout(ctx, pl.d.opt.link.handshake)
 	defer cancel()
 	err := t.HandshakeContext(ctx)
 	switch {
@@ -188,9 +188,9 @@ func (d *Daemon) secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
 		return t, nil
 	case errors.As(err, new(tls.RecordHeaderError)), hungUp(err):
 		return nil, fmt.Errorf("tls: %q expects a certificate, and its peer %q speaks no TLS (`tls: {insecure: true}`), or is gone: %s (%w)",
-			d.opt.Node, d.opt.Peer, sameConfig, err)
+			pl.d.opt.Node, pl.d.opt.Peer, sameConfig, err)
 	}
-	return nil, d.explain(fmt.Errorf("tls: %w", err))
+	return nil, pl.explain(fmt.Errorf("tls: %w", err))
 }
 
 const sameConfig = "give both nodes the same config"
@@ -201,13 +201,13 @@ func hungUp(err error) bool {
 
 // explain names both sides of a link that did not come about because only one of
 // them protects it, or because the peer refused this side's certificate.
-func (d *Daemon) explain(err error) error {
+func (pl *peerLink) explain(err error) error {
 	var op *net.OpError
 	switch {
-	case d.opt.TLS == nil && (errors.Is(err, errSpeaksTLS) || d.opt.Role == datapath.RoleSecondary && hungUp(err)):
-		return fmt.Errorf("%q has `tls: {insecure: true}`, and its peer %q expects a certificate, or is gone: %s (%w)", d.opt.Node, d.opt.Peer, sameConfig, err)
-	case d.opt.TLS != nil && errors.As(err, &op) && op.Op == "remote error":
-		return fmt.Errorf("%q refuses the certificate of %q, its log says why: give both nodes files of one CA (%s) (%w)", d.opt.Peer, d.opt.Node, makeKeys, err)
+	case pl.d.opt.TLS == nil && (errors.Is(err, errSpeaksTLS) || pl.d.opt.Role == datapath.RoleSecondary && hungUp(err)):
+		return fmt.Errorf("%q has `tls: {insecure: true}`, and its peer %q expects a certificate, or is gone: %s (%w)", pl.d.opt.Node, pl.d.opt.Peer, sameConfig, err)
+	case pl.d.opt.TLS != nil && errors.As(err, &op) && op.Op == "remote error":
+		return fmt.Errorf("%q refuses the certificate of %q, its log says why: give both nodes files of one CA (%s) (%w)", pl.d.opt.Peer, pl.d.opt.Node, makeKeys, err)
 	}
 	return err
 }

@@ -11,6 +11,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"lockstep/control/api"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -230,7 +231,7 @@ func TestTLSRefusals(t *testing.T) {
 				*side
 				want string
 			}{{p, tc.onP}, {s, tc.onS}} {
-				st := x.await(x.want, func(st Status) bool { return st.Peer.Error != "" && strings.Contains(st.Peer.Error, x.want) })
+				st := x.await(x.want, func(st api.Status) bool { return st.Peer.Error != "" && strings.Contains(st.Peer.Error, x.want) })
 				if st.Peer.Connected || st.Term != 0 {
 					t.Errorf("%s: a session: %+v", x.opt.Node, st)
 				}
@@ -253,27 +254,27 @@ func TestTLS(t *testing.T) {
 		t.Error("insecure with TLS")
 	}
 	s.end()
-	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 
 	// A renewal needs no restart: a new CA, of which P hears only after S.
 	next := newAuthority(t, "CA two")
 	next.fill(beta, nil)
 	s.start()
-	s.await("a refusal", func(st Status) bool { return strings.Contains(st.Peer.Error, `signed by "CA one"`) })
+	s.await("a refusal", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `signed by "CA one"`) })
 	next.fill(alpha, nil)
 	if st := p.replicating(); st.Term != 2 {
 		t.Errorf("term %d", st.Term)
 	}
 	s.replicating()
 	s.end()
-	p.await("a lost peer", func(st Status) bool { return !st.Peer.Connected })
+	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 
 	// A file that is gone is named, until it is there again.
 	if err := os.Remove(alpha.Key); err != nil {
 		t.Fatal(err)
 	}
 	s.start()
-	p.await("a missing key", func(st Status) bool { return strings.Contains(st.Peer.Error, alpha.Key+": no such file") })
+	p.await("a missing key", func(st api.Status) bool { return strings.Contains(st.Peer.Error, alpha.Key+": no such file") })
 	next.fill(alpha, nil)
 	p.replicating()
 }

@@ -8,11 +8,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func newCheckpoint(e env) *cobra.Command {
-	cmd := newAsk(e, "checkpoint", "Bring the secondary guest up to date now", control.OrderCheckpoint, func(out io.Writer, c control.Checkpoint) error {
+	cmd := newAsk(e, "checkpoint", "Bring the secondary guest up to date now", api.OrderCheckpoint, func(out io.Writer, c api.Checkpoint) error {
 		_, err := fmt.Fprintf(out, "Checkpoint %d is committed: the primary's output was held for %.1f ms, its guest stood still for %.1f ms, the secondary's for %.1f ms.\n",
 			c.Epoch, c.FrozenMS, c.PVMPauseMS, c.SVMPauseMS)
 		return err

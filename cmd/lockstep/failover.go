@@ -9,15 +9,15 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func newFailover(e env) *cobra.Command {
 	var force bool
-	order := func(ctx context.Context, path string) (control.FailoverDone, error) {
-		return control.OrderFailover(ctx, path, force)
+	order := func(ctx context.Context, path string) (api.FailoverDone, error) {
+		return api.OrderFailover(ctx, path, force)
 	}
-	cmd := newAsk(e, "failover", "Have this host's guest speak alone", order, func(out io.Writer, f control.FailoverDone) error {
+	cmd := newAsk(e, "failover", "Have this host's guest speak alone", order, func(out io.Writer, f api.FailoverDone) error {
 		_, err := fmt.Fprintf(out, "%s %s, after %.3f s.\n", f.Node, f.Result, f.Seconds)
 		return err
 	})

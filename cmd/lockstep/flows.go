@@ -10,14 +10,14 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func newFlows(e env) *cobra.Command {
-	return newAsk(e, "flows", "List the guest's connections: offset, compared position, what is held, age", control.FetchFlows, printFlows)
+	return newAsk(e, "flows", "List the guest's connections: offset, compared position, what is held, age", api.FetchFlows, printFlows)
 }
 
-func printFlows(out io.Writer, flows []control.Flow) error {
+func printFlows(out io.Writer, flows []api.Flow) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "GUEST\tREMOTE\tVLAN\tSTATE\tOFFSET\tCOMPARED\tHELD\tAGE")
 	for _, f := range flows {

@@ -8,14 +8,14 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func ptr[T any](v T) *T { return &v }
 
 func TestPrintFlows(t *testing.T) {
 	var out bytes.Buffer
-	err := printFlows(&out, []control.Flow{
+	err := printFlows(&out, []api.Flow{
 		{Guest: "10.0.0.2:80", Remote: "10.0.0.9:40000", State: "open", Compared: ptr(uint32(0xfffffff0)), HeldPackets: 2, HeldBytes: 2896, Age: 1.25},
 		{Guest: "[fd00::2]:80", Remote: "[fd00::9]:40000", State: "closing", VLAN: ptr(uint16(12)), Offset: ptr(uint32(99))},
 	})

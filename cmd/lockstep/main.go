@@ -16,6 +16,7 @@ import (
 
 	"lockstep/cmd/lockstep/doctor"
 	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/config"
 )
 
@@ -73,7 +74,7 @@ func run(ctx context.Context, e env) int {
 	switch {
 	case errors.As(err, new(usageError)):
 		return exitUsage
-	case errors.Is(err, control.ErrNoDaemon):
+	case errors.Is(err, api.ErrNoDaemon):
 		return exitNoDaemon
 	}
 	return exitFailed

@@ -10,7 +10,7 @@ import (
 	"net/http"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 // serveMetrics serves them over all parts of a daemon's life, and while there is none.
@@ -21,8 +21,8 @@ func serveMetrics(ctx context.Context, o runOptions) (stop func(), err error) {
 	}
 	socket := o.config.Socket(o.self.Name)
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", control.MetricsHandler(o.config.VM, o.self.Name, func() *control.Status {
-		s, err := control.FetchStatus(ctx, socket)
+	mux.Handle("GET /metrics", api.MetricsHandler(o.config.VM, o.self.Name, func() *api.Status {
+		s, err := api.FetchStatus(ctx, socket)
 		if err != nil {
 			return nil
 		}

@@ -17,6 +17,7 @@ import (
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/qemu"
 	"lockstep/control/state"
@@ -27,7 +28,7 @@ const again = 200 * time.Millisecond
 
 // partLife is what one part in the pair's life is run with.
 type partLife struct {
-	begin   control.Begin
+	begin   failover.Begin
 	arbiter arbiter.Arbiter
 	store   *state.Store
 	journal *journal.Journal
@@ -106,11 +107,11 @@ func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, l
 
 // decide finds out what this node has to be (R19). Without the arbiter it does not
 // know, and leaves everything as it is.
-func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.Begin, error) {
+func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.Begin, error) {
 	self, other := o.self.Name, o.other.Name
 	found, running, err := meet(e, o)
 	if err != nil {
-		return control.Begin{}, err
+		return failover.Begin{}, err
 	}
 	warned := false
 	rec, err := control.Settle(ctx, life.arbiter, func(err error) {
@@ -120,15 +121,15 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 		}
 	})
 	if err != nil {
-		return control.Begin{}, err
+		return failover.Begin{}, err
 	}
 	st, err := life.store.Load()
 	if err != nil {
-		return control.Begin{}, err
+		return failover.Begin{}, err
 	}
 	// `none` forgets with its process.
 	if rec.Term < st.Term && o.config.Arbiter.Type != config.ArbiterNone {
-		return control.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
+		return failover.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
 			"name the arbiter that was, or put the record back; docs/ARBITER.md says how to move to another one")
 	}
 	if o.primary && rec == (arbiter.Record{}) {
@@ -136,7 +137,7 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 		if rec, _, err = control.Swap(ctx, life.arbiter, rec, first, func(err error) {
 			o.log.Warn("the arbiter does not answer: waiting", "err", err)
 		}); err != nil {
-			return control.Begin{}, err
+			return failover.Begin{}, err
 		}
 	}
 	role := datapath.RoleSecondary
@@ -149,7 +150,7 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (control.B
 	if life.afresh {
 		found, st.Covered = datapath.Pinned{}, 0
 	}
-	b, err := control.Decide(role, self, other, st, rec, found)
+	b, err := failover.Decide(role, self, other, st, rec, found)
 	if err == nil {
 		err = b.Meets(running)
 	}

@@ -54,7 +54,7 @@ func TestRunLife(t *testing.T) {
 	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak",
 		"secondary fencing term 1, speaker beta discard=true", "secondary fencing term 1, speaker beta discard=true", "primary fencing term 2, speaker alpha discard=true")
-	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha speaks for the guest (fencing term 2, speaker alpha)")
+	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha transmits for the guest (fencing term 2, speaker alpha)")
 	ends = []error{control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak", "primary fencing term 2, speaker alpha discard=true")
 

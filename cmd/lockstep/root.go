@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/config"
 )
 
@@ -110,7 +110,7 @@ func ask[T any](ctx context.Context, e env, t *target, fetch func(context.Contex
 	socket := c.Socket(self.Name)
 	v, err := fetch(ctx, socket)
 	switch {
-	case errors.Is(err, control.ErrNoDaemon):
+	case errors.Is(err, api.ErrNoDaemon):
 		return noDaemonError{vm: c.VM, node: self.Name, socket: socket}
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%s is not yours to read; run this as root", socket)
@@ -132,4 +132,4 @@ func (e noDaemonError) Error() string {
 	return fmt.Sprintf("no daemon of %s runs on node %s (nobody answers on %s); start it with `lockstep run`", e.vm, e.node, e.socket)
 }
 
-func (noDaemonError) Unwrap() error { return control.ErrNoDaemon }
+func (noDaemonError) Unwrap() error { return api.ErrNoDaemon }

@@ -14,10 +14,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
-func printStatus(out io.Writer, s control.Status) error {
+func printStatus(out io.Writer, s api.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "%s on %s:\t%s, %s, epoch %d%s\n", s.VM, s.Node, s.Role, s.State, s.Epoch, detail(s.Detail))
 	fmt.Fprintf(w, "peer:\t%s, %s%s\n", s.Peer.Node, connected(s.Peer.Connected, s.Peer.Since), detail(s.Peer.Error))
@@ -107,5 +107,5 @@ func printCounts(w io.Writer, label string, counts map[string]uint64) {
 }
 
 func newStatus(e env) *cobra.Command {
-	return newAsk(e, "status", "Show what this host's daemon is doing", control.FetchStatus, printStatus)
+	return newAsk(e, "status", "Show what this host's daemon is doing", api.FetchStatus, printStatus)
 }

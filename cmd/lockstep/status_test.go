@@ -10,23 +10,23 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func TestPrintStatus(t *testing.T) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.Local)
-	s := control.Status{
+	s := api.Status{
 		VM: "web1", Node: "alpha", Role: "primary", State: "checkpointing", Detail: "the PVM stopped unasked", Epoch: 7,
 		Connections: 2, HeldPackets: 3, HeldBytes: 4500, ReleasedPackets: 1 << 33,
 		CheckpointsRequested: 5, CheckpointsDone: 4,
 		Dropped: map[string]uint64{"muted": 2, "no_slot": 9, "shut": 0},
-		Programs: map[string]control.ProgramStatus{
+		Programs: map[string]api.ProgramStatus{
 			"ls_mirror":  {Device: "tapP", Attach: "tcx-egress"},
 			"ls_pri_out": {Device: "tapP", Attach: "tcx-ingress"},
 		},
-		Peer:   control.PeerStatus{Node: "beta", Connected: true, Since: at},
-		QMP:    control.QMPStatus{Configured: true, Connected: true, Since: at, State: "running"},
-		Causes: []control.Cause{{At: at, Reason: "payload differs", Flow: "10.0.0.2:80>10.0.0.9:40000"}, {At: at, Reason: "timeout"}},
+		Peer:   api.PeerStatus{Node: "beta", Connected: true, Since: at},
+		QMP:    api.QMPStatus{Configured: true, Connected: true, Since: at, State: "running"},
+		Causes: []api.Cause{{At: at, Reason: "payload differs", Flow: "10.0.0.2:80>10.0.0.9:40000"}, {At: at, Reason: "timeout"}},
 	}
 	var out bytes.Buffer
 	if err := printStatus(&out, s); err != nil {
@@ -51,7 +51,7 @@ programs:       ls_mirror   tapP  tcx-egress
 	}
 
 	out.Reset()
-	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, control.QMPStatus{}
+	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, api.QMPStatus{}
 	s.Peer.Error = "connection refused"
 	if err := printStatus(&out, s); err != nil {
 		t.Fatal(err)

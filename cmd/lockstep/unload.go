@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
 	"lockstep/control/datapath"
@@ -45,7 +45,7 @@ func newUnload(e env) *cobra.Command {
 
 func unload(ctx context.Context, e env, c *config.Config, self *config.Node, force bool) error {
 	// The lock of a daemon that lives is in a bpffs, which somebody may have unmounted.
-	if _, err := control.FetchStatus(ctx, c.Socket(self.Name)); !errors.Is(err, control.ErrNoDaemon) {
+	if _, err := api.FetchStatus(ctx, c.Socket(self.Name)); !errors.Is(err, api.ErrNoDaemon) {
 		return fmt.Errorf("a daemon of %s on %s answers at %s; stop it first", c.VM, self.Name, c.Socket(self.Name))
 	}
 	running, err := guestRuns(e.kernel, c, self)

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"lockstep/control"
+	"lockstep/control/api"
 )
 
 func newUpgrade(e env) *cobra.Command {
@@ -34,12 +35,12 @@ func newUpgrade(e env) *cobra.Command {
 				}
 			}
 			digest := c.Hash()
-			switch s, err := control.FetchStatus(cmd.Context(), c.Socket(self.Name)); {
-			case errors.Is(err, control.ErrNoDaemon): // it is gone already; who starts one finds out
+			switch s, err := api.FetchStatus(cmd.Context(), c.Socket(self.Name)); {
+			case errors.Is(err, api.ErrNoDaemon): // it is gone already; who starts one finds out
 			case err != nil:
 				return err
 			default:
-				if err := s.Takes(hex.EncodeToString(digest[:])); err != nil {
+				if err := s.Takes(control.Version, hex.EncodeToString(digest[:])); err != nil {
 					return fmt.Errorf("%w; docs/CONFIG.md says under \"Changing a setting\" in which order both nodes get it", err)
 				}
 			}

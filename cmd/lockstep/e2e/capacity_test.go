@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/bpf"
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -37,7 +37,7 @@ type pacing struct {
 	epoch uint32
 }
 
-func (g *pacing) look(t *testing.T, s *control.Status) {
+func (g *pacing) look(t *testing.T, s *api.Status) {
 	t.Helper()
 	for _, c := range s.Checkpoints {
 		if !c.At.After(g.last) {
@@ -55,7 +55,7 @@ func (g *pacing) look(t *testing.T, s *control.Status) {
 // then works as before, without a checkpoint.
 func settle(p *pair, g *pacing, limit time.Duration) {
 	p.t.Helper()
-	var s *control.Status
+	var s *api.Status
 	for _, node := range []string{"alpha", "beta"} {
 		lt.Eventually(p.t, limit, func() (bool, string) {
 			if s = p.status(node); s == nil {
@@ -74,7 +74,7 @@ func settle(p *pair, g *pacing, limit time.Duration) {
 		p.with(t).keepAlive(lt.Guest4, 200)
 		p.with(t).source(lt.Guest4, 1_000_000)
 	})
-	after := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
+	after := p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
 	if n := after.CheckpointsRequested - before.CheckpointsRequested; n != 0 {
 		p.t.Errorf("%d checkpoints requested afterwards: %+v", n, after.Causes)
 	}
@@ -107,7 +107,7 @@ func TestFullTable(t *testing.T) {
 			}
 		})
 	}
-	s := p.await("alpha", func(s *control.Status) bool {
+	s := p.await("alpha", func(s *api.Status) bool {
 		g.look(t, s)
 		if s.Connections > limit {
 			t.Fatalf("P tracks %d connections, more than %d", s.Connections, limit)
@@ -149,7 +149,7 @@ func TestFullSlots(t *testing.T) {
 	p.start()
 	p.await("alpha", ready)
 	var g pacing
-	noRoom := func(s *control.Status) uint64 { return s.Dropped["no_slot"] + s.Dropped["no room"] }
+	noRoom := func(s *api.Status) uint64 { return s.Dropped["no_slot"] + s.Dropped["no room"] }
 	// Whatever tells P what the SVM has said. Echoes go on.
 	records := lt.Filter{Types: []uint8{uint8(bpf.LockstepLsRecTypeLS_REC_DATA), uint8(bpf.LockstepLsRecTypeLS_REC_ANSWER)}}
 	for _, outage := range []struct {
@@ -167,7 +167,7 @@ func TestFullSlots(t *testing.T) {
 			for i := range conns {
 				conns[i] = p.mustDial(outage.host, portCut)
 			}
-			p.await("beta", func(s *control.Status) bool { return s.Connections == len(conns) })
+			p.await("beta", func(s *api.Status) bool { return s.Connections == len(conns) })
 			before, timers := noRoom(p.status("alpha")), timeouts(p, "pvm")
 			outage.begin()
 			defer outage.end() // when the test fails before
@@ -175,7 +175,7 @@ func TestFullSlots(t *testing.T) {
 				fmt.Fprintf(c, "2896,2896 %d\n", n)
 			}
 			// The slots are full, and each connection's timer has run out.
-			s := p.await("alpha", func(s *control.Status) bool {
+			s := p.await("alpha", func(s *api.Status) bool {
 				g.look(t, s)
 				if most := slots*2048 + gsoSlots*69632; s.HeldBytes > most || s.HeldPackets > slots+gsoSlots {
 					t.Fatalf("%d packets, %d bytes held, more than all slots (%d)", s.HeldPackets, s.HeldBytes, most)
@@ -205,7 +205,7 @@ func TestFullSlots(t *testing.T) {
 			for _, c := range conns {
 				c.Close()
 			}
-			after := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
+			after := p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
 			if after.CheckpointsRequested != 0 {
 				t.Errorf("%d checkpoints requested: %+v", after.CheckpointsRequested, after.Causes)
 			}
@@ -297,9 +297,9 @@ func TestHalfOpenFlood(t *testing.T) {
 	w := floodable(p)
 	meant := p.mustDial(lt.Guest4, portEcho)
 	var g pacing
-	look := func() *control.Status {
+	look := func() *api.Status {
 		t.Helper()
-		s := p.await("alpha", func(s *control.Status) bool { return true })
+		s := p.await("alpha", func(s *api.Status) bool { return true })
 		g.look(t, s)
 		if s.Connections > limit || s.HeldPackets > 512+1024 {
 			t.Fatalf("%d connections, %d packets held: more than the tables take", s.Connections, s.HeldPackets)
@@ -314,7 +314,7 @@ func TestHalfOpenFlood(t *testing.T) {
 			t.Fatalf("after %d SYNs the open connection: %v", i+step, err)
 		}
 	}
-	s := p.await("alpha", func(s *control.Status) bool { return s.HalfOpenEvicted > 0 })
+	s := p.await("alpha", func(s *api.Status) bool { return s.HalfOpenEvicted > 0 })
 	t.Logf("flooded: %d connections, %d evicted, dropped %v", s.Connections, s.HalfOpenEvicted, s.Dropped)
 	if s.CheckpointsRequested != 0 {
 		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
@@ -349,7 +349,7 @@ func TestFullRing(t *testing.T) {
 	if err := daemon.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	s := p.await("alpha", func(s *control.Status) bool {
+	s := p.await("alpha", func(s *api.Status) bool {
 		g.look(t, s)
 		return s.Dropped["no_ring"] > 0 && s.Dropped["crowded"] > 0 && s.State == "replicating"
 	})

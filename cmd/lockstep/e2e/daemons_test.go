@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -63,11 +63,11 @@ func TestDaemonsRestart(t *testing.T) {
 	// Alone, too.
 	p.kill("beta")
 	p.killQEMU("beta")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	p.kill("alpha")
 	c.ask(1) // the kernel goes on without a daemon
 	p.run("alpha", "primary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	c.ask(1)
 	p.run("beta", "secondary")
 	p.covered()

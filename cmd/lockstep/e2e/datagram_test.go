@@ -18,7 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -189,7 +189,7 @@ func TestDatagrams(t *testing.T) {
 				req := fmt.Appendf(nil, "say it once, %s: %d.", x.name, i/2)
 				p.ask(c, req, req)
 			}
-			p.await("alpha", func(s *control.Status) bool { return s.Dropped[unmatched]-before == 20 })
+			p.await("alpha", func(s *api.Status) bool { return s.Dropped[unmatched]-before == 20 })
 			for i := range 10 {
 				if n := seen.Count(fmt.Sprintf("say it once, %s: %d.", x.name, i)); n != 2 {
 					t.Errorf("answer %d came %d times, of 2 that the PVM sent", i, n)
@@ -221,7 +221,7 @@ func TestDatagrams(t *testing.T) {
 		t.Run("dns/"+x.name, func(t *testing.T) { resolve(p.with(t), x.host) })
 		t.Run("multicast/"+x.name, func(t *testing.T) { multicast(p.with(t), x.name, seen) })
 	}
-	s := p.await("alpha", func(s *control.Status) bool { return s.HeldPackets == 0 })
+	s := p.await("alpha", func(s *api.Status) bool { return s.HeldPackets == 0 })
 	if s.CheckpointsRequested != 0 {
 		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
 	}
@@ -356,7 +356,7 @@ func TestOneSided(t *testing.T) {
 	for _, x := range families {
 		before := p.status("alpha").Dropped[unmatched]
 		fmt.Fprint(p.dialUDP(x.host, portUDP, nil), "the SVM alone answers")
-		p.await("alpha", func(s *control.Status) bool { return s.Dropped[unmatched] > before && s.HeldPackets == 0 })
+		p.await("alpha", func(s *api.Status) bool { return s.Dropped[unmatched] > before && s.HeldPackets == 0 })
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
 		t.Errorf("the SVM's datagrams and the PVM's ICMP errors asked for %d checkpoints: %+v", s.CheckpointsRequested, s.Causes)
@@ -366,7 +366,7 @@ func TestOneSided(t *testing.T) {
 	for _, x := range families {
 		before := p.status("alpha").CheckpointsRequested
 		fmt.Fprint(p.dialUDP(x.host, portUDP, nil), "the PVM alone answers")
-		s := p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > before })
+		s := p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > before })
 		if cause := s.Causes[len(s.Causes)-1]; !strings.Contains(cause.Flow, portUDP) {
 			t.Errorf("%s: the request's cause is %+v, want the lone datagram", x.name, cause)
 		}

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -277,15 +277,15 @@ func TestDiskFaultSeen(t *testing.T) {
 	// goes on.
 	p.killQEMU("beta")
 	p.rejoin("beta")
-	p.await("alpha", func(s *control.Status) bool { return s.Role == "primary" })
+	p.await("alpha", func(s *api.Status) bool { return s.Role == "primary" })
 	p.kill("beta")
 	p.killQEMU("beta")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	before = w.count()
 	lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > before, "no writes" })
-	p.await("alpha", func(s *control.Status) bool { return !s.Unmerged })
+	p.await("alpha", func(s *api.Status) bool { return !s.Unmerged })
 	d.fill()
-	s := p.await("alpha", func(s *control.Status) bool { return strings.Contains(s.Detail, "the guest stands still") })
+	s := p.await("alpha", func(s *api.Status) bool { return strings.Contains(s.Detail, "the guest stands still") })
 	if len(s.DiskFaults) == 0 || s.DiskFaults[0].Disk != "colo-disk0" || s.DiskFaults[0].Host != "alpha" || !strings.Contains(s.Detail, "No space left on device") {
 		t.Errorf("%q, %+v", s.Detail, s.DiskFaults)
 	}

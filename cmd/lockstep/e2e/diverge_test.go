@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qmptest"
 	lt "lockstep/loader/loadertest"
 )
@@ -93,7 +93,7 @@ func qemuPair(t *testing.T) *qmptest.Pair {
 	return q
 }
 
-func ready(s *control.Status) bool { return s.State == "replicating" && s.QMP.Connected }
+func ready(s *api.Status) bool { return s.State == "replicating" && s.QMP.Connected }
 
 // TestDivergence: answers that differ reach nobody before the checkpoint that
 // the divergence asks for; then the PVM's leaves, and new connections work.
@@ -115,7 +115,7 @@ func TestDivergence(t *testing.T) {
 		before := p.status("alpha")
 		c := p.mustDial(lt.Guest4, portDiffer)
 		fmt.Fprintln(c, "who are you?")
-		s := p.await("alpha", func(s *control.Status) bool {
+		s := p.await("alpha", func(s *api.Status) bool {
 			return s.State == "checkpointing" && s.CheckpointsRequested > before.CheckpointsRequested
 		})
 		if cause := s.Causes[len(s.Causes)-1]; !strings.Contains(cause.Flow, portDiffer) {
@@ -131,7 +131,7 @@ func TestDivergence(t *testing.T) {
 		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
 			t.Fatalf("round %d: after the checkpoint the client read %q, %v; want %q", round, got, err, want)
 		}
-		p.await("alpha", func(s *control.Status) bool {
+		p.await("alpha", func(s *api.Status) bool {
 			return s.State == "replicating" && s.CheckpointsDone > before.CheckpointsDone
 		})
 		p.keepAlive(lt.Guest4, 100)
@@ -153,9 +153,9 @@ func TestUnaskedStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	q.Primary.Stop()
-	p.await("alpha", func(s *control.Status) bool { return s.State != "replicating" })
+	p.await("alpha", func(s *api.Status) bool { return s.State != "replicating" })
 	fmt.Fprintln(c, "stopped and silent")
-	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
 	q.Primary.Resume()
 	// Lockstep wants a checkpoint of its own now, which never comes.
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -163,7 +163,7 @@ func TestUnaskedStop(t *testing.T) {
 	if err := q.Primary.Await(ctx, "migrate-set-parameters", 1); err != nil {
 		t.Fatal(err)
 	}
-	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
 	if n := seen.count("stopped and silent"); n != 0 {
 		t.Errorf("%d frames left after a STOP nobody asked for", n)
 	}
@@ -189,12 +189,12 @@ func TestSecondaryDead(t *testing.T) {
 	lt.Run(t, "ip", "-n", p.HostS, "link", "set", "tapS", "down")
 	seen := p.capture()
 	fmt.Fprintln(c, "nobody confirms this")
-	s := p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 && s.HeldPackets > 0 })
+	s := p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 && s.HeldPackets > 0 })
 	if cause := s.Causes[0]; !strings.Contains(cause.Flow, portEcho) {
 		t.Errorf("cause %+v, want the waiting connection", cause)
 	}
 	fmt.Fprintln(flood, 100_000_000)
-	s = p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > 1 })
+	s = p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 1 })
 	if limit := slots*2048 + gsoSlots*69632; s.HeldBytes > limit || s.HeldPackets > slots+gsoSlots {
 		t.Errorf("%d packets, %d bytes held, more than all slots (%d)", s.HeldPackets, s.HeldBytes, limit)
 	}
@@ -202,7 +202,7 @@ func TestSecondaryDead(t *testing.T) {
 		t.Errorf("%d unconfirmed frames left", n)
 	}
 	p.kill("beta")
-	p.await("alpha", func(s *control.Status) bool { return !s.Peer.Connected })
+	p.await("alpha", func(s *api.Status) bool { return !s.Peer.Connected })
 }
 
 // TestActiveOpen: the guests connect out. From the same port it is one
@@ -245,7 +245,7 @@ func TestActiveOpen(t *testing.T) {
 	}
 	dial(p.PVM, "5101")
 	dial(p.SVM, "5102")
-	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 })
 }
 
 // fetch is the guest's side of TestActiveOpen.
@@ -279,7 +279,7 @@ func TestCommitPoint(t *testing.T) {
 	p.await("alpha", ready)
 	seen := p.capture()
 	early, late := p.mustDial(lt.Guest4, portDiffer), p.mustDial(lt.Guest4, portDiffer)
-	p.await("alpha", func(s *control.Status) bool { return s.Connections == 2 && s.HeldPackets == 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.Connections == 2 && s.HeldPackets == 0 })
 
 	// Long before RESUME, so that its last moments lie behind the middle.
 	q.SetDelay(qmptest.PrimaryResume, time.Second)
@@ -318,7 +318,7 @@ func TestCommitPoint(t *testing.T) {
 	await(resuming, "the checkpoint did not come to the primary's RESUME")
 	held := p.status("alpha").HeldPackets
 	fmt.Fprintln(late, "late")
-	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > held })
+	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > held })
 	letResume()
 
 	answer := make([]byte, len("answer of guest pvm\n"))

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -83,7 +83,7 @@ func TestEcho(t *testing.T) {
 			p.keepAlive(lt.Guest6, 100)
 		})
 	}
-	if s := p.await("alpha", func(s *control.Status) bool { return s.HeldPackets == 0 }); s.State != "replicating" {
+	if s := p.await("alpha", func(s *api.Status) bool { return s.HeldPackets == 0 }); s.State != "replicating" {
 		t.Errorf("state %s", s.State)
 	}
 }

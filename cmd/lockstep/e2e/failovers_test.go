@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -33,7 +33,7 @@ func TestDivergenceAndDisks(t *testing.T) {
 			last = at
 		}
 	}
-	s := p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" })
+	s := p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" })
 	if done := s.CheckpointsDone - before.CheckpointsDone; done < 1 || done > requests+s.CheckpointsRequested-before.CheckpointsRequested {
 		t.Errorf("%d divergent requests made %d checkpoints", requests, done)
 	} else {
@@ -80,13 +80,13 @@ func TestDivergenceAndDisks(t *testing.T) {
 }
 
 // quick is await for what does not last.
-func (p *livingPair) quick(node string, want func(*control.Status) bool) {
+func (p *livingPair) quick(node string, want func(*api.Status) bool) {
 	p.t.Helper()
 	socket := filepath.Join(p.Dir, "run/web1-"+node+".sock")
 	ctx, cancel := context.WithTimeout(p.t.Context(), 20*time.Second)
 	defer cancel()
 	for {
-		s, err := control.FetchStatus(ctx, socket)
+		s, err := api.FetchStatus(ctx, socket)
 		if err == nil && want(&s) {
 			return
 		}
@@ -107,8 +107,8 @@ func TestMidCheckpoint(t *testing.T) {
 		t.Helper()
 		p.signal(other(primary), syscall.SIGSTOP)
 		go p.order(primary, "checkpoint")
-		p.quick(primary, func(s *control.Status) bool { return s.State == "checkpointing" })
-		p.quick(other(primary), func(s *control.Status) bool { return s.State == "checkpointing" })
+		p.quick(primary, func(s *api.Status) bool { return s.State == "checkpointing" })
+		p.quick(other(primary), func(s *api.Status) bool { return s.State == "checkpointing" })
 	}
 	// halfway has a node's guest stopped for a checkpoint that takes its time.
 	halfway := func(node string) {
@@ -119,7 +119,7 @@ func TestMidCheckpoint(t *testing.T) {
 			t.Fatalf("%q in place of dirty", got)
 		}
 		go p.order(primary, "checkpoint")
-		p.quick(node, func(s *control.Status) bool { return s.QMP.State == "paused" })
+		p.quick(node, func(s *api.Status) bool { return s.QMP.State == "paused" })
 	}
 	revive := func() {
 		t.Helper()
@@ -153,7 +153,7 @@ func TestMidCheckpoint(t *testing.T) {
 		}},
 		{"loaded, the primary dies", func() {
 			halfway(other(primary))
-			p.quick(other(primary), func(s *control.Status) bool { return s.QMP.State == "running" })
+			p.quick(other(primary), func(s *api.Status) bool { return s.QMP.State == "running" })
 			p.killQEMU(primary)
 			c.ask(1)
 			revive()

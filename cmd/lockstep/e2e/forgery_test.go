@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -55,7 +55,7 @@ func samples(w *lt.Wire) map[uint8][]byte {
 // refusals are the reasons for dropping peer frames.
 var refusals = []string{"peer_junk", "peer_short", "peer_version", "peer_type", "peer_tag", "peer_term", "peer_epoch", "peer_replay"}
 
-func refused(s *control.Status) (n uint64) {
+func refused(s *api.Status) (n uint64) {
 	for _, reason := range refusals {
 		n += s.Counters[reason]
 	}
@@ -105,7 +105,7 @@ func TestForgery(t *testing.T) {
 	p.cuts(lt.Guest6) // sums are asked for
 	p.Impair.Drop(t, lt.S2P, lt.Filter{Types: []uint8{1}}, 1)
 	p.keepAlive(lt.Guest6, 100) // and a record that was lost
-	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets == 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets == 0 })
 	ofS, ofP := samples(toS), samples(toP)
 	for who, x := range map[string]struct {
 		got   map[uint8][]byte
@@ -120,7 +120,7 @@ func TestForgery(t *testing.T) {
 
 	// Something waits to be let out.
 	pvm.Send(t, eth(unix.ETH_P_IP, ip4(unix.IPPROTO_UDP, 1, 0, udpBody(false, 1, 2, []byte("nobody confirms this")))))
-	p.await("alpha", func(s *control.Status) bool { return s.HeldPackets > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
 	seen.Forget()
 
 	forge := func(what string, forged map[string][][]byte) {
@@ -132,7 +132,7 @@ func TestForgery(t *testing.T) {
 			}
 			want := uint64(len(forged[node]))
 			// More may be: S repeats its newest records while something is held (R6).
-			s := p.await(node, func(s *control.Status) bool { return refused(s)-refused(before) >= want })
+			s := p.await(node, func(s *api.Status) bool { return refused(s)-refused(before) >= want })
 			by := ""
 			for _, reason := range refusals {
 				if n := s.Counters[reason] - before.Counters[reason]; n > 0 {
@@ -166,14 +166,14 @@ func TestForgery(t *testing.T) {
 	}
 
 	t.Log("malformed frames of the guests")
-	before := map[string]*control.Status{"alpha": p.status("alpha"), "beta": p.status("beta")}
+	before := map[string]*api.Status{"alpha": p.status("alpha"), "beta": p.status("beta")}
 	for who, w := range map[string]*lt.Wire{"pvm": pvm, "svm": svm} {
 		for _, f := range mutants(who, 1500) {
 			w.Send(t, f)
 		}
 	}
 	for node, s := range before {
-		p.await(node, func(now *control.Status) bool { return now.Counters["malformed"] > s.Counters["malformed"] })
+		p.await(node, func(now *api.Status) bool { return now.Counters["malformed"] > s.Counters["malformed"] })
 	}
 	for _, f := range seen.Frames(func(f []byte) bool { return !linkOnly(f) }) {
 		t.Fatalf("a frame came to the client:\n%x\n%+v", f, p.status("alpha").Causes)
@@ -189,17 +189,17 @@ func TestForgery(t *testing.T) {
 	// A checkpoint, and everything authentic is of another epoch.
 	c := p.mustDial(lt.Guest4, portDiffer)
 	fmt.Fprintln(c, "who are you?")
-	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsDone == 1 && s.State == "replicating" })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsDone == 1 && s.State == "replicating" })
+	p.await("beta", func(s *api.Status) bool { return s.State == "replicating" })
 	p.expectText(c, "answer of guest pvm\n")
 	forge("frames of an old epoch", again)
 
 	// And of another term.
 	p.kill("beta")
-	p.await("alpha", func(s *control.Status) bool { return !s.Peer.Connected })
+	p.await("alpha", func(s *api.Status) bool { return !s.Peer.Connected })
 	p.daemon("beta", p.HostS, "secondary")
-	p.await("alpha", func(s *control.Status) bool { return ready(s) && s.Peer.Connected })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("alpha", func(s *api.Status) bool { return ready(s) && s.Peer.Connected })
+	p.await("beta", func(s *api.Status) bool { return s.State == "replicating" })
 	forge("frames of an old term", again)
 
 	// All of it left no trace.

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qmp"
 	lt "lockstep/loader/loadertest"
 )
@@ -86,7 +86,7 @@ func TestReboot(t *testing.T) {
 		} else if err := p.monitor("alpha").Execute(how, nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		p.await("alpha", func(s *control.Status) bool {
+		p.await("alpha", func(s *api.Status) bool {
 			for _, c := range s.Causes {
 				if c.Reason == "the guest was reset" && (len(before.Causes) == 0 || c.At.After(before.Causes[len(before.Causes)-1].At)) {
 					return true

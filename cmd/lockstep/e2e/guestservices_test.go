@@ -20,7 +20,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qemu/qemutest"
 	lt "lockstep/loader/loadertest"
 )
@@ -194,7 +194,7 @@ func TestGuestServices(t *testing.T) {
 	p.killQEMU("alpha")
 	line(1)
 	all(1)
-	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
 	p.rejoin("alpha")
 	p.covered()
 	line(2)

@@ -18,7 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
@@ -89,7 +89,7 @@ func TestMutationQuotes(t *testing.T) {
 	if said, err := unreachable(p, "203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
 		t.Errorf("the guests said %q, %v", said, err)
 	}
-	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 })
 }
 
 // complains has a guest answer the first segment with payload that comes to port with an
@@ -243,7 +243,7 @@ func pathMTU(t *testing.T, without loader.Mutation, limit time.Duration) map[str
 		})
 	}
 	q.Primary.Close()
-	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.Role == "primary" && s.State == "solo" })
 	out := make(map[string]error)
 	for guest, c := range conns {
 		c.SetDeadline(time.Now().Add(limit))
@@ -353,10 +353,10 @@ func TestSigned(t *testing.T) {
 			t.Errorf("connected %v, %v", c != nil, err)
 		}
 	})
-	p.await("alpha", func(s *control.Status) bool { return causes(s)["signed segment"] })
+	p.await("alpha", func(s *api.Status) bool { return causes(s)["signed segment"] })
 }
 
-func causes(s *control.Status) map[string]bool {
+func causes(s *api.Status) map[string]bool {
 	m := make(map[string]bool)
 	for _, c := range s.Causes {
 		m[c.Reason] = true

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -123,7 +123,7 @@ func TestHeldOpen(t *testing.T) {
 	}
 	all("opened")
 	for _, node := range []string{"alpha", "beta"} {
-		s := p.await(node, func(s *control.Status) bool { return s.Connections == n && (node == "beta" || s.HeldPackets == 0) })
+		s := p.await(node, func(s *api.Status) bool { return s.Connections == n && (node == "beta" || s.HeldPackets == 0) })
 		t.Logf("%s holds %d connections: %s resident, %d copies", node, s.Connections, resident(t, p.procs[node].Process.Pid), s.HeldPackets)
 	}
 	began = time.Now()

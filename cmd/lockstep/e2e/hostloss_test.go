@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qmp"
 	lt "lockstep/loader/loadertest"
 )
@@ -52,7 +52,7 @@ func TestStopCont(t *testing.T) {
 		if err := m.Execute("stop", nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		p.await("alpha", func(s *control.Status) bool { return s.State == "checkpointing" })
+		p.await("alpha", func(s *api.Status) bool { return s.State == "checkpointing" })
 		answered := c.askLater()
 		select {
 		case err := <-answered:
@@ -65,7 +65,7 @@ func TestStopCont(t *testing.T) {
 		if err := <-answered; err != nil {
 			t.Fatal(err)
 		}
-		s := p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" && s.Covered })
+		s := p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" && s.Covered })
 		if s.Record != p.record || s.CheckpointsDone == before.CheckpointsDone {
 			t.Errorf("%s: the record is of term %d, and %d checkpoints were made", node, s.Record, s.CheckpointsDone-before.CheckpointsDone)
 		}

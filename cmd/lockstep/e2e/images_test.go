@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qemu/qemutest"
 	lt "lockstep/loader/loadertest"
 )
@@ -71,7 +71,7 @@ func TestFirstStart(t *testing.T) {
 	const want = "disk colo-disk0: the images on alpha and beta are not the same: byte 1024 is the first that differs"
 	var since time.Time
 	for _, node := range []string{"alpha", "beta"} {
-		s := p.await(node, func(s *control.Status) bool { return s.Covered || strings.Contains(s.Refused, want) })
+		s := p.await(node, func(s *api.Status) bool { return s.Covered || strings.Contains(s.Refused, want) })
 		if s.Covered || s.State != "start" || !strings.Contains(s.Detail, want) || !strings.Contains(s.Refused, "first_start: copy") {
 			t.Fatalf("%s: %+v", node, s)
 		}
@@ -117,7 +117,7 @@ func TestFirstStartTrusted(t *testing.T) {
 func TestFirstStartAlone(t *testing.T) {
 	p := firstStart(t)
 	p.run("alpha", "primary")
-	p.await("alpha", func(s *control.Status) bool { return s.QMP.Connected })
+	p.await("alpha", func(s *api.Status) bool { return s.QMP.Connected })
 	if out, err := p.order("alpha", "failover"); err != nil {
 		t.Fatal(out, err)
 	}
@@ -125,7 +125,7 @@ func TestFirstStartAlone(t *testing.T) {
 	p.setFirstStart("alpha", "primary", "trust")
 	p.run("beta", "secondary")
 	for _, node := range []string{"alpha", "beta"} {
-		s := p.await(node, func(s *control.Status) bool { return s.Covered || s.Refused != "" })
+		s := p.await(node, func(s *api.Status) bool { return s.Covered || s.Refused != "" })
 		if s.Covered || !strings.Contains(s.Detail, "the guest runs already on alpha") {
 			t.Fatalf("%s: %s: %s", node, s.State, fmt.Sprint(s.Detail))
 		}

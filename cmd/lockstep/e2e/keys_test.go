@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -28,7 +28,7 @@ func TestRotation(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "tls: {ca: certs/ca.pem, cert: 'certs/{node}.pem', key: 'certs/{node}.key', rekey: 1s}")
 	for _, term := range []uint32{2, 3, 4} {
 		p.keepAlive(lt.Guest4, 10)
-		s := p.await("alpha", func(s *control.Status) bool { return s.Term >= term })
+		s := p.await("alpha", func(s *api.Status) bool { return s.Term >= term })
 		if s.Peer.Insecure || !s.Peer.Connected || s.CheckpointsRequested != 0 {
 			t.Errorf("status %+v", s)
 		}

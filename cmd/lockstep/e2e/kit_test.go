@@ -21,7 +21,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
@@ -125,8 +125,8 @@ func (p *pair) start() {
 	p.serve("svm", p.SVM)
 	p.daemon("alpha", p.HostP, "primary")
 	p.daemon("beta", p.HostS, "secondary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" && s.Counters["echo_in"] > 0 })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" && s.Counters["echo_in"] > 0 })
+	p.await("beta", func(s *api.Status) bool { return s.State == "replicating" })
 }
 
 // newWorldPair makes the world and the config, and starts nothing.
@@ -288,13 +288,13 @@ func (p *pair) kill(name string) {
 }
 
 // status is what `lockstep status --json` prints; nil when no daemon answers.
-func (p *pair) status(node string) *control.Status {
+func (p *pair) status(node string) *api.Status {
 	p.t.Helper()
 	out, err := p.lockstep("status", "-c", p.config, "--node", node, "--json").Output()
 	if err != nil {
 		return nil
 	}
-	s := new(control.Status)
+	s := new(api.Status)
 	if err := json.Unmarshal(out, s); err != nil {
 		p.t.Fatalf("status of %s: %v\n%s", node, err, out)
 	}
@@ -302,9 +302,9 @@ func (p *pair) status(node string) *control.Status {
 }
 
 // await waits until a node's status is as wanted.
-func (p *pair) await(node string, want func(*control.Status) bool) *control.Status {
+func (p *pair) await(node string, want func(*api.Status) bool) *api.Status {
 	p.t.Helper()
-	var s *control.Status
+	var s *api.Status
 	lt.Eventually(p.t, 20*time.Second, func() (bool, string) {
 		if s = p.status(node); s == nil {
 			return false, "no status of " + node

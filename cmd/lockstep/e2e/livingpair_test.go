@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qemu/qemutest"
 	lt "lockstep/loader/loadertest"
 )
@@ -174,7 +174,7 @@ func (p *livingPair) endQEMU(node string, sig syscall.Signal) {
 func (p *livingPair) covered() {
 	p.t.Helper()
 	for _, node := range []string{"alpha", "beta"} {
-		p.await(node, func(s *control.Status) bool { return s.State == "replicating" && s.Covered })
+		p.await(node, func(s *api.Status) bool { return s.State == "replicating" && s.Covered })
 	}
 }
 

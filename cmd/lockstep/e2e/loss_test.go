@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -65,7 +65,7 @@ func TestLoss(t *testing.T) {
 			})
 		}
 	}
-	s := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
+	s := p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
 	if s.CheckpointsRequested != 0 {
 		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
 	}

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -28,7 +28,7 @@ func TestUnreachableMonitor(t *testing.T) {
 	c := p.open()
 	whole := func(what string) {
 		t.Helper()
-		s := p.await("alpha", func(s *control.Status) bool { return s.QMP.Connected && s.State == "replicating" && s.Covered })
+		s := p.await("alpha", func(s *api.Status) bool { return s.QMP.Connected && s.State == "replicating" && s.Covered })
 		if s.Record != p.record {
 			t.Fatalf("%s: the record is of term %d, not %d", what, s.Record, p.record)
 		}
@@ -66,7 +66,7 @@ func TestUnreachableMonitor(t *testing.T) {
 	isHeld := func() {
 		t.Helper()
 		want := fmt.Sprintf("another client on its monitor, process %d (", os.Getpid())
-		p.await("alpha", func(s *control.Status) bool { return strings.Contains(s.QMP.Error, want) })
+		p.await("alpha", func(s *api.Status) bool { return strings.Contains(s.QMP.Error, want) })
 	}
 
 	// The daemon is out of descriptors, too.
@@ -87,7 +87,7 @@ func TestUnreachableMonitor(t *testing.T) {
 	answered := c.askLater() // nothing leaves meanwhile: a STOP could pass unseen
 	// Longer than two attempts to connect, after which a QEMU that hangs is dead.
 	later := time.Now().Add(6 * time.Second)
-	p.await("alpha", func(s *control.Status) bool {
+	p.await("alpha", func(s *api.Status) bool {
 		if s.Record != p.record || s.State == "failover" || s.State == "solo" || !s.Peer.Connected {
 			t.Fatalf("with another client: %+v", s)
 		}
@@ -106,7 +106,7 @@ func TestUnreachableMonitor(t *testing.T) {
 	p.killQEMU("alpha")
 	c.ask(1)
 	t.Logf("QEMU died while another client was served: the first answer took %v", time.Since(began))
-	if b := p.await("beta", func(s *control.Status) bool { return s.State == "solo" }); b.Record != p.record+1 {
+	if b := p.await("beta", func(s *api.Status) bool { return s.State == "solo" }); b.Record != p.record+1 {
 		t.Errorf("the record is of term %d, want %d", b.Record, p.record+1)
 	}
 	twoTurns(t, heard)

@@ -5,7 +5,7 @@ package e2e
 import (
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
 )
@@ -20,5 +20,5 @@ func TestMutationR9(t *testing.T) {
 			t.Error("an echo came back though the SVM's numbers were not translated")
 		}
 	}
-	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 })
 }

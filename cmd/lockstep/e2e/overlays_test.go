@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -65,7 +65,7 @@ func TestOverlays(t *testing.T) {
 	p.run("beta", "secondary")
 	said := func(node, why string) {
 		t.Helper()
-		p.await(node, func(s *control.Status) bool {
+		p.await(node, func(s *api.Status) bool {
 			return len(s.Overlays) == 1 && strings.Contains(s.Overlays[0].Trouble, why) && strings.Contains(s.Detail, why)
 		})
 		if out, err := p.order(node, "events"); err != nil || !strings.Contains(out, why) {
@@ -102,7 +102,7 @@ func TestOverlays(t *testing.T) {
 		}
 	}
 	cause := fmt.Sprintf("beta's overlay_dir %s is filling up", dir)
-	s := p.await("alpha", func(s *control.Status) bool { return s.State == "replicating" && s.Covered })
+	s := p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" && s.Covered })
 	asked := 0
 	for _, c := range s.Checkpoints {
 		if c.Cause == cause && c.Result == "committed" {
@@ -118,14 +118,14 @@ func TestOverlays(t *testing.T) {
 		t.Fatal(out, err)
 	}
 	for _, node := range []string{"alpha", "beta"} {
-		p.await(node, func(s *control.Status) bool { return len(s.Overlays) == 1 && s.Overlays[0].UsedBytes < 4<<20 })
+		p.await(node, func(s *api.Status) bool { return len(s.Overlays) == 1 && s.Overlays[0].UsedBytes < 4<<20 })
 	}
 
 	ballast = fillUp(t, dir)
 	began := time.Now()
 	write("fill g 1")
 	t.Logf("with no room left, the answer took %v", time.Since(began))
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	said("alpha", full)
 	said("beta", full)
 	if log := p.log("alpha"); strings.Contains(log, "no READY of the secondary in time") {

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/arbiter/arbitertest"
 	"lockstep/control/config"
@@ -80,7 +80,7 @@ func TestPartitions(t *testing.T) {
 				// Nobody can know who may speak. Both ask, and nobody does.
 				answered := c.askLater()
 				for _, node := range []string{"alpha", "beta"} {
-					p.await(node, func(s *control.Status) bool { return s.State == "failover" })
+					p.await(node, func(s *api.Status) bool { return s.State == "failover" })
 				}
 				silentSince(t, heard, heard.Turns(), answered, 2*time.Second)
 				lost.show(t)
@@ -128,7 +128,7 @@ func TestFrozen(t *testing.T) {
 	c.ask(1)
 	t.Logf("the first answer took %v", time.Since(began))
 	c.ask(49)
-	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
 	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.fenced("alpha")
 	c.ask(50)
@@ -138,7 +138,7 @@ func TestFrozen(t *testing.T) {
 	p.covered()
 	p.signalDaemon("alpha", syscall.SIGSTOP)
 	c.ask(50)
-	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
 	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.covered()
 	c.ask(1)

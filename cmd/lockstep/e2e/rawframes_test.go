@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -105,7 +105,7 @@ func TestFrames(t *testing.T) {
 		pvm.Send(t, x.frame(1, "alone the PVM says "+x.name))
 		svm.Send(t, x.frame(1, "alone the SVM says "+x.name))
 	}
-	p.await("alpha", func(s *control.Status) bool {
+	p.await("alpha", func(s *api.Status) bool {
 		return s.CheckpointsRequested > 0 && s.Dropped[unmatched]-lost >= uint64(len(guestFrames))
 	})
 	if n := seen.Count("alone the "); n != 0 {
@@ -175,7 +175,7 @@ func TestPrimaryOnly(t *testing.T) {
 	lt.Eventually(t, 5*time.Second, func() (bool, string) {
 		return seen.Count("at the PVM? 123") > 0, "the rule let nothing out"
 	})
-	p.await("alpha", func(s *control.Status) bool { return s.CheckpointsRequested > 0 }) // for port 124
+	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 }) // for port 124
 	for text, want := range map[string]int{"at the PVM? 123": 1, "at the PVM? 124": 0, "at the SVM?": 0} {
 		if n := seen.Count(text); n != want {
 			t.Errorf("%q left %d times, want %d", text, n, want)

@@ -16,7 +16,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -33,13 +33,13 @@ func (p *pair) restart(nodes ...hosted) {
 		p.kill(x.node)
 	}
 	if len(nodes) == 1 && nodes[0].node == "beta" {
-		p.await("alpha", func(s *control.Status) bool { return !s.Peer.Connected })
+		p.await("alpha", func(s *api.Status) bool { return !s.Peer.Connected })
 	}
 	for _, x := range nodes {
 		p.daemon(x.node, x.ns, x.role)
 	}
-	p.await("alpha", func(s *control.Status) bool { return ready(s) && s.Peer.Connected })
-	p.await("beta", func(s *control.Status) bool { return s.State == "replicating" && s.Peer.Connected })
+	p.await("alpha", func(s *api.Status) bool { return ready(s) && s.Peer.Connected })
+	p.await("beta", func(s *api.Status) bool { return s.State == "replicating" && s.Peer.Connected })
 }
 
 // TestRestart: a daemon that was killed and started again goes on from its own
@@ -234,7 +234,7 @@ func TestForeignProgram(t *testing.T) {
 	seen := p.capture()
 	firewall := p.foreign(link.Tail(), drop)
 	fmt.Fprintln(c, "behind")
-	p.await("alpha", func(s *control.Status) bool { return s.Counters["released_out"] > 2 && s.Detail == "" })
+	p.await("alpha", func(s *api.Status) bool { return s.Counters["released_out"] > 2 && s.Detail == "" })
 	if n := seen.count("behind"); n != 0 {
 		t.Errorf("%d frames passed the firewall behind", n)
 	}
@@ -244,18 +244,18 @@ func TestForeignProgram(t *testing.T) {
 	}
 
 	front := p.foreign(link.Head(), pass)
-	s := p.await("alpha", func(s *control.Status) bool { return strings.Contains(s.Detail, "program foreign") })
+	s := p.await("alpha", func(s *api.Status) bool { return strings.Contains(s.Detail, "program foreign") })
 	if !strings.Contains(s.Detail, "in front of ls_pri_out on tapP") || s.Counters["intruded"] != 1 {
 		t.Errorf("status %+v", s)
 	}
 	fmt.Fprintln(c, "in front")
 	shut := s.Counters["shut"]
-	p.await("alpha", func(s *control.Status) bool { return s.Counters["shut"] > shut || s.Detail != "" })
+	p.await("alpha", func(s *api.Status) bool { return s.Counters["shut"] > shut || s.Detail != "" })
 	if n := seen.count("in front"); n != 0 {
 		t.Errorf("%d frames left past lockstep", n)
 	}
 	front.Close()
-	p.await("alpha", func(s *control.Status) bool { return s.Detail == "" })
+	p.await("alpha", func(s *api.Status) bool { return s.Detail == "" })
 	if got, err := io.ReadAll(io.LimitReader(c, 9)); err != nil || string(got) != "in front\n" {
 		t.Errorf("after it was gone: %q, %v", got, err)
 	}

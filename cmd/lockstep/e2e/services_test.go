@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -107,5 +107,5 @@ func TestServices(t *testing.T) {
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
 		t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
 	}
-	p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 })
+	p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 })
 }

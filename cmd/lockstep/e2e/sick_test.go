@@ -7,7 +7,7 @@ import (
 	"syscall"
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/api"
 )
 
 // TestSickSecondary: the secondary's QEMU stands still each time its guest is to be
@@ -20,10 +20,10 @@ func TestSickSecondary(t *testing.T) {
 	p.killQEMU("beta")
 	failed := 0
 	for range 2 {
-		p.quick("alpha", func(s *control.Status) bool { return s.State == "resync" })
+		p.quick("alpha", func(s *api.Status) bool { return s.State == "resync" })
 		p.signal("beta", syscall.SIGSTOP)
 		c.ask(1)
-		s := p.await("alpha", func(s *control.Status) bool {
+		s := p.await("alpha", func(s *api.Status) bool {
 			return s.State == "solo" && s.Replication != nil && s.Replication.Failed > failed
 		})
 		failed = s.Replication.Failed

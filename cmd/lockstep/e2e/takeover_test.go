@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	"lockstep/control/qmptest"
 	"lockstep/loader"
 	lt "lockstep/loader/loadertest"
@@ -26,7 +26,7 @@ func coveredPair(t *testing.T, without loader.Mutation) (*pair, *qmptest.Pair) {
 	p := newPairWithout(t, without, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
 		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
 	for _, node := range []string{"alpha", "beta"} {
-		p.await(node, func(s *control.Status) bool { return ready(s) && s.Covered })
+		p.await(node, func(s *api.Status) bool { return ready(s) && s.Covered })
 	}
 	return p, q
 }
@@ -49,7 +49,7 @@ func TestTakeoverSkewed(t *testing.T) {
 					t.Error(err)
 				}
 			})
-			p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+			p.await("beta", func(s *api.Status) bool { return s.Role == "primary" && s.State == "solo" })
 			if err := echo(c, 2); err != nil {
 				t.Error(err)
 			}
@@ -75,7 +75,7 @@ func TestGuardMicroseconds(t *testing.T) {
 		t.Fatal(err)
 	}
 	q.Primary.Close()
-	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.Role == "primary" && s.State == "solo" })
 	c.SetDeadline(time.Now().Add(3 * time.Second))
 	for i := range 3 { // what echoes the guard, too
 		if err := echo(c, i); err != nil {
@@ -94,7 +94,7 @@ func TestMutationGuard(t *testing.T) {
 	}
 	p.Skew.LoseTime(t, 20_000)
 	q.Primary.Close()
-	p.await("beta", func(s *control.Status) bool { return s.Role == "primary" && s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.Role == "primary" && s.State == "solo" })
 	c.SetDeadline(time.Now().Add(3 * time.Second))
 	if err := echo(c, 1); !os.IsTimeout(err) {
 		t.Errorf("an echo, %v, though the SVM's timestamps are older than the PVM's", err)
@@ -116,7 +116,7 @@ func TestMuteSVM(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.await("alpha", func(s *control.Status) bool { return s.Record == 2 })
+	p.await("alpha", func(s *api.Status) bool { return s.Record == 2 })
 	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still spoke
 		t.Errorf("%d checkpoints before it was given up", n)
 	}

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -35,11 +35,11 @@ func TestTransfer(t *testing.T) {
 			t.Run("ahead", func(t *testing.T) { p.with(t).ahead(lt.Guest4) })
 			t.Run("connections", func(t *testing.T) { p.with(t).connections(10_000, 8) })
 			t.Run("at-once", func(t *testing.T) { p.with(t).atOnce(1000) })
-			s := p.await("alpha", func(s *control.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
+			s := p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 && s.HeldPackets == 0 })
 			if s.CheckpointsRequested != 0 {
 				t.Errorf("%d checkpoints requested: %+v", s.CheckpointsRequested, s.Causes)
 			}
-			p.await("beta", func(s *control.Status) bool { return s.Connections == 0 })
+			p.await("beta", func(s *api.Status) bool { return s.Connections == 0 })
 			if out, in, wrapping := p.Skew.Counts(t); out == 0 || in == 0 || wrapping == 0 {
 				t.Errorf("the skew did nothing: %d out, %d in, %d wrapping", out, in, wrapping)
 			}

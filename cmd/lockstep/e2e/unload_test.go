@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control"
+	"lockstep/control/api"
 	lt "lockstep/loader/loadertest"
 )
 
@@ -96,7 +96,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	p.wantTap("beta", false)
 	p.sameGuest("beta", svm)
 	c.ask(5)
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" }) // it was covered
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" }) // it was covered
 	// The primary has claimed since: now the SVM follows nobody, and a new one begins.
 	p.run("beta", "secondary")
 	p.covered()
@@ -118,7 +118,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	p.wantTap("alpha", false)
 	p.sameGuest("alpha", pvm)
 	c.ask(20)
-	p.await("beta", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
 	p.run("alpha", "primary")
 	p.refused("alpha", "is not primary any more: beta speaks")
 	p.sameGuest("alpha", pvm)
@@ -161,7 +161,7 @@ func TestPinsGone(t *testing.T) {
 	// The primary's as well. It goes on alone with the guest that runs.
 	p.unmount("alpha")
 	p.run("alpha", "primary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	p.sameGuest("alpha", pvm)
 	p.wantTap("alpha", true)
 	c.ask(20)
@@ -223,11 +223,11 @@ func TestChangeSettings(t *testing.T) {
 	// The secondary goes; the primary, alone, takes them up.
 	p.kill("beta")
 	p.killQEMU("beta")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	p.kill("alpha")
 	p.change("alpha", "timeout: 500ms", "timeout: 600ms")
 	p.run("alpha", "primary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	c.ask(5)
 	// Lockstep is taken away from it, and comes back.
 	p.kill("alpha")
@@ -237,7 +237,7 @@ func TestChangeSettings(t *testing.T) {
 	p.wantTap("alpha", true)
 	c.ask(5)
 	p.run("alpha", "primary")
-	p.await("alpha", func(s *control.Status) bool { return s.State == "solo" })
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	p.sameGuest("alpha", pvm)
 	c.ask(5)
 	// A new secondary with tables of another size, and then the old primary.

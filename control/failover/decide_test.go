@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package failover
 
 import (
 	"strings"
@@ -27,16 +27,16 @@ func TestDecide(t *testing.T) {
 	}{
 		{name: "the speaker, after a boot", role: datapath.RolePrimary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
 		{name: "whatever the command line says", role: datapath.RoleSecondary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
-		{name: "alone", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+		{name: "alone", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
 		{name: "with an S that may take over", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair, covered: true}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair, covered: true}},
 		{name: "with an S that may not yet", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair}},
 		{name: "covered for an earlier term", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
-			want: Begin{Role: datapath.RolePrimary, primary: lpPair}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair}},
 		{name: "shut", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut}, want: Begin{Role: datapath.RolePrimary}},
 		{name: "took over, not yet promoted", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeSolo},
-			want: Begin{Role: datapath.RolePrimary, primary: lpSolo}},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
 		{name: "won, and died before it spoke", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
 			want: Begin{Role: datapath.RoleSecondary, covered: true, takeOver: true}},
 		{name: "won with a guest that is not the one that was covered", role: datapath.RoleSecondary, rec: alpha, st: state.State{Role: "secondary", Term: 4}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
@@ -45,7 +45,7 @@ func TestDecide(t *testing.T) {
 			want: Begin{Role: datapath.RolePrimary, Discard: true, orphan: true}},
 		{name: "an earlier speaker's, whose tables are gone", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 3},
 			want: Begin{Role: datapath.RolePrimary, Discard: true}},
-		{name: "an old primary in its old role", role: datapath.RolePrimary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}, err: "beta speaks for the guest"},
+		{name: "an old primary in its old role", role: datapath.RolePrimary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}, err: "beta transmits for the guest"},
 		{name: "an old primary that follows", role: datapath.RoleSecondary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "a new secondary", role: datapath.RoleSecondary, rec: beta, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "before there is a primary", role: datapath.RoleSecondary, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
@@ -101,8 +101,8 @@ func TestBeginMeets(t *testing.T) {
 				if (err != nil) != keep || err != nil && !strings.Contains(err.Error(), "It is left as it is") && !strings.Contains(err.Error(), "it is left as it is") {
 					t.Errorf("%+v, a guest runs: %v", b, err)
 				}
-				if err == nil && b.ends() != (role == datapath.RoleSecondary && discard) {
-					t.Errorf("%+v ends the guest: %v", b, b.ends())
+				if err == nil && b.Ends() != (role == datapath.RoleSecondary && discard) {
+					t.Errorf("%+v ends the guest: %v", b, b.Ends())
 				}
 			}
 		}
@@ -117,7 +117,7 @@ func TestMutationKeep(t *testing.T) {
 		t.Fatalf("%+v, %v: it begins", b, err)
 	}
 	b.keep = false
-	if b.Meets(true) != nil || !b.ends() {
+	if b.Meets(true) != nil || !b.Ends() {
 		t.Errorf("%+v: the guest lives without the rule, too", b)
 	}
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package failover
 
 import (
 	"fmt"
@@ -12,27 +12,27 @@ import (
 	"time"
 )
 
-// lifeModel is two hosts with their kernels, QEMUs and daemons, the links between
+// model is two hosts with their kernels, QEMUs and daemons, the links between
 // them and the arbiter, driven by a seed. What it checks at all times: never two
-// speakers, and none that P's last commit does not cover.
-type lifeModel struct {
+// transmitters, and none that P's last commit does not cover.
+type model struct {
 	rng   *rand.Rand
-	cfg   lifeConfig
+	cfg   Config
 	now   int64
-	queue []lifeTimed
+	queue []timed
 	trace []string
 	fault string
 
 	peerLink, control, arbiter bool
-	record                     lifeRecord
-	waiting                    []func() // claims that the arbiter does not hear
-	host                       [2]lifeHost
+	record                     modelEntry
+	waiting                    []func() // claims that do not reach the arbiter
+	host                       [2]modelHost
 	linked                     bool // a session holds
 	linkGen                    int
 	svmCovered                 bool // the truth: a commit in HOLD made the SVM a copy
-	forced                     bool // an operator has said that it need not be
+	forced                     bool // an operator has forced a takeover
 
-	off bool // S has heard, before it claimed, that the guest powered off
+	off bool // S was told, before it claimed, that the guest powered off
 
 	mask    bool // mutation: QEMU has a vote threshold of 1
 	broken  bool // S's replica of the disk takes no writes
@@ -41,67 +41,67 @@ type lifeModel struct {
 	missed  bool // and the SVM was loaded since with a state that counts on it
 }
 
-type lifeTimed struct {
+type timed struct {
 	at int64
 	f  func()
 }
 
-type lifeRecord struct {
+type modelEntry struct {
 	term    uint64
 	speaker int
 }
 
-// lifeHost is one side: 0 is P, 1 is S.
-type lifeHost struct {
-	p       *lifePrimary
-	s       *lifeSecondary
+// modelHost is one side: 0 is P, 1 is S.
+type modelHost struct {
+	p       *Primary
+	s       *Secondary
 	rate    float64 // of its clock
 	frozen  bool    // the daemon, by SIGSTOP
-	missed  []lifeEvent
+	missed  []Event
 	qemu    bool
 	mode    datapath.Mode
-	until   int64 // P's kernel: speaks before it
+	until   int64 // P's kernel: transmits before it
 	echoed  int64 // this host's clock
 	covered bool  // on disk
 }
 
-const lifeRun = int64(20 * time.Second)
+const modelRun = int64(20 * time.Second)
 
-func (m *lifeModel) clock(h int) int64 { return int64(float64(m.now) * m.host[h].rate) }
+func (m *model) clock(h int) int64 { return int64(float64(m.now) * m.host[h].rate) }
 
-func (m *lifeModel) after(d int64, f func()) { m.queue = append(m.queue, lifeTimed{m.now + d, f}) }
+func (m *model) after(d int64, f func()) { m.queue = append(m.queue, timed{m.now + d, f}) }
 
-func (m *lifeModel) ms(n int) int64 { return int64(m.rng.IntN(n*1000)) * int64(time.Microsecond) }
+func (m *model) ms(n int) int64 { return int64(m.rng.IntN(n*1000)) * int64(time.Microsecond) }
 
-func (m *lifeModel) note(format string, args ...any) {
+func (m *model) note(format string, args ...any) {
 	m.trace = append(m.trace, fmt.Sprintf("%9.3fms ", float64(m.now)/1e6)+fmt.Sprintf(format, args...))
 }
 
-func (m *lifeModel) step(h int, ev lifeEvent) {
+func (m *model) step(h int, ev Event) {
 	x := &m.host[h]
-	if h == 1 && ev.Kind == lvTakeOver && ev.OK {
+	if h == 1 && ev.Kind == EvTakeOver && ev.OK {
 		m.forced = true
 	}
-	if h == 1 && ev.Kind == lvOff && !x.frozen && x.s.state < lsClaim {
+	if h == 1 && ev.Kind == EvPoweredOff && !x.frozen && x.s.state < SecondaryClaim {
 		m.off = true
 	}
 	if x.frozen {
-		if ev.Kind != lvTick {
+		if ev.Kind != EvTick {
 			x.missed = append(x.missed, ev)
 		}
 		return
 	}
 	ev.Echoed = x.echoed
-	var fx []lifeEffect
+	var fx []Effect
 	if h == 0 {
 		fx = slices.Clone(x.p.Step(m.clock(0), ev))
 	} else {
 		fx = slices.Clone(x.s.Step(m.clock(1), ev))
 	}
-	if ev.Kind != lvTick && ev.Kind != lvHeard || len(fx) > 0 {
+	if ev.Kind != EvTick && ev.Kind != EvReceived || len(fx) > 0 {
 		m.note("%s %v: %v", [...]string{"P", "S"}[h], ev, fx)
 	}
-	if h == 0 && x.p.sick && x.p.covered && (ev.Kind == lvTick || ev.Kind == lvCOLOExit) && slices.ContainsFunc(fx, func(e lifeEffect) bool { return e.Op == lxClaim }) {
+	if h == 0 && x.p.sick && x.p.covered && (ev.Kind == EvTick || ev.Kind == EvCOLOExit) && slices.ContainsFunc(fx, func(e Effect) bool { return e.Op == OpClaim }) {
 		m.fault = "a host whose guest cannot go on competes with its covered secondary"
 	}
 	for _, e := range fx {
@@ -110,74 +110,74 @@ func (m *lifeModel) step(h int, ev lifeEvent) {
 	m.check()
 }
 
-func (m *lifeModel) carryOut(h int, e lifeEffect) {
+func (m *model) carryOut(h int, e Effect) {
 	x := &m.host[h]
 	switch e.Op {
-	case lxClaim:
+	case OpClaim:
 		m.after(m.ms(30), func() { m.claim(h, e.Term) })
-	case lxShut, lxQuiet:
+	case OpShut, OpQuiet:
 		x.mode = datapath.ModeShut
-		if e.Op == lxQuiet {
-			m.after(m.ms(60), func() { m.step(h, lifeEvent{Kind: lvAwake}) })
+		if e.Op == OpQuiet {
+			m.after(m.ms(60), func() { m.step(h, Event{Kind: EvRuns}) })
 		}
-	case lxSolo:
+	case OpSolo:
 		if h == 1 && x.qemu && !m.svmCovered && !m.forced {
-			m.fault = "the SVM speaks, and no commit covers it"
+			m.fault = "the SVM transmits, and no commit covers it"
 		}
 		if h == 1 && x.qemu && m.missed {
-			m.fault = "the SVM speaks, and its disk lacks a confirmed write"
+			m.fault = "the SVM transmits, and its disk lacks a confirmed write"
 		}
 		if h == 1 && m.off {
-			m.fault = "the SVM speaks, and its guest has powered off"
+			m.fault = "the SVM transmits, and its guest has powered off"
 		}
 		if h == 0 {
 			m.detached()
 		}
 		x.mode = datapath.ModeSolo
-	case lxDead:
-		m.send(h, lifeEvent{Kind: lvPeerDead})
-	case lxOut:
+	case OpTellDead:
+		m.send(h, Event{Kind: EvPeerDead})
+	case OpFenced:
 		x.qemu = false
-	case lxYield:
-		m.send(1, lifeEvent{Kind: lvYield})
-	case lxOff:
+	case OpYield:
+		m.send(1, Event{Kind: EvYield})
+	case OpPoweredOff:
 		x.qemu = false
 		if h == 0 {
-			m.send(0, lifeEvent{Kind: lvOff})
+			m.send(0, Event{Kind: EvPoweredOff})
 		}
-	case lxSync:
+	case OpSync:
 		m.forceSometimes()
-		m.after(m.ms(300), func() { m.step(0, lifeEvent{Kind: lvSynced, OK: m.linked && m.host[1].qemu}) })
-	case lxPair:
+		m.after(m.ms(300), func() { m.step(0, Event{Kind: EvSynced, OK: m.linked && m.host[1].qemu}) })
+	case OpPair:
 		m.detached() // the disks were copied
 		m.missed = false
 		x.mode = datapath.ModeHold
 		m.forceSometimes()
 		gen := m.linkGen
 		m.after(m.ms(400), func() {
-			if m.linked && m.linkGen == gen && m.host[0].p.state == lpPair && m.host[1].qemu && x.qemu && !x.frozen && !m.host[1].frozen {
+			if m.linked && m.linkGen == gen && m.host[0].p.state == PrimaryPair && m.host[1].qemu && x.qemu && !x.frozen && !m.host[1].frozen {
 				m.svmCovered = true
-				m.step(0, lifeEvent{Kind: lvCommitted})
+				m.step(0, Event{Kind: EvCommitted})
 			}
 		})
-	case lxCovered:
+	case OpTellCovered:
 		x.covered = true
-		m.send(0, lifeEvent{Kind: lvCovered, Term: e.Term})
-	case lxUnpair:
+		m.send(0, Event{Kind: EvCovered, Term: e.Term})
+	case OpUnpair:
 		x.covered = false
-	case lxQEMU:
-		m.after(m.ms(20), func() { m.step(h, lifeEvent{Kind: lvQEMU, OK: x.qemu}) })
+	case OpQEMU:
+		m.after(m.ms(20), func() { m.step(h, Event{Kind: EvQEMU, OK: x.qemu}) })
 	}
 }
 
 // detached: S's replica is none of the disk's any more, and a write that waited is done.
-func (m *lifeModel) detached() { m.broken, m.stopped, m.pending = false, false, false }
+func (m *model) detached() { m.broken, m.stopped, m.pending = false, false, false }
 
 // write is one of the PVM's (R24). QEMU's event of one that failed comes late where it is
 // but an event, and is what stops the guest where the threshold is 2.
-func (m *lifeModel) write() {
+func (m *model) write() {
 	p := &m.host[0]
-	if !m.broken || m.stopped || !p.qemu || p.p.state != lpPair || p.mode != datapath.ModeHold {
+	if !m.broken || m.stopped || !p.qemu || p.p.state != PrimaryPair || p.mode != datapath.ModeHold {
 		return
 	}
 	late := 20
@@ -186,22 +186,22 @@ func (m *lifeModel) write() {
 	}
 	m.after(m.ms(late), func() {
 		if m.stopped || m.pending {
-			m.step(0, lifeEvent{Kind: lvReplica})
+			m.step(0, Event{Kind: EvReplica})
 		}
 	})
 }
 
 // commit is a checkpoint's of a pair that is covered.
-func (m *lifeModel) commit() {
+func (m *model) commit() {
 	p, s := &m.host[0], &m.host[1]
-	if m.pending && m.linked && p.qemu && s.qemu && !p.frozen && !s.frozen && p.p.state == lpPair && p.covered {
+	if m.pending && m.linked && p.qemu && s.qemu && !p.frozen && !s.frozen && p.p.state == PrimaryPair && p.covered {
 		m.missed = true
 	}
 }
 
 // forceSometimes: an operator loses patience with a secondary that is not covered yet,
 // behind a cut of the control link or on a whole one.
-func (m *lifeModel) forceSometimes() {
+func (m *model) forceSometimes() {
 	if m.rng.IntN(4) != 0 {
 		return
 	}
@@ -216,26 +216,26 @@ func (m *lifeModel) forceSometimes() {
 		})
 	}
 	m.after(m.ms(600), func() {
-		m.step(1, lifeEvent{Kind: lvTakeOver, OK: m.host[1].qemu && m.host[0].p.state != lpStart})
+		m.step(1, Event{Kind: EvTakeOver, OK: m.host[1].qemu && m.host[0].p.state != PrimaryStart})
 	})
 }
 
 // claim is the arbiter's. An answer that is lost is asked for until it comes.
-func (m *lifeModel) claim(h int, from uint64) {
+func (m *model) claim(h int, from uint64) {
 	if !m.arbiter {
 		m.waiting = append(m.waiting, func() { m.claim(h, from) })
 		return
 	}
 	won := m.record.term == from && m.record.speaker == 0
 	if won {
-		m.record = lifeRecord{from + 1, h}
+		m.record = modelEntry{from + 1, h}
 	}
 	m.note("arbiter: %d claims %d: %v", h, from, won)
-	answer := lifeEvent{Kind: lvClaimed, OK: won, Term: m.record.term}
+	answer := Event{Kind: EvClaimed, OK: won, Term: m.record.term}
 	m.after(m.ms(30)+int64(m.rng.IntN(2))*m.ms(1500), func() { m.step(h, answer) })
 }
 
-func (m *lifeModel) send(from int, ev lifeEvent) {
+func (m *model) send(from int, ev Event) {
 	gen := m.linkGen
 	m.after(m.ms(2), func() {
 		if m.linked && gen == m.linkGen && m.control {
@@ -245,28 +245,28 @@ func (m *lifeModel) send(from int, ev lifeEvent) {
 }
 
 // session is made when both daemons can.
-func (m *lifeModel) session() {
+func (m *model) session() {
 	p, s := &m.host[0], &m.host[1]
-	if m.linked || !m.control || p.frozen || s.frozen || p.p.state >= lpOut || s.s.state > lsPair {
+	if m.linked || !m.control || p.frozen || s.frozen || p.p.state >= PrimaryFenced || s.s.state > SecondaryPair {
 		return
 	}
 	m.linked = true
 	m.linkGen++
-	m.step(1, lifeEvent{Kind: lvLinkUp, Term: p.p.term})
-	m.step(0, lifeEvent{Kind: lvLinkUp, OK: p.p.state == lpPair && s.qemu || m.rng.IntN(2) == 0})
+	m.step(1, Event{Kind: EvLinkUp, Term: p.p.term})
+	m.step(0, Event{Kind: EvLinkUp, OK: p.p.state == PrimaryPair && s.qemu || m.rng.IntN(2) == 0})
 }
 
-func (m *lifeModel) unlink(lives bool) {
+func (m *model) unlink(lives bool) {
 	if m.linked {
 		m.linked = false
 		m.linkGen++
-		m.step(0, lifeEvent{Kind: lvLinkDown, OK: lives})
-		m.step(1, lifeEvent{Kind: lvLinkDown, OK: lives})
+		m.step(0, Event{Kind: EvLinkDown, OK: lives})
+		m.step(1, Event{Kind: EvLinkDown, OK: lives})
 	}
 }
 
 // echo is one of R20: P's daemon asks, S's kernel answers.
-func (m *lifeModel) echo() {
+func (m *model) echo() {
 	p, s := &m.host[0], &m.host[1]
 	if p.frozen || p.mode != datapath.ModeHold || !m.peerLink {
 		return
@@ -279,35 +279,35 @@ func (m *lifeModel) echo() {
 		s.echoed = m.clock(1)
 		m.after(m.ms(3), func() {
 			if m.peerLink {
-				p.until, p.echoed = asked+m.cfg.speak, m.clock(0)
+				p.until, p.echoed = asked+m.cfg.lease, m.clock(0)
 			}
 		})
 	})
 }
 
-func (m *lifeModel) check() {
+func (m *model) check() {
 	p, s := &m.host[0], &m.host[1]
-	speaks := p.mode == datapath.ModeSolo || p.mode == datapath.ModeHold && m.now < p.until
-	if speaks && p.qemu && s.mode == datapath.ModeSolo && s.qemu && m.fault == "" {
-		m.fault = "two speakers"
+	transmits := p.mode == datapath.ModeSolo || p.mode == datapath.ModeHold && m.now < p.until
+	if transmits && p.qemu && s.mode == datapath.ModeSolo && s.qemu && m.fault == "" {
+		m.fault = "two hosts transmit"
 	}
 }
 
 // trouble is something that goes wrong, or right again.
-func (m *lifeModel) trouble() {
+func (m *model) trouble() {
 	h := m.rng.IntN(2)
 	x := &m.host[h]
 	switch m.rng.IntN(13) {
 	case 10: // a disk fails, or the guest panics; now and then it goes on later
-		m.step(h, lifeEvent{Kind: lvSick})
+		m.step(h, Event{Kind: EvGuestFailed})
 		if m.rng.IntN(2) == 0 {
-			m.after(m.ms(4000), func() { m.step(h, lifeEvent{Kind: lvHealthy}) })
+			m.after(m.ms(4000), func() { m.step(h, Event{Kind: EvGuestHealthy}) })
 		}
 	case 11:
 		m.broken = true
 	case 12:
 		if m.rng.IntN(8) == 0 && m.host[0].qemu {
-			m.step(0, lifeEvent{Kind: lvOff})
+			m.step(0, Event{Kind: EvPoweredOff})
 		}
 	case 0:
 		m.control = !m.control
@@ -339,9 +339,9 @@ func (m *lifeModel) trouble() {
 			if h == 1 {
 				m.svmCovered = false
 			}
-			m.step(h, lifeEvent{Kind: lvQEMUDead})
+			m.step(h, Event{Kind: EvQEMUDead})
 			if m.rng.IntN(2) == 0 {
-				m.after(m.ms(10), func() { m.step(1-h, lifeEvent{Kind: lvCOLOExit}) })
+				m.after(m.ms(10), func() { m.step(1-h, Event{Kind: EvCOLOExit}) })
 			}
 		}
 	case 4, 5:
@@ -379,11 +379,11 @@ func (m *lifeModel) trouble() {
 	case 8:
 		if m.rng.IntN(4) == 0 {
 			if m.rng.IntN(3) == 0 {
-				m.step(0, lifeEvent{Kind: lvDoubt, OK: m.rng.IntN(2) == 0})
+				m.step(0, Event{Kind: EvDoubt, OK: m.rng.IntN(2) == 0})
 			} else if m.rng.IntN(2) == 0 {
-				m.step(h, lifeEvent{Kind: lvTakeOver, OK: h == 1 && x.qemu && m.rng.IntN(2) == 0})
+				m.step(h, Event{Kind: EvTakeOver, OK: h == 1 && x.qemu && m.rng.IntN(2) == 0})
 			} else {
-				m.step(0, lifeEvent{Kind: lvYield})
+				m.step(0, Event{Kind: EvYield})
 			}
 		}
 	default:
@@ -392,40 +392,40 @@ func (m *lifeModel) trouble() {
 }
 
 // restart is kill -9 and a new daemon over what is pinned and on disk (R23).
-func (m *lifeModel) restart(h int) {
+func (m *model) restart(h int) {
 	m.note("daemon %d starts again", h)
 	m.unlink(true)
 	x := &m.host[h]
 	if h == 1 {
 		l := x.s
-		if l.state <= lsPair {
-			x.s = newLifeSecondary(m.cfg, l.term, l.covered, m.clock(1))
+		if l.state <= SecondaryPair {
+			x.s = NewSecondary(m.cfg, l.term, l.covered, m.clock(1))
 		}
 		return
 	}
 	switch l := x.p; {
-	case l.state == lpPair:
-		x.p = newLifePrimary(m.cfg, l.term, lpPair, l.covered, m.clock(0))
-	case l.state == lpSolo:
-		x.p = newLifePrimary(m.cfg, l.term, lpSolo, false, m.clock(0))
+	case l.state == PrimaryPair:
+		x.p = NewPrimary(m.cfg, l.term, PrimaryPair, l.covered, m.clock(0))
+	case l.state == PrimarySolo:
+		x.p = NewPrimary(m.cfg, l.term, PrimarySolo, false, m.clock(0))
 	}
 }
 
-func runLife(seed uint64, change func(*lifeConfig)) *lifeModel { return runLifeOn(seed, false, change) }
+func runLife(seed uint64, change func(*Config)) *model { return runLifeOn(seed, false, change) }
 
 // runLifeOn has QEMUs that mask a replica's faults, or none.
-func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
+func runLifeOn(seed uint64, mask bool, change func(*Config)) *model {
 	rng := rand.New(rand.NewPCG(seed, 11))
-	cfg := defaultLifeConfig(500*time.Millisecond, 400*time.Millisecond)
+	cfg := DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 7*time.Second)
 	if change != nil {
 		change(&cfg)
 	}
-	m := &lifeModel{rng: rng, cfg: cfg, mask: mask, peerLink: true, control: true, arbiter: true, record: lifeRecord{1, 0}}
+	m := &model{rng: rng, cfg: cfg, mask: mask, peerLink: true, control: true, arbiter: true, record: modelEntry{1, 0}}
 	for h := range m.host {
-		m.host[h] = lifeHost{rate: 1 + (rng.Float64()-0.5)/100, qemu: true}
+		m.host[h] = modelHost{rate: 1 + (rng.Float64()-0.5)/100, qemu: true}
 	}
-	m.host[0].p = newLifePrimary(cfg, 1, lpStart, false, 0)
-	m.host[1].s = newLifeSecondary(cfg, 0, false, 0)
+	m.host[0].p = NewPrimary(cfg, 1, PrimaryStart, false, 0)
+	m.host[1].s = NewSecondary(cfg, 0, false, 0)
 	m.host[1].mode = datapath.ModeRun
 	every := func(d int64, f func()) {
 		var again func()
@@ -434,7 +434,7 @@ func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	}
 	every(int64(10*time.Millisecond), func() {
 		for h := range m.host {
-			m.step(h, lifeEvent{Kind: lvTick})
+			m.step(h, Event{Kind: EvTick})
 		}
 	})
 	every(int64(50*time.Millisecond), func() {
@@ -442,7 +442,7 @@ func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 		m.session()
 		for h := range m.host {
 			if m.linked && m.control && !m.host[1-h].frozen {
-				m.step(h, lifeEvent{Kind: lvHeard})
+				m.step(h, Event{Kind: EvReceived})
 			}
 		}
 	})
@@ -450,11 +450,11 @@ func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	every(int64(300*time.Millisecond), m.commit)
 	every(int64(time.Second), func() {
 		if m.arbiter {
-			m.step(0, lifeEvent{Kind: lvEntry, Term: m.record.term, OK: m.record.speaker == 0})
+			m.step(0, Event{Kind: EvEntry, Term: m.record.term, OK: m.record.speaker == 0})
 		}
 	})
 	m.after(int64(time.Second), func() { every(int64(100+rng.IntN(7000))*int64(time.Millisecond), m.trouble) })
-	for m.now < lifeRun && m.fault == "" {
+	for m.now < modelRun && m.fault == "" {
 		i := 0
 		for k := range m.queue {
 			if m.queue[k].at < m.queue[i].at {
@@ -470,21 +470,21 @@ func runLifeOn(seed uint64, mask bool, change func(*lifeConfig)) *lifeModel {
 	return m
 }
 
-func (e lifeEvent) String() string {
+func (e Event) String() string {
 	return fmt.Sprintf("%s(%v,%d)", [...]string{
-		"", "tick", "link-up", "link-down", "heard", "peer-dead", "over", "qemu-dead", "colo-exit", "take-over", "claimed",
+		"", "tick", "link-up", "link-down", "received", "peer-dead", "dismissed", "qemu-dead", "colo-exit", "take-over", "claimed",
 		"sick", "healthy", "off", "synced", "yield", "committed", "doubt", "replica", "entry", "covered", "awake", "qemu",
 	}[e.Kind], e.OK, e.Term)
 }
 
-func (e lifeEffect) String() string {
+func (e Effect) String() string {
 	return fmt.Sprintf("%s(%d)", [...]string{
 		"", "Claim", "Shut", "Solo", "Dead", "Out", "Off", "Sync", "Pair", "Unpair", "Covered", "Yield", "Quiet", "QEMU",
 	}[e.Op], e.Term)
 }
 
 // TestLifeSchedules: whatever goes wrong in whatever order, there are never two
-// speakers, and none that is not covered.
+// transmitters, and none that is not covered.
 func TestLifeSchedules(t *testing.T) {
 	takeovers, solos, paired := 0, 0, 0
 	for seed := range uint64(3000) {
@@ -492,13 +492,13 @@ func TestLifeSchedules(t *testing.T) {
 		if m.fault != "" {
 			t.Fatalf("seed %d: %s\n%s", seed, m.fault, strings.Join(m.trace, "\n"))
 		}
-		if m.host[1].s.state == lsSolo {
+		if m.host[1].s.state == SecondarySolo {
 			takeovers++
 		}
-		if m.host[0].p.state == lpSolo {
+		if m.host[0].p.state == PrimarySolo {
 			solos++
 		}
-		if m.host[0].p.state == lpPair && m.host[1].s.state == lsPair && m.host[1].s.covered {
+		if m.host[0].p.state == PrimaryPair && m.host[1].s.state == SecondaryPair && m.host[1].s.covered {
 			paired++
 		}
 	}
@@ -510,14 +510,14 @@ func TestLifeSchedules(t *testing.T) {
 
 // TestLifeMutations: without each of the rules the schedules find the fault.
 func TestLifeMutations(t *testing.T) {
-	for name, change := range map[string]func(*lifeConfig){
-		"R18":           func(c *lifeConfig) { c.noR18 = true },
-		"R21 claim":     func(c *lifeConfig) { c.noClaim = true },
-		"R21 wait":      func(c *lifeConfig) { c.noWait = true },
-		"R24":           func(c *lifeConfig) { c.noR24 = true },
-		"R25":           func(c *lifeConfig) { c.noR25 = true },
-		"R26 uncovered": func(c *lifeConfig) { c.noR26Uncovered = true },
-		"R26 lease":     func(c *lifeConfig) { c.noR26Lease = true },
+	for name, change := range map[string]func(*Config){
+		"R18":           func(c *Config) { c.noR18 = true },
+		"R21 claim":     func(c *Config) { c.noClaim = true },
+		"R21 wait":      func(c *Config) { c.noWait = true },
+		"R24":           func(c *Config) { c.noR24 = true },
+		"R25":           func(c *Config) { c.noR25 = true },
+		"R26 uncovered": func(c *Config) { c.noR26Uncovered = true },
+		"R26 lease":     func(c *Config) { c.noR26Lease = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			for seed := range uint64(3000) {
@@ -538,4 +538,25 @@ func TestLifeMutations(t *testing.T) {
 		}
 		t.Error("3000 schedules did not find it")
 	})
+}
+
+// TestRestartBound: how long either side waits for a daemon that ended on a living host.
+func TestRestartBound(t *testing.T) {
+	cfg := DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 7*time.Second)
+	cfg.Rejoin = int64(1500 * time.Millisecond)
+	const ms = int64(time.Millisecond)
+	s := NewSecondary(cfg, 1, true, 0)
+	s.Step(0, Event{Kind: EvLinkUp, Term: 1})
+	s.Step(100*ms, Event{Kind: EvReceived})
+	s.Step(150*ms, Event{Kind: EvLinkDown, OK: true})
+	if at := s.NextDeadline(); at != 1600*ms {
+		t.Errorf("S takes over at %d ms", at/ms)
+	}
+	p := NewPrimary(cfg, 1, PrimaryPair, true, 0)
+	p.Step(0, Event{Kind: EvLinkUp, OK: true})
+	p.Step(100*ms, Event{Kind: EvReceived})
+	p.Step(150*ms, Event{Kind: EvLinkDown, OK: true, Echoed: 1400 * ms})
+	if at := p.NextDeadline(); at != 1600*ms {
+		t.Errorf("P claims at %d ms, though S's kernel still answers", at/ms)
+	}
 }

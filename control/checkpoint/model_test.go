@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package checkpoint
 
 import (
 	"errors"
@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// ckptModel runs both machines against a model of two QEMUs, with channels that
+// model runs both machines against a model of two QEMUs, with channels that
 // delay and break, an operator, and checkpoints that stop half way. It knows
 // what the machines cannot: which state the SVM really has.
-type ckptModel struct {
+type model struct {
 	rng    *rand.Rand
 	now    int64
 	agenda []appointment // by time, then order of making
@@ -23,8 +23,8 @@ type ckptModel struct {
 	log    []string
 	err    error
 
-	p        *ckptPrimary
-	s        *ckptSecondary
+	p        *Primary
+	s        *Secondary
 	calm     bool // no more faults
 	link     bool
 	linkGen  int
@@ -62,20 +62,20 @@ const (
 	chToP
 )
 
-func newCkptModel(seed uint64, mutate func(*ckptConfig)) *ckptModel {
-	m := &ckptModel{
+func newModel(seed uint64, mutate func(*Config)) *model {
+	m := &model{
 		rng: rand.New(rand.NewPCG(seed, 1)), stopAt: make(map[int]int64), resumeAt: make(map[int]int64), sEpoch: 1, pEpoch: 1,
 	}
-	cfg := defaultCkptConfig()
-	cfg.qmp, cfg.minInterval, cfg.period = true, int64(20*time.Millisecond), int64(time.Second)
+	cfg := DefaultConfig()
+	cfg.QMP, cfg.MinInterval, cfg.Period = true, int64(20*time.Millisecond), int64(time.Second)
 	mutate(&cfg)
-	m.p, m.s = newCkptPrimary(cfg), newCkptSecondary(cfg)
+	m.p, m.s = NewPrimary(cfg), NewSecondary(cfg)
 	return m
 }
 
-func (m *ckptModel) after(d int64, do func()) { m.at(m.now+d, do) }
+func (m *model) after(d int64, do func()) { m.at(m.now+d, do) }
 
-func (m *ckptModel) at(at int64, do func()) {
+func (m *model) at(at int64, do func()) {
 	m.made++
 	a := appointment{at, m.made, do}
 	i, _ := slices.BinarySearchFunc(m.agenda, a, func(x, y appointment) int {
@@ -88,7 +88,7 @@ func (m *ckptModel) at(at int64, do func()) {
 }
 
 // ms is a random time up to n milliseconds, now and then far longer.
-func (m *ckptModel) ms(n int64) int64 {
+func (m *model) ms(n int64) int64 {
 	if !m.calm {
 		switch r := m.rng.IntN(200); {
 		case r < 5:
@@ -101,20 +101,20 @@ func (m *ckptModel) ms(n int64) int64 {
 }
 
 // send delivers in order on a channel.
-func (m *ckptModel) send(ch int, do func()) {
+func (m *model) send(ch int, do func()) {
 	at := max(m.now+m.ms(3), m.channelAt[ch]+1)
 	m.channelAt[ch] = at
 	m.flight++
 	m.at(at, func() { m.flight--; do() })
 }
 
-func (m *ckptModel) failf(format string, args ...any) {
+func (m *model) failf(format string, args ...any) {
 	if m.err == nil {
 		m.err = fmt.Errorf(format, args...)
 	}
 }
 
-func (m *ckptModel) note(who string, ev ckptEvent, fx []ckptEffect) {
+func (m *model) note(who string, ev Event, fx []Effect) {
 	line := fmt.Sprintf("%v %s %s(%d) ok=%t:", time.Duration(m.now), who, kindNames[ev.Kind], ev.Epoch, ev.OK)
 	for _, f := range fx {
 		line += " " + f.String()
@@ -122,8 +122,8 @@ func (m *ckptModel) note(who string, ev ckptEvent, fx []ckptEffect) {
 	m.log = append(m.log, line)
 }
 
-func (m *ckptModel) stepP(ev ckptEvent) {
-	if ev.Kind == evStop {
+func (m *model) stepP(ev Event) {
+	if ev.Kind == EvStop {
 		m.sawStop = true
 	}
 	fx := slices.Clone(m.p.Step(m.now, ev))
@@ -134,22 +134,22 @@ func (m *ckptModel) stepP(ev ckptEvent) {
 	if d := m.p.NextDeadline(); d < 1<<62 && len(m.agenda) < 10000 {
 		m.at(max(d, m.now+1), func() {
 			if m.p.NextDeadline() <= m.now {
-				m.stepP(ckptEvent{Kind: evTick})
+				m.stepP(Event{Kind: EvTick})
 			}
 		})
 	}
 }
 
-func (m *ckptModel) effectP(f ckptEffect) {
+func (m *model) effectP(f Effect) {
 	switch f.Op {
-	case fxFreeze:
+	case OpFreeze:
 		m.frozen = true
-	case fxThaw:
+	case OpThaw:
 		if m.sawStop {
 			m.failf("thawed although the PVM had stopped since the last commit")
 		}
 		m.frozen = false
-	case fxCommit:
+	case OpCommit:
 		m.commits++
 		m.frozen, m.sawStop = false, m.stopped[0]
 		switch {
@@ -160,53 +160,53 @@ func (m *ckptModel) effectP(f ckptEffect) {
 		case m.running && m.offsets != m.loaded:
 			m.failf("commit of %d: offsets since %d, loaded %d", f.Epoch, m.offsets, m.loaded)
 		}
-	case fxEpoch:
+	case OpEpoch:
 		m.pEpoch = f.Epoch
-	case fxPrepare:
-		m.toS(ckptEvent{Kind: evPrepare, Epoch: f.Epoch})
-	case fxAbort:
-		m.toS(ckptEvent{Kind: evAbort, Epoch: f.Epoch, Cause: f.Cause})
-	case fxAsk:
+	case OpPrepare:
+		m.toS(Event{Kind: EvPrepare, Epoch: f.Epoch})
+	case OpAbort:
+		m.toS(Event{Kind: EvAbort, Epoch: f.Epoch, Cause: f.Cause})
+	case OpAsk:
 		m.ask(f.Epoch)
-	case fxCOLO:
+	case OpCOLO:
 		m.query(chQMPP, f.Epoch)
 	}
 }
 
-func (m *ckptModel) stepS(ev ckptEvent, tx int) {
+func (m *model) stepS(ev Event, tx int) {
 	fx := slices.Clone(m.s.Step(m.now, ev))
 	m.note("S", ev, fx)
 	for _, f := range fx {
 		switch f.Op {
-		case fxPark:
+		case OpPark:
 			m.running = false
-		case fxDrain:
+		case OpDrain:
 			ok := m.calm || m.rng.IntN(20) > 0
-			m.after(m.ms(3), func() { m.stepS(ckptEvent{Kind: evDrained, Epoch: f.Epoch, OK: ok}, 0) })
-		case fxReady:
-			m.toP(ckptEvent{Kind: evReady, Epoch: f.Epoch})
-		case fxReset:
+			m.after(m.ms(3), func() { m.stepS(Event{Kind: EvDrained, Epoch: f.Epoch, OK: ok}, 0) })
+		case OpReady:
+			m.toP(Event{Kind: EvReady, Epoch: f.Epoch})
+		case OpReset:
 			if m.running {
 				m.failf("offsets reset while output was open")
 			}
 			m.offsets = tx
-		case fxBegin:
+		case OpBegin:
 			m.sEpoch = f.Epoch
-		case fxStopped:
-			m.toP(ckptEvent{Kind: evPeerStopped, Epoch: f.Epoch})
-		case fxRun:
+		case OpStopped:
+			m.toP(Event{Kind: EvPeerStopped, Epoch: f.Epoch})
+		case OpRun:
 			m.running = true
-		case fxResumed:
-			m.toP(ckptEvent{Kind: evPeerResumed, Epoch: f.Epoch})
-		case fxAbort:
-			m.toP(ckptEvent{Kind: evPeerAbort, Epoch: f.Epoch, Cause: f.Cause})
-		case fxCOLO:
+		case OpResumed:
+			m.toP(Event{Kind: EvPeerResumed, Epoch: f.Epoch})
+		case OpAbort:
+			m.toP(Event{Kind: EvPeerAbort, Epoch: f.Epoch, Cause: f.Cause})
+		case OpCOLO:
 			m.query(chQMPS, f.Epoch)
 		}
 	}
 }
 
-func (m *ckptModel) toS(ev ckptEvent) {
+func (m *model) toS(ev Event) {
 	if gen := m.linkGen; m.link {
 		m.send(chToS, func() {
 			if m.link && gen == m.linkGen {
@@ -216,7 +216,7 @@ func (m *ckptModel) toS(ev ckptEvent) {
 	}
 }
 
-func (m *ckptModel) toP(ev ckptEvent) {
+func (m *model) toP(ev Event) {
 	if gen := m.linkGen; m.link {
 		m.send(chToP, func() {
 			if m.link && gen == m.linkGen {
@@ -227,27 +227,27 @@ func (m *ckptModel) toP(ev ckptEvent) {
 }
 
 // cutLink breaks the link and makes another session later, as the daemon does.
-func (m *ckptModel) cutLink() {
+func (m *model) cutLink() {
 	if m.link {
 		m.link = false
 		m.linkGen++
-		m.stepP(ckptEvent{Kind: evLinkDown})
-		m.stepS(ckptEvent{Kind: evLinkDown}, 0)
+		m.stepP(Event{Kind: EvLinkDown})
+		m.stepS(Event{Kind: EvLinkDown}, 0)
 	}
 }
 
-func (m *ckptModel) join() {
+func (m *model) join() {
 	if m.link {
 		return
 	}
 	m.linkGen++
 	gen := m.linkGen
-	whole := m.s.whole()
+	whole := m.s.Whole()
 	m.send(chToP, func() {
 		if gen != m.linkGen {
 			return
 		}
-		m.stepP(ckptEvent{Kind: evHandshake})
+		m.stepP(Event{Kind: EvHandshake})
 		m.link = true
 		calm := m.p.doubt == "" && whole
 		m.sEpoch, m.pEpoch = m.p.committed, m.p.committed
@@ -256,22 +256,22 @@ func (m *ckptModel) join() {
 			if gen != m.linkGen {
 				return
 			}
-			m.stepS(ckptEvent{Kind: evLinkUp, OK: calm}, 0)
-			m.toP(ckptEvent{Kind: evLinkUp, OK: whole})
+			m.stepS(Event{Kind: EvLinkUp, OK: calm}, 0)
+			m.toP(Event{Kind: EvLinkUp, OK: whole})
 		})
 	})
 }
 
 // event is QEMU's, seen by its daemon when the connection lives.
-func (m *ckptModel) event(side int, kind ckptKind, tx int) {
-	m.stopped[side] = kind == evStop
+func (m *model) event(side int, kind Kind, tx int) {
+	m.stopped[side] = kind == EvStop
 	at := m.now
 	if gen := m.qmpGen[side]; m.qmp[side] {
 		m.send(chQMPP+side, func() {
 			if gen != m.qmpGen[side] {
 				return
 			}
-			if ev := (ckptEvent{Kind: kind, At: at}); side == 0 {
+			if ev := (Event{Kind: kind, At: at}); side == 0 {
 				m.stepP(ev)
 			} else {
 				m.stepS(ev, tx)
@@ -280,7 +280,7 @@ func (m *ckptModel) event(side int, kind ckptKind, tx int) {
 	}
 }
 
-func (m *ckptModel) setQMP(side int, up bool) {
+func (m *model) setQMP(side int, up bool) {
 	if m.qmp[side] == up {
 		return
 	}
@@ -291,9 +291,9 @@ func (m *ckptModel) setQMP(side int, up bool) {
 		if up && gen != m.qmpGen[side] {
 			return
 		}
-		ev := ckptEvent{Kind: evQMPDown}
+		ev := Event{Kind: EvQMPDown}
 		if up {
-			ev = ckptEvent{Kind: evQMPUp, OK: running}
+			ev = Event{Kind: EvQMPUp, OK: running}
 		}
 		if side == 0 {
 			m.stepP(ev)
@@ -303,13 +303,13 @@ func (m *ckptModel) setQMP(side int, up bool) {
 	})
 }
 
-func (m *ckptModel) query(ch int, epoch uint32) {
+func (m *model) query(ch int, epoch uint32) {
 	gen := m.qmpGen[ch]
 	m.send(ch, func() {
 		if gen != m.qmpGen[ch] {
 			return
 		}
-		if ev := (ckptEvent{Kind: evCOLO, Epoch: epoch, OK: true}); ch == chQMPP {
+		if ev := (Event{Kind: EvCOLO, Epoch: epoch, OK: true}); ch == chQMPP {
 			m.stepP(ev)
 		} else {
 			m.stepS(ev, 0)
@@ -318,12 +318,12 @@ func (m *ckptModel) query(ch int, epoch uint32) {
 }
 
 // ask is the request at QEMU.
-func (m *ckptModel) ask(epoch uint32) {
+func (m *model) ask(epoch uint32) {
 	if !m.qmp[0] {
 		return
 	}
 	if !m.calm && m.rng.IntN(20) == 0 {
-		m.send(chQMPP, func() { m.stepP(ckptEvent{Kind: evAsked, Epoch: epoch, Cause: "refused"}) })
+		m.send(chQMPP, func() { m.stepP(Event{Kind: EvAsked, Epoch: epoch, Cause: "refused"}) })
 		return
 	}
 	m.queued = true
@@ -331,7 +331,7 @@ func (m *ckptModel) ask(epoch uint32) {
 }
 
 // transaction is COLO's checkpoint.
-func (m *ckptModel) transaction() {
+func (m *model) transaction() {
 	if m.inQEMU != 0 || !m.queued || m.stopped[0] || m.stopped[1] {
 		if m.queued && m.inQEMU == 0 {
 			m.after(m.ms(20), m.transaction)
@@ -341,17 +341,17 @@ func (m *ckptModel) transaction() {
 	m.lastTx++
 	tx := m.lastTx
 	m.inQEMU = tx
-	m.event(1, evStop, tx)
+	m.event(1, EvStop, tx)
 	m.after(m.ms(2), func() {
 		m.queued = false
-		m.event(0, evStop, tx)
+		m.event(0, EvStop, tx)
 		m.stopAt[tx] = m.now
 		m.after(m.ms(4), func() {
 			m.loaded = tx
-			m.event(1, evResume, tx)
+			m.event(1, EvResume, tx)
 			m.after(m.ms(2), func() {
 				m.resumeAt[tx] = m.now
-				m.event(0, evResume, tx)
+				m.event(0, EvResume, tx)
 				m.inQEMU = 0
 				if m.queued {
 					m.transaction()
@@ -362,7 +362,7 @@ func (m *ckptModel) transaction() {
 }
 
 // quiet checks what holds whenever nothing is under way.
-func (m *ckptModel) quiet() {
+func (m *model) quiet() {
 	if m.flight == 0 && m.link && m.s.link && m.p.link && m.s.void && !m.frozen {
 		m.failf("matching although S is void")
 	}
@@ -379,7 +379,7 @@ func (m *ckptModel) quiet() {
 	}
 }
 
-func (m *ckptModel) fault() {
+func (m *model) fault() {
 	if m.calm {
 		return
 	}
@@ -395,21 +395,21 @@ func (m *ckptModel) fault() {
 	case 6: // an operator's stop and cont
 		side := m.rng.IntN(2)
 		if m.inQEMU == 0 && !m.queued && !m.stopped[side] {
-			m.event(side, evStop, 0)
+			m.event(side, EvStop, 0)
 			m.after(m.ms(30), func() {
 				if m.inQEMU == 0 {
-					m.event(side, evResume, 0)
+					m.event(side, EvResume, 0)
 				}
 			})
 		}
 	case 7:
-		m.stepP(ckptEvent{Kind: evInside, Epoch: m.p.last})
+		m.stepP(Event{Kind: EvInside, Epoch: m.p.last})
 	default:
-		m.stepP(ckptEvent{Kind: evWant})
+		m.stepP(Event{Kind: EvWant})
 	}
 }
 
-func (m *ckptModel) run(until int64) {
+func (m *model) run(until int64) {
 	for len(m.agenda) > 0 && m.agenda[0].at <= until && m.err == nil {
 		a := m.agenda[0]
 		m.agenda = m.agenda[1:]
@@ -420,7 +420,7 @@ func (m *ckptModel) run(until int64) {
 	m.now = until
 }
 
-func (m *ckptModel) story() error {
+func (m *model) story() error {
 	m.setQMP(0, true)
 	m.setQMP(1, true)
 	m.join()
@@ -436,12 +436,12 @@ func (m *ckptModel) story() error {
 	m.join()
 	for side := range m.stopped {
 		if m.stopped[side] && m.inQEMU == 0 {
-			m.event(side, evResume, 0)
+			m.event(side, EvResume, 0)
 		}
 	}
 	m.run(m.now + int64(time.Minute))
 	before := m.commits
-	m.stepP(ckptEvent{Kind: evWant})
+	m.stepP(Event{Kind: EvWant})
 	m.run(m.now + int64(time.Minute))
 	switch {
 	case m.err != nil:
@@ -466,7 +466,7 @@ func TestCkptSchedules(t *testing.T) {
 	}
 	commits := 0
 	for seed := range n {
-		m := newCkptModel(seed, func(*ckptConfig) {})
+		m := newModel(seed, func(*Config) {})
 		if err := m.story(); err != nil {
 			t.Fatalf("seed %d: %v\n%s", seed, err, strings.Join(m.log[max(0, len(m.log)-60):], "\n"))
 		}
@@ -478,13 +478,13 @@ func TestCkptSchedules(t *testing.T) {
 }
 
 // TestR14Mutation, TestR15Mutation: with the rule off the schedules go wrong.
-func TestR14Mutation(t *testing.T) { schedulesGoWrong(t, func(c *ckptConfig) { c.noR14 = true }) }
-func TestR15Mutation(t *testing.T) { schedulesGoWrong(t, func(c *ckptConfig) { c.noR15 = true }) }
+func TestR14Mutation(t *testing.T) { schedulesGoWrong(t, func(c *Config) { c.noR14 = true }) }
+func TestR15Mutation(t *testing.T) { schedulesGoWrong(t, func(c *Config) { c.noR15 = true }) }
 
-func schedulesGoWrong(t *testing.T, mutate func(*ckptConfig)) {
+func schedulesGoWrong(t *testing.T, mutate func(*Config)) {
 	t.Helper()
 	for seed := range uint64(200) {
-		if err := newCkptModel(seed, mutate).story(); err != nil {
+		if err := newModel(seed, mutate).story(); err != nil {
 			t.Logf("seed %d: %v", seed, err)
 			return
 		}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package failover
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 	"lockstep/control/state"
 )
 
-// Begin is how a node's part in a pair's life begins (R19).
+// Begin is how a node begins in a role (R19).
 type Begin struct {
 	Role datapath.Role
 	// Discard: the tables that are found in the kernel are of a part that is over, or
@@ -19,34 +19,34 @@ type Begin struct {
 	Discard bool
 	Record  arbiter.Record // the pair's
 
-	primary  lpState
+	primary  PrimaryState
 	covered  bool
 	takeOver bool // S: the daemon before this one had begun to, and could not end it
 	keep     bool // a guest that runs may be the only one that knows what clients were told
 	orphan   bool // P: if a guest runs, clients know it, but nothing in the kernel does
 }
 
-// ends reports whether a guest that runs is one that follows nobody any more: a former
+// Ends reports whether a guest that runs is one that follows nobody any more: a former
 // primary's, which the arbiter does not name, or an SVM that could not take over.
-func (b *Begin) ends() bool { return b.Role == datapath.RoleSecondary && b.Discard }
+func (b *Begin) Ends() bool { return b.Role == datapath.RoleSecondary && b.Discard }
 
-// Meets is the last word on how a node begins: runs says whether its guest runs already.
+// Meets decides whether a node may begin at all: runs is whether its guest runs already.
 // What is not known to be of no use is not ended, so then it does not begin.
 func (b Begin) Meets(runs bool) error {
 	if !runs || !b.keep {
 		return nil
 	}
 	if b.Role == datapath.RolePrimary {
-		return fmt.Errorf("the arbiter (%s) has this node speak, but the guest that runs here is a secondary's that no checkpoint covers; it is left as it is, and is not heard. "+
+		return fmt.Errorf("the arbiter (%s) has this node transmit, but the guest that runs here is a secondary's that no checkpoint covers; it is left as it is, and is muted. "+
 			"If no better one runs on the other node, end its QEMU and start again: the guest boots from this node's disks then", b.Record)
 	}
 	return fmt.Errorf("the guest that runs here could take over (%s), but its tables in the kernel are gone: it may be the only one that knows what clients were told. "+
-		"It is left as it is, and is not heard. If %s serves the guest, end the QEMU on this node and start again: a new secondary begins", b.Record, b.Record.Speaker)
+		"It is left as it is, and is muted. If %s serves the guest, end the QEMU on this node and start again: a new secondary begins", b.Record, b.Record.Speaker)
 }
 
-// Decide says what a node has to be: role is what its command line says, st what it
-// wrote down, rec the arbiter's record. A node that the arbiter names is primary,
-// whatever the command line says; one that it does not name is never.
+// Decide is what a node has to be: role is what its command line asks for, st what it
+// stored, rec the arbiter's entry. A node that the arbiter names is primary,
+// whatever the command line asks for; one that it does not name is never.
 func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Record, found datapath.Pinned) (Begin, error) {
 	switch rec.Speaker {
 	case self:
@@ -59,7 +59,7 @@ func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.R
 		if rec.Speaker == "" {
 			return Begin{}, fmt.Errorf("%s is to be primary and has not claimed the arbiter", self) // the caller's mistake
 		}
-		return Begin{}, fmt.Errorf("%s is not primary any more: %s speaks for the guest (%s). To have this node follow it, start it with --role secondary; its guest's memory and disks are replaced then",
+		return Begin{}, fmt.Errorf("%s is not primary any more: %s transmits for the guest (%s). To have this node follow it, start it with --role secondary; its guest's memory and disks are replaced then",
 			self, peer, rec)
 	}
 	b := Begin{Role: datapath.RoleSecondary, Record: rec}
@@ -92,23 +92,36 @@ func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Be
 		// are nobody knows.
 		b.Discard, b.keep = true, true
 	case found.Mode == datapath.ModeSolo:
-		b.primary = lpSolo
+		b.primary = PrimarySolo
 	case found.Mode == datapath.ModeHold:
-		b.primary, b.covered = lpPair, st.Covered == rec.Term
+		b.primary, b.covered = PrimaryPair, st.Covered == rec.Term
 	}
 	return b
 }
 
-// rescue has a P go on with a guest that clients know and whose tables are gone. What was
-// compared before is not known any more, and an S that was covered may be about to take
-// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
-// for its secondary.
-func (d *Daemon) rescue(running bool, state string) {
-	l := d.life
-	if l == nil || l.p == nil || !l.Begin.orphan || !running && state != "paused" && state != "colo" {
-		return
+// HasGuest reports whether the daemon before this one had a guest, so that its absence is
+// its death.
+func (b *Begin) HasGuest() bool {
+	return b.primary != PrimaryStart || b.Role == datapath.RoleSecondary && b.covered
+}
+
+// Orphan reports whether a guest that runs here is one that clients know, while nothing in
+// the kernel does (P).
+func (b *Begin) Orphan() bool { return b.orphan }
+
+// ResumesTakeOver reports whether the daemon before this one had begun to take over (S).
+func (b *Begin) ResumesTakeOver() bool { return b.takeOver }
+
+// Primary is P's machine as it begins at now, boottime ns.
+func (b *Begin) Primary(cfg Config, now int64) *Primary {
+	return NewPrimary(cfg, b.Record.Term, b.primary, b.covered, now)
+}
+
+// Secondary is S's machine as it begins at now, boottime ns, on the node self.
+func (b *Begin) Secondary(cfg Config, self string, now int64) *Secondary {
+	term := b.Record.Term
+	if b.takeOver && b.Record.Speaker == self {
+		term-- // the pair's
 	}
-	l.Begin.orphan = false
-	d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
-	d.live(lifeEvent{Kind: lvTakeOver})
+	return NewSecondary(cfg, term, b.covered, now)
 }

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"lockstep/control/checkpoint"
+	"lockstep/control/datapath"
+	"lockstep/control/failover"
+)
+
+// maxStrangers bounds the connections that have not said who they are.
+const maxStrangers = 8
+
+// accept lets the secondary in (P).
+func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
+	defer context.AfterFunc(ctx, func() { ln.Close() })()
+	strangers := &strangers{peer: pl.d.opt.PeerAddr}
+	again := backoff{first: pl.d.opt.link.retry, last: pl.d.opt.link.retryMax}
+	for {
+		conn, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() == nil {
+				pl.d.log.Warn("control link", "err", err)
+			}
+			if !again.wait(ctx) {
+				return nil
+			}
+			continue
+		}
+		again.reset()
+		if !strangers.take(conn) {
+			pl.refused(conn, fmt.Errorf("it comes from %s, and %s is %s: that node has to connect from its control address", conn.RemoteAddr(), pl.d.opt.Peer, pl.d.opt.PeerAddr))
+			continue
+		}
+		pl.d.work.Go(func() {
+			err := pl.greet(ctx, conn, func() bool { return strangers.known(conn) })
+			strangers.known(conn)
+			if err != nil {
+				pl.refused(conn, err)
+			}
+		})
+	}
+}
+
+// refused closes a connection that does not become the link (P). Those who knock
+// without end do not fill the log.
+func (pl *peerLink) refused(conn net.Conn, err error) {
+	conn.Close()
+	pl.d.post(func() {
+		if !pl.linkUp {
+			pl.linkErr = err.Error()
+		}
+		if pl.refusals++; time.Since(pl.refusalLog) >= quietRequest {
+			pl.d.log.Warn("control connection refused", "from", conn.RemoteAddr(), "err", err, "connections", pl.refusals)
+			pl.refusalLog, pl.refusals = time.Now(), 0
+		}
+	})
+}
+
+// strangers are the connections that have not said who they are. Only the peer's
+// address may have any; when they are too many, the oldest goes: the peer's daemon says
+// who it is at once, and whoever stays silent was there before it.
+type strangers struct {
+	peer netip.Addr // the zero Addr: from everywhere
+
+	mu   sync.Mutex
+	list []net.Conn // oldest first
+}
+
+// take lets conn in; false: it comes from elsewhere.
+func (s *strangers) take(conn net.Conn) bool {
+	if from, ok := conn.RemoteAddr().(*net.TCPAddr); ok && s.peer.IsValid() && from.AddrPort().Addr().Unmap().WithZone("") != s.peer.WithZone("") {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.list) == maxStrangers {
+		s.list[0].Close() // its greeting fails
+		s.list = slices.Delete(s.list, 0, 1)
+	}
+	s.list = append(s.list, conn)
+	return true
+}
+
+// known takes conn out; false: it had to go already.
+func (s *strangers) known(conn net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.Index(s.list, conn)
+	if i < 0 {
+		return false
+	}
+	s.list = slices.Delete(s.list, i, i+1)
+	return true
+}
+
+// greet takes a hello and, when it is the secondary's, hands the link to the
+// controller (P). known is asked before that.
+func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) error {
+	defer context.AfterFunc(ctx, func() { raw.Close() })()
+	conn, err := pl.secure(ctx, raw)
+	if err != nil {
+		return err
+	}
+	l := newLink(conn, pl.d.opt.link)
+	m, err := l.read(pl.d.opt.link.handshake)
+	if err != nil {
+		return pl.explain(err)
+	}
+	if m.Type != "hello" || m.Hello == nil {
+		return fmt.Errorf("%q in place of hello", m.Type)
+	}
+	if err := checkPeer(pl.party(), m.Hello.party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
+		_ = l.write(message{Type: "refuse", Cause: err.Error()})
+		return err
+	}
+	if pl.d.life != nil {
+		own, err := pl.d.repl.diskSizes()
+		if err == nil {
+			err = checkSizes(pl.d.life.Disks, own, m.Hello.Disks)
+		}
+		if err == nil {
+			err = pl.d.repl.fitsQEMU(ctx, m.Hello)
+		}
+		if err != nil {
+			_ = l.write(message{Type: "refuse", Cause: err.Error()})
+			return err
+		}
+	}
+	if !known() {
+		return errors.New("newer connections took its place")
+	}
+	return pl.d.ask(ctx, func() { pl.offer(l, *m.Hello) })
+}
+
+// offer begins a session with the secondary (P). Nothing leaves until it holds.
+func (pl *peerLink) offer(l *link, h hello) {
+	pl.unlink(pl.link, errors.New("the secondary connected anew"))
+	pl.link, pl.linkUp, pl.peerAddr, pl.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
+	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
+
+	// Connections whose offsets S has lost, or of which this P knows nothing; or a
+	// checkpoint that one of them has begun an epoch with and the other has not.
+	mine := 0
+	if err := pl.d.each("count connections", func(n *nic) error {
+		mine += n.primary.Stats().Connections
+		return nil
+	}); err != nil {
+		l.close(err)
+		return
+	}
+	known := pl.d.recovered || pl.sessions > 0
+	none := mine == 0 && h.Connections == 0
+	pl.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == pl.d.epoch)
+
+	pl.d.term = max(pl.d.term, h.Term) + 1
+	s := session{party: pl.party(), Epoch: pl.d.epoch, Digest: keyBytes(pl.d.nics[0].keys)}
+	s.Term = pl.d.term
+	if pl.d.life != nil {
+		pl.d.repl.hello = h
+		// COLO may run already where somebody else has started it.
+		s.Record = pl.d.life.p.Term()
+		s.Pair = pl.d.life.p.State() == failover.PrimaryPair || pl.d.life.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
+	}
+	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.ckpts.primary.InDoubt())
+	s.Sign = newSeed()
+	if err := pl.install(pl.d.nics[0].keys, s.Sign, false); err != nil {
+		pl.d.fatal = err
+		return
+	}
+	pl.follow(l, pl.d.opt.link.handshake)
+	l.send(message{Type: "session", Session: &s})
+}

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"lockstep/control/arbiter"
+	"lockstep/control/failover"
+	"lockstep/control/journal"
+)
+
+// entryEvery is how often a primary reads the arbiter's entry: one that somebody else
+// has won is fenced.
+const entryEvery = 5 * time.Second
+
+// entryTimeout bounds it: a claim may be waiting for its turn.
+const entryTimeout = 500 * time.Millisecond
+
+// watchEntry fences a host that the arbiter does not name any more (R26).
+func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		asking, done := context.WithTimeout(ctx, entryTimeout)
+		now, err := l.Arbiter.Read(asking)
+		done()
+		if err != nil {
+			continue // whoever needs its answer says so
+		}
+		l.d.post(func() { l.entry(now) })
+	}
+}
+
+func (l *pairLife) entry(now arbiter.Record) {
+	if now.Speaker != l.d.opt.Node && now.Term > l.p.Term() && l.p.State() != failover.PrimaryClaim {
+		l.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
+	}
+	l.live(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == l.d.opt.Node})
+}
+
+// serialArbiter is an arbiter that several goroutines ask, one after the other.
+type serialArbiter struct {
+	arbiter.Arbiter
+	turn chan struct{} // holds one
+}
+
+func serialize(a arbiter.Arbiter) *serialArbiter {
+	s := &serialArbiter{a, make(chan struct{}, 1)}
+	s.turn <- struct{}{}
+	return s
+}
+
+func (s *serialArbiter) wait(ctx context.Context) error {
+	select {
+	case <-s.turn:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *serialArbiter) Read(ctx context.Context) (arbiter.Record, error) {
+	if err := s.wait(ctx); err != nil {
+		return arbiter.Record{}, err
+	}
+	defer func() { s.turn <- struct{}{} }()
+	return s.Arbiter.Read(ctx)
+}
+
+func (s *serialArbiter) Settle(ctx context.Context) (arbiter.Record, error) {
+	if err := s.wait(ctx); err != nil {
+		return arbiter.Record{}, err
+	}
+	defer func() { s.turn <- struct{}{} }()
+	return s.Arbiter.Settle(ctx)
+}
+
+func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Record) (arbiter.Record, bool, error) {
+	if err := s.wait(ctx); err != nil {
+		return arbiter.Record{}, false, err
+	}
+	defer func() { s.turn <- struct{}{} }()
+	return s.Arbiter.Swap(ctx, old, next)
+}
+
+// claim asks the arbiter until it is known what came of it (R21 ii).
+func (l *pairLife) claim(term uint64) {
+	from := arbiter.Record{Term: term, Speaker: l.d.opt.Node}
+	if l.s != nil {
+		from.Speaker = l.d.opt.Peer
+	}
+	to := arbiter.Record{Term: term + 1, Speaker: l.d.opt.Node}
+	l.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	l.d.work.Go(func() {
+		now, won, err := Swap(l.d.ctx, l.Arbiter, from, to, func(err error) {
+			l.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+		})
+		if err != nil {
+			return // the daemon ends
+		}
+		l.d.post(func() {
+			l.d.log.Info("the arbiter answered", "won", won, "record", now)
+			l.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			l.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
+		})
+	})
+}
+
+// Swap makes the record to if it is from, and returns when that is known, or ctx has
+// ended. An arbiter that answers with from has decided nothing: as one that does not
+// answer it is asked again, at a growing distance, since each time may fence a host.
+func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
+	silent, unmoved := arbiterRetry, unmovedRetry
+	for {
+		again := &silent
+		now, won, err = a.Swap(ctx, from, to)
+		if err == nil && !won && now == from {
+			again = &unmoved
+			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
+		}
+		if err == nil {
+			return now, won, nil
+		}
+		failed(err)
+		if !again.wait(ctx) {
+			return now, false, ctx.Err()
+		}
+		if now, err = Settle(ctx, a, failed); err != nil {
+			return now, false, err
+		}
+		if now == to || now != from {
+			return now, now == to, nil
+		}
+	}
+}
+
+// Settle returns the record when the arbiter tells it, or ctx has ended.
+func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Record, error) {
+	again := arbiterRetry
+	for {
+		now, err := a.Settle(ctx)
+		if err == nil {
+			return now, nil
+		}
+		failed(err)
+		if !again.wait(ctx) {
+			return now, ctx.Err()
+		}
+	}
+}
+
+// arbiterRetry paces the questions to an arbiter that does not answer.
+var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
+
+// unmovedRetry paces them to one that answers with the old record.
+var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package checkpoint
+
+import "math"
+
+// sStage is where S is.
+type sStage uint8
+
+const (
+	sOff     sStage = iota // no session yet
+	sRun                   // the SVM runs with the offsets known
+	sParking               // parked, the tap is not empty yet
+	sParked                // READY was sent
+	sStopped               // the SVM's QEMU stopped for the checkpoint
+	sVoid                  // parked until a checkpoint tells what the SVM is
+)
+
+// Secondary is S's machine.
+type Secondary struct {
+	cfg Config
+	out []Effect
+
+	stage      sStage
+	epoch      uint32 // of the attempt
+	next       uint32 // prepared while the SVM was stopped; 0: none
+	link, qmp  bool
+	recovered  bool // the offsets are older than this daemon
+	park       bool // P was in doubt when the session began
+	void       bool // offsets are not to be trusted
+	quiet      bool // taking over
+	svmStopped bool
+	svmStop    int64
+	svmResume  int64
+}
+
+// NewSecondary begins without offsets; EvRecovered tells of an earlier daemon's.
+func NewSecondary(cfg Config) *Secondary { return &Secondary{cfg: cfg} }
+
+// missed: before the first session the SVM stopped, or may have. Only offsets that
+// are there can be wrong. Without QMP there are no STOPs, and no way back.
+func (c *Secondary) missed() {
+	c.void = c.void || c.recovered && c.cfg.QMP
+}
+
+// State is the secondary's, as status names it.
+func (c *Secondary) State() (word, detail string) {
+	switch c.stage {
+	case sOff:
+		return "start", ""
+	case sRun:
+		return "replicating", ""
+	case sVoid:
+		return "checkpointing", "parked until a checkpoint"
+	}
+	return "checkpointing", ""
+}
+
+// NextDeadline: S waits for P or for the link to fail, never for a time.
+func (c *Secondary) NextDeadline() int64 { return math.MaxInt64 }
+
+func (c *Secondary) emit(op Op, epoch uint32) {
+	c.out = append(c.out, Effect{Op: op, Epoch: epoch})
+}
+
+// Step takes one event in. The effects are valid until the next Step.
+func (c *Secondary) Step(_ int64, ev Event) []Effect {
+	c.out = c.out[:0]
+	if c.quiet {
+		c.stepQuiet(ev)
+		return c.out
+	}
+	switch ev.Kind {
+	case EvRecovered:
+		c.recovered = true
+		if !ev.OK { // the daemon died in mid checkpoint, or before it knew
+			c.missed()
+		}
+	case EvQuiet:
+		c.quiet = true
+	case EvLinkUp:
+		c.link, c.park, c.next = true, !ev.OK, 0
+		if c.stage != sOff {
+			c.begin()
+		}
+	case EvLinkDown:
+		c.link, c.next = false, 0
+		if c.stage == sParking || c.stage == sParked {
+			c.unpark()
+		}
+	case EvQMPUp:
+		c.qmp, c.svmStopped = true, !ev.OK
+		if c.stage == sOff && !ev.OK {
+			c.missed()
+		}
+	case EvQMPDown:
+		c.qmp = false
+		if c.stage == sOff {
+			c.missed()
+		} else {
+			c.doubt()
+		}
+
+	case EvPrepare:
+		c.next = ev.Epoch
+	case EvAbort:
+		if c.next == ev.Epoch {
+			c.next = 0
+		}
+		if c.epoch == ev.Epoch && (c.stage == sParking || c.stage == sParked) {
+			c.unpark()
+		}
+	case EvDrained:
+		if c.stage != sParking || c.epoch != ev.Epoch {
+			break
+		}
+		if !ev.OK {
+			c.abort(ev.Cause)
+			c.unpark()
+			break
+		}
+		c.stage = sParked
+		c.emit(OpReady, c.epoch)
+
+	case EvStop:
+		c.svmStopped = true
+		switch c.stage {
+		case sOff:
+			c.missed()
+		case sParked:
+			// The epoch is right before P's mark of it comes. The offsets stay: P
+			// may die now, and the SVM goes on as it was.
+			c.stage, c.svmStop, c.void = sStopped, ev.At, false
+			c.emit(OpBegin, c.epoch)
+			c.emit(OpStopped, c.epoch)
+		default:
+			c.doubt()
+		}
+	case EvResume:
+		c.svmStopped = false
+		switch c.stage {
+		case sStopped:
+			// The order counts: the offsets are right before output opens.
+			c.stage, c.svmResume = sRun, ev.At
+			c.emit(OpReset, c.epoch)
+			c.emit(OpRun, c.epoch)
+			c.emit(OpCOLO, c.epoch)
+		case sRun, sParking, sParked:
+			c.doubt() // a STOP was missed
+		}
+	case EvCOLO:
+		if c.stage == sRun && c.epoch == ev.Epoch {
+			if ev.OK {
+				c.out = append(c.out, Effect{Op: OpResumed, Epoch: c.epoch, Stop: c.svmStop, Resume: c.svmResume})
+			} else {
+				c.abort(ev.Cause)
+			}
+		}
+	}
+
+	if c.stage == sOff && c.link && (c.qmp || !c.cfg.QMP) {
+		c.begin()
+	}
+	if c.next != 0 {
+		c.prepare()
+	}
+	return c.out
+}
+
+// stepQuiet follows QEMU alone: a checkpoint that was under way when P died is loaded if
+// the SVM goes on before anybody told it that P is gone.
+func (c *Secondary) stepQuiet(ev Event) {
+	switch ev.Kind {
+	case EvStop:
+		c.svmStopped = true
+		if c.stage == sParked {
+			c.stage = sStopped // P had asked for it before it died
+		}
+	case EvResume:
+		c.svmStopped = false
+		if c.stage == sStopped {
+			c.stage = sRun
+			c.emit(OpReset, c.epoch)
+		}
+	}
+}
+
+// Whole reports whether the offsets are those of the SVM as it is. In mid
+// checkpoint they are so only for the P that ordered it.
+func (c *Secondary) Whole() bool { return !c.void && c.stage != sStopped }
+
+// begin follows a new session.
+func (c *Secondary) begin() {
+	if c.park || !c.Whole() {
+		c.stage, c.void = sVoid, true
+		c.emit(OpPark, 0)
+		if !c.park {
+			c.emit(OpStopped, 0) // P may not know yet
+		}
+		return
+	}
+	c.stage = sRun
+	c.emit(OpRun, 0)
+}
+
+// prepare begins the attempt c.next when the SVM runs.
+func (c *Secondary) prepare() {
+	switch {
+	case c.stage == sOff || !c.qmp:
+		c.epoch, c.next = c.next, 0
+		c.abort("no QMP connection")
+	case c.svmStopped:
+		// Its tap cannot drain. The attempt waits for RESUME, P for no longer
+		// than it likes.
+	default:
+		// An attempt before this one is over; what was parked stays parked.
+		c.epoch, c.next, c.stage = c.next, 0, sParking
+		c.emit(OpPark, c.epoch)
+		c.emit(OpDrain, c.epoch)
+	}
+}
+
+// doubt follows a STOP or RESUME that nobody asked for or nobody may have seen:
+// what the SVM sends from here on may not fit the offsets.
+func (c *Secondary) doubt() {
+	c.stage, c.void = sVoid, true
+	c.emit(OpPark, 0)
+	if c.link {
+		c.emit(OpStopped, 0)
+	}
+}
+
+// unpark goes back to where the attempt began: nothing happened.
+func (c *Secondary) unpark() {
+	if c.void {
+		c.stage = sVoid
+		return
+	}
+	c.stage = sRun
+	c.emit(OpRun, 0)
+}
+
+func (c *Secondary) abort(cause string) {
+	if c.link {
+		c.out = append(c.out, Effect{Op: OpAbort, Epoch: c.epoch, Cause: cause})
+	}
+}

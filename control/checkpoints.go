@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"lockstep/control/api"
+	"lockstep/control/checkpoint"
+	"lockstep/control/datapath"
+	"lockstep/control/failover"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
+	"lockstep/control/qmp"
+)
+
+const (
+	maxHistory   = 32 // requests and attempts kept for status
+	maxRequests  = 256
+	sweepEvery   = time.Second
+	quietRequest = time.Second // between two log lines about requests that nothing serves
+)
+
+// machine is a ckptPrimary or a ckptSecondary.
+type machine interface {
+	Step(now int64, ev checkpoint.Event) []checkpoint.Effect
+	NextDeadline() int64
+	State() (word, detail string)
+}
+
+// checkpoints makes this host's share in them, and remembers what was asked for and what
+// came of it.
+type checkpoints struct {
+	d         *Daemon
+	machine   machine
+	primary   *checkpoint.Primary   // one of the two
+	secondary *checkpoint.Secondary // is machine
+	queue     []checkpoint.Event
+	stepping  bool
+	stopDrain context.CancelFunc
+
+	requests    chan request
+	requested   atomic.Uint64 // by anyone
+	committed   uint64
+	waiting     []request // causes of the next attempt
+	causes      []api.Cause
+	attempts    []api.Checkpoint
+	attemptNow  []request // causes of the attempt under way
+	attemptAt   int64
+	unservedLog time.Time
+	unserved    uint64
+}
+
+// want takes a request for a checkpoint from any goroutine, and never blocks.
+func (ck *checkpoints) want(r request) {
+	ck.requested.Add(1)
+	select {
+	case ck.requests <- r:
+	default: // as many wait as are ever told apart
+	}
+}
+
+func (ck *checkpoints) wanted(r request) {
+	ck.note(r)
+	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
+		// Nobody to ask. A guest in a bad way asks without end.
+		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
+			ck.d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
+			ck.unservedLog, ck.unserved = time.Now(), 0
+		}
+	}
+	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.reason})
+}
+
+// note keeps a request in mind for the attempt that serves it, and for status.
+func (ck *checkpoints) note(r request) {
+	c := api.Cause{At: r.at, Reason: r.reason, Flow: r.flow}
+	if r.nic >= 0 {
+		c.NIC = &r.nic
+	}
+	ck.causes = keepLast(append(ck.causes, c))
+	ck.waiting = keepLast(append(ck.waiting, r))
+}
+
+func keepLast[T any](s []T) []T {
+	return slices.Delete(s, 0, max(0, len(s)-maxHistory))
+}
+
+// step gives the machine an event and carries out what follows. Events that come
+// of it are taken in their turn.
+func (ck *checkpoints) step(ev checkpoint.Event) {
+	ck.queue = append(ck.queue, ev)
+	if ck.stepping {
+		return
+	}
+	ck.stepping = true
+	for len(ck.queue) > 0 && ck.d.fatal == nil {
+		ev := ck.queue[0]
+		ck.queue = slices.Delete(ck.queue, 0, 1)
+		for _, fx := range ck.machine.Step(ck.d.now(), ev) {
+			if err := ck.carryOut(fx); err != nil {
+				ck.d.fatal = err
+				break
+			}
+		}
+	}
+	ck.stepping = false
+	if ck.d.life == nil || !ck.d.isPrimary() {
+		return
+	}
+	if stuck := ck.primary.Stuck(); stuck != (ck.d.life.p.InDoubt()) {
+		ck.d.life.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
+	}
+}
+
+func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
+	switch fx.Op {
+	case checkpoint.OpOpen:
+		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
+		return ck.d.each("hold", func(n *nic) error {
+			// Who spoke alone did so without a limit.
+			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.EchoEvery, ck.d.opt.SpeakFor))
+		})
+	case checkpoint.OpFreeze:
+		ck.attemptAt = ck.d.now()
+		return ck.d.each("freeze", (*nic).freeze)
+	case checkpoint.OpThaw:
+		return ck.d.each("thaw", (*nic).thaw)
+	case checkpoint.OpPrepare:
+		ck.attempt(fx)
+		ck.d.peer.send(message{Type: "prepare", Epoch: fx.Epoch})
+	case checkpoint.OpAbort:
+		ck.d.peer.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+	case checkpoint.OpAsk:
+		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
+			if err := m.Checkpoint(); err != nil {
+				ev.OK, ev.Cause = false, err.Error()
+			}
+			return ev
+		})
+	case checkpoint.OpEpoch:
+		return ck.d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
+	case checkpoint.OpCOLO:
+		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+			mode, err := m.COLO()
+			ev := checkpoint.Event{Kind: checkpoint.EvCOLO, Epoch: fx.Epoch, OK: err == nil && mode == string(ck.d.opt.Role)}
+			if err != nil {
+				ev.Cause = err.Error()
+			} else if !ev.OK {
+				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
+			}
+			if ev.OK && ck.d.isPrimary() && ck.d.life != nil {
+				// Whatever was heard of the disks, their state decides (R24). A QEMU
+				// that does not answer may be dead: then S is the better host.
+				switch missing, err := qemu.Unreplicated(m, ck.d.life.Disks); {
+				case err != nil:
+					ev.OK, ev.Cause = false, err.Error()
+				case len(missing) > 0:
+					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
+					ck.d.post(func() { ck.d.life.live(failover.Event{Kind: failover.EvReplica}) })
+				}
+			}
+			return ev
+		})
+	case checkpoint.OpCommit:
+		return ck.commit(fx)
+	case checkpoint.OpFailed:
+		ck.attemptEnds(fx.Cause, fx)
+		ck.d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+		ck.checkpointEvent()
+
+	case checkpoint.OpPark:
+		return ck.d.each("park", (*nic).park)
+	case checkpoint.OpDrain:
+		ck.drain(fx.Epoch)
+	case checkpoint.OpReady:
+		ck.d.peer.send(message{Type: "ready", Epoch: fx.Epoch})
+	case checkpoint.OpBegin:
+		ck.d.epoch = fx.Epoch
+		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+	case checkpoint.OpReset:
+		return ck.d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
+	case checkpoint.OpStopped:
+		if fx.Epoch == 0 {
+			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
+		}
+		ck.d.peer.send(message{Type: "stopped", Epoch: fx.Epoch})
+	case checkpoint.OpRun:
+		return ck.d.each("unpark", (*nic).unpark)
+	case checkpoint.OpResumed:
+		ck.committed++
+		ck.d.peer.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+	}
+	return nil
+}
+
+// attempt notes that a checkpoint begins.
+func (ck *checkpoints) attempt(fx checkpoint.Effect) {
+	if len(ck.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
+		// The machine's own wish: it has a doubt to end.
+		ck.requested.Add(1)
+		ck.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
+	}
+	ck.attemptNow, ck.waiting = ck.waiting, nil
+	c := api.Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
+	for _, r := range ck.attemptNow {
+		c.Flow = cmp.Or(c.Flow, r.flow)
+	}
+	ck.attempts = keepLast(append(ck.attempts, c))
+	ck.d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
+}
+
+func (ck *checkpoints) attemptEnds(result string, fx checkpoint.Effect) {
+	if len(ck.attempts) == 0 {
+		return
+	}
+	a := &ck.attempts[len(ck.attempts)-1]
+	a.Result = result
+	a.FrozenMS = milliseconds(ck.d.now() - ck.attemptAt)
+	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
+	if fx.Op == checkpoint.OpFailed {
+		// What it was for is still to be done.
+		ck.waiting = keepLast(append(ck.attemptNow, ck.waiting...))
+	}
+	ck.attemptNow = nil
+}
+
+// checkpointEvent notes the attempt that has just ended.
+func (ck *checkpoints) checkpointEvent() {
+	if len(ck.attempts) == 0 {
+		return
+	}
+	a := &ck.attempts[len(ck.attempts)-1]
+	fields := map[string]any{
+		"epoch": a.Epoch, "result": a.Result, "frozen_ms": a.FrozenMS, "pvm_pause_ms": a.PVMPauseMS, "svm_pause_ms": a.SVMPauseMS,
+	}
+	if a.Flow != "" {
+		fields["flow"] = a.Flow
+	}
+	ck.d.event(journal.Checkpoint, a.Cause, fields)
+}
+
+func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
+
+func (ck *checkpoints) commit(fx checkpoint.Effect) error {
+	inside := false
+	err := ck.d.each("commit", func(n *nic) error {
+		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
+		inside = inside || in
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	ck.d.epoch = fx.Epoch
+	ck.committed++
+	ck.attemptEnds("committed", fx)
+	a := ck.attempts[len(ck.attempts)-1]
+	ck.checkpointEvent()
+	ck.d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
+	if inside {
+		ck.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
+	}
+	if ck.d.life != nil {
+		ck.d.repl.tries.lasts()
+	}
+	ck.d.life.live(failover.Event{Kind: failover.EvCommitted})
+	return ck.d.life.listen(a.Cause)
+}
+
+// drain waits until the SVM has read what its taps hold.
+func (ck *checkpoints) drain(epoch uint32) {
+	if ck.stopDrain != nil {
+		ck.stopDrain()
+	}
+	// P waits a little longer than that.
+	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.ckpt.Ready)*4/5)
+	ck.stopDrain = cancel
+	ck.d.work.Go(func() {
+		defer cancel()
+		ev := checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: epoch, OK: true}
+		for _, n := range ck.d.nics {
+			if err := n.dp.DrainTap(ctx); err != nil {
+				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)
+				break
+			}
+		}
+		ck.d.post(func() { ck.step(ev) })
+	})
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"lockstep/control/datapath"
+)
+
+// tellEdges tells S of the connections that were taken over by this host or by one
+// before it (P). There may be millions, so that takes a while, beside everything else.
+// S hears that it is covered only behind them.
+func (re *replicator) tellEdges() {
+	l, peer := re.d.life, re.d.peer.link
+	if peer == nil {
+		return // whoever comes is told
+	}
+	re.edgesTo = peer
+	re.d.work.Go(func() {
+		err := re.streamEdges(peer)
+		re.d.post(func() {
+			switch {
+			case re.d.peer.link != peer:
+			case err != nil:
+				re.d.peer.unlink(peer, err) // the next session tries again
+			default:
+				if re.edgesTold = peer; l.p.Covered() {
+					re.d.peer.send(message{Type: "covered", Record: l.p.Term()})
+				}
+			}
+		})
+	})
+}
+
+func (re *replicator) streamEdges(peer *link) error {
+	for _, n := range re.d.nics {
+		edges, err := n.dp.Edges()
+		if err != nil {
+			return fmt.Errorf("nic %d: %w", n.index, err)
+		}
+		if !peer.stream(func(yield func(message) bool) {
+			for some := range slices.Chunk(edges, maxEdges) {
+				b, err := binary.Append(nil, binary.LittleEndian, some)
+				if err != nil {
+					panic(err) // fields of fixed size
+				}
+				if !yield(message{Type: "edges", NIC: n.index, Edges: b}) {
+					return
+				}
+			}
+		}) {
+			return errors.New("the link was lost while edges were told")
+		}
+	}
+	return nil
+}
+
+// addEdges takes what tellEdges tells (S).
+func (re *replicator) addEdges(m message) error {
+	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
+	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(re.d.nics) {
+		return errors.New("edges that make no sense")
+	}
+	n := re.d.nics[m.NIC]
+	return n.do(func() error { return n.dp.AddEdges(edges) })
+}

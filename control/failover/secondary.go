@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package failover
+
+import "math"
+
+// SecondaryState is where S is.
+type SecondaryState uint8
+
+const (
+	SecondaryWait  SecondaryState = iota // no pair yet
+	SecondaryPair                        // the SVM follows
+	SecondaryClaim                       // QUIET, and the arbiter is asked
+	SecondaryLease                       // won; P may still transmit on its last lease
+	SecondaryLoad                        // a checkpoint that was under way shows whether it was loaded
+	SecondaryQEMU                        // QEMU is being told
+	SecondarySolo
+	SecondaryFenced
+	SecondaryOff // P's guest powered off
+)
+
+// Secondary is the machine of the host whose guest follows.
+type Secondary struct {
+	side
+	state   SecondaryState
+	covered bool
+	exited  int64 // when this side's QEMU lost P's; 0: it did not
+	shut    bool  // P reported that its gate is shut
+	awake   bool
+	loadBy  int64
+	paired  int64 // when P's term was learnt
+	ordered int64 // until then an operator's order to take over holds
+}
+
+// NewSecondary begins anew, or with what a daemon before this one was told for
+// term, if the SVM is still the one it was told of (R23).
+func NewSecondary(cfg Config, term uint64, covered bool, now int64) *Secondary {
+	// Nothing shows that P is dead: its daemon, too, may have been started again.
+	l := &Secondary{side: side{cfg: cfg, term: term, received: now, hostLives: true}, covered: covered}
+	if covered {
+		l.state = SecondaryPair
+	}
+	return l
+}
+
+// State is where S is.
+func (l *Secondary) State() SecondaryState { return l.state }
+
+// Covered reports whether S may take over.
+func (l *Secondary) Covered() bool { return l.covered }
+
+// gone is when P counts as dead if nothing changes.
+func (l *Secondary) gone() int64 {
+	if l.link || !l.covered && !l.cfg.noR18 {
+		return math.MaxInt64
+	}
+	limit := l.cfg.timeout
+	if l.hostLives && l.exited == 0 {
+		limit = l.cfg.Rejoin // its daemon is started again, its QEMU runs
+	}
+	return max(l.received, l.echoed) + limit
+}
+
+// useless is when an SVM that follows nobody gives up, though P lives.
+func (l *Secondary) useless() int64 {
+	if !l.link || l.exited == 0 {
+		return math.MaxInt64
+	}
+	return l.exited + l.cfg.timeout
+}
+
+// leaseEnd is when P cannot transmit any more (R21 iii).
+func (l *Secondary) leaseEnd() int64 {
+	if l.shut || l.echoed == 0 || l.cfg.noWait {
+		return 0
+	}
+	return l.echoed + l.cfg.drifted()
+}
+
+// NextDeadline is when lvTick is due next, boottime ns; math.MaxInt64: never.
+func (l *Secondary) NextDeadline() int64 {
+	switch l.state {
+	case SecondaryPair:
+		return min(l.gone(), l.useless())
+	case SecondaryLease:
+		return l.leaseEnd()
+	case SecondaryLoad:
+		return l.loadBy
+	}
+	return math.MaxInt64
+}
+
+// Step takes one event in. The effects are valid until the next Step.
+func (l *Secondary) Step(now int64, ev Event) []Effect {
+	l.take(now, ev)
+	switch ev.Kind {
+	case EvLinkUp:
+		if l.state > SecondaryPair {
+			break
+		}
+		if ev.Term != l.term {
+			l.term, l.covered, l.paired = ev.Term, false, now
+		}
+		l.state = SecondaryPair
+	case EvCovered:
+		if l.state == SecondaryPair && l.link && ev.Term == l.term {
+			l.covered = true
+		}
+	case EvPeerDead:
+		if l.state == SecondaryPair && (l.covered || now < l.ordered || l.cfg.noR18) {
+			l.shut = true
+			l.takeOver()
+		}
+	case EvDismissed:
+		if l.state < SecondaryLease {
+			l.fence()
+		}
+	case EvTakeOver:
+		switch {
+		case l.state != SecondaryPair || !l.MayTakeOver(l.echoed, ev.OK):
+		case l.link:
+			// A primary that lives reports when its gate is shut.
+			l.ordered = now + l.cfg.order
+			l.emit(OpYield)
+		default:
+			l.takeOver()
+		}
+	case EvGuestFailed:
+		l.sick = true
+	case EvGuestHealthy:
+		l.sick = false
+	case EvPoweredOff:
+		l.powerOff()
+	case EvCOLOExit:
+		l.exited, l.awake = now, true
+	case EvRuns:
+		l.awake = true
+	case EvQEMUDead:
+		l.fence()
+	case EvClaimed:
+		switch {
+		case l.state != SecondaryClaim:
+		case ev.OK:
+			l.state, l.term = SecondaryLease, ev.Term
+		default:
+			l.fence()
+		}
+	case EvQEMU:
+		switch {
+		case l.state != SecondaryQEMU:
+		case ev.OK:
+			l.state = SecondarySolo
+			l.emit(OpSolo)
+		default:
+			l.fence()
+		}
+	}
+	l.advance(now)
+	return l.out
+}
+
+// advance does what time allows.
+func (l *Secondary) advance(now int64) {
+	if l.state == SecondaryPair && (now >= l.useless() || l.sick && l.link) {
+		l.fence() // P is told, and goes on alone
+	}
+	if l.state == SecondaryPair && now >= l.gone() {
+		l.takeOver()
+	}
+	if l.state == SecondaryLease && now >= l.leaseEnd() {
+		l.state, l.loadBy = SecondaryLoad, now+l.cfg.settle
+	}
+	if l.state == SecondaryLoad && (l.awake || now >= l.loadBy) {
+		l.state = SecondaryQEMU
+		l.emit(OpQEMU)
+	}
+}
+
+// MayTakeOver reports whether an order to take over can be followed: by force also by
+// an SVM that no commit covers, but not from a P that no lease binds, as none does
+// before it holds the PVM's output (R26). echoed is the boottime of the last echo, ns.
+func (l *Secondary) MayTakeOver(echoed int64, force bool) bool {
+	return l.covered || force && (max(l.echoed, echoed) > l.paired || l.cfg.noR26Lease)
+}
+
+// takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.
+func (l *Secondary) takeOver() {
+	l.state, l.awake = SecondaryClaim, l.exited != 0
+	l.emit(OpQuiet)
+	l.emit(OpClaim)
+}
+
+// fence: this guest follows nobody any more.
+func (l *Secondary) fence() {
+	if l.state >= SecondaryFenced {
+		return
+	}
+	l.state, l.covered = SecondaryFenced, false
+	l.mute()
+	l.emit(OpFenced)
+}
+
+// off: the pair stays off until somebody starts it.
+func (l *Secondary) powerOff() {
+	if l.state >= SecondaryClaim || l.cfg.noR25 {
+		return // the arbiter was asked: that decides
+	}
+	l.state, l.covered = SecondaryOff, false
+	l.emit(OpShut)
+	l.emit(OpPoweredOff)
+}

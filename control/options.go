@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"lockstep/compare"
+	"lockstep/control/checkpoint"
+	"lockstep/control/datapath"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
+)
+
+// Options say what to run. Zero durations mean defaults.
+type Options struct {
+	VM   string
+	Node string // this host's name
+	Peer string // the other's
+	Role datapath.Role
+
+	// ConfigDigest is over what both nodes' configs must agree on; a peer with
+	// another one is refused.
+	ConfigDigest string
+
+	// Control is where the primary listens and the secondary connects: the
+	// primary's control address.
+	Control string
+	// Where the control link is made from: by this host as the secondary, by the peer.
+	// The zero Addr: from anywhere.
+	OwnAddr, PeerAddr netip.Addr
+
+	TLS *tls.Config // nil: the control link is not protected
+	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
+
+	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
+	// Fresh tells that a NIC's tables were made at this start, not found pinned
+	// (R23).
+	Fresh bool
+
+	Compare     compare.Config          // primary; Linger and Idle also the secondary's
+	Copies      compare.SecondaryConfig // secondary
+	Period      time.Duration           // of checkpoints that nothing asks for, the longest; 0: none
+	TargetPause time.Duration           // of the PVM, which the period follows; 0: the period is fixed
+	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
+	Rekey       time.Duration           // between rotations of the signing keys; 0: none
+
+	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
+	EchoEvery, SpeakFor time.Duration
+
+	StatusSocket string // "": none
+	Log          *slog.Logger
+
+	// Life: the pair begins and ends by lockstep. nil: it is there, and nobody takes
+	// over.
+	Life     *Life
+	Journal  *journal.Journal    // of what happened; nil: none
+	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
+
+	// Tests shorten these.
+	link       linkTiming
+	qmpTimeout time.Duration
+	qmpPoll    time.Duration
+	dialQMP    dialQMP
+	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
+	orderEvery time.Duration
+	entryEvery time.Duration
+	ckpt       *checkpoint.Config
+}
+
+func (o *Options) setDefaults() error {
+	switch {
+	case o.Role != datapath.RolePrimary && o.Role != datapath.RoleSecondary:
+		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
+	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
+		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
+	}
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	set(&o.MinInterval, 20*time.Millisecond)
+	set(&o.EchoEvery, 50*time.Millisecond)
+	set(&o.SpeakFor, 400*time.Millisecond)
+	set(&o.Compare.Linger, 2*time.Second)
+	set(&o.Compare.Idle, 2*time.Hour)
+	set(&o.qmpTimeout, qmpTimeout)
+	if o.Life != nil {
+		set(&o.qmpPoll, qmpPollLife)
+	}
+	set(&o.qmpPoll, qmpPoll)
+	if o.dialQMP == nil {
+		o.dialQMP = dialMonitor
+	}
+	set(&o.orderEvery, orderEvery)
+	set(&o.entryEvery, entryEvery)
+	if o.link == (linkTiming{}) {
+		o.link = defaultLinkTiming
+		if o.Life != nil {
+			o.link.silence, o.link.ping = o.Life.Timeout, o.EchoEvery
+			if o.Life.Restart != 0 {
+				// A daemon that was started again is found within that time.
+				o.link.retryMax = min(o.link.retryMax, o.Life.Restart/4)
+			}
+		}
+	}
+	if o.Progress == nil {
+		o.Progress = func(qemu.Progress) {}
+	}
+	if o.ckpt == nil {
+		c := checkpoint.DefaultConfig()
+		o.ckpt = &c
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}

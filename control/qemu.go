@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"lockstep/control/failover"
+	"lockstep/control/journal"
+	"lockstep/control/qemu"
+	"lockstep/control/qmp"
+	"lockstep/control/state"
+)
+
+// startGuest is ensureGuest's; but a secondary without room for its overlays waits for
+// it, and status tells.
+func (mo *monitor) startGuest(ctx context.Context) error {
+	err := mo.ensureGuest(ctx)
+	full := (*qemu.OverlayError)(nil)
+	if !errors.As(err, &full) {
+		return err
+	}
+	pause := mo.d.room.noRoom(full.Dir, full.Error())
+	mo.d.work.Go(func() {
+		for pause.wait(ctx) {
+			err := mo.startQEMU(ctx)
+			if again := (*qemu.OverlayError)(nil); errors.As(err, &again) {
+				continue
+			}
+			mo.d.post(func() {
+				mo.hadQEMU = err == nil
+				if mo.d.life.Setback.why = ""; err != nil {
+					mo.d.fatal = err
+				}
+			})
+			return
+		}
+	})
+	return nil
+}
+
+// procedure runs one of QEMU's beside the controller, which hears of the result.
+func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
+	ctx, cancel := context.WithCancel(mo.d.ctx)
+	m := mo.conn
+	mo.d.work.Go(func() {
+		defer cancel()
+		err := fmt.Errorf("%s: no QMP connection", what)
+		if m != nil {
+			err = f(ctx, m)
+		}
+		mo.d.post(func() { done(err) })
+	})
+	return cancel
+}
+
+// qemuGone: this host's QEMU is.
+func (mo *monitor) qemuGone(why string) {
+	said := ""
+	if mo.d.life.Guest != nil {
+		said = qemu.Log(mo.d.life.Guest)
+	}
+	mo.d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
+	mo.d.event(journal.QEMU, "dead: "+why, nil)
+	if mo.d.guest.svmOff {
+		// One that ends with its guest: the primary's powers off as well, and says so.
+		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead}) }) })
+		return
+	}
+	mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
+}
+
+// ensureGuest starts this host's QEMU, unless that is somebody else's or the one of
+// the daemon before this one runs.
+func (mo *monitor) ensureGuest(ctx context.Context) error {
+	l := mo.d.life
+	if l == nil || l.Guest == nil {
+		return nil
+	}
+	p, err := qemu.Find(l.Guest)
+	switch {
+	case err == nil && l.Begin.Ends():
+		err = p.Kill(ctx)
+		p.Release()
+		if err != nil {
+			return err
+		}
+	case err == nil:
+		mo.d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
+		p.Release()
+		mo.hadQEMU = true
+		return nil
+	case !errors.Is(err, qemu.ErrNotRunning):
+		return err
+	case mo.hadQEMU:
+		return nil // it died; watchQEMU finds that out
+	}
+	l.orphan = false // a new one has told clients nothing
+	in := mo.incoming()
+	if err := l.Guest.Check(in, nil); err != nil {
+		return err
+	}
+	if l.state.Unmerged {
+		if l.p != nil {
+			mo.d.log.Warn("merging what the guest wrote after its takeover into its images")
+			if err := qemu.MergeOverlays(ctx, l.Guest); err != nil {
+				return err
+			}
+		}
+		if err := mo.d.life.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+			return err
+		}
+	}
+	if err := mo.startQEMU(ctx); err != nil {
+		return err
+	}
+	mo.hadQEMU = true
+	return nil
+}
+
+// incoming is where this host's QEMU waits for another's; nil: it does not.
+func (mo *monitor) incoming() *qemu.Incoming {
+	if mo.d.life.s == nil {
+		return nil
+	}
+	return &mo.d.life.Own
+}
+
+// startQEMU starts this host's QEMU, which does not run.
+func (mo *monitor) startQEMU(ctx context.Context) error {
+	p, err := qemu.Start(ctx, mo.d.life.Guest, mo.incoming())
+	if err != nil {
+		return err
+	}
+	mo.d.log.Info("QEMU started", "pid", p.Pid())
+	mo.d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
+	p.Release()
+	return nil
+}
+
+// follows reports whether the SVM follows a PVM, or did so to the end (S).
+func (mo *monitor) follows(ctx context.Context) (bool, error) {
+	var m *qmp.Monitor
+	if err := mo.d.ask(ctx, func() { m = mo.conn }); err != nil {
+		return false, err
+	}
+	if m == nil {
+		return false, errors.New("no QMP connection")
+	}
+	mode, err := m.COLO()
+	return mode == "secondary", err
+}
+
+// rescue has a P go on with a guest that clients know and whose tables are gone. What was
+// compared before is not known any more, and an S that was covered may be about to take
+// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
+// for its secondary.
+func (l *pairLife) rescue(running bool, state string) {
+	if l == nil || l.p == nil || !l.orphan || !running && state != "paused" && state != "colo" {
+		return
+	}
+	l.orphan = false
+	l.d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
+	l.live(failover.Event{Kind: failover.EvTakeOver})
+}
