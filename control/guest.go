@@ -36,6 +36,7 @@ type guestWatch struct {
 	told     bool // which replica that was
 	masked   []string
 	svmOff   bool // S: the SVM powered off
+	broken   bool // a device, of this QEMU
 	retry    backoff
 	retryAt  time.Time
 	retrying bool
@@ -203,6 +204,24 @@ func (gw *guestWatch) guestDead(why string) {
 	gw.d.log.Error(why)
 	gw.d.event(journal.QEMU, why, nil)
 	gw.d.life.live(failover.Event{Kind: failover.EvGuestFailed})
+}
+
+// devicesBroken follows virtio devices that QEMU has given up. An SVM that has one is
+// no replica, though checkpoints go on being committed: its guest waits for that device
+// for ever. What the primary's has would go to the next secondary, too.
+func (gw *guestWatch) devicesBroken(paths []string) {
+	l := gw.d.life
+	if l == nil || len(paths) == 0 || gw.broken {
+		return
+	}
+	gw.broken = true
+	why := fmt.Sprintf("QEMU has given up devices of the guest: %v", paths)
+	if l.s != nil {
+		gw.guestDead(why)
+		return
+	}
+	gw.d.log.Error(why)
+	gw.d.event(journal.QEMU, why, nil)
 }
 
 // guestOff: the guest powered off. Of the SVM that counts when the PVM has done so,

@@ -10,6 +10,7 @@ import (
 
 	"lockstep/control/checkpoint"
 	"lockstep/control/failover"
+	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
 
@@ -196,10 +197,15 @@ func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 		if err != nil {
 			continue
 		}
+		broken, err := qemu.BrokenDevices(m)
+		if err != nil {
+			continue
+		}
 		mo.d.post(func() {
 			if mo.conn == m {
 				mo.info.state, mo.info.colo = state, mode
 				mo.d.guest.guestState(state)
+				mo.d.guest.devicesBroken(broken)
 			}
 		})
 	}

@@ -228,6 +228,21 @@ func TestQEMUEnded(t *testing.T) {
 	}
 }
 
+// TestBrokenDevice: an SVM with a device that QEMU has given up is no replica, whatever is
+// committed: P goes on alone, and S begins afresh.
+func TestBrokenDevice(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	pair.Secondary.SetReply("x-query-virtio-status", `"return": {"broken": true}`)
+	pair.Secondary.SetReply("x-query-virtio", `"return": [{"path": "/machine/nic/virtio-backend"}]`)
+	s.ends(ErrAfresh)
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+}
+
 // TestNoArbiter: without the arbiter's answer nobody speaks; with it one host does.
 func TestNoArbiter(t *testing.T) {
 	pair := newPair(t)

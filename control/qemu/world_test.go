@@ -33,6 +33,7 @@ type world struct {
 	user           string            // the user that QEMU becomes
 	mask           bool              // mutation: a write is done when one replica took it
 	seed           bool              // the disks are as in QEMU's docs/COLO-FT.txt
+	memory         bool              // the test writes to the guests' memory (poke)
 }
 
 const diskSize = 32 << 20
@@ -113,6 +114,9 @@ func (w *world) spec(host string) *qemu.Spec {
 	for i := range w.disks {
 		s.Disks = append(s.Disks, qemu.Disk{ID: fmt.Sprintf("colo-disk%d", i), Image: w.image(host, i), OverlayDir: cmp.Or(w.overlays[host], filepath.Join(w.dir, "overlays, "+host))})
 	}
+	if w.memory {
+		s.Extra = append(s.Extra, "-qtest", "unix:"+w.memorySocket(host)+",server=on,wait=off", "-qtest-log", "none")
+	}
 	s.User = w.user
 	qemu.SetMask(s, w.mask)
 	return s
@@ -135,6 +139,8 @@ func (w *world) seedDrives(host string, secondary bool) []string {
 			"file.file.filename=" + active + ",file.backing.driver=qcow2,file.backing.file.filename=" + hidden + ",file.backing.backing=parent0",
 		"-drive", quorum + "children.0=childs0"}, device...)
 }
+
+func (w *world) memorySocket(host string) string { return filepath.Join(w.dir, host+".mem") }
 
 func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".serial") }
 
