@@ -39,7 +39,7 @@ func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
 	}
 }
 
-func (l *pairLife) entry(now arbiter.Record) {
+func (l *pairLife) entry(now arbiter.Entry) {
 	if now.Speaker != l.d.opt.Node && now.Term > l.p.Term() && l.p.State() != failover.PrimaryClaim {
 		l.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
 	}
@@ -67,25 +67,25 @@ func (s *serialArbiter) wait(ctx context.Context) error {
 	}
 }
 
-func (s *serialArbiter) Read(ctx context.Context) (arbiter.Record, error) {
+func (s *serialArbiter) Read(ctx context.Context) (arbiter.Entry, error) {
 	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, err
+		return arbiter.Entry{}, err
 	}
 	defer func() { s.turn <- struct{}{} }()
 	return s.Arbiter.Read(ctx)
 }
 
-func (s *serialArbiter) Settle(ctx context.Context) (arbiter.Record, error) {
+func (s *serialArbiter) Settle(ctx context.Context) (arbiter.Entry, error) {
 	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, err
+		return arbiter.Entry{}, err
 	}
 	defer func() { s.turn <- struct{}{} }()
 	return s.Arbiter.Settle(ctx)
 }
 
-func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Record) (arbiter.Record, bool, error) {
+func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Entry) (arbiter.Entry, bool, error) {
 	if err := s.wait(ctx); err != nil {
-		return arbiter.Record{}, false, err
+		return arbiter.Entry{}, false, err
 	}
 	defer func() { s.turn <- struct{}{} }()
 	return s.Arbiter.Swap(ctx, old, next)
@@ -93,11 +93,11 @@ func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Record) (arb
 
 // claim asks the arbiter until it is known what came of it (R21 ii).
 func (l *pairLife) claim(term uint64) {
-	from := arbiter.Record{Term: term, Speaker: l.d.opt.Node}
+	from := arbiter.Entry{Term: term, Speaker: l.d.opt.Node}
 	if l.s != nil {
 		from.Speaker = l.d.opt.Peer
 	}
-	to := arbiter.Record{Term: term + 1, Speaker: l.d.opt.Node}
+	to := arbiter.Entry{Term: term + 1, Speaker: l.d.opt.Node}
 	l.d.log.Info("claiming the arbiter", "from", from, "to", to)
 	l.d.work.Go(func() {
 		now, won, err := Swap(l.d.ctx, l.Arbiter, from, to, func(err error) {
@@ -117,7 +117,7 @@ func (l *pairLife) claim(term uint64) {
 // Swap makes the record to if it is from, and returns when that is known, or ctx has
 // ended. An arbiter that answers with from has decided nothing: as one that does not
 // answer it is asked again, at a growing distance, since each time may fence a host.
-func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, failed func(error)) (now arbiter.Record, won bool, err error) {
+func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Entry, failed func(error)) (now arbiter.Entry, won bool, err error) {
 	silent, unmoved := arbiterRetry, unmovedRetry
 	for {
 		again := &silent
@@ -143,7 +143,7 @@ func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Record, faile
 }
 
 // Settle returns the record when the arbiter tells it, or ctx has ended.
-func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Record, error) {
+func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Entry, error) {
 	again := arbiterRetry
 	for {
 		now, err := a.Settle(ctx)

@@ -25,14 +25,14 @@ import (
 // sharedArbiter is one that both hosts reach, until it is cut.
 type sharedArbiter struct {
 	mu    sync.Mutex
-	now   arbiter.Record
+	now   arbiter.Entry
 	cut   bool
 	reads int
 }
 
 // set changes the entry by somebody else's hand, and returns how often it was read
 // before.
-func (a *sharedArbiter) set(now arbiter.Record) (reads int) {
+func (a *sharedArbiter) set(now arbiter.Entry) (reads int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.now = now
@@ -57,25 +57,25 @@ func (a *sharedArbiter) await(t *testing.T, reads int) {
 	}
 }
 
-func (a *sharedArbiter) Read(context.Context) (arbiter.Record, error) {
+func (a *sharedArbiter) Read(context.Context) (arbiter.Entry, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.reads++
 	if a.cut {
-		return arbiter.Record{}, errors.New("the arbiter is cut off")
+		return arbiter.Entry{}, errors.New("the arbiter is cut off")
 	}
 	return a.now, nil
 }
 
-func (a *sharedArbiter) Settle(ctx context.Context) (arbiter.Record, error) { return a.Read(ctx) }
-func (a *sharedArbiter) Close() error                                       { return nil }
+func (a *sharedArbiter) Settle(ctx context.Context) (arbiter.Entry, error) { return a.Read(ctx) }
+func (a *sharedArbiter) Close() error                                      { return nil }
 
-func (a *sharedArbiter) Swap(_ context.Context, old, next arbiter.Record) (arbiter.Record, bool, error) {
+func (a *sharedArbiter) Swap(_ context.Context, old, next arbiter.Entry) (arbiter.Entry, bool, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
 	case a.cut:
-		return arbiter.Record{}, false, errors.New("the arbiter is cut off")
+		return arbiter.Entry{}, false, errors.New("the arbiter is cut off")
 	case a.now == old:
 		a.now = next
 	}
@@ -92,7 +92,7 @@ func (a *sharedArbiter) setCut(cut bool) {
 func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 	t.Helper()
 	p, s = hosts(t, pair)
-	a = &sharedArbiter{now: arbiter.Record{Term: 1, Speaker: "alpha"}}
+	a = &sharedArbiter{now: arbiter.Entry{Term: 1, Speaker: "alpha"}}
 	dir := t.TempDir()
 	for _, x := range []*side{p, s} {
 		store, err := state.Open(dir, "web1", x.opt.Node)
@@ -265,7 +265,7 @@ func TestNoArbiter(t *testing.T) {
 	a.setCut(false)
 	s.ends(ErrPromoted)
 	s.path.await(t, mark, "mode quiet", "take over", "mode solo")
-	if a.now != (arbiter.Record{Term: 2, Speaker: "beta"}) {
+	if a.now != (arbiter.Entry{Term: 2, Speaker: "beta"}) {
 		t.Errorf("the record is %v", a.now)
 	}
 }
@@ -354,7 +354,7 @@ func TestFailoverLost(t *testing.T) {
 	s.start()
 	p.covered()
 	s.covered()
-	a.set(arbiter.Record{Term: 3, Speaker: "beta"})
+	a.set(arbiter.Entry{Term: 3, Speaker: "beta"})
 	if done, err := api.OrderFailover(t.Context(), p.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "names beta") {
 		t.Errorf("%v, %v", done, err)
 	}
@@ -377,7 +377,7 @@ func TestFencedLater(t *testing.T) {
 				t.Fatal(err)
 			}
 			s.ends(ErrAfresh)
-			reads := a.set(arbiter.Record{Term: 3, Speaker: "beta"})
+			reads := a.set(arbiter.Entry{Term: 3, Speaker: "beta"})
 			if !mutated {
 				p.ends(ErrFenced)
 				p.path.await(t, 0, "mode solo", "mode shut")

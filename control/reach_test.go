@@ -106,7 +106,7 @@ func TestHeldMonitor(t *testing.T) {
 			}
 			other.Close()
 			p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
-			if want := (arbiter.Record{Term: 1, Speaker: "alpha"}); a.now != want {
+			if want := (arbiter.Entry{Term: 1, Speaker: "alpha"}); a.now != want {
 				t.Errorf("the record is %v, want %v", a.now, want)
 			}
 		})

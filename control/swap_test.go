@@ -24,13 +24,13 @@ import (
 // unmoved answers every change with the record that there was.
 type unmoved struct {
 	arbiter.Arbiter // nil: nothing else is called
-	now             arbiter.Record
+	now             arbiter.Entry
 	asked           int
 }
 
-func (u *unmoved) Settle(context.Context) (arbiter.Record, error) { return u.now, nil }
+func (u *unmoved) Settle(context.Context) (arbiter.Entry, error) { return u.now, nil }
 
-func (u *unmoved) Swap(context.Context, arbiter.Record, arbiter.Record) (arbiter.Record, bool, error) {
+func (u *unmoved) Swap(context.Context, arbiter.Entry, arbiter.Entry) (arbiter.Entry, bool, error) {
 	u.asked++
 	return u.now, false, nil
 }
@@ -38,7 +38,7 @@ func (u *unmoved) Swap(context.Context, arbiter.Record, arbiter.Record) (arbiter
 // TestSwapUnmoved: an arbiter that answers with the old record is asked again, at a
 // growing distance, and each time that is said: asking may fence a host.
 func TestSwapUnmoved(t *testing.T) {
-	from, to := arbiter.Record{Term: 4, Speaker: "alpha"}, arbiter.Record{Term: 5, Speaker: "beta"}
+	from, to := arbiter.Entry{Term: 4, Speaker: "alpha"}, arbiter.Entry{Term: 5, Speaker: "beta"}
 	const watched = time.Second
 	told := filepath.Join(t.TempDir(), "told")
 	fence, err := arbiter.Open(&config.Config{
@@ -82,8 +82,8 @@ func TestSwapUnmoved(t *testing.T) {
 
 // TestSwapUnmovedThenWon: it goes on as soon as the arbiter does.
 func TestSwapUnmovedThenWon(t *testing.T) {
-	from, to := arbiter.Record{Term: 4, Speaker: "alpha"}, arbiter.Record{Term: 5, Speaker: "beta"}
-	for _, now := range []arbiter.Record{to, {Term: 5, Speaker: "alpha"}} {
+	from, to := arbiter.Entry{Term: 4, Speaker: "alpha"}, arbiter.Entry{Term: 5, Speaker: "beta"}
+	for _, now := range []arbiter.Entry{to, {Term: 5, Speaker: "alpha"}} {
 		u := &unmoved{now: from}
 		got, won, err := Swap(t.Context(), u, from, to, func(error) { u.now = now })
 		if got != now || won != (now == to) || err != nil {

@@ -132,8 +132,8 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.
 		return failover.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
 			"name the arbiter that was, or put the record back; docs/ARBITER.md says how to move to another one")
 	}
-	if o.primary && rec == (arbiter.Record{}) {
-		first := arbiter.Record{Term: 1, Speaker: self}
+	if o.primary && rec == (arbiter.Entry{}) {
+		first := arbiter.Entry{Term: 1, Speaker: self}
 		if rec, _, err = control.Swap(ctx, life.arbiter, rec, first, func(err error) {
 			o.log.Warn("the arbiter does not answer: waiting", "err", err)
 		}); err != nil {

@@ -32,7 +32,7 @@ func TestRunLife(t *testing.T) {
 		err := ends[0]
 		if ends = ends[1:]; errors.Is(err, control.ErrPromoted) {
 			// It won the arbiter before.
-			rec := arbiter.Record{Term: 2, Speaker: "alpha"}
+			rec := arbiter.Entry{Term: 2, Speaker: "alpha"}
 			if _, won, err := o.Life.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
 				t.Errorf("swap: %v, %v", won, err)
 			}

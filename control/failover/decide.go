@@ -17,7 +17,7 @@ type Begin struct {
 	// there are none. They are made anew. Else they are those of the daemon before this
 	// one.
 	Discard bool
-	Record  arbiter.Record // the pair's
+	Record  arbiter.Entry // the pair's
 
 	primary  PrimaryState
 	covered  bool
@@ -47,7 +47,7 @@ func (b Begin) Meets(runs bool) error {
 // Decide is what a node has to be: role is what its command line asks for, st what it
 // stored, rec the arbiter's entry. A node that the arbiter names is primary,
 // whatever the command line asks for; one that it does not name is never.
-func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Record, found datapath.Pinned) (Begin, error) {
+func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Entry, found datapath.Pinned) (Begin, error) {
 	switch rec.Speaker {
 	case self:
 		return decideSpeaker(st, rec, found), nil
@@ -79,7 +79,7 @@ func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.R
 	return b, nil
 }
 
-func decideSpeaker(st state.State, rec arbiter.Record, found datapath.Pinned) Begin {
+func decideSpeaker(st state.State, rec arbiter.Entry, found datapath.Pinned) Begin {
 	b := Begin{Role: datapath.RolePrimary, Record: rec, Discard: found == datapath.Pinned{}}
 	b.orphan = b.Discard && st.Role == string(datapath.RolePrimary) && st.Term == rec.Term
 	switch {

@@ -14,13 +14,13 @@ import (
 // TestDecide: what a node has to be when it starts (R19). Of all that it may find, only
 // the arbiter's record makes it primary, and nothing makes it so against that.
 func TestDecide(t *testing.T) {
-	alpha, beta := arbiter.Record{Term: 5, Speaker: "alpha"}, arbiter.Record{Term: 5, Speaker: "beta"}
+	alpha, beta := arbiter.Entry{Term: 5, Speaker: "alpha"}, arbiter.Entry{Term: 5, Speaker: "beta"}
 	covered := state.State{Role: "secondary", Term: 4, Covered: 4}
 	for _, tc := range []struct {
 		name  string
 		role  datapath.Role
 		st    state.State
-		rec   arbiter.Record
+		rec   arbiter.Entry
 		found datapath.Pinned
 		want  Begin
 		err   string
@@ -49,17 +49,17 @@ func TestDecide(t *testing.T) {
 		{name: "an old primary that follows", role: datapath.RoleSecondary, rec: beta, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "a new secondary", role: datapath.RoleSecondary, rec: beta, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
 		{name: "before there is a primary", role: datapath.RoleSecondary, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
-		{name: "a secondary again, covered", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
+		{name: "a secondary again, covered", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
 			want: Begin{Role: datapath.RoleSecondary, covered: true}},
-		{name: "parked", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModePark},
+		{name: "parked", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModePark},
 			want: Begin{Role: datapath.RoleSecondary, covered: true}},
-		{name: "shut, when its daemon had just begun", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeShut},
+		{name: "shut, when its daemon had just begun", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeShut},
 			want: Begin{Role: datapath.RoleSecondary, covered: true}},
 		{name: "shut, uncovered", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeShut},
 			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
-		{name: "about to claim", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
+		{name: "about to claim", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},
 			want: Begin{Role: datapath.RoleSecondary, covered: true, takeOver: true}},
-		{name: "covered, and its tables are gone", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 4, Speaker: "beta"}, st: covered,
+		{name: "covered, and its tables are gone", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered,
 			want: Begin{Role: datapath.RoleSecondary, Discard: true, keep: true}},
 		{name: "covered for an earlier term, and its tables are gone", role: datapath.RoleSecondary, rec: beta, st: covered,
 			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
@@ -68,7 +68,7 @@ func TestDecide(t *testing.T) {
 		{name: "a secondary, not covered yet", role: datapath.RoleSecondary, rec: beta, st: state.State{Role: "secondary", Term: 5}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
 			want: Begin{Role: datapath.RoleSecondary}},
 		{name: "a secondary that lost", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
-		{name: "somebody else's record", role: datapath.RoleSecondary, rec: arbiter.Record{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
+		{name: "somebody else's record", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got, err := Decide(tc.role, "alpha", "beta", tc.st, tc.rec, tc.found)
@@ -89,7 +89,7 @@ func TestDecide(t *testing.T) {
 // TestBeginMeets: a guest that runs is ended only when it follows nobody, and a node does
 // not begin where that is not known.
 func TestBeginMeets(t *testing.T) {
-	rec := arbiter.Record{Term: 4, Speaker: "beta"}
+	rec := arbiter.Entry{Term: 4, Speaker: "beta"}
 	for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
 		for _, discard := range []bool{false, true} {
 			for _, keep := range []bool{false, discard} {
@@ -112,7 +112,7 @@ func TestBeginMeets(t *testing.T) {
 // TestMutationKeep: without the rule the only guest that knows what clients were told is
 // ended because its tables are gone.
 func TestMutationKeep(t *testing.T) {
-	b, err := Decide(datapath.RoleSecondary, "alpha", "beta", state.State{Role: "secondary", Term: 4, Covered: 4}, arbiter.Record{Term: 4, Speaker: "beta"}, datapath.Pinned{})
+	b, err := Decide(datapath.RoleSecondary, "alpha", "beta", state.State{Role: "secondary", Term: 4, Covered: 4}, arbiter.Entry{Term: 4, Speaker: "beta"}, datapath.Pinned{})
 	if err != nil || b.Meets(true) == nil {
 		t.Fatalf("%+v, %v: it begins", b, err)
 	}

@@ -54,6 +54,8 @@ func TestMemoryCopy(t *testing.T) {
 		s.RAM.PageSize, s.RAM.DirtyPages = 4096, 64<<8
 		return s
 	}
+	first := active(122 << 20)
+	first.RAM.DirtyPages = 0
 	began := time.Unix(1, 0)
 	for _, x := range []struct {
 		name string
@@ -66,6 +68,8 @@ func TestMemoryCopy(t *testing.T) {
 		{"it made none and goes on", 11 * time.Second, active(1), ""},
 		{"its time is over", 61 * time.Second, active(122 << 20),
 			"not copied within 1m0s: 2.0 MiB/s are copied and the guest writes 64.0 MiB/s, with 24 of 128 MiB left; a faster link, a higher migration.bandwidth, migration.auto_converge"},
+		{"the first pass takes too long", 61 * time.Second, first,
+			"not copied within 1m0s: 2.0 MiB/s are copied, with 24 of 128 MiB left"},
 		{"it failed", time.Second, migrationState{Status: "failed", Why: "broken pipe"}, "migration to the secondary failed: broken pipe"},
 		{"it was cancelled", time.Second, migrationState{Status: "cancelled"}, "its state is cancelled"},
 		{"it is done", time.Second, migrationState{Status: "colo"}, ""},

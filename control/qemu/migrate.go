@@ -72,9 +72,13 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 	case still:
 		return p, false, fmt.Errorf("copying the memory to the secondary has made no progress for %v, at %d of %d MiB", l.Stalled, p.Done>>20, p.Total>>20)
 	case now.Sub(c.began) > l.Timeout:
-		return p, false, fmt.Errorf("the memory was not copied within %v: %s are copied and the guest writes %s, with %d of %d MiB left; "+
+		writes := "" // QEMU measures that after the first pass
+		if p.Dirtied > 0 {
+			writes = " and the guest writes " + perSecond(p.Dirtied)
+		}
+		return p, false, fmt.Errorf("the memory was not copied within %v: %s are copied%s, with %d of %d MiB left; "+
 			"a faster link, a higher migration.bandwidth, migration.auto_converge, less load or a longer migration.timeout ends that",
-			l.Timeout, perSecond(p.Rate), perSecond(p.Dirtied), (p.Total-p.Done)>>20, p.Total>>20)
+			l.Timeout, perSecond(p.Rate), writes, (p.Total-p.Done)>>20, p.Total>>20)
 	}
 	return p, false, nil
 }
