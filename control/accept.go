@@ -15,6 +15,7 @@ import (
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
+	"lockstep/control/peerlink"
 )
 
 // maxStrangers bounds the connections that have not said who they are.
@@ -24,7 +25,7 @@ const maxStrangers = 8
 func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
 	strangers := &strangers{peer: pl.d.opt.PeerAddr}
-	again := backoff{first: pl.d.opt.link.retry, last: pl.d.opt.link.retryMax}
+	again := backoff{first: pl.d.opt.link.Retry, last: pl.d.opt.link.RetryMax}
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
@@ -107,20 +108,20 @@ func (s *strangers) known(conn net.Conn) bool {
 // controller (P). known is asked before that.
 func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) error {
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := pl.secure(ctx, raw)
+	conn, err := pl.security().Secure(ctx, raw)
 	if err != nil {
 		return err
 	}
-	l := newLink(conn, pl.d.opt.link)
-	m, err := l.read(pl.d.opt.link.handshake)
+	l := peerlink.New(conn, pl.d.opt.link)
+	m, err := l.Read(pl.d.opt.link.Handshake)
 	if err != nil {
-		return pl.explain(err)
+		return pl.security().Explain(err)
 	}
 	if m.Type != "hello" || m.Hello == nil {
 		return fmt.Errorf("%q in place of hello", m.Type)
 	}
-	if err := checkPeer(pl.party(), m.Hello.party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
-		_ = l.write(message{Type: "refuse", Cause: err.Error()})
+	if err := peerlink.CheckPeer(pl.party(), m.Hello.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
+		_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
 		return err
 	}
 	if pl.d.life != nil {
@@ -132,7 +133,7 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 			err = pl.d.repl.fitsQEMU(ctx, m.Hello)
 		}
 		if err != nil {
-			_ = l.write(message{Type: "refuse", Cause: err.Error()})
+			_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
 			return err
 		}
 	}
@@ -143,9 +144,9 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
-func (pl *peerLink) offer(l *link, h hello) {
+func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	pl.unlink(pl.link, errors.New("the secondary connected anew"))
-	pl.link, pl.linkUp, pl.peerAddr, pl.peerParty = l, false, l.conn.RemoteAddr().String(), h.party
+	pl.link, pl.linkUp, pl.peerAddr, pl.peerParty = l, false, l.RemoteAddr().String(), h.Party
 	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
 
 	// Connections whose offsets S has lost, or of which this P knows nothing; or a
@@ -155,7 +156,7 @@ func (pl *peerLink) offer(l *link, h hello) {
 		mine += n.primary.Stats().Connections
 		return nil
 	}); err != nil {
-		l.close(err)
+		l.Close(err)
 		return
 	}
 	known := pl.d.recovered || pl.sessions > 0
@@ -163,7 +164,7 @@ func (pl *peerLink) offer(l *link, h hello) {
 	pl.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == pl.d.epoch)
 
 	pl.d.term = max(pl.d.term, h.Term) + 1
-	s := session{party: pl.party(), Epoch: pl.d.epoch, Digest: keyBytes(pl.d.nics[0].keys)}
+	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].keys)}
 	s.Term = pl.d.term
 	if pl.d.life != nil {
 		pl.d.repl.hello = h
@@ -177,6 +178,6 @@ func (pl *peerLink) offer(l *link, h hello) {
 		pl.d.fatal = err
 		return
 	}
-	pl.follow(l, pl.d.opt.link.handshake)
-	l.send(message{Type: "session", Session: &s})
+	pl.follow(l, pl.d.opt.link.Handshake)
+	l.Send(peerlink.Message{Type: "session", Session: &s})
 }

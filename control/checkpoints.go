@@ -16,6 +16,7 @@ import (
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
@@ -134,9 +135,9 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.d.each("thaw", (*nic).thaw)
 	case checkpoint.OpPrepare:
 		ck.attempt(fx)
-		ck.d.peer.send(message{Type: "prepare", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Message{Type: "prepare", Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
-		ck.d.peer.send(message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+		ck.d.peer.send(peerlink.Message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
@@ -181,7 +182,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
-		ck.d.peer.send(message{Type: "ready", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Message{Type: "ready", Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		ck.d.epoch = fx.Epoch
 		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
@@ -191,12 +192,12 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		if fx.Epoch == 0 {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
-		ck.d.peer.send(message{Type: "stopped", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Message{Type: "stopped", Epoch: fx.Epoch})
 	case checkpoint.OpRun:
 		return ck.d.each("unpark", (*nic).unpark)
 	case checkpoint.OpResumed:
 		ck.committed++
-		ck.d.peer.send(message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+		ck.d.peer.send(peerlink.Message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
 }

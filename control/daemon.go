@@ -31,6 +31,7 @@ import (
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/program"
 )
 
@@ -264,9 +265,9 @@ const notifyTimeout = time.Second
 // those of an earlier one is repeated by the guest; no record is accepted until
 // there is a session.
 func (d *Daemon) ownKeys() error {
-	var seed [seedLen]byte
+	var seed [peerlink.SeedLen]byte
 	rand.Read(seed[:])
-	p2s, s2p := signKeys(seed)
+	p2s, s2p := peerlink.SignKeys(seed)
 	for _, n := range d.nics {
 		s := datapath.Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
 		if err := n.dp.InstallSession(s); err != nil {
@@ -310,8 +311,8 @@ func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
 		if d.peer.link != nil {
-			d.peer.link.flush() // the peer may have to hear why
-			d.peer.link.close(context.Canceled)
+			d.peer.link.Flush() // the peer may have to hear why
+			d.peer.link.Close(context.Canceled)
 		}
 	}()
 	d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})

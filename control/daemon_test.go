@@ -17,6 +17,7 @@ import (
 	"lockstep/control/api"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 	"lockstep/control/qmptest"
 )
 
@@ -47,9 +48,9 @@ func hosts(t *testing.T, pair *qmptest.Pair) (p, s *side) {
 	}
 	address := ln.Addr().String()
 	ln.Close()
-	base := Options{VM: "web1", Control: address, MinInterval: time.Millisecond, link: defaultLinkTiming}
-	base.link.retry = time.Millisecond
-	base.link.retryMax = 10 * time.Millisecond
+	base := Options{VM: "web1", Control: address, MinInterval: time.Millisecond, link: peerlink.DefaultTiming}
+	base.link.Retry = time.Millisecond
+	base.link.RetryMax = 10 * time.Millisecond
 	p, s = &side{t: t, opt: base}, &side{t: t, opt: base}
 	p.opt.Node, p.opt.Peer, p.opt.Role = "alpha", "beta", datapath.RolePrimary
 	s.opt.Node, s.opt.Peer, s.opt.Role = "beta", "alpha", datapath.RoleSecondary

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 )
 
 // tellEdges tells S of the connections that were taken over by this host or by one
@@ -29,26 +30,26 @@ func (re *replicator) tellEdges() {
 				re.d.peer.unlink(peer, err) // the next session tries again
 			default:
 				if re.edgesTold = peer; l.p.Covered() {
-					re.d.peer.send(message{Type: "covered", Record: l.p.Term()})
+					re.d.peer.send(peerlink.Message{Type: "covered", Record: l.p.Term()})
 				}
 			}
 		})
 	})
 }
 
-func (re *replicator) streamEdges(peer *link) error {
+func (re *replicator) streamEdges(peer *peerlink.Link) error {
 	for _, n := range re.d.nics {
 		edges, err := n.dp.Edges()
 		if err != nil {
 			return fmt.Errorf("nic %d: %w", n.index, err)
 		}
-		if !peer.stream(func(yield func(message) bool) {
-			for some := range slices.Chunk(edges, maxEdges) {
+		if !peer.Stream(func(yield func(peerlink.Message) bool) {
+			for some := range slices.Chunk(edges, peerlink.MaxEdges) {
 				b, err := binary.Append(nil, binary.LittleEndian, some)
 				if err != nil {
 					panic(err) // fields of fixed size
 				}
-				if !yield(message{Type: "edges", NIC: n.index, Edges: b}) {
+				if !yield(peerlink.Message{Type: "edges", NIC: n.index, Edges: b}) {
 					return
 				}
 			}
@@ -60,7 +61,7 @@ func (re *replicator) streamEdges(peer *link) error {
 }
 
 // addEdges takes what tellEdges tells (S).
-func (re *replicator) addEdges(m message) error {
+func (re *replicator) addEdges(m peerlink.Message) error {
 	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
 	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(re.d.nics) {
 		return errors.New("edges that make no sense")

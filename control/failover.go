@@ -17,6 +17,7 @@ import (
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 	"lockstep/control/state"
@@ -36,7 +37,7 @@ func (l *pairLife) poweredOff() error {
 	l.d.log.Info("the guest powered off, and stays off until `lockstep start`")
 	l.d.event(journal.QEMU, "the guest powered off", nil)
 	if l.p != nil {
-		l.d.peer.send(message{Type: "off"})
+		l.d.peer.send(peerlink.Message{Type: "off"})
 		if err := l.remember(func(st *state.State) { st.Off = l.Guest != nil }); err != nil {
 			return err
 		}
@@ -153,7 +154,7 @@ func newPairLife(l Life, d *Daemon) (*pairLife, error) {
 	if l.again != (backoff{}) {
 		d.repl.tries.again = l.again
 	}
-	cfg, now := failover.DefaultConfig(l.Timeout, d.opt.SpeakFor, cmp.Or(l.Restart, MaxRejoin)), d.opt.NICs[0].Now()
+	cfg, now := failover.DefaultConfig(l.Timeout, d.opt.SpeakFor, cmp.Or(l.Restart, peerlink.MaxRejoin)), d.opt.NICs[0].Now()
 	cfg.NoR26Entry = l.noR26Entry
 	if l.doubt != 0 {
 		cfg.Doubt = int64(l.doubt)
@@ -205,13 +206,13 @@ func (l *pairLife) carryOutLife(fx failover.Effect) error {
 		}
 		return l.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
-		l.d.peer.send(message{Type: "dead"})
+		l.d.peer.send(peerlink.Message{Type: "dead"})
 	case failover.OpFenced:
 		l.out()
 	case failover.OpPoweredOff:
 		return l.poweredOff()
 	case failover.OpYield:
-		l.d.peer.send(message{Type: "yield"})
+		l.d.peer.send(peerlink.Message{Type: "yield"})
 	case failover.OpSync:
 		return l.d.repl.replicate()
 	case failover.OpPair:
@@ -234,7 +235,7 @@ func (l *pairLife) carryOutLife(fx failover.Effect) error {
 		}
 		l.d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
 		if l.d.repl.edgesTold == l.d.peer.link { // else tellEdges does it
-			l.d.peer.send(message{Type: "covered", Record: fx.Term})
+			l.d.peer.send(peerlink.Message{Type: "covered", Record: fx.Term})
 		}
 	case failover.OpQuiet:
 		l.d.log.Warn("the primary is gone: taking over")
@@ -300,7 +301,7 @@ func (l *pairLife) remember(change func(*state.State)) error {
 // goAlone has P speak without S (R21): what is held leaves first.
 func (l *pairLife) goAlone() error {
 	if l.d.peer.link != nil {
-		l.d.peer.send(message{Type: "over"})
+		l.d.peer.send(peerlink.Message{Type: "over"})
 	}
 	if err := l.d.each("go on alone", (*nic).solo); err != nil {
 		return err
@@ -431,7 +432,7 @@ func (l *pairLife) joinedPair(record uint64, pair, colo bool) {
 }
 
 // heardOf takes a message about the pair's life; false: it is none.
-func (l *pairLife) heardOf(m message) bool {
+func (l *pairLife) heardOf(m peerlink.Message) bool {
 	if l == nil {
 		return m.Type == "ping"
 	}

@@ -13,6 +13,7 @@ import (
 	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 )
@@ -117,7 +118,7 @@ func (re *replicator) refuse(why string) {
 		return
 	}
 	re.noteRefused(why)
-	re.d.peer.send(message{Type: "refused", Cause: why})
+	re.d.peer.send(peerlink.Message{Type: "refused", Cause: why})
 }
 
 // noteRefused is each side's share.
@@ -130,7 +131,7 @@ func (re *replicator) noteRefused(why string) {
 }
 
 // tryImagesAgain compares again some time later, if that is still to be done.
-func (re *replicator) tryImagesAgain(peer *link) {
+func (re *replicator) tryImagesAgain(peer *peerlink.Link) {
 	again := re.imagesRetry
 	re.d.work.Go(func() {
 		if !again.wait(re.d.ctx) {

@@ -3,16 +3,12 @@
 package control
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,10 +16,11 @@ import (
 	"lockstep/compare"
 	"lockstep/control/api"
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 )
 
-// dialLink connects to a primary, as a secondary or somebody else would.
-func dialLink(t *testing.T, address string) *link {
+// dialConn connects to a primary, as a secondary or somebody else would.
+func dialConn(t *testing.T, address string) (*peerlink.Link, net.Conn) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -32,7 +29,7 @@ func dialLink(t *testing.T, address string) *link {
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 		if err == nil {
 			t.Cleanup(func() { conn.Close() })
-			return newLink(conn, linkTiming{silence: patience, ping: patience})
+			return peerlink.New(conn, peerlink.Timing{Silence: patience, Ping: patience}), conn
 		}
 		if !again.wait(ctx) {
 			t.Fatal(err)
@@ -40,9 +37,15 @@ func dialLink(t *testing.T, address string) *link {
 	}
 }
 
-func goodHello() hello {
-	return hello{
-		party: party{Version: Version, VM: "web1", Node: "beta", Role: "secondary", NICs: []string{"02:00:00:00:00:02"}},
+func dialLink(t *testing.T, address string) *peerlink.Link {
+	t.Helper()
+	l, _ := dialConn(t, address)
+	return l
+}
+
+func goodHello() peerlink.Hello {
+	return peerlink.Hello{
+		Party: peerlink.Party{Version: peerlink.Version, VM: "web1", Node: "beta", Role: "secondary", NICs: []string{"02:00:00:00:00:02"}},
 		Whole: true,
 	}
 }
@@ -52,17 +55,17 @@ func goodHello() hello {
 func TestRefusals(t *testing.T) {
 	tests := []struct {
 		name   string
-		change func(*party)
+		change func(*peerlink.Party)
 		want   string
 	}{
-		{"version", func(p *party) { p.Version = 1 }, fmt.Sprintf("control protocol %d here, 1 there", Version)},
-		{"vm", func(p *party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
-		{"node", func(p *party) { p.Node = "gamma" }, `but "gamma" is there`},
-		{"role", func(p *party) { p.Role = "boss" }, `"boss" there: one is to be primary`},
-		{"nics", func(p *party) { p.NICs = append(p.NICs, "02:00:00:00:00:09") }, "1 NICs here, 2 there"},
-		{"mac", func(p *party) { p.NICs = []string{"nonsense"} }, "no MAC address"},
-		{"qmp", func(p *party) { p.QMP = true }, "qmp is configured on one node only"},
-		{"config", func(p *party) { p.Config = "other" }, "configs differ in what both must agree on"},
+		{"version", func(p *peerlink.Party) { p.Version = 1 }, fmt.Sprintf("control protocol %d here, 1 there", peerlink.Version)},
+		{"vm", func(p *peerlink.Party) { p.VM = "web2" }, `vm "web1" here, "web2" there`},
+		{"node", func(p *peerlink.Party) { p.Node = "gamma" }, `but "gamma" is there`},
+		{"role", func(p *peerlink.Party) { p.Role = "boss" }, `"boss" there: one is to be primary`},
+		{"nics", func(p *peerlink.Party) { p.NICs = append(p.NICs, "02:00:00:00:00:09") }, "1 NICs here, 2 there"},
+		{"mac", func(p *peerlink.Party) { p.NICs = []string{"nonsense"} }, "no MAC address"},
+		{"qmp", func(p *peerlink.Party) { p.QMP = true }, "qmp is configured on one node only"},
+		{"config", func(p *peerlink.Party) { p.Config = "other" }, "configs differ in what both must agree on"},
 	}
 	p, _ := hosts(t, nil)
 	p.start()
@@ -70,11 +73,11 @@ func TestRefusals(t *testing.T) {
 		t.Run("by the primary: "+tt.name, func(t *testing.T) {
 			l := dialLink(t, p.opt.Control)
 			h := goodHello()
-			tt.change(&h.party)
-			if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
+			tt.change(&h.Party)
+			if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
 				t.Fatal(err)
 			}
-			m, err := l.read(patience)
+			m, err := l.Read(patience)
 			if err != nil || m.Type != "refuse" || !strings.Contains(m.Cause, tt.want) {
 				t.Errorf("got %+v, %v, want %q", m, err, tt.want)
 			}
@@ -92,20 +95,20 @@ func TestRefusals(t *testing.T) {
 	_, s := hosts(t, nil)
 	s.opt.Control = p.opt.Control
 	s.start()
-	good := party{Version: Version, VM: "web1", Node: "alpha", Role: "primary", Term: 5, NICs: []string{"02:00:00:00:00:01"}}
-	seed, keys := make([]byte, seedLen), keyBytes(new(compare.Keys))
-	offer := func(m message) *link {
+	good := peerlink.Party{Version: peerlink.Version, VM: "web1", Node: "alpha", Role: "primary", Term: 5, NICs: []string{"02:00:00:00:00:01"}}
+	seed, keys := make([]byte, peerlink.SeedLen), peerlink.KeyBytes(new(compare.Keys))
+	offer := func(m peerlink.Message) *peerlink.Link {
 		t.Helper()
 		conn, err := ln.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
-		l := newLink(conn, linkTiming{silence: patience, ping: patience})
-		if m, err := l.read(patience); err != nil || m.Type != "hello" || m.Hello.Node != "beta" || !m.Hello.Whole {
+		l := peerlink.New(conn, peerlink.Timing{Silence: patience, Ping: patience})
+		if m, err := l.Read(patience); err != nil || m.Type != "hello" || m.Hello.Node != "beta" || !m.Hello.Whole {
 			t.Fatalf("hello: %+v, %v", m, err)
 		}
-		if err := l.write(m); err != nil {
+		if err := l.Write(m); err != nil {
 			t.Fatal(err)
 		}
 		return l
@@ -114,14 +117,14 @@ func TestRefusals(t *testing.T) {
 		q := good
 		q.NICs = append([]string(nil), good.NICs...)
 		tt.change(&q)
-		offer(message{Type: "session", Session: &session{party: q, Epoch: 1, Digest: keys, Sign: seed}})
+		offer(peerlink.Message{Type: "session", Session: &peerlink.Session{Party: q, Epoch: 1, Digest: keys, Sign: seed}})
 		s.await(tt.want, func(st api.Status) bool { return strings.Contains(st.Peer.Error, tt.want) })
 	}
 	old := good
 	old.Term = 0
-	for want, m := range map[string]message{
-		"out of date":          {Type: "session", Session: &session{party: old, Digest: keys, Sign: seed}},
-		"wrong length":         {Type: "session", Session: &session{party: good, Digest: keys[1:], Sign: seed}},
+	for want, m := range map[string]peerlink.Message{
+		"out of date":          {Type: "session", Session: &peerlink.Session{Party: old, Digest: keys, Sign: seed}},
+		"wrong length":         {Type: "session", Session: &peerlink.Session{Party: good, Digest: keys[1:], Sign: seed}},
 		"refused: not you":     {Type: "refuse", Cause: "not you"},
 		"in place of session":  {Type: "session"},
 		`"prepare" in place o`: {Type: "prepare", Epoch: 1},
@@ -132,8 +135,8 @@ func TestRefusals(t *testing.T) {
 	if st := s.await("start", func(st api.Status) bool { return st.State == "start" }); st.Peer.Connected {
 		t.Errorf("status %+v", st)
 	}
-	l := offer(message{Type: "session", Session: &session{party: good, Epoch: 1, Digest: keys, Sign: seed}})
-	if m, err := l.read(patience); err != nil || m.Type != "ok" {
+	l := offer(peerlink.Message{Type: "session", Session: &peerlink.Session{Party: good, Epoch: 1, Digest: keys, Sign: seed}})
+	if m, err := l.Read(patience); err != nil || m.Type != "ok" {
 		t.Errorf("got %+v, %v, want ok", m, err)
 	}
 	s.replicating()
@@ -142,21 +145,21 @@ func TestRefusals(t *testing.T) {
 // Whoever talks nonsense to the primary is cut off; the secondary's session goes on.
 func TestNonsenseOnTheControlAddress(t *testing.T) {
 	p, s := hosts(t, nil)
-	p.opt.link.handshake = 100 * time.Millisecond
+	p.opt.link.Handshake = 100 * time.Millisecond
 	p.start()
 	s.start()
 	p.replicating()
 	for name, line := range map[string]string{
 		"http": "GET / HTTP/1.1\r\n\r\n", "no hello": `{"type":"ready","epoch":1}` + "\n", "empty hello": `{"type":"hello"}` + "\n",
-		"endless": strings.Repeat("x", 2*maxMessage), "binary": "\x16\x03\x01\x00\n", "silent": "",
+		"endless": strings.Repeat("x", 2*peerlink.MaxMessage), "binary": "\x16\x03\x01\x00\n", "silent": "",
 	} {
-		l := dialLink(t, p.opt.Control)
+		l, conn := dialConn(t, p.opt.Control)
 		if line != "" {
-			if _, err := l.conn.Write([]byte(line)); err != nil {
+			if _, err := conn.Write([]byte(line)); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if m, err := l.read(patience); err == nil {
+		if m, err := l.Read(patience); err == nil {
 			t.Errorf("%s: got %+v", name, m)
 		}
 	}
@@ -174,7 +177,7 @@ func TestNonsenseOnTheControlAddress(t *testing.T) {
 // neither those from its own address, whose oldest make room, nor others, who are not let in.
 func TestStrangers(t *testing.T) {
 	p, s := hosts(t, nil)
-	p.opt.link.handshake, s.opt.link.handshake = patience, patience // whoever waits for that is late
+	p.opt.link.Handshake, s.opt.link.Handshake = patience, patience // whoever waits for that is late
 	p.opt.PeerAddr, s.opt.OwnAddr = netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.1")
 	p.start()
 	silent := func(from string) net.Conn {
@@ -219,16 +222,16 @@ func TestStrangers(t *testing.T) {
 // A peer that is there but says nothing, or says what makes no sense, is lost.
 func TestSilentPeer(t *testing.T) {
 	p, _ := hosts(t, nil)
-	p.opt.link.silence, p.opt.link.handshake = 100*time.Millisecond, time.Second
+	p.opt.link.Silence, p.opt.link.Handshake = 100*time.Millisecond, time.Second
 	p.start()
-	join := func() *link {
+	join := func() *peerlink.Link {
 		t.Helper()
 		l := dialLink(t, p.opt.Control)
 		h := goodHello()
-		if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
+		if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
 			t.Fatal(err)
 		}
-		m, err := l.read(patience)
+		m, err := l.Read(patience)
 		if err != nil || m.Type != "session" || m.Session.Digest == nil {
 			t.Fatalf("session: %+v, %v", m, err)
 		}
@@ -240,71 +243,18 @@ func TestSilentPeer(t *testing.T) {
 		return !st.Peer.Connected && strings.Contains(st.Peer.Error, "timeout") && st.State == "start"
 	})
 	// Says ok and no more. A slow machine's pings may come late, but these never do.
-	if err := join().write(message{Type: "ok"}); err != nil {
+	if err := join().Write(peerlink.Message{Type: "ok"}); err != nil {
 		t.Fatal(err)
 	}
 	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected && st.State == "replicating" && st.Term == 2 })
 	// Says nonsense.
 	l := join()
-	for _, m := range []message{{Type: "ok"}, {Type: "prepare", Epoch: 3}} {
-		if err := l.write(m); err != nil {
+	for _, m := range []peerlink.Message{{Type: "ok"}, {Type: "prepare", Epoch: 3}} {
+		if err := l.Write(m); err != nil {
 			t.Fatal(err)
 		}
 	}
 	p.await("a lost peer", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `"prepare" makes no sense`) })
-}
-
-func TestSignKeys(t *testing.T) {
-	var a [seedLen]byte
-	p2s, s2p := signKeys(a)
-	if q, r := signKeys(a); q != p2s || r != s2p || p2s == s2p {
-		t.Error("signing keys do not follow the seed")
-	}
-}
-
-// The longest message of each type fits into a line that the peer takes.
-func TestMessagesFit(t *testing.T) {
-	name := strings.Repeat("n", 32) // as long as the config lets it be
-	longest := party{
-		Version: math.MaxInt, VM: name, Node: name, Role: "secondary", Term: math.MaxUint32, QMP: true, Config: strings.Repeat("f", 64),
-	}
-	for range maxNICs {
-		longest.NICs = append(longest.NICs, "02:00:00:00:00:01")
-	}
-	disks := slices.Repeat([]int64{math.MaxInt64}, 16)
-	keys := new(compare.Keys)
-	b, err := binary.Append(nil, binary.LittleEndian, make([]datapath.Edge, maxEdges))
-	if err != nil {
-		t.Fatal(err)
-	}
-	seed := make([]byte, seedLen)
-	for i, m := range []message{
-		{Type: "hello", Hello: &hello{party: longest, Fresh: true, Whole: true, Epoch: math.MaxUint32, Connections: math.MaxInt, COLO: true, Disks: disks}},
-		{Type: "session", Session: &session{party: longest, Epoch: math.MaxUint32, Digest: keyBytes(keys), Sign: seed, Doubt: true, Record: math.MaxUint64, Pair: true}},
-		{Type: "edges", NIC: maxNICs - 1, Edges: b},
-		{Type: "rekey", Rekey: &rekey{Term: math.MaxUint32, Sign: seed}},
-		{Type: "refuse", Cause: strings.Repeat("\x00", maxMessage)}, // six bytes each in JSON
-		{Type: "abort", Epoch: math.MaxUint32, Cause: strings.Repeat("<", maxMessage)},
-		{Type: "resumed", Epoch: math.MaxUint32, PauseNS: math.MinInt64},
-	} {
-		a, b := net.Pipe()
-		sent := make(chan error, 1)
-		go func() { sent <- newLink(a, linkTiming{silence: patience, ping: patience}).write(m) }()
-		got, err := newLink(b, linkTiming{silence: patience, ping: patience}).read(patience)
-		if err != nil || got.Type != m.Type || len(got.Edges) != len(m.Edges) {
-			t.Errorf("message %d, %s: %v", i, m.Type, err)
-		}
-		b.Close()
-		if err := <-sent; err != nil {
-			t.Errorf("message %d, %s: %v", i, m.Type, err)
-		}
-		a.Close()
-	}
-	// What would not fit is this side's mistake, and no puzzle for the peer.
-	long := message{Type: "edges", Edges: make([]byte, maxMessage)}
-	if err := newLink(&bytesConn{}, linkTiming{}).write(long); err == nil || !strings.Contains(err.Error(), "longer than the peer takes") {
-		t.Errorf("a message that is too long: %v", err)
-	}
 }
 
 // TestManyEdges: the primary tells of two million connections that an earlier host took
@@ -316,14 +266,14 @@ func TestManyEdges(t *testing.T) {
 	p, s, _ := calmLives(t, pair)
 	p.opt.Life.Timeout, s.opt.Life.Timeout, p.opt.Life.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
 	p.opt.qmpTimeout, s.opt.qmpTimeout = patience, patience
-	p.opt.link.silence, s.opt.link.silence = patience, patience
+	p.opt.link.Silence, s.opt.link.Silence = patience, patience
 	p.edges = make([]datapath.Edge, edges)
 	for i := range p.edges {
 		p.edges[i] = datapath.Edge{Tuple: testTuple, Seq: uint32(i), TS: ^uint32(0)}
 	}
 	first, goOn := make(chan struct{}), make(chan struct{})
 	s.known = func(n int) {
-		if n == maxEdges {
+		if n == peerlink.MaxEdges {
 			close(first)
 			<-goOn
 		}
@@ -338,7 +288,7 @@ func TestManyEdges(t *testing.T) {
 	queued, up := 0, false
 	if err := p.d.ask(t.Context(), func() {
 		if up = p.d.peer.linkUp; up {
-			queued = len(p.d.peer.link.out)
+			queued = p.d.peer.link.Queued()
 		}
 	}); err != nil {
 		t.Fatal(err)
@@ -389,32 +339,3 @@ func TestEdgesAgain(t *testing.T) {
 		})
 	}
 }
-
-// FuzzMessage: no line brings the reader down.
-func FuzzMessage(f *testing.F) {
-	f.Add([]byte(`{"type":"hello","hello":{"version":1,"nics":["02:00:00:00:00:01"]}}`))
-	f.Add([]byte(`{"type":"session","session":{"digest":"AAAA"}}`))
-	f.Add([]byte("{\"type\":\"ping\"}\nnull\n"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		l := newLink(&bytesConn{Reader: bytes.NewReader(b)}, linkTiming{silence: time.Hour, ping: time.Hour})
-		for {
-			m, err := l.read(time.Hour)
-			if err != nil {
-				return
-			}
-			if m.Hello != nil {
-				_ = checkPeer(goodHello().party, m.Hello.party, "beta", "secondary")
-			}
-			_ = fmt.Sprint(m)
-		}
-	})
-}
-
-// bytesConn is a connection that brings bytes and has no deadlines.
-type bytesConn struct {
-	net.Conn
-	*bytes.Reader
-}
-
-func (c *bytesConn) Read(b []byte) (int, error)      { return c.Reader.Read(b) }
-func (c *bytesConn) SetReadDeadline(time.Time) error { return nil }

@@ -13,6 +13,7 @@ import (
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 )
 
@@ -62,7 +63,7 @@ type Options struct {
 	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
 
 	// Tests shorten these.
-	link       linkTiming
+	link       peerlink.Timing
 	qmpTimeout time.Duration
 	qmpPoll    time.Duration
 	dialQMP    dialQMP
@@ -76,8 +77,8 @@ func (o *Options) setDefaults() error {
 	switch {
 	case o.Role != datapath.RolePrimary && o.Role != datapath.RoleSecondary:
 		return fmt.Errorf("role %q is neither primary nor secondary", o.Role)
-	case len(o.NICs) == 0 || len(o.NICs) > maxNICs:
-		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), maxNICs)
+	case len(o.NICs) == 0 || len(o.NICs) > peerlink.MaxNICs:
+		return fmt.Errorf("%d NICs: there have to be 1 to %d", len(o.NICs), peerlink.MaxNICs)
 	}
 	set := func(d *time.Duration, v time.Duration) {
 		if *d == 0 {
@@ -99,13 +100,13 @@ func (o *Options) setDefaults() error {
 	}
 	set(&o.orderEvery, orderEvery)
 	set(&o.entryEvery, entryEvery)
-	if o.link == (linkTiming{}) {
-		o.link = defaultLinkTiming
+	if o.link == (peerlink.Timing{}) {
+		o.link = peerlink.DefaultTiming
 		if o.Life != nil {
-			o.link.silence, o.link.ping = o.Life.Timeout, o.EchoEvery
+			o.link.Silence, o.link.Ping = o.Life.Timeout, o.EchoEvery
 			if o.Life.Restart != 0 {
 				// A daemon that was started again is found within that time.
-				o.link.retryMax = min(o.link.retryMax, o.Life.Restart/4)
+				o.link.RetryMax = min(o.link.RetryMax, o.Life.Restart/4)
 			}
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"lockstep/control/api"
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 )
 
@@ -176,7 +177,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	if !tell || !ov.d.peer.linkUp {
 		return
 	}
-	m := message{Type: "overlays", Overlays: all}
+	m := peerlink.Message{Type: "overlays", Overlays: all}
 	if ask != "" {
 		m.Cause = fmt.Sprintf("%s's overlay_dir %s is filling up", ov.d.opt.Node, ask)
 		ov.d.log.Info("a checkpoint is asked for", "cause", m.Cause, "overlays", describeOverlays(all))
@@ -185,7 +186,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 }
 
 // peersOverlays takes what overlaysAre tells (P).
-func (ov *overlayRoom) peersOverlays(m message) {
+func (ov *overlayRoom) peersOverlays(m peerlink.Message) {
 	l := ov.d.life
 	for _, o := range m.Overlays {
 		known := slices.ContainsFunc(ov.overlays, func(k api.OverlayStatus) bool { return k.Trouble == o.Trouble })
@@ -252,7 +253,7 @@ func (ov *overlayRoom) noteFull(disk string) bool {
 			all[i].Node, all[i].Trouble = ov.d.opt.Node, l.Setback.trouble(all[i].Dir)
 		}
 		ov.overlays = all
-		ov.d.peer.send(message{Type: "overlays", Overlays: all})
+		ov.d.peer.send(peerlink.Message{Type: "overlays", Overlays: all})
 		return true
 	}
 	return false

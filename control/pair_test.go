@@ -104,7 +104,7 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 			t.Fatal(err)
 		}
 		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store, Timeout: 200 * time.Millisecond}
-		x.opt.link.silence, x.opt.link.ping = 200*time.Millisecond, 20*time.Millisecond
+		x.opt.link.Silence, x.opt.link.Ping = 200*time.Millisecond, 20*time.Millisecond
 		x.opt.SpeakFor, x.opt.EchoEvery = 100*time.Millisecond, 10*time.Millisecond
 		x.opt.qmpTimeout, x.opt.qmpPoll = 200*time.Millisecond, 50*time.Millisecond
 	}

@@ -15,28 +15,35 @@ import (
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 )
 
 // peerLink is this host's end of the control link, and the session on it.
 type peerLink struct {
 	d          *Daemon
-	link       *link // nil: none
-	linkUp     bool  // its session holds
+	link       *peerlink.Link // nil: none
+	linkUp     bool           // its session holds
 	linkSince  time.Time
 	linkErr    string
 	sessions   int // made so far
 	refusals   int // P: connections, since the last line of log about them
 	refusalLog time.Time
 	peerAddr   string
-	peerParty  party
+	peerParty  peerlink.Party
 	rotation   chan struct{} // P: closed when S has the new keys; nil: none under way
 	peerWhole  bool          // P: what S said of its tables, until its session is ok
 }
 
+// security is how the link is protected.
+func (pl *peerLink) security() *peerlink.Security {
+	o := &pl.d.opt
+	return &peerlink.Security{TLS: o.TLS, Server: pl.d.isPrimary(), Node: o.Node, Peer: o.Peer, Timeout: o.link.Handshake}
+}
+
 // party is what this daemon tells of itself, its term left out.
-func (pl *peerLink) party() party {
-	p := party{
-		Version: Version, VM: pl.d.opt.VM, Node: pl.d.opt.Node, Role: string(pl.d.opt.Role),
+func (pl *peerLink) party() peerlink.Party {
+	p := peerlink.Party{
+		Version: peerlink.Version, VM: pl.d.opt.VM, Node: pl.d.opt.Node, Role: string(pl.d.opt.Role),
 		QMP: pl.d.opt.QMP != "", Config: pl.d.opt.ConfigDigest,
 	}
 	for _, n := range pl.d.nics {
@@ -54,7 +61,7 @@ func (pl *peerLink) connect(ctx context.Context) {
 			return
 		}
 	}
-	again := backoff{first: pl.d.opt.link.retry, last: pl.d.opt.link.retryMax}
+	again := backoff{first: pl.d.opt.link.Retry, last: pl.d.opt.link.RetryMax}
 	for {
 		up, err := pl.join(ctx)
 		if ctx.Err() != nil {
@@ -77,7 +84,7 @@ func (pl *peerLink) connect(ctx context.Context) {
 
 // join makes one link and stays until it ends (S). up: there was a session.
 func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
-	dialer := net.Dialer{Timeout: pl.d.opt.link.handshake}
+	dialer := net.Dialer{Timeout: pl.d.opt.link.Handshake}
 	if pl.d.opt.OwnAddr.IsValid() { // the primary lets nobody else in
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(pl.d.opt.OwnAddr, 0))
 	}
@@ -87,7 +94,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}
 	defer raw.Close()
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := pl.secure(ctx, raw)
+	conn, err := pl.security().Secure(ctx, raw)
 	if err != nil {
 		return false, err
 	}
@@ -99,7 +106,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		}
 		offsets += known
 	}
-	h := hello{Connections: offsets}
+	h := peerlink.Hello{Connections: offsets}
 	if pl.d.life != nil {
 		if h.Disks, err = pl.d.repl.diskSizes(); err != nil {
 			return false, err
@@ -109,7 +116,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		}
 	}
 	if err := pl.d.ask(ctx, func() {
-		h.party, h.Whole, h.Fresh = pl.party(), pl.d.ckpts.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
+		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.ckpts.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
 		h.Term, h.Epoch = pl.d.term, pl.d.epoch
 		if pl.d.life != nil {
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
@@ -117,20 +124,20 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}); err != nil {
 		return false, err
 	}
-	l := newLink(conn, pl.d.opt.link)
-	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
-		return false, pl.explain(err)
+	l := peerlink.New(conn, pl.d.opt.link)
+	if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+		return false, pl.security().Explain(err)
 	}
-	m, err := l.read(pl.d.opt.link.handshake)
+	m, err := l.Read(pl.d.opt.link.Handshake)
 	switch {
 	case err != nil:
-		return false, pl.explain(err)
+		return false, pl.security().Explain(err)
 	case m.Type == "refuse":
 		return false, fmt.Errorf("the primary refused: %s", m.Cause)
 	case m.Type != "session" || m.Session == nil:
 		return false, fmt.Errorf("%q in place of session", m.Type)
 	}
-	if err := checkPeer(h.party, m.Session.party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
+	if err := peerlink.CheckPeer(h.Party, m.Session.Party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
 		return false, err
 	}
 	var installed error
@@ -140,27 +147,27 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	if installed != nil {
 		return false, installed
 	}
-	<-l.done
-	return true, l.err
+	<-l.Done()
+	return true, l.Err()
 }
 
 // joined begins a session (S).
-func (pl *peerLink) joined(l *link, s *session, colo bool) error {
+func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) error {
 	if s.Term <= pl.d.term {
 		return fmt.Errorf("the primary offers term %d, but term %d is known here: it is out of date", s.Term, pl.d.term)
 	}
 	keys := new(compare.Keys)
-	if n, err := binary.Decode(s.Digest, binary.LittleEndian, keys); err != nil || n != len(s.Digest) || len(s.Sign) != seedLen {
+	if n, err := binary.Decode(s.Digest, binary.LittleEndian, keys); err != nil || n != len(s.Digest) || len(s.Sign) != peerlink.SeedLen {
 		return errors.New("keys of a wrong length")
 	}
-	pl.d.term, pl.d.epoch, pl.peerParty = s.Term, s.Epoch, s.party
+	pl.d.term, pl.d.epoch, pl.peerParty = s.Term, s.Epoch, s.Party
 	if err := pl.install(keys, s.Sign, false); err != nil {
 		pl.d.fatal = err
 		return err
 	}
-	pl.link, pl.peerAddr = l, l.conn.RemoteAddr().String()
-	pl.follow(l, pl.d.opt.link.silence)
-	l.send(message{Type: "ok"}) // before anything that the machine says
+	pl.link, pl.peerAddr = l, l.RemoteAddr().String()
+	pl.follow(l, pl.d.opt.link.Silence)
+	l.Send(peerlink.Message{Type: "ok"}) // before anything that the machine says
 	pl.up(!s.Doubt)
 	pl.d.life.joinedPair(s.Record, s.Pair, colo)
 	return nil
@@ -178,18 +185,18 @@ func (pl *peerLink) up(ok bool) {
 
 // follow hands what comes on l to the controller, until l closes. The first
 // message has to come within first.
-func (pl *peerLink) follow(l *link, first time.Duration) {
-	pl.d.work.Go(l.pump)
+func (pl *peerLink) follow(l *peerlink.Link, first time.Duration) {
+	pl.d.work.Go(l.Pump)
 	pl.d.work.Go(func() {
 		within := first
 		for {
-			m, err := l.read(within)
+			m, err := l.Read(within)
 			if err != nil {
-				l.close(err)
-				pl.d.post(func() { pl.unlink(l, l.err) })
+				l.Close(err)
+				pl.d.post(func() { pl.unlink(l, l.Err()) })
 				return
 			}
-			within = pl.d.opt.link.silence
+			within = pl.d.opt.link.Silence
 			pl.d.post(func() {
 				if pl.link == l {
 					pl.received(l, m)
@@ -200,11 +207,11 @@ func (pl *peerLink) follow(l *link, first time.Duration) {
 }
 
 // unlink gives l up, if it is the link there is.
-func (pl *peerLink) unlink(l *link, why error) {
+func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 	if l == nil || pl.link != l {
 		return
 	}
-	l.close(why)
+	l.Close(why)
 	if pl.linkUp {
 		pl.d.event(journal.Session, "ended: "+why.Error(), nil)
 	}
@@ -214,14 +221,14 @@ func (pl *peerLink) unlink(l *link, why error) {
 	pl.d.life.linkLost(why)
 }
 
-func (pl *peerLink) send(m message) {
+func (pl *peerLink) send(m peerlink.Message) {
 	if pl.link != nil {
-		pl.link.send(m)
+		pl.link.Send(m)
 	}
 }
 
 // received takes a message of the peer.
-func (pl *peerLink) received(l *link, m message) {
+func (pl *peerLink) received(l *peerlink.Link, m peerlink.Message) {
 	kinds := map[string]checkpoint.Kind{"prepare": checkpoint.EvPrepare, "abort": checkpoint.EvAbort}
 	if pl.d.isPrimary() {
 		kinds = map[string]checkpoint.Kind{"ready": checkpoint.EvReady, "stopped": checkpoint.EvPeerStopped, "resumed": checkpoint.EvPeerResumed, "abort": checkpoint.EvPeerAbort}

@@ -11,6 +11,7 @@ import (
 
 	"lockstep/control/failover"
 	"lockstep/control/journal"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/control/qmp"
 	"lockstep/control/state"
@@ -24,7 +25,7 @@ type replicator struct {
 	syncing  qemu.Progress      // how far it is
 	refused  string             // why replication does not begin, which somebody has to mend; "": nothing is known
 	gaveUp   string             // why it was cancelled
-	syncedOn *link              // the session in which it ended well
+	syncedOn *peerlink.Link     // the session in which it ended well
 	tries    tries
 	ending   bool   // P: QEMU is being told to go on alone
 	unended  string // why it has not; "": it was not tried
@@ -33,14 +34,14 @@ type replicator struct {
 	imagesRetry backoff // P: of comparisons that could not be made
 
 	sizing    sync.Mutex
-	sizes     []int64       // of the disks; nil: not asked for yet
-	hello     hello         // P: of the session there is
-	caps      qemu.Caps     // of this host's QEMU
-	unfit     error         // why that cannot be part of a pair
-	prepared  chan struct{} // S: closed when QEMU waits for a primary's
-	ready     bool          // S: that is so
-	edgesTo   *link         // P: the link on which the edges are told
-	edgesTold *link         // P: and the one on which all were
+	sizes     []int64        // of the disks; nil: not asked for yet
+	hello     peerlink.Hello // P: of the session there is
+	caps      qemu.Caps      // of this host's QEMU
+	unfit     error          // why that cannot be part of a pair
+	prepared  chan struct{}  // S: closed when QEMU waits for a primary's
+	ready     bool           // S: that is so
+	edgesTo   *peerlink.Link // P: the link on which the edges are told
+	edgesTold *peerlink.Link // P: and the one on which all were
 }
 
 // replicate has QEMU begin to replicate to S's (P).
@@ -82,7 +83,7 @@ func (re *replicator) replicateTo(resync bool) error {
 			re.d.log.Error("replication did not begin", "err", err, "try", re.tries.failed, "next_in", re.tries.again.next)
 			re.d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": re.tries.failed, "next_in": re.tries.again.next.String()})
 			if re.d.peer.link == peer {
-				re.d.peer.send(message{Type: "over"}) // S's QEMU has to wait anew
+				re.d.peer.send(peerlink.Message{Type: "over"}) // S's QEMU has to wait anew
 			}
 		}
 		if err == nil {
@@ -152,7 +153,7 @@ func (re *replicator) paired() {
 // depends on what that does, and unless the two QEMUs can be a pair (P). Of a pair that
 // there was, and a QEMU that lives but cannot be reached, it is still what it was; were
 // there no session, S would take over.
-func (re *replicator) fitsQEMU(ctx context.Context, h *hello) error {
+func (re *replicator) fitsQEMU(ctx context.Context, h *peerlink.Hello) error {
 	var caps qemu.Caps
 	var unfit error
 	known := false

@@ -11,11 +11,12 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 )
 
 // newSeed is the secret of one term.
 func newSeed() []byte {
-	seed := make([]byte, seedLen)
+	seed := make([]byte, peerlink.SeedLen)
 	rand.Read(seed) // never fails
 	return seed
 }
@@ -24,7 +25,7 @@ func newSeed() []byte {
 // seed of its signing keys.
 func (pl *peerLink) install(digest *compare.Keys, sign []byte, rotated bool) error {
 	s := datapath.Session{Term: pl.d.term, Epoch: pl.d.epoch, Digest: *digest, Rotated: rotated}
-	s.TxKey, s.RxKey = signKeys([seedLen]byte(sign))
+	s.TxKey, s.RxKey = peerlink.SignKeys([peerlink.SeedLen]byte(sign))
 	if !pl.d.isPrimary() {
 		s.TxKey, s.RxKey = s.RxKey, s.TxKey
 	}
@@ -42,7 +43,7 @@ func (pl *peerLink) install(digest *compare.Keys, sign []byte, rotated bool) err
 }
 
 // rotateEvery begins a rotation now and then, while l lasts (P).
-func (pl *peerLink) rotateEvery(l *link) {
+func (pl *peerLink) rotateEvery(l *peerlink.Link) {
 	tick := time.NewTicker(pl.d.opt.Rekey)
 	defer tick.Stop()
 	for {
@@ -53,7 +54,7 @@ func (pl *peerLink) rotateEvery(l *link) {
 					pl.rotate(l)
 				}
 			})
-		case <-l.done:
+		case <-l.Done():
 			return
 		}
 	}
@@ -73,7 +74,7 @@ func (pl *peerLink) rotateEvery(l *link) {
 //
 // Without an answer the link is lost, and the session after it has keys of its own.
 // Nothing of them is ever on a disk.
-func (pl *peerLink) rotate(l *link) {
+func (pl *peerLink) rotate(l *peerlink.Link) {
 	pl.d.term++
 	sign := newSeed()
 	if err := pl.install(pl.d.nics[0].keys, sign, true); err != nil {
@@ -83,11 +84,11 @@ func (pl *peerLink) rotate(l *link) {
 	answered := make(chan struct{})
 	pl.rotation = answered
 	pl.d.work.Go(func() {
-		late := time.NewTimer(pl.d.opt.link.handshake)
+		late := time.NewTimer(pl.d.opt.link.Handshake)
 		defer late.Stop()
 		select {
 		case <-answered:
-		case <-l.done:
+		case <-l.Done():
 		case <-late.C:
 			pl.d.post(func() {
 				if pl.rotation == answered {
@@ -96,12 +97,12 @@ func (pl *peerLink) rotate(l *link) {
 			})
 		}
 	})
-	l.send(message{Type: "rekey", Rekey: &rekey{Term: pl.d.term, Sign: sign}})
+	l.Send(peerlink.Message{Type: "rekey", Rekey: &peerlink.Rekey{Term: pl.d.term, Sign: sign}})
 }
 
 // rotated follows P to the next term (S).
-func (pl *peerLink) rotated(l *link, k *rekey) {
-	if k == nil || k.Term != pl.d.term+1 || len(k.Sign) != seedLen {
+func (pl *peerLink) rotated(l *peerlink.Link, k *peerlink.Rekey) {
+	if k == nil || k.Term != pl.d.term+1 || len(k.Sign) != peerlink.SeedLen {
 		pl.unlink(l, fmt.Errorf("new keys that do not follow those of term %d", pl.d.term))
 		return
 	}
@@ -110,6 +111,6 @@ func (pl *peerLink) rotated(l *link, k *rekey) {
 		pl.d.fatal = err
 		return
 	}
-	l.send(message{Type: "ok"})
+	l.Send(peerlink.Message{Type: "ok"})
 	pl.d.log.Info("keys rotated", "term", pl.d.term)
 }

@@ -3,9 +3,11 @@
 package control
 
 import (
+	"errors"
 	"fmt"
 	"lockstep/control/api"
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 	"strings"
 	"testing"
 	"time"
@@ -90,19 +92,19 @@ func TestRotationInACheckpoint(t *testing.T) {
 }
 
 // join plays the secondary up to its ok.
-func join(t *testing.T, p *side, term uint32) (*link, session) {
+func join(t *testing.T, p *side, term uint32) (*peerlink.Link, peerlink.Session) {
 	t.Helper()
 	l := dialLink(t, p.opt.Control)
 	h := goodHello()
 	h.Term = term
-	if err := l.write(message{Type: "hello", Hello: &h}); err != nil {
+	if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
 		t.Fatal(err)
 	}
-	m, err := l.read(patience)
+	m, err := l.Read(patience)
 	if err != nil || m.Type != "session" {
 		t.Fatalf("session: %+v, %v", m, err)
 	}
-	if err := l.write(message{Type: "ok"}); err != nil {
+	if err := l.Write(peerlink.Message{Type: "ok"}); err != nil {
 		t.Fatal(err)
 	}
 	return l, *m.Session
@@ -116,11 +118,11 @@ func TestRotationFails(t *testing.T) {
 			p, _ := hosts(t, newPair(t))
 			p.opt.QMP = ""
 			p.opt.Rekey = 20 * time.Millisecond
-			p.opt.link.handshake = time.Second
+			p.opt.link.Handshake = time.Second
 			p.start()
 			l, _ := join(t, p, 0)
-			m, err := l.read(patience)
-			if err != nil || m.Type != "rekey" || m.Rekey == nil || m.Rekey.Term != 2 || len(m.Rekey.Sign) != seedLen {
+			m, err := l.Read(patience)
+			if err != nil || m.Type != "rekey" || m.Rekey == nil || m.Rekey.Term != 2 || len(m.Rekey.Sign) != peerlink.SeedLen {
 				t.Fatalf("rekey: %+v, %v", m, err)
 			}
 			p.path.await(t, 0, "session 1", "rotated 2")
@@ -128,15 +130,15 @@ func TestRotationFails(t *testing.T) {
 			want := "did not answer to new keys in time"
 			if hangUp {
 				want = "EOF"
-				l.conn.Close()
+				l.Close(errors.New("cut by the test"))
 			} else {
 				go func() { // alive all the same
-					for l.write(message{Type: "ping"}) == nil {
+					for l.Write(peerlink.Message{Type: "ping"}) == nil {
 						<-time.After(10 * time.Millisecond)
 					}
 				}()
 				for {
-					m, err := l.read(patience)
+					m, err := l.Read(patience)
 					if err != nil {
 						break
 					}
@@ -189,12 +191,12 @@ func TestRestartAfterRotation(t *testing.T) {
 
 // Keys that do not follow are refused, and the link with them.
 func TestRekeyRefused(t *testing.T) {
-	seed := make([]byte, seedLen)
-	for name, m := range map[string]message{
+	seed := make([]byte, peerlink.SeedLen)
+	for name, m := range map[string]peerlink.Message{
 		"empty":          {Type: "rekey"},
-		"the same term":  {Type: "rekey", Rekey: &rekey{Term: 1, Sign: seed}},
-		"a term skipped": {Type: "rekey", Rekey: &rekey{Term: 3, Sign: seed}},
-		"short":          {Type: "rekey", Rekey: &rekey{Term: 2, Sign: seed[1:]}},
+		"the same term":  {Type: "rekey", Rekey: &peerlink.Rekey{Term: 1, Sign: seed}},
+		"a term skipped": {Type: "rekey", Rekey: &peerlink.Rekey{Term: 3, Sign: seed}},
+		"short":          {Type: "rekey", Rekey: &peerlink.Rekey{Term: 2, Sign: seed[1:]}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, s := hosts(t, nil)
@@ -216,7 +218,7 @@ func TestRekeyRefused(t *testing.T) {
 	p, _ := hosts(t, nil)
 	p.start()
 	l, _ := join(t, p, 0)
-	if err := l.write(message{Type: "rekey", Rekey: &rekey{Term: 2, Sign: seed}}); err != nil {
+	if err := l.Write(peerlink.Message{Type: "rekey", Rekey: &peerlink.Rekey{Term: 2, Sign: seed}}); err != nil {
 		t.Fatal(err)
 	}
 	p.await("a lost link", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `"rekey" makes no sense`) })

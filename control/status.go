@@ -13,6 +13,7 @@ import (
 	"lockstep/control/api"
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
+	"lockstep/control/peerlink"
 )
 
 // notDrops are the kernel's reasons that are not drops: the frame went on, or
@@ -43,7 +44,7 @@ func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
 		CheckpointsRequested: d.ckpts.requested.Load(), CheckpointsDone: d.ckpts.committed,
-		Protocol: Version, Config: d.opt.ConfigDigest,
+		Protocol: peerlink.Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
 			Node: d.opt.Peer, Address: d.peer.peerAddr, Connected: d.peer.linkUp, Since: d.peer.linkSince,

@@ -19,6 +19,7 @@ import (
 	"lockstep/control/api"
 	"lockstep/control/arbiter"
 	"lockstep/control/config"
+	"lockstep/control/peerlink"
 )
 
 // unmoved answers every change with the record that there was.
@@ -149,14 +150,14 @@ func TestTakes(t *testing.T) {
 		s    api.Status
 		want string
 	}{
-		{api.Status{Protocol: Version, Config: hash}, ""},
-		{api.Status{Protocol: Version, Config: other}, "another config (heartbeat)"},
-		{api.Status{Protocol: Version, Config: other, State: "solo"}, ""},
-		{api.Status{Protocol: Version, Config: "short"}, "does not tell in what"},
-		{api.Status{Protocol: Version - 1, Config: hash, Peer: api.PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", Version-1, Version)},
+		{api.Status{Protocol: peerlink.Version, Config: hash}, ""},
+		{api.Status{Protocol: peerlink.Version, Config: other}, "another config (heartbeat)"},
+		{api.Status{Protocol: peerlink.Version, Config: other, State: "solo"}, ""},
+		{api.Status{Protocol: peerlink.Version, Config: "short"}, "does not tell in what"},
+		{api.Status{Protocol: peerlink.Version - 1, Config: hash, Peer: api.PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", peerlink.Version-1, peerlink.Version)},
 		{api.Status{}, "too old"},
 	} {
-		if err := x.s.Takes(Version, hash); (err != nil) != (x.want != "") || err != nil && !strings.Contains(err.Error(), x.want) {
+		if err := x.s.Takes(peerlink.Version, hash); (err != nil) != (x.want != "") || err != nil && !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%+v: %v, want %q", x.s, err, x.want)
 		}
 	}

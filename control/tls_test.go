@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"lockstep/control/api"
+	"lockstep/control/peerlink"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -74,10 +75,10 @@ func (a *authorityOf) write(file, kind string, der []byte) {
 }
 
 // files makes a node's three files in a folder of its own.
-func (a *authorityOf) files(node, vm string, change func(*x509.Certificate)) Certificates {
+func (a *authorityOf) files(node, vm string, change func(*x509.Certificate)) peerlink.Certificates {
 	a.t.Helper()
 	dir := a.t.TempDir()
-	c := Certificates{
+	c := peerlink.Certificates{
 		CA: filepath.Join(dir, "ca.pem"), Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem"),
 		VM: vm, Node: node, Peer: map[string]string{"alpha": "beta"}[node],
 	}
@@ -88,9 +89,9 @@ func (a *authorityOf) files(node, vm string, change func(*x509.Certificate)) Cer
 	return c
 }
 
-func (a *authorityOf) fill(c Certificates, change func(*x509.Certificate)) {
+func (a *authorityOf) fill(c peerlink.Certificates, change func(*x509.Certificate)) {
 	a.t.Helper()
-	cert, key := a.sign(CertName(c.Node, c.VM), change)
+	cert, key := a.sign(peerlink.CertName(c.Node, c.VM), change)
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		a.t.Fatal(err)
@@ -100,7 +101,7 @@ func (a *authorityOf) fill(c Certificates, change func(*x509.Certificate)) {
 	a.write(c.Key, "PRIVATE KEY", der)
 }
 
-func mustTLS(t *testing.T, c Certificates) *tls.Config {
+func mustTLS(t *testing.T, c peerlink.Certificates) *tls.Config {
 	t.Helper()
 	cfg, err := c.TLS()
 	if err != nil {
@@ -283,32 +284,32 @@ func TestTLS(t *testing.T) {
 func TestCertErrors(t *testing.T) {
 	one, two := newAuthority(t, "CA one"), newAuthority(t, "CA two")
 	for name, tc := range map[string]struct {
-		spoil func(c *Certificates)
+		spoil func(c *peerlink.Certificates)
 		what  string
 		want  string
 	}{
-		"no CA":          {func(c *Certificates) { os.Remove(c.CA) }, "ca", "ca.pem: no such file"},
-		"empty CA":       {func(c *Certificates) { os.WriteFile(c.CA, []byte("-----\n"), 0o600) }, "ca", "ca.pem holds no certificate"},
-		"no CA's":        {func(c *Certificates) { c.CA = c.Cert }, "ca", "cert.pem holds what is no CA's certificate"},
-		"key as CA":      {func(c *Certificates) { c.CA = c.Key }, "ca", "key.pem holds what is no CA's certificate"},
-		"no certificate": {func(c *Certificates) { os.Remove(c.Cert) }, "cert", "cert.pem: no such file"},
-		"no key":         {func(c *Certificates) { os.Remove(c.Key) }, "key", "key.pem: no such file"},
-		"other key":      {func(c *Certificates) { c.Key = one.files("alpha", "web1", nil).Key }, "key", "do not go together"},
-		"other node":     {func(c *Certificates) { c.Node = "beta" }, "cert", `is the certificate of ["alpha.web1"], and this node is "beta.web1"`},
-		"other VM":       {func(c *Certificates) { c.VM = "db1" }, "cert", `is the certificate of ["alpha.web1"], and this node is "alpha.db1"`},
-		"other CA":       {func(c *Certificates) { c.CA = two.files("alpha", "web1", nil).CA }, "cert", `is signed by "CA one", and `},
-		"expired":        {func(c *Certificates) { one.fill(*c, expired) }, "cert", "holds from "},
-		"not yet": {func(c *Certificates) {
+		"no CA":          {func(c *peerlink.Certificates) { os.Remove(c.CA) }, "ca", "ca.pem: no such file"},
+		"empty CA":       {func(c *peerlink.Certificates) { os.WriteFile(c.CA, []byte("-----\n"), 0o600) }, "ca", "ca.pem holds no certificate"},
+		"no CA's":        {func(c *peerlink.Certificates) { c.CA = c.Cert }, "ca", "cert.pem holds what is no CA's certificate"},
+		"key as CA":      {func(c *peerlink.Certificates) { c.CA = c.Key }, "ca", "key.pem holds what is no CA's certificate"},
+		"no certificate": {func(c *peerlink.Certificates) { os.Remove(c.Cert) }, "cert", "cert.pem: no such file"},
+		"no key":         {func(c *peerlink.Certificates) { os.Remove(c.Key) }, "key", "key.pem: no such file"},
+		"other key":      {func(c *peerlink.Certificates) { c.Key = one.files("alpha", "web1", nil).Key }, "key", "do not go together"},
+		"other node":     {func(c *peerlink.Certificates) { c.Node = "beta" }, "cert", `is the certificate of ["alpha.web1"], and this node is "beta.web1"`},
+		"other VM":       {func(c *peerlink.Certificates) { c.VM = "db1" }, "cert", `is the certificate of ["alpha.web1"], and this node is "alpha.db1"`},
+		"other CA":       {func(c *peerlink.Certificates) { c.CA = two.files("alpha", "web1", nil).CA }, "cert", `is signed by "CA one", and `},
+		"expired":        {func(c *peerlink.Certificates) { one.fill(*c, expired) }, "cert", "holds from "},
+		"not yet": {func(c *peerlink.Certificates) {
 			one.fill(*c, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })
 		}, "cert", "holds from "},
-		"for mail only": {func(c *Certificates) {
+		"for mail only": {func(c *peerlink.Certificates) {
 			one.fill(*c, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection} })
 		}, "cert", "incompatible key usage"},
 	} {
 		c := one.files("alpha", "web1", nil)
 		tc.spoil(&c)
 		_, err := c.TLS()
-		var ce *CertError
+		var ce *peerlink.CertError
 		if !errors.As(err, &ce) || ce.What != tc.what || !strings.Contains(ce.Reason, tc.want) || ce.Fix == "" {
 			t.Errorf("%s: %v, want tls.%s: %s", name, err, tc.what, tc.want)
 		}

@@ -22,8 +22,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/peerlink"
 )
 
 const (
@@ -103,7 +103,7 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		fmt.Fprintf(out, "made   %s\n", filepath.Join(dir, caKey))
 	}
 	for _, node := range missing {
-		name := control.CertName(node, c.VM)
+		name := peerlink.CertName(node, c.VM)
 		if err := issue(dir, node, &x509.Certificate{
 			Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
 			KeyUsage:    x509.KeyUsageDigitalSignature,
@@ -139,7 +139,7 @@ func usable(c *config.Config, dir, node string) error {
 		return err
 	}
 	file := func(name string) string { return filepath.Join(dir, name) }
-	files := control.Certificates{CA: file(caCert), Cert: file(node + ".pem"), Key: file(node + ".key"), VM: c.VM, Node: node, Peer: other.Name}
+	files := peerlink.Certificates{CA: file(caCert), Cert: file(node + ".pem"), Key: file(node + ".key"), VM: c.VM, Node: node, Peer: other.Name}
 	if _, err := files.TLS(); err != nil {
 		return fmt.Errorf("make certificates: those of %s in %s are of no use, and nothing is overwritten: remove %[1]s.pem and %[1]s.key: %[3]w", node, dir, err)
 	}

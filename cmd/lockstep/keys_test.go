@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"lockstep/control"
+	"lockstep/control/peerlink"
 )
 
 const filesYAML = `tls:
@@ -106,7 +107,7 @@ copy   ca.key nowhere: whoever has it can be either node; keep it off both hosts
 		}
 	}
 	for node, peer := range map[string]string{"alpha": "beta", "beta": "alpha"} {
-		files := control.Certificates{CA: path("ca.pem"), Cert: path(node + ".pem"), Key: path(node + ".key"), VM: "web1", Node: node, Peer: peer}
+		files := peerlink.Certificates{CA: path("ca.pem"), Cert: path(node + ".pem"), Key: path(node + ".key"), VM: "web1", Node: node, Peer: peer}
 		if _, err := files.TLS(); err != nil {
 			t.Errorf("%s: %v", node, err)
 		}

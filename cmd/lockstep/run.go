@@ -19,6 +19,7 @@ import (
 	"lockstep/control"
 	"lockstep/control/config"
 	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/loader"
 )
@@ -151,10 +152,10 @@ func certificates(o runOptions) (*tls.Config, error) {
 	if c.TLS.Insecure {
 		return nil, nil
 	}
-	files := control.Certificates{VM: c.VM, Node: o.self.Name, Peer: o.other.Name}
+	files := peerlink.Certificates{VM: c.VM, Node: o.self.Name, Peer: o.other.Name}
 	files.CA, files.Cert, files.Key = c.TLS.Files(o.self.Name)
 	cfg, err := files.TLS()
-	if wrong := (*control.CertError)(nil); errors.As(err, &wrong) {
+	if wrong := (*peerlink.CertError)(nil); errors.As(err, &wrong) {
 		return nil, c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
 	}
 	return cfg, err

@@ -9,8 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control"
 	"lockstep/control/api"
+	"lockstep/control/peerlink"
 )
 
 func newUpgrade(e env) *cobra.Command {
@@ -40,7 +40,7 @@ func newUpgrade(e env) *cobra.Command {
 			case err != nil:
 				return err
 			default:
-				if err := s.Takes(control.Version, hex.EncodeToString(digest[:])); err != nil {
+				if err := s.Takes(peerlink.Version, hex.EncodeToString(digest[:])); err != nil {
 					return fmt.Errorf("%w; docs/CONFIG.md says under \"Changing a setting\" in which order both nodes get it", err)
 				}
 			}
@@ -48,7 +48,7 @@ func newUpgrade(e env) *cobra.Command {
 				"Next: restart the daemon with this binary, in the same role. No checkpoint is needed.\n"+
 				"Until the new daemon has its session, at most %v after it started while the peer is well,\n"+
 				"the guest hears its clients but is not heard; what is lost both guests repeat.\n",
-				versionString(), c.VM, self.Name, from, control.MaxRejoin)
+				versionString(), c.VM, self.Name, from, peerlink.MaxRejoin)
 			return err
 		},
 	}

@@ -13,8 +13,8 @@ import (
 	"syscall"
 	"time"
 
-	"lockstep/control"
 	"lockstep/control/config"
+	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
 	"lockstep/loader/device"
 )
@@ -157,10 +157,10 @@ func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
 		d.warn("tls", "name certificates under tls, and make them with `lockstep keys`", "insecure: who can read the control link can forge the secondary's records")
 		return
 	}
-	files := control.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
+	files := peerlink.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
 	files.CA, files.Cert, files.Key = c.TLS.Files(self.Name)
 	_, err := files.TLS()
-	bad := (*control.CertError)(nil)
+	bad := (*peerlink.CertError)(nil)
 	switch {
 	case errors.As(err, &bad):
 		d.missing("tls", bad.Fix, "tls.%s: %s", bad.What, bad.Reason)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package peerlink
 
 import (
 	"context"
@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"lockstep/control/datapath"
 	"net"
 	"os"
 	"slices"
@@ -171,16 +170,24 @@ func (a *authority) verify(chain []*x509.Certificate, file string) error {
 	return nil
 }
 
-// secure makes a TLS connection of conn. Without certificates it stays as it is.
-func (pl *peerLink) secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
-	if pl.d.opt.TLS == nil {
+// Security protects a link with TLS, or not.
+type Security struct {
+	TLS        *tls.Config // nil: not protected
+	Server     bool        // the primary is
+	Node, Peer string
+	Timeout    time.Duration // of the handshake
+}
+
+// Secure makes a TLS connection of conn. Without certificates it stays as it is.
+func (s *Security) Secure(ctx context.Context, conn net.Conn) (net.Conn, error) {
+	if s.TLS == nil {
 		return conn, nil
 	}
-	t := tls.Client(conn, pl.d.opt.TLS)
-	if pl.d.opt.Role == datapath.RolePrimary {
-		t = tls.Server(conn, pl.d.opt.TLS)
+	t := tls.Client(conn, s.TLS)
+	if s.Server {
+		t = tls.Server(conn, s.TLS)
 	}
-	ctx, cancel := context.WithTimeout(ctx, pl.d.opt.link.handshake)
+	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
 	err := t.HandshakeContext(ctx)
 	switch {
@@ -188,9 +195,9 @@ func (pl *peerLink) secure(ctx context.Context, conn net.Conn) (net.Conn, error)
 		return t, nil
 	case errors.As(err, new(tls.RecordHeaderError)), hungUp(err):
 		return nil, fmt.Errorf("tls: %q expects a certificate, and its peer %q speaks no TLS (`tls: {insecure: true}`), or is gone: %s (%w)",
-			pl.d.opt.Node, pl.d.opt.Peer, sameConfig, err)
+			s.Node, s.Peer, sameConfig, err)
 	}
-	return nil, pl.explain(fmt.Errorf("tls: %w", err))
+	return nil, s.Explain(fmt.Errorf("tls: %w", err))
 }
 
 const sameConfig = "give both nodes the same config"
@@ -199,15 +206,15 @@ func hungUp(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// explain names both sides of a link that did not come about because only one of
+// Explain names both sides of a link that did not come about because only one of
 // them protects it, or because the peer refused this side's certificate.
-func (pl *peerLink) explain(err error) error {
+func (s *Security) Explain(err error) error {
 	var op *net.OpError
 	switch {
-	case pl.d.opt.TLS == nil && (errors.Is(err, errSpeaksTLS) || pl.d.opt.Role == datapath.RoleSecondary && hungUp(err)):
-		return fmt.Errorf("%q has `tls: {insecure: true}`, and its peer %q expects a certificate, or is gone: %s (%w)", pl.d.opt.Node, pl.d.opt.Peer, sameConfig, err)
-	case pl.d.opt.TLS != nil && errors.As(err, &op) && op.Op == "remote error":
-		return fmt.Errorf("%q refuses the certificate of %q, its log says why: give both nodes files of one CA (%s) (%w)", pl.d.opt.Peer, pl.d.opt.Node, makeKeys, err)
+	case s.TLS == nil && (errors.Is(err, errSpeaksTLS) || !s.Server && hungUp(err)):
+		return fmt.Errorf("%q has `tls: {insecure: true}`, and its peer %q expects a certificate, or is gone: %s (%w)", s.Node, s.Peer, sameConfig, err)
+	case s.TLS != nil && errors.As(err, &op) && op.Op == "remote error":
+		return fmt.Errorf("%q refuses the certificate of %q, its log says why: give both nodes files of one CA (%s) (%w)", s.Peer, s.Node, makeKeys, err)
 	}
 	return err
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package control
+package peerlink
 
 import (
 	"bufio"
 	"cmp"
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -42,22 +41,22 @@ import (
 const (
 	// Version is the protocol's: both nodes need the same.
 	Version    = 4
-	maxMessage = 64 << 10 // a line; TestMessagesFit has the longest of each type
+	MaxMessage = 64 << 10 // a line; TestMessagesFit has the longest of each type
 	maxQueue   = 1024     // messages that wait to be written
-	maxEdges   = 1000     // in one message
-	maxNICs    = 256
+	MaxEdges   = 1000     // in one message
+	MaxNICs    = 256
 	maxCause   = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
 // message is one line.
-type message struct {
+type Message struct {
 	Type    string   `json:"type"`
 	Epoch   uint32   `json:"epoch,omitempty"` // prepare, abort, ready, stopped, resumed
 	Cause   string   `json:"cause,omitempty"` // refuse, abort, refused, overlays
 	PauseNS int64    `json:"pause_ns,omitempty"`
-	Hello   *hello   `json:"hello,omitempty"`
-	Session *session `json:"session,omitempty"`
-	Rekey   *rekey   `json:"rekey,omitempty"`
+	Hello   *Hello   `json:"hello,omitempty"`
+	Session *Session `json:"session,omitempty"`
+	Rekey   *Rekey   `json:"rekey,omitempty"`
 	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
 	NIC     int      `json:"nic,omitempty"`    // edges
 	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
@@ -68,7 +67,7 @@ type message struct {
 }
 
 // party is what each side tells of itself.
-type party struct {
+type Party struct {
 	Version int      `json:"version"`
 	VM      string   `json:"vm"`
 	Node    string   `json:"node"`
@@ -79,8 +78,8 @@ type party struct {
 	NICs    []string `json:"nics"`   // MAC of each NIC's peer device, in the config's order
 }
 
-type hello struct {
-	party
+type Hello struct {
+	Party
 	Fresh       bool   `json:"fresh"`       // the tables were made at this start
 	Whole       bool   `json:"whole"`       // the offsets are those of the SVM as it is
 	Epoch       uint32 `json:"epoch"`       // the one that S is in
@@ -93,8 +92,8 @@ type hello struct {
 	QEMU    string `json:"qemu,omitempty"`
 }
 
-type session struct {
-	party
+type Session struct {
+	Party
 	Epoch  uint32 `json:"epoch"`
 	Digest []byte `json:"digest"` // digest keys, compare.Keys' words, little-endian: they outlive a daemon
 	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
@@ -104,15 +103,15 @@ type session struct {
 	Pair   bool   `json:"pair,omitempty"`   // the pair that there was goes on
 }
 
-type rekey struct {
+type Rekey struct {
 	Term uint32 `json:"term"`
 	Sign []byte `json:"sign"` // as in session
 }
 
-const seedLen = 32
+const SeedLen = 32
 
 // keyBytes are digest keys as a session carries them.
-func keyBytes(k *compare.Keys) []byte {
+func KeyBytes(k *compare.Keys) []byte {
 	b, err := binary.Append(nil, binary.LittleEndian, k)
 	if err != nil {
 		panic(err) // a struct of words has a size
@@ -121,7 +120,7 @@ func keyBytes(k *compare.Keys) []byte {
 }
 
 // signKeys are the keys of a seed: P's towards S, S's towards P.
-func signKeys(seed [seedLen]byte) (p2s, s2p [2]uint64) {
+func SignKeys(seed [SeedLen]byte) (p2s, s2p [2]uint64) {
 	var b [32]byte
 	rand.NewChaCha8(seed).Read(b[:]) // cannot fail
 	for i := range p2s {
@@ -132,7 +131,7 @@ func signKeys(seed [seedLen]byte) (p2s, s2p [2]uint64) {
 }
 
 // checkPeer compares what the peer says of itself with what this side knows.
-func checkPeer(own, peer party, peerNode, peerRole string) error {
+func CheckPeer(own, peer Party, peerNode, peerRole string) error {
 	switch {
 	case peer.Version != Version:
 		return fmt.Errorf("control protocol %d here, %d there: run the same version of lockstep on both nodes", Version, peer.Version)
@@ -159,12 +158,12 @@ func checkPeer(own, peer party, peerNode, peerRole string) error {
 }
 
 // timing of the control link; tests shorten it.
-type linkTiming struct {
-	handshake time.Duration // hello to session-ok, each step
-	silence   time.Duration // a link that says nothing for so long is dead
-	ping      time.Duration // between two words, though there is nothing to say
-	retry     time.Duration // between attempts to connect, growing to retryMax
-	retryMax  time.Duration
+type Timing struct {
+	Handshake time.Duration // hello to session-ok, each step
+	Silence   time.Duration // a link that says nothing for so long is dead
+	Ping      time.Duration // between two words, though there is nothing to say
+	Retry     time.Duration // between attempts to connect, growing to retryMax
+	RetryMax  time.Duration
 }
 
 const (
@@ -172,8 +171,8 @@ const (
 	retryMax  = 2 * time.Second
 )
 
-var defaultLinkTiming = linkTiming{
-	handshake: handshake, silence: 3 * time.Second, ping: time.Second, retry: 50 * time.Millisecond, retryMax: retryMax,
+var DefaultTiming = Timing{
+	Handshake: handshake, Silence: 3 * time.Second, Ping: time.Second, Retry: 50 * time.Millisecond, RetryMax: retryMax,
 }
 
 // MaxRejoin is how long after a daemon's start a healthy peer's session with it may
@@ -181,24 +180,24 @@ var defaultLinkTiming = linkTiming{
 const MaxRejoin = retryMax + handshake
 
 // link is an established connection to the peer.
-type link struct {
+type Link struct {
 	conn  net.Conn
 	lines *bufio.Scanner
 	quiet time.Duration
 	ping  time.Duration
-	out   chan message
-	bulk  chan message // is written when nothing is in out
+	out   chan Message
+	bulk  chan Message // is written when nothing is in out
 	done  chan struct{}
 	once  sync.Once
 	err   error // why it closed; set before done closes
 }
 
-func newLink(conn net.Conn, t linkTiming) *link {
-	l := &link{
-		conn: conn, lines: bufio.NewScanner(conn), quiet: t.silence, ping: t.ping,
-		out: make(chan message, maxQueue), bulk: make(chan message), done: make(chan struct{}),
+func New(conn net.Conn, t Timing) *Link {
+	l := &Link{
+		conn: conn, lines: bufio.NewScanner(conn), quiet: t.Silence, ping: t.Ping,
+		out: make(chan Message, maxQueue), bulk: make(chan Message), done: make(chan struct{}),
 	}
-	l.lines.Buffer(nil, maxMessage)
+	l.lines.Buffer(nil, MaxMessage)
 	l.lines.Split(func(b []byte, atEOF bool) (int, []byte, error) {
 		if len(b) > 0 && b[0] == tlsHandshake {
 			return 0, nil, errSpeaksTLS // a greeting without a line's end: it would be waited for
@@ -214,32 +213,32 @@ const tlsHandshake = 22
 var errSpeaksTLS = errors.New("it speaks TLS")
 
 // read gives the next message that comes within d.
-func (l *link) read(d time.Duration) (message, error) {
+func (l *Link) Read(d time.Duration) (Message, error) {
 	if err := l.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
-		return message{}, err
+		return Message{}, err
 	}
 	if !l.lines.Scan() {
 		err := l.lines.Err()
 		if err == nil {
 			err = io.EOF
 		}
-		return message{}, err
+		return Message{}, err
 	}
-	var m message
+	var m Message
 	if err := json.Unmarshal(l.lines.Bytes(), &m); err != nil {
-		return message{}, fmt.Errorf("not a control message: %w", err)
+		return Message{}, fmt.Errorf("not a control message: %w", err)
 	}
 	return m, nil
 }
 
 // write sends a message at once.
-func (l *link) write(m message) error {
+func (l *Link) Write(m Message) error {
 	m.Cause = m.Cause[:min(len(m.Cause), maxCause)] // it may quote what somebody else said
 	b, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	if len(b) >= maxMessage {
+	if len(b) >= MaxMessage {
 		return fmt.Errorf("a message %q of %d bytes is longer than the peer takes", m.Type, len(b))
 	}
 	if err := l.conn.SetWriteDeadline(time.Now().Add(l.quiet)); err != nil {
@@ -250,18 +249,18 @@ func (l *link) write(m message) error {
 }
 
 // send queues a message. A peer that does not read them loses the link.
-func (l *link) send(m message) {
+func (l *Link) Send(m Message) {
 	select {
 	case l.out <- m:
 	case <-l.done:
 	default:
-		l.close(errors.New("the peer does not read"))
+		l.Close(errors.New("the peer does not read"))
 	}
 }
 
 // stream writes messages as fast as the peer takes them, between those that are sent
 // meanwhile, and reports whether all were written before the link closed.
-func (l *link) stream(ms iter.Seq[message]) bool {
+func (l *Link) Stream(ms iter.Seq[Message]) bool {
 	for m := range ms {
 		m.written = make(chan struct{})
 		select {
@@ -279,9 +278,9 @@ func (l *link) stream(ms iter.Seq[message]) bool {
 }
 
 // flush waits, not for long, until what was queued is written.
-func (l *link) flush() {
+func (l *Link) Flush() {
 	written := make(chan struct{})
-	l.send(message{Type: "ping", written: written})
+	l.Send(Message{Type: "ping", written: written})
 	late := time.NewTimer(l.ping)
 	defer late.Stop()
 	select {
@@ -292,7 +291,7 @@ func (l *link) flush() {
 }
 
 // close ends the link; the first reason counts.
-func (l *link) close(err error) {
+func (l *Link) Close(err error) {
 	l.once.Do(func() {
 		l.err = err
 		close(l.done)
@@ -300,12 +299,24 @@ func (l *link) close(err error) {
 	})
 }
 
+// RemoteAddr is the peer's address.
+func (l *Link) RemoteAddr() net.Addr { return l.conn.RemoteAddr() }
+
+// Queued is how many messages wait to be written.
+func (l *Link) Queued() int { return len(l.out) }
+
+// Done is closed when the link is.
+func (l *Link) Done() <-chan struct{} { return l.done }
+
+// Err is why the link closed, once it has.
+func (l *Link) Err() error { return l.err }
+
 // pump writes what is queued, and pings, until the link closes.
-func (l *link) pump() {
+func (l *Link) Pump() {
 	ping := time.NewTicker(l.ping)
 	defer ping.Stop()
 	for {
-		m := message{Type: "ping"}
+		m := Message{Type: "ping"}
 		select {
 		case m = <-l.out:
 		default:
@@ -317,8 +328,8 @@ func (l *link) pump() {
 				return
 			}
 		}
-		if err := l.write(m); err != nil {
-			l.close(err)
+		if err := l.Write(m); err != nil {
+			l.Close(err)
 			return
 		}
 		if m.written != nil {
@@ -326,33 +337,3 @@ func (l *link) pump() {
 		}
 	}
 }
-
-// backoff waits between attempts, longer each time.
-type backoff struct {
-	first, last, next time.Duration
-}
-
-// take is how long to wait now.
-func (b *backoff) take() time.Duration {
-	b.next = min(max(2*b.next, b.first), b.last)
-	return b.next
-}
-
-// wait returns false when ctx ends first.
-func (b *backoff) wait(ctx context.Context) bool { return b.waitUnless(ctx, nil) }
-
-// waitUnless is wait, but no longer than until sooner is closed.
-func (b *backoff) waitUnless(ctx context.Context, sooner <-chan struct{}) bool {
-	t := time.NewTimer(b.take())
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-sooner:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-func (b *backoff) reset() { b.next = 0 }
