@@ -141,10 +141,10 @@ func TestRunRefused(t *testing.T) {
 // A pair that could not fail over is refused.
 func TestRunUnfit(t *testing.T) {
 	for _, tc := range []struct{ more, want string }{
-		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host speak when it has lost the other"},
+		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host transmit when it has lost the other"},
 		{"arbiter: {type: none}\nqemu: {memory: 1G, extra: [-device, 'vfio-pci,host=01:10.0']}\n",
 			"-device vfio-pci: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC transmits without lockstep; use an emulated one, for a NIC give the guest a tap in a bridge and list it under nics"},
-		{"arbiter: {type: none}\n", "without QEMU's socket nobody can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
+		{"arbiter: {type: none}\n", "without QEMU's socket no node can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
 	} {
 		c := newCLI(t)
 		c.write(t, "pair.yaml", pairYAML+tc.more)

@@ -316,7 +316,7 @@ func TestDoctorMisses(t *testing.T) {
 			if !there {
 				t.Errorf("no check %q in %+v", tc.check, got.Checks)
 			}
-			if people := text(t, r, false); !strings.Contains(people, tc.state+"  ") || !strings.Contains(people, "to mend it: ") {
+			if people := text(t, r, false); !strings.Contains(people, tc.state+"  ") || !strings.Contains(people, "to fix it: ") {
 				t.Errorf("for people:\n%s", people)
 			}
 		})
