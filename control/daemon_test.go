@@ -16,6 +16,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/api"
 	"lockstep/control/checkpoint"
+	"lockstep/control/config"
 	"lockstep/control/datapath"
 	"lockstep/control/qmptest"
 )
@@ -47,7 +48,7 @@ func hosts(t *testing.T, pair *qmptest.Pair) (p, s *side) {
 	}
 	address := ln.Addr().String()
 	ln.Close()
-	base := Options{VM: "web1", Control: address, MinInterval: time.Millisecond, link: defaultLinkTiming}
+	base := Options{VM: "web1", Control: address, Checkpoint: config.Checkpoint{MinInterval: time.Millisecond}, link: defaultLinkTiming}
 	base.link.retry = time.Millisecond
 	base.link.retryMax = 10 * time.Millisecond
 	p, s = &side{t: t, opt: base}, &side{t: t, opt: base}

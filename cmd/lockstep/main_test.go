@@ -180,8 +180,8 @@ func TestOldNames(t *testing.T) {
 	c := newCLI(t)
 	c.write(t, "pair.yaml", pairYAML+"heartbeat: {speak: 300ms}\n")
 	c.control = func(_ context.Context, o control.Options) error {
-		if o.SpeakFor != 300*time.Millisecond {
-			t.Errorf("the lease is %v, want 300ms", o.SpeakFor)
+		if o.Heartbeat.Lease != 300*time.Millisecond {
+			t.Errorf("the lease is %v, want 300ms", o.Heartbeat.Lease)
 		}
 		return o.NICs[0].Close()
 	}

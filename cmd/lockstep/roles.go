@@ -192,7 +192,7 @@ func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) 
 func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
 	life := &control.Life{
-		Begin: rs.begin, Arbiter: rs.arbiter, Store: rs.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
+		Begin: rs.begin, Arbiter: rs.arbiter, Store: rs.store,
 		Setback: &rs.setback,
 		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
 		Limits: c.Migration.Limits,

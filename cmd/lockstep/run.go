@@ -93,9 +93,8 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
-		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
-		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval, TargetPause: c.Checkpoint.TargetPause,
-		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Lease,
+		Copies:     compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
+		Checkpoint: c.Checkpoint, Heartbeat: c.Heartbeat, Rekey: c.TLS.Rekey,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
 	}

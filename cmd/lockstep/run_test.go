@@ -67,8 +67,10 @@ func TestRunWiring(t *testing.T) {
 			t.Errorf("%s: config digest %q, want 32 bytes in hex", tc.line, got.ConfigDigest)
 		}
 		w.ConfigDigest = got.ConfigDigest
-		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
-		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatLease
+		w.Checkpoint = config.Checkpoint{Period: config.DefaultPeriod, MinInterval: config.DefaultMinInterval}
+		w.Rekey = config.DefaultRekey
+		w.Heartbeat = config.Heartbeat{Interval: config.DefaultHeartbeatInterval, Timeout: config.DefaultHeartbeatTimeout,
+			Lease: config.DefaultHeartbeatLease, Restart: config.DefaultHeartbeatRestart}
 		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log"), cmpopts.EquateComparable(netip.Addr{})); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
