@@ -126,7 +126,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
 		return ck.d.each("hold", func(n *nic) error {
 			// Who spoke alone did so without a limit.
-			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.EchoEvery, ck.d.opt.SpeakFor))
+			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.Heartbeat.Interval, ck.d.opt.Heartbeat.Lease))
 		})
 	case checkpoint.OpFreeze:
 		ck.attemptAt = ck.d.now()

@@ -75,7 +75,7 @@ func New(o Options) (*Daemon, error) {
 	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
 	d.guest.d, d.room.d = d, d
 	cfg := *o.ckpt
-	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Period), int64(o.MinInterval), int64(o.TargetPause)
+	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Checkpoint.Period), int64(o.Checkpoint.MinInterval), int64(o.Checkpoint.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
 		return nil, err

@@ -16,6 +16,7 @@ import (
 	"lockstep/compare"
 	"lockstep/control/api"
 	"lockstep/control/checkpoint"
+	"lockstep/control/config"
 	"lockstep/control/datapath"
 	"lockstep/control/peerlink"
 	"lockstep/control/qmptest"
@@ -48,7 +49,7 @@ func hosts(t *testing.T, pair *qmptest.Pair) (p, s *side) {
 	}
 	address := ln.Addr().String()
 	ln.Close()
-	base := Options{VM: "web1", Control: address, MinInterval: time.Millisecond, link: peerlink.DefaultTiming}
+	base := Options{VM: "web1", Control: address, Checkpoint: config.Checkpoint{MinInterval: time.Millisecond}, link: peerlink.DefaultTiming}
 	base.link.Retry = time.Millisecond
 	base.link.RetryMax = 10 * time.Millisecond
 	p, s = &side{t: t, opt: base}, &side{t: t, opt: base}

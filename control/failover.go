@@ -75,8 +75,6 @@ type Life struct {
 	Begin   failover.Begin
 	Arbiter arbiter.Arbiter
 	Store   *state.Store
-	Timeout time.Duration // of a silent peer, before it counts as dead
-	Restart time.Duration // for a daemon that ended on a living host to come back; 0: MaxRejoin
 
 	FirstStart FirstStart // what is done about the disks before a first replication
 	Setback    *Setback   // one of a node's, for all of its parts; nil: a new one
@@ -137,9 +135,6 @@ type pairLife struct {
 }
 
 func newPairLife(l Life, d *Daemon) (*pairLife, error) {
-	if l.Timeout == 0 {
-		l.Timeout = 500 * time.Millisecond
-	}
 	if l.Setback == nil {
 		l.Setback = new(Setback)
 	}
@@ -154,7 +149,7 @@ func newPairLife(l Life, d *Daemon) (*pairLife, error) {
 	if l.again != (backoff{}) {
 		d.repl.tries.again = l.again
 	}
-	cfg, now := failover.DefaultConfig(l.Timeout, d.opt.SpeakFor, cmp.Or(l.Restart, peerlink.MaxRejoin)), d.opt.NICs[0].Now()
+	cfg, now := failover.DefaultConfig(d.opt.Heartbeat.Timeout, d.opt.Heartbeat.Lease, cmp.Or(d.opt.Heartbeat.Restart, peerlink.MaxRejoin)), d.opt.NICs[0].Now()
 	cfg.NoR26Entry = l.noR26Entry
 	if l.doubt != 0 {
 		cfg.Doubt = int64(l.doubt)

@@ -142,9 +142,9 @@ func (n *nic) deadline() int64 {
 
 // startEchoes has P ask S's kernel for echoes from now on (R20). They come from
 // this loop: when it does not turn, nothing is released, and the PVM falls silent.
-func (n *nic) startEchoes(every, speakFor time.Duration) error {
+func (n *nic) startEchoes(every, lease time.Duration) error {
 	n.echoEvery, n.echoAt = int64(every), n.dp.Now()
-	return n.dp.SetLeaseDuration(speakFor)
+	return n.dp.SetLeaseDuration(lease)
 }
 
 func (n *nic) echo() error {

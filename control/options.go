@@ -11,6 +11,7 @@ import (
 
 	"lockstep/compare"
 	"lockstep/control/checkpoint"
+	"lockstep/control/config"
 	"lockstep/control/datapath"
 	"lockstep/control/journal"
 	"lockstep/control/peerlink"
@@ -43,15 +44,11 @@ type Options struct {
 	// (R23).
 	Fresh bool
 
-	Compare     compare.Config          // primary; Linger and Idle also the secondary's
-	Copies      compare.SecondaryConfig // secondary
-	Period      time.Duration           // of checkpoints that nothing asks for, the longest; 0: none
-	TargetPause time.Duration           // of the PVM, which the period follows; 0: the period is fixed
-	MinInterval time.Duration           // between the beginnings of two checkpoints; 20 ms
-	Rekey       time.Duration           // between rotations of the signing keys; 0: none
-
-	// R20: how often P asks S for an echo, and what one allows; 50 ms, 400 ms.
-	EchoEvery, SpeakFor time.Duration
+	Compare    compare.Config          // primary; Linger and Idle also the secondary's
+	Copies     compare.SecondaryConfig // secondary
+	Checkpoint config.Checkpoint       // a Period of 0: none that nothing asks for
+	Rekey      time.Duration           // between rotations of the signing keys; 0: none
+	Heartbeat  config.Heartbeat        // Timeout and Restart only with Life; a Restart of 0: MaxRejoin
 
 	StatusSocket string // "": none
 	Log          *slog.Logger
@@ -85,9 +82,10 @@ func (o *Options) setDefaults() error {
 			*d = v
 		}
 	}
-	set(&o.MinInterval, 20*time.Millisecond)
-	set(&o.EchoEvery, 50*time.Millisecond)
-	set(&o.SpeakFor, 400*time.Millisecond)
+	set(&o.Checkpoint.MinInterval, config.DefaultMinInterval)
+	set(&o.Heartbeat.Timeout, config.DefaultHeartbeatTimeout)
+	set(&o.Heartbeat.Interval, config.DefaultHeartbeatInterval)
+	set(&o.Heartbeat.Lease, config.DefaultHeartbeatLease)
 	set(&o.Compare.Linger, 2*time.Second)
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
@@ -103,10 +101,10 @@ func (o *Options) setDefaults() error {
 	if o.link == (peerlink.Timing{}) {
 		o.link = peerlink.DefaultTiming
 		if o.Life != nil {
-			o.link.Silence, o.link.Ping = o.Life.Timeout, o.EchoEvery
-			if o.Life.Restart != 0 {
+			o.link.Silence, o.link.Ping = o.Heartbeat.Timeout, o.Heartbeat.Interval
+			if o.Heartbeat.Restart != 0 {
 				// A daemon that was started again is found within that time.
-				o.link.RetryMax = min(o.link.RetryMax, o.Life.Restart/4)
+				o.link.RetryMax = min(o.link.RetryMax, o.Heartbeat.Restart/4)
 			}
 		}
 	}

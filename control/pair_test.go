@@ -103,9 +103,9 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store, Timeout: 200 * time.Millisecond}
+		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store}
 		x.opt.link.Silence, x.opt.link.Ping = 200*time.Millisecond, 20*time.Millisecond
-		x.opt.SpeakFor, x.opt.EchoEvery = 100*time.Millisecond, 10*time.Millisecond
+		x.opt.Heartbeat.Lease, x.opt.Heartbeat.Interval, x.opt.Heartbeat.Timeout = 100*time.Millisecond, 10*time.Millisecond, 200*time.Millisecond
 		x.opt.qmpTimeout, x.opt.qmpPoll = 200*time.Millisecond, 50*time.Millisecond
 	}
 	return p, s, a

@@ -27,7 +27,7 @@ func calmLives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) 
 	t.Helper()
 	p, s, a = lives(t, pair)
 	for _, x := range []*side{p, s} {
-		x.opt.Life.Timeout, x.opt.link.Silence = patience/4, patience/4
+		x.opt.Heartbeat.Timeout, x.opt.link.Silence = patience/4, patience/4
 	}
 	return p, s, a
 }

@@ -57,7 +57,7 @@ func tables(c *config.Config, self *config.Node, nic int, log *slog.Logger) load
 		MaxConnections: c.Compare.MaxConnections, Slots: c.Compare.Slots, GSOSlots: c.Compare.GSOSlots, MPTCP: c.Compare.MPTCP,
 		ConfigHash: hash, Version: versionString(), Log: log,
 		Differ: func(pinned [32]byte, alone bool) []string {
-			if alone { // nobody else depends on the rest
+			if alone { // no other node depends on the rest
 				return config.DifferFixed(pinned, hash)
 			}
 			return config.Differ(pinned, hash)

@@ -15,8 +15,8 @@ func newDoctor(e env) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor [-c pair.yaml [--node NAME]]",
-		Short: "Tell what this host lacks to run lockstep, and what mends it",
-		Long: "doctor looks at this host, and with -c at what the config says of it. It changes\n" +
+		Short: "Report what this host lacks to run lockstep, and how to fix it",
+		Long: "doctor looks at this host, and with -c at what the config requires of it. It changes\n" +
 			"nothing. It exits with 0 when lockstep can run here, with 1 when it cannot.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

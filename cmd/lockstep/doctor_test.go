@@ -35,7 +35,7 @@ func TestDoctor(t *testing.T) {
 		return report
 	}
 	for line, want := range map[string]string{
-		"":        "missing  kernel  Linux 2.2\n                 to mend it: a newer one\n",
+		"":        "missing  kernel  Linux 2.2\n                 to fix it: a newer one\n",
 		" --json": "{\n  \"can_run\": false,\n  \"checks\": [\n    {\n      \"name\": \"kernel\",\n      \"state\": \"missing\",\n      \"found\": \"Linux 2.2\",\n      \"fix\": \"a newer one\"\n    }\n  ]\n}\n",
 	} {
 		code, stdout, stderr := c.run(t.Context(), "doctor -c @/pair.yaml --node beta"+line)

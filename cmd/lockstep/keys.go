@@ -37,7 +37,7 @@ func newKeys(e env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "keys -c pair.yaml -d DIR",
 		Short: "Make the certificates that protect the control link",
-		Long: "keys makes a CA and a certificate for each of the pair's nodes, and says what goes\n" +
+		Long: "keys makes a CA and a certificate for each of the pair's nodes, and prints what goes\n" +
 			"where. With a CA that is in DIR already it makes the certificates that are missing.\n" +
 			"It overwrites nothing.",
 		Args: cobra.NoArgs,
@@ -60,7 +60,7 @@ func newKeys(e env) *cobra.Command {
 	return cmd
 }
 
-// makeKeys makes what is missing in dir and tells on out what goes where.
+// makeKeys makes what is missing in dir and prints to out what goes where.
 func makeKeys(c *config.Config, dir string, out io.Writer) error {
 	for _, n := range c.Nodes {
 		if n.Name == "ca" {
@@ -113,7 +113,7 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		}
 		fmt.Fprintf(out, "made   %s\nmade   %s\n", filepath.Join(dir, node+".pem"), filepath.Join(dir, node+".key"))
 	}
-	// Said only of what the daemons will take.
+	// Printed only once the files are such as the daemons will accept.
 	for _, n := range c.Nodes {
 		if err := usable(c, dir, n.Name); err != nil {
 			return err

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command lockstep is a COLO proxy in the kernel: what the primary guest says
-// leaves once the secondary has said the same.
+// Command lockstep is a COLO proxy in the kernel: the primary guest's output leaves its
+// host once the secondary guest has produced the same.
 package main
 
 import (

@@ -161,8 +161,8 @@ func TestMistakes(t *testing.T) {
 		{"keys -c @/pair.yaml", 2, "lockstep: where to? Name the certificates' folder with -d\n"},
 		{"keys -c @/bad.yaml -d @/certs", 2, "@/bad.yaml:1:1: tls is missing; name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear\n" +
 			"@/bad.yaml:5:1: unknown key \"tsl\"; did you mean \"tls\"?\n"},
-		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role says which guest this host begins with\n"},
-		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role says which guest this host begins with\n"},
+		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role is the role that this host begins with\n"},
+		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role is the role that this host begins with\n"},
 		{"run -c @/pair.yaml --node alpha --role primary --log-level loud", 2, "lockstep: log level \"loud\" is none of debug, info, warn, error\n"},
 	} {
 		code, stdout, stderr := c.run(t.Context(), tc.args)
@@ -180,8 +180,8 @@ func TestOldNames(t *testing.T) {
 	c := newCLI(t)
 	c.write(t, "pair.yaml", pairYAML+"heartbeat: {speak: 300ms}\n")
 	c.control = func(_ context.Context, o control.Options) error {
-		if o.SpeakFor != 300*time.Millisecond {
-			t.Errorf("the lease is %v, want 300ms", o.SpeakFor)
+		if o.Heartbeat.Lease != 300*time.Millisecond {
+			t.Errorf("the lease is %v, want 300ms", o.Heartbeat.Lease)
 		}
 		return o.NICs[0].Close()
 	}

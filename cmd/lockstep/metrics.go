@@ -13,7 +13,8 @@ import (
 	"lockstep/control/api"
 )
 
-// serveMetrics serves them over all parts of a daemon's life, and while there is none.
+// serveMetrics serves Prometheus metrics for as long as the daemon runs, whatever its role, and
+// also while it has none yet.
 func serveMetrics(ctx context.Context, o runOptions) (stop func(), err error) {
 	l, err := new(net.ListenConfig).Listen(ctx, "tcp", o.metrics)
 	if err != nil {

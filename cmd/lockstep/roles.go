@@ -23,21 +23,21 @@ import (
 	"lockstep/control/state"
 )
 
-// again is the wait before a part begins anew.
-const again = 200 * time.Millisecond
+// restartDelay is the wait before a secondary that was given up starts again.
+const restartDelay = 200 * time.Millisecond
 
-// partLife is what one part in the pair's life is run with.
-type partLife struct {
+// roleState is what a node of a pair that fails over keeps from one role to the next.
+type roleState struct {
 	begin   failover.Begin
 	arbiter arbiter.Arbiter
 	store   *state.Store
 	journal *journal.Journal
 	setback control.Setback
-	afresh  bool // whatever is found belongs to an SVM that is not wanted any more
+	discard bool // the recovered state belongs to an SVM that was given up
 }
 
-// runLife runs this node's parts in the pair, and notes when the daemon began and ended.
-func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) error {
+// runFailover runs this node's roles, and notes in the journal when the daemon began and ended.
+func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config) error {
 	c, self := o.config, o.self.Name
 	a, err := arbiter.Open(c, self)
 	if err != nil {
@@ -60,8 +60,8 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 		return nil
 	}
 	j.Add(journal.Event{Kind: journal.Daemon, Cause: "started", Fields: map[string]any{"version": versionString()}})
-	err = runParts(ctx, e, o, protected, &partLife{arbiter: a, store: store, journal: j})
-	ended := "ended: it was told to"
+	err = runRoles(ctx, e, o, protected, &roleState{arbiter: a, store: store, journal: j})
+	ended := "ended: on request"
 	switch {
 	case err != nil:
 		ended = "ended: " + err.Error()
@@ -72,21 +72,21 @@ func runLife(ctx context.Context, e env, o runOptions, protected *tls.Config) er
 	return err
 }
 
-// runParts runs one part after the other: a secondary that took over goes on as the
-// primary, one that follows nobody any more begins afresh.
-func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) (err error) {
+// runRoles runs one role after the other: a secondary that took over goes on as the
+// primary, one that has no primary any more starts again with a new QEMU.
+func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) (err error) {
 	for {
-		if life.begin, err = decide(ctx, e, o, life); err != nil {
+		if rs.begin, err = decide(ctx, e, o, rs); err != nil {
 			return err
 		}
-		part := o
-		part.primary = life.begin.Role == datapath.RolePrimary
-		if part.primary != o.primary {
-			o.log.Warn("this node's role is not the one it was started with: the arbiter's record says so", "role", life.begin.Role, "record", life.begin.Record)
+		now := o
+		now.primary = rs.begin.Role == datapath.RolePrimary
+		if now.primary != o.primary {
+			o.log.Warn("this node's role is not the one it was started with, because of the arbiter's entry", "role", rs.begin.Role, "entry", rs.begin.Record)
 		}
-		life.journal.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": life.begin.Role, "term": life.begin.Record.Term}})
-		err := runPart(ctx, e, part, protected, life)
-		life.afresh = errors.Is(err, control.ErrAfresh)
+		rs.journal.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": rs.begin.Role, "term": rs.begin.Record.Term}})
+		err := runRole(ctx, e, now, protected, rs)
+		rs.discard = errors.Is(err, control.ErrAfresh)
 		switch {
 		case errors.Is(err, control.ErrPromoted):
 			o.primary = true
@@ -98,7 +98,7 @@ func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, l
 		}
 		o.log.Warn(err.Error())
 		select {
-		case <-time.After(again):
+		case <-time.After(restartDelay):
 		case <-ctx.Done():
 			return nil
 		}
@@ -107,14 +107,14 @@ func runParts(ctx context.Context, e env, o runOptions, protected *tls.Config, l
 
 // decide finds out what this node has to be (R19). Without the arbiter it does not
 // know, and leaves everything as it is.
-func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.Begin, error) {
+func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.Begin, error) {
 	self, other := o.self.Name, o.other.Name
 	found, running, err := meet(e, o)
 	if err != nil {
 		return failover.Begin{}, err
 	}
 	warned := false
-	rec, err := control.Settle(ctx, life.arbiter, func(err error) {
+	rec, err := control.Settle(ctx, rs.arbiter, func(err error) {
 		if !warned {
 			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
 			warned = true
@@ -123,18 +123,18 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.
 	if err != nil {
 		return failover.Begin{}, err
 	}
-	st, err := life.store.Load()
+	st, err := rs.store.Load()
 	if err != nil {
 		return failover.Begin{}, err
 	}
 	// `none` forgets with its process.
 	if rec.Term < st.Term && o.config.Arbiter.Type != config.ArbiterNone {
-		return failover.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its record (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the record", rec, st.Term),
-			"name the arbiter that was, or put the record back; docs/ARBITER.md says how to move to another one")
+		return failover.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its entry (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the entry", rec, st.Term),
+			"name the former arbiter, or restore the entry; docs/ARBITER.md describes how to move to another one")
 	}
 	if o.primary && rec == (arbiter.Entry{}) {
 		first := arbiter.Entry{Term: 1, Speaker: self}
-		if rec, _, err = control.Swap(ctx, life.arbiter, rec, first, func(err error) {
+		if rec, _, err = control.Swap(ctx, rs.arbiter, rec, first, func(err error) {
 			o.log.Warn("the arbiter does not answer: waiting", "err", err)
 		}); err != nil {
 			return failover.Begin{}, err
@@ -147,7 +147,7 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.
 	if !running && o.self.Starts {
 		found = datapath.Pinned{} // tables are of no use without the guest whose connections they know
 	}
-	if life.afresh {
+	if rs.discard {
 		found, st.Covered = datapath.Pinned{}, 0
 	}
 	b, err := failover.Decide(role, self, other, st, rec, found)
@@ -161,8 +161,8 @@ func decide(ctx context.Context, e env, o runOptions, life *partLife) (failover.
 }
 
 // meet finds what an earlier daemon left in the kernel, and whether the guest that
-// lockstep started runs. One that runs without its tables, which somebody has removed, is
-// muted before anything else: who may speak is not known yet.
+// lockstep started runs. One that runs without its tables, because they were removed, is
+// muted before anything else: which node may transmit is not known yet.
 func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) {
 	if found, err = e.kernel.found(tables(o.config, o.self, 0, o.log)); err != nil || !o.self.Starts {
 		return found, false, err
@@ -179,7 +179,7 @@ func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) 
 	if found != (datapath.Pinned{}) {
 		return found, true, nil
 	}
-	o.log.Warn("QEMU runs, and its programs and tables in the kernel are gone: muted until it is known who may speak", "pid", p.Pid())
+	o.log.Warn("QEMU runs, and its programs and tables in the kernel are gone: muted until it is known which node may transmit", "pid", p.Pid())
 	for _, nic := range o.self.NICs {
 		if err := e.kernel.mute(nic.Tap); err != nil {
 			return found, true, err
@@ -188,12 +188,12 @@ func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) 
 	return found, true, nil
 }
 
-// fill tells control what the config says of the pair's life.
-func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
+// fill adds to control's options what failing over needs.
+func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
 	life := &control.Life{
-		Begin: l.begin, Arbiter: l.arbiter, Store: l.store, Timeout: c.Heartbeat.Timeout, Restart: c.Heartbeat.Restart,
-		Setback: &l.setback,
+		Begin: rs.begin, Arbiter: rs.arbiter, Store: rs.store,
+		Setback: &rs.setback,
 		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
 		Limits: c.Migration.Limits,
 	}
@@ -204,14 +204,14 @@ func (l *partLife) fill(opt *control.Options, e env, o runOptions) {
 			life.Guest = &spec
 		}
 	}
-	opt.Life, opt.Journal, opt.Progress = life, l.journal, progress(e, o)
+	opt.Life, opt.Journal, opt.Progress = life, rs.journal, progress(e, o)
 }
 
 // progress shows how far a replication is that begins: a bar on a terminal, log lines
 // elsewhere.
 func progress(e env, o runOptions) func(qemu.Progress) {
-	f, ok := e.stderr.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
+	terminal, ok := e.stderr.(*os.File)
+	if !ok || !term.IsTerminal(int(terminal.Fd())) {
 		var at time.Time
 		return func(p qemu.Progress) {
 			if p.Total == 0 || time.Since(at) < 2*time.Second {
@@ -233,14 +233,14 @@ func progress(e env, o runOptions) func(qemu.Progress) {
 		}
 		if bar != nil && p.What != what {
 			bar.Finish()
-			fmt.Fprintln(f)
+			fmt.Fprintln(terminal)
 			bar = nil
 		}
 		if what = p.What; p.Total == 0 {
 			return
 		}
 		if bar == nil {
-			bar = progressbar.NewOptions64(p.Total, progressbar.OptionSetWriter(f), progressbar.OptionShowBytes(true), progressbar.OptionSetDescription(p.What))
+			bar = progressbar.NewOptions64(p.Total, progressbar.OptionSetWriter(terminal), progressbar.OptionShowBytes(true), progressbar.OptionSetDescription(p.What))
 		}
 		bar.ChangeMax64(p.Total)
 		bar.Set64(p.Done)

@@ -16,7 +16,7 @@ import (
 	"lockstep/control/journal"
 )
 
-// A node's parts in a pair's life follow each other, as the arbiter's record says.
+// A node's roles follow each other as the arbiter's entry requires.
 func TestRunLife(t *testing.T) {
 	c := newCLI(t)
 	dir := t.TempDir()

@@ -20,7 +20,7 @@ func newRoot(e env) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "lockstep",
 		Short:         "COLO proxy in the kernel",
-		Long:          "lockstep keeps two QEMU guests on two hosts in step: what the primary guest says\nleaves its host once the secondary guest has said the same.",
+		Long:          "lockstep keeps two QEMU guests on two hosts in step: the primary guest's\noutput leaves its host once the secondary guest has produced the same.",
 		Args:          cobra.NoArgs,
 		SilenceErrors: true, // run prints them
 		SilenceUsage:  true,
@@ -101,7 +101,7 @@ func newAsk[T any](e env, name, short string, fetch func(context.Context, string
 	return cmd
 }
 
-// ask gets what the daemon says and prints it.
+// ask prints what the daemon answers.
 func ask[T any](ctx context.Context, e env, t *target, fetch func(context.Context, string) (T, error), asJSON bool, show func(io.Writer, T) error) error {
 	c, self, _, err := t.load(e)
 	if err != nil {

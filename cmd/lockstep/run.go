@@ -37,7 +37,7 @@ type runOptions struct {
 	metrics     string // address; "": none
 }
 
-// runDaemon runs this node's part in the pair, or one after the other, until ctx
+// runDaemon runs this node in its role, and in those that follow from failovers, until ctx
 // ends. Programs and maps stay behind, and so does QEMU.
 func runDaemon(ctx context.Context, e env, o runOptions) error {
 	c := o.config
@@ -68,14 +68,14 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		defer stop()
 	}
 	if c.Arbiter.Type == "" {
-		return runPart(ctx, e, o, protected, nil)
+		return runRole(ctx, e, o, protected, nil)
 	}
-	return runLife(ctx, e, o, protected)
+	return runFailover(ctx, e, o, protected)
 }
 
-// runPart puts the kernel half in place for one role and hands it to control. life is
-// nil where nobody takes over.
-func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, life *partLife) error {
+// runRole puts the kernel half in place for one role and hands it to control. rs is nil
+// in a pair without an arbiter, which does not fail over.
+func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) error {
 	c := o.config
 	nics, err := devices(e.kernel, o)
 	if err != nil {
@@ -94,20 +94,19 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
-		Copies: compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
-		Period: c.Checkpoint.Period, MinInterval: c.Checkpoint.MinInterval, TargetPause: c.Checkpoint.TargetPause,
-		Rekey: c.TLS.Rekey, EchoEvery: c.Heartbeat.Interval, SpeakFor: c.Heartbeat.Lease,
+		Copies:     compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
+		Checkpoint: c.Checkpoint, Heartbeat: c.Heartbeat, Rekey: c.TLS.Rekey,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
 	}
 	if o.primary {
 		opt.Role, opt.Control = datapath.RolePrimary, o.self.Control.String()
 	}
-	if life != nil {
-		life.fill(&opt, e, o)
+	if rs != nil {
+		rs.fill(&opt, e, o)
 	}
 	for _, n := range nics {
-		n.Discard = life != nil && life.begin.Discard
+		n.Discard = rs != nil && rs.begin.Discard
 		dp, fresh, err := e.kernel.open(n)
 		if err != nil {
 			for _, dp := range opt.NICs {
@@ -128,14 +127,14 @@ func runPart(ctx context.Context, e env, o runOptions, protected *tls.Config, li
 	return e.control(ctx, opt) // closes the NICs
 }
 
-// unfit refuses a config whose parts do not make a whole: a pair that is believed to
+// unfit refuses a config whose sections do not go together: a pair that is believed to
 // fail over, and does not, is worse than none.
 func unfit(o runOptions) error {
 	switch c := o.config; {
 	case o.self.Starts && c.Arbiter.Type == "":
-		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host speak when it has lost the other")
+		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host transmit when it has lost the other")
 	case o.self.QMP == "" && c.Arbiter.Type != "":
-		return c.Refuse("arbiter", "without QEMU's socket nobody can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
+		return c.Refuse("arbiter", "without QEMU's socket no node can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
 	}
 	if q := o.config.QEMU; q != nil && o.self.Starts {
 		if i, err := qemu.CheckExtra(q.Extra); err != nil {
@@ -178,7 +177,7 @@ func newRun(e env) *cobra.Command {
 				return err
 			}
 			if role != string(datapath.RolePrimary) && role != string(datapath.RoleSecondary) {
-				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role says which guest this host begins with", role)}
+				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role is the role that this host begins with", role)}
 			}
 			var lv slog.Level
 			if err := lv.UnmarshalText([]byte(level)); err != nil {

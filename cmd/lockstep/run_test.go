@@ -67,8 +67,10 @@ func TestRunWiring(t *testing.T) {
 			t.Errorf("%s: config digest %q, want 32 bytes in hex", tc.line, got.ConfigDigest)
 		}
 		w.ConfigDigest = got.ConfigDigest
-		w.Period, w.MinInterval = config.DefaultPeriod, config.DefaultMinInterval
-		w.Rekey, w.EchoEvery, w.SpeakFor = config.DefaultRekey, config.DefaultHeartbeatInterval, config.DefaultHeartbeatLease
+		w.Checkpoint = config.Checkpoint{Period: config.DefaultPeriod, MinInterval: config.DefaultMinInterval}
+		w.Rekey = config.DefaultRekey
+		w.Heartbeat = config.Heartbeat{Interval: config.DefaultHeartbeatInterval, Timeout: config.DefaultHeartbeatTimeout,
+			Lease: config.DefaultHeartbeatLease, Restart: config.DefaultHeartbeatRestart}
 		if diff := cmp.Diff(w, got, cmpopts.IgnoreUnexported(control.Options{}), cmpopts.IgnoreFields(control.Options{}, "NICs", "Log"), cmpopts.EquateComparable(netip.Addr{})); diff != "" || len(got.NICs) != 1 {
 			t.Errorf("%s: %d NICs, -want +got\n%s", tc.line, len(got.NICs), diff)
 		}
@@ -141,10 +143,10 @@ func TestRunRefused(t *testing.T) {
 // A pair that could not fail over is refused.
 func TestRunUnfit(t *testing.T) {
 	for _, tc := range []struct{ more, want string }{
-		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host speak when it has lost the other"},
+		{"qemu: {memory: 1G}\n", "a pair that lockstep starts has to have an arbiter; name one; {type: none} lets either host transmit when it has lost the other"},
 		{"arbiter: {type: none}\nqemu: {memory: 1G, extra: [-device, 'vfio-pci,host=01:10.0']}\n",
 			"-device vfio-pci: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC transmits without lockstep; use an emulated one, for a NIC give the guest a tap in a bridge and list it under nics"},
-		{"arbiter: {type: none}\n", "without QEMU's socket nobody can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
+		{"arbiter: {type: none}\n", "without QEMU's socket no node can take over; describe the guest with qemu, or name its socket with nodes.beta.qmp"},
 	} {
 		c := newCLI(t)
 		c.write(t, "pair.yaml", pairYAML+tc.more)

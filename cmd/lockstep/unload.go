@@ -24,9 +24,9 @@ func newUnload(e env) *cobra.Command {
 		Short: "Remove the pinned programs and maps of a daemon that is gone",
 		Long: "unload removes what a daemon left in the kernel: its programs leave the taps and\n" +
 			"the peer devices, its maps go, and the guest's taps are set down. It refuses while the\n" +
-			"daemon lives, and while the guest runs here: without the programs it could be heard\n" +
+			"daemon lives, and while the guest runs here: without the programs it could transmit\n" +
 			"beside the other host's. With --force such a guest is muted: its taps are set down.\n" +
-			"Only one that speaks alone, as the arbiter confirms, goes on, and the connections\n" +
+			"Only one that transmits alone, as the arbiter confirms, goes on, and the connections\n" +
 			"that it took over break. Run it in the daemon's network namespace.\n" +
 			"No setting needs it on a pair that runs: see docs/CONFIG.md, \"Changing a setting\".",
 		Args: cobra.NoArgs,
@@ -39,7 +39,7 @@ func newUnload(e env) *cobra.Command {
 		},
 	}
 	t.flags(cmd)
-	cmd.Flags().BoolVar(&force, "force", false, "also while the guest runs, which is muted unless it alone speaks; remove also what is not whole, not of this version, or of a secondary that took over")
+	cmd.Flags().BoolVar(&force, "force", false, "also while the guest runs, which is muted unless it transmits alone; remove also what is not whole, not of this version, or of a secondary that took over")
 	return cmd
 }
 
@@ -53,14 +53,14 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 		return fmt.Errorf("whether the guest of %s runs on %s is not known: %w", c.VM, self.Name, err)
 	}
 	if running != "" && !force {
-		return fmt.Errorf("the guest of %s runs on %s (%s), and without lockstep's programs it could be heard beside the other host's. "+
+		return fmt.Errorf("the guest of %s runs on %s (%s), and without lockstep's programs it could transmit beside the other host's. "+
 			"To change a setting, see docs/CONFIG.md, \"Changing a setting\"; for another version, `lockstep upgrade`. "+
-			"To remove lockstep from this host, end its QEMU first; --force mutes the guest, unless the arbiter says that it alone speaks", c.VM, self.Name, running)
+			"To remove lockstep from this host, end its QEMU first; --force mutes the guest, unless the arbiter names this node alone", c.VM, self.Name, running)
 	}
 	remove, goesOn := e.kernel.unload, false
 	if running != "" {
 		why := ""
-		if goesOn, why = speaksAlone(ctx, e, c, self); goesOn {
+		if goesOn, why = transmitsAlone(ctx, e, c, self); goesOn {
 			remove = e.kernel.letGo
 		}
 		fmt.Fprintf(e.stderr, "lockstep: %s\n", why)
@@ -120,10 +120,10 @@ func guestRuns(k kernel, c *config.Config, self *config.Node) (string, error) {
 	return "", nil
 }
 
-// speaksAlone reports whether the guest that runs here is the only one that clients hear,
-// and will be: it spoke alone when its daemon ended, and the arbiter names this node. In a
-// pair that never fails over that is the primary's. why says what was found.
-func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node) (alone bool, why string) {
+// transmitsAlone reports whether the guest that runs here is the only one that transmits,
+// and stays so: it did when its daemon ended, and the arbiter names this node. In a pair
+// without an arbiter that is the primary's. why is what was found.
+func transmitsAlone(ctx context.Context, e env, c *config.Config, self *config.Node) (alone bool, why string) {
 	found, err := e.kernel.found(tables(c, self, 0, discard))
 	if err != nil {
 		return false, fmt.Sprintf("what the guest was to the pair is not known, so it is muted: %v", err)
@@ -132,10 +132,10 @@ func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node
 		if found.Role != datapath.RolePrimary {
 			return false, "the guest is not the primary's, so it is muted"
 		}
-		return true, "the guest goes on, and nothing compares what it says"
+		return true, "the guest goes on, and nothing compares its output"
 	}
 	if found.Mode != datapath.ModeSolo {
-		return false, "the guest did not speak alone when its daemon ended, so it is muted"
+		return false, "the guest did not transmit alone when its daemon ended, so it is muted"
 	}
 	a, err := arbiter.Open(c, self.Name)
 	if err != nil {
@@ -145,9 +145,9 @@ func speaksAlone(ctx context.Context, e env, c *config.Config, self *config.Node
 	rec, err := a.Read(ctx)
 	switch {
 	case err != nil:
-		return false, fmt.Sprintf("the arbiter does not tell who may speak, so the guest is muted: %v", err)
+		return false, fmt.Sprintf("the arbiter's entry cannot be read, so the guest is muted: %v", err)
 	case rec.Speaker != self.Name:
-		return false, fmt.Sprintf("the arbiter (%s) does not have this node speak, so the guest is muted", rec)
+		return false, fmt.Sprintf("the arbiter (%s) does not name this node, so the guest is muted", rec)
 	}
-	return true, fmt.Sprintf("the arbiter (%s) has this node speak: the guest goes on, and the connections that it took over break", rec)
+	return true, fmt.Sprintf("the arbiter (%s) names this node: the guest goes on, and the connections that it took over break", rec)
 }

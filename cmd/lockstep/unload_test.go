@@ -28,8 +28,8 @@ func TestUnload(t *testing.T) {
 	}
 }
 
-// TestUnloadRunning: a guest that runs is not let loose, but where the arbiter says that
-// it alone speaks.
+// TestUnloadRunning: a guest that runs is muted, except where the arbiter names its node
+// alone.
 func TestUnloadRunning(t *testing.T) {
 	alone, holds := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo}, datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
 	for name, x := range map[string]struct {
@@ -42,13 +42,13 @@ func TestUnloadRunning(t *testing.T) {
 	}{
 		"no arbiter, primary":      {found: holds, goesOn: true, says: "nothing compares"},
 		"no arbiter, secondary":    {found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun}, says: "not the primary's"},
-		"alone":                    {arbiter: "exec", record: "3 beta", found: alone, goesOn: true, says: "has this node speak"},
-		"another speaks":           {arbiter: "exec", record: "4 alpha", found: alone, says: "does not have this node speak"},
-		"replicates":               {arbiter: "exec", record: "3 beta", found: holds, says: "did not speak alone"},
-		"the arbiter is silent":    {arbiter: "exec", record: "", found: alone, says: "does not tell who may speak"},
-		"no tables":                {arbiter: "exec", record: "3 beta", says: "did not speak alone"},
+		"alone":                    {arbiter: "exec", record: "3 beta", found: alone, goesOn: true, says: "names this node"},
+		"another speaks":           {arbiter: "exec", record: "4 alpha", found: alone, says: "does not name this node"},
+		"replicates":               {arbiter: "exec", record: "3 beta", found: holds, says: "did not transmit alone"},
+		"the arbiter is silent":    {arbiter: "exec", record: "", found: alone, says: "entry cannot be read"},
+		"no tables":                {arbiter: "exec", record: "3 beta", says: "did not transmit alone"},
 		"tables of another config": {arbiter: "exec", record: "3 beta", foundErr: errors.New("another ABI"), says: "another ABI"},
-		"nobody keeps a record":    {arbiter: "none", found: alone, says: "does not have this node speak"},
+		"nobody keeps a record":    {arbiter: "none", found: alone, says: "does not name this node"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCLI(t)

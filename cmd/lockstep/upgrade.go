@@ -21,7 +21,7 @@ func newUpgrade(e env) *cobra.Command {
 		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
 			"has pinned: that it has the same ABI and sizes and a config that fits, that the kernel\n" +
 			"takes its programs over them, and that the peer will have it. It changes nothing and\n" +
-			"says what to do next. Run it in the daemon's network namespace.",
+			"prints what to do next. Run it in the daemon's network namespace.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, _, err := t.load(e)
@@ -41,13 +41,13 @@ func newUpgrade(e env) *cobra.Command {
 				return err
 			default:
 				if err := s.Takes(peerlink.Version, hex.EncodeToString(digest[:])); err != nil {
-					return fmt.Errorf("%w; docs/CONFIG.md says under \"Changing a setting\" in which order both nodes get it", err)
+					return fmt.Errorf("%w; docs/CONFIG.md describes under \"Changing a setting\" in which order both nodes get it", err)
 				}
 			}
 			_, err = fmt.Fprintf(e.stdout, "lockstep %s can take over %s on %s from lockstep %s.\n"+
 				"Next: restart the daemon with this binary, in the same role. No checkpoint is needed.\n"+
 				"Until the new daemon has its session, at most %v after it started while the peer is well,\n"+
-				"the guest hears its clients but is not heard; what is lost both guests repeat.\n",
+				"the guest receives but does not transmit; TCP retransmits what is lost.\n",
 				versionString(), c.VM, self.Name, from, peerlink.MaxRejoin)
 			return err
 		},

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// What Arbiter.Type may say.
+// Values of Arbiter.Type.
 const (
 	ArbiterEtcd = "etcd"
 	ArbiterFile = "file"
@@ -20,9 +20,9 @@ const (
 	ArbiterNone = "none"
 )
 
-// Arbiter decides who may speak alone (R21).
+// Arbiter decides which host may transmit alone (R21).
 type Arbiter struct {
-	Type      string        // "": there is none, so nobody takes over by itself
+	Type      string        // "": there is none, so no host takes over by itself
 	Endpoints []string      // etcd: host:port of each member
 	TLS       *TLSFiles     // etcd; nil: in the clear
 	Path      string        // file: a directory, absolute, on storage that both hosts share
@@ -44,7 +44,7 @@ const arbiterTypes = "etcd, file, exec or none"
 func (r *reader) arbiter(v value, a *Arbiter) {
 	before := len(r.errs)
 	r.mapping(v, []field{
-		{"type", "it says who decides which host may speak alone: " + arbiterTypes, r.word(&a.Type, ArbiterEtcd, ArbiterFile, ArbiterExec, ArbiterNone)},
+		{"type", "it names what decides which host may transmit alone: " + arbiterTypes, r.word(&a.Type, ArbiterEtcd, ArbiterFile, ArbiterExec, ArbiterNone)},
 		{"endpoints", "", func(v value) {
 			r.list(v, `a list like ["192.0.2.9:2379"]`, 16, func(v value) { r.endpoint(v, &a.Endpoints) })
 		}},
@@ -125,7 +125,7 @@ func (r *reader) endpoint(v value, to *[]string) {
 		host, port, err := net.SplitHostPort(s)
 		n, perr := strconv.ParseUint(port, 10, 16)
 		if err != nil || perr != nil || n == 0 || host == "" || strings.ContainsFunc(host, func(c rune) bool { return c <= ' ' || c == '/' || c > '~' }) {
-			r.refuse(v.pos, fmt.Sprintf("%q cannot be an endpoint", s), "it must be "+want+"; whether TLS is used, arbiter.tls says")
+			r.refuse(v.pos, fmt.Sprintf("%q cannot be an endpoint", s), "it must be "+want+"; arbiter.tls decides whether TLS is used")
 			return
 		}
 		if slices.Contains(*to, s) {

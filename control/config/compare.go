@@ -45,7 +45,7 @@ func (r *reader) rules(v value, rules *[]Rule) {
 		v := r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos)
 		before := len(r.errs)
 		r.mapping(v, []field{
-			{"proto", "it says what leaves uncompared: udp, icmp, icmpv6 or an IP protocol's number", r.proto(&rule.Proto)},
+			{"proto", "it names what leaves uncompared: udp, icmp, icmpv6 or an IP protocol's number", r.proto(&rule.Proto)},
 			{"guest_port", "", r.integer(&guest, 1, math.MaxUint16)},
 			{"remote_port", "", r.integer(&remote, 1, math.MaxUint16)},
 		})
@@ -87,7 +87,7 @@ func (r *reader) proto(to *uint8) func(value) {
 			return
 		}
 		if n == protoTCP {
-			r.refuse(v.pos, "TCP cannot be primary-only: the SVM could not go on with a connection whose bytes it never said", "remove the rule")
+			r.refuse(v.pos, "TCP cannot be primary-only: the SVM could not go on with a connection whose bytes it never sent", "remove the rule")
 			return
 		}
 		*to = uint8(n)

@@ -89,7 +89,7 @@ type Config struct {
 // Heartbeat times the echoes between the kernels (R20).
 type Heartbeat struct {
 	Interval time.Duration // between two echoes
-	Timeout  time.Duration // of a silent peer, before it counts as dead
+	Timeout  time.Duration // without a sign of the peer, before it counts as dead
 	Lease    time.Duration // for so long after an echo the PVM may transmit: T of R20
 	Restart  time.Duration // for a daemon that ended on a living host to come back
 }

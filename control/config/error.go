@@ -21,7 +21,7 @@ func (p Pos) String() string { return fmt.Sprintf("%s:%d:%d", p.File, p.Line, p.
 type Error struct {
 	Pos    Pos
 	Reason string
-	Fix    string // "": the reason says it
+	Fix    string // "": it follows from the reason
 }
 
 func (e *Error) Error() string {

@@ -30,7 +30,7 @@ type QEMU struct {
 	MACs       []net.HardwareAddr // one per NIC, the same on both nodes
 }
 
-// What QEMU.FirstStart may say.
+// Values of QEMU.FirstStart.
 const (
 	FirstCompare = "compare" // refuse images that are not the same
 	FirstCopy    = "copy"    // the primary's over the secondary's
@@ -63,7 +63,7 @@ func MAC(vm string, nic int) net.HardwareAddr {
 	return net.HardwareAddr{0x52, 0x54, 0x00, h[0], h[1], h[2] + byte(nic)}
 }
 
-// Migration says where the secondary's QEMU waits for the primary's, on the
+// Migration is where the secondary's QEMU waits for the primary's, on the
 // secondary's control address, and how the guest is copied there.
 type Migration struct {
 	Port    uint16

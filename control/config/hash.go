@@ -19,7 +19,7 @@ import (
 //   - those that hold as long as the guest runs.
 //
 // The hash is over the last two, four bytes for each section, so that a difference has a
-// name. It finds mistakes; against somebody who wants one there is TLS.
+// name. It finds mistakes; TLS protects against a forged one.
 
 // sections are the hash's, in order.
 var sections = []struct {
@@ -94,8 +94,8 @@ func differ(a, b [32]byte, all bool) (names []string) {
 	return names
 }
 
-// DifferHex is Differ for what the daemons tell each other, hashes in hex. What is none
-// differs in nothing that has a name.
+// DifferHex is Differ for hashes in hex, as the daemons exchange them. A string that is no
+// hash differs in no section that has a name.
 func DifferHex(a, b string) []string {
 	var sums [2][32]byte
 	for i, s := range []string{a, b} {

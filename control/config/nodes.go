@@ -28,7 +28,7 @@ type NIC struct {
 	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff
 }
 
-// What NIC.XDP may say.
+// Values of NIC.XDP.
 const (
 	XDPAuto = "auto" // where the device's driver runs it itself
 	XDPOn   = "on"   // or do not start

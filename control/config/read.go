@@ -92,7 +92,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 	top := value{node: root, pos: Pos{File: r.file, Line: 1, Col: 1}}
 	r.mapping(top, []field{
 		{"vm", "it names the guest in pins, sockets and logs", r.name(&c.VM)},
-		{"nodes", "it says where the two hosts are", func(v value) { r.nodes(v, c) }},
+		{"nodes", "it describes the two hosts", func(v value) { r.nodes(v, c) }},
 		{"tls", needTLS, func(v value) { r.tls(v, &c.TLS) }},
 		{"pin_dir", "", r.path(&c.PinDir)},
 		{"run_dir", "", r.path(&c.RunDir)},

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// relations checks what one value says about another.
+// relations checks values against each other.
 func (r *reader) relations(c *Config) {
 	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
 	a, b := &c.Nodes[0], &c.Nodes[1]

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// TLS says how the control link is protected: with three files, or not at all.
+// TLS is how the control link is protected: with three files, or not at all.
 type TLS struct {
 	Insecure      bool          // it is not
 	CA, Cert, Key string        // may contain {node}: see Files

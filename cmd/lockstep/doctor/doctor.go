@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package doctor finds out what a host lacks to run lockstep, and what mends it. It
+// Package doctor finds out what a host lacks to run lockstep, and how to fix it. It
 // changes nothing.
 package doctor
 
@@ -28,7 +28,7 @@ type Check struct {
 	Name  string `json:"name"`
 	State string `json:"state"`
 	Found string `json:"found"`
-	Fix   string `json:"fix,omitempty"` // what mends it
+	Fix   string `json:"fix,omitempty"` // how to fix it
 }
 
 // Report is what was found, in the order in which it was looked at.
@@ -74,7 +74,7 @@ const asRoot = "run it as root: sudo lockstep doctor"
 // patience bounds everything that may not answer.
 const patience = 2 * time.Second
 
-// Examine looks at this host, and with a config at what that says of it: as the named
+// Examine looks at this host, and with a config at what that requires of it: as the named
 // node's, or, when node is "", as that of the node whose control address it has.
 func Examine(ctx context.Context, c *config.Config, node string) Report {
 	return examine(ctx, thisMachine, c, node)
@@ -124,7 +124,7 @@ func (r Report) Write(out io.Writer, asJSON bool) error {
 	for _, c := range r.Checks {
 		fmt.Fprintf(w, "%s\t%s\t%s\n", c.State, c.Name, c.Found)
 		if c.Fix != "" {
-			fmt.Fprintf(w, "\t\tto mend it: %s\n", c.Fix)
+			fmt.Fprintf(w, "\t\tto fix it: %s\n", c.Fix)
 		}
 	}
 	return w.Flush()

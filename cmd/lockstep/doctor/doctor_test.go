@@ -39,10 +39,12 @@ func healthy() machine {
 		route:        func(*config.VXLAN) error { return nil },
 		dial:         func(context.Context, netip.AddrPort) error { return nil },
 		command:      qemuOf("7.2.22", "raw replication vvfat"),
-		arbiter:      func(context.Context, *config.Config, string) (string, error) { return "fencing term 3, speaker alpha", nil },
-		guest:        func(*config.Config, *config.Node) (string, error) { return "", nil },
-		memory:       func() (int64, int64, error) { return 8 << 30, 4 << 30, nil },
-		overlays:     roomOf(4<<30, 0),
+		arbiter: func(context.Context, *config.Config, string) (string, error) {
+			return "fencing term 3, speaker alpha", nil
+		},
+		guest:    func(*config.Config, *config.Node) (string, error) { return "", nil },
+		memory:   func() (int64, int64, error) { return 8 << 30, 4 << 30, nil },
+		overlays: roomOf(4<<30, 0),
 	}
 }
 
@@ -316,7 +318,7 @@ func TestDoctorMisses(t *testing.T) {
 			if !there {
 				t.Errorf("no check %q in %+v", tc.check, got.Checks)
 			}
-			if people := text(t, r, false); !strings.Contains(people, tc.state+"  ") || !strings.Contains(people, "to mend it: ") {
+			if people := text(t, r, false); !strings.Contains(people, tc.state+"  ") || !strings.Contains(people, "to fix it: ") {
 				t.Errorf("for people:\n%s", people)
 			}
 		})

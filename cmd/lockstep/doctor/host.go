@@ -39,7 +39,7 @@ func (d *doctor) host(ctx context.Context, c *config.Config) {
 	} else {
 		d.missing("btf", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y, as distributions' are", "there is no %s", btf)
 	}
-	d.try("programs", "run `lockstep run --verifier-log` for the kernel's own words, and report them with `uname -a`",
+	d.try("programs", "run `lockstep run --verifier-log` for the kernel's own message, and report it with `uname -a`",
 		"the kernel takes them all", d.m.programs)
 	d.ok("compiler", "none is needed: the programs are inside lockstep")
 	d.try("vxlan", "modprobe vxlan (CONFIG_VXLAN); or give each NIC a peer device of its own", "devices can be made", d.m.vxlan)
@@ -138,7 +138,7 @@ func (d *doctor) qemu(ctx context.Context, c *config.Config) {
 	}
 }
 
-// colo says how well COLO works in a release of QEMU under an accelerator.
+// colo reports how well COLO works in a release of QEMU under an accelerator.
 func colo(version, accel string) (why, state string) {
 	v := qemu.ParseVersion(version)
 	broken := qemu.BrokenCOLO(v, accel)

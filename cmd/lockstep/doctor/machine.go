@@ -48,7 +48,7 @@ type machine struct {
 	route        func(v *config.VXLAN) error // to the other end, from this one
 	dial         func(ctx context.Context, addr netip.AddrPort) error
 	command      func(ctx context.Context, name string, args ...string) (output string, err error)
-	arbiter      func(ctx context.Context, c *config.Config, node string) (record string, err error)
+	arbiter      func(ctx context.Context, c *config.Config, node string) (entry string, err error)
 	guest        func(c *config.Config, self *config.Node) (running string, err error)
 	memory       func() (total, available int64, err error) // bytes
 	overlays     func(c *config.Config, self *config.Node) ([]overlayRoom, error)
@@ -106,7 +106,7 @@ var thisMachine = machine{
 	overlays: func(c *config.Config, self *config.Node) ([]overlayRoom, error) {
 		spec := c.Guest(self)
 		spaces, err := spec.Overlays()
-		sizes, unknown := spec.DiskSizes() // where they are not known, the check of the guest says why
+		sizes, unknown := spec.DiskSizes() // where they are not known, the check of the guest reports why
 		var rooms []overlayRoom
 		for _, o := range spaces {
 			r := overlayRoom{OverlaySpace: o}
@@ -141,7 +141,7 @@ func memory() (total, available int64, err error) {
 		}
 	}
 	if total == 0 || available == 0 {
-		return 0, 0, errors.New("/proc/meminfo does not tell this host's memory")
+		return 0, 0, errors.New("/proc/meminfo does not contain this host's memory")
 	}
 	return total, available, nil
 }

@@ -19,7 +19,7 @@ import (
 	"lockstep/loader/device"
 )
 
-// pair looks at what the config says of this host.
+// pair looks at what the config requires of this host.
 func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 	addrs, err := d.m.addresses()
 	if err != nil {
@@ -66,18 +66,18 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 // failover looks at what a pair needs to begin and to end by itself.
 func (d *doctor) failover(ctx context.Context, c *config.Config, self *config.Node) {
 	if c.Arbiter.Type == "" {
-		d.warn("arbiter", "name one in the config: arbiter: {type: etcd, endpoints: [...]}", "there is none, so nobody takes over by itself when a host dies")
+		d.warn("arbiter", "name one in the config: arbiter: {type: etcd, endpoints: [...]}", "there is none, so no host takes over by itself when the other dies")
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	switch record, err := d.m.arbiter(ctx, c, self.Name); {
+	switch entry, err := d.m.arbiter(ctx, c, self.Name); {
 	case err != nil:
-		d.missing("arbiter", "without it neither host may speak alone: docs/ARBITER.md tells what it needs", "%s does not answer: %v", c.Arbiter.Type, err)
+		d.missing("arbiter", "without it neither host may transmit alone: docs/ARBITER.md lists what it needs", "%s does not answer: %v", c.Arbiter.Type, err)
 	case c.Arbiter.Type == config.ArbiterNone:
-		d.warn("arbiter", "name one that both hosts ask", "type none: both hosts may speak after a partition")
+		d.warn("arbiter", "name one that both hosts ask", "type none: both hosts may transmit after a partition")
 	default:
-		d.ok("arbiter", "%s answers: %s", c.Arbiter.Type, record)
+		d.ok("arbiter", "%s answers: %s", c.Arbiter.Type, entry)
 	}
 	if err := d.m.writable(c.StateDir); err != nil {
 		d.missing("state_dir", fmt.Sprintf("mkdir -p %s; or name another state_dir", c.StateDir), "%v", err)
@@ -118,7 +118,7 @@ const (
 	busyGuest = 100_000_000
 )
 
-// overlays tells how long the room for a secondary's overlays lasts. Either host may come
+// overlays reports how long the room for a secondary's overlays lasts. Either host may come
 // to be the secondary's.
 func (d *doctor) overlays(c *config.Config, self *config.Node, o *overlayRoom) {
 	const name = "overlay_dir"
@@ -247,6 +247,6 @@ func (d *doctor) inFront(name, tap string) {
 		d.warn(name, "end it where that matters", "%s", what)
 	}
 	if len(passOn) == 0 && len(read) == 0 && err == nil {
-		d.ok(name, "nobody sees %s's frames before lockstep does", tap)
+		d.ok(name, "nothing sees %s's frames before lockstep does", tap)
 	}
 }

@@ -67,7 +67,7 @@ func TestDemo(t *testing.T) {
 		say("%s took over. The session goes on, as does the web load; the longest wait for an answer was %v.", survivor,
 			time.Duration(session.longest.Load()).Round(time.Millisecond))
 		p.await(survivor, func(s *api.Status) bool { return s.State == "solo" })
-		say("%s speaks alone. Starting %s's daemon again, as the secondary: disk and memory are copied.", survivor, primary)
+		say("%s transmits alone. Starting %s's daemon again, as the secondary: disk and memory are copied.", survivor, primary)
 		began := time.Now()
 		p.rejoin(primary)
 		p.covered()

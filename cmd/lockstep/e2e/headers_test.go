@@ -306,7 +306,7 @@ func multipath(p *pair, limit time.Duration) (used bool, err error) {
 // TestMultipath: a client that offers MPTCP gets TCP, without a checkpoint.
 func TestMultipath(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
-	if used, err := multipath(p, 10 * time.Second); used || err != nil {
+	if used, err := multipath(p, 10*time.Second); used || err != nil {
 		t.Errorf("MPTCP %v, %v", used, err)
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
@@ -318,7 +318,7 @@ func TestMultipath(t *testing.T) {
 // waits for a checkpoint.
 func TestMultipathKept(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms, mptcp: true}")
-	if used, err := multipath(p, 2 * time.Second); !os.IsTimeout(err) {
+	if used, err := multipath(p, 2*time.Second); !os.IsTimeout(err) {
 		t.Errorf("MPTCP %v, %v", used, err)
 	}
 	if s := p.status("alpha"); !causes(s)["syn differs"] {
