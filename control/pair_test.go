@@ -104,9 +104,9 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 			t.Fatal(err)
 		}
 		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store}
-		x.opt.link.Silence, x.opt.link.Ping = 200*time.Millisecond, 20*time.Millisecond
-		x.opt.Heartbeat.Lease, x.opt.Heartbeat.Interval, x.opt.Heartbeat.Timeout = 100*time.Millisecond, 10*time.Millisecond, 200*time.Millisecond
-		x.opt.qmpTimeout, x.opt.qmpPoll = 200*time.Millisecond, 50*time.Millisecond
+		x.opt.link.Silence, x.opt.link.Ping = 400*time.Millisecond, 20*time.Millisecond
+		x.opt.Heartbeat.Lease, x.opt.Heartbeat.Interval, x.opt.Heartbeat.Timeout = 200*time.Millisecond, 10*time.Millisecond, 400*time.Millisecond
+		x.opt.qmpTimeout, x.opt.qmpPoll = 400*time.Millisecond, 50*time.Millisecond
 	}
 	return p, s, a
 }
@@ -281,7 +281,7 @@ func TestUncovered(t *testing.T) {
 	pair.Primary.Close()
 	p.ends(ErrFenced)
 	s.await("no link", func(st api.Status) bool { return !st.Peer.Connected })
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	<-ctx.Done() // longer than a covered one would wait
 	if st := s.await("a status", func(api.Status) bool { return true }); st.State == "failover" || a.now.Speaker != "alpha" {
