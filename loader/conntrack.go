@@ -93,7 +93,7 @@ func (c *conntrack) newest(t compare.Tuple) (seg bpf.LockstepLsCli, ok bool) {
 }
 
 // acknowledges reports whether a remote's newest segment shows what it has received. A
-// SYN without ACK does not, and behind a RST nobody goes on.
+// SYN without ACK does not, and nothing follows a RST.
 func acknowledges(c *bpf.LockstepLsCli) bool {
 	return compare.Flags(c.TcpFlags)&(compare.ACK|compare.RST) == compare.ACK
 }

@@ -71,12 +71,12 @@ func (g *gate) SetLeaseDuration(d time.Duration) error {
 // LastEcho implements [datapath.NIC].
 func (g *gate) LastEcho() int64 { return int64(atomic.LoadUint64(&g.conf.Echoed)) }
 
-// rotationOverlap is how long frames of the previous term are accepted after the keys
+// rotationOverlap is how long frames of the previous generation are accepted after the keys
 // rotated: those under way, and what the peer signs until it has the new keys too.
 const rotationOverlap = time.Second
 
-// InstallSession implements [datapath.NIC]. Frames of the previous term are refused
-// from the moment the term changes, except after a rotation.
+// InstallSession implements [datapath.NIC]. Frames of the previous key generation are
+// refused from the moment the generation changes, except after a rotation.
 func (g *gate) InstallSession(s datapath.Session) error {
 	k := bpf.LockstepLsKeys{SipTx: s.TxKey, SipRx: s.RxKey, Mix: s.Digest.Mix}
 	for lane := range k.K {
@@ -93,8 +93,8 @@ func (g *gate) InstallSession(s datapath.Session) error {
 	if s.Rotated {
 		oldUntil = uint64(bootTime() + int64(rotationOverlap))
 	}
-	// Before the term, so that no frame of the old one is refused between the two. Until
-	// the term changes, term - 1 would be verified with the new keys, and so refused.
+	// Before the generation, so that no frame of the old one is refused between the two.
+	// Until it changes, the one before it would be verified with the new keys, and refused.
 	atomic.StoreUint64(&g.conf.OldUntil, oldUntil)
 	atomic.StoreUint32(&g.conf.KeyIndex, index)
 	atomic.StoreUint32(&g.conf.KeyGen, s.Term)
@@ -105,7 +105,7 @@ func (g *gate) InstallSession(s datapath.Session) error {
 	return nil
 }
 
-// recoveredSession is the session of the recovered tables, which goes on.
+// recoveredSession is the session of the recovered tables, which continues.
 func (g *gate) recoveredSession() (*datapath.Recovered, error) {
 	var k bpf.LockstepLsKeys
 	if err := g.keys.Lookup(g.conf.KeyIndex, &k); err != nil {

@@ -181,8 +181,8 @@ func descriptors(pid int) map[int]string {
 	return open
 }
 
-// wayOut is what else a process has open by which it could pass frames on: a user-space
-// switch or router has such a thing, a program that captures has not. Whoever means to
+// wayOut is what else a process has open through which it could pass frames on, as a
+// user-space switch or router does and a program that captures does not. Whoever means to
 // deceive can send through the very socket that it reads from; that is not detectable.
 func wayOut(pid int, inode string) string {
 	pidfd, err := unix.PidfdOpen(pid, 0)

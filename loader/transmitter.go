@@ -180,7 +180,7 @@ const dupThresh = 3
 
 // repeatACK sends the remote's newest segment, without its payload, to S or to the PVM
 // again (R6). With a SACK option it is to make the guest retransmit what the remote has
-// not received: so only if the remote has all before that, and as often as it takes.
+// not received: it is sent dupThresh times, and only if the remote has all before that.
 func (t *transmitter) repeatACK(to *outlet, e *compare.Effect) {
 	c, ok := t.conns.newest(e.Tuple)
 	if !ok {
