@@ -117,30 +117,31 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 	if err != nil {
 		return pl.security().Explain(err)
 	}
-	if m.Type != "hello" || m.Hello == nil {
-		return fmt.Errorf("%q in place of hello", m.Type)
+	h, ok := m.(peerlink.Hello)
+	if !ok {
+		return fmt.Errorf("%q in place of hello", m.Type())
 	}
-	if err := peerlink.CheckPeer(pl.party(), m.Hello.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
-		_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
+	if err := peerlink.CheckPeer(pl.party(), h.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
+		_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 		return err
 	}
 	if pl.d.life != nil {
 		own, err := pl.d.repl.diskSizes()
 		if err == nil {
-			err = checkSizes(pl.d.life.Disks, own, m.Hello.Disks)
+			err = checkSizes(pl.d.life.Disks, own, h.Disks)
 		}
 		if err == nil {
-			err = pl.d.repl.fitsQEMU(ctx, m.Hello)
+			err = pl.d.repl.fitsQEMU(ctx, &h)
 		}
 		if err != nil {
-			_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
+			_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 			return err
 		}
 	}
 	if !known() {
 		return errors.New("newer connections took its place")
 	}
-	return pl.d.ask(ctx, func() { pl.offer(l, *m.Hello) })
+	return pl.d.ask(ctx, func() { pl.offer(l, h) })
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
@@ -179,5 +180,5 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 		return
 	}
 	pl.follow(l, pl.d.opt.link.Handshake)
-	l.Send(peerlink.Message{Type: "session", Session: &s})
+	l.Send(s)
 }

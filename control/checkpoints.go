@@ -135,9 +135,9 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.d.each("thaw", (*nic).thaw)
 	case checkpoint.OpPrepare:
 		ck.attempt(fx)
-		ck.d.peer.send(peerlink.Message{Type: "prepare", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
-		ck.d.peer.send(peerlink.Message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
@@ -182,7 +182,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
-		ck.d.peer.send(peerlink.Message{Type: "ready", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		ck.d.epoch = fx.Epoch
 		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
@@ -192,12 +192,12 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		if fx.Epoch == 0 {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
-		ck.d.peer.send(peerlink.Message{Type: "stopped", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
 		return ck.d.each("unpark", (*nic).unpark)
 	case checkpoint.OpResumed:
 		ck.committed++
-		ck.d.peer.send(peerlink.Message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+		ck.d.peer.send(peerlink.Resumed{Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
 }
@@ -295,4 +295,32 @@ func (ck *checkpoints) drain(epoch uint32) {
 		}
 		ck.d.post(func() { ck.step(ev) })
 	})
+}
+
+// received takes a message about a checkpoint; false: it is none that this side takes.
+func (ck *checkpoints) received(m peerlink.Message) bool {
+	ev, primary := checkpoint.Event{OK: true}, ck.d.isPrimary()
+	var mine bool
+	switch m := m.(type) {
+	case peerlink.Prepare:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPrepare, m.Epoch, !primary
+	case peerlink.Ready:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvReady, m.Epoch, primary
+	case peerlink.Stopped:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPeerStopped, m.Epoch, primary
+	case peerlink.Resumed:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPeerResumed, m.Epoch, primary
+		if n := len(ck.attempts); mine && n > 0 && ck.attempts[n-1].Epoch == m.Epoch {
+			ck.attempts[n-1].SVMPauseMS = milliseconds(m.PauseNS)
+		}
+	case peerlink.Abort:
+		ev.Kind, ev.Epoch, ev.Cause, mine = checkpoint.EvAbort, m.Epoch, m.Cause, true
+		if primary {
+			ev.Kind = checkpoint.EvPeerAbort
+		}
+	}
+	if mine {
+		ck.step(ev)
+	}
+	return mine
 }

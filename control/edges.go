@@ -3,12 +3,10 @@
 package control
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 
-	"lockstep/control/datapath"
 	"lockstep/control/peerlink"
 )
 
@@ -30,7 +28,7 @@ func (re *replicator) tellEdges() {
 				re.d.peer.unlink(peer, err) // the next session tries again
 			default:
 				if re.edgesTold = peer; l.p.Covered() {
-					re.d.peer.send(peerlink.Message{Type: "covered", Record: l.p.Term()})
+					re.d.peer.send(peerlink.Covered{Term: l.p.Term()})
 				}
 			}
 		})
@@ -45,11 +43,7 @@ func (re *replicator) streamEdges(peer *peerlink.Link) error {
 		}
 		if !peer.Stream(func(yield func(peerlink.Message) bool) {
 			for some := range slices.Chunk(edges, peerlink.MaxEdges) {
-				b, err := binary.Append(nil, binary.LittleEndian, some)
-				if err != nil {
-					panic(err) // fields of fixed size
-				}
-				if !yield(peerlink.Message{Type: "edges", NIC: n.index, Edges: b}) {
+				if !yield(peerlink.Edges{NIC: n.index, Edges: some}) {
 					return
 				}
 			}
@@ -61,11 +55,10 @@ func (re *replicator) streamEdges(peer *peerlink.Link) error {
 }
 
 // addEdges takes what tellEdges tells (S).
-func (re *replicator) addEdges(m peerlink.Message) error {
-	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
-	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(re.d.nics) {
-		return errors.New("edges that make no sense")
+func (re *replicator) addEdges(m peerlink.Edges) error {
+	if m.NIC < 0 || m.NIC >= len(re.d.nics) {
+		return fmt.Errorf("edges of NIC %d, which there is not", m.NIC)
 	}
 	n := re.d.nics[m.NIC]
-	return n.do(func() error { return n.dp.AddEdges(edges) })
+	return n.do(func() error { return n.dp.AddEdges(m.Edges) })
 }

@@ -37,7 +37,7 @@ func (l *pairLife) poweredOff() error {
 	l.d.log.Info("the guest powered off, and stays off until `lockstep start`")
 	l.d.event(journal.QEMU, "the guest powered off", nil)
 	if l.p != nil {
-		l.d.peer.send(peerlink.Message{Type: "off"})
+		l.d.peer.send(peerlink.PoweredOff{})
 		if err := l.remember(func(st *state.State) { st.Off = l.Guest != nil }); err != nil {
 			return err
 		}
@@ -201,13 +201,13 @@ func (l *pairLife) carryOutLife(fx failover.Effect) error {
 		}
 		return l.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
-		l.d.peer.send(peerlink.Message{Type: "dead"})
+		l.d.peer.send(peerlink.Dead{})
 	case failover.OpFenced:
 		l.out()
 	case failover.OpPoweredOff:
 		return l.poweredOff()
 	case failover.OpYield:
-		l.d.peer.send(peerlink.Message{Type: "yield"})
+		l.d.peer.send(peerlink.Yield{})
 	case failover.OpSync:
 		return l.d.repl.replicate()
 	case failover.OpPair:
@@ -230,7 +230,7 @@ func (l *pairLife) carryOutLife(fx failover.Effect) error {
 		}
 		l.d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
 		if l.d.repl.edgesTold == l.d.peer.link { // else tellEdges does it
-			l.d.peer.send(peerlink.Message{Type: "covered", Record: fx.Term})
+			l.d.peer.send(peerlink.Covered{Term: fx.Term})
 		}
 	case failover.OpQuiet:
 		l.d.log.Warn("the primary is gone: taking over")
@@ -296,7 +296,7 @@ func (l *pairLife) remember(change func(*state.State)) error {
 // goAlone has P speak without S (R21): what is held leaves first.
 func (l *pairLife) goAlone() error {
 	if l.d.peer.link != nil {
-		l.d.peer.send(peerlink.Message{Type: "over"})
+		l.d.peer.send(peerlink.Dismiss{})
 	}
 	if err := l.d.each("go on alone", (*nic).solo); err != nil {
 		return err
@@ -426,40 +426,57 @@ func (l *pairLife) joinedPair(record uint64, pair, colo bool) {
 	}
 }
 
-// heardOf takes a message about the pair's life; false: it is none.
-func (l *pairLife) heardOf(m peerlink.Message) bool {
+// received takes a message about the failover; false: it is none that this side takes.
+func (l *pairLife) received(m peerlink.Message) bool {
+	_, ping := m.(peerlink.Ping)
 	if l == nil {
-		return m.Type == "ping"
+		return ping
 	}
 	l.live(failover.Event{Kind: failover.EvReceived})
-	switch {
-	case m.Type == "ping":
-	case m.Type == "dead":
+	if _, dead := m.(peerlink.Dead); dead {
 		l.d.repl.stopSync("the secondary's QEMU died")
 		l.live(failover.Event{Kind: failover.EvPeerDead})
-	case m.Type == "yield" && l.p != nil:
+		return true
+	}
+	if l.p != nil {
+		return ping || l.fromSecondary(m)
+	}
+	return ping || l.fromPrimary(m)
+}
+
+func (l *pairLife) fromSecondary(m peerlink.Message) bool {
+	switch m := m.(type) {
+	case peerlink.Yield:
 		l.d.log.Warn("an operator has the secondary take over")
 		l.live(failover.Event{Kind: failover.EvYield})
-	case m.Type == "covered" && l.s != nil:
+	case peerlink.Overlays:
+		l.d.room.peersOverlays(m)
+	default:
+		return false
+	}
+	return true
+}
+
+func (l *pairLife) fromPrimary(m peerlink.Message) bool {
+	switch m := m.(type) {
+	case peerlink.Covered:
 		covered := l.s.Covered()
-		l.live(failover.Event{Kind: failover.EvCovered, Term: m.Record})
+		l.live(failover.Event{Kind: failover.EvCovered, Term: m.Term})
 		if l.s.Covered() && !covered {
-			if err := l.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
+			if err := l.remember(func(st *state.State) { st.Covered = m.Term }); err != nil {
 				l.d.fatal = err
 			}
-			l.d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
+			l.d.log.Info("covered: this host can take over", "arbiter_term", m.Term)
 		}
-	case m.Type == "edges" && l.s != nil:
+	case peerlink.Edges:
 		if err := l.d.repl.addEdges(m); err != nil {
 			l.d.peer.unlink(l.d.peer.link, err) // not covered, then
 		}
-	case m.Type == "off" && l.s != nil:
+	case peerlink.PoweredOff:
 		l.live(failover.Event{Kind: failover.EvPoweredOff})
-	case m.Type == "refused" && l.s != nil:
+	case peerlink.Refused:
 		l.d.repl.noteRefused(m.Cause)
-	case m.Type == "overlays" && l.p != nil:
-		l.d.room.peersOverlays(m)
-	case m.Type == "over" && l.s != nil:
+	case peerlink.Dismiss:
 		l.d.log.Warn("the primary goes on without this secondary")
 		l.live(failover.Event{Kind: failover.EvDismissed})
 	default:

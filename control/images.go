@@ -118,7 +118,7 @@ func (re *replicator) refuse(why string) {
 		return
 	}
 	re.noteRefused(why)
-	re.d.peer.send(peerlink.Message{Type: "refused", Cause: why})
+	re.d.peer.send(peerlink.Refused{Cause: why})
 }
 
 // noteRefused is each side's share.

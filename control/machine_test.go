@@ -3,9 +3,10 @@
 package control
 
 import (
-	"lockstep/control/api"
 	"strings"
 	"testing"
+
+	"lockstep/control/api"
 )
 
 // TestMachinesDiffer: two QEMUs that mean different machines by one name are refused at

@@ -177,7 +177,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	if !tell || !ov.d.peer.linkUp {
 		return
 	}
-	m := peerlink.Message{Type: "overlays", Overlays: all}
+	m := peerlink.Overlays{All: all}
 	if ask != "" {
 		m.Cause = fmt.Sprintf("%s's overlay_dir %s is filling up", ov.d.opt.Node, ask)
 		ov.d.log.Info("a checkpoint is asked for", "cause", m.Cause, "overlays", describeOverlays(all))
@@ -186,16 +186,16 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 }
 
 // peersOverlays takes what overlaysAre tells (P).
-func (ov *overlayRoom) peersOverlays(m peerlink.Message) {
+func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
 	l := ov.d.life
-	for _, o := range m.Overlays {
+	for _, o := range m.All {
 		known := slices.ContainsFunc(ov.overlays, func(k api.OverlayStatus) bool { return k.Trouble == o.Trouble })
 		if o.Trouble != "" && !known {
 			ov.d.log.Error("the secondary has no room", "why", o.Trouble)
 			ov.d.event(journal.Disk, o.Trouble, nil)
 		}
 	}
-	ov.overlays = m.Overlays
+	ov.overlays = m.All
 	if m.Cause != "" && l.p.State() == failover.PrimaryPair {
 		ov.d.ckpts.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
@@ -253,7 +253,7 @@ func (ov *overlayRoom) noteFull(disk string) bool {
 			all[i].Node, all[i].Trouble = ov.d.opt.Node, l.Setback.trouble(all[i].Dir)
 		}
 		ov.overlays = all
-		ov.d.peer.send(peerlink.Message{Type: "overlays", Overlays: all})
+		ov.d.peer.send(peerlink.Overlays{All: all})
 		return true
 	}
 	return false

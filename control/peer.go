@@ -125,23 +125,25 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		return false, err
 	}
 	l := peerlink.New(conn, pl.d.opt.link)
-	if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+	if err := l.Write(h); err != nil {
 		return false, pl.security().Explain(err)
 	}
 	m, err := l.Read(pl.d.opt.link.Handshake)
-	switch {
-	case err != nil:
+	if err != nil {
 		return false, pl.security().Explain(err)
-	case m.Type == "refuse":
-		return false, fmt.Errorf("the primary refused: %s", m.Cause)
-	case m.Type != "session" || m.Session == nil:
-		return false, fmt.Errorf("%q in place of session", m.Type)
 	}
-	if err := peerlink.CheckPeer(h.Party, m.Session.Party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
+	if m, ok := m.(peerlink.Refuse); ok {
+		return false, fmt.Errorf("the primary refused: %s", m.Cause)
+	}
+	s, ok := m.(peerlink.Session)
+	if !ok {
+		return false, fmt.Errorf("%q in place of session", m.Type())
+	}
+	if err := peerlink.CheckPeer(h.Party, s.Party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
 		return false, err
 	}
 	var installed error
-	if err := pl.d.ask(ctx, func() { installed = pl.joined(l, m.Session, h.COLO) }); err != nil {
+	if err := pl.d.ask(ctx, func() { installed = pl.joined(l, &s, h.COLO) }); err != nil {
 		return false, err
 	}
 	if installed != nil {
@@ -167,7 +169,7 @@ func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) err
 	}
 	pl.link, pl.peerAddr = l, l.RemoteAddr().String()
 	pl.follow(l, pl.d.opt.link.Silence)
-	l.Send(peerlink.Message{Type: "ok"}) // before anything that the machine says
+	l.Send(peerlink.OK{}) // before anything that the machine says
 	pl.up(!s.Doubt)
 	pl.d.life.joinedPair(s.Record, s.Pair, colo)
 	return nil
@@ -229,36 +231,22 @@ func (pl *peerLink) send(m peerlink.Message) {
 
 // received takes a message of the peer.
 func (pl *peerLink) received(l *peerlink.Link, m peerlink.Message) {
-	kinds := map[string]checkpoint.Kind{"prepare": checkpoint.EvPrepare, "abort": checkpoint.EvAbort}
-	if pl.d.isPrimary() {
-		kinds = map[string]checkpoint.Kind{"ready": checkpoint.EvReady, "stopped": checkpoint.EvPeerStopped, "resumed": checkpoint.EvPeerResumed, "abort": checkpoint.EvPeerAbort}
-	}
-	kind, known := kinds[m.Type]
+	_, ok := m.(peerlink.OK)
+	rekey, rekeys := m.(peerlink.Rekey)
 	switch {
-	case pl.d.isPrimary() && m.Type == "ok" && !pl.linkUp:
+	case pl.d.isPrimary() && ok && !pl.linkUp:
 		pl.up(pl.peerWhole)
 		if pl.d.opt.Rekey > 0 {
 			pl.d.work.Go(func() { pl.rotateEvery(l) })
 		}
-		return
-	case pl.linkUp && pl.d.life.heardOf(m):
-		return
-	case pl.rotation != nil && m.Type == "ok":
+	case pl.linkUp && pl.d.life.received(m):
+	case pl.rotation != nil && ok:
 		close(pl.rotation)
 		pl.rotation = nil
 		pl.d.log.Info("keys rotated", "term", pl.d.term)
-		return
-	case !pl.d.isPrimary() && m.Type == "rekey" && pl.linkUp:
-		pl.rotated(l, m.Rekey)
-		return
-	case !known || !pl.linkUp:
-		pl.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type))
-		return
+	case !pl.d.isPrimary() && rekeys && pl.linkUp:
+		pl.rotated(l, &rekey)
+	case !pl.linkUp || !pl.d.ckpts.received(m):
+		pl.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type()))
 	}
-	if kind == checkpoint.EvPeerResumed && len(pl.d.ckpts.attempts) > 0 {
-		if a := &pl.d.ckpts.attempts[len(pl.d.ckpts.attempts)-1]; a.Epoch == m.Epoch {
-			a.SVMPauseMS = milliseconds(m.PauseNS)
-		}
-	}
-	pl.d.ckpts.step(checkpoint.Event{Kind: kind, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 }

@@ -83,7 +83,7 @@ func (re *replicator) replicateTo(resync bool) error {
 			re.d.log.Error("replication did not begin", "err", err, "try", re.tries.failed, "next_in", re.tries.again.next)
 			re.d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": re.tries.failed, "next_in": re.tries.again.next.String()})
 			if re.d.peer.link == peer {
-				re.d.peer.send(peerlink.Message{Type: "over"}) // S's QEMU has to wait anew
+				re.d.peer.send(peerlink.Dismiss{}) // S's QEMU has to wait anew
 			}
 		}
 		if err == nil {
