@@ -125,10 +125,10 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 		_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 		return err
 	}
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		own, err := pl.d.repl.diskSizes()
 		if err == nil {
-			err = checkSizes(pl.d.life.Disks, own, h.Disks)
+			err = checkSizes(pl.d.failover.Disks, own, h.Disks)
 		}
 		if err == nil {
 			err = pl.d.repl.fitsQEMU(ctx, &h)
@@ -167,11 +167,11 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	pl.d.term = max(pl.d.term, h.Term) + 1
 	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].keys)}
 	s.Term = pl.d.term
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		pl.d.repl.hello = h
 		// COLO may run already where somebody else has started it.
-		s.Record = pl.d.life.p.Term()
-		s.Pair = pl.d.life.p.State() == failover.PrimaryPair || pl.d.life.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
+		s.Record = pl.d.failover.p.Term()
+		s.Pair = pl.d.failover.p.State() == failover.PrimaryPair || pl.d.failover.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
 	}
 	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.ckpts.primary.InDoubt())
 	s.Sign = newSeed()

@@ -20,7 +20,7 @@ const entryEvery = 5 * time.Second
 const entryTimeout = 500 * time.Millisecond
 
 // watchEntry fences a host that the arbiter does not name any more (R26).
-func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
+func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -30,20 +30,20 @@ func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
 			return
 		}
 		asking, done := context.WithTimeout(ctx, entryTimeout)
-		now, err := l.Arbiter.Read(asking)
+		now, err := fo.Arbiter.Read(asking)
 		done()
 		if err != nil {
 			continue // whoever needs its answer says so
 		}
-		l.d.post(func() { l.entry(now) })
+		fo.d.post(func() { fo.entry(now) })
 	}
 }
 
-func (l *pairLife) entry(now arbiter.Entry) {
-	if now.Speaker != l.d.opt.Node && now.Term > l.p.Term() && l.p.State() != failover.PrimaryClaim {
-		l.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
+func (fo *failoverPart) entry(now arbiter.Entry) {
+	if now.Speaker != fo.d.opt.Node && now.Term > fo.p.Term() && fo.p.State() != failover.PrimaryClaim {
+		fo.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
 	}
-	l.live(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == l.d.opt.Node})
+	fo.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == fo.d.opt.Node})
 }
 
 // serialArbiter is an arbiter that several goroutines ask, one after the other.
@@ -92,24 +92,24 @@ func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Entry) (arbi
 }
 
 // claim asks the arbiter until it is known what came of it (R21 ii).
-func (l *pairLife) claim(term uint64) {
-	from := arbiter.Entry{Term: term, Speaker: l.d.opt.Node}
-	if l.s != nil {
-		from.Speaker = l.d.opt.Peer
+func (fo *failoverPart) claim(term uint64) {
+	from := arbiter.Entry{Term: term, Speaker: fo.d.opt.Node}
+	if fo.s != nil {
+		from.Speaker = fo.d.opt.Peer
 	}
-	to := arbiter.Entry{Term: term + 1, Speaker: l.d.opt.Node}
-	l.d.log.Info("claiming the arbiter", "from", from, "to", to)
-	l.d.work.Go(func() {
-		now, won, err := Swap(l.d.ctx, l.Arbiter, from, to, func(err error) {
-			l.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+	to := arbiter.Entry{Term: term + 1, Speaker: fo.d.opt.Node}
+	fo.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	fo.d.work.Go(func() {
+		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
+			fo.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
 		})
 		if err != nil {
 			return // the daemon ends
 		}
-		l.d.post(func() {
-			l.d.log.Info("the arbiter answered", "won", won, "record", now)
-			l.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
-			l.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
+		fo.d.post(func() {
+			fo.d.log.Info("the arbiter answered", "won", won, "record", now)
+			fo.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			fo.step(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})
 }

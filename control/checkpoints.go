@@ -112,11 +112,11 @@ func (ck *checkpoints) step(ev checkpoint.Event) {
 		}
 	}
 	ck.stepping = false
-	if ck.d.life == nil || !ck.d.isPrimary() {
+	if ck.d.failover == nil || !ck.d.isPrimary() {
 		return
 	}
-	if stuck := ck.primary.Stuck(); stuck != (ck.d.life.p.InDoubt()) {
-		ck.d.life.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
+	if stuck := ck.primary.Stuck(); stuck != (ck.d.failover.p.InDoubt()) {
+		ck.d.failover.step(failover.Event{Kind: failover.EvDoubt, OK: stuck})
 	}
 }
 
@@ -157,15 +157,15 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 			} else if !ev.OK {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
 			}
-			if ev.OK && ck.d.isPrimary() && ck.d.life != nil {
+			if ev.OK && ck.d.isPrimary() && ck.d.failover != nil {
 				// Whatever was heard of the disks, their state decides (R24). A QEMU
 				// that does not answer may be dead: then S is the better host.
-				switch missing, err := qemu.Unreplicated(m, ck.d.life.Disks); {
+				switch missing, err := qemu.Unreplicated(m, ck.d.failover.Disks); {
 				case err != nil:
 					ev.OK, ev.Cause = false, err.Error()
 				case len(missing) > 0:
 					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
-					ck.d.post(func() { ck.d.life.live(failover.Event{Kind: failover.EvReplica}) })
+					ck.d.post(func() { ck.d.failover.step(failover.Event{Kind: failover.EvReplica}) })
 				}
 			}
 			return ev
@@ -269,11 +269,11 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	if inside {
 		ck.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
 	}
-	if ck.d.life != nil {
+	if ck.d.failover != nil {
 		ck.d.repl.tries.lasts()
 	}
-	ck.d.life.live(failover.Event{Kind: failover.EvCommitted})
-	return ck.d.life.listen(a.Cause)
+	ck.d.failover.step(failover.Event{Kind: failover.EvCommitted})
+	return ck.d.failover.dropMute(a.Cause)
 }
 
 // drain waits until the SVM has read what its taps hold.

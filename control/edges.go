@@ -13,12 +13,12 @@ import (
 // tellEdges tells S of the connections that were taken over by this host or by one
 // before it (P). There may be millions, so that takes a while, beside everything else.
 // S hears that it is covered only behind them.
-func (re *replicator) tellEdges() {
-	l, peer := re.d.life, re.d.peer.link
+func (re *replicator) sendEdges() {
+	fo, peer := re.d.failover, re.d.peer.link
 	if peer == nil {
 		return // whoever comes is told
 	}
-	re.edgesTo = peer
+	re.edgesOn = peer
 	re.d.work.Go(func() {
 		err := re.streamEdges(peer)
 		re.d.post(func() {
@@ -27,8 +27,8 @@ func (re *replicator) tellEdges() {
 			case err != nil:
 				re.d.peer.unlink(peer, err) // the next session tries again
 			default:
-				if re.edgesTold = peer; l.p.Covered() {
-					re.d.peer.send(peerlink.Covered{Term: l.p.Term()})
+				if re.edgesSent = peer; fo.p.Covered() {
+					re.d.peer.send(peerlink.Covered{Term: fo.p.Term()})
 				}
 			}
 		})

@@ -265,7 +265,7 @@ func TestManyEdges(t *testing.T) {
 	const edges = 2_000_000
 	pair := newPair(t)
 	p, s, _ := calmLives(t, pair)
-	p.opt.Heartbeat.Timeout, s.opt.Heartbeat.Timeout, p.opt.Life.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
+	p.opt.Heartbeat.Timeout, s.opt.Heartbeat.Timeout, p.opt.Failover.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
 	p.opt.qmpTimeout, s.opt.qmpTimeout = patience, patience
 	p.opt.link.Silence, s.opt.link.Silence = patience, patience
 	p.edges = make([]datapath.Edge, edges)

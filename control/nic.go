@@ -208,7 +208,7 @@ func (n *nic) step(now int64, ev *compare.Event) {
 }
 
 // tell is step and apply.
-func (n *nic) tell(ev compare.Event) {
+func (n *nic) stepNow(ev compare.Event) {
 	n.step(n.dp.Now(), &ev)
 	n.apply()
 }
@@ -255,13 +255,13 @@ func adoption(t compare.Tuple, ack uint32) compare.Event {
 // freeze and thaw: nothing leaves meanwhile (R13, R15).
 func (n *nic) freeze() error {
 	n.frozen, n.captured = true, n.captured[:0]
-	n.tell(compare.Event{Kind: compare.EvFreeze})
+	n.stepNow(compare.Event{Kind: compare.EvFreeze})
 	return nil
 }
 
 func (n *nic) thaw() error {
 	n.frozen = false
-	n.tell(compare.Event{Kind: compare.EvThaw})
+	n.stepNow(compare.Event{Kind: compare.EvThaw})
 	return nil
 }
 
@@ -289,7 +289,7 @@ func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err err
 		}
 	}
 	n.frozen = false
-	n.tell(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
+	n.stepNow(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
 	return inside, nil
 }
 
@@ -315,7 +315,7 @@ func (n *nic) setMode(m datapath.Mode) error {
 
 // adopt takes over what an earlier daemon's tables tell (R23). The loop does not
 // run yet.
-func (n *nic) adopt(idle time.Duration) {
+func (n *nic) restore(idle time.Duration) {
 	a := n.dp.Recovered()
 	n.mode, n.parked = a.Mode, a.Mode == datapath.ModePark
 	if n.primary == nil {
@@ -331,12 +331,12 @@ func (n *nic) adopt(idle time.Duration) {
 }
 
 // goOn has the kernel go on as the earlier daemon had told it.
-func (n *nic) goOn() error { return n.setMode(n.mode) }
+func (n *nic) restoreMode() error { return n.setMode(n.mode) }
 
 // bar shuts the NIC while a foreign program is in front of ours; at the guest's tap
 // that one could let frames out itself, so there the tap goes down as well. "":
 // none is any more.
-func (n *nic) bar(intruder string, onTap bool) error {
+func (n *nic) failClosed(intruder string, onTap bool) error {
 	var errs []error
 	if intruder != "" && n.intruder == "" {
 		n.intruded++
@@ -370,7 +370,7 @@ func (n *nic) reset(epoch uint32) error {
 	if err := n.dp.ResetOffsets(); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvReset, Epoch: epoch})
+	n.stepNow(compare.Event{Kind: compare.EvReset, Epoch: epoch})
 	return nil
 }
 
@@ -389,7 +389,7 @@ func (n *nic) unpark() error {
 	if err := n.setMode(datapath.ModeRun); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvUnpark})
+	n.stepNow(compare.Event{Kind: compare.EvUnpark})
 	return nil
 }
 
@@ -402,7 +402,7 @@ func (n *nic) offsets() (known int, err error) {
 // install begins a session. On S new digest keys make the copies void.
 func (n *nic) install(s datapath.Session) error {
 	if n.secondary != nil && *n.keys != s.Digest {
-		n.tell(compare.Event{Kind: compare.EvReset})
+		n.stepNow(compare.Event{Kind: compare.EvReset})
 		*n.keys = s.Digest
 	}
 	return n.dp.InstallSession(s)
@@ -430,7 +430,7 @@ func (n *nic) solo() error {
 	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvSolo})
+	n.stepNow(compare.Event{Kind: compare.EvSolo})
 	return n.setMode(datapath.ModeSolo)
 }
 
@@ -449,7 +449,7 @@ func (n *nic) takeOver(guard uint32) error {
 		return err
 	}
 	n.parked = false
-	n.tell(compare.Event{Kind: compare.EvTakeOver})
+	n.stepNow(compare.Event{Kind: compare.EvTakeOver})
 	// What it said until now may still be in the ring.
 	for range maxUnpark {
 		if err := n.poll(0); err != nil {

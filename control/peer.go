@@ -54,7 +54,7 @@ func (pl *peerLink) party() peerlink.Party {
 
 // connect makes the link to the primary, again and again (S).
 func (pl *peerLink) connect(ctx context.Context) {
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		select {
 		case <-pl.d.repl.prepared:
 		case <-ctx.Done():
@@ -107,7 +107,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		offsets += known
 	}
 	h := peerlink.Hello{Connections: offsets}
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		if h.Disks, err = pl.d.repl.diskSizes(); err != nil {
 			return false, err
 		}
@@ -118,7 +118,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	if err := pl.d.ask(ctx, func() {
 		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.ckpts.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
 		h.Term, h.Epoch = pl.d.term, pl.d.epoch
-		if pl.d.life != nil {
+		if pl.d.failover != nil {
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
 		}
 	}); err != nil {
@@ -171,7 +171,7 @@ func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) err
 	pl.follow(l, pl.d.opt.link.Silence)
 	l.Send(peerlink.OK{}) // before anything that the machine says
 	pl.up(!s.Doubt)
-	pl.d.life.joinedPair(s.Record, s.Pair, colo)
+	pl.d.failover.joined(s.Record, s.Pair, colo)
 	return nil
 }
 
@@ -220,7 +220,7 @@ func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 	pl.link, pl.linkUp, pl.rotation, pl.linkSince, pl.linkErr = nil, false, nil, time.Now(), why.Error()
 	pl.d.log.Warn("control link lost", "peer", pl.d.opt.Peer, "err", why)
 	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
-	pl.d.life.linkLost(why)
+	pl.d.failover.linkLost(why)
 }
 
 func (pl *peerLink) send(m peerlink.Message) {
@@ -239,7 +239,7 @@ func (pl *peerLink) received(l *peerlink.Link, m peerlink.Message) {
 		if pl.d.opt.Rekey > 0 {
 			pl.d.work.Go(func() { pl.rotateEvery(l) })
 		}
-	case pl.linkUp && pl.d.life.received(m):
+	case pl.linkUp && pl.d.failover.received(m):
 	case pl.rotation != nil && ok:
 		close(pl.rotation)
 		pl.rotation = nil

@@ -69,7 +69,7 @@ func (re *replicator) replication() *api.Replication {
 	if r == (api.Replication{}) {
 		return nil
 	}
-	if re.tries.failed > 0 && re.d.life.p.State() != failover.PrimarySync && re.d.life.p.State() != failover.PrimaryPair {
+	if re.tries.failed > 0 && re.d.failover.p.State() != failover.PrimarySync && re.d.failover.p.State() != failover.PrimaryPair {
 		r.Next = &re.tries.due
 	}
 	return &r
@@ -89,13 +89,13 @@ func (t *tries) String() string {
 // held reports whether a session has to wait: for QEMU to end the last pair, or, when a try
 // to replicate would follow, until that is due. The machine hears of it later: until then
 // the guest serves alone, and orders are taken.
-func (re *replicator) held(follows bool) bool {
-	l := re.d.life
+func (re *replicator) mustWait(follows bool) bool {
+	fo := re.d.failover
 	if re.ending {
 		return true // endReplication comes back to it
 	}
 	left := time.Until(re.tries.due)
-	if left <= 0 || follows || l.p.State() != failover.PrimaryStart && l.p.State() != failover.PrimarySolo {
+	if left <= 0 || follows || fo.p.State() != failover.PrimaryStart && fo.p.State() != failover.PrimarySolo {
 		return false
 	}
 	if re.tries.timer != nil {
@@ -109,10 +109,10 @@ func (re *replicator) held(follows bool) bool {
 // that does not decides nothing: this host has won, its guest serves, and whether that
 // is dead its monitor tells (watchQEMU).
 func (re *replicator) endReplication() {
-	l := re.d.life
+	fo := re.d.failover
 	re.ending = true
 	re.d.qmp.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
-		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
+		if err := qemu.PrimaryFailover(ctx, m, fo.Disks); err != nil {
 			return err
 		}
 		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
@@ -120,14 +120,14 @@ func (re *replicator) endReplication() {
 		}
 		return qemu.Cont(m) // it never ran: an operator has it begin alone
 	}, func(err error) {
-		if err == nil || l.p.State() != failover.PrimarySolo {
+		if err == nil || fo.p.State() != failover.PrimarySolo {
 			re.ending, re.unended = false, ""
 			re.endAgain.reset()
 			re.paired() // a session may have waited
 			return
 		}
-		if l.fencesUnended {
-			re.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
+		if fo.fencesUnended {
+			re.d.failover.step(failover.Event{Kind: failover.EvQEMUDead})
 			return
 		}
 		wait := re.endAgain.take()

@@ -24,7 +24,7 @@ func TestRunLife(t *testing.T) {
 	var parts []string
 	ends := []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	c.control = func(_ context.Context, o control.Options) error {
-		b := o.Life.Begin
+		b := o.Failover.Begin
 		parts = append(parts, fmt.Sprintf("%s %s discard=%v", o.Role, b.Record, b.Discard))
 		for _, n := range o.NICs {
 			n.Close()
@@ -33,7 +33,7 @@ func TestRunLife(t *testing.T) {
 		if ends = ends[1:]; errors.Is(err, control.ErrPromoted) {
 			// It won the arbiter before.
 			rec := arbiter.Entry{Term: 2, Speaker: "alpha"}
-			if _, won, err := o.Life.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
+			if _, won, err := o.Failover.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
 				t.Errorf("swap: %v, %v", won, err)
 			}
 		}
