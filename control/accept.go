@@ -18,7 +18,7 @@ import (
 	"lockstep/control/peerlink"
 )
 
-// maxStrangers bounds the connections that have not said who they are.
+// maxStrangers bounds the connections that have not identified themselves.
 const maxStrangers = 8
 
 // accept lets the secondary in (P).
@@ -67,9 +67,9 @@ func (pl *peerLink) refused(conn net.Conn, err error) {
 	})
 }
 
-// strangers are the connections that have not said who they are. Only the peer's
-// address may have any; when they are too many, the oldest goes: the peer's daemon says
-// who it is at once, and whoever stays silent was there before it.
+// strangers are the connections that have not identified themselves. Only the peer's
+// address may have any; when they are too many, the oldest goes: the peer's daemon
+// identifies itself at once, and whoever does not was there before it.
 type strangers struct {
 	peer netip.Addr // the zero Addr: from everywhere
 

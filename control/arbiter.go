@@ -33,7 +33,7 @@ func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 		now, err := fo.Arbiter.Read(asking)
 		done()
 		if err != nil {
-			continue // whoever needs its answer says so
+			continue // whoever needs its answer logs that
 		}
 		fo.d.post(func() { fo.entry(now) })
 	}
@@ -101,7 +101,7 @@ func (fo *failoverPart) claim(term uint64) {
 	fo.d.log.Info("claiming the arbiter", "from", from, "to", to)
 	fo.d.work.Go(func() {
 		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
-			fo.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+			fo.d.log.Warn("the arbiter does not answer which host may transmit: muted until it does", "err", err)
 		})
 		if err != nil {
 			return // the daemon ends
@@ -114,17 +114,17 @@ func (fo *failoverPart) claim(term uint64) {
 	})
 }
 
-// Swap makes the record to if it is from, and returns when that is known, or ctx has
+// Swap changes the arbiter's entry to "to" if it is "from", and returns when that is known, or ctx has
 // ended. An arbiter that answers with from has decided nothing: as one that does not
 // answer it is asked again, at a growing distance, since each time may fence a host.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Entry, failed func(error)) (now arbiter.Entry, won bool, err error) {
-	silent, unmoved := arbiterRetry, unmovedRetry
+	unanswered, unmoved := arbiterRetry, unmovedRetry
 	for {
-		again := &silent
+		again := &unanswered
 		now, won, err = a.Swap(ctx, from, to)
 		if err == nil && !won && now == from {
 			again = &unmoved
-			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
+			err = fmt.Errorf("asked to change the entry (%s) to %s, the arbiter answers that it is what it was, which means neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
 		}
 		if err == nil {
 			return now, won, nil
@@ -142,7 +142,7 @@ func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Entry, failed
 	}
 }
 
-// Settle returns the record when the arbiter tells it, or ctx has ended.
+// Settle returns the entry when the arbiter knows it, or ctx has ended.
 func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Entry, error) {
 	again := arbiterRetry
 	for {
@@ -160,5 +160,5 @@ func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter
 // arbiterRetry paces the questions to an arbiter that does not answer.
 var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
 
-// unmovedRetry paces them to one that answers with the old record.
+// unmovedRetry paces them to one that answers with the entry as it was.
 var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}

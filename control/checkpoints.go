@@ -63,7 +63,7 @@ func (ck *checkpoints) want(r request) {
 	ck.requested.Add(1)
 	select {
 	case ck.requests <- r:
-	default: // as many wait as are ever told apart
+	default: // enough wait: more would not change anything
 	}
 }
 
@@ -125,7 +125,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpOpen:
 		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
 		return ck.d.each("hold", func(n *nic) error {
-			// Who spoke alone did so without a limit.
+			// A host that transmitted alone had no lease.
 			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.Heartbeat.Interval, ck.d.opt.Heartbeat.Lease))
 		})
 	case checkpoint.OpFreeze:
@@ -158,7 +158,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
 			}
 			if ev.OK && ck.d.isPrimary() && ck.d.failover != nil {
-				// Whatever was heard of the disks, their state decides (R24). A QEMU
+				// Whatever events reported of the disks, their state decides (R24). A QEMU
 				// that does not answer may be dead: then S is the better host.
 				switch missing, err := qemu.Unreplicated(m, ck.d.failover.Disks); {
 				case err != nil:

@@ -35,7 +35,7 @@ import (
 	"lockstep/control/program"
 )
 
-// Daemon runs one host. What is not said to be otherwise is the controller's.
+// Daemon runs one host. All is the controller's unless a comment names somebody else.
 type Daemon struct {
 	opt  Options
 	log  *slog.Logger
@@ -119,7 +119,7 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// found is what the NICs' tables tell of the daemon before this one (R23); nil:
+// recoveredState is what the NICs' tables hold of the daemon before this one (R23); nil:
 // there is no going on from them. Their term and epoch count in any case: a number
 // is not used twice.
 func (d *Daemon) recoveredState() *datapath.Recovered {
@@ -157,7 +157,7 @@ func Run(ctx context.Context, o Options) error {
 }
 
 // Run works until ctx ends or the daemon cannot go on. It closes the data paths:
-// the kernel goes on as it was told last.
+// the kernel goes on in its last mode.
 func (d *Daemon) Run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -249,7 +249,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	return err
 }
 
-// notify tells systemd, and does not wait for one that stands still.
+// notify reports to systemd, and does not wait for one that hangs.
 func notify(log *slog.Logger, state string) {
 	ctx, done := context.WithTimeout(context.Background(), notifyTimeout)
 	defer done()
@@ -262,7 +262,7 @@ func notify(log *slog.Logger, state string) {
 const notifyTimeout = time.Second
 
 // ownKeys has the kernel digest with this daemon's keys. What it captured with
-// those of an earlier one is repeated by the guest; no record is accepted until
+// those of an earlier one is repeated by the guest; no digest record is accepted until
 // there is a session.
 func (d *Daemon) ownKeys() error {
 	var seed [peerlink.SeedLen]byte
@@ -311,7 +311,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
 		if d.peer.link != nil {
-			d.peer.link.Flush() // the peer may have to hear why
+			d.peer.link.Flush() // the peer may need the reason
 			d.peer.link.Close(context.Canceled)
 		}
 	}()
@@ -349,7 +349,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	return d.fatal
 }
 
-// each runs f in every NIC's loop. A NIC that cannot do what it was told is the
+// each runs f in every NIC's loop. A NIC that cannot carry out an order is the
 // end: the daemon does not know any more what the kernel does.
 func (d *Daemon) each(what string, f func(*nic) error) error {
 	for _, n := range d.nics {

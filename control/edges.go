@@ -10,13 +10,13 @@ import (
 	"lockstep/control/peerlink"
 )
 
-// tellEdges tells S of the connections that were taken over by this host or by one
+// sendEdges sends S the connections that were taken over by this host or by one
 // before it (P). There may be millions, so that takes a while, beside everything else.
-// S hears that it is covered only behind them.
+// S is told that it is covered only after them.
 func (re *replicator) sendEdges() {
 	fo, peer := re.d.failover, re.d.peer.link
 	if peer == nil {
-		return // whoever comes is told
+		return // the next session gets them
 	}
 	re.edgesOn = peer
 	re.d.work.Go(func() {
@@ -48,13 +48,13 @@ func (re *replicator) streamEdges(peer *peerlink.Link) error {
 				}
 			}
 		}) {
-			return errors.New("the link was lost while edges were told")
+			return errors.New("the link was lost while edges were sent")
 		}
 	}
 	return nil
 }
 
-// addEdges takes what tellEdges tells (S).
+// addEdges takes what sendEdges sends (S).
 func (re *replicator) addEdges(m peerlink.Edges) error {
 	if m.NIC < 0 || m.NIC >= len(re.d.nics) {
 		return fmt.Errorf("edges of NIC %d, which there is not", m.NIC)

@@ -23,16 +23,16 @@ import (
 	"lockstep/control/state"
 )
 
-// ErrPoweredOff is how a part ends whose guest powered off: the pair stays off until
+// ErrPoweredOff is how a daemon ends whose guest powered off: the pair stays off until
 // somebody starts it.
 var ErrPoweredOff = errors.New("the guest powered off")
 
-// ended reports whether this host has no say any more.
+// ended reports whether this host is fenced or its guest off.
 func (fo *failoverPart) ended() bool {
 	return fo.p != nil && fo.p.State() >= failover.PrimaryFenced || fo.s != nil && fo.s.State() >= failover.SecondaryFenced
 }
 
-// poweredOff ends a part (R25).
+// poweredOff ends this daemon, because its guest is off (R25).
 func (fo *failoverPart) poweredOff() error {
 	fo.d.log.Info("the guest powered off, and stays off until `lockstep start`")
 	fo.d.event(journal.QEMU, "the guest powered off", nil)
@@ -52,11 +52,11 @@ func (fo *failoverPart) poweredOff() error {
 	return nil
 }
 
-// endPart ends this daemon's part. A secondary that had no room rests first: the next
+// end ends this daemon's role. A secondary that had no room rests first: the next
 // one's disks have to be copied before it finds out whether there is some.
 func (fo *failoverPart) end(end error) {
 	if fo.s != nil {
-		fo.d.room.noteFull("") // P may have given it up before QEMU said so
+		fo.d.room.noteFull("") // P may have given it up before QEMU reported it
 	}
 	if fo.d.room.pause == nil {
 		fo.d.fatal = end
@@ -69,7 +69,7 @@ func (fo *failoverPart) end(end error) {
 	})
 }
 
-// Life is what a daemon needs to begin a pair and to end it: an arbiter,
+// Failover is what a daemon needs to begin a pair and to end it: an arbiter,
 // a place on disk for what it must not forget, and QEMU.
 type Failover struct {
 	Begin   failover.Begin
@@ -93,24 +93,24 @@ type Failover struct {
 	fencesUnended, triesAtOnce, anyMachine bool
 }
 
-// How a daemon's part in a pair's life ends: what Run returns.
+// How a daemon's role ends: what Run returns.
 var (
-	// ErrPromoted: this host speaks alone, and goes on as the primary.
+	// ErrPromoted: this host transmits alone, and goes on as the primary.
 	ErrPromoted = errors.New("the secondary took over")
 	// ErrAfresh: the SVM follows nobody any more; a new one may.
 	ErrAfresh = errors.New("the secondary begins afresh")
-	// ErrFenced: this host has no say any more, and its guest does not run.
-	ErrFenced = errors.New("this node does not speak for the guest any more, which was stopped here")
+	// ErrFenced: this host is fenced, and its guest does not run.
+	ErrFenced = errors.New("this node may not transmit for the guest any more, which was stopped here")
 )
 
-// guardTicks is G of R22: what the SVM says is newer than what the PVM said. Nothing on
-// the wire tells how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
+// guardTicks is G of R22: what the SVM sends is newer than what the PVM sent. Nothing on
+// the wire shows how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
 // with Linux's route feature tcp_usec_ts, and up to 1 s elsewhere (RFC 7323). So it is
 // 16 s of the fastest clock and 194 days of the slowest; a receiver takes any step
 // below 2^31 ticks for one ahead.
 const guardTicks = 1 << 24
 
-// lifeMachine is lifePrimary or lifeSecondary.
+// failoverMachine is a failover.Primary or a failover.Secondary.
 type failoverMachine interface {
 	NextDeadline() int64
 	Step(now int64, ev failover.Event) []failover.Effect
@@ -118,7 +118,7 @@ type failoverMachine interface {
 	Sick() bool
 }
 
-// pairLife is the daemon's share in the pair's life: the controller's.
+// failoverPart carries out what the failover machine decides.
 type failoverPart struct {
 	d *Daemon
 	Failover
@@ -128,9 +128,9 @@ type failoverPart struct {
 	orphan    bool        // P: of Begin, until a new QEMU is started
 	state     state.State // as it is on disk
 	queue     []failover.Event
-	stepping  bool   // stepping
-	tellAgain bool   // S: QEMU has to be told to take over, once it is connected
-	records   uint64 // P: records of the SVM until the last commit
+	stepping  bool
+	tellAgain bool   // S: order QEMU to take over once it is connected
+	records   uint64 // P: digest records of the SVM until the last commit
 	mute      int    // P: commits in a row without one
 }
 
@@ -213,7 +213,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	case failover.OpPair:
 		fo.d.repl.tries.paired = time.Now()
 		fo.d.event(journal.Sync, "the guest replicates", nil)
-		fo.d.repl.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
+		fo.d.repl.hello.COLO = true // S's QEMU waited when it sent its hello, and follows from now on
 		if err := fo.d.each("begin a pair", func(n *nic) error { return n.renew(fo.d.opt.Compare, fo.d.epoch) }); err != nil {
 			return err
 		}
@@ -236,7 +236,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.d.log.Warn("the primary is gone: taking over")
 		fo.d.event(journal.Failover, "the primary is gone", nil)
 		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
-		if err := fo.d.each("fall silent", (*nic).quiet); err != nil {
+		if err := fo.d.each("mute", (*nic).quiet); err != nil {
 			return err
 		}
 		fo.askAwake()
@@ -253,7 +253,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 }
 
 // tellQEMU is R21 (iv). A connection that broke on the way decides nothing: this host
-// has won, and QEMU is told again on the next one, unless it is dead.
+// has won, and the order is repeated on the next one, unless it is dead.
 func (fo *failoverPart) tellQEMU() {
 	fo, m := fo, fo.d.qmp.conn
 	fo.tellAgain = m == nil
@@ -264,7 +264,7 @@ func (fo *failoverPart) tellQEMU() {
 		return qemu.SecondaryFailover(ctx, m, fo.Disks)
 	}, func(err error) {
 		if err != nil && m.Err() != nil {
-			fo.d.log.Warn("QEMU is told again to take over, on the next connection", "err", err)
+			fo.d.log.Warn("the order to take over is repeated on the next connection to QEMU", "err", err)
 			fo.tellAgain = true
 			if fo.d.qmp.conn != nil && fo.d.qmp.conn != m {
 				fo.tellQEMU()
@@ -293,7 +293,7 @@ func (fo *failoverPart) remember(change func(*state.State)) error {
 	return nil
 }
 
-// goAlone has P speak without S (R21): what is held leaves first.
+// goAlone has P transmit without S (R21): what is held leaves first.
 func (fo *failoverPart) goAlone() error {
 	if fo.d.peer.link != nil {
 		fo.d.peer.send(peerlink.Dismiss{})
@@ -301,16 +301,16 @@ func (fo *failoverPart) goAlone() error {
 	if err := fo.d.each("go on alone", (*nic).solo); err != nil {
 		return err
 	}
-	fo.d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", fo.p.Term())
+	fo.d.log.Warn("transmitting alone: nothing protects the guest now", "arbiter_term", fo.p.Term())
 	fo.d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": fo.p.Term()})
 	fo.d.repl.endReplication()
 	return fo.remember(func(*state.State) {})
 }
 
-// promote has the SVM speak (R21 v, R22), and ends this daemon's part.
+// promote has the SVM transmit (R21 v, R22), and ends this daemon's role.
 func (fo *failoverPart) promote() error {
 	if len(fo.Disks) > 0 {
-		// Noted before a client hears of anything that only the overlays have.
+		// Stored before a client gets anything that only the overlays have.
 		if err := fo.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
 			return err
 		}
@@ -318,24 +318,24 @@ func (fo *failoverPart) promote() error {
 	if err := fo.d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
 		return err
 	}
-	fo.d.log.Warn("took over: the guest speaks from here", "arbiter_term", fo.s.Term())
+	fo.d.log.Warn("took over: the guest transmits from here", "arbiter_term", fo.s.Term())
 	fo.d.event(journal.Failover, "took over", map[string]any{"term": fo.s.Term()})
 	fo.d.qmp.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
 		if err != nil {
-			fo.d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
+			fo.d.log.Warn("the network was not told where the guest is now, and learns it from the guest's frames", "err", err)
 		}
 		fo.d.fatal = ErrPromoted
 	})
 	return nil
 }
 
-// out: this host has no say any more.
+// fenced: this host may not transmit any more.
 func (fo *failoverPart) fenced() {
 	end := ErrFenced
 	if fo.s != nil {
 		end = ErrAfresh
 	}
-	fo.d.event(journal.Fencing, "this node has no say any more", nil)
+	fo.d.event(journal.Fencing, "this node is fenced", nil)
 	if fo.s != nil {
 		// So that a daemon after this one knows that the SVM may be ended.
 		if err := fo.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
@@ -367,39 +367,39 @@ func (fo *failoverPart) askAwake() {
 	})
 }
 
-// maxMute is how many checkpoints in a row may find that the SVM has said nothing since
+// maxMute is how many checkpoints in a row may find that the SVM has sent nothing since
 // the one before, though the PVM waited for it.
 const maxMute = 3
 
-// listen gives up an SVM that is mute (P): it was made the PVM's copy again and again,
-// and still says nothing. As a speaker it would be of no use.
+// dropMute gives up an SVM that is mute (P): it was made the PVM's copy again and again,
+// and still sends nothing, so it could not serve the clients.
 func (fo *failoverPart) dropMute(cause string) error {
 	if fo == nil {
 		return nil
 	}
-	var said uint64
+	var records uint64
 	if err := fo.d.each("count records", func(n *nic) error {
-		said += n.primary.Stats().Records
+		records += n.primary.Stats().Records
 		return nil
 	}); err != nil {
 		return err
 	}
-	if said != fo.records || cause != compare.ReasonTimeout.String() {
+	if records != fo.records || cause != compare.ReasonTimeout.String() {
 		fo.mute = 0
 	} else {
 		fo.mute++
 	}
-	if fo.records = said; fo.mute < maxMute {
+	if fo.records = records; fo.mute < maxMute {
 		return nil
 	}
 	fo.mute = 0
-	fo.d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
+	fo.d.log.Error("the SVM sends nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
 	fo.d.event(journal.Failover, "the SVM is mute", nil)
 	fo.step(failover.Event{Kind: failover.EvPeerDead})
 	return nil
 }
 
-// joinedPair is S's side of a session: record is the term of P's, pair whether P goes
+// joined is S's side of a session: record is P's fencing term, pair whether P goes
 // on with the pair that there was.
 func (fo *failoverPart) joined(record uint64, pair, colo bool) {
 	if fo == nil {
@@ -419,7 +419,7 @@ func (fo *failoverPart) joined(record uint64, pair, colo bool) {
 	switch {
 	case pair:
 	case fo.s.Covered():
-		// P has lost its guest, and says nothing before a new pair begins.
+		// P has lost its guest, and sends nothing before a new pair begins.
 		fo.step(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
 		fo.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
@@ -491,11 +491,11 @@ func (fo *failoverPart) linkLost(why error) {
 		return
 	}
 	fo.d.repl.stopSync(fmt.Sprintf("the control link was lost: %v", why))
-	var silent net.Error
-	fo.step(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
+	var timeout net.Error
+	fo.step(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &timeout) && timeout.Timeout())})
 }
 
-// nextLife is when the life's machine wants to be asked again.
+// nextDeadline is when the machine wants its next tick.
 func (fo *failoverPart) nextDeadline() int64 {
 	if fo == nil {
 		return math.MaxInt64

@@ -76,7 +76,7 @@ func (gw *guestWatch) guestEvent(event string, data map[string]any) {
 			gw.guestDead("the guest's watchdog expired")
 		}
 	case "RESET":
-		// The SVM resets on its own: what the guests say from here on agrees only if both
+		// The SVM resets on its own: what the guests send from here on agrees only if both
 		// begin at the same point.
 		if gw.d.isPrimary() {
 			gw.d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
@@ -94,7 +94,7 @@ func (gw *guestWatch) shutDown(reason string) {
 	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
 		// says nothing about them.
-		gw.d.qmp.qemuGone("it was told to end: " + reason)
+		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
 	}
 }
 
@@ -154,8 +154,8 @@ func (gw *guestWatch) ioStopped(node, operation, why string) {
 	})
 }
 
-// guestState takes QEMU's word for what the guest does, which tells what an event that
-// nobody heard would have told.
+// guestState takes the state that QEMU reports, which makes up for an event that was
+// missed.
 func (gw *guestWatch) guestState(state string) {
 	fo := gw.d.failover
 	if fo == nil {
@@ -257,7 +257,7 @@ func (gw *guestWatch) diskStatus(s *api.Status) {
 }
 
 // checkMasked finds out whether QEMU hides failing replicas from the guest, as one does
-// that was started with a vote threshold of 1. Then a fault that nobody heard of may
+// that was started with a vote threshold of 1. Then a fault that was not reported may
 // have passed, so the secondary is not trusted over a new connection to the monitor.
 func (gw *guestWatch) checkMasked() {
 	fo := gw.d.failover
@@ -277,7 +277,7 @@ func (gw *guestWatch) checkMasked() {
 		if len(masked) == 0 {
 			return
 		}
-		gw.d.log.Warn("QEMU tells the guest that a write is done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
+		gw.d.log.Warn("QEMU reports a write to the guest as done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
 		if fo.p.State() == failover.PrimaryPair {
 			gw.d.log.Error("writes that the secondary missed may have passed unseen")
 			gw.d.failover.step(failover.Event{Kind: failover.EvReplica})
@@ -285,7 +285,7 @@ func (gw *guestWatch) checkMasked() {
 	})
 }
 
-// mergeSlow is how long a merge may take before somebody is told.
+// mergeSlow is how long a merge may take before it is logged.
 const mergeSlow = 30 * time.Second
 
 // watchMerge finds out when what the guest wrote since it took over is in its images.

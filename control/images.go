@@ -18,8 +18,8 @@ import (
 	"lockstep/control/qmp"
 )
 
-// FirstStart says what is done about the disks' contents before a guest replicates for
-// the first time. Later they are always copied from the guest that speaks.
+// FirstStart is what is done about the disks' contents before a guest replicates for
+// the first time. Later they are always copied from the guest that serves.
 type FirstStart string
 
 // What FirstStart may be. The zero value is FirstCompare.

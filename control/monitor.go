@@ -16,7 +16,7 @@ import (
 
 const (
 	qmpTimeout      = 2 * time.Second
-	qmpPoll         = 5 * time.Second // a QEMU that says nothing is asked how it is
+	qmpPoll         = 5 * time.Second // how often an idle QEMU is asked for its state
 	qmpPollFailover = time.Second     // where another host can go on
 	qmpRetry        = 100 * time.Millisecond
 	qmpRetryMax     = 2 * time.Second
@@ -27,7 +27,7 @@ type qmpInfo struct {
 	connected bool
 	since     time.Time
 	version   string
-	state     string // QEMU's word
+	state     string // as QEMU names it
 	colo      string // COLO mode
 	err       string // of the last failure
 }
@@ -48,7 +48,7 @@ type monitor struct {
 	detached   bool // S: what QEMU does now is not the checkpoint machine's
 }
 
-// watchQEMU connects, tells, reconnects, until ctx ends.
+// watchQEMU connects, reports, reconnects, until ctx ends.
 func (mo *monitor) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
 	process := owner{path: mo.path, noAsk: mo.d.opt.noAskQEMU}
@@ -94,7 +94,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	if err != nil {
 		return err
 	}
-	// Events that come meanwhile wait; at worst they tell again what Status told.
+	// Events that come meanwhile wait; at worst they repeat what Status reported.
 	running, state, err := m.Status()
 	if err != nil {
 		return err
@@ -211,11 +211,11 @@ func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 	}
 }
 
-// askQEMU runs a command beside the controller, which hears of the result.
+// askQEMU runs a command beside the controller, which gets the result.
 func (mo *monitor) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
 	m := mo.conn
 	if m == nil {
-		return // evQMPDown said so
+		return // EvQMPDown reported it
 	}
 	mo.d.work.Go(func() {
 		ev := ask(m)

@@ -24,7 +24,7 @@ const (
 	maxUnpark = 64
 	// maxCatchUp bounds the reading of what was captured before a commit.
 	maxCatchUp = 100 * time.Millisecond
-	// clockNoise is how far a time that QEMU tells may be off on our clock. Frames
+	// clockNoise is how far a time of QEMU's may be off on our clock. Frames
 	// this close to STOP or RESUME are not inside.
 	clockNoise = int64(50 * time.Microsecond)
 )
@@ -141,7 +141,7 @@ func (n *nic) deadline() int64 {
 }
 
 // startEchoes has P ask S's kernel for echoes from now on (R20). They come from
-// this loop: when it does not turn, nothing is released, and the PVM falls silent.
+// this loop: when it does not turn, nothing is released, and the PVM is muted.
 func (n *nic) startEchoes(every, lease time.Duration) error {
 	n.echoEvery, n.echoAt = int64(every), n.dp.Now()
 	return n.dp.SetLeaseDuration(lease)
@@ -167,7 +167,7 @@ func (n *nic) commands() {
 	}
 }
 
-// poll takes in what the kernel tells within wait. It leaves the effects to apply.
+// poll takes in the kernel's events within wait. It leaves the effects to apply.
 func (n *nic) poll(wait time.Duration) error {
 	evs, err := n.dp.Poll(wait, n.evs[:0])
 	n.evs = evs
@@ -207,7 +207,7 @@ func (n *nic) step(now int64, ev *compare.Event) {
 	n.effs = n.core.Step(now, ev, n.effs)
 }
 
-// tell is step and apply.
+// stepNow is step and apply.
 func (n *nic) stepNow(ev compare.Event) {
 	n.step(n.dp.Now(), &ev)
 	n.apply()
@@ -246,7 +246,7 @@ func (n *nic) applyOnce() {
 	}
 }
 
-// adoption tells the core what the remote of a connection of an earlier daemon has
+// adoption is the event of what the remote of a connection of an earlier daemon has
 // acknowledged (R23).
 func adoption(t compare.Tuple, ack uint32) compare.Event {
 	return compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: t, Seq: ack, Slot: compare.NoSlot}}
@@ -265,7 +265,7 @@ func (n *nic) thaw() error {
 	return nil
 }
 
-// commit lets leave what the PVM said before at (R14) and reports whether it said
+// commit lets leave what the PVM sent before at (R14) and reports whether it sent
 // anything between stop and resume.
 func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err error) {
 	// Frames captured before the commit point may still be on their way.
@@ -313,7 +313,7 @@ func (n *nic) setMode(m datapath.Mode) error {
 	return n.dp.SetMode(m)
 }
 
-// adopt takes over what an earlier daemon's tables tell (R23). The loop does not
+// restore takes over what an earlier daemon's tables hold (R23). The loop does not
 // run yet.
 func (n *nic) restore(idle time.Duration) {
 	a := n.dp.Recovered()
@@ -330,10 +330,10 @@ func (n *nic) restore(idle time.Duration) {
 	}
 }
 
-// goOn has the kernel go on as the earlier daemon had told it.
+// restoreMode has the kernel go on in the mode of the earlier daemon.
 func (n *nic) restoreMode() error { return n.setMode(n.mode) }
 
-// bar shuts the NIC while a foreign program is in front of ours; at the guest's tap
+// failClosed shuts the NIC while a foreign program is in front of ours; at the guest's tap
 // that one could let frames out itself, so there the tap goes down as well. "":
 // none is any more.
 func (n *nic) failClosed(intruder string, onTap bool) error {
@@ -424,7 +424,7 @@ func (n *nic) renew(cfg compare.Config, epoch uint32) error {
 	return nil
 }
 
-// solo has P's guest speak alone.
+// solo has P's guest transmit alone.
 func (n *nic) solo() error {
 	n.echoEvery, n.frozen = 0, false
 	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
@@ -434,10 +434,10 @@ func (n *nic) solo() error {
 	return n.setMode(datapath.ModeSolo)
 }
 
-// quiet has S say nothing to anybody; what its guest says is kept (R21 i).
+// quiet has S send nothing to anybody; what its guest sends is kept (R21 i).
 func (n *nic) quiet() error { return n.setMode(datapath.ModeQuiet) }
 
-// takeOver has the SVM speak, first what the clients may not have heard (R22).
+// takeOver has the SVM transmit, first what the clients may not have received (R22).
 func (n *nic) takeOver(guard uint32) error {
 	if err := n.dp.TakeOver(guard); err != nil {
 		return err
@@ -450,7 +450,7 @@ func (n *nic) takeOver(guard uint32) error {
 	}
 	n.parked = false
 	n.stepNow(compare.Event{Kind: compare.EvTakeOver})
-	// What it said until now may still be in the ring.
+	// What it sent until now may still be in the ring.
 	for range maxUnpark {
 		if err := n.poll(0); err != nil {
 			return err

@@ -55,7 +55,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 		return false
 	})
 	if err != nil {
-		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
+		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` shows what was tried", err)
 	}
 	return *done, nil
 }
@@ -81,7 +81,7 @@ func (d *Daemon) until(ctx context.Context, done func() bool) error {
 
 // Failover has this host transmit alone: as the primary it goes on without the
 // secondary, as the secondary it takes over. Without force a takeover that loses
-// what the guest has sent is refused. An error says what came of it in its place.
+// what the guest has sent is refused. An error is what came of it in its place.
 func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, error) {
 	began := time.Now()
 	if d.failover == nil {
@@ -104,7 +104,7 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 	}
 	err := d.until(ctx, func() bool { return d.failover.done() })
 	select {
-	case <-d.stopped: // the part has ended with it, and nobody else looks at its machine any more
+	case <-d.stopped: // the controller has ended with it, and nobody else looks at its machine any more
 		err = nil
 	default:
 	}
@@ -147,10 +147,10 @@ func (fo *failoverPart) outcome(peer string) error {
 	case fo.p != nil && fo.p.State() == failover.PrimaryOff, fo.s != nil && fo.s.State() == failover.SecondaryOff:
 		return ErrPoweredOff
 	}
-	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
+	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` shows which", peer)
 }
 
-// orderFailover hands an operator's order to the failover machine, or says why that
+// order hands an operator's order to the failover machine, or returns why that
 // would not follow it. loaded: S has an SVM that could go on.
 func (fo *failoverPart) orderFailover(force, loaded bool) error {
 	if p := fo.p; p != nil {

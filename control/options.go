@@ -18,7 +18,7 @@ import (
 	"lockstep/control/qemu"
 )
 
-// Options say what to run. Zero durations mean defaults.
+// Options are what to run. Zero durations mean defaults.
 type Options struct {
 	VM   string
 	Node string // this host's name
@@ -40,7 +40,7 @@ type Options struct {
 	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
 
 	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
-	// Fresh tells that a NIC's tables were made at this start, not found pinned
+	// Fresh: a NIC's tables were made at this start, not found pinned
 	// (R23).
 	Fresh bool
 
@@ -57,7 +57,7 @@ type Options struct {
 	// over.
 	Failover *Failover
 	Journal  *journal.Journal    // of what happened; nil: none
-	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
+	Progress func(qemu.Progress) // is called with how far a replication is that begins; the zero Progress: it is over
 
 	// Tests shorten these.
 	link       peerlink.Timing

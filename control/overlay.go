@@ -31,13 +31,13 @@ type overlayRoom struct {
 
 const (
 	overlayEvery = 250 * time.Millisecond // between two looks at the room
-	overlayTell  = time.Second            // between two words to P
+	overlayTell  = time.Second            // between two reports to P
 	// overlayAhead is how long the room has to last for a checkpoint to come in time:
 	// one under way may fail first.
 	overlayAhead = 3 * time.Second
 	// overlayFull is a room in which QEMU may find no place for what it has to write next.
 	overlayFull = 1 << 20
-	// overlayForget is how long after its end a trouble is told.
+	// overlayForget is how long after its end a trouble is reported.
 	overlayForget = 10 * time.Minute
 )
 
@@ -115,7 +115,7 @@ func (s *Setback) note(dir, why string) *backoff {
 	return &s.pause
 }
 
-// trouble is what there is to tell of a folder.
+// trouble is what there is to report of a folder.
 func (s *Setback) trouble(dir string) string {
 	if s.dir != dir {
 		return ""
@@ -154,7 +154,7 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 	}
 }
 
-// overlaysAre takes what was seen of the overlays, and tells P (S). A host that took over
+// overlaysAre takes what was seen of the overlays, and reports it to P (S). A host that took over
 // has them until they are merged, and no checkpoint empties them.
 func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell bool) {
 	fo := ov.d.failover
@@ -185,7 +185,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	ov.d.peer.send(m)
 }
 
-// peersOverlays takes what overlaysAre tells (P).
+// peersOverlays takes what overlaysAre reports (P).
 func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
 	fo := ov.d.failover
 	for _, o := range m.All {
@@ -224,14 +224,14 @@ func (ov *overlayRoom) noRoom(dir, why string) *backoff {
 func (ov *overlayRoom) outOfRoom(disk string) {
 	fo := ov.d.failover
 	if fo == nil || fo.s == nil || fo.s.State() > failover.SecondaryPair && fo.s.State() != failover.SecondaryFenced {
-		return // of a host that takes over or speaks it is the guest that counts
+		return // on a host that takes over or transmits it is the guest that counts
 	}
 	if ov.noteFull(disk) {
 		ov.d.failover.step(failover.Event{Kind: failover.EvGuestFailed})
 	}
 }
 
-// noteFull reports whether an overlay_dir is full, and tells P (S).
+// noteFull reports whether an overlay_dir is full, to the caller and to P (S).
 func (ov *overlayRoom) noteFull(disk string) bool {
 	fo := ov.d.failover
 	if fo.Guest == nil || ov.pause != nil {

@@ -31,7 +31,7 @@ type peerLink struct {
 	peerAddr   string
 	peerParty  peerlink.Party
 	rotation   chan struct{} // P: closed when S has the new keys; nil: none under way
-	peerWhole  bool          // P: what S said of its tables, until its session is ok
+	peerWhole  bool          // P: what S reported of its tables, until its session is ok
 }
 
 // security is how the link is protected.
@@ -40,7 +40,7 @@ func (pl *peerLink) security() *peerlink.Security {
 	return &peerlink.Security{TLS: o.TLS, Server: pl.d.isPrimary(), Node: o.Node, Peer: o.Peer, Timeout: o.link.Handshake}
 }
 
-// party is what this daemon tells of itself, its term left out.
+// party is what this daemon reports of itself, its key generation left out.
 func (pl *peerLink) party() peerlink.Party {
 	p := peerlink.Party{
 		Version: peerlink.Version, VM: pl.d.opt.VM, Node: pl.d.opt.Node, Role: string(pl.d.opt.Role),
@@ -169,7 +169,7 @@ func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) err
 	}
 	pl.link, pl.peerAddr = l, l.RemoteAddr().String()
 	pl.follow(l, pl.d.opt.link.Silence)
-	l.Send(peerlink.OK{}) // before anything that the machine says
+	l.Send(peerlink.OK{}) // before anything that the machine sends
 	pl.up(!s.Doubt)
 	pl.d.failover.joined(s.Record, s.Pair, colo)
 	return nil

@@ -16,7 +16,7 @@ import (
 )
 
 // startGuest is ensureGuest's; but a secondary without room for its overlays waits for
-// it, and status tells.
+// it, and status shows that.
 func (mo *monitor) startGuest(ctx context.Context) error {
 	err := mo.ensureGuest(ctx)
 	full := (*qemu.OverlayError)(nil)
@@ -42,7 +42,7 @@ func (mo *monitor) startGuest(ctx context.Context) error {
 	return nil
 }
 
-// procedure runs one of QEMU's beside the controller, which hears of the result.
+// procedure runs one of QEMU's beside the controller, which gets the result.
 func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
 	ctx, cancel := context.WithCancel(mo.d.ctx)
 	m := mo.conn
@@ -59,14 +59,14 @@ func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) 
 
 // qemuGone: this host's QEMU is.
 func (mo *monitor) qemuGone(why string) {
-	said := ""
+	log := ""
 	if mo.d.failover.Guest != nil {
-		said = qemu.Log(mo.d.failover.Guest)
+		log = qemu.Log(mo.d.failover.Guest)
 	}
-	mo.d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
+	mo.d.log.Error("QEMU is dead", "why", why, "qemu_log", log)
 	mo.d.event(journal.QEMU, "dead: "+why, nil)
 	if mo.d.guest.svmOff {
-		// One that ends with its guest: the primary's powers off as well, and says so.
+		// One that ends with its guest: the primary's powers off as well, and reports it.
 		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead}) }) })
 		return
 	}
@@ -98,7 +98,7 @@ func (mo *monitor) ensureGuest(ctx context.Context) error {
 	case mo.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
-	fo.orphan = false // a new one has told clients nothing
+	fo.orphan = false // clients know nothing of a new one
 	in := mo.incoming()
 	if err := fo.Guest.Check(in, nil); err != nil {
 		return err
@@ -156,7 +156,7 @@ func (mo *monitor) follows(ctx context.Context) (bool, error) {
 
 // rescue has a P go on with a guest that clients know and whose tables are gone. What was
 // compared before is not known any more, and an S that was covered may be about to take
-// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
+// over, so it asks the arbiter whether it may transmit alone. A guest that has not run waits
 // for its secondary.
 func (fo *failoverPart) rescue(running bool, state string) {
 	if fo == nil || fo.p == nil || !fo.orphan || !running && state != "paused" && state != "colo" {

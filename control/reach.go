@@ -23,7 +23,7 @@ import (
 type reach uint8
 
 const (
-	qemuLives reach = iota + 1 // or nothing says that it does not
+	qemuLives reach = iota + 1 // or nothing shows that it does not
 	qemuMute                   // it may hang: maxUnanswered of these in a row, and it counts as dead
 	qemuEnded
 )

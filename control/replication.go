@@ -27,7 +27,7 @@ type replicator struct {
 	gaveUp   string             // why it was cancelled
 	syncedOn *peerlink.Link     // the session in which it ended well
 	tries    tries
-	ending   bool   // P: QEMU is being told to go on alone
+	ending   bool   // P: QEMU is being ordered to go on alone
 	unended  string // why it has not; "": it was not tried
 	endAgain backoff
 
@@ -40,7 +40,7 @@ type replicator struct {
 	unfit     error          // why that cannot be part of a pair
 	prepared  chan struct{}  // S: closed when QEMU waits for a primary's
 	ready     bool           // S: that is so
-	edgesOn   *peerlink.Link // P: the link on which the edges are told
+	edgesOn   *peerlink.Link // P: the link on which the edges are sent
 	edgesSent *peerlink.Link // P: and the one on which all were
 }
 
@@ -118,10 +118,10 @@ func (re *replicator) progress() func(qemu.Progress) {
 	}
 }
 
-// progressEvery is between two words on how far a replication that begins is.
+// progressEvery is between two reports of how far a replication is that begins.
 const progressEvery = 200 * time.Millisecond
 
-// paired tells the life's machine of a session, once QEMU's mode is known (P).
+// paired gives the failover machine a session, once QEMU's mode is known (P).
 func (re *replicator) paired() {
 	fo := re.d.failover
 	if fo == nil || fo.p == nil || !re.d.peer.linkUp || re.d.qmp.conn == nil {
@@ -144,7 +144,7 @@ func (re *replicator) paired() {
 		}
 		re.d.failover.step(failover.Event{Kind: failover.EvLinkUp, OK: ok})
 		if fo.p.State() == failover.PrimaryPair && re.edgesOn != peer {
-			re.sendEdges() // what was told on the link before this one may be lost
+			re.sendEdges() // what was sent on the link before this one may be lost
 		}
 	})
 }
@@ -171,7 +171,7 @@ func (re *replicator) fitsQEMU(ctx context.Context, h *peerlink.Hello) error {
 	case caps.Machine == "":
 		return errors.New("the primary's QEMU is not connected yet")
 	case h.Machine == "":
-		return nil // an older lockstep does not tell
+		return nil // an older lockstep does not send it
 	case re.d.failover.anyMachine:
 		return nil
 	}

@@ -60,7 +60,7 @@ func (t *tries) lasts() {
 	}
 }
 
-// replication tells of what begins, or of what came of the tries so far; nil: nothing.
+// replication is what begins, or what came of the tries so far; nil: nothing.
 func (re *replicator) replication() *api.Replication {
 	r := api.Replication{
 		What: re.syncing.What, Done: re.syncing.Done, Total: re.syncing.Total, Rate: re.syncing.Rate, Dirtied: re.syncing.Dirtied,
@@ -86,8 +86,8 @@ func (t *tries) String() string {
 	return s
 }
 
-// held reports whether a session has to wait: for QEMU to end the last pair, or, when a try
-// to replicate would follow, until that is due. The machine hears of it later: until then
+// mustWait reports whether a session has to wait: for QEMU to end the last pair, or, when a try
+// to replicate would follow, until that is due. The machine gets it later: until then
 // the guest serves alone, and orders are taken.
 func (re *replicator) mustWait(follows bool) bool {
 	fo := re.d.failover
@@ -107,7 +107,7 @@ func (re *replicator) mustWait(follows bool) bool {
 
 // endReplication has this host's QEMU go on without the other's, until it does. A QEMU
 // that does not decides nothing: this host has won, its guest serves, and whether that
-// is dead its monitor tells (watchQEMU).
+// is dead its monitor shows (watchQEMU).
 func (re *replicator) endReplication() {
 	fo := re.d.failover
 	re.ending = true
@@ -132,7 +132,7 @@ func (re *replicator) endReplication() {
 		}
 		wait := re.endAgain.take()
 		if err.Error() != re.unended {
-			re.d.log.Error("QEMU has not ended replication: the guest goes on, and QEMU is told again", "err", err, "in", wait)
+			re.d.log.Error("QEMU has not ended replication: the guest goes on, and the order is repeated", "err", err, "in", wait)
 		}
 		re.unended = err.Error()
 		time.AfterFunc(wait, func() { re.d.post(re.endReplication) })

@@ -190,7 +190,7 @@ func (n *nic) flow(t *compare.Tuple) api.Flow {
 	return f
 }
 
-// status tells where the pair's life is.
+// status adds the failover machine's state to s.
 func (fo *failoverPart) status(s *api.Status) {
 	s.Record = fo.machine.Term()
 	defer func() {
@@ -218,7 +218,7 @@ func (fo *failoverPart) status(s *api.Status) {
 		case failover.PrimaryClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"
 		case failover.PrimaryFenced:
-			s.State, s.Detail = "failover", "another host speaks"
+			s.State, s.Detail = "failover", "another host transmits"
 		case failover.PrimaryOff:
 			s.State, s.Detail = "off", "the guest powered off"
 		}
@@ -232,7 +232,7 @@ func (fo *failoverPart) status(s *api.Status) {
 	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
 		s.State = "failover"
 	case failover.SecondaryFenced:
-		s.State, s.Detail = "failover", "another host speaks"
+		s.State, s.Detail = "failover", "another host transmits"
 	case failover.SecondaryOff:
 		s.State, s.Detail = "off", "the guest powered off"
 	}

@@ -50,7 +50,7 @@ func TestRunLife(t *testing.T) {
 	}
 	ends = []error{control.ErrFenced}
 	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
-	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary fencing term 1, speaker beta discard=true`)
+	run("--node beta --role primary", 1, "may not transmit for the guest any more", `primary fencing term 1, speaker beta discard=true`)
 	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak",
 		"secondary fencing term 1, speaker beta discard=true", "secondary fencing term 1, speaker beta discard=true", "primary fencing term 2, speaker alpha discard=true")

@@ -32,7 +32,7 @@ const (
 	maxCause   = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
-// Party is what each side tells of itself.
+// Party is what each side reports of itself.
 type Party struct {
 	Version int      `json:"version"`
 	VM      string   `json:"vm"`
@@ -47,7 +47,7 @@ type Party struct {
 // SeedLen is the length of the seed of the signing keys, bytes.
 const SeedLen = 32
 
-// keyBytes are digest keys as a session carries them.
+// KeyBytes are digest keys as a session carries them.
 func KeyBytes(k *compare.Keys) []byte {
 	b, err := binary.Append(nil, binary.LittleEndian, k)
 	if err != nil {
@@ -56,7 +56,7 @@ func KeyBytes(k *compare.Keys) []byte {
 	return b
 }
 
-// signKeys are the keys of a seed: P's towards S, S's towards P.
+// SignKeys are the keys of a seed: P's towards S, S's towards P.
 func SignKeys(seed [SeedLen]byte) (p2s, s2p [2]uint64) {
 	var b [32]byte
 	rand.NewChaCha8(seed).Read(b[:]) // cannot fail
@@ -67,7 +67,7 @@ func SignKeys(seed [SeedLen]byte) (p2s, s2p [2]uint64) {
 	return p2s, s2p
 }
 
-// checkPeer compares what the peer says of itself with what this side knows.
+// CheckPeer compares what the peer reports of itself with what this side knows.
 func CheckPeer(own, peer Party, peerNode, peerRole string) error {
 	switch {
 	case peer.Version != Version:
@@ -97,8 +97,8 @@ func CheckPeer(own, peer Party, peerNode, peerRole string) error {
 // timing of the control link; tests shorten it.
 type Timing struct {
 	Handshake time.Duration // hello to session-ok, each step
-	Silence   time.Duration // a link that says nothing for so long is dead
-	Ping      time.Duration // between two words, though there is nothing to say
+	Silence   time.Duration // a link without a message for so long is dead
+	Ping      time.Duration // between two messages, though there is nothing to send
 	Retry     time.Duration // between attempts to connect, growing to retryMax
 	RetryMax  time.Duration
 }
