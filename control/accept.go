@@ -18,7 +18,7 @@ import (
 	"lockstep/control/peerlink"
 )
 
-// maxStrangers bounds the connections that have not said who they are.
+// maxStrangers bounds the connections that have not identified themselves.
 const maxStrangers = 8
 
 // accept lets the secondary in (P).
@@ -67,9 +67,9 @@ func (pl *peerLink) refused(conn net.Conn, err error) {
 	})
 }
 
-// strangers are the connections that have not said who they are. Only the peer's
-// address may have any; when they are too many, the oldest goes: the peer's daemon says
-// who it is at once, and whoever stays silent was there before it.
+// strangers are the connections that have not identified themselves. Only the peer's
+// address may have any; when they are too many, the oldest goes: the peer's daemon
+// identifies itself at once, and whoever does not was there before it.
 type strangers struct {
 	peer netip.Addr // the zero Addr: from everywhere
 
@@ -117,30 +117,31 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 	if err != nil {
 		return pl.security().Explain(err)
 	}
-	if m.Type != "hello" || m.Hello == nil {
-		return fmt.Errorf("%q in place of hello", m.Type)
+	h, ok := m.(peerlink.Hello)
+	if !ok {
+		return fmt.Errorf("%q in place of hello", m.Type())
 	}
-	if err := peerlink.CheckPeer(pl.party(), m.Hello.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
-		_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
+	if err := peerlink.CheckPeer(pl.party(), h.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
+		_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 		return err
 	}
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		own, err := pl.d.repl.diskSizes()
 		if err == nil {
-			err = checkSizes(pl.d.life.Disks, own, m.Hello.Disks)
+			err = checkSizes(pl.d.failover.Disks, own, h.Disks)
 		}
 		if err == nil {
-			err = pl.d.repl.fitsQEMU(ctx, m.Hello)
+			err = pl.d.repl.fitsQEMU(ctx, &h)
 		}
 		if err != nil {
-			_ = l.Write(peerlink.Message{Type: "refuse", Cause: err.Error()})
+			_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 			return err
 		}
 	}
 	if !known() {
 		return errors.New("newer connections took its place")
 	}
-	return pl.d.ask(ctx, func() { pl.offer(l, *m.Hello) })
+	return pl.d.ask(ctx, func() { pl.offer(l, h) })
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
@@ -166,11 +167,11 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	pl.d.term = max(pl.d.term, h.Term) + 1
 	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].keys)}
 	s.Term = pl.d.term
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		pl.d.repl.hello = h
 		// COLO may run already where somebody else has started it.
-		s.Record = pl.d.life.p.Term()
-		s.Pair = pl.d.life.p.State() == failover.PrimaryPair || pl.d.life.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
+		s.Record = pl.d.failover.p.Term()
+		s.Pair = pl.d.failover.p.State() == failover.PrimaryPair || pl.d.failover.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
 	}
 	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.ckpts.primary.InDoubt())
 	s.Sign = newSeed()
@@ -179,5 +180,5 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 		return
 	}
 	pl.follow(l, pl.d.opt.link.Handshake)
-	l.Send(peerlink.Message{Type: "session", Session: &s})
+	l.Send(s)
 }

@@ -159,7 +159,7 @@ func TestAdoptedRemotes(t *testing.T) {
 	}}
 	c := new(adoptCore)
 	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
-	n.adopt(30 * time.Minute)
+	n.restore(30 * time.Minute)
 	if len(c.told) != 1 || c.told[0].Kind != compare.EvAdopt || c.told[0].Seg.Tuple != young || c.told[0].Seg.Seq != 77 || c.told[0].Seg.Slot != compare.NoSlot {
 		t.Errorf("told %+v", c.told)
 	}
@@ -227,7 +227,7 @@ func TestAdoptAgain(t *testing.T) {
 	path.acked = map[compare.Tuple]uint32{testTuple: 99}
 	c := new(askingCore)
 	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
-	n.tell(compare.Event{Kind: compare.EvTick})
+	n.stepNow(compare.Event{Kind: compare.EvTick})
 	if len(c.told) != 2 || c.told[1].Kind != compare.EvAdopt || c.told[1].Seg.Tuple != testTuple || c.told[1].Seg.Seq != 99 {
 		t.Errorf("told %+v", c.told)
 	}

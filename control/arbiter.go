@@ -20,7 +20,7 @@ const entryEvery = 5 * time.Second
 const entryTimeout = 500 * time.Millisecond
 
 // watchEntry fences a host that the arbiter does not name any more (R26).
-func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
+func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -30,20 +30,20 @@ func (l *pairLife) watchEntry(ctx context.Context, every time.Duration) {
 			return
 		}
 		asking, done := context.WithTimeout(ctx, entryTimeout)
-		now, err := l.Arbiter.Read(asking)
+		now, err := fo.Arbiter.Read(asking)
 		done()
 		if err != nil {
-			continue // whoever needs its answer says so
+			continue // whoever needs its answer logs that
 		}
-		l.d.post(func() { l.entry(now) })
+		fo.d.post(func() { fo.entry(now) })
 	}
 }
 
-func (l *pairLife) entry(now arbiter.Entry) {
-	if now.Speaker != l.d.opt.Node && now.Term > l.p.Term() && l.p.State() != failover.PrimaryClaim {
-		l.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
+func (fo *failoverPart) entry(now arbiter.Entry) {
+	if now.Speaker != fo.d.opt.Node && now.Term > fo.p.Term() && fo.p.State() != failover.PrimaryClaim {
+		fo.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
 	}
-	l.live(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == l.d.opt.Node})
+	fo.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == fo.d.opt.Node})
 }
 
 // serialArbiter is an arbiter that several goroutines ask, one after the other.
@@ -92,39 +92,39 @@ func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Entry) (arbi
 }
 
 // claim asks the arbiter until it is known what came of it (R21 ii).
-func (l *pairLife) claim(term uint64) {
-	from := arbiter.Entry{Term: term, Speaker: l.d.opt.Node}
-	if l.s != nil {
-		from.Speaker = l.d.opt.Peer
+func (fo *failoverPart) claim(term uint64) {
+	from := arbiter.Entry{Term: term, Speaker: fo.d.opt.Node}
+	if fo.s != nil {
+		from.Speaker = fo.d.opt.Peer
 	}
-	to := arbiter.Entry{Term: term + 1, Speaker: l.d.opt.Node}
-	l.d.log.Info("claiming the arbiter", "from", from, "to", to)
-	l.d.work.Go(func() {
-		now, won, err := Swap(l.d.ctx, l.Arbiter, from, to, func(err error) {
-			l.d.log.Warn("the arbiter does not tell who may speak: silent until it does", "err", err)
+	to := arbiter.Entry{Term: term + 1, Speaker: fo.d.opt.Node}
+	fo.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	fo.d.work.Go(func() {
+		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
+			fo.d.log.Warn("the arbiter does not answer which host may transmit: muted until it does", "err", err)
 		})
 		if err != nil {
 			return // the daemon ends
 		}
-		l.d.post(func() {
-			l.d.log.Info("the arbiter answered", "won", won, "record", now)
-			l.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
-			l.live(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
+		fo.d.post(func() {
+			fo.d.log.Info("the arbiter answered", "won", won, "record", now)
+			fo.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			fo.step(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})
 }
 
-// Swap makes the record to if it is from, and returns when that is known, or ctx has
+// Swap changes the arbiter's entry to "to" if it is "from", and returns when that is known, or ctx has
 // ended. An arbiter that answers with from has decided nothing: as one that does not
 // answer it is asked again, at a growing distance, since each time may fence a host.
 func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Entry, failed func(error)) (now arbiter.Entry, won bool, err error) {
-	silent, unmoved := arbiterRetry, unmovedRetry
+	unanswered, unmoved := arbiterRetry, unmovedRetry
 	for {
-		again := &silent
+		again := &unanswered
 		now, won, err = a.Swap(ctx, from, to)
 		if err == nil && !won && now == from {
 			again = &unmoved
-			err = fmt.Errorf("asked to change the record (%s) to %s, the arbiter answers that it is what it was, which says neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
+			err = fmt.Errorf("asked to change the entry (%s) to %s, the arbiter answers that it is what it was, which means neither won nor lost; an `exec` command has to make the change or fail (docs/ARBITER.md)", from, to)
 		}
 		if err == nil {
 			return now, won, nil
@@ -142,7 +142,7 @@ func Swap(ctx context.Context, a arbiter.Arbiter, from, to arbiter.Entry, failed
 	}
 }
 
-// Settle returns the record when the arbiter tells it, or ctx has ended.
+// Settle returns the entry when the arbiter knows it, or ctx has ended.
 func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter.Entry, error) {
 	again := arbiterRetry
 	for {
@@ -160,5 +160,5 @@ func Settle(ctx context.Context, a arbiter.Arbiter, failed func(error)) (arbiter
 // arbiterRetry paces the questions to an arbiter that does not answer.
 var arbiterRetry = backoff{first: 50 * time.Millisecond, last: time.Second}
 
-// unmovedRetry paces them to one that answers with the old record.
+// unmovedRetry paces them to one that answers with the entry as it was.
 var unmovedRetry = backoff{first: 50 * time.Millisecond, last: 30 * time.Second}

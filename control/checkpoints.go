@@ -63,7 +63,7 @@ func (ck *checkpoints) want(r request) {
 	ck.requested.Add(1)
 	select {
 	case ck.requests <- r:
-	default: // as many wait as are ever told apart
+	default: // enough wait: more would not change anything
 	}
 }
 
@@ -112,11 +112,11 @@ func (ck *checkpoints) step(ev checkpoint.Event) {
 		}
 	}
 	ck.stepping = false
-	if ck.d.life == nil || !ck.d.isPrimary() {
+	if ck.d.failover == nil || !ck.d.isPrimary() {
 		return
 	}
-	if stuck := ck.primary.Stuck(); stuck != (ck.d.life.p.InDoubt()) {
-		ck.d.life.live(failover.Event{Kind: failover.EvDoubt, OK: stuck})
+	if stuck := ck.primary.Stuck(); stuck != (ck.d.failover.p.InDoubt()) {
+		ck.d.failover.step(failover.Event{Kind: failover.EvDoubt, OK: stuck})
 	}
 }
 
@@ -125,7 +125,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpOpen:
 		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
 		return ck.d.each("hold", func(n *nic) error {
-			// Who spoke alone did so without a limit.
+			// A host that transmitted alone had no lease.
 			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.Heartbeat.Interval, ck.d.opt.Heartbeat.Lease))
 		})
 	case checkpoint.OpFreeze:
@@ -135,9 +135,9 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.d.each("thaw", (*nic).thaw)
 	case checkpoint.OpPrepare:
 		ck.attempt(fx)
-		ck.d.peer.send(peerlink.Message{Type: "prepare", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
-		ck.d.peer.send(peerlink.Message{Type: "abort", Epoch: fx.Epoch, Cause: fx.Cause})
+		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
@@ -157,15 +157,15 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 			} else if !ev.OK {
 				ev.Cause = fmt.Sprintf("COLO mode is %q", mode)
 			}
-			if ev.OK && ck.d.isPrimary() && ck.d.life != nil {
-				// Whatever was heard of the disks, their state decides (R24). A QEMU
+			if ev.OK && ck.d.isPrimary() && ck.d.failover != nil {
+				// Whatever events reported of the disks, their state decides (R24). A QEMU
 				// that does not answer may be dead: then S is the better host.
-				switch missing, err := qemu.Unreplicated(m, ck.d.life.Disks); {
+				switch missing, err := qemu.Unreplicated(m, ck.d.failover.Disks); {
 				case err != nil:
 					ev.OK, ev.Cause = false, err.Error()
 				case len(missing) > 0:
 					ev.OK, ev.Cause = false, fmt.Sprintf("the secondary's image is no replica of %v", missing)
-					ck.d.post(func() { ck.d.life.live(failover.Event{Kind: failover.EvReplica}) })
+					ck.d.post(func() { ck.d.failover.step(failover.Event{Kind: failover.EvReplica}) })
 				}
 			}
 			return ev
@@ -182,7 +182,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
-		ck.d.peer.send(peerlink.Message{Type: "ready", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		ck.d.epoch = fx.Epoch
 		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
@@ -192,12 +192,12 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		if fx.Epoch == 0 {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
-		ck.d.peer.send(peerlink.Message{Type: "stopped", Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
 		return ck.d.each("unpark", (*nic).unpark)
 	case checkpoint.OpResumed:
 		ck.committed++
-		ck.d.peer.send(peerlink.Message{Type: "resumed", Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
+		ck.d.peer.send(peerlink.Resumed{Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
 }
@@ -269,11 +269,11 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	if inside {
 		ck.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
 	}
-	if ck.d.life != nil {
+	if ck.d.failover != nil {
 		ck.d.repl.tries.lasts()
 	}
-	ck.d.life.live(failover.Event{Kind: failover.EvCommitted})
-	return ck.d.life.listen(a.Cause)
+	ck.d.failover.step(failover.Event{Kind: failover.EvCommitted})
+	return ck.d.failover.dropMute(a.Cause)
 }
 
 // drain waits until the SVM has read what its taps hold.
@@ -295,4 +295,32 @@ func (ck *checkpoints) drain(epoch uint32) {
 		}
 		ck.d.post(func() { ck.step(ev) })
 	})
+}
+
+// received takes a message about a checkpoint; false: it is none that this side takes.
+func (ck *checkpoints) received(m peerlink.Message) bool {
+	ev, primary := checkpoint.Event{OK: true}, ck.d.isPrimary()
+	var mine bool
+	switch m := m.(type) {
+	case peerlink.Prepare:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPrepare, m.Epoch, !primary
+	case peerlink.Ready:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvReady, m.Epoch, primary
+	case peerlink.Stopped:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPeerStopped, m.Epoch, primary
+	case peerlink.Resumed:
+		ev.Kind, ev.Epoch, mine = checkpoint.EvPeerResumed, m.Epoch, primary
+		if n := len(ck.attempts); mine && n > 0 && ck.attempts[n-1].Epoch == m.Epoch {
+			ck.attempts[n-1].SVMPauseMS = milliseconds(m.PauseNS)
+		}
+	case peerlink.Abort:
+		ev.Kind, ev.Epoch, ev.Cause, mine = checkpoint.EvAbort, m.Epoch, m.Cause, true
+		if primary {
+			ev.Kind = checkpoint.EvPeerAbort
+		}
+	}
+	if mine {
+		ck.step(ev)
+	}
+	return mine
 }

@@ -35,7 +35,7 @@ import (
 	"lockstep/control/program"
 )
 
-// Daemon runs one host. What is not said to be otherwise is the controller's.
+// Daemon runs one host. All is the controller's unless a comment names somebody else.
 type Daemon struct {
 	opt  Options
 	log  *slog.Logger
@@ -51,13 +51,13 @@ type Daemon struct {
 	recovered   bool   // all NICs go on from one daemon's tables
 
 	// The parts, each with what it knows.
-	ckpts checkpoints
-	peer  peerLink
-	qmp   monitor
-	life  *pairLife // nil: the pair does not end by itself
-	repl  replicator
-	guest guestWatch
-	room  overlayRoom
+	ckpts    checkpoints
+	peer     peerLink
+	qmp      monitor
+	failover *failoverPart // nil: the pair does not end by itself
+	repl     replicator
+	guest    guestWatch
+	room     overlayRoom
 }
 
 // New makes a daemon; Run works.
@@ -80,18 +80,18 @@ func New(o Options) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	found := d.found()
+	found := d.recoveredState()
 	if found != nil {
 		*keys = found.Digest
 	}
 	cfg.FirstEpoch = max(cfg.FirstEpoch, d.epoch)
 	d.epoch = cfg.FirstEpoch
 	d.opt.Compare.Epoch = d.epoch
-	if o.Life != nil {
-		if d.life, err = newPairLife(*o.Life, d); err != nil {
+	if o.Failover != nil {
+		if d.failover, err = newFailoverPart(*o.Failover, d); err != nil {
 			return nil, err
 		}
-		cfg.Unpaired = d.life.p != nil && d.life.p.State() != failover.PrimaryPair
+		cfg.Unpaired = d.failover.p != nil && d.failover.p.State() != failover.PrimaryPair
 	}
 	if o.Role == datapath.RolePrimary {
 		d.ckpts.primary = checkpoint.NewPrimary(cfg)
@@ -119,10 +119,10 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// found is what the NICs' tables tell of the daemon before this one (R23); nil:
+// recoveredState is what the NICs' tables hold of the daemon before this one (R23); nil:
 // there is no going on from them. Their term and epoch count in any case: a number
 // is not used twice.
-func (d *Daemon) found() *datapath.Recovered {
+func (d *Daemon) recoveredState() *datapath.Recovered {
 	first := d.opt.NICs[0].Recovered()
 	whole := !d.opt.Fresh
 	for _, dp := range d.opt.NICs {
@@ -157,7 +157,7 @@ func Run(ctx context.Context, o Options) error {
 }
 
 // Run works until ctx ends or the daemon cannot go on. It closes the data paths:
-// the kernel goes on as it was told last.
+// the kernel goes on in its last mode.
 func (d *Daemon) Run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -170,7 +170,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	switch {
 	case d.recovered:
 		for _, n := range d.nics {
-			n.adopt(d.opt.Compare.Idle)
+			n.restore(d.opt.Compare.Idle)
 		}
 	case d.isPrimary():
 		if err := d.ownKeys(); err != nil {
@@ -223,10 +223,10 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	if d.opt.QMP != "" {
 		start(func() error { d.qmp.watchQEMU(ctx); return nil })
 	}
-	if d.life != nil && d.life.p != nil {
-		start(func() error { d.life.watchEntry(ctx, d.opt.entryEvery); return nil })
+	if d.failover != nil && d.failover.p != nil {
+		start(func() error { d.failover.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
-	if l := d.life; l != nil && l.Guest != nil && len(l.Guest.Disks) > 0 {
+	if fo := d.failover; fo != nil && fo.Guest != nil && len(fo.Guest.Disks) > 0 {
 		start(func() error { d.room.watchOverlays(ctx); return nil })
 	}
 	notify(d.log, sd.SdNotifyReady)
@@ -249,7 +249,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	return err
 }
 
-// notify tells systemd, and does not wait for one that stands still.
+// notify reports to systemd, and does not wait for one that hangs.
 func notify(log *slog.Logger, state string) {
 	ctx, done := context.WithTimeout(context.Background(), notifyTimeout)
 	defer done()
@@ -262,7 +262,7 @@ func notify(log *slog.Logger, state string) {
 const notifyTimeout = time.Second
 
 // ownKeys has the kernel digest with this daemon's keys. What it captured with
-// those of an earlier one is repeated by the guest; no record is accepted until
+// those of an earlier one is repeated by the guest; no digest record is accepted until
 // there is a session.
 func (d *Daemon) ownKeys() error {
 	var seed [peerlink.SeedLen]byte
@@ -311,22 +311,22 @@ func (d *Daemon) control(ctx context.Context) error {
 	defer close(d.stopped)
 	defer func() {
 		if d.peer.link != nil {
-			d.peer.link.Flush() // the peer may have to hear why
+			d.peer.link.Flush() // the peer may need the reason
 			d.peer.link.Close(context.Canceled)
 		}
 	}()
 	d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
-	if d.life != nil && d.life.Begin.ResumesTakeOver() {
-		d.life.live(failover.Event{Kind: failover.EvTakeOver})
+	if d.failover != nil && d.failover.Begin.ResumesTakeOver() {
+		d.failover.step(failover.Event{Kind: failover.EvTakeOver})
 	}
 	if d.recovered && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
-		d.fatal = d.each("go on", (*nic).goOn)
+		d.fatal = d.each("go on", (*nic).restoreMode)
 	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
-		if next := min(d.ckpts.machine.NextDeadline(), d.life.nextLife()); next == math.MaxInt64 {
+		if next := min(d.ckpts.machine.NextDeadline(), d.failover.nextDeadline()); next == math.MaxInt64 {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Duration(max(next-d.now(), 0)))
@@ -340,7 +340,7 @@ func (d *Daemon) control(ctx context.Context) error {
 			d.ckpts.wanted(r)
 		case <-timer.C:
 			d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
-			d.life.live(failover.Event{Kind: failover.EvTick})
+			d.failover.step(failover.Event{Kind: failover.EvTick})
 		}
 	}
 	if ctx.Err() != nil {
@@ -349,7 +349,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	return d.fatal
 }
 
-// each runs f in every NIC's loop. A NIC that cannot do what it was told is the
+// each runs f in every NIC's loop. A NIC that cannot carry out an order is the
 // end: the daemon does not know any more what the kernel does.
 func (d *Daemon) each(what string, f func(*nic) error) error {
 	for _, n := range d.nics {

@@ -3,24 +3,22 @@
 package control
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 
-	"lockstep/control/datapath"
 	"lockstep/control/peerlink"
 )
 
-// tellEdges tells S of the connections that were taken over by this host or by one
+// sendEdges sends S the connections that were taken over by this host or by one
 // before it (P). There may be millions, so that takes a while, beside everything else.
-// S hears that it is covered only behind them.
-func (re *replicator) tellEdges() {
-	l, peer := re.d.life, re.d.peer.link
+// S is told that it is covered only after them.
+func (re *replicator) sendEdges() {
+	fo, peer := re.d.failover, re.d.peer.link
 	if peer == nil {
-		return // whoever comes is told
+		return // the next session gets them
 	}
-	re.edgesTo = peer
+	re.edgesOn = peer
 	re.d.work.Go(func() {
 		err := re.streamEdges(peer)
 		re.d.post(func() {
@@ -29,8 +27,8 @@ func (re *replicator) tellEdges() {
 			case err != nil:
 				re.d.peer.unlink(peer, err) // the next session tries again
 			default:
-				if re.edgesTold = peer; l.p.Covered() {
-					re.d.peer.send(peerlink.Message{Type: "covered", Record: l.p.Term()})
+				if re.edgesSent = peer; fo.p.Covered() {
+					re.d.peer.send(peerlink.Covered{Term: fo.p.Term()})
 				}
 			}
 		})
@@ -45,27 +43,22 @@ func (re *replicator) streamEdges(peer *peerlink.Link) error {
 		}
 		if !peer.Stream(func(yield func(peerlink.Message) bool) {
 			for some := range slices.Chunk(edges, peerlink.MaxEdges) {
-				b, err := binary.Append(nil, binary.LittleEndian, some)
-				if err != nil {
-					panic(err) // fields of fixed size
-				}
-				if !yield(peerlink.Message{Type: "edges", NIC: n.index, Edges: b}) {
+				if !yield(peerlink.Edges{NIC: n.index, Edges: some}) {
 					return
 				}
 			}
 		}) {
-			return errors.New("the link was lost while edges were told")
+			return errors.New("the link was lost while edges were sent")
 		}
 	}
 	return nil
 }
 
-// addEdges takes what tellEdges tells (S).
-func (re *replicator) addEdges(m peerlink.Message) error {
-	edges := make([]datapath.Edge, len(m.Edges)/binary.Size(datapath.Edge{}))
-	if n, err := binary.Decode(m.Edges, binary.LittleEndian, edges); err != nil || n != len(m.Edges) || m.NIC < 0 || m.NIC >= len(re.d.nics) {
-		return errors.New("edges that make no sense")
+// addEdges takes what sendEdges sends (S).
+func (re *replicator) addEdges(m peerlink.Edges) error {
+	if m.NIC < 0 || m.NIC >= len(re.d.nics) {
+		return fmt.Errorf("edges of NIC %d, which there is not", m.NIC)
 	}
 	n := re.d.nics[m.NIC]
-	return n.do(func() error { return n.dp.AddEdges(edges) })
+	return n.do(func() error { return n.dp.AddEdges(m.Edges) })
 }

@@ -23,55 +23,55 @@ import (
 	"lockstep/control/state"
 )
 
-// ErrPoweredOff is how a part ends whose guest powered off: the pair stays off until
+// ErrPoweredOff is how a daemon ends whose guest powered off: the pair stays off until
 // somebody starts it.
 var ErrPoweredOff = errors.New("the guest powered off")
 
-// ended reports whether this host has no say any more.
-func (l *pairLife) ended() bool {
-	return l.p != nil && l.p.State() >= failover.PrimaryFenced || l.s != nil && l.s.State() >= failover.SecondaryFenced
+// ended reports whether this host is fenced or its guest off.
+func (fo *failoverPart) ended() bool {
+	return fo.p != nil && fo.p.State() >= failover.PrimaryFenced || fo.s != nil && fo.s.State() >= failover.SecondaryFenced
 }
 
-// poweredOff ends a part (R25).
-func (l *pairLife) poweredOff() error {
-	l.d.log.Info("the guest powered off, and stays off until `lockstep start`")
-	l.d.event(journal.QEMU, "the guest powered off", nil)
-	if l.p != nil {
-		l.d.peer.send(peerlink.Message{Type: "off"})
-		if err := l.remember(func(st *state.State) { st.Off = l.Guest != nil }); err != nil {
+// poweredOff ends this daemon, because its guest is off (R25).
+func (fo *failoverPart) poweredOff() error {
+	fo.d.log.Info("the guest powered off, and stays off until `lockstep start`")
+	fo.d.event(journal.QEMU, "the guest powered off", nil)
+	if fo.p != nil {
+		fo.d.peer.send(peerlink.PoweredOff{})
+		if err := fo.remember(func(st *state.State) { st.Off = fo.Guest != nil }); err != nil {
 			return err
 		}
 	}
-	if l.Guest == nil || l.d.qmp.conn == nil {
-		l.d.fatal = ErrPoweredOff
+	if fo.Guest == nil || fo.d.qmp.conn == nil {
+		fo.d.fatal = ErrPoweredOff
 		return nil
 	}
-	l.d.qmp.procedure("end QEMU", func(_ context.Context, m *qmp.Monitor) error { return qemu.Quit(m) }, func(error) {
-		l.d.fatal = ErrPoweredOff // it may have gone before it answered
+	fo.d.qmp.procedure("end QEMU", func(_ context.Context, m *qmp.Monitor) error { return qemu.Quit(m) }, func(error) {
+		fo.d.fatal = ErrPoweredOff // it may have gone before it answered
 	})
 	return nil
 }
 
-// endPart ends this daemon's part. A secondary that had no room rests first: the next
+// end ends this daemon's role. A secondary that had no room rests first: the next
 // one's disks have to be copied before it finds out whether there is some.
-func (l *pairLife) endPart(end error) {
-	if l.s != nil {
-		l.d.room.noteFull("") // P may have given it up before QEMU said so
+func (fo *failoverPart) end(end error) {
+	if fo.s != nil {
+		fo.d.room.noteFull("") // P may have given it up before QEMU reported it
 	}
-	if l.d.room.pause == nil {
-		l.d.fatal = end
+	if fo.d.room.pause == nil {
+		fo.d.fatal = end
 		return
 	}
-	l.d.work.Go(func() {
-		if l.d.room.pause.wait(l.d.ctx) {
-			l.d.post(func() { l.d.fatal = end })
+	fo.d.work.Go(func() {
+		if fo.d.room.pause.wait(fo.d.ctx) {
+			fo.d.post(func() { fo.d.fatal = end })
 		}
 	})
 }
 
-// Life is what a daemon needs to begin a pair and to end it: an arbiter,
+// Failover is what a daemon needs to begin a pair and to end it: an arbiter,
 // a place on disk for what it must not forget, and QEMU.
-type Life struct {
+type Failover struct {
 	Begin   failover.Begin
 	Arbiter arbiter.Arbiter
 	Store   *state.Store
@@ -93,375 +93,392 @@ type Life struct {
 	fencesUnended, triesAtOnce, anyMachine bool
 }
 
-// How a daemon's part in a pair's life ends: what Run returns.
+// How a daemon's role ends: what Run returns.
 var (
-	// ErrPromoted: this host speaks alone, and goes on as the primary.
+	// ErrPromoted: this host transmits alone, and goes on as the primary.
 	ErrPromoted = errors.New("the secondary took over")
 	// ErrAfresh: the SVM follows nobody any more; a new one may.
 	ErrAfresh = errors.New("the secondary begins afresh")
-	// ErrFenced: this host has no say any more, and its guest does not run.
-	ErrFenced = errors.New("this node does not speak for the guest any more, which was stopped here")
+	// ErrFenced: this host is fenced, and its guest does not run.
+	ErrFenced = errors.New("this node may not transmit for the guest any more, which was stopped here")
 )
 
-// guardTicks is G of R22: what the SVM says is newer than what the PVM said. Nothing on
-// the wire tells how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
+// guardTicks is G of R22: what the SVM sends is newer than what the PVM sent. Nothing on
+// the wire shows how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
 // with Linux's route feature tcp_usec_ts, and up to 1 s elsewhere (RFC 7323). So it is
 // 16 s of the fastest clock and 194 days of the slowest; a receiver takes any step
 // below 2^31 ticks for one ahead.
 const guardTicks = 1 << 24
 
-// lifeMachine is lifePrimary or lifeSecondary.
-type lifeMachine interface {
+// failoverMachine is a failover.Primary or a failover.Secondary.
+type failoverMachine interface {
 	NextDeadline() int64
 	Step(now int64, ev failover.Event) []failover.Effect
 	Term() uint64
 	Sick() bool
 }
 
-// pairLife is the daemon's share in the pair's life: the controller's.
-type pairLife struct {
+// failoverPart carries out what the failover machine decides.
+type failoverPart struct {
 	d *Daemon
-	Life
-	machine lifeMachine
-	p       *failover.Primary // one of the two
-	s       *failover.Secondary
-	orphan  bool        // P: of Begin, until a new QEMU is started
-	state   state.State // as it is on disk
-	queue   []failover.Event
-	busy    bool   // stepping
-	untold  bool   // S: QEMU has to be told to take over, once it is connected
-	said    uint64 // P: records of the SVM until the last commit
-	mute    int    // P: commits in a row without one
+	Failover
+	machine   failoverMachine
+	p         *failover.Primary // one of the two
+	s         *failover.Secondary
+	orphan    bool        // P: of Begin, until a new QEMU is started
+	state     state.State // as it is on disk
+	queue     []failover.Event
+	stepping  bool
+	tellAgain bool   // S: order QEMU to take over once it is connected
+	records   uint64 // P: digest records of the SVM until the last commit
+	mute      int    // P: commits in a row without one
 }
 
-func newPairLife(l Life, d *Daemon) (*pairLife, error) {
-	if l.Setback == nil {
-		l.Setback = new(Setback)
+func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
+	if o.Setback == nil {
+		o.Setback = new(Setback)
 	}
-	st, err := l.Store.Load()
+	st, err := o.Store.Load()
 	if err != nil {
 		return nil, err
 	}
-	l.Arbiter = serialize(l.Arbiter)
-	pl := &pairLife{d: d, Life: l, state: st, orphan: l.Begin.Orphan()}
-	d.qmp.hadQEMU = l.Begin.HasGuest()
-	d.repl.tries.atOnce = l.triesAtOnce
-	if l.again != (backoff{}) {
-		d.repl.tries.again = l.again
+	o.Arbiter = serialize(o.Arbiter)
+	fo := &failoverPart{d: d, Failover: o, state: st, orphan: o.Begin.Orphan()}
+	d.qmp.hadQEMU = o.Begin.HasGuest()
+	d.repl.tries.atOnce = o.triesAtOnce
+	if o.again != (backoff{}) {
+		d.repl.tries.again = o.again
 	}
 	cfg, now := failover.DefaultConfig(d.opt.Heartbeat.Timeout, d.opt.Heartbeat.Lease, cmp.Or(d.opt.Heartbeat.Restart, peerlink.MaxRejoin)), d.opt.NICs[0].Now()
-	cfg.NoR26Entry = l.noR26Entry
-	if l.doubt != 0 {
-		cfg.Doubt = int64(l.doubt)
+	cfg.NoR26Entry = o.noR26Entry
+	if o.doubt != 0 {
+		cfg.Doubt = int64(o.doubt)
 	}
 	if d.opt.Role == datapath.RolePrimary {
-		pl.p = l.Begin.Primary(cfg, now)
-		pl.machine = pl.p
-		return pl, nil
+		fo.p = o.Begin.Primary(cfg, now)
+		fo.machine = fo.p
+		return fo, nil
 	}
-	pl.s = l.Begin.Secondary(cfg, d.opt.Node, now)
-	pl.machine = pl.s
-	return pl, nil
+	fo.s = o.Begin.Secondary(cfg, d.opt.Node, now)
+	fo.machine = fo.s
+	return fo, nil
 }
 
-// live gives the life's machine an event, if there is one, and carries out what
+// step gives the machine an event, if there is one, and carries out what
 // follows.
-func (l *pairLife) live(ev failover.Event) {
-	if l == nil {
+func (fo *failoverPart) step(ev failover.Event) {
+	if fo == nil {
 		return
 	}
-	l.queue = append(l.queue, ev)
-	if l.busy {
+	fo.queue = append(fo.queue, ev)
+	if fo.stepping {
 		return
 	}
-	l.busy = true
-	for len(l.queue) > 0 && l.d.fatal == nil {
-		ev := l.queue[0]
-		l.queue = l.queue[1:]
-		for _, n := range l.d.nics {
+	fo.stepping = true
+	for len(fo.queue) > 0 && fo.d.fatal == nil {
+		ev := fo.queue[0]
+		fo.queue = fo.queue[1:]
+		for _, n := range fo.d.nics {
 			ev.Echoed = max(ev.Echoed, n.dp.LastEcho())
 		}
-		for _, fx := range append([]failover.Effect(nil), l.machine.Step(l.d.now(), ev)...) {
-			if err := l.carryOutLife(fx); err != nil {
-				l.d.fatal = err
+		for _, fx := range append([]failover.Effect(nil), fo.machine.Step(fo.d.now(), ev)...) {
+			if err := fo.carryOut(fx); err != nil {
+				fo.d.fatal = err
 				break
 			}
 		}
 	}
-	l.busy = false
+	fo.stepping = false
 }
 
-func (l *pairLife) carryOutLife(fx failover.Effect) error {
+func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	switch fx.Op {
 	case failover.OpClaim:
-		l.claim(fx.Term)
+		fo.claim(fx.Term)
 	case failover.OpShut:
-		if l.s != nil {
-			l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
+		if fo.s != nil {
+			fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
-		return l.d.each("shut", (*nic).shut)
+		return fo.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
-		l.d.peer.send(peerlink.Message{Type: "dead"})
+		fo.d.peer.send(peerlink.Dead{})
 	case failover.OpFenced:
-		l.out()
+		fo.fenced()
 	case failover.OpPoweredOff:
-		return l.poweredOff()
+		return fo.poweredOff()
 	case failover.OpYield:
-		l.d.peer.send(peerlink.Message{Type: "yield"})
+		fo.d.peer.send(peerlink.Yield{})
 	case failover.OpSync:
-		return l.d.repl.replicate()
+		return fo.d.repl.replicate()
 	case failover.OpPair:
-		l.d.repl.tries.paired = time.Now()
-		l.d.event(journal.Sync, "the guest replicates", nil)
-		l.d.repl.hello.COLO = true // S's QEMU waited when it said hello, and follows from now on
-		if err := l.d.each("begin a pair", func(n *nic) error { return n.renew(l.d.opt.Compare, l.d.epoch) }); err != nil {
+		fo.d.repl.tries.paired = time.Now()
+		fo.d.event(journal.Sync, "the guest replicates", nil)
+		fo.d.repl.hello.COLO = true // S's QEMU waited when it sent its hello, and follows from now on
+		if err := fo.d.each("begin a pair", func(n *nic) error { return n.renew(fo.d.opt.Compare, fo.d.epoch) }); err != nil {
 			return err
 		}
-		l.d.repl.tellEdges()
-		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
+		fo.d.repl.sendEdges()
+		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case failover.OpUnpair:
-		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair})
-		l.d.repl.stopSync("this host replicates no more")
-		l.d.repl.tries.over()
-		return l.remember(func(st *state.State) { st.Covered = 0 })
+		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair})
+		fo.d.repl.stopSync("this host replicates no more")
+		fo.d.repl.tries.over()
+		return fo.remember(func(st *state.State) { st.Covered = 0 })
 	case failover.OpTellCovered:
-		if err := l.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
+		if err := fo.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {
 			return err
 		}
-		l.d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
-		if l.d.repl.edgesTold == l.d.peer.link { // else tellEdges does it
-			l.d.peer.send(peerlink.Message{Type: "covered", Record: fx.Term})
+		fo.d.log.Info("covered: the secondary can take over", "arbiter_term", fx.Term)
+		if fo.d.repl.edgesSent == fo.d.peer.link { // else tellEdges does it
+			fo.d.peer.send(peerlink.Covered{Term: fx.Term})
 		}
 	case failover.OpQuiet:
-		l.d.log.Warn("the primary is gone: taking over")
-		l.d.event(journal.Failover, "the primary is gone", nil)
-		l.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
-		if err := l.d.each("fall silent", (*nic).quiet); err != nil {
+		fo.d.log.Warn("the primary is gone: taking over")
+		fo.d.event(journal.Failover, "the primary is gone", nil)
+		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
+		if err := fo.d.each("mute", (*nic).quiet); err != nil {
 			return err
 		}
-		l.askAwake()
+		fo.askAwake()
 	case failover.OpQEMU:
-		l.d.qmp.deaf = true
-		l.tellQEMU()
+		fo.d.qmp.detached = true
+		fo.tellQEMU()
 	case failover.OpSolo:
-		if l.d.isPrimary() {
-			return l.goAlone()
+		if fo.d.isPrimary() {
+			return fo.goAlone()
 		}
-		return l.promote()
+		return fo.promote()
 	}
 	return nil
 }
 
 // tellQEMU is R21 (iv). A connection that broke on the way decides nothing: this host
-// has won, and QEMU is told again on the next one, unless it is dead.
-func (l *pairLife) tellQEMU() {
-	l, m := l, l.d.qmp.conn
-	l.untold = m == nil
-	if l.untold {
+// has won, and the order is repeated on the next one, unless it is dead.
+func (fo *failoverPart) tellQEMU() {
+	fo, m := fo, fo.d.qmp.conn
+	fo.tellAgain = m == nil
+	if fo.tellAgain {
 		return
 	}
-	l.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
-		return qemu.SecondaryFailover(ctx, m, l.Disks)
+	fo.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
+		return qemu.SecondaryFailover(ctx, m, fo.Disks)
 	}, func(err error) {
 		if err != nil && m.Err() != nil {
-			l.d.log.Warn("QEMU is told again to take over, on the next connection", "err", err)
-			l.untold = true
-			if l.d.qmp.conn != nil && l.d.qmp.conn != m {
-				l.tellQEMU()
+			fo.d.log.Warn("the order to take over is repeated on the next connection to QEMU", "err", err)
+			fo.tellAgain = true
+			if fo.d.qmp.conn != nil && fo.d.qmp.conn != m {
+				fo.tellQEMU()
 			}
 			return
 		}
 		if err != nil {
-			l.d.log.Error("QEMU cannot take over", "err", err)
+			fo.d.log.Error("QEMU cannot take over", "err", err)
 		}
-		l.live(failover.Event{Kind: failover.EvQEMU, OK: err == nil})
+		fo.step(failover.Event{Kind: failover.EvQEMU, OK: err == nil})
 	})
 }
 
 // remember changes what is on disk, before anything is done that rests on it.
-func (l *pairLife) remember(change func(*state.State)) error {
-	st := l.state
-	st.Role, st.Term = string(l.d.opt.Role), l.machine.Term()
+func (fo *failoverPart) remember(change func(*state.State)) error {
+	st := fo.state
+	st.Role, st.Term = string(fo.d.opt.Role), fo.machine.Term()
 	change(&st)
-	if st == l.state {
+	if st == fo.state {
 		return nil
 	}
-	if err := l.Store.Save(st); err != nil {
+	if err := fo.Store.Save(st); err != nil {
 		return err
 	}
-	l.state = st
+	fo.state = st
 	return nil
 }
 
-// goAlone has P speak without S (R21): what is held leaves first.
-func (l *pairLife) goAlone() error {
-	if l.d.peer.link != nil {
-		l.d.peer.send(peerlink.Message{Type: "over"})
+// goAlone has P transmit without S (R21): what is held leaves first.
+func (fo *failoverPart) goAlone() error {
+	if fo.d.peer.link != nil {
+		fo.d.peer.send(peerlink.Dismiss{})
 	}
-	if err := l.d.each("go on alone", (*nic).solo); err != nil {
+	if err := fo.d.each("go on alone", (*nic).solo); err != nil {
 		return err
 	}
-	l.d.log.Warn("speaking alone: nothing protects the guest now", "arbiter_term", l.p.Term())
-	l.d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": l.p.Term()})
-	l.d.repl.endReplication()
-	return l.remember(func(*state.State) {})
+	fo.d.log.Warn("transmitting alone: nothing protects the guest now", "arbiter_term", fo.p.Term())
+	fo.d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": fo.p.Term()})
+	fo.d.repl.endReplication()
+	return fo.remember(func(*state.State) {})
 }
 
-// promote has the SVM speak (R21 v, R22), and ends this daemon's part.
-func (l *pairLife) promote() error {
-	if len(l.Disks) > 0 {
-		// Noted before a client hears of anything that only the overlays have.
-		if err := l.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
+// promote has the SVM transmit (R21 v, R22), and ends this daemon's role.
+func (fo *failoverPart) promote() error {
+	if len(fo.Disks) > 0 {
+		// Stored before a client gets anything that only the overlays have.
+		if err := fo.remember(func(st *state.State) { st.Unmerged = true }); err != nil {
 			return err
 		}
 	}
-	if err := l.d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
+	if err := fo.d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
 		return err
 	}
-	l.d.log.Warn("took over: the guest speaks from here", "arbiter_term", l.s.Term())
-	l.d.event(journal.Failover, "took over", map[string]any{"term": l.s.Term()})
-	l.d.qmp.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
+	fo.d.log.Warn("took over: the guest transmits from here", "arbiter_term", fo.s.Term())
+	fo.d.event(journal.Failover, "took over", map[string]any{"term": fo.s.Term()})
+	fo.d.qmp.procedure("announce", func(_ context.Context, m *qmp.Monitor) error { return qemu.Announce(m) }, func(err error) {
 		if err != nil {
-			l.d.log.Warn("the network was not told where the guest is now, and learns it from what the guest says", "err", err)
+			fo.d.log.Warn("the network was not told where the guest is now, and learns it from the guest's frames", "err", err)
 		}
-		l.d.fatal = ErrPromoted
+		fo.d.fatal = ErrPromoted
 	})
 	return nil
 }
 
-// out: this host has no say any more.
-func (l *pairLife) out() {
+// fenced: this host may not transmit any more.
+func (fo *failoverPart) fenced() {
 	end := ErrFenced
-	if l.s != nil {
+	if fo.s != nil {
 		end = ErrAfresh
 	}
-	l.d.event(journal.Fencing, "this node has no say any more", nil)
-	if l.s != nil {
+	fo.d.event(journal.Fencing, "this node is fenced", nil)
+	if fo.s != nil {
 		// So that a daemon after this one knows that the SVM may be ended.
-		if err := l.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
-			l.d.log.Error("what becomes of this secondary could not be noted", "err", err)
+		if err := fo.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
+			fo.d.log.Error("what becomes of this secondary could not be noted", "err", err)
 		}
 	}
-	if l.d.qmp.conn == nil {
-		l.endPart(end)
+	if fo.d.qmp.conn == nil {
+		fo.end(end)
 		return
 	}
-	l.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
+	fo.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
 		if err != nil {
-			l.d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
+			fo.d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
 		}
-		l.endPart(end)
+		fo.end(end)
 	})
 }
 
 // askAwake finds out whether the SVM runs: then nothing is being loaded.
-func (l *pairLife) askAwake() {
+func (fo *failoverPart) askAwake() {
 	running := false
-	l.d.qmp.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
+	fo.d.qmp.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
 		running, _, err = m.Status()
 		return err
 	}, func(err error) {
 		if err == nil && running {
-			l.live(failover.Event{Kind: failover.EvRuns})
+			fo.step(failover.Event{Kind: failover.EvRuns})
 		}
 	})
 }
 
-// maxMute is how many checkpoints in a row may find that the SVM has said nothing since
+// maxMute is how many checkpoints in a row may find that the SVM has sent nothing since
 // the one before, though the PVM waited for it.
 const maxMute = 3
 
-// listen gives up an SVM that is mute (P): it was made the PVM's copy again and again,
-// and still says nothing. As a speaker it would be of no use.
-func (l *pairLife) listen(cause string) error {
-	if l == nil {
+// dropMute gives up an SVM that is mute (P): it was made the PVM's copy again and again,
+// and still sends nothing, so it could not serve the clients.
+func (fo *failoverPart) dropMute(cause string) error {
+	if fo == nil {
 		return nil
 	}
-	var said uint64
-	if err := l.d.each("count records", func(n *nic) error {
-		said += n.primary.Stats().Records
+	var records uint64
+	if err := fo.d.each("count records", func(n *nic) error {
+		records += n.primary.Stats().Records
 		return nil
 	}); err != nil {
 		return err
 	}
-	if said != l.said || cause != compare.ReasonTimeout.String() {
-		l.mute = 0
+	if records != fo.records || cause != compare.ReasonTimeout.String() {
+		fo.mute = 0
 	} else {
-		l.mute++
+		fo.mute++
 	}
-	if l.said = said; l.mute < maxMute {
+	if fo.records = records; fo.mute < maxMute {
 		return nil
 	}
-	l.mute = 0
-	l.d.log.Error("the SVM says nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
-	l.d.event(journal.Failover, "the SVM is mute", nil)
-	l.live(failover.Event{Kind: failover.EvPeerDead})
+	fo.mute = 0
+	fo.d.log.Error("the SVM sends nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
+	fo.d.event(journal.Failover, "the SVM is mute", nil)
+	fo.step(failover.Event{Kind: failover.EvPeerDead})
 	return nil
 }
 
-// joinedPair is S's side of a session: record is the term of P's, pair whether P goes
+// joined is S's side of a session: record is P's fencing term, pair whether P goes
 // on with the pair that there was.
-func (l *pairLife) joinedPair(record uint64, pair, colo bool) {
-	if l == nil {
+func (fo *failoverPart) joined(record uint64, pair, colo bool) {
+	if fo == nil {
 		return
 	}
-	l.d.repl.refused = ""
-	l.live(failover.Event{Kind: failover.EvLinkUp, Term: record})
-	if err := l.remember(func(st *state.State) {
+	fo.d.repl.refused = ""
+	fo.step(failover.Event{Kind: failover.EvLinkUp, Term: record})
+	if err := fo.remember(func(st *state.State) {
 		st.Replicated = true
-		if !l.s.Covered() {
+		if !fo.s.Covered() {
 			st.Covered = 0
 		}
 	}); err != nil {
-		l.d.fatal = err
+		fo.d.fatal = err
 		return
 	}
 	switch {
 	case pair:
-	case l.s.Covered():
-		// P has lost its guest, and says nothing before a new pair begins.
-		l.live(failover.Event{Kind: failover.EvPeerDead})
+	case fo.s.Covered():
+		// P has lost its guest, and sends nothing before a new pair begins.
+		fo.step(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
-		l.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
+		fo.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
 	}
 }
 
-// heardOf takes a message about the pair's life; false: it is none.
-func (l *pairLife) heardOf(m peerlink.Message) bool {
-	if l == nil {
-		return m.Type == "ping"
+// received takes a message about the failover; false: it is none that this side takes.
+func (fo *failoverPart) received(m peerlink.Message) bool {
+	_, ping := m.(peerlink.Ping)
+	if fo == nil {
+		return ping
 	}
-	l.live(failover.Event{Kind: failover.EvReceived})
-	switch {
-	case m.Type == "ping":
-	case m.Type == "dead":
-		l.d.repl.stopSync("the secondary's QEMU died")
-		l.live(failover.Event{Kind: failover.EvPeerDead})
-	case m.Type == "yield" && l.p != nil:
-		l.d.log.Warn("an operator has the secondary take over")
-		l.live(failover.Event{Kind: failover.EvYield})
-	case m.Type == "covered" && l.s != nil:
-		covered := l.s.Covered()
-		l.live(failover.Event{Kind: failover.EvCovered, Term: m.Record})
-		if l.s.Covered() && !covered {
-			if err := l.remember(func(st *state.State) { st.Covered = m.Record }); err != nil {
-				l.d.fatal = err
+	fo.step(failover.Event{Kind: failover.EvReceived})
+	if _, dead := m.(peerlink.Dead); dead {
+		fo.d.repl.stopSync("the secondary's QEMU died")
+		fo.step(failover.Event{Kind: failover.EvPeerDead})
+		return true
+	}
+	if fo.p != nil {
+		return ping || fo.fromSecondary(m)
+	}
+	return ping || fo.fromPrimary(m)
+}
+
+func (fo *failoverPart) fromSecondary(m peerlink.Message) bool {
+	switch m := m.(type) {
+	case peerlink.Yield:
+		fo.d.log.Warn("an operator has the secondary take over")
+		fo.step(failover.Event{Kind: failover.EvYield})
+	case peerlink.Overlays:
+		fo.d.room.peersOverlays(m)
+	default:
+		return false
+	}
+	return true
+}
+
+func (fo *failoverPart) fromPrimary(m peerlink.Message) bool {
+	switch m := m.(type) {
+	case peerlink.Covered:
+		covered := fo.s.Covered()
+		fo.step(failover.Event{Kind: failover.EvCovered, Term: m.Term})
+		if fo.s.Covered() && !covered {
+			if err := fo.remember(func(st *state.State) { st.Covered = m.Term }); err != nil {
+				fo.d.fatal = err
 			}
-			l.d.log.Info("covered: this host can take over", "arbiter_term", m.Record)
+			fo.d.log.Info("covered: this host can take over", "arbiter_term", m.Term)
 		}
-	case m.Type == "edges" && l.s != nil:
-		if err := l.d.repl.addEdges(m); err != nil {
-			l.d.peer.unlink(l.d.peer.link, err) // not covered, then
+	case peerlink.Edges:
+		if err := fo.d.repl.addEdges(m); err != nil {
+			fo.d.peer.unlink(fo.d.peer.link, err) // not covered, then
 		}
-	case m.Type == "off" && l.s != nil:
-		l.live(failover.Event{Kind: failover.EvPoweredOff})
-	case m.Type == "refused" && l.s != nil:
-		l.d.repl.noteRefused(m.Cause)
-	case m.Type == "overlays" && l.p != nil:
-		l.d.room.peersOverlays(m)
-	case m.Type == "over" && l.s != nil:
-		l.d.log.Warn("the primary goes on without this secondary")
-		l.live(failover.Event{Kind: failover.EvDismissed})
+	case peerlink.PoweredOff:
+		fo.step(failover.Event{Kind: failover.EvPoweredOff})
+	case peerlink.Refused:
+		fo.d.repl.noteRefused(m.Cause)
+	case peerlink.Dismiss:
+		fo.d.log.Warn("the primary goes on without this secondary")
+		fo.step(failover.Event{Kind: failover.EvDismissed})
 	default:
 		return false
 	}
@@ -469,19 +486,19 @@ func (l *pairLife) heardOf(m peerlink.Message) bool {
 }
 
 // linkLost follows the end of a session.
-func (l *pairLife) linkLost(why error) {
-	if l == nil {
+func (fo *failoverPart) linkLost(why error) {
+	if fo == nil {
 		return
 	}
-	l.d.repl.stopSync(fmt.Sprintf("the control link was lost: %v", why))
-	var silent net.Error
-	l.live(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &silent) && silent.Timeout())})
+	fo.d.repl.stopSync(fmt.Sprintf("the control link was lost: %v", why))
+	var timeout net.Error
+	fo.step(failover.Event{Kind: failover.EvLinkDown, OK: !(errors.As(why, &timeout) && timeout.Timeout())})
 }
 
-// nextLife is when the life's machine wants to be asked again.
-func (l *pairLife) nextLife() int64 {
-	if l == nil {
+// nextDeadline is when the machine wants its next tick.
+func (fo *failoverPart) nextDeadline() int64 {
+	if fo == nil {
 		return math.MaxInt64
 	}
-	return l.machine.NextDeadline()
+	return fo.machine.NextDeadline()
 }

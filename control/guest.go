@@ -33,7 +33,7 @@ type guestWatch struct {
 	d        *Daemon
 	faults   []api.DiskFault
 	ioError  bool // QEMU stopped the guest because a disk failed
-	told     bool // which replica that was
+	reported bool // which replica that was
 	masked   []string
 	svmOff   bool // S: the SVM powered off
 	broken   bool // a device, of this QEMU
@@ -41,14 +41,14 @@ type guestWatch struct {
 	retryAt  time.Time
 	retrying bool
 
-	mergeFrom           time.Time // when a merge was first waited for
-	asksMerge, saidSlow bool
+	mergeFrom    time.Time // when a merge was first waited for
+	asking, slow bool
 }
 
 // guestEvent takes one of QEMU's events.
 func (gw *guestWatch) guestEvent(event string, data map[string]any) {
-	l := gw.d.life
-	if l == nil {
+	fo := gw.d.failover
+	if fo == nil {
 		return
 	}
 	text := func(key string) string { s, _ := data[key].(string); return s }
@@ -76,7 +76,7 @@ func (gw *guestWatch) guestEvent(event string, data map[string]any) {
 			gw.guestDead("the guest's watchdog expired")
 		}
 	case "RESET":
-		// The SVM resets on its own: what the guests say from here on agrees only if both
+		// The SVM resets on its own: what the guests send from here on agrees only if both
 		// begin at the same point.
 		if gw.d.isPrimary() {
 			gw.d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
@@ -94,32 +94,32 @@ func (gw *guestWatch) shutDown(reason string) {
 	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
 		// says nothing about them.
-		gw.d.qmp.qemuGone("it was told to end: " + reason)
+		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
 	}
 }
 
 // diskFailed: a replica of a disk did not take a write or a flush, or could not be
 // read.
 func (gw *guestWatch) diskFailed(node, operation, why string) {
-	l := gw.d.life
-	if l.ended() {
+	fo := gw.d.failover
+	if fo.ended() {
 		return // another host serves, and has cut the connection to its disks
 	}
-	disk, secondarys := qemu.Replica(node, l.Disks)
+	disk, secondarys := qemu.Replica(node, fo.Disks)
 	host := gw.d.opt.Node
 	if secondarys {
 		host = gw.d.opt.Peer
 	}
-	gw.told = true
+	gw.reported = true
 	gw.note(api.DiskFault{Disk: disk, Host: host, Operation: operation, Error: why, At: time.Now()})
 	gw.d.log.Error("a disk failed", "disk", disk, "host", host, "operation", operation, "err", why)
 	gw.d.event(journal.Disk, "a disk failed", map[string]any{"disk": disk, "host": host, "operation": operation, "error": why})
 	if !secondarys {
-		gw.d.life.live(failover.Event{Kind: failover.EvGuestFailed})
+		gw.d.failover.step(failover.Event{Kind: failover.EvGuestFailed})
 		return
 	}
 	gw.d.repl.stopSync(fmt.Sprintf("disk %s on %s: %s: %s", disk, host, operation, why)) // what is copied is not what the guest has
-	gw.d.life.live(failover.Event{Kind: failover.EvReplica})
+	gw.d.failover.step(failover.Event{Kind: failover.EvReplica})
 }
 
 func (gw *guestWatch) note(f api.DiskFault) {
@@ -141,24 +141,24 @@ func (gw *guestWatch) ioStopped(node, operation, why string) {
 		return
 	}
 	gw.ioError, gw.retry, gw.retryAt = true, backoff{first: retryFirst, last: retryLast}, time.Now().Add(retryFirst)
-	if gw.told {
+	if gw.reported {
 		return
 	}
 	// Not known which replica it was: of the primary's, its own counts as the one.
 	time.AfterFunc(lateReport, func() {
 		gw.d.post(func() {
-			if gw.ioError && !gw.told {
+			if gw.ioError && !gw.reported {
 				gw.diskFailed(node, operation, why)
 			}
 		})
 	})
 }
 
-// guestState takes QEMU's word for what the guest does, which tells what an event that
-// nobody heard would have told.
+// guestState takes the state that QEMU reports, which makes up for an event that was
+// missed.
 func (gw *guestWatch) guestState(state string) {
-	l := gw.d.life
-	if l == nil {
+	fo := gw.d.failover
+	if fo == nil {
 		return
 	}
 	gw.watchMerge()
@@ -176,8 +176,8 @@ func (gw *guestWatch) guestState(state string) {
 // retryDisk has a guest that nobody else can go on for try its disk again, now and
 // then: its file system may have room again.
 func (gw *guestWatch) retryDisk() {
-	l := gw.d.life
-	if l.p == nil || l.p.State() != failover.PrimarySolo && l.p.State() != failover.PrimaryStart || gw.retrying || time.Now().Before(gw.retryAt) {
+	fo := gw.d.failover
+	if fo.p == nil || fo.p.State() != failover.PrimarySolo && fo.p.State() != failover.PrimaryStart || gw.retrying || time.Now().Before(gw.retryAt) {
 		return
 	}
 	gw.retryAt, gw.retrying = time.Now().Add(gw.retry.take()), true
@@ -191,32 +191,32 @@ func (gw *guestWatch) retryDisk() {
 
 // guestGoesOn follows a RESUME.
 func (gw *guestWatch) guestGoesOn() {
-	gw.ioError, gw.told = false, false
-	gw.d.life.live(failover.Event{Kind: failover.EvGuestHealthy})
+	gw.ioError, gw.reported = false, false
+	gw.d.failover.step(failover.Event{Kind: failover.EvGuestHealthy})
 }
 
 // guestDead: QEMU stopped the guest for a reason of the guest's own, which is no
 // operator's stop.
 func (gw *guestWatch) guestDead(why string) {
-	if gw.d.life.machine.Sick() {
+	if gw.d.failover.machine.Sick() {
 		return
 	}
 	gw.d.log.Error(why)
 	gw.d.event(journal.QEMU, why, nil)
-	gw.d.life.live(failover.Event{Kind: failover.EvGuestFailed})
+	gw.d.failover.step(failover.Event{Kind: failover.EvGuestFailed})
 }
 
 // devicesBroken follows virtio devices that QEMU has given up. An SVM that has one is
 // no replica, though checkpoints go on being committed: its guest waits for that device
 // for ever. What the primary's has would go to the next secondary, too.
 func (gw *guestWatch) devicesBroken(paths []string) {
-	l := gw.d.life
-	if l == nil || len(paths) == 0 || gw.broken {
+	fo := gw.d.failover
+	if fo == nil || len(paths) == 0 || gw.broken {
 		return
 	}
 	gw.broken = true
 	why := fmt.Sprintf("QEMU has given up devices of the guest: %v", paths)
-	if l.s != nil {
+	if fo.s != nil {
 		gw.guestDead(why)
 		return
 	}
@@ -227,9 +227,9 @@ func (gw *guestWatch) devicesBroken(paths []string) {
 // guestOff: the guest powered off. Of the SVM that counts when the PVM has done so,
 // too, or is gone.
 func (gw *guestWatch) guestOff() {
-	l := gw.d.life
-	if l.p != nil {
-		gw.d.life.live(failover.Event{Kind: failover.EvPoweredOff})
+	fo := gw.d.failover
+	if fo.p != nil {
+		gw.d.failover.step(failover.Event{Kind: failover.EvPoweredOff})
 		return
 	}
 	if !gw.svmOff {
@@ -241,7 +241,7 @@ func (gw *guestWatch) guestOff() {
 // diskStatus adds what is wrong with the disks and the guest to a status.
 func (gw *guestWatch) diskStatus(s *api.Status) {
 	s.DiskFaults = append([]api.DiskFault{}, gw.faults...)
-	s.MaskedDisks, s.Unmerged = gw.masked, gw.d.life.state.Unmerged
+	s.MaskedDisks, s.Unmerged = gw.masked, gw.d.failover.state.Unmerged
 	if gw.ioError {
 		s.Detail = "the guest stands still"
 		if n := len(gw.faults); n > 0 {
@@ -257,16 +257,16 @@ func (gw *guestWatch) diskStatus(s *api.Status) {
 }
 
 // checkMasked finds out whether QEMU hides failing replicas from the guest, as one does
-// that was started with a vote threshold of 1. Then a fault that nobody heard of may
+// that was started with a vote threshold of 1. Then a fault that was not reported may
 // have passed, so the secondary is not trusted over a new connection to the monitor.
 func (gw *guestWatch) checkMasked() {
-	l := gw.d.life
-	if l == nil || l.p == nil || len(l.Disks) == 0 {
+	fo := gw.d.failover
+	if fo == nil || fo.p == nil || len(fo.Disks) == 0 {
 		return
 	}
 	var masked []string
 	gw.d.qmp.procedure("look at the disks", func(_ context.Context, m *qmp.Monitor) (err error) {
-		masked, err = qemu.Masked(m, l.Disks)
+		masked, err = qemu.Masked(m, fo.Disks)
 		return err
 	}, func(err error) {
 		if err != nil {
@@ -277,41 +277,41 @@ func (gw *guestWatch) checkMasked() {
 		if len(masked) == 0 {
 			return
 		}
-		gw.d.log.Warn("QEMU tells the guest that a write is done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
-		if l.p.State() == failover.PrimaryPair {
+		gw.d.log.Warn("QEMU reports a write to the guest as done when one of two replicas took it: start it with vote-threshold=2 (docs/GUARANTEES.md)", "disks", masked)
+		if fo.p.State() == failover.PrimaryPair {
 			gw.d.log.Error("writes that the secondary missed may have passed unseen")
-			gw.d.life.live(failover.Event{Kind: failover.EvReplica})
+			gw.d.failover.step(failover.Event{Kind: failover.EvReplica})
 		}
 	})
 }
 
-// mergeSlow is how long a merge may take before somebody is told.
+// mergeSlow is how long a merge may take before it is logged.
 const mergeSlow = 30 * time.Second
 
 // watchMerge finds out when what the guest wrote since it took over is in its images.
 func (gw *guestWatch) watchMerge() {
-	l := gw.d.life
-	if l.p == nil || !l.state.Unmerged || gw.asksMerge {
+	fo := gw.d.failover
+	if fo.p == nil || !fo.state.Unmerged || gw.asking {
 		return
 	}
 	if gw.mergeFrom.IsZero() {
 		gw.mergeFrom = time.Now()
 	}
 	merged := false
-	gw.asksMerge = true
+	gw.asking = true
 	gw.d.qmp.procedure("look at the overlays", func(_ context.Context, m *qmp.Monitor) (err error) {
-		merged, err = qemu.Merged(m, l.Disks)
+		merged, err = qemu.Merged(m, fo.Disks)
 		return err
 	}, func(err error) {
-		gw.asksMerge = false
+		gw.asking = false
 		switch {
 		case err != nil:
 		case merged:
-			if err := gw.d.life.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+			if err := gw.d.failover.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
 				gw.d.fatal = err
 			}
-		case time.Since(gw.mergeFrom) > mergeSlow && !gw.saidSlow:
-			gw.saidSlow = true
+		case time.Since(gw.mergeFrom) > mergeSlow && !gw.slow:
+			gw.slow = true
 			gw.d.log.Error("the overlays are not merged into the guest's images: is there room where these are? Until they are, overlay_dir must not be lost", "since", gw.mergeFrom)
 			gw.d.event(journal.Disk, "the overlays are not merged into the guest's images", nil)
 		}

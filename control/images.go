@@ -18,8 +18,8 @@ import (
 	"lockstep/control/qmp"
 )
 
-// FirstStart says what is done about the disks' contents before a guest replicates for
-// the first time. Later they are always copied from the guest that speaks.
+// FirstStart is what is done about the disks' contents before a guest replicates for
+// the first time. Later they are always copied from the guest that serves.
 type FirstStart string
 
 // What FirstStart may be. The zero value is FirstCompare.
@@ -42,8 +42,8 @@ func (e *refusedError) Error() string { return e.why }
 // replicateFirst has QEMU begin to replicate for the first time (P): a replica that was
 // never the same must not count as one.
 func (re *replicator) replicateFirst() error {
-	l := re.d.life
-	if len(l.Disks) == 0 {
+	fo := re.d.failover
+	if len(fo.Disks) == 0 {
 		return re.replicateTo(false)
 	}
 	peer := re.d.peer.link
@@ -55,8 +55,8 @@ func (re *replicator) replicateFirst() error {
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})
-		if err == nil && re.d.peer.link == peer && l.p.State() == failover.PrimarySync {
-			if err := re.replicateTo(l.FirstStart == FirstCopy); err != nil {
+		if err == nil && re.d.peer.link == peer && fo.p.State() == failover.PrimarySync {
+			if err := re.replicateTo(fo.FirstStart == FirstCopy); err != nil {
 				re.d.fatal = err
 			}
 			return
@@ -67,7 +67,7 @@ func (re *replicator) replicateFirst() error {
 			re.refuse("the images could not be compared: " + err.Error())
 			re.tryImagesAgain(peer)
 		}
-		re.d.life.live(failover.Event{Kind: failover.EvSynced})
+		re.d.failover.step(failover.Event{Kind: failover.EvSynced})
 		if re.d.peer.link != peer {
 			re.paired() // there was one meanwhile
 		}
@@ -77,21 +77,21 @@ func (re *replicator) replicateFirst() error {
 
 // imagesFit finds out whether a first replication may begin.
 func (re *replicator) imagesFit(ctx context.Context, m *qmp.Monitor, progress func(qemu.Progress)) error {
-	l := re.d.life
+	fo := re.d.failover
 	again := fmt.Sprintf("set qemu.first_start: copy on %s and start its daemon again, which copies %s's images over %s's, whose content is lost", re.d.opt.Node, re.d.opt.Node, re.d.opt.Peer)
 	runs := &refusedError{fmt.Sprintf("the guest runs already on %s and its images change, so that nobody can have copied them: %s", re.d.opt.Node, again)}
 	running, _, err := m.Status()
 	switch {
 	case err != nil:
 		return err
-	case l.FirstStart == FirstCopy:
+	case fo.FirstStart == FirstCopy:
 		what := fmt.Sprintf("first start: %s's images are copied over %s's: what %s's image holds is lost", re.d.opt.Node, re.d.opt.Peer, re.d.opt.Peer)
 		re.d.log.Warn(what)
 		re.d.event(journal.Sync, what, nil)
 		return nil
 	case running:
 		return runs
-	case l.FirstStart == FirstTrust:
+	case fo.FirstStart == FirstTrust:
 		return nil
 	}
 	sizes, err := re.diskSizes()
@@ -100,7 +100,7 @@ func (re *replicator) imagesFit(ctx context.Context, m *qmp.Monitor, progress fu
 	}
 	re.d.log.Info("first start: both hosts' images are compared")
 	socket := filepath.Join(filepath.Dir(re.d.opt.QMP), re.d.opt.VM+"-"+re.d.opt.Node+".nbd")
-	err = qemu.CompareImages(ctx, m, l.Disks, sizes, l.Peers.NBD, socket, progress)
+	err = qemu.CompareImages(ctx, m, fo.Disks, sizes, fo.Peers.NBD, socket, progress)
 	var differ *qemu.DifferentError
 	switch {
 	case errors.Is(err, qemu.ErrRuns):
@@ -118,7 +118,7 @@ func (re *replicator) refuse(why string) {
 		return
 	}
 	re.noteRefused(why)
-	re.d.peer.send(peerlink.Message{Type: "refused", Cause: why})
+	re.d.peer.send(peerlink.Refused{Cause: why})
 }
 
 // noteRefused is each side's share.
@@ -150,7 +150,7 @@ func (re *replicator) statusOfImages(s *api.Status) {
 	if s.Refused = re.refused; s.Refused == "" {
 		return
 	}
-	if re.d.life.p == nil && re.d.life.s.State() <= failover.SecondaryPair {
+	if re.d.failover.p == nil && re.d.failover.s.State() <= failover.SecondaryPair {
 		s.State = "start"
 	}
 	s.Detail = strings.TrimPrefix(s.Detail+"; "+s.Refused, "; ")

@@ -74,11 +74,12 @@ func TestRefusals(t *testing.T) {
 			l := dialLink(t, p.opt.Control)
 			h := goodHello()
 			tt.change(&h.Party)
-			if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+			if err := l.Write(h); err != nil {
 				t.Fatal(err)
 			}
 			m, err := l.Read(patience)
-			if err != nil || m.Type != "refuse" || !strings.Contains(m.Cause, tt.want) {
+			r, _ := m.(peerlink.Refuse)
+			if err != nil || !strings.Contains(r.Cause, tt.want) {
 				t.Errorf("got %+v, %v, want %q", m, err, tt.want)
 			}
 			p.await("the reason", func(st api.Status) bool { return strings.Contains(st.Peer.Error, tt.want) && st.State == "start" })
@@ -105,8 +106,9 @@ func TestRefusals(t *testing.T) {
 		}
 		t.Cleanup(func() { conn.Close() })
 		l := peerlink.New(conn, peerlink.Timing{Silence: patience, Ping: patience})
-		if m, err := l.Read(patience); err != nil || m.Type != "hello" || m.Hello.Node != "beta" || !m.Hello.Whole {
-			t.Fatalf("hello: %+v, %v", m, err)
+		got, err := l.Read(patience)
+		if h, _ := got.(peerlink.Hello); err != nil || h.Node != "beta" || !h.Whole {
+			t.Fatalf("hello: %+v, %v", got, err)
 		}
 		if err := l.Write(m); err != nil {
 			t.Fatal(err)
@@ -117,17 +119,16 @@ func TestRefusals(t *testing.T) {
 		q := good
 		q.NICs = append([]string(nil), good.NICs...)
 		tt.change(&q)
-		offer(peerlink.Message{Type: "session", Session: &peerlink.Session{Party: q, Epoch: 1, Digest: keys, Sign: seed}})
+		offer(peerlink.Session{Party: q, Epoch: 1, Digest: keys, Sign: seed})
 		s.await(tt.want, func(st api.Status) bool { return strings.Contains(st.Peer.Error, tt.want) })
 	}
 	old := good
 	old.Term = 0
 	for want, m := range map[string]peerlink.Message{
-		"out of date":          {Type: "session", Session: &peerlink.Session{Party: old, Digest: keys, Sign: seed}},
-		"wrong length":         {Type: "session", Session: &peerlink.Session{Party: good, Digest: keys[1:], Sign: seed}},
-		"refused: not you":     {Type: "refuse", Cause: "not you"},
-		"in place of session":  {Type: "session"},
-		`"prepare" in place o`: {Type: "prepare", Epoch: 1},
+		"out of date":          peerlink.Session{Party: old, Digest: keys, Sign: seed},
+		"wrong length":         peerlink.Session{Party: good, Digest: keys[1:], Sign: seed},
+		"refused: not you":     peerlink.Refuse{Cause: "not you"},
+		`"prepare" in place o`: peerlink.Prepare{Epoch: 1},
 	} {
 		offer(m)
 		s.await(want, func(st api.Status) bool { return strings.Contains(st.Peer.Error, want) })
@@ -135,8 +136,8 @@ func TestRefusals(t *testing.T) {
 	if st := s.await("start", func(st api.Status) bool { return st.State == "start" }); st.Peer.Connected {
 		t.Errorf("status %+v", st)
 	}
-	l := offer(peerlink.Message{Type: "session", Session: &peerlink.Session{Party: good, Epoch: 1, Digest: keys, Sign: seed}})
-	if m, err := l.Read(patience); err != nil || m.Type != "ok" {
+	l := offer(peerlink.Session{Party: good, Epoch: 1, Digest: keys, Sign: seed})
+	if m, err := l.Read(patience); err != nil || m != (peerlink.OK{}) {
 		t.Errorf("got %+v, %v, want ok", m, err)
 	}
 	s.replicating()
@@ -228,11 +229,11 @@ func TestSilentPeer(t *testing.T) {
 		t.Helper()
 		l := dialLink(t, p.opt.Control)
 		h := goodHello()
-		if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+		if err := l.Write(h); err != nil {
 			t.Fatal(err)
 		}
 		m, err := l.Read(patience)
-		if err != nil || m.Type != "session" || m.Session.Digest == nil {
+		if s, _ := m.(peerlink.Session); err != nil || s.Digest == nil {
 			t.Fatalf("session: %+v, %v", m, err)
 		}
 		return l
@@ -243,13 +244,13 @@ func TestSilentPeer(t *testing.T) {
 		return !st.Peer.Connected && strings.Contains(st.Peer.Error, "timeout") && st.State == "start"
 	})
 	// Says ok and no more. A slow machine's pings may come late, but these never do.
-	if err := join().Write(peerlink.Message{Type: "ok"}); err != nil {
+	if err := join().Write(peerlink.OK{}); err != nil {
 		t.Fatal(err)
 	}
 	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected && st.State == "replicating" && st.Term == 2 })
 	// Says nonsense.
 	l := join()
-	for _, m := range []peerlink.Message{{Type: "ok"}, {Type: "prepare", Epoch: 3}} {
+	for _, m := range []peerlink.Message{peerlink.OK{}, peerlink.Prepare{Epoch: 3}} {
 		if err := l.Write(m); err != nil {
 			t.Fatal(err)
 		}
@@ -264,7 +265,7 @@ func TestManyEdges(t *testing.T) {
 	const edges = 2_000_000
 	pair := newPair(t)
 	p, s, _ := calmLives(t, pair)
-	p.opt.Heartbeat.Timeout, s.opt.Heartbeat.Timeout, p.opt.Life.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
+	p.opt.Heartbeat.Timeout, s.opt.Heartbeat.Timeout, p.opt.Failover.doubt = patience, patience, 10*patience // the test is of the queue, not of a slow machine
 	p.opt.qmpTimeout, s.opt.qmpTimeout = patience, patience
 	p.opt.link.Silence, s.opt.link.Silence = patience, patience
 	p.edges = make([]datapath.Edge, edges)

@@ -3,9 +3,10 @@
 package control
 
 import (
-	"lockstep/control/api"
 	"strings"
 	"testing"
+
+	"lockstep/control/api"
 )
 
 // TestMachinesDiffer: two QEMUs that mean different machines by one name are refused at
@@ -29,7 +30,7 @@ func TestMachinesDiffer(t *testing.T) {
 func TestMutationMachines(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
-	p.opt.Life.anyMachine = true
+	p.opt.Failover.anyMachine = true
 	pair.Secondary.SetReply("qom-get", `"return": "pc-i440fx-10.0-machine"`)
 	p.start()
 	s.start()

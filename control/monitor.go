@@ -15,11 +15,11 @@ import (
 )
 
 const (
-	qmpTimeout  = 2 * time.Second
-	qmpPoll     = 5 * time.Second // a QEMU that says nothing is asked how it is
-	qmpPollLife = time.Second     // where another host can go on
-	qmpRetry    = 100 * time.Millisecond
-	qmpRetryMax = 2 * time.Second
+	qmpTimeout      = 2 * time.Second
+	qmpPoll         = 5 * time.Second // how often an idle QEMU is asked for its state
+	qmpPollFailover = time.Second     // where another host can go on
+	qmpRetry        = 100 * time.Millisecond
+	qmpRetryMax     = 2 * time.Second
 )
 
 // qmpInfo is what is known of QEMU.
@@ -27,7 +27,7 @@ type qmpInfo struct {
 	connected bool
 	since     time.Time
 	version   string
-	state     string // QEMU's word
+	state     string // as QEMU names it
 	colo      string // COLO mode
 	err       string // of the last failure
 }
@@ -45,15 +45,15 @@ type monitor struct {
 	hadQEMU    bool // there was one, so its absence is its death
 	unanswered int  // connections to it that it did not answer, in a row
 	outOfReach bool // it lives, but its monitor cannot be reached
-	deaf       bool // S: what QEMU does now is not the checkpoint machine's
+	detached   bool // S: what QEMU does now is not the checkpoint machine's
 }
 
-// watchQEMU connects, tells, reconnects, until ctx ends.
+// watchQEMU connects, reports, reconnects, until ctx ends.
 func (mo *monitor) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
 	process := owner{path: mo.path, noAsk: mo.d.opt.noAskQEMU}
-	if mo.d.life != nil {
-		process.guest = mo.d.life.Guest
+	if mo.d.failover != nil {
+		process.guest = mo.d.failover.Guest
 	}
 	defer process.forget()
 	for ctx.Err() == nil {
@@ -94,7 +94,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	if err != nil {
 		return err
 	}
-	// Events that come meanwhile wait; at worst they tell again what Status told.
+	// Events that come meanwhile wait; at worst they repeat what Status reported.
 	running, state, err := m.Status()
 	if err != nil {
 		return err
@@ -107,10 +107,10 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		mo.conn = m
 		mo.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
 		mo.d.log.Info("QMP connected", "socket", mo.path, "qemu", m.Version(), "state", state, "colo", mode)
-		if mo.d.life != nil {
+		if mo.d.failover != nil {
 			mo.hadQEMU, mo.unanswered, mo.outOfReach = true, 0, false
-			if mo.d.life.untold {
-				mo.d.life.tellQEMU()
+			if mo.d.failover.tellAgain {
+				mo.d.failover.tellQEMU()
 			}
 		}
 		mo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
@@ -118,7 +118,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		mo.d.guest.checkMasked()
 		mo.d.repl.prepare()
 		mo.d.repl.probe()
-		mo.d.life.rescue(running, state)
+		mo.d.failover.rescue(running, state)
 		mo.d.repl.paired()
 	})
 
@@ -143,8 +143,8 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		case "COLO_EXIT":
 			mo.d.log.Info("QEMU", "event", e.Event, "data", e.Data)
 			mo.d.post(func() {
-				if mo.d.life == nil || !mo.deaf {
-					mo.d.life.live(failover.Event{Kind: failover.EvCOLOExit})
+				if mo.d.failover == nil || !mo.detached {
+					mo.d.failover.step(failover.Event{Kind: failover.EvCOLOExit})
 				}
 			})
 		default:
@@ -162,12 +162,12 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 
 // ran takes a STOP or a RESUME.
 func (mo *monitor) ran(ev checkpoint.Event) {
-	if mo.d.life != nil {
-		if mo.deaf {
+	if mo.d.failover != nil {
+		if mo.detached {
 			return // the failover's own
 		}
 		if ev.Kind == checkpoint.EvResume {
-			defer mo.d.life.live(failover.Event{Kind: failover.EvRuns})
+			defer mo.d.failover.step(failover.Event{Kind: failover.EvRuns})
 			defer mo.d.guest.guestGoesOn()
 		}
 	}
@@ -211,11 +211,11 @@ func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 	}
 }
 
-// askQEMU runs a command beside the controller, which hears of the result.
+// askQEMU runs a command beside the controller, which gets the result.
 func (mo *monitor) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
 	m := mo.conn
 	if m == nil {
-		return // evQMPDown said so
+		return // EvQMPDown reported it
 	}
 	mo.d.work.Go(func() {
 		ev := ask(m)

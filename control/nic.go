@@ -24,7 +24,7 @@ const (
 	maxUnpark = 64
 	// maxCatchUp bounds the reading of what was captured before a commit.
 	maxCatchUp = 100 * time.Millisecond
-	// clockNoise is how far a time that QEMU tells may be off on our clock. Frames
+	// clockNoise is how far a time of QEMU's may be off on our clock. Frames
 	// this close to STOP or RESUME are not inside.
 	clockNoise = int64(50 * time.Microsecond)
 )
@@ -141,7 +141,7 @@ func (n *nic) deadline() int64 {
 }
 
 // startEchoes has P ask S's kernel for echoes from now on (R20). They come from
-// this loop: when it does not turn, nothing is released, and the PVM falls silent.
+// this loop: when it does not turn, nothing is released, and the PVM is muted.
 func (n *nic) startEchoes(every, lease time.Duration) error {
 	n.echoEvery, n.echoAt = int64(every), n.dp.Now()
 	return n.dp.SetLeaseDuration(lease)
@@ -167,7 +167,7 @@ func (n *nic) commands() {
 	}
 }
 
-// poll takes in what the kernel tells within wait. It leaves the effects to apply.
+// poll takes in the kernel's events within wait. It leaves the effects to apply.
 func (n *nic) poll(wait time.Duration) error {
 	evs, err := n.dp.Poll(wait, n.evs[:0])
 	n.evs = evs
@@ -207,8 +207,8 @@ func (n *nic) step(now int64, ev *compare.Event) {
 	n.effs = n.core.Step(now, ev, n.effs)
 }
 
-// tell is step and apply.
-func (n *nic) tell(ev compare.Event) {
+// stepNow is step and apply.
+func (n *nic) stepNow(ev compare.Event) {
 	n.step(n.dp.Now(), &ev)
 	n.apply()
 }
@@ -246,7 +246,7 @@ func (n *nic) applyOnce() {
 	}
 }
 
-// adoption tells the core what the remote of a connection of an earlier daemon has
+// adoption is the event of what the remote of a connection of an earlier daemon has
 // acknowledged (R23).
 func adoption(t compare.Tuple, ack uint32) compare.Event {
 	return compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: t, Seq: ack, Slot: compare.NoSlot}}
@@ -255,17 +255,17 @@ func adoption(t compare.Tuple, ack uint32) compare.Event {
 // freeze and thaw: nothing leaves meanwhile (R13, R15).
 func (n *nic) freeze() error {
 	n.frozen, n.captured = true, n.captured[:0]
-	n.tell(compare.Event{Kind: compare.EvFreeze})
+	n.stepNow(compare.Event{Kind: compare.EvFreeze})
 	return nil
 }
 
 func (n *nic) thaw() error {
 	n.frozen = false
-	n.tell(compare.Event{Kind: compare.EvThaw})
+	n.stepNow(compare.Event{Kind: compare.EvThaw})
 	return nil
 }
 
-// commit lets leave what the PVM said before at (R14) and reports whether it said
+// commit lets leave what the PVM sent before at (R14) and reports whether it sent
 // anything between stop and resume.
 func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err error) {
 	// Frames captured before the commit point may still be on their way.
@@ -289,7 +289,7 @@ func (n *nic) commit(epoch uint32, at, stop, resume int64) (inside bool, err err
 		}
 	}
 	n.frozen = false
-	n.tell(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
+	n.stepNow(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
 	return inside, nil
 }
 
@@ -313,9 +313,9 @@ func (n *nic) setMode(m datapath.Mode) error {
 	return n.dp.SetMode(m)
 }
 
-// adopt takes over what an earlier daemon's tables tell (R23). The loop does not
+// restore takes over what an earlier daemon's tables hold (R23). The loop does not
 // run yet.
-func (n *nic) adopt(idle time.Duration) {
+func (n *nic) restore(idle time.Duration) {
 	a := n.dp.Recovered()
 	n.mode, n.parked = a.Mode, a.Mode == datapath.ModePark
 	if n.primary == nil {
@@ -330,13 +330,13 @@ func (n *nic) adopt(idle time.Duration) {
 	}
 }
 
-// goOn has the kernel go on as the earlier daemon had told it.
-func (n *nic) goOn() error { return n.setMode(n.mode) }
+// restoreMode has the kernel go on in the mode of the earlier daemon.
+func (n *nic) restoreMode() error { return n.setMode(n.mode) }
 
-// bar shuts the NIC while a foreign program is in front of ours; at the guest's tap
+// failClosed shuts the NIC while a foreign program is in front of ours; at the guest's tap
 // that one could let frames out itself, so there the tap goes down as well. "":
 // none is any more.
-func (n *nic) bar(intruder string, onTap bool) error {
+func (n *nic) failClosed(intruder string, onTap bool) error {
 	var errs []error
 	if intruder != "" && n.intruder == "" {
 		n.intruded++
@@ -370,7 +370,7 @@ func (n *nic) reset(epoch uint32) error {
 	if err := n.dp.ResetOffsets(); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvReset, Epoch: epoch})
+	n.stepNow(compare.Event{Kind: compare.EvReset, Epoch: epoch})
 	return nil
 }
 
@@ -389,7 +389,7 @@ func (n *nic) unpark() error {
 	if err := n.setMode(datapath.ModeRun); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvUnpark})
+	n.stepNow(compare.Event{Kind: compare.EvUnpark})
 	return nil
 }
 
@@ -402,7 +402,7 @@ func (n *nic) offsets() (known int, err error) {
 // install begins a session. On S new digest keys make the copies void.
 func (n *nic) install(s datapath.Session) error {
 	if n.secondary != nil && *n.keys != s.Digest {
-		n.tell(compare.Event{Kind: compare.EvReset})
+		n.stepNow(compare.Event{Kind: compare.EvReset})
 		*n.keys = s.Digest
 	}
 	return n.dp.InstallSession(s)
@@ -424,20 +424,20 @@ func (n *nic) renew(cfg compare.Config, epoch uint32) error {
 	return nil
 }
 
-// solo has P's guest speak alone.
+// solo has P's guest transmit alone.
 func (n *nic) solo() error {
 	n.echoEvery, n.frozen = 0, false
 	if err := n.dp.SetLeaseUntil(math.MaxInt64); err != nil {
 		return err
 	}
-	n.tell(compare.Event{Kind: compare.EvSolo})
+	n.stepNow(compare.Event{Kind: compare.EvSolo})
 	return n.setMode(datapath.ModeSolo)
 }
 
-// quiet has S say nothing to anybody; what its guest says is kept (R21 i).
+// quiet has S send nothing to anybody; what its guest sends is kept (R21 i).
 func (n *nic) quiet() error { return n.setMode(datapath.ModeQuiet) }
 
-// takeOver has the SVM speak, first what the clients may not have heard (R22).
+// takeOver has the SVM transmit, first what the clients may not have received (R22).
 func (n *nic) takeOver(guard uint32) error {
 	if err := n.dp.TakeOver(guard); err != nil {
 		return err
@@ -449,8 +449,8 @@ func (n *nic) takeOver(guard uint32) error {
 		return err
 	}
 	n.parked = false
-	n.tell(compare.Event{Kind: compare.EvTakeOver})
-	// What it said until now may still be in the ring.
+	n.stepNow(compare.Event{Kind: compare.EvTakeOver})
+	// What it sent until now may still be in the ring.
 	for range maxUnpark {
 		if err := n.poll(0); err != nil {
 			return err

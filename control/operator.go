@@ -34,7 +34,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 			refused = errors.New("there is no QEMU to ask for one: the config names no qmp socket")
 		case !d.peer.linkUp:
 			refused = fmt.Errorf("there is no session with %s", d.opt.Peer)
-		case d.life != nil && d.life.p.State() != failover.PrimaryPair:
+		case d.failover != nil && d.failover.p.State() != failover.PrimaryPair:
 			refused = errors.New("the guest does not replicate")
 		default:
 			from = d.ckpts.primary.Serves()
@@ -55,7 +55,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 		return false
 	})
 	if err != nil {
-		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` tells what was tried", err)
+		return api.Checkpoint{}, fmt.Errorf("no checkpoint was committed: %w; `lockstep status` shows what was tried", err)
 	}
 	return *done, nil
 }
@@ -81,35 +81,35 @@ func (d *Daemon) until(ctx context.Context, done func() bool) error {
 
 // Failover has this host transmit alone: as the primary it goes on without the
 // secondary, as the secondary it takes over. Without force a takeover that loses
-// what the guest has sent is refused. An error says what came of it in its place.
+// what the guest has sent is refused. An error is what came of it in its place.
 func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, error) {
 	began := time.Now()
-	if d.life == nil {
+	if d.failover == nil {
 		return api.FailoverDone{}, errors.New("the config names no arbiter, so nobody can know which host may transmit")
 	}
 	// Asked before anybody is muted.
-	if _, err := d.life.Arbiter.Read(ctx); err != nil {
+	if _, err := d.failover.Arbiter.Read(ctx); err != nil {
 		return api.FailoverDone{}, fmt.Errorf("the arbiter cannot be reached, and without it neither host could transmit: %w", err)
 	}
 	loaded := false
-	if d.life.s != nil && force {
+	if d.failover.s != nil && force {
 		var err error
 		if loaded, err = d.qmp.loaded(ctx); err != nil {
 			return api.FailoverDone{}, err
 		}
 	}
 	var refused error
-	if err := d.ask(ctx, func() { refused = d.life.orderFailover(force, loaded) }); err != nil || refused != nil {
+	if err := d.ask(ctx, func() { refused = d.failover.orderFailover(force, loaded) }); err != nil || refused != nil {
 		return api.FailoverDone{}, errors.Join(err, refused)
 	}
-	err := d.until(ctx, func() bool { return d.life.done() })
+	err := d.until(ctx, func() bool { return d.failover.done() })
 	select {
-	case <-d.stopped: // the part has ended with it, and nobody else looks at its machine any more
+	case <-d.stopped: // the controller has ended with it, and nobody else looks at its machine any more
 		err = nil
 	default:
 	}
 	if err == nil {
-		err = d.life.outcome(d.opt.Peer)
+		err = d.failover.outcome(d.opt.Peer)
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", failover.OrderTimeout)
 	}
@@ -132,40 +132,40 @@ func (mo *monitor) loaded(ctx context.Context) (bool, error) {
 }
 
 // done reports whether an order to fail over has come to an end.
-func (l *pairLife) done() bool {
-	if l.p != nil {
-		return l.p.State() == failover.PrimarySolo || l.p.State() >= failover.PrimaryFenced
+func (fo *failoverPart) done() bool {
+	if fo.p != nil {
+		return fo.p.State() == failover.PrimarySolo || fo.p.State() >= failover.PrimaryFenced
 	}
-	return l.s.State() >= failover.SecondarySolo
+	return fo.s.State() >= failover.SecondarySolo
 }
 
 // outcome is nil when this host transmits alone.
-func (l *pairLife) outcome(peer string) error {
+func (fo *failoverPart) outcome(peer string) error {
 	switch {
-	case l.p != nil && l.p.State() == failover.PrimarySolo, l.s != nil && l.s.State() == failover.SecondarySolo:
+	case fo.p != nil && fo.p.State() == failover.PrimarySolo, fo.s != nil && fo.s.State() == failover.SecondarySolo:
 		return nil
-	case l.p != nil && l.p.State() == failover.PrimaryOff, l.s != nil && l.s.State() == failover.SecondaryOff:
+	case fo.p != nil && fo.p.State() == failover.PrimaryOff, fo.s != nil && fo.s.State() == failover.SecondaryOff:
 		return ErrPoweredOff
 	}
-	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` tells", peer)
+	return fmt.Errorf("this host does not transmit: the arbiter's entry names %s, or its own QEMU failed; `lockstep events` shows which", peer)
 }
 
-// orderFailover hands an operator's order to the failover machine, or says why that
+// order hands an operator's order to the failover machine, or returns why that
 // would not follow it. loaded: S has an SVM that could go on.
-func (l *pairLife) orderFailover(force, loaded bool) error {
-	if p := l.p; p != nil {
+func (fo *failoverPart) orderFailover(force, loaded bool) error {
+	if p := fo.p; p != nil {
 		switch p.State() {
 		case failover.PrimaryStart, failover.PrimaryPair:
-			l.live(failover.Event{Kind: failover.EvTakeOver})
+			fo.step(failover.Event{Kind: failover.EvTakeOver})
 			return nil
 		case failover.PrimarySolo:
 			return errors.New("this host transmits alone already")
 		}
-		return fmt.Errorf("not now: the pair is in state %q", l.d.ownStatus().State)
+		return fmt.Errorf("not now: the pair is in state %q", fo.d.ownStatus().State)
 	}
-	s := l.s
+	s := fo.s
 	var echoed int64
-	for _, n := range l.d.nics {
+	for _, n := range fo.d.nics {
 		echoed = max(echoed, n.dp.LastEcho())
 	}
 	switch {
@@ -178,6 +178,6 @@ func (l *pairLife) orderFailover(force, loaded bool) error {
 	case !s.MayTakeOver(echoed, true):
 		return errors.New("the primary transmits alone, without a lease that this host could wait for: end it first, or wait until it replicates")
 	}
-	l.live(failover.Event{Kind: failover.EvTakeOver, OK: force})
+	fo.step(failover.Event{Kind: failover.EvTakeOver, OK: force})
 	return nil
 }

@@ -18,7 +18,7 @@ import (
 	"lockstep/control/qemu"
 )
 
-// Options say what to run. Zero durations mean defaults.
+// Options are what to run. Zero durations mean defaults.
 type Options struct {
 	VM   string
 	Node string // this host's name
@@ -40,7 +40,7 @@ type Options struct {
 	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
 
 	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
-	// Fresh tells that a NIC's tables were made at this start, not found pinned
+	// Fresh: a NIC's tables were made at this start, not found pinned
 	// (R23).
 	Fresh bool
 
@@ -55,9 +55,9 @@ type Options struct {
 
 	// Life: the pair begins and ends by lockstep. nil: it is there, and nobody takes
 	// over.
-	Life     *Life
+	Failover *Failover
 	Journal  *journal.Journal    // of what happened; nil: none
-	Progress func(qemu.Progress) // told how far a replication is that begins; the zero Progress: it is over
+	Progress func(qemu.Progress) // is called with how far a replication is that begins; the zero Progress: it is over
 
 	// Tests shorten these.
 	link       peerlink.Timing
@@ -89,8 +89,8 @@ func (o *Options) setDefaults() error {
 	set(&o.Compare.Linger, 2*time.Second)
 	set(&o.Compare.Idle, 2*time.Hour)
 	set(&o.qmpTimeout, qmpTimeout)
-	if o.Life != nil {
-		set(&o.qmpPoll, qmpPollLife)
+	if o.Failover != nil {
+		set(&o.qmpPoll, qmpPollFailover)
 	}
 	set(&o.qmpPoll, qmpPoll)
 	if o.dialQMP == nil {
@@ -100,7 +100,7 @@ func (o *Options) setDefaults() error {
 	set(&o.entryEvery, entryEvery)
 	if o.link == (peerlink.Timing{}) {
 		o.link = peerlink.DefaultTiming
-		if o.Life != nil {
+		if o.Failover != nil {
 			o.link.Silence, o.link.Ping = o.Heartbeat.Timeout, o.Heartbeat.Interval
 			if o.Heartbeat.Restart != 0 {
 				// A daemon that was started again is found within that time.

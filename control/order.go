@@ -46,7 +46,7 @@ func (n *nic) checkOrder(do func(func() error) error) error {
 		return nil
 	}
 	// What failed the last time may succeed now.
-	err = do(func() error { return n.bar(intruder, onTap) })
+	err = do(func() error { return n.failClosed(intruder, onTap) })
 	log := n.log
 	if err != nil {
 		log = log.With("err", err)

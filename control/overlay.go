@@ -31,13 +31,13 @@ type overlayRoom struct {
 
 const (
 	overlayEvery = 250 * time.Millisecond // between two looks at the room
-	overlayTell  = time.Second            // between two words to P
+	overlayTell  = time.Second            // between two reports to P
 	// overlayAhead is how long the room has to last for a checkpoint to come in time:
 	// one under way may fail first.
 	overlayAhead = 3 * time.Second
 	// overlayFull is a room in which QEMU may find no place for what it has to write next.
 	overlayFull = 1 << 20
-	// overlayForget is how long after its end a trouble is told.
+	// overlayForget is how long after its end a trouble is reported.
 	overlayForget = 10 * time.Minute
 )
 
@@ -115,7 +115,7 @@ func (s *Setback) note(dir, why string) *backoff {
 	return &s.pause
 }
 
-// trouble is what there is to tell of a folder.
+// trouble is what there is to report of a folder.
 func (s *Setback) trouble(dir string) string {
 	if s.dir != dir {
 		return ""
@@ -131,7 +131,7 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 	var told int64
 	failed := ""
 	for {
-		spaces, err := ov.d.life.Guest.Overlays()
+		spaces, err := ov.d.failover.Guest.Overlays()
 		if err != nil {
 			if why := err.Error(); failed != why {
 				failed = why
@@ -154,21 +154,21 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 	}
 }
 
-// overlaysAre takes what was seen of the overlays, and tells P (S). A host that took over
+// overlaysAre takes what was seen of the overlays, and reports it to P (S). A host that took over
 // has them until they are merged, and no checkpoint empties them.
 func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell bool) {
-	l := ov.d.life
-	if l.p != nil {
-		if ov.own = nil; l.state.Unmerged {
+	fo := ov.d.failover
+	if fo.p != nil {
+		if ov.own = nil; fo.state.Unmerged {
 			ov.own = all
 		}
 		return
 	}
-	if l.s.Covered() && time.Since(l.Setback.at) > overlayForget {
-		l.Setback.why = ""
+	if fo.s.Covered() && time.Since(fo.Setback.at) > overlayForget {
+		fo.Setback.why = ""
 	}
 	for i := range all {
-		all[i].Trouble = l.Setback.trouble(all[i].Dir)
+		all[i].Trouble = fo.Setback.trouble(all[i].Dir)
 	}
 	ov.overlays = all
 	if ov.d.qmp.info.state == "io-error" {
@@ -177,7 +177,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	if !tell || !ov.d.peer.linkUp {
 		return
 	}
-	m := peerlink.Message{Type: "overlays", Overlays: all}
+	m := peerlink.Overlays{All: all}
 	if ask != "" {
 		m.Cause = fmt.Sprintf("%s's overlay_dir %s is filling up", ov.d.opt.Node, ask)
 		ov.d.log.Info("a checkpoint is asked for", "cause", m.Cause, "overlays", describeOverlays(all))
@@ -185,18 +185,18 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	ov.d.peer.send(m)
 }
 
-// peersOverlays takes what overlaysAre tells (P).
-func (ov *overlayRoom) peersOverlays(m peerlink.Message) {
-	l := ov.d.life
-	for _, o := range m.Overlays {
+// peersOverlays takes what overlaysAre reports (P).
+func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
+	fo := ov.d.failover
+	for _, o := range m.All {
 		known := slices.ContainsFunc(ov.overlays, func(k api.OverlayStatus) bool { return k.Trouble == o.Trouble })
 		if o.Trouble != "" && !known {
 			ov.d.log.Error("the secondary has no room", "why", o.Trouble)
 			ov.d.event(journal.Disk, o.Trouble, nil)
 		}
 	}
-	ov.overlays = m.Overlays
-	if m.Cause != "" && l.p.State() == failover.PrimaryPair {
+	ov.overlays = m.All
+	if m.Cause != "" && fo.p.State() == failover.PrimaryPair {
 		ov.d.ckpts.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
@@ -214,7 +214,7 @@ func (ov *overlayRoom) noRoom(dir, why string) *backoff {
 	why = ov.d.opt.Node + ": " + why
 	ov.d.log.Error("the secondary has no room", "why", why)
 	ov.d.event(journal.Disk, why, nil)
-	return ov.d.life.Setback.note(dir, why)
+	return ov.d.failover.Setback.note(dir, why)
 }
 
 // outOfRoom ends a secondary whose guest stopped because a write of it found no room: at
@@ -222,22 +222,22 @@ func (ov *overlayRoom) noRoom(dir, why string) *backoff {
 // there is, and the write is tried again once it has taken over. disk is "" where it is not
 // known.
 func (ov *overlayRoom) outOfRoom(disk string) {
-	l := ov.d.life
-	if l == nil || l.s == nil || l.s.State() > failover.SecondaryPair && l.s.State() != failover.SecondaryFenced {
-		return // of a host that takes over or speaks it is the guest that counts
+	fo := ov.d.failover
+	if fo == nil || fo.s == nil || fo.s.State() > failover.SecondaryPair && fo.s.State() != failover.SecondaryFenced {
+		return // on a host that takes over or transmits it is the guest that counts
 	}
 	if ov.noteFull(disk) {
-		ov.d.life.live(failover.Event{Kind: failover.EvGuestFailed})
+		ov.d.failover.step(failover.Event{Kind: failover.EvGuestFailed})
 	}
 }
 
-// noteFull reports whether an overlay_dir is full, and tells P (S).
+// noteFull reports whether an overlay_dir is full, to the caller and to P (S).
 func (ov *overlayRoom) noteFull(disk string) bool {
-	l := ov.d.life
-	if l.Guest == nil || ov.pause != nil {
+	fo := ov.d.failover
+	if fo.Guest == nil || ov.pause != nil {
 		return false
 	}
-	spaces, err := l.Guest.Overlays()
+	spaces, err := fo.Guest.Overlays()
 	if err != nil {
 		ov.d.log.Warn("the room of the overlays is not known", "err", err)
 		return false
@@ -250,10 +250,10 @@ func (ov *overlayRoom) noteFull(disk string) bool {
 		ov.pause = ov.noRoom(o.Dir, full.Error())
 		all, _ := new(overlayWatch).sample(ov.d.now(), spaces)
 		for i := range all {
-			all[i].Node, all[i].Trouble = ov.d.opt.Node, l.Setback.trouble(all[i].Dir)
+			all[i].Node, all[i].Trouble = ov.d.opt.Node, fo.Setback.trouble(all[i].Dir)
 		}
 		ov.overlays = all
-		ov.d.peer.send(peerlink.Message{Type: "overlays", Overlays: all})
+		ov.d.peer.send(peerlink.Overlays{All: all})
 		return true
 	}
 	return false
@@ -263,7 +263,7 @@ func (ov *overlayRoom) noteFull(disk string) bool {
 func (ov *overlayRoom) statusOfOverlays(s *api.Status) {
 	s.Overlays = append(s.Overlays, ov.own...)
 	for _, o := range ov.overlays {
-		if ov.d.life.p == nil || s.Peer.Connected || o.Trouble != "" {
+		if ov.d.failover.p == nil || s.Peer.Connected || o.Trouble != "" {
 			s.Overlays = append(s.Overlays, o)
 		}
 		if o.Trouble != "" && !s.Covered {

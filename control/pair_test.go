@@ -103,7 +103,7 @@ func lives(t *testing.T, pair *qmptest.Pair) (p, s *side, a *sharedArbiter) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x.opt.Life = &Life{Begin: b, Arbiter: a, Store: store}
+		x.opt.Failover = &Failover{Begin: b, Arbiter: a, Store: store}
 		x.opt.link.Silence, x.opt.link.Ping = 400*time.Millisecond, 20*time.Millisecond
 		x.opt.Heartbeat.Lease, x.opt.Heartbeat.Interval, x.opt.Heartbeat.Timeout = 200*time.Millisecond, 10*time.Millisecond, 400*time.Millisecond
 		x.opt.qmpTimeout, x.opt.qmpPoll = 400*time.Millisecond, 50*time.Millisecond
@@ -175,7 +175,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 		s.start()
 		p.covered()
 		s.covered()
-		p.d.post(func() { p.d.life.Disks = []qemu.Disk{{ID: "vda"}} }) // of which a played QEMU cannot make a replica
+		p.d.post(func() { p.d.failover.Disks = []qemu.Disk{{ID: "vda"}} }) // of which a played QEMU cannot make a replica
 		return pair, p, s, a
 	}
 	pair, p, _, _ := begin(t)
@@ -294,7 +294,7 @@ func TestUncovered(t *testing.T) {
 func TestStuck(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
-	p.opt.Life.doubt = 300 * time.Millisecond
+	p.opt.Failover.doubt = 300 * time.Millisecond
 	pair.SetHook(func(qmptest.Stage) bool { return false })
 	p.start()
 	s.start()
@@ -369,7 +369,7 @@ func TestFencedLater(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p, s, a := lives(t, newPair(t))
 			p.opt.entryEvery = 10 * time.Millisecond
-			p.opt.Life.noR26Entry = mutated
+			p.opt.Failover.noR26Entry = mutated
 			p.start()
 			s.start()
 			p.covered()

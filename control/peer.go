@@ -31,7 +31,7 @@ type peerLink struct {
 	peerAddr   string
 	peerParty  peerlink.Party
 	rotation   chan struct{} // P: closed when S has the new keys; nil: none under way
-	peerWhole  bool          // P: what S said of its tables, until its session is ok
+	peerWhole  bool          // P: what S reported of its tables, until its session is ok
 }
 
 // security is how the link is protected.
@@ -40,7 +40,7 @@ func (pl *peerLink) security() *peerlink.Security {
 	return &peerlink.Security{TLS: o.TLS, Server: pl.d.isPrimary(), Node: o.Node, Peer: o.Peer, Timeout: o.link.Handshake}
 }
 
-// party is what this daemon tells of itself, its term left out.
+// party is what this daemon reports of itself, its key generation left out.
 func (pl *peerLink) party() peerlink.Party {
 	p := peerlink.Party{
 		Version: peerlink.Version, VM: pl.d.opt.VM, Node: pl.d.opt.Node, Role: string(pl.d.opt.Role),
@@ -54,7 +54,7 @@ func (pl *peerLink) party() peerlink.Party {
 
 // connect makes the link to the primary, again and again (S).
 func (pl *peerLink) connect(ctx context.Context) {
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		select {
 		case <-pl.d.repl.prepared:
 		case <-ctx.Done():
@@ -107,7 +107,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		offsets += known
 	}
 	h := peerlink.Hello{Connections: offsets}
-	if pl.d.life != nil {
+	if pl.d.failover != nil {
 		if h.Disks, err = pl.d.repl.diskSizes(); err != nil {
 			return false, err
 		}
@@ -118,30 +118,32 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	if err := pl.d.ask(ctx, func() {
 		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.ckpts.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
 		h.Term, h.Epoch = pl.d.term, pl.d.epoch
-		if pl.d.life != nil {
+		if pl.d.failover != nil {
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
 		}
 	}); err != nil {
 		return false, err
 	}
 	l := peerlink.New(conn, pl.d.opt.link)
-	if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+	if err := l.Write(h); err != nil {
 		return false, pl.security().Explain(err)
 	}
 	m, err := l.Read(pl.d.opt.link.Handshake)
-	switch {
-	case err != nil:
+	if err != nil {
 		return false, pl.security().Explain(err)
-	case m.Type == "refuse":
-		return false, fmt.Errorf("the primary refused: %s", m.Cause)
-	case m.Type != "session" || m.Session == nil:
-		return false, fmt.Errorf("%q in place of session", m.Type)
 	}
-	if err := peerlink.CheckPeer(h.Party, m.Session.Party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
+	if m, ok := m.(peerlink.Refuse); ok {
+		return false, fmt.Errorf("the primary refused: %s", m.Cause)
+	}
+	s, ok := m.(peerlink.Session)
+	if !ok {
+		return false, fmt.Errorf("%q in place of session", m.Type())
+	}
+	if err := peerlink.CheckPeer(h.Party, s.Party, pl.d.opt.Peer, string(datapath.RolePrimary)); err != nil {
 		return false, err
 	}
 	var installed error
-	if err := pl.d.ask(ctx, func() { installed = pl.joined(l, m.Session, h.COLO) }); err != nil {
+	if err := pl.d.ask(ctx, func() { installed = pl.joined(l, &s, h.COLO) }); err != nil {
 		return false, err
 	}
 	if installed != nil {
@@ -167,9 +169,9 @@ func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) err
 	}
 	pl.link, pl.peerAddr = l, l.RemoteAddr().String()
 	pl.follow(l, pl.d.opt.link.Silence)
-	l.Send(peerlink.Message{Type: "ok"}) // before anything that the machine says
+	l.Send(peerlink.OK{}) // before anything that the machine sends
 	pl.up(!s.Doubt)
-	pl.d.life.joinedPair(s.Record, s.Pair, colo)
+	pl.d.failover.joined(s.Record, s.Pair, colo)
 	return nil
 }
 
@@ -218,7 +220,7 @@ func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 	pl.link, pl.linkUp, pl.rotation, pl.linkSince, pl.linkErr = nil, false, nil, time.Now(), why.Error()
 	pl.d.log.Warn("control link lost", "peer", pl.d.opt.Peer, "err", why)
 	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
-	pl.d.life.linkLost(why)
+	pl.d.failover.linkLost(why)
 }
 
 func (pl *peerLink) send(m peerlink.Message) {
@@ -229,36 +231,22 @@ func (pl *peerLink) send(m peerlink.Message) {
 
 // received takes a message of the peer.
 func (pl *peerLink) received(l *peerlink.Link, m peerlink.Message) {
-	kinds := map[string]checkpoint.Kind{"prepare": checkpoint.EvPrepare, "abort": checkpoint.EvAbort}
-	if pl.d.isPrimary() {
-		kinds = map[string]checkpoint.Kind{"ready": checkpoint.EvReady, "stopped": checkpoint.EvPeerStopped, "resumed": checkpoint.EvPeerResumed, "abort": checkpoint.EvPeerAbort}
-	}
-	kind, known := kinds[m.Type]
+	_, ok := m.(peerlink.OK)
+	rekey, rekeys := m.(peerlink.Rekey)
 	switch {
-	case pl.d.isPrimary() && m.Type == "ok" && !pl.linkUp:
+	case pl.d.isPrimary() && ok && !pl.linkUp:
 		pl.up(pl.peerWhole)
 		if pl.d.opt.Rekey > 0 {
 			pl.d.work.Go(func() { pl.rotateEvery(l) })
 		}
-		return
-	case pl.linkUp && pl.d.life.heardOf(m):
-		return
-	case pl.rotation != nil && m.Type == "ok":
+	case pl.linkUp && pl.d.failover.received(m):
+	case pl.rotation != nil && ok:
 		close(pl.rotation)
 		pl.rotation = nil
 		pl.d.log.Info("keys rotated", "term", pl.d.term)
-		return
-	case !pl.d.isPrimary() && m.Type == "rekey" && pl.linkUp:
-		pl.rotated(l, m.Rekey)
-		return
-	case !known || !pl.linkUp:
-		pl.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type))
-		return
+	case !pl.d.isPrimary() && rekeys && pl.linkUp:
+		pl.rotated(l, &rekey)
+	case !pl.linkUp || !pl.d.ckpts.received(m):
+		pl.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type()))
 	}
-	if kind == checkpoint.EvPeerResumed && len(pl.d.ckpts.attempts) > 0 {
-		if a := &pl.d.ckpts.attempts[len(pl.d.ckpts.attempts)-1]; a.Epoch == m.Epoch {
-			a.SVMPauseMS = milliseconds(m.PauseNS)
-		}
-	}
-	pl.d.ckpts.step(checkpoint.Event{Kind: kind, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 }

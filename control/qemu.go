@@ -16,7 +16,7 @@ import (
 )
 
 // startGuest is ensureGuest's; but a secondary without room for its overlays waits for
-// it, and status tells.
+// it, and status shows that.
 func (mo *monitor) startGuest(ctx context.Context) error {
 	err := mo.ensureGuest(ctx)
 	full := (*qemu.OverlayError)(nil)
@@ -32,7 +32,7 @@ func (mo *monitor) startGuest(ctx context.Context) error {
 			}
 			mo.d.post(func() {
 				mo.hadQEMU = err == nil
-				if mo.d.life.Setback.why = ""; err != nil {
+				if mo.d.failover.Setback.why = ""; err != nil {
 					mo.d.fatal = err
 				}
 			})
@@ -42,7 +42,7 @@ func (mo *monitor) startGuest(ctx context.Context) error {
 	return nil
 }
 
-// procedure runs one of QEMU's beside the controller, which hears of the result.
+// procedure runs one of QEMU's beside the controller, which gets the result.
 func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) error, done func(error)) context.CancelFunc {
 	ctx, cancel := context.WithCancel(mo.d.ctx)
 	m := mo.conn
@@ -59,30 +59,30 @@ func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) 
 
 // qemuGone: this host's QEMU is.
 func (mo *monitor) qemuGone(why string) {
-	said := ""
-	if mo.d.life.Guest != nil {
-		said = qemu.Log(mo.d.life.Guest)
+	log := ""
+	if mo.d.failover.Guest != nil {
+		log = qemu.Log(mo.d.failover.Guest)
 	}
-	mo.d.log.Error("QEMU is dead", "why", why, "qemu_said", said)
+	mo.d.log.Error("QEMU is dead", "why", why, "qemu_log", log)
 	mo.d.event(journal.QEMU, "dead: "+why, nil)
 	if mo.d.guest.svmOff {
-		// One that ends with its guest: the primary's powers off as well, and says so.
-		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead}) }) })
+		// One that ends with its guest: the primary's powers off as well, and reports it.
+		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead}) }) })
 		return
 	}
-	mo.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
+	mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead})
 }
 
 // ensureGuest starts this host's QEMU, unless that is somebody else's or the one of
 // the daemon before this one runs.
 func (mo *monitor) ensureGuest(ctx context.Context) error {
-	l := mo.d.life
-	if l == nil || l.Guest == nil {
+	fo := mo.d.failover
+	if fo == nil || fo.Guest == nil {
 		return nil
 	}
-	p, err := qemu.Find(l.Guest)
+	p, err := qemu.Find(fo.Guest)
 	switch {
-	case err == nil && l.Begin.Ends():
+	case err == nil && fo.Begin.Ends():
 		err = p.Kill(ctx)
 		p.Release()
 		if err != nil {
@@ -98,19 +98,19 @@ func (mo *monitor) ensureGuest(ctx context.Context) error {
 	case mo.hadQEMU:
 		return nil // it died; watchQEMU finds that out
 	}
-	l.orphan = false // a new one has told clients nothing
+	fo.orphan = false // clients know nothing of a new one
 	in := mo.incoming()
-	if err := l.Guest.Check(in, nil); err != nil {
+	if err := fo.Guest.Check(in, nil); err != nil {
 		return err
 	}
-	if l.state.Unmerged {
-		if l.p != nil {
+	if fo.state.Unmerged {
+		if fo.p != nil {
 			mo.d.log.Warn("merging what the guest wrote after its takeover into its images")
-			if err := qemu.MergeOverlays(ctx, l.Guest); err != nil {
+			if err := qemu.MergeOverlays(ctx, fo.Guest); err != nil {
 				return err
 			}
 		}
-		if err := mo.d.life.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
+		if err := mo.d.failover.remember(func(st *state.State) { st.Unmerged = false }); err != nil {
 			return err
 		}
 	}
@@ -123,15 +123,15 @@ func (mo *monitor) ensureGuest(ctx context.Context) error {
 
 // incoming is where this host's QEMU waits for another's; nil: it does not.
 func (mo *monitor) incoming() *qemu.Incoming {
-	if mo.d.life.s == nil {
+	if mo.d.failover.s == nil {
 		return nil
 	}
-	return &mo.d.life.Own
+	return &mo.d.failover.Own
 }
 
 // startQEMU starts this host's QEMU, which does not run.
 func (mo *monitor) startQEMU(ctx context.Context) error {
-	p, err := qemu.Start(ctx, mo.d.life.Guest, mo.incoming())
+	p, err := qemu.Start(ctx, mo.d.failover.Guest, mo.incoming())
 	if err != nil {
 		return err
 	}
@@ -156,13 +156,13 @@ func (mo *monitor) follows(ctx context.Context) (bool, error) {
 
 // rescue has a P go on with a guest that clients know and whose tables are gone. What was
 // compared before is not known any more, and an S that was covered may be about to take
-// over, so it asks the arbiter whether it may speak alone. A guest that has not run waits
+// over, so it asks the arbiter whether it may transmit alone. A guest that has not run waits
 // for its secondary.
-func (l *pairLife) rescue(running bool, state string) {
-	if l == nil || l.p == nil || !l.orphan || !running && state != "paused" && state != "colo" {
+func (fo *failoverPart) rescue(running bool, state string) {
+	if fo == nil || fo.p == nil || !fo.orphan || !running && state != "paused" && state != "colo" {
 		return
 	}
-	l.orphan = false
-	l.d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
-	l.live(failover.Event{Kind: failover.EvTakeOver})
+	fo.orphan = false
+	fo.d.log.Warn("QEMU runs, and its tables in the kernel are gone: asking the arbiter whether the guest may go on alone", "state", state)
+	fo.step(failover.Event{Kind: failover.EvTakeOver})
 }

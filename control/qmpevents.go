@@ -106,7 +106,7 @@ func onEvent(name string) reaction {
 }
 
 // reportEvent makes an event known, whatever the daemon does about it. A disk that
-// fails may send the same one thousands of times: once a second is enough to be told.
+// fails may send the same one thousands of times: once a second is enough.
 func (mo *monitor) reportEvent(e qmp.Event) {
 	if onEvent(e.Event) == quiet {
 		mo.d.log.Debug("QEMU", "event", e.Event, "data", e.Data)

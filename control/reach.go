@@ -23,7 +23,7 @@ import (
 type reach uint8
 
 const (
-	qemuLives reach = iota + 1 // or nothing says that it does not
+	qemuLives reach = iota + 1 // or nothing shows that it does not
 	qemuMute                   // it may hang: maxUnanswered of these in a row, and it counts as dead
 	qemuEnded
 )
@@ -127,7 +127,7 @@ func (mo *monitor) slowToAnswer(ctx context.Context) {
 			return
 		}
 		mo.d.post(func() {
-			if mo.d.life != nil && mo.conn == nil {
+			if mo.d.failover != nil && mo.conn == nil {
 				mo.outOfReach = true
 			}
 		})
@@ -136,8 +136,8 @@ func (mo *monitor) slowToAnswer(ctx context.Context) {
 
 // unreachable: no connection to QEMU could be made.
 func (mo *monitor) unreachable(r reach, why error) {
-	l := mo.d.life
-	if l == nil || !mo.hadQEMU {
+	fo := mo.d.failover
+	if fo == nil || !mo.hadQEMU {
 		return // it comes
 	}
 	mo.outOfReach = r == qemuLives

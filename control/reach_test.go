@@ -85,7 +85,7 @@ func TestHeldMonitor(t *testing.T) {
 			t.Parallel()
 			pair := newPair(t)
 			p, s, a := calmLives(t, pair)
-			p.opt.Life.doubt = 100 * time.Millisecond // a doubt that nobody can end is no reason to go on alone
+			p.opt.Failover.doubt = 100 * time.Millisecond // a doubt that nobody can end is no reason to go on alone
 			dials := p.dials()
 			p.start()
 			s.start()
@@ -146,7 +146,7 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.opt.Life.Begin = begin
+	p.opt.Failover.Begin = begin
 	p.start()
 	p.await("a session without QMP", func(st api.Status) bool {
 		return st.Peer.Connected && !st.QMP.Connected && strings.Contains(st.QMP.Error, "another client")

@@ -27,7 +27,7 @@ type replicator struct {
 	gaveUp   string             // why it was cancelled
 	syncedOn *peerlink.Link     // the session in which it ended well
 	tries    tries
-	ending   bool   // P: QEMU is being told to go on alone
+	ending   bool   // P: QEMU is being ordered to go on alone
 	unended  string // why it has not; "": it was not tried
 	endAgain backoff
 
@@ -40,13 +40,13 @@ type replicator struct {
 	unfit     error          // why that cannot be part of a pair
 	prepared  chan struct{}  // S: closed when QEMU waits for a primary's
 	ready     bool           // S: that is so
-	edgesTo   *peerlink.Link // P: the link on which the edges are told
-	edgesTold *peerlink.Link // P: and the one on which all were
+	edgesOn   *peerlink.Link // P: the link on which the edges are sent
+	edgesSent *peerlink.Link // P: and the one on which all were
 }
 
 // replicate has QEMU begin to replicate to S's (P).
 func (re *replicator) replicate() error {
-	if !re.d.life.state.Replicated {
+	if !re.d.failover.state.Replicated {
 		return re.replicateFirst()
 	}
 	return re.replicateTo(true)
@@ -54,13 +54,13 @@ func (re *replicator) replicate() error {
 
 // replicateTo does it; resync: the disks are copied first.
 func (re *replicator) replicateTo(resync bool) error {
-	l := re.d.life
-	if err := re.d.life.remember(func(st *state.State) { st.Replicated = true }); err != nil {
+	fo := re.d.failover
+	if err := re.d.failover.remember(func(st *state.State) { st.Replicated = true }); err != nil {
 		return err
 	}
 	peer := re.d.peer.link
-	re.d.log.Info("replication begins", "to", l.Peers.Migration, "disks", len(l.Disks), "copy_disks", resync && len(l.Disks) > 0)
-	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(l.Disks) > 0})
+	re.d.log.Info("replication begins", "to", fo.Peers.Migration, "disks", len(fo.Disks), "copy_disks", resync && len(fo.Disks) > 0)
+	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(fo.Disks) > 0})
 	re.syncing, re.gaveUp = qemu.Progress{}, ""
 	told := re.progress()
 	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
@@ -71,7 +71,7 @@ func (re *replicator) replicateTo(resync bool) error {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, l.Disks, l.Peers, qemu.Options{Resync: resync, Limits: l.Limits, Progress: told})
+		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Limits: fo.Limits, Progress: told})
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})
@@ -83,13 +83,13 @@ func (re *replicator) replicateTo(resync bool) error {
 			re.d.log.Error("replication did not begin", "err", err, "try", re.tries.failed, "next_in", re.tries.again.next)
 			re.d.event(journal.Sync, "replication did not begin: "+err.Error(), map[string]any{"try": re.tries.failed, "next_in": re.tries.again.next.String()})
 			if re.d.peer.link == peer {
-				re.d.peer.send(peerlink.Message{Type: "over"}) // S's QEMU has to wait anew
+				re.d.peer.send(peerlink.Dismiss{}) // S's QEMU has to wait anew
 			}
 		}
 		if err == nil {
 			re.syncedOn = peer
 		}
-		re.d.life.live(failover.Event{Kind: failover.EvSynced, OK: err == nil})
+		re.d.failover.step(failover.Event{Kind: failover.EvSynced, OK: err == nil})
 		if re.d.peer.link != peer {
 			re.paired() // there was one meanwhile
 		}
@@ -118,13 +118,13 @@ func (re *replicator) progress() func(qemu.Progress) {
 	}
 }
 
-// progressEvery is between two words on how far a replication that begins is.
+// progressEvery is between two reports of how far a replication is that begins.
 const progressEvery = 200 * time.Millisecond
 
-// paired tells the life's machine of a session, once QEMU's mode is known (P).
+// paired gives the failover machine a session, once QEMU's mode is known (P).
 func (re *replicator) paired() {
-	l := re.d.life
-	if l == nil || l.p == nil || !re.d.peer.linkUp || re.d.qmp.conn == nil {
+	fo := re.d.failover
+	if fo == nil || fo.p == nil || !re.d.peer.linkUp || re.d.qmp.conn == nil {
 		return // QMP's connection or the session comes
 	}
 	peer, mode := re.d.peer.link, ""
@@ -135,16 +135,16 @@ func (re *replicator) paired() {
 		if err != nil || re.d.peer.link != peer || !re.d.peer.linkUp {
 			return
 		}
-		if l.p.State() == failover.PrimaryPair && re.syncedOn == peer {
+		if fo.p.State() == failover.PrimaryPair && re.syncedOn == peer {
 			return // the session in which the pair began, and only QMP's connection is new
 		}
 		ok := mode == "primary" && re.hello.COLO
-		if re.held(ok) {
+		if re.mustWait(ok) {
 			return
 		}
-		re.d.life.live(failover.Event{Kind: failover.EvLinkUp, OK: ok})
-		if l.p.State() == failover.PrimaryPair && re.edgesTo != peer {
-			re.tellEdges() // what was told on the link before this one may be lost
+		re.d.failover.step(failover.Event{Kind: failover.EvLinkUp, OK: ok})
+		if fo.p.State() == failover.PrimaryPair && re.edgesOn != peer {
+			re.sendEdges() // what was sent on the link before this one may be lost
 		}
 	})
 }
@@ -158,7 +158,7 @@ func (re *replicator) fitsQEMU(ctx context.Context, h *peerlink.Hello) error {
 	var unfit error
 	known := false
 	if err := re.d.ask(ctx, func() {
-		known = re.d.qmp.outOfReach && re.d.life.p.State() == failover.PrimaryPair
+		known = re.d.qmp.outOfReach && re.d.failover.p.State() == failover.PrimaryPair
 		if re.d.qmp.conn != nil {
 			caps, unfit = re.caps, re.unfit
 		}
@@ -171,8 +171,8 @@ func (re *replicator) fitsQEMU(ctx context.Context, h *peerlink.Hello) error {
 	case caps.Machine == "":
 		return errors.New("the primary's QEMU is not connected yet")
 	case h.Machine == "":
-		return nil // an older lockstep does not tell
-	case re.d.life.anyMachine:
+		return nil // an older lockstep does not send it
+	case re.d.failover.anyMachine:
 		return nil
 	}
 	return qemu.SameMachine(caps, qemu.Caps{Version: h.QEMU, Machine: h.Machine})
@@ -180,8 +180,8 @@ func (re *replicator) fitsQEMU(ctx context.Context, h *peerlink.Hello) error {
 
 // probe finds out what P's QEMU can do.
 func (re *replicator) probe() {
-	l := re.d.life
-	if l == nil || l.p == nil {
+	fo := re.d.failover
+	if fo == nil || fo.p == nil {
 		return
 	}
 	var caps qemu.Caps
@@ -197,8 +197,8 @@ func (re *replicator) probe() {
 
 // prepare makes S's QEMU ready for P's, after which S may connect.
 func (re *replicator) prepare() {
-	l := re.d.life
-	if l == nil || l.s == nil || re.ready {
+	fo := re.d.failover
+	if fo == nil || fo.s == nil || re.ready {
 		return
 	}
 	var caps qemu.Caps
@@ -209,7 +209,7 @@ func (re *replicator) prepare() {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.PrepareSecondary(ctx, m, caps, l.Disks, l.Own.NBD)
+		return qemu.PrepareSecondary(ctx, m, caps, fo.Disks, fo.Own.NBD)
 	}, func(err error) {
 		switch {
 		case err == nil && !re.ready:
@@ -240,7 +240,7 @@ func (re *replicator) diskSizes() ([]int64, error) {
 	re.sizing.Lock()
 	defer re.sizing.Unlock()
 	if re.sizes == nil {
-		spec := qemu.Spec{Guest: qemu.Guest{Disks: re.d.life.Disks}}
+		spec := qemu.Spec{Guest: qemu.Guest{Disks: re.d.failover.Disks}}
 		sizes, err := spec.DiskSizes()
 		if err != nil {
 			return nil, err

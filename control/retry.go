@@ -60,7 +60,7 @@ func (t *tries) lasts() {
 	}
 }
 
-// replication tells of what begins, or of what came of the tries so far; nil: nothing.
+// replication is what begins, or what came of the tries so far; nil: nothing.
 func (re *replicator) replication() *api.Replication {
 	r := api.Replication{
 		What: re.syncing.What, Done: re.syncing.Done, Total: re.syncing.Total, Rate: re.syncing.Rate, Dirtied: re.syncing.Dirtied,
@@ -69,7 +69,7 @@ func (re *replicator) replication() *api.Replication {
 	if r == (api.Replication{}) {
 		return nil
 	}
-	if re.tries.failed > 0 && re.d.life.p.State() != failover.PrimarySync && re.d.life.p.State() != failover.PrimaryPair {
+	if re.tries.failed > 0 && re.d.failover.p.State() != failover.PrimarySync && re.d.failover.p.State() != failover.PrimaryPair {
 		r.Next = &re.tries.due
 	}
 	return &r
@@ -86,16 +86,16 @@ func (t *tries) String() string {
 	return s
 }
 
-// held reports whether a session has to wait: for QEMU to end the last pair, or, when a try
-// to replicate would follow, until that is due. The machine hears of it later: until then
+// mustWait reports whether a session has to wait: for QEMU to end the last pair, or, when a try
+// to replicate would follow, until that is due. The machine gets it later: until then
 // the guest serves alone, and orders are taken.
-func (re *replicator) held(follows bool) bool {
-	l := re.d.life
+func (re *replicator) mustWait(follows bool) bool {
+	fo := re.d.failover
 	if re.ending {
 		return true // endReplication comes back to it
 	}
 	left := time.Until(re.tries.due)
-	if left <= 0 || follows || l.p.State() != failover.PrimaryStart && l.p.State() != failover.PrimarySolo {
+	if left <= 0 || follows || fo.p.State() != failover.PrimaryStart && fo.p.State() != failover.PrimarySolo {
 		return false
 	}
 	if re.tries.timer != nil {
@@ -107,12 +107,12 @@ func (re *replicator) held(follows bool) bool {
 
 // endReplication has this host's QEMU go on without the other's, until it does. A QEMU
 // that does not decides nothing: this host has won, its guest serves, and whether that
-// is dead its monitor tells (watchQEMU).
+// is dead its monitor shows (watchQEMU).
 func (re *replicator) endReplication() {
-	l := re.d.life
+	fo := re.d.failover
 	re.ending = true
 	re.d.qmp.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
-		if err := qemu.PrimaryFailover(ctx, m, l.Disks); err != nil {
+		if err := qemu.PrimaryFailover(ctx, m, fo.Disks); err != nil {
 			return err
 		}
 		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
@@ -120,19 +120,19 @@ func (re *replicator) endReplication() {
 		}
 		return qemu.Cont(m) // it never ran: an operator has it begin alone
 	}, func(err error) {
-		if err == nil || l.p.State() != failover.PrimarySolo {
+		if err == nil || fo.p.State() != failover.PrimarySolo {
 			re.ending, re.unended = false, ""
 			re.endAgain.reset()
 			re.paired() // a session may have waited
 			return
 		}
-		if l.fencesUnended {
-			re.d.life.live(failover.Event{Kind: failover.EvQEMUDead})
+		if fo.fencesUnended {
+			re.d.failover.step(failover.Event{Kind: failover.EvQEMUDead})
 			return
 		}
 		wait := re.endAgain.take()
 		if err.Error() != re.unended {
-			re.d.log.Error("QEMU has not ended replication: the guest goes on, and QEMU is told again", "err", err, "in", wait)
+			re.d.log.Error("QEMU has not ended replication: the guest goes on, and the order is repeated", "err", err, "in", wait)
 		}
 		re.unended = err.Error()
 		time.AfterFunc(wait, func() { re.d.post(re.endReplication) })

@@ -19,7 +19,7 @@ func unended(t *testing.T, mutation bool) (*side, *qmptest.Pair) {
 	t.Helper()
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
-	p.opt.Life.fencesUnended = mutation
+	p.opt.Failover.fencesUnended = mutation
 	p.start()
 	s.start()
 	p.covered()
@@ -59,8 +59,8 @@ func failedTries(t *testing.T, mutation bool) (pair *qmptest.Pair, p, s *side, w
 	t.Helper()
 	pair = newPair(t)
 	p, s, _ = lives(t, pair)
-	p.opt.Life.again = backoff{first: 100 * time.Millisecond, last: 400 * time.Millisecond}
-	p.opt.Life.triesAtOnce = mutation
+	p.opt.Failover.again = backoff{first: 100 * time.Millisecond, last: 400 * time.Millisecond}
+	p.opt.Failover.triesAtOnce = mutation
 	pair.Primary.SetCOLO("none")
 	pair.Secondary.SetCOLO("none")
 	pair.Primary.SetReply("query-migrate", `"return": {"status": "none"}`)

@@ -97,7 +97,7 @@ func (pl *peerLink) rotate(l *peerlink.Link) {
 			})
 		}
 	})
-	l.Send(peerlink.Message{Type: "rekey", Rekey: &peerlink.Rekey{Term: pl.d.term, Sign: sign}})
+	l.Send(peerlink.Rekey{Term: pl.d.term, Sign: sign})
 }
 
 // rotated follows P to the next term (S).
@@ -111,6 +111,6 @@ func (pl *peerLink) rotated(l *peerlink.Link, k *peerlink.Rekey) {
 		pl.d.fatal = err
 		return
 	}
-	l.Send(peerlink.Message{Type: "ok"})
+	l.Send(peerlink.OK{})
 	pl.d.log.Info("keys rotated", "term", pl.d.term)
 }

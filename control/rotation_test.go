@@ -5,12 +5,13 @@ package control
 import (
 	"errors"
 	"fmt"
-	"lockstep/control/api"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
 	"strings"
 	"testing"
 	"time"
+
+	"lockstep/control/api"
+	"lockstep/control/datapath"
+	"lockstep/control/peerlink"
 )
 
 func (f *fakePath) sessionNow() datapath.Session {
@@ -97,17 +98,18 @@ func join(t *testing.T, p *side, term uint32) (*peerlink.Link, peerlink.Session)
 	l := dialLink(t, p.opt.Control)
 	h := goodHello()
 	h.Term = term
-	if err := l.Write(peerlink.Message{Type: "hello", Hello: &h}); err != nil {
+	if err := l.Write(h); err != nil {
 		t.Fatal(err)
 	}
 	m, err := l.Read(patience)
-	if err != nil || m.Type != "session" {
+	s, ok := m.(peerlink.Session)
+	if err != nil || !ok {
 		t.Fatalf("session: %+v, %v", m, err)
 	}
-	if err := l.Write(peerlink.Message{Type: "ok"}); err != nil {
+	if err := l.Write(peerlink.OK{}); err != nil {
 		t.Fatal(err)
 	}
-	return l, *m.Session
+	return l, s
 }
 
 // The secondary is lost in mid-rotation, by its silence or with its link: the link
@@ -122,7 +124,7 @@ func TestRotationFails(t *testing.T) {
 			p.start()
 			l, _ := join(t, p, 0)
 			m, err := l.Read(patience)
-			if err != nil || m.Type != "rekey" || m.Rekey == nil || m.Rekey.Term != 2 || len(m.Rekey.Sign) != peerlink.SeedLen {
+			if r, _ := m.(peerlink.Rekey); err != nil || r.Term != 2 || len(r.Sign) != peerlink.SeedLen {
 				t.Fatalf("rekey: %+v, %v", m, err)
 			}
 			p.path.await(t, 0, "session 1", "rotated 2")
@@ -133,7 +135,7 @@ func TestRotationFails(t *testing.T) {
 				l.Close(errors.New("cut by the test"))
 			} else {
 				go func() { // alive all the same
-					for l.Write(peerlink.Message{Type: "ping"}) == nil {
+					for l.Write(peerlink.Ping{}) == nil {
 						<-time.After(10 * time.Millisecond)
 					}
 				}()
@@ -142,7 +144,7 @@ func TestRotationFails(t *testing.T) {
 					if err != nil {
 						break
 					}
-					if m.Type != "ping" {
+					if m != (peerlink.Ping{}) {
 						t.Errorf("%+v before the answer", m) // no second rotation beside the first
 					}
 				}
@@ -193,10 +195,10 @@ func TestRestartAfterRotation(t *testing.T) {
 func TestRekeyRefused(t *testing.T) {
 	seed := make([]byte, peerlink.SeedLen)
 	for name, m := range map[string]peerlink.Message{
-		"empty":          {Type: "rekey"},
-		"the same term":  {Type: "rekey", Rekey: &peerlink.Rekey{Term: 1, Sign: seed}},
-		"a term skipped": {Type: "rekey", Rekey: &peerlink.Rekey{Term: 3, Sign: seed}},
-		"short":          {Type: "rekey", Rekey: &peerlink.Rekey{Term: 2, Sign: seed[1:]}},
+		"empty":          peerlink.Rekey{},
+		"the same term":  peerlink.Rekey{Term: 1, Sign: seed},
+		"a term skipped": peerlink.Rekey{Term: 3, Sign: seed},
+		"short":          peerlink.Rekey{Term: 2, Sign: seed[1:]},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, s := hosts(t, nil)
@@ -218,7 +220,7 @@ func TestRekeyRefused(t *testing.T) {
 	p, _ := hosts(t, nil)
 	p.start()
 	l, _ := join(t, p, 0)
-	if err := l.Write(peerlink.Message{Type: "rekey", Rekey: &peerlink.Rekey{Term: 2, Sign: seed}}); err != nil {
+	if err := l.Write(peerlink.Rekey{Term: 2, Sign: seed}); err != nil {
 		t.Fatal(err)
 	}
 	p.await("a lost link", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `"rekey" makes no sense`) })

@@ -58,8 +58,8 @@ func (d *Daemon) ownStatus() api.Status {
 		Checkpoints: append([]api.Checkpoint{}, d.ckpts.attempts...),
 	}
 	s.State, s.Detail = d.ckpts.machine.State()
-	if d.life != nil {
-		d.life.status(&s)
+	if d.failover != nil {
+		d.failover.status(&s)
 	}
 	return s
 }
@@ -190,51 +190,51 @@ func (n *nic) flow(t *compare.Tuple) api.Flow {
 	return f
 }
 
-// status tells where the pair's life is.
-func (l *pairLife) status(s *api.Status) {
-	s.Record = l.machine.Term()
+// status adds the failover machine's state to s.
+func (fo *failoverPart) status(s *api.Status) {
+	s.Record = fo.machine.Term()
 	defer func() {
-		l.d.repl.statusOfImages(s)
-		l.d.room.statusOfOverlays(s)
+		fo.d.repl.statusOfImages(s)
+		fo.d.room.statusOfOverlays(s)
 	}()
-	if l.p != nil {
-		s.Covered, s.Replication = l.p.Covered(), l.d.repl.replication()
-		switch l.p.State() {
+	if fo.p != nil {
+		s.Covered, s.Replication = fo.p.Covered(), fo.d.repl.replication()
+		switch fo.p.State() {
 		case failover.PrimaryStart:
-			s.State, s.Detail = "start", l.d.repl.tries.String()
+			s.State, s.Detail = "start", fo.d.repl.tries.String()
 		case failover.PrimarySolo:
 			s.State, s.Detail = "solo", "nothing protects the guest"
-			for _, more := range []string{l.d.repl.unended, l.d.repl.tries.String()} {
+			for _, more := range []string{fo.d.repl.unended, fo.d.repl.tries.String()} {
 				s.Detail = strings.TrimSuffix(s.Detail+"; "+more, "; ")
 			}
 		case failover.PrimarySync:
 			s.State, s.Detail = "start", "replication begins"
-			if l.p.WasSolo() {
+			if fo.p.WasSolo() {
 				s.State = "resync"
 			}
-			if l.d.repl.syncing.Total > 0 {
-				s.Detail = l.d.repl.syncing.String()
+			if fo.d.repl.syncing.Total > 0 {
+				s.Detail = fo.d.repl.syncing.String()
 			}
 		case failover.PrimaryClaim:
 			s.State, s.Detail = "failover", "the arbiter is asked"
 		case failover.PrimaryFenced:
-			s.State, s.Detail = "failover", "another host speaks"
+			s.State, s.Detail = "failover", "another host transmits"
 		case failover.PrimaryOff:
 			s.State, s.Detail = "off", "the guest powered off"
 		}
-		l.d.guest.diskStatus(s)
+		fo.d.guest.diskStatus(s)
 		return
 	}
-	s.Covered = l.s.Covered()
-	switch l.s.State() {
+	s.Covered = fo.s.Covered()
+	switch fo.s.State() {
 	case failover.SecondaryWait:
 		s.State = "start"
 	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
 		s.State = "failover"
 	case failover.SecondaryFenced:
-		s.State, s.Detail = "failover", "another host speaks"
+		s.State, s.Detail = "failover", "another host transmits"
 	case failover.SecondaryOff:
 		s.State, s.Detail = "off", "the guest powered off"
 	}
-	l.d.guest.diskStatus(s)
+	fo.d.guest.diskStatus(s)
 }

@@ -11,14 +11,15 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
-	"lockstep/control/api"
-	"lockstep/control/peerlink"
 	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"lockstep/control/api"
+	"lockstep/control/peerlink"
 )
 
 // authorityOf is a CA that a test made.

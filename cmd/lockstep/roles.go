@@ -191,7 +191,7 @@ func meet(e env, o runOptions) (found datapath.Pinned, running bool, err error) 
 // fill adds to control's options what failing over needs.
 func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 	c := o.config
-	life := &control.Life{
+	life := &control.Failover{
 		Begin: rs.begin, Arbiter: rs.arbiter, Store: rs.store,
 		Setback: &rs.setback,
 		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
@@ -204,7 +204,7 @@ func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 			life.Guest = &spec
 		}
 	}
-	opt.Life, opt.Journal, opt.Progress = life, rs.journal, progress(e, o)
+	opt.Failover, opt.Journal, opt.Progress = life, rs.journal, progress(e, o)
 }
 
 // progress shows how far a replication is that begins: a bar on a terminal, log lines

@@ -24,7 +24,7 @@ func TestRunLife(t *testing.T) {
 	var parts []string
 	ends := []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	c.control = func(_ context.Context, o control.Options) error {
-		b := o.Life.Begin
+		b := o.Failover.Begin
 		parts = append(parts, fmt.Sprintf("%s %s discard=%v", o.Role, b.Record, b.Discard))
 		for _, n := range o.NICs {
 			n.Close()
@@ -33,7 +33,7 @@ func TestRunLife(t *testing.T) {
 		if ends = ends[1:]; errors.Is(err, control.ErrPromoted) {
 			// It won the arbiter before.
 			rec := arbiter.Entry{Term: 2, Speaker: "alpha"}
-			if _, won, err := o.Life.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
+			if _, won, err := o.Failover.Arbiter.Swap(t.Context(), b.Record, rec); !won || err != nil {
 				t.Errorf("swap: %v, %v", won, err)
 			}
 		}
@@ -50,7 +50,7 @@ func TestRunLife(t *testing.T) {
 	}
 	ends = []error{control.ErrFenced}
 	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
-	run("--node beta --role primary", 1, "does not speak for the guest any more", `primary fencing term 1, speaker beta discard=true`)
+	run("--node beta --role primary", 1, "may not transmit for the guest any more", `primary fencing term 1, speaker beta discard=true`)
 	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
 	run("--node alpha --role secondary", 1, "does not speak",
 		"secondary fencing term 1, speaker beta discard=true", "secondary fencing term 1, speaker beta discard=true", "primary fencing term 2, speaker alpha discard=true")

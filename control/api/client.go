@@ -59,7 +59,7 @@ func call[T any](ctx context.Context, method, path, topic string) (v T, err erro
 		return v, errors.New(strings.TrimSpace(string(body))) // the daemon's reason
 	}
 	if resp.StatusCode != http.StatusOK {
-		return v, fmt.Errorf("the daemon cannot tell its %s: %s", topic, body)
+		return v, fmt.Errorf("the daemon cannot report its %s: %s", topic, body)
 	}
 	if err := json.Unmarshal(body, &v); err != nil {
 		return v, fmt.Errorf("the daemon's %s make no sense, is it of another version? %w", topic, err)
@@ -72,7 +72,7 @@ func OrderCheckpoint(ctx context.Context, path string) (Checkpoint, error) {
 	return call[Checkpoint](ctx, http.MethodPost, path, "checkpoint")
 }
 
-// OrderFailover has the daemon's host speak alone.
+// OrderFailover has the daemon's host transmit alone.
 func OrderFailover(ctx context.Context, path string, force bool) (FailoverDone, error) {
 	topic := "failover"
 	if force {

@@ -26,7 +26,7 @@ type metric struct {
 	get  func(s *Status, put func(v float64, labels ...string))
 }
 
-// statusCollector tells a Status, anew at each scrape.
+// statusCollector exports a Status, anew at each scrape.
 type statusCollector struct {
 	status  func() *Status
 	up      *prometheus.Desc

@@ -110,7 +110,7 @@ func reply(w http.ResponseWriter, v any) {
 // obey answers a POST.
 func obey[T any](f func(context.Context, *http.Request) (T, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Longer than what is only told.
+		// Longer than what is only read.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(failover.OrderTimeout + askTimeout))
 		v, err := f(r.Context(), r)
 		if err != nil {

@@ -96,7 +96,7 @@ type QMPStatus struct {
 	Connected  bool      `json:"connected"`
 	Since      time.Time `json:"since"`
 	QEMU       string    `json:"qemu,omitempty"`  // version
-	State      string    `json:"state,omitempty"` // QEMU's word
+	State      string    `json:"state,omitempty"` // as QEMU names it
 	COLO       string    `json:"colo,omitempty"`  // mode
 	Error      string    `json:"error,omitempty"` // of the last failure
 }
@@ -149,7 +149,7 @@ type OverlayStatus struct {
 	Trouble        string   `json:"trouble,omitempty"`       // why a secondary could not start, or came to an end
 }
 
-// String tells how much room there is and how long it lasts.
+// String is how much room there is and how long it lasts.
 func (o *OverlayStatus) String() string {
 	lasts := "and they do not grow"
 	if o.LastsSeconds != nil {
@@ -169,7 +169,7 @@ type DiskFault struct {
 	At        time.Time `json:"at"`    // the last one
 }
 
-// FailoverDone tells what came of a failover.
+// FailoverDone is what came of a failover.
 type FailoverDone struct {
 	Node    string  `json:"node"`   // that was asked
 	Result  string  `json:"result"` // "transmits alone"

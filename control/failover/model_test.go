@@ -4,12 +4,13 @@ package failover
 
 import (
 	"fmt"
-	"lockstep/control/datapath"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"lockstep/control/datapath"
 )
 
 // model is two hosts with their kernels, QEMUs and daemons, the links between

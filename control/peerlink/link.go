@@ -18,26 +18,10 @@ import (
 	"time"
 
 	"lockstep/compare"
-	"lockstep/control/api"
 	"lockstep/control/config"
 )
 
-// The control link: one TCP connection, which the secondary makes, and JSON
-// lines both ways.
-//
-//	S → P  hello      who I am, what state my tables are in
-//	P → S  session    the term, its keys, the epoch; or refuse, with the reason
-//	S → P  ok         installed
-//	P → S  prepare, abort
-//	S → P  ready, stopped, resumed, abort
-//	P → S  rekey      the next term and its signing keys; S answers ok
-//	P → S  edges      connections that were taken over earlier: S has to know them before it is covered
-//	P → S  covered    S may take over from now on (R18); over: P goes on without S; off: the guest powered off
-//	P → S  refused    why replication does not begin, "" when it is tried again
-//	S → P  overlays   what room they have, and in Cause why P should make a checkpoint
-//	S → P  yield      fall silent and say dead: S takes over because an operator wants it to
-//	both   dead       my QEMU is dead, my gates are shut
-//	both   ping       now and then
+// Bounds of the protocol.
 const (
 	// Version is the protocol's: both nodes need the same.
 	Version    = 4
@@ -48,25 +32,7 @@ const (
 	maxCause   = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )
 
-// message is one line.
-type Message struct {
-	Type    string   `json:"type"`
-	Epoch   uint32   `json:"epoch,omitempty"` // prepare, abort, ready, stopped, resumed
-	Cause   string   `json:"cause,omitempty"` // refuse, abort, refused, overlays
-	PauseNS int64    `json:"pause_ns,omitempty"`
-	Hello   *Hello   `json:"hello,omitempty"`
-	Session *Session `json:"session,omitempty"`
-	Rekey   *Rekey   `json:"rekey,omitempty"`
-	Record  uint64   `json:"record,omitempty"` // covered: term of the arbiter's record
-	NIC     int      `json:"nic,omitempty"`    // edges
-	Edges   []byte   `json:"edges,omitempty"`  // Edge's fields, little-endian
-
-	Overlays []api.OverlayStatus `json:"overlays,omitempty"`
-
-	written chan struct{} // closed when the message was; nil: nobody waits
-}
-
-// party is what each side tells of itself.
+// Party is what each side reports of itself.
 type Party struct {
 	Version int      `json:"version"`
 	VM      string   `json:"vm"`
@@ -78,39 +44,10 @@ type Party struct {
 	NICs    []string `json:"nics"`   // MAC of each NIC's peer device, in the config's order
 }
 
-type Hello struct {
-	Party
-	Fresh       bool   `json:"fresh"`       // the tables were made at this start
-	Whole       bool   `json:"whole"`       // the offsets are those of the SVM as it is
-	Epoch       uint32 `json:"epoch"`       // the one that S is in
-	Connections int    `json:"connections"` // with an offset
-
-	COLO  bool    `json:"colo,omitempty"`  // the SVM follows a PVM; else its QEMU waits for one
-	Disks []int64 `json:"disks,omitempty"` // their sizes
-	// The guest's machine with its version, and QEMU's.
-	Machine string `json:"machine,omitempty"`
-	QEMU    string `json:"qemu,omitempty"`
-}
-
-type Session struct {
-	Party
-	Epoch  uint32 `json:"epoch"`
-	Digest []byte `json:"digest"` // digest keys, compare.Keys' words, little-endian: they outlive a daemon
-	Sign   []byte `json:"sign"`   // seed of the keys that peer frames are signed with
-	Doubt  bool   `json:"doubt"`  // stay parked until a checkpoint
-
-	Record uint64 `json:"record,omitempty"` // term of the arbiter's record
-	Pair   bool   `json:"pair,omitempty"`   // the pair that there was goes on
-}
-
-type Rekey struct {
-	Term uint32 `json:"term"`
-	Sign []byte `json:"sign"` // as in session
-}
-
+// SeedLen is the length of the seed of the signing keys, bytes.
 const SeedLen = 32
 
-// keyBytes are digest keys as a session carries them.
+// KeyBytes are digest keys as a session carries them.
 func KeyBytes(k *compare.Keys) []byte {
 	b, err := binary.Append(nil, binary.LittleEndian, k)
 	if err != nil {
@@ -119,7 +56,7 @@ func KeyBytes(k *compare.Keys) []byte {
 	return b
 }
 
-// signKeys are the keys of a seed: P's towards S, S's towards P.
+// SignKeys are the keys of a seed: P's towards S, S's towards P.
 func SignKeys(seed [SeedLen]byte) (p2s, s2p [2]uint64) {
 	var b [32]byte
 	rand.NewChaCha8(seed).Read(b[:]) // cannot fail
@@ -130,7 +67,7 @@ func SignKeys(seed [SeedLen]byte) (p2s, s2p [2]uint64) {
 	return p2s, s2p
 }
 
-// checkPeer compares what the peer says of itself with what this side knows.
+// CheckPeer compares what the peer reports of itself with what this side knows.
 func CheckPeer(own, peer Party, peerNode, peerRole string) error {
 	switch {
 	case peer.Version != Version:
@@ -160,8 +97,8 @@ func CheckPeer(own, peer Party, peerNode, peerRole string) error {
 // timing of the control link; tests shorten it.
 type Timing struct {
 	Handshake time.Duration // hello to session-ok, each step
-	Silence   time.Duration // a link that says nothing for so long is dead
-	Ping      time.Duration // between two words, though there is nothing to say
+	Silence   time.Duration // a link without a message for so long is dead
+	Ping      time.Duration // between two messages, though there is nothing to send
 	Retry     time.Duration // between attempts to connect, growing to retryMax
 	RetryMax  time.Duration
 }
@@ -179,14 +116,20 @@ var DefaultTiming = Timing{
 // take: the last wait between two attempts, and one attempt.
 const MaxRejoin = retryMax + handshake
 
-// link is an established connection to the peer.
+// queued is a message that waits to be written.
+type queued struct {
+	Message
+	written chan struct{} // closed when it was; nil: nobody waits
+}
+
+// Link is an established connection to the peer.
 type Link struct {
 	conn  net.Conn
 	lines *bufio.Scanner
 	quiet time.Duration
 	ping  time.Duration
-	out   chan Message
-	bulk  chan Message // is written when nothing is in out
+	out   chan queued
+	bulk  chan queued // is written when nothing is in out
 	done  chan struct{}
 	once  sync.Once
 	err   error // why it closed; set before done closes
@@ -195,7 +138,7 @@ type Link struct {
 func New(conn net.Conn, t Timing) *Link {
 	l := &Link{
 		conn: conn, lines: bufio.NewScanner(conn), quiet: t.Silence, ping: t.Ping,
-		out: make(chan Message, maxQueue), bulk: make(chan Message), done: make(chan struct{}),
+		out: make(chan queued, maxQueue), bulk: make(chan queued), done: make(chan struct{}),
 	}
 	l.lines.Buffer(nil, MaxMessage)
 	l.lines.Split(func(b []byte, atEOF bool) (int, []byte, error) {
@@ -215,31 +158,30 @@ var errSpeaksTLS = errors.New("it speaks TLS")
 // read gives the next message that comes within d.
 func (l *Link) Read(d time.Duration) (Message, error) {
 	if err := l.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
-		return Message{}, err
+		return nil, err
 	}
 	if !l.lines.Scan() {
 		err := l.lines.Err()
 		if err == nil {
 			err = io.EOF
 		}
-		return Message{}, err
+		return nil, err
 	}
-	var m Message
-	if err := json.Unmarshal(l.lines.Bytes(), &m); err != nil {
-		return Message{}, fmt.Errorf("not a control message: %w", err)
+	var w wire
+	if err := json.Unmarshal(l.lines.Bytes(), &w); err != nil {
+		return nil, fmt.Errorf("not a control message: %w", err)
 	}
-	return m, nil
+	return w.decode()
 }
 
 // write sends a message at once.
 func (l *Link) Write(m Message) error {
-	m.Cause = m.Cause[:min(len(m.Cause), maxCause)] // it may quote what somebody else said
-	b, err := json.Marshal(m)
+	b, err := json.Marshal(encode(m))
 	if err != nil {
 		return err
 	}
 	if len(b) >= MaxMessage {
-		return fmt.Errorf("a message %q of %d bytes is longer than the peer takes", m.Type, len(b))
+		return fmt.Errorf("a message %q of %d bytes is longer than the peer takes", m.Type(), len(b))
 	}
 	if err := l.conn.SetWriteDeadline(time.Now().Add(l.quiet)); err != nil {
 		return err
@@ -249,7 +191,9 @@ func (l *Link) Write(m Message) error {
 }
 
 // send queues a message. A peer that does not read them loses the link.
-func (l *Link) Send(m Message) {
+func (l *Link) Send(m Message) { l.queue(queued{Message: m}) }
+
+func (l *Link) queue(m queued) {
 	select {
 	case l.out <- m:
 	case <-l.done:
@@ -262,14 +206,14 @@ func (l *Link) Send(m Message) {
 // meanwhile, and reports whether all were written before the link closed.
 func (l *Link) Stream(ms iter.Seq[Message]) bool {
 	for m := range ms {
-		m.written = make(chan struct{})
+		written := make(chan struct{})
 		select {
-		case l.bulk <- m:
+		case l.bulk <- queued{m, written}:
 		case <-l.done:
 			return false
 		}
 		select {
-		case <-m.written:
+		case <-written:
 		case <-l.done:
 			return false
 		}
@@ -280,7 +224,7 @@ func (l *Link) Stream(ms iter.Seq[Message]) bool {
 // flush waits, not for long, until what was queued is written.
 func (l *Link) Flush() {
 	written := make(chan struct{})
-	l.Send(Message{Type: "ping", written: written})
+	l.queue(queued{Ping{}, written})
 	late := time.NewTimer(l.ping)
 	defer late.Stop()
 	select {
@@ -316,7 +260,7 @@ func (l *Link) Pump() {
 	ping := time.NewTicker(l.ping)
 	defer ping.Stop()
 	for {
-		m := Message{Type: "ping"}
+		m := queued{Message: Ping{}}
 		select {
 		case m = <-l.out:
 		default:
@@ -328,7 +272,7 @@ func (l *Link) Pump() {
 				return
 			}
 		}
-		if err := l.Write(m); err != nil {
+		if err := l.Write(m.Message); err != nil {
 			l.Close(err)
 			return
 		}

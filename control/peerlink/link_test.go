@@ -4,16 +4,18 @@ package peerlink
 
 import (
 	"bytes"
-	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"math"
 	"net"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/api"
 	"lockstep/control/datapath"
 )
 
@@ -39,35 +41,31 @@ func TestMessagesFit(t *testing.T) {
 	}
 	disks := slices.Repeat([]int64{math.MaxInt64}, 16)
 	keys := new(compare.Keys)
-	b, err := binary.Append(nil, binary.LittleEndian, make([]datapath.Edge, MaxEdges))
-	if err != nil {
-		t.Fatal(err)
-	}
 	seed := make([]byte, SeedLen)
 	for i, m := range []Message{
-		{Type: "hello", Hello: &Hello{Party: longest, Fresh: true, Whole: true, Epoch: math.MaxUint32, Connections: math.MaxInt, COLO: true, Disks: disks}},
-		{Type: "session", Session: &Session{Party: longest, Epoch: math.MaxUint32, Digest: KeyBytes(keys), Sign: seed, Doubt: true, Record: math.MaxUint64, Pair: true}},
-		{Type: "edges", NIC: MaxNICs - 1, Edges: b},
-		{Type: "rekey", Rekey: &Rekey{Term: math.MaxUint32, Sign: seed}},
-		{Type: "refuse", Cause: strings.Repeat("\x00", MaxMessage)}, // six bytes each in JSON
-		{Type: "abort", Epoch: math.MaxUint32, Cause: strings.Repeat("<", MaxMessage)},
-		{Type: "resumed", Epoch: math.MaxUint32, PauseNS: math.MinInt64},
+		Hello{Party: longest, Fresh: true, Whole: true, Epoch: math.MaxUint32, Connections: math.MaxInt, COLO: true, Disks: disks},
+		Session{Party: longest, Epoch: math.MaxUint32, Digest: KeyBytes(keys), Sign: seed, Doubt: true, Record: math.MaxUint64, Pair: true},
+		Edges{NIC: MaxNICs - 1, Edges: make([]datapath.Edge, MaxEdges)},
+		Rekey{Term: math.MaxUint32, Sign: seed},
+		Refuse{Cause: strings.Repeat("\x00", MaxMessage)}, // six bytes each in JSON
+		Abort{Epoch: math.MaxUint32, Cause: strings.Repeat("<", MaxMessage)},
+		Resumed{Epoch: math.MaxUint32, PauseNS: math.MinInt64},
 	} {
 		a, b := net.Pipe()
 		sent := make(chan error, 1)
 		go func() { sent <- New(a, Timing{Silence: patience, Ping: patience}).Write(m) }()
 		got, err := New(b, Timing{Silence: patience, Ping: patience}).Read(patience)
-		if err != nil || got.Type != m.Type || len(got.Edges) != len(m.Edges) {
-			t.Errorf("message %d, %s: %v", i, m.Type, err)
+		if err != nil || !same(got, m) {
+			t.Errorf("message %d, %s: %v", i, m.Type(), err)
 		}
 		b.Close()
 		if err := <-sent; err != nil {
-			t.Errorf("message %d, %s: %v", i, m.Type, err)
+			t.Errorf("message %d, %s: %v", i, m.Type(), err)
 		}
 		a.Close()
 	}
 	// What would not fit is this side's mistake, and no puzzle for the peer.
-	long := Message{Type: "edges", Edges: make([]byte, MaxMessage)}
+	long := Edges{Edges: make([]datapath.Edge, MaxMessage)}
 	if err := New(&bytesConn{}, Timing{}).Write(long); err == nil || !strings.Contains(err.Error(), "longer than the peer takes") {
 		t.Errorf("a message that is too long: %v", err)
 	}
@@ -85,8 +83,8 @@ func FuzzMessage(f *testing.F) {
 			if err != nil {
 				return
 			}
-			if m.Hello != nil {
-				_ = CheckPeer(Party{Version: Version, VM: "web1", Node: "beta", Role: "secondary"}, m.Hello.Party, "beta", "secondary")
+			if h, ok := m.(Hello); ok {
+				_ = CheckPeer(Party{Version: Version, VM: "web1", Node: "beta", Role: "secondary"}, h.Party, "beta", "secondary")
 			}
 			_ = fmt.Sprint(m)
 		}
@@ -101,3 +99,42 @@ type bytesConn struct {
 
 func (c *bytesConn) Read(b []byte) (int, error)      { return c.Reader.Read(b) }
 func (c *bytesConn) SetReadDeadline(time.Time) error { return nil }
+
+// same reports whether b came as a, but for a cause that was too long.
+func same(a, b Message) bool {
+	x, _ := a.(Edges)
+	y, _ := b.(Edges)
+	return a != nil && a.Type() == b.Type() && len(x.Edges) == len(y.Edges)
+}
+
+// Each message comes as it was sent.
+func TestMessages(t *testing.T) {
+	party := Party{Version: Version, VM: "web1", Node: "beta", Role: "secondary", Term: 3, NICs: []string{"02:00:00:00:00:01"}}
+	for _, m := range []Message{
+		Hello{Party: party, Fresh: true, Whole: true, Epoch: 4, Connections: 5, COLO: true, Disks: []int64{6}, Machine: "pc", QEMU: "10.0"},
+		Session{Party: party, Epoch: 4, Digest: []byte{1}, Sign: []byte{2}, Doubt: true, Record: 7, Pair: true},
+		Refuse{"no"}, OK{}, Prepare{4}, Abort{4, "late"}, Ready{4}, Stopped{4}, Resumed{4, 5}, Rekey{Term: 3, Sign: []byte{2}},
+		Edges{NIC: 1, Edges: []datapath.Edge{{Seq: 8, TS: 9}}}, Covered{7}, Dismiss{}, PoweredOff{}, Refused{"images"},
+		Overlays{All: []api.OverlayStatus{{Node: "beta", Dir: "/o"}}, Cause: "full"}, Yield{}, Dead{}, Ping{},
+	} {
+		b, err := json.Marshal(encode(m))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var w wire
+		if err := json.Unmarshal(b, &w); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := w.decode(); err != nil || !reflect.DeepEqual(got, m) {
+			t.Errorf("%s: %#v, %v, want %#v", b, got, err, m)
+		}
+	}
+	for want, w := range map[string]wire{
+		`"hello" is empty`: {Type: "hello"}, `"session" is empty`: {Type: "session"}, `"rekey" is empty`: {Type: "rekey"},
+		`"sing" is unknown`: {Type: "sing"}, "edges that make no sense": {Type: "edges", Edges: make([]byte, 1)},
+	} {
+		if m, err := w.decode(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v, %v, want %s", w, m, err, want)
+		}
+	}
+}

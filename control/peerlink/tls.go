@@ -29,7 +29,7 @@ type Certificates struct {
 	VM, Node, Peer string
 }
 
-// CertError says which of a node's own files is no good.
+// CertError is which of a node's own files is no good.
 type CertError struct {
 	What        string // "ca", "cert", "key"
 	Reason, Fix string
@@ -151,7 +151,7 @@ func (a *authority) verify(chain []*x509.Certificate, file string) error {
 	for _, cert := range chain[1:] {
 		between.AddCert(cert)
 	}
-	// The name says which node it is; client or server is the role's matter.
+	// The name is the node's; client or server is the role's matter.
 	now := time.Now()
 	_, err := leaf.Verify(x509.VerifyOptions{
 		Roots: a.pool, Intermediates: between, CurrentTime: now,

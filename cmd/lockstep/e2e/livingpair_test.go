@@ -244,7 +244,7 @@ func (p *livingPair) signalDaemon(node string, sig syscall.Signal) {
 // fenced waits until a node's daemon ends, because another host speaks.
 func (p *livingPair) fenced(node string) {
 	p.t.Helper()
-	if err := p.procs[node].Wait(); err == nil || !strings.Contains(p.log(node), "does not speak for the guest any more") {
+	if err := p.procs[node].Wait(); err == nil || !strings.Contains(p.log(node), "may not transmit for the guest any more") {
 		p.t.Errorf("the daemon of %s ended with %v", node, err)
 	}
 }
