@@ -18,7 +18,7 @@ GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')
 C_FILES   = $(shell git ls-files '*.c' '*.h')
 
 # Packages with goroutines of their own that need no guest and no device.
-RACED := ./control ./control/arbiter ./control/journal ./control/program ./control/qmp ./control/state
+RACED := ./control ./control/api ./control/arbiter ./control/journal ./control/peerlink ./control/program ./control/qmp ./control/state
 
 # Nothing but the race detector needs a C compiler, so that the tests build what is
 # released.

@@ -256,19 +256,19 @@ func names(file, text, word string) bool {
 	return false
 }
 
-// checkWay checks the way of an event, a numbered list in ARCHITECTURE.md: at most ten
-// hops, each with file and function.
-func checkWay(files map[string]string, fault func(format string, args ...any)) {
-	const doc, head = "ARCHITECTURE.md", "\n## From the ring to the release\n"
-	_, way, ok := strings.Cut(files[doc], head)
+// checkWay checks a way through the code, a numbered list in a section of ARCHITECTURE.md:
+// at most ten hops, each with file and function.
+func checkWay(files map[string]string, section string, fault func(format string, args ...any)) {
+	const doc = "ARCHITECTURE.md"
+	_, way, ok := strings.Cut(files[doc], "\n## "+section+"\n")
 	if !ok {
-		fault("%s has no section %q", doc, strings.TrimSpace(head))
+		fault("%s has no section %q", doc, section)
 		return
 	}
 	way, _, _ = strings.Cut(way, "\n## ")
 	hops := regexp.MustCompile(`(?m)^\d+\. .*(?:\n   .*)*`).FindAllString(way, -1)
 	if len(hops) == 0 || len(hops) > 10 {
-		fault("%s: an event has %d hops, want 1 to 10", doc, len(hops))
+		fault("%s: %s: %d hops, want 1 to 10", doc, section, len(hops))
 	}
 	for i, hop := range hops {
 		var words []string
@@ -276,10 +276,10 @@ func checkWay(files map[string]string, fault func(format string, args ...any)) {
 			words = append(words, q[1])
 		}
 		if len(words) == 0 || !sourceExt.MatchString(words[0]) {
-			fault("%s: hop %d does not begin with a file", doc, i+1)
+			fault("%s: %s: hop %d does not begin with a file", doc, section, i+1)
 			continue
 		}
-		checkPlaces(files, fmt.Sprintf("%s: hop %d", doc, i+1), words, fault)
+		checkPlaces(files, fmt.Sprintf("%s: %s: hop %d", doc, section, i+1), words, fault)
 	}
 }
 
@@ -382,9 +382,9 @@ func TestRulesFaults(t *testing.T) {
 		{"function that is not in the file", "docs/other.md", "`guard` in", "`check` in", "docs/other.md: p/a.go defines no check"},
 		{"pattern without a file", "docs/other.md", "compare/*.go", "compare/*.c", "docs/other.md names compare/*.c"},
 		{"no way", "ARCHITECTURE.md", "From the ring", "Along the ring", "ARCHITECTURE.md has no section"},
-		{"hop without a file", "ARCHITECTURE.md", "1. `p/a.go` ", "1. ", "ARCHITECTURE.md: hop 1 does not begin with a file"},
-		{"hop that moved", "ARCHITECTURE.md", "`check`", "`guard`", "ARCHITECTURE.md: hop 2: p/b.c defines no guard; it is defined in [p/a.go]"},
-		{"too many hops", "ARCHITECTURE.md", "\n## More", strings.Repeat("3. `p/b.c` `check`.\n", 9) + "\n## More", "an event has 11 hops"},
+		{"hop without a file", "ARCHITECTURE.md", "1. `p/a.go` ", "1. ", "ARCHITECTURE.md: From the ring to the release: hop 1 does not begin with a file"},
+		{"hop that moved", "ARCHITECTURE.md", "`check`", "`guard`", "ARCHITECTURE.md: From the ring to the release: hop 2: p/b.c defines no guard; it is defined in [p/a.go]"},
+		{"too many hops", "ARCHITECTURE.md", "\n## More", strings.Repeat("3. `p/b.c` `check`.\n", 9) + "\n## More", "ARCHITECTURE.md: From the ring to the release: 11 hops"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			files := whole()
@@ -397,7 +397,7 @@ func TestRulesFaults(t *testing.T) {
 			var faults []string
 			note := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 			checkRules(files, note)
-			checkWay(files, note)
+			checkWay(files, "From the ring to the release", note)
 			checkPaths(files, note)
 			if c.fault == "" && len(faults) > 0 || c.fault != "" && !slices.ContainsFunc(faults, func(f string) bool { return strings.Contains(f, c.fault) }) {
 				t.Errorf("found %q, want %q", faults, c.fault)

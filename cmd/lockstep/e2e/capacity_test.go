@@ -150,7 +150,7 @@ func TestFullSlots(t *testing.T) {
 	p.await("alpha", ready)
 	var g pacing
 	noRoom := func(s *api.Status) uint64 { return s.Dropped["no_slot"] + s.Dropped["no room"] }
-	// Whatever tells P what the SVM has said. Echoes go on.
+	// All that reports the SVM's output to P. Echoes go on.
 	records := lt.Filter{Types: []uint8{uint8(bpf.LockstepLsRecTypeLS_REC_DATA), uint8(bpf.LockstepLsRecTypeLS_REC_ANSWER)}}
 	for _, outage := range []struct {
 		name, host string
@@ -240,7 +240,7 @@ func timeouts(p *pair, guest string) int {
 	return 0
 }
 
-// syn is a SYN, or a segment with other flags, from an address that nobody has.
+// syn is a SYN, or a segment with other flags, from an address that no host has.
 func syn(from netip.AddrPort, seq uint32, flags byte) []byte {
 	tcp := make([]byte, 24)
 	binary.BigEndian.PutUint16(tcp, from.Port())
@@ -287,7 +287,7 @@ const (
 	flagACK = 16
 )
 
-// TestHalfOpenFlood: tens of thousands of SYNs that nobody means cost other
+// TestHalfOpenFlood: tens of thousands of SYNs that are never completed cost other
 // half-open connections only: not the table, not those that are open.
 func TestHalfOpenFlood(t *testing.T) {
 	const limit, n = 1024, 30_000

@@ -12,26 +12,26 @@ import (
 )
 
 // TestDaemonStaysDead: a primary's daemon ends on a living host and does not come back:
-// the other host waits for it as long as heartbeat.restart says.
+// the other host waits for it for heartbeat.restart.
 func TestDaemonStaysDead(t *testing.T) {
 	p := newLivingPair(t, 0, "heartbeat: {restart: 1s}")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.kill("alpha")
 	began := time.Now()
 	c.ask(1)
 	t.Logf("the first answer took %v", time.Since(began))
 	c.ask(49)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 	p.run("alpha", "secondary") // its QEMU is ended, and makes room for a new one
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }
 
 // TestDaemonsRestart: daemons are killed and started again, in every state of the
-// pair: nobody takes over, no connection breaks.
+// pair: no host takes over, no connection breaks.
 func TestDaemonsRestart(t *testing.T) {
 	p := newLivingPair(t, 0, "compare: {timeout: 10s}\nheartbeat: {restart: 20s}")
 	p.start()
@@ -52,7 +52,7 @@ func TestDaemonsRestart(t *testing.T) {
 				})
 				p.covered()
 				if s := p.status("alpha"); s.Record != p.record {
-					t.Errorf("%d: the record is of term %d, and was of %d: somebody spoke alone", i, s.Record, p.record)
+					t.Errorf("%d: the record is of term %d, and was of %d: a host transmitted alone", i, s.Record, p.record)
 				}
 			})
 			if t.Failed() {

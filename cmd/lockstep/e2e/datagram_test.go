@@ -107,7 +107,7 @@ const (
 )
 
 // TestDatagrams: what is not TCP is compared datagram by datagram, in any order,
-// and leaves as the PVM said it.
+// and leaves as the PVM sent it.
 func TestDatagrams(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
 	for guest, ns := range map[string]string{"pvm": p.PVM, "svm": p.SVM} {
@@ -227,7 +227,7 @@ func TestDatagrams(t *testing.T) {
 	}
 }
 
-// unmatched is the reason for dropping what only the SVM said.
+// unmatched is the reason for dropping what only the SVM sent.
 const unmatched = "unmatched svm datagram"
 
 func ping(p *pair, host string, size, count int) {
@@ -341,7 +341,7 @@ func multicast(p *pair, family string, seen *lt.Wire) {
 	}
 }
 
-// TestOneSided: what one guest alone says never leaves. The PVM's asks for a
+// TestOneSided: what one guest alone sends never leaves. The PVM's asks for a
 // checkpoint after the time-out, the SVM's expires, and ICMP errors ask for nothing.
 func TestOneSided(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 200ms}")

@@ -18,7 +18,7 @@ import (
 )
 
 // TestDemo is what `make demo` shows: a pair of real guests through two failovers, with
-// a client that does not notice. As a test it says nothing and checks the same.
+// a client that does not notice. As a test it prints nothing and checks the same.
 func TestDemo(t *testing.T) {
 	say := func(format string, args ...any) { t.Logf(format, args...) }
 	if os.Getenv("LOCKSTEP_DEMO") != "" {

@@ -104,7 +104,7 @@ func (p *livingPair) writes(patience time.Duration) *diskWriter {
 			got, err := r.ReadString('\n')
 			if err != nil {
 				w.why = err
-				return // nobody is left to answer; what was confirmed counts
+				return // no host is left to answer; what was confirmed counts
 			}
 			w.mu.Lock()
 			if want := fmt.Sprintf("wrote f%d <nil>\n", n); got != want {
@@ -136,7 +136,7 @@ func (w *diskWriter) end() (confirmed int) {
 	return w.count()
 }
 
-// served waits for somebody who serves the guest's disk; false: nobody does.
+// served waits for a host that serves the guest's disk; false: none does.
 func (p *livingPair) served(within time.Duration) (net.Conn, bool) {
 	for deadline := time.Now().Add(within); time.Now().Before(deadline); {
 		c, err := p.dial(lt.Guest4, portDisk, "")
@@ -202,8 +202,8 @@ func newDiskPair(t *testing.T, x diskFault) (*livingPair, *smallDisk) {
 }
 
 // TestDiskFaults: a replica of the disk fails at a random moment of a load of writes,
-// and then a host dies or none. Nothing that was confirmed is missing on whoever serves
-// then, and somebody does, unless the only good replica is gone (R24).
+// and then a host dies or none. Nothing that was confirmed is missing on the host that serves
+// then, and one does, unless the only good replica is gone (R24).
 func TestDiskFaults(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 24))
@@ -235,7 +235,7 @@ func TestDiskFaults(t *testing.T) {
 			c, served := p.served(map[bool]time.Duration{true: 5 * time.Second, false: 30 * time.Second}[lost])
 			if !served {
 				if !lost {
-					t.Fatalf("nobody serves, with %d writes confirmed", confirmed)
+					t.Fatalf("no host serves, with %d writes confirmed", confirmed)
 				}
 				t.Logf("%d writes confirmed, and the guest stands still", confirmed)
 				return
@@ -251,7 +251,7 @@ func TestDiskFaults(t *testing.T) {
 	}
 }
 
-// TestDiskFaultSeen: what an operator is told of a disk that failed, and that a guest
+// TestDiskFaultSeen: what is reported to an operator of a disk that failed, and that a guest
 // whose only disk is full goes on when there is room again.
 func TestDiskFaultSeen(t *testing.T) {
 	x := diskFaults[0]
@@ -295,7 +295,7 @@ func TestDiskFaultSeen(t *testing.T) {
 	confirmed := w.end()
 	c, served := p.served(10 * time.Second)
 	if !served {
-		t.Fatal("nobody serves")
+		t.Fatal("no host serves")
 	}
 	defer c.Close()
 	p.verify(c, confirmed)
@@ -322,7 +322,7 @@ func TestColdStart(t *testing.T) {
 		p.booted()
 		c, served := p.served(time.Minute)
 		if !served {
-			t.Fatal("nobody serves")
+			t.Fatal("no host serves")
 		}
 		defer c.Close()
 		p.verify(c, n)

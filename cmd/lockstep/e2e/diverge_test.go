@@ -95,7 +95,7 @@ func qemuPair(t *testing.T) *qmptest.Pair {
 
 func ready(s *api.Status) bool { return s.State == "replicating" && s.QMP.Connected }
 
-// TestDivergence: answers that differ reach nobody before the checkpoint that
+// TestDivergence: answers that differ reach no client before the checkpoint that
 // the divergence asks for; then the PVM's leaves, and new connections work.
 func TestDivergence(t *testing.T) {
 	q := qemuPair(t)
@@ -154,7 +154,7 @@ func TestUnaskedStop(t *testing.T) {
 	}
 	q.Primary.Stop()
 	p.await("alpha", func(s *api.Status) bool { return s.State != "replicating" })
-	fmt.Fprintln(c, "stopped and silent")
+	fmt.Fprintln(c, "stopped and muted")
 	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
 	q.Primary.Resume()
 	// Lockstep wants a checkpoint of its own now, which never comes.
@@ -164,12 +164,12 @@ func TestUnaskedStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
-	if n := seen.count("stopped and silent"); n != 0 {
-		t.Errorf("%d frames left after a STOP nobody asked for", n)
+	if n := seen.count("stopped and muted"); n != 0 {
+		t.Errorf("%d frames left after a STOP that was not asked for", n)
 	}
 	// The same bytes leave once a checkpoint commits.
 	q.SetHook(nil)
-	want := "stopped and silent\n"
+	want := "stopped and muted\n"
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
 		t.Errorf("after the checkpoint: %q, %v; want %q", got, err, want)
@@ -271,8 +271,8 @@ func fetch(port string) {
 	os.Exit(1)
 }
 
-// TestCommitPoint: what the PVM said behind the commit point does not leave with
-// what it said before, but waits for the checkpoint that follows (R14).
+// TestCommitPoint: what the PVM sent behind the commit point does not leave with
+// what it sent before, but waits for the checkpoint that follows (R14).
 func TestCommitPoint(t *testing.T) {
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), "checkpoint: {period: 1h}")

@@ -32,8 +32,8 @@ func gratuitousARP() []byte {
 	return f
 }
 
-// TestEcho: when no echo of S's comes back, the PVM is silent after a while, ARP
-// included, however much it wants to speak; with the echoes its voice comes back
+// TestEcho: when no echo of S's comes back, the PVM is muted after a while, ARP
+// included, however much it has to send; with the echoes it transmits again
 // (R20).
 func TestEcho(t *testing.T) {
 	p := newPair(t, lt.Impaired, "", "", "")
@@ -57,7 +57,7 @@ func TestEcho(t *testing.T) {
 				return p.status("alpha").Counters["muted"] > muted, "the PVM is not muted"
 			})
 			seen.Forget()
-			// The client and the guest go on trying, and are heard by each other's side only.
+			// The client and the guest go on trying, and are received on their own side only.
 			muted = p.status("alpha").Counters["muted"]
 			before := p.Impair.Counts(t, dir).Filtered
 			c.Write([]byte("is anybody there?"))
@@ -72,7 +72,7 @@ func TestEcho(t *testing.T) {
 					t.Error("a connection was made")
 				}
 				return p.Impair.Counts(t, dir).Filtered-before >= 20 && p.status("alpha").Counters["muted"]-muted >= 3,
-					"too few echoes were lost meanwhile, or nothing was said"
+					"too few echoes were lost meanwhile, or nothing was sent"
 			})
 			if frames := seen.Frames(nil); len(frames) != 0 {
 				t.Errorf("%d frames came to the client, the first is\n%x", len(frames), frames[0])

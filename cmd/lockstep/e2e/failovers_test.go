@@ -114,7 +114,7 @@ func TestMidCheckpoint(t *testing.T) {
 	halfway := func(node string) {
 		t.Helper()
 		d := p.mustDial(lt.Guest4, portDirty)
-		defer d.Close() // the guest hears of it when it goes on
+		defer d.Close() // the guest receives the end of it when it goes on
 		if got := p.ask(d, ""); got != "dirty" {
 			t.Fatalf("%q in place of dirty", got)
 		}
@@ -193,7 +193,7 @@ func TestFailovers(t *testing.T) {
 				q.pair = p.with(t)
 				sig := syscall.SIGKILL
 				if x.name == "idle" {
-					sig = syscall.SIGTERM // QEMU tells of it, and of what it loses on its way
+					sig = syscall.SIGTERM // QEMU reports it, and what it loses on its way
 				}
 				q.during(x, func() {
 					p.endQEMU(victim, sig)

@@ -161,7 +161,7 @@ func TestForgery(t *testing.T) {
 	forge("forgeries", forged)
 	for node, n := range taken {
 		if now := p.status(node).Counters["record_in"]; now != n {
-			t.Errorf("%s took %d records while nothing was said", node, now-n)
+			t.Errorf("%s took %d records while nothing was sent", node, now-n)
 		}
 	}
 
@@ -218,7 +218,7 @@ func TestForgery(t *testing.T) {
 }
 
 // mutants are n frames of a guest's that were valid before some bytes of them
-// changed. No two guests say the same ones.
+// changed. No two guests send the same ones.
 func mutants(who string, n int) (out [][]byte) {
 	r := rand.New(rand.NewPCG(uint64(len(who)), uint64(who[0])))
 	for i := range n {

@@ -28,7 +28,7 @@ const (
 	portClock  = "7006" // a line: the guest's clock, which no other guest's agrees with
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
-	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and says what came of it
+	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and answers with the outcome
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
 

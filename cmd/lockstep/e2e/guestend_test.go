@@ -38,11 +38,11 @@ func (p *livingPair) monitor(node string) *qmp.Monitor {
 }
 
 // TestPowerOff: a guest that powers off is off on both hosts, and stays so when the units
-// start their daemons again, until somebody starts it (R25).
+// start their daemons again, until an operator starts it (R25).
 func TestPowerOff(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	c.c.Close()
 	p.end("poweroff")
@@ -52,15 +52,15 @@ func TestPowerOff(t *testing.T) {
 		}
 		lt.Eventually(t, 10*time.Second, func() (bool, string) { return p.qemu(node) == 0, "its QEMU is there" })
 	}
-	if turns := heard.Turns(); len(turns) > 1 {
-		t.Errorf("somebody took over: %v", turns)
+	if turns := watch.Turns(); len(turns) > 1 {
+		t.Errorf("a host took over: %v", turns)
 	}
 	p.run("alpha", "primary")
 	if err := p.procs["alpha"].Wait(); err != nil || p.qemu("alpha") != 0 {
 		t.Errorf("started again, the daemon ended with %v, QEMU's process is %d", err, p.qemu("alpha"))
 	}
 	if log := p.log("alpha"); !strings.Contains(log, "powered off and stays off; `lockstep start") {
-		t.Error("nobody says how to start it")
+		t.Error("no log says how to start it")
 	}
 	if out, err := p.order("beta", "start"); err == nil {
 		t.Errorf("start on the secondary: %q", out)
@@ -108,7 +108,7 @@ func TestPanic(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.extra("-device", "pvpanic", "-action", "panic=pause")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	if err := p.monitor("alpha").Execute("human-monitor-command", map[string]string{"command-line": "o/b 0x505 1"}, nil); err != nil {
 		t.Fatal(err)
@@ -117,7 +117,7 @@ func TestPanic(t *testing.T) {
 	p.rejoin("alpha")
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 	out, err := p.order("alpha", "events")
 	if err != nil || !strings.Contains(out, "the guest panicked") {
 		t.Errorf("events: %v\n%s", err, out)

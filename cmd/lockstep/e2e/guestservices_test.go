@@ -26,7 +26,7 @@ import (
 )
 
 // Programs that people use, in real guests: their randomness differs between the two,
-// so that they cost checkpoints, which are told and not judged.
+// so that they cost checkpoints, which are logged and not judged.
 
 const (
 	portHTTP2   = "8444"

@@ -38,7 +38,7 @@ func routed(p *pair) {
 }
 
 // unreachable has both guests connect to an address that a router calls unreachable, and
-// then to the client, from ports that both take. It returns what they say within limit.
+// then to the client, from ports that both take. It returns their answers within limit.
 func unreachable(p *pair, to, client, from string, limit time.Duration) (said [2]string, err error) {
 	p.t.Helper()
 	var l net.Listener
@@ -62,7 +62,7 @@ func unreachable(p *pair, to, client, from string, limit time.Duration) (said [2
 	return said, nil
 }
 
-// TestUnreachable: a router tells the guest that it cannot reach what it connects to,
+// TestUnreachable: a router reports to the guest that it cannot reach what it connects to,
 // quoting the PVM's SYN. The SVM believes it too, at once, so both go on alike.
 func TestUnreachable(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
@@ -72,7 +72,7 @@ func TestUnreachable(t *testing.T) {
 	for _, to := range [][]string{{"203.0.113.9", lt.Client4, "4100"}, {"2001:db8:77::9", lt.Client6, "4101"}} {
 		said, err := unreachable(p, to[0], to[1], to[2], 5*time.Second)
 		if err != nil || !strings.Contains(said[0], "no route to host") && !strings.Contains(said[0], "network is unreachable") || said[1] != "<nil>\n" {
-			t.Errorf("%s: the guests said %q, %v", to, said, err)
+			t.Errorf("%s: the guests answered %q, %v", to, said, err)
 		}
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested != 0 {
@@ -87,17 +87,17 @@ func TestMutationQuotes(t *testing.T) {
 	routed(p)
 	lt.Run(t, "ip", "-n", p.Client, "route", "add", "unreachable", "203.0.113.0/24")
 	if said, err := unreachable(p, "203.0.113.9", lt.Client4, "4100", 3*time.Second); !os.IsTimeout(err) {
-		t.Errorf("the guests said %q, %v", said, err)
+		t.Errorf("the guests answered %q, %v", said, err)
 	}
 	p.await("alpha", func(s *api.Status) bool { return s.CheckpointsRequested > 0 })
 }
 
 // complains has a guest answer the first segment with payload that comes to port with an
-// ICMP error that quotes it, as a firewall does, with the numbers that it has heard.
+// ICMP error that quotes it, as a firewall does, with the numbers that it has seen.
 func complains(p *pair, guest string, port uint16) {
 	p.t.Helper()
 	lt.In(p.t, guest, func() {
-		const all = unix.ETH_P_ALL << 8 // in network order: who asks for all hears before the skew is taken out
+		const all = unix.ETH_P_ALL << 8 // in network order: a socket for all protocols receives before the skew is taken out
 		dev, err := net.InterfaceByName("eth0")
 		if err != nil {
 			p.t.Fatal(err)
@@ -186,8 +186,8 @@ func complaint(t *testing.T, without loader.Mutation, limit time.Duration) (arri
 	}
 }
 
-// TestComplaint: both guests quote the remote's segment, which each has heard with
-// other numbers, and say the same of it.
+// TestComplaint: both guests quote the remote's segment, which each has received with
+// other numbers, and report the same of it.
 func TestComplaint(t *testing.T) {
 	if !complaint(t, 0, 5*time.Second) {
 		t.Error("the guests' ICMP error did not come")
@@ -219,7 +219,7 @@ func far(p *pair) (ns string) {
 	return ns
 }
 
-// pathMTU has the SVM take over connections from far away, and then say more than fits
+// pathMTU has the SVM take over connections from far away, and then send more than fits
 // the path. It returns what became of them.
 func pathMTU(t *testing.T, without loader.Mutation, limit time.Duration) map[string]error {
 	p, q := coveredPair(t, without)
@@ -259,12 +259,12 @@ func wantPattern(r io.Reader, n int) error {
 		return err
 	}
 	if (&pattern{}).Read(want); string(got) != string(want) {
-		return fmt.Errorf("%d bytes, and others than the guest said", n)
+		return fmt.Errorf("%d bytes, and others than the guest sent", n)
 	}
 	return nil
 }
 
-// TestPathMTU: after a takeover a router tells that a frame does not fit, and quotes the
+// TestPathMTU: after a takeover a router reports that a frame does not fit, and quotes the
 // numbers that the PVM began with. The guest, whose are others, makes them smaller.
 func TestPathMTU(t *testing.T) {
 	for guest, err := range pathMTU(t, 0, 10*time.Second) {
@@ -326,7 +326,7 @@ func TestMultipathKept(t *testing.T) {
 	}
 }
 
-// signed has a socket sign what it says to an address, and demand the same (TCP-MD5).
+// signed has a socket sign what it sends to an address, and demand the same (TCP-MD5).
 func signed(to string) sockopt {
 	return func(_, _ string, c syscall.RawConn) error {
 		sig := unix.TCPMD5Sig{Addr: unix.SockaddrStorage{Family: unix.AF_INET}}
@@ -343,7 +343,7 @@ func signed(to string) sockopt {
 }
 
 // TestSigned: TCP-MD5's digest covers a sequence number that the SVM does not have. The
-// connection is held back until a checkpoint has made them one, and says why.
+// connection is held back until a checkpoint has made them one, and the reason is reported.
 func TestSigned(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 300ms}")
 	serveIn(p, "tcp4", "7179", signed(lt.Client4), func(c *net.TCPConn) { io.Copy(c, c) })

@@ -18,11 +18,11 @@ import (
 )
 
 // TestFrozenQEMU: a primary's QEMU that stands still does not answer; its host shuts it
-// out, and the other takes over. When it goes on, nobody hears it.
+// out, and the other takes over. When it goes on, nothing of it leaves.
 func TestFrozenQEMU(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signal("alpha", syscall.SIGSTOP)
 	began := time.Now()
@@ -33,11 +33,11 @@ func TestFrozenQEMU(t *testing.T) {
 	p.rejoin("alpha")
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }
 
-// TestStopCont: somebody stops either QEMU's guest and lets it go on: meanwhile nothing
-// leaves, and nobody takes over (R15).
+// TestStopCont: an operator stops either QEMU's guest and lets it go on: meanwhile nothing
+// leaves, and no host takes over (R15).
 func TestStopCont(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
@@ -72,7 +72,7 @@ func TestStopCont(t *testing.T) {
 	}
 }
 
-// TestHostLoss: a whole host is gone at once, and says nothing about it.
+// TestHostLoss: a whole host is gone at once, without a sign.
 func TestHostLoss(t *testing.T) {
 	p := newLivingPair(t, 1, "migration: {port: 9998, nbd_port: 9999}")
 	p.start()

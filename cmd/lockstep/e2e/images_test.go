@@ -15,7 +15,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// firstStart makes a pair whose secondary's disk is empty: nobody copied anything.
+// firstStart makes a pair whose secondary's disk is empty: nothing was copied.
 func firstStart(t *testing.T) *livingPair {
 	t.Helper()
 	p := newLivingPair(t, 1, "")
@@ -95,15 +95,15 @@ func TestFirstStart(t *testing.T) {
 		t.Errorf("refused still: %s", s.Refused)
 	}
 	if log := p.log("alpha"); !strings.Contains(log, "what beta's image holds is lost") {
-		t.Error("nobody said whose image is lost")
+		t.Error("no log says whose image is lost")
 	}
 	p.booted()
 	p.lockstepped()
 	p.keepsFile()
 }
 
-// TestFirstStartTrusted is the mutation of TestFirstStart: where nobody looks, an empty
-// image counts as a replica. That is what trust says, and why it is not the default.
+// TestFirstStartTrusted is the mutation of TestFirstStart: where the images are not compared, an empty
+// image counts as a replica. That is what trust means, and why it is not the default.
 func TestFirstStartTrusted(t *testing.T) {
 	p := firstStart(t)
 	p.run("beta", "secondary")
@@ -113,7 +113,7 @@ func TestFirstStartTrusted(t *testing.T) {
 }
 
 // TestFirstStartAlone: the guest ran alone before it ever replicated, so its image goes on
-// changing: whatever the config says of images that are the same, they have to be copied.
+// changing: also where the config accepts images that are the same, they have to be copied.
 func TestFirstStartAlone(t *testing.T) {
 	p := firstStart(t)
 	p.run("alpha", "primary")

@@ -10,7 +10,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// TestInsecure: a pair without certificates works, and says so at every look.
+// TestInsecure: a pair without certificates works, and status says so each time.
 func TestInsecure(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "tls: {insecure: true}")
 	p.keepAlive(lt.Guest4, 10)

@@ -26,8 +26,8 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// The test binary is also the guests' service and other processes of the tests, told
-// apart by this variable.
+// The test binary is also the guests' service and other processes of the tests, as this
+// variable names them.
 const actAs = "LOCKSTEP_TEST_ACT_AS"
 
 func TestMain(m *testing.M) {
@@ -117,7 +117,7 @@ func newPairWithout(t *testing.T, rule loader.Mutation, peer lt.Peer, qmpP, qmpS
 }
 
 // start starts the guests' services and both daemons and waits until they
-// replicate and the PVM may speak (R20): a raw frame that is dropped as muted is not
+// replicate and the PVM may transmit (R20): a raw frame that is dropped as muted is not
 // sent again.
 func (p *pair) start() {
 	p.t.Helper()
@@ -258,7 +258,7 @@ func (p *pair) daemon(node, ns, role string) {
 			p.t.Logf("log of %s:\n%s", node, p.log(node))
 		}
 		if p.endGuest != nil {
-			p.endGuest(node) // one that runs is not let loose
+			p.endGuest(node) // one that runs does not go on without lockstep
 		}
 		if out, err := p.lockstepIn(ns, "unload", "--force", "-c", p.config, "--node", node).CombinedOutput(); err != nil {
 			p.t.Errorf("unload %s: %v\n%s", node, err, out)

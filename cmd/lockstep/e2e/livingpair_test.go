@@ -241,7 +241,7 @@ func (p *livingPair) signalDaemon(node string, sig syscall.Signal) {
 	}
 }
 
-// fenced waits until a node's daemon ends, because another host speaks.
+// fenced waits until a node's daemon ends, because another host serves.
 func (p *livingPair) fenced(node string) {
 	p.t.Helper()
 	if err := p.procs[node].Wait(); err == nil || !strings.Contains(p.log(node), "may not transmit for the guest any more") {
@@ -249,10 +249,10 @@ func (p *livingPair) fenced(node string) {
 	}
 }
 
-// twoTurns checks that one host has spoken after the other, and no more.
-func twoTurns(t *testing.T, heard *lt.Transmitters) {
+// twoTurns checks that one host has transmitted after the other, and no more.
+func twoTurns(t *testing.T, watch *lt.Transmitters) {
 	t.Helper()
-	if turns := heard.Turns(); len(turns) != 2 {
+	if turns := watch.Turns(); len(turns) != 2 {
 		t.Errorf("turns of speech: %v", turns)
 	}
 }
@@ -268,7 +268,7 @@ func (p *livingPair) start() {
 }
 
 // lockstepped waits until both guests answer alike. Under emulation an SVM that got its
-// first checkpoint early in its boot now and then stays mute; it is given up and
+// first checkpoint early in its boot now and then never sends; it is given up and
 // replaced.
 func (p *livingPair) lockstepped() {
 	p.t.Helper()

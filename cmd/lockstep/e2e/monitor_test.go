@@ -19,12 +19,12 @@ import (
 )
 
 // TestUnreachableMonitor: the primary's daemon cannot reach QEMU's monitor, once because
-// it is out of descriptors, once because another client is served. QEMU lives, so nobody
+// it is out of descriptors, once because another client is served. QEMU lives, so no host
 // takes over, and the pair goes on by itself. A QEMU that dies meanwhile is found at once.
 func TestUnreachableMonitor(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	whole := func(what string) {
 		t.Helper()
@@ -109,5 +109,5 @@ func TestUnreachableMonitor(t *testing.T) {
 	if b := p.await("beta", func(s *api.Status) bool { return s.State == "solo" }); b.Record != p.record+1 {
 		t.Errorf("the record is of term %d, want %d", b.Record, p.record+1)
 	}
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }

@@ -26,7 +26,7 @@ func (p *livingPair) order(node string, args ...string) (string, error) {
 func TestOperator(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	out, err := p.order("alpha", "checkpoint")
 	if err != nil || !strings.Contains(out, "is committed") {
@@ -53,13 +53,13 @@ func TestOperator(t *testing.T) {
 	p.run("alpha", "secondary")
 	p.covered()
 	c.ask(1)
-	// The primary goes on alone, and its secondary begins afresh.
+	// The primary goes on alone, and its secondary starts again.
 	if out, err = p.order("beta", "failover"); err != nil || !strings.Contains(out, "beta transmits alone") {
 		t.Errorf("failover of the primary: %q, %v", out, err)
 	}
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 	out, err = p.order("beta", "events", "--json")
 	if err != nil {
 		t.Fatal(err)

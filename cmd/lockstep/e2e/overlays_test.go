@@ -55,9 +55,9 @@ func fillUp(t *testing.T, dir string) (ballast string) {
 }
 
 // TestOverlays: the room for the secondary's overlays. Where there is none, the secondary
-// waits and says so; when it runs out, a checkpoint makes room in time, though the period
+// waits and reports it; when it runs out, a checkpoint makes room in time, though the period
 // is far longer; when it is gone at once, the primary goes alone without waiting, and both
-// hosts say why.
+// hosts report why.
 func TestOverlays(t *testing.T) {
 	p := newLivingPair(t, 1, "checkpoint: {period: 2m}")
 	dir := p.smallOverlays(32)

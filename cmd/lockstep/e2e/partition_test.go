@@ -35,28 +35,28 @@ func (p *livingPair) partition(what string, cut bool) {
 	}
 }
 
-// silentSince waits for the time in which a host would speak that should not, and checks
-// that nobody has spoken since before, and nothing was answered.
-func silentSince(t *testing.T, heard *lt.Transmitters, before []lt.Turn, answered <-chan error, wait time.Duration) {
+// mutedSince waits for the time in which a host would transmit that must not, and checks
+// that none has transmitted since before, and nothing was answered.
+func mutedSince(t *testing.T, watch *lt.Transmitters, before []lt.Turn, answered <-chan error, wait time.Duration) {
 	t.Helper()
 	select {
 	case err := <-answered:
-		t.Errorf("an answer, %v, though nobody may speak", err)
+		t.Errorf("an answer, %v, though no host may transmit", err)
 	case <-time.After(wait):
 	}
-	if now := heard.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
-		t.Errorf("somebody spoke: %v, and then %v", before, now)
+	if now := watch.Turns(); len(now) != len(before) || now[len(now)-1].Frames != before[len(before)-1].Frames {
+		t.Errorf("a host transmitted: %v, and then %v", before, now)
 	}
 }
 
-// TestPartitions: the hosts lose each other, and both guests live. One host speaks on,
-// where the arbiter can be reached; the other's guest is never heard, and follows again
+// TestPartitions: the hosts lose each other, and both guests live. One host goes on,
+// where the arbiter can be reached; the other's guest never transmits, and follows again
 // when the partition is over.
 func TestPartitions(t *testing.T) {
 	for _, x := range []struct{ cut, arbiter string }{
 		{"control", ""}, {"peer", ""}, {"control peer", ""},
 		{"control peer", "gone"},
-		{"control peer", "still"}, // it answers later what it was asked, when nobody waits for the answer any more
+		{"control peer", "still"}, // it answers later what it was asked, when the request was given up already
 	} {
 		name := "cut " + x.cut
 		if x.arbiter != "" {
@@ -70,19 +70,19 @@ func TestPartitions(t *testing.T) {
 			}})
 			lost := map[string]struct{ hide, show func(testing.TB) }{"gone": {etcd.Kill, etcd.Start}, "still": {etcd.Stop, etcd.Continue}}[x.arbiter]
 			p.start()
-			heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+			watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 			c := p.open()
 			if lost.hide != nil {
 				lost.hide(t)
 			}
 			p.partition(x.cut, true)
 			if lost.hide != nil {
-				// Nobody can know who may speak. Both ask, and nobody does.
+				// Neither host can know whether it may transmit. Both ask, and neither does.
 				answered := c.askLater()
 				for _, node := range []string{"alpha", "beta"} {
 					p.await(node, func(s *api.Status) bool { return s.State == "failover" })
 				}
-				silentSince(t, heard, heard.Turns(), answered, 2*time.Second)
+				mutedSince(t, watch, watch.Turns(), answered, 2*time.Second)
 				lost.show(t)
 				if err := <-answered; err != nil {
 					t.Fatal(err)
@@ -96,7 +96,7 @@ func TestPartitions(t *testing.T) {
 						speaker = node
 					}
 				}
-				return speaker != "", "nobody speaks alone"
+				return speaker != "", "no host transmits alone"
 			})
 			c.ask(50)
 			p.partition(x.cut, false)
@@ -105,7 +105,7 @@ func TestPartitions(t *testing.T) {
 			}
 			p.covered()
 			c.ask(1)
-			turns := heard.Turns()
+			turns := watch.Turns()
 			for _, turn := range turns {
 				t.Log(turn)
 			}
@@ -117,11 +117,11 @@ func TestPartitions(t *testing.T) {
 }
 
 // TestFrozen: a daemon that stands still is one that is gone. When it goes on, it
-// finds out that another host speaks, and says nothing.
+// finds out that another host transmits, and does not.
 func TestFrozen(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signalDaemon("alpha", syscall.SIGSTOP)
 	began := time.Now()
@@ -132,7 +132,7 @@ func TestFrozen(t *testing.T) {
 	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.fenced("alpha")
 	c.ask(50)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 	// The same with a secondary: the primary goes on, and the SVM is replaced.
 	p.run("alpha", "secondary")
 	p.covered()
@@ -142,7 +142,7 @@ func TestFrozen(t *testing.T) {
 	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }
 
 // TestStarved: neither daemon gets its CPU for two timeouts. Whoever transmits
@@ -150,7 +150,7 @@ func TestFrozen(t *testing.T) {
 func TestStarved(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	for _, node := range []string{"alpha", "beta"} {
 		p.signalDaemon(node, syscall.SIGSTOP)
@@ -160,7 +160,7 @@ func TestStarved(t *testing.T) {
 		p.signalDaemon(node, syscall.SIGCONT)
 	}
 	c.ask(50)
-	turns := heard.Turns()
+	turns := watch.Turns()
 	t.Log(turns)
 	if len(turns) > 2 {
 		t.Errorf("turns: %v", turns)
@@ -168,12 +168,12 @@ func TestStarved(t *testing.T) {
 }
 
 // TestFrozenWinner: a secondary that has won the arbiter stands still before its guest
-// speaks, for longer than QEMU has for an answer. The old primary, woken first, does
-// not speak; the winner, woken later, does.
+// transmits, for longer than QEMU has for an answer. The old primary, woken first, does
+// not transmit; the winner, woken later, does.
 func TestFrozenWinner(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	p.signal("beta", syscall.SIGSTOP) // so that winning is as far as it gets
 	p.signalDaemon("alpha", syscall.SIGSTOP)
@@ -192,10 +192,10 @@ func TestFrozenWinner(t *testing.T) {
 	})
 	p.signalDaemon("beta", syscall.SIGSTOP)
 	answered := c.askLater()
-	before := heard.Turns()
+	before := watch.Turns()
 	p.signalDaemon("alpha", syscall.SIGCONT)
 	p.fenced("alpha")
-	silentSince(t, heard, before, answered, 3*time.Second) // more than a QMP command may take
+	mutedSince(t, watch, before, answered, 3*time.Second) // more than a QMP command may take
 	p.signal("beta", syscall.SIGCONT)
 	p.signalDaemon("beta", syscall.SIGCONT)
 	if err := <-answered; err != nil {
@@ -205,5 +205,5 @@ func TestFrozenWinner(t *testing.T) {
 	p.run("alpha", "secondary")
 	p.covered()
 	c.ask(1)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }

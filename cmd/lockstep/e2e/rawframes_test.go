@@ -16,7 +16,7 @@ import (
 	lt "lockstep/loader/loadertest"
 )
 
-// guestFrames are kinds of frames that a guest may say: each holds the text, and
+// guestFrames are kinds of frames that a guest may send: each holds the text, and
 // an IP ID, which does not have to be the same in both guests.
 var guestFrames = []struct {
 	name  string
@@ -61,7 +61,7 @@ var guestFrames = []struct {
 
 // TestFrames: frames of protocols that the kernel here has no sockets for. The same
 // from both guests leaves once, as the PVM sent it, tags and all; what one of them
-// says alone does not.
+// sends alone does not.
 func TestFrames(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 2s}")
 	pvm, svm, seen := lt.OpenWire(t, p.PVM, "eth0"), lt.OpenWire(t, p.SVM, "eth0"), lt.OpenWire(t, p.Client, "eth0")
@@ -159,8 +159,8 @@ func (p *pair) fragmentOrders(pvm, svm *lt.Wire) {
 	}
 }
 
-// TestPrimaryOnly: what a rule names leaves as the PVM says it, once, whatever the
-// SVM says.
+// TestPrimaryOnly: what a rule names leaves as the PVM sends it, once, whatever the
+// SVM sends.
 func TestPrimaryOnly(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "compare: {timeout: 200ms, primary_only: [{proto: udp, remote_port: 123}]}")
 	pvm, svm, seen := lt.OpenWire(t, p.PVM, "eth0"), lt.OpenWire(t, p.SVM, "eth0"), lt.OpenWire(t, p.Client, "eth0")

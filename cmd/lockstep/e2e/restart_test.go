@@ -142,7 +142,7 @@ func TestRestartInTransfer(t *testing.T) {
 				}
 				up.CloseWrite()
 				if got, err := io.ReadAll(up); err != nil || string(got) != fmt.Sprintf("OK %d\n", size) {
-					t.Errorf("the guest said %q, %v", got, err)
+					t.Errorf("the guest answered %q, %v", got, err)
 				}
 			})
 			transfers.Go(func() {
@@ -172,7 +172,7 @@ func TestRestartInTransfer(t *testing.T) {
 	}
 }
 
-// TestUpgradeCheck: whether a running daemon's tables can be taken over is told, with
+// TestUpgradeCheck: whether a running daemon's tables can be taken over is reported, with
 // both sides named, and nothing changes.
 func TestUpgradeCheck(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
@@ -197,7 +197,7 @@ func TestUpgradeCheck(t *testing.T) {
 	p.keepAlive(lt.Guest4, 10)
 }
 
-// foreign attaches a program of somebody else's to the primary's tap.
+// foreign attaches another program to the primary's tap.
 func (p *pair) foreign(where link.Anchor, verdict int32) link.Link {
 	p.t.Helper()
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -223,7 +223,7 @@ func (p *pair) foreign(where link.Anchor, verdict int32) link.Link {
 }
 
 // TestForeignProgram: what is behind lockstep's programs works on; what gets in front
-// could let frames out, so the guest is silent until it is gone.
+// could let frames out, so the guest is muted until it is gone.
 func TestForeignProgram(t *testing.T) {
 	const pass, drop = 0, 2
 	p := newPair(t, lt.Veth, "", "", "")

@@ -11,7 +11,7 @@ import (
 )
 
 // TestSickSecondary: the secondary's QEMU stands still each time its guest is to be
-// copied. The guest that serves goes on, tries are made less often and say why they
+// copied. The guest that serves goes on, tries are made less often and report why they
 // failed, and when the secondary is well again the pair replicates.
 func TestSickSecondary(t *testing.T) {
 	p := newLivingPair(t, 1, "")

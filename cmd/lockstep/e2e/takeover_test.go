@@ -71,7 +71,7 @@ func TestGuardMicroseconds(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.Skew.LoseTime(t, 12_000_000)
-	if err := echo(c, 1); err != nil { // no clock runs backwards: what is said again has lost them too
+	if err := echo(c, 1); err != nil { // no clock runs backwards: what is sent again has lost them too
 		t.Fatal(err)
 	}
 	q.Primary.Close()
@@ -84,7 +84,7 @@ func TestGuardMicroseconds(t *testing.T) {
 	}
 }
 
-// TestMutationGuard: without the guard of R22 the client takes what the SVM says for
+// TestMutationGuard: without the guard of R22 the client takes what the SVM sends for
 // old, and drops it until its clock has caught up.
 func TestMutationGuard(t *testing.T) {
 	p, q := coveredPair(t, loader.MutateGuard)
@@ -101,7 +101,7 @@ func TestMutationGuard(t *testing.T) {
 	}
 }
 
-// TestMuteSVM: an SVM that says nothing, though checkpoint after checkpoint makes it
+// TestMuteSVM: an SVM that sends nothing, though checkpoint after checkpoint makes it
 // the PVM's copy, could not take over. P goes on without it.
 func TestMuteSVM(t *testing.T) {
 	p, q := coveredPair(t, 0)
@@ -117,7 +117,7 @@ func TestMuteSVM(t *testing.T) {
 		}
 	}
 	p.await("alpha", func(s *api.Status) bool { return s.Record == 2 })
-	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still spoke
+	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still sent
 		t.Errorf("%d checkpoints before it was given up", n)
 	}
 }

@@ -28,7 +28,7 @@ func (sameBytes) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// serveTLS is a TLS server that says the same in both guests.
+// serveTLS is a TLS server that sends the same in both guests.
 func serveTLS(c *net.TCPConn) {
 	key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Unix(1<<33, 0), DNSNames: []string{"guest"}}

@@ -59,7 +59,7 @@ func (p *livingPair) sameGuest(node string, pid int) {
 	}
 }
 
-// refused fails unless a node's daemon ended at once and has said why.
+// refused fails unless a node's daemon ended at once and has logged why.
 func (p *livingPair) refused(node, why string) {
 	p.t.Helper()
 	if err := p.procs[node].Wait(); err == nil || p.procs[node].ProcessState.ExitCode() != exitUsage {
@@ -71,12 +71,12 @@ func (p *livingPair) refused(node, why string) {
 }
 
 // TestUnloadSpeakers: whatever an operator does with unload, run and upgrade on either
-// host, and when the pins are gone, two guests are never heard beside each other, a guest
-// that somebody may need is not ended, and the tap that a QEMU uses stays.
+// host, and when the pins are gone, two guests never transmit beside each other, a guest
+// that may be needed is not ended, and the tap that a QEMU uses stays.
 func TestUnloadSpeakers(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
 
@@ -97,7 +97,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	p.sameGuest("beta", svm)
 	c.ask(5)
 	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" }) // it was covered
-	// The primary has claimed since: now the SVM follows nobody, and a new one begins.
+	// The primary has claimed since: now the SVM follows no primary, and a new one begins.
 	p.run("beta", "secondary")
 	p.covered()
 	p.wantTap("beta", true)
@@ -107,7 +107,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	}
 
 	// The primary's daemon dies, its guest is muted, and the secondary takes over. Whatever
-	// is tried on the old primary's host, its guest is not heard.
+	// is tried on the old primary's host, its guest is muted.
 	p.kill("alpha")
 	if out, err := p.orderHere("alpha", "unload"); err == nil {
 		t.Errorf("unload of a PVM:\n%s", out)
@@ -132,23 +132,23 @@ func TestUnloadSpeakers(t *testing.T) {
 	}
 	p.wantTap("alpha", false)
 	c.ask(20)
-	p.run("alpha", "secondary") // the arbiter names beta: this guest follows nobody
+	p.run("alpha", "secondary") // the arbiter names beta: this guest follows no primary
 	p.covered()
 	c.ask(5)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }
 
 // TestPinsGone: a host's pins vanish under its guest. A QEMU that clients know goes on,
-// once the arbiter has said that it may; a covered secondary's is left for somebody to
-// decide; neither is heard beside the other.
+// once the arbiter allows it; a covered secondary's is left for an operator to
+// decide; neither transmits beside the other.
 func TestPinsGone(t *testing.T) {
 	p := newLivingPair(t, 0, "")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
-	// The covered secondary's, while nobody is there to take over from it: both daemons are
-	// dead. Alpha's kernel holds what its guest says.
+	// The covered secondary's, while there is no host to take over from it: both daemons are
+	// dead. Alpha's kernel holds what its guest sends.
 	p.kill("alpha")
 	p.kill("beta")
 	p.SetLink(t, p.HostS, "uplink", false) // what is loose until the daemon begins is not this test's
@@ -165,11 +165,11 @@ func TestPinsGone(t *testing.T) {
 	p.sameGuest("alpha", pvm)
 	p.wantTap("alpha", true)
 	c.ask(20)
-	// It has claimed: the old secondary's guest follows nobody.
+	// It has claimed: the old secondary's guest follows no primary.
 	p.run("beta", "secondary")
 	p.covered()
 	c.ask(5)
-	if turns := heard.Turns(); len(turns) != 1 {
+	if turns := watch.Turns(); len(turns) != 1 {
 		t.Errorf("turns of speech: %v", turns)
 	}
 }
@@ -188,13 +188,13 @@ func (p *livingPair) change(node, old, text string) {
 	}
 }
 
-// TestChangeSettings: the settings of a running pair are changed as docs/CONFIG.md says,
+// TestChangeSettings: the settings of a running pair are changed as docs/CONFIG.md describes,
 // and one session lives through all of it; so does it when lockstep is taken away from the
-// one guest that speaks, and comes back.
+// one guest that transmits, and comes back.
 func TestChangeSettings(t *testing.T) {
 	p := newLivingPair(t, 0, "compare: {timeout: 10s, slots: 16384}\ncheckpoint: {period: 20s}\nheartbeat: {interval: 50ms, timeout: 500ms, lease: 400ms, restart: 15s}")
 	p.start()
-	heard := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c := p.open()
 	pvm, svm := p.qemu("alpha"), p.qemu("beta")
 	// A daemon's own settings: on either host, in any order.
@@ -207,7 +207,7 @@ func TestChangeSettings(t *testing.T) {
 		p.covered()
 	}
 	if s := p.status("alpha"); s.Record != p.record {
-		t.Errorf("the record is of term %d, and was of %d: somebody spoke alone", s.Record, p.record)
+		t.Errorf("the record is of term %d, and was of %d: a host transmitted alone", s.Record, p.record)
 	}
 	// Those that both must agree on are refused, by name, while the pair replicates.
 	p.kill("alpha")
@@ -254,5 +254,5 @@ func TestChangeSettings(t *testing.T) {
 	p.rejoin("alpha")
 	p.covered()
 	c.ask(5)
-	twoTurns(t, heard)
+	twoTurns(t, watch)
 }
