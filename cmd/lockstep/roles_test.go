@@ -52,11 +52,11 @@ func TestRunLife(t *testing.T) {
 	c.write(t, "life.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\n")
 	run("--node beta --role primary", 1, "may not transmit for the guest any more", `primary fencing term 1, speaker beta discard=true`)
 	ends = []error{control.ErrAfresh, control.ErrPromoted, control.ErrFenced}
-	run("--node alpha --role secondary", 1, "does not speak",
+	run("--node alpha --role secondary", 1, "may not transmit",
 		"secondary fencing term 1, speaker beta discard=true", "secondary fencing term 1, speaker beta discard=true", "primary fencing term 2, speaker alpha discard=true")
 	run("--node beta --role primary", exitUsage, "beta is not primary any more: alpha transmits for the guest (fencing term 2, speaker alpha)")
 	ends = []error{control.ErrFenced}
-	run("--node alpha --role secondary", 1, "does not speak", "primary fencing term 2, speaker alpha discard=true")
+	run("--node alpha --role secondary", 1, "may not transmit", "primary fencing term 2, speaker alpha discard=true")
 
 	// When a daemon began, and why it ended, is in the journal.
 	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
