@@ -29,9 +29,6 @@ func (r Entry) String() string {
 	return fmt.Sprintf("fencing term %d, speaker %s", r.Term, r.Speaker)
 }
 
-// Record is the former name of [Entry].
-type Record = Entry
-
 // Arbiter holds the entry of one pair. Its methods give up when ctx ends or
 // after config's arbiter.timeout, whichever is first. It is for one goroutine at
 // a time.
