@@ -240,7 +240,7 @@ func TestBrokenDevice(t *testing.T) {
 	pair.Secondary.SetReply("x-query-virtio-status", `"return": {"broken": true}`)
 	pair.Secondary.SetReply("x-query-virtio", `"return": [{"path": "/machine/nic/virtio-backend"}]`)
 	s.ends(ErrAfresh)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 }
 
 // TestNoArbiter: without the arbiter's answer nobody speaks; with it one host does.
@@ -299,7 +299,7 @@ func TestStuck(t *testing.T) {
 	p.start()
 	s.start()
 	s.ends(ErrAfresh)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 	p.path.await(t, 0, "mode hold", "mode solo")
 }
 
@@ -411,7 +411,7 @@ func TestUncoveredAsks(t *testing.T) {
 		}
 	}
 	a.setCut(false)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 }
 
 // Who is shut has no lease left, and an echo that is still on its way opens none: nothing

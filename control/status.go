@@ -192,7 +192,7 @@ func (n *nic) flow(t *compare.Tuple) api.Flow {
 
 // status adds the failover machine's state to s.
 func (fo *failoverPart) status(s *api.Status) {
-	s.Record = fo.machine.Term()
+	s.ArbiterTerm = fo.machine.Term()
 	defer func() {
 		fo.d.repl.statusOfImages(s)
 		fo.d.room.statusOfOverlays(s)

@@ -86,7 +86,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.", func(s *Status) float64 { return truth(s.Detail != "") })
 	gauge("epoch", "Number of the last checkpoint's epoch.", func(s *Status) float64 { return float64(s.Epoch) })
 	gauge("session_term", "Number of the session between the two daemons.", func(s *Status) float64 { return float64(s.Term) })
-	gauge("arbiter_term", "Term of the arbiter's record that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.Record) })
+	gauge("arbiter_term", "Fencing term of the arbiter's entry that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.ArbiterTerm) })
 	gauge("covered", "Whether the secondary may take over: 1 or 0.", func(s *Status) float64 { return truth(s.Covered) })
 	replication := func(get func(*Replication) float64) func(*Status) float64 {
 		return func(s *Status) float64 {

@@ -16,7 +16,7 @@ import (
 
 func fullStatus() *Status {
 	return &Status{
-		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, Record: 2,
+		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
 		Dropped:     map[string]uint64{"no_slot": 18, "bad_tag": 19},
 		Counters:    map[string]uint64{"held": 20, "no_slot": 18},
@@ -48,7 +48,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 	const want = `
-# HELP lockstep_arbiter_term Term of the arbiter's record that this node goes by; 0 without an arbiter.
+# HELP lockstep_arbiter_term Fencing term of the arbiter's entry that this node goes by; 0 without an arbiter.
 # TYPE lockstep_arbiter_term gauge
 lockstep_arbiter_term{node="alpha",vm="web1"} 2
 # HELP lockstep_checkpoints_committed_total Checkpoints that were committed.
@@ -232,7 +232,7 @@ func TestMetricsHandler(t *testing.T) {
 
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
-	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
+	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
 		Refused Overlays`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {

@@ -5,6 +5,8 @@
 package api
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -27,9 +29,9 @@ type Status struct {
 	Epoch  uint32 `json:"epoch"`
 	Term   uint32 `json:"term"`
 	// With an arbiter: whether the secondary may take over (R18), and the term of the
-	// arbiter's record that this node goes by.
-	Covered bool   `json:"covered"`
-	Record  uint64 `json:"record,omitempty"`
+	// arbiter's entry that this node goes by.
+	Covered     bool   `json:"covered"`
+	ArbiterTerm uint64 `json:"arbiter_term,omitempty"`
 	// P: how far replication is that begins, and what came of the tries so far.
 	Replication *Replication `json:"replication,omitempty"`
 	// Why replication does not begin before somebody does something about it.
@@ -59,6 +61,32 @@ type Status struct {
 	Overlays    []OverlayStatus `json:"overlays,omitempty"` // the secondary's, one of each file system
 	Causes      []Cause         `json:"causes"`             // the last requests, oldest first
 	Checkpoints []Checkpoint    `json:"checkpoints"`        // the last attempts, oldest first
+}
+
+// oldStatus has the fields of a release before under their names of then. They are
+// written beside the new ones for one release.
+type oldStatus struct {
+	Record uint64 `json:"record,omitempty"` // ArbiterTerm
+}
+
+type plainStatus Status
+
+// MarshalJSON writes renamed fields under both names.
+func (s Status) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		plainStatus
+		oldStatus
+	}{plainStatus(s), oldStatus{Record: s.ArbiterTerm}})
+}
+
+// UnmarshalJSON takes the answer of an older daemon, too.
+func (s *Status) UnmarshalJSON(b []byte) error {
+	var old oldStatus
+	if err := errors.Join(json.Unmarshal(b, (*plainStatus)(s)), json.Unmarshal(b, &old)); err != nil {
+		return err
+	}
+	s.ArbiterTerm = cmp.Or(s.ArbiterTerm, old.Record)
+	return nil
 }
 
 // Replication is a primary's beginning of one.
