@@ -52,7 +52,7 @@ func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
 	}
 }
 
-// refused closes a connection that does not become the link (P). Those who knock
+// refused closes a connection that does not become the link (P). Those who connect
 // without end do not fill the log.
 func (pl *peerLink) refused(conn net.Conn, err error) {
 	conn.Close()

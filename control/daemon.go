@@ -4,11 +4,18 @@
 // monitor, the control link and the epochs. What may leave is compare's decision;
 // how it leaves is behind [datapath.NIC].
 //
-// Goroutines: one per NIC (nic.go) drives its data path and its compare core. One
-// controller (this file) owns the checkpoint machine (ckpt.go) and everything
-// else; QEMU's monitor (monitor.go), the control link (peer.go) and the status
-// socket (status.go) have goroutines that only wait, and hand what they get to the
-// controller.
+// One goroutine per NIC (nic.go) drives its data path and its compare core. One
+// controller (this file) owns everything else, in parts that each carry out the
+// decisions of one machine or keep one connection:
+//
+//	checkpoints.go                      [checkpoint], and what was asked for and came of it
+//	failover.go, arbiter.go             [failover], and the arbiter's entry
+//	peer.go, accept.go, rotate.go       the session over [peerlink]
+//	monitor.go, reach.go, qemu.go       QEMU's monitor and process
+//	replication.go, images.go, edges.go how replication begins, and how it is tried again (retry.go)
+//	guest.go, overlay.go                the guest's own state, its disks, the room for overlays
+//
+// All other goroutines only wait, and hand what they get to the controller.
 package control
 
 import (

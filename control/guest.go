@@ -93,7 +93,7 @@ func (gw *guestWatch) shutDown(reason string) {
 		gw.guestOff()
 	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
-		// says nothing about them.
+		// shows nothing about them.
 		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
 	}
 }

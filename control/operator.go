@@ -172,7 +172,7 @@ func (fo *failoverPart) orderFailover(force, loaded bool) error {
 	case s.State() != failover.SecondaryPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
 	case !s.Covered() && !force:
-		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
+		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has sent them since replication began; wait, or use --force")
 	case !s.Covered() && !loaded:
 		return errors.New("this secondary has no guest yet: its memory is still being copied")
 	case !s.MayTakeOver(echoed, true):

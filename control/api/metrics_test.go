@@ -89,7 +89,7 @@ lockstep_held_bytes{node="alpha",vm="web1"} 13
 # HELP lockstep_held_packets Packets that wait for their match; on the secondary copies and parked ones.
 # TYPE lockstep_held_packets gauge
 lockstep_held_packets{node="alpha",vm="web1"} 12
-# HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.
+# HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.
 # TYPE lockstep_impaired gauge
 lockstep_impaired{node="alpha",vm="web1"} 1
 # HELP lockstep_last_checkpoint_committed Whether the last checkpoint that has ended was committed: 1 or 0.
@@ -153,7 +153,7 @@ lockstep_replication_dirtied_bytes_per_second{node="alpha",vm="web1"} 0
 # HELP lockstep_replication_failed_tries Tries to replicate that failed since the last one that lasted.
 # TYPE lockstep_replication_failed_tries gauge
 lockstep_replication_failed_tries{node="alpha",vm="web1"} 2
-# HELP lockstep_replication_refused Whether replication does not begin before somebody does something, as status says: 1 or 0.
+# HELP lockstep_replication_refused Whether replication does not begin before somebody does something, as status shows: 1 or 0.
 # TYPE lockstep_replication_refused gauge
 lockstep_replication_refused{node="alpha",vm="web1"} 1
 # HELP lockstep_role This node's part in the pair: 1 for the present one.
@@ -171,7 +171,7 @@ lockstep_state{node="alpha",state="replicating",vm="web1"} 1
 lockstep_state{node="alpha",state="resync",vm="web1"} 0
 lockstep_state{node="alpha",state="solo",vm="web1"} 0
 lockstep_state{node="alpha",state="start",vm="web1"} 0
-# HELP lockstep_up Whether the daemon can tell its status: 1 or 0.
+# HELP lockstep_up Whether the daemon reports its status: 1 or 0.
 # TYPE lockstep_up gauge
 lockstep_up{node="alpha",vm="web1"} 1
 `

@@ -173,7 +173,7 @@ type OverlayStatus struct {
 	UsedBytes      int64    `json:"used_bytes"` // by the overlays
 	FreeBytes      int64    `json:"free_bytes"` // left for them
 	BytesPerSecond float64  `json:"bytes_per_second"`
-	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: for ever
+	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: without end
 	Trouble        string   `json:"trouble,omitempty"`       // why a secondary could not start, or came to an end
 }
 
@@ -209,13 +209,13 @@ type FailoverDone struct {
 func (s *Status) Takes(protocol int, digest string) error {
 	switch in := strings.Join(config.DifferHex(s.Config, digest), ", "); {
 	case s.Protocol == 0:
-		return errors.New("the daemon that runs does not tell what its peer expects: it is too old to be replaced alone")
+		return errors.New("the daemon that runs does not report what its peer expects: it is too old to be replaced alone")
 	case s.Protocol != protocol:
 		return fmt.Errorf("the daemon that runs speaks control protocol %d with %s, and this lockstep %d", s.Protocol, s.Peer.Node, protocol)
 	case s.State == "solo" || s.Config == digest:
 		return nil
 	case in == "":
-		return errors.New("the daemon that runs has another config, and its version does not tell in what")
+		return errors.New("the daemon that runs has another config, and its version does not report in what")
 	default:
 		return fmt.Errorf("the daemon that runs has another config (%s)", in)
 	}
