@@ -282,7 +282,7 @@ func (ck *checkpoints) drain(epoch uint32) {
 		ck.stopDrain()
 	}
 	// P waits a little longer than that.
-	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.ckpt.Ready)*4/5)
+	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.timing.Ready)*4/5)
 	ck.stopDrain = cancel
 	ck.d.work.Go(func() {
 		defer cancel()

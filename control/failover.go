@@ -158,7 +158,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.claim(fx.Term)
 	case failover.OpShut:
 		if fo.s != nil {
-			fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
+			fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
 		return fo.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
@@ -179,9 +179,9 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 			return err
 		}
 		fo.d.repl.sendEdges()
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case failover.OpUnpair:
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		fo.d.repl.stopSync("this host replicates no more")
 		fo.d.repl.tries.over()
 		return fo.remember(func(st *state.State) { st.Covered = 0 })
@@ -196,7 +196,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	case failover.OpQuiet:
 		fo.d.log.Warn("the primary is gone: taking over")
 		fo.d.event(journal.Failover, "the primary is gone", nil)
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
 		if err := fo.d.each("mute", (*nic).quiet); err != nil {
 			return err
 		}

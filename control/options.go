@@ -71,7 +71,7 @@ type Options struct {
 	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
-	ckpt       *checkpoint.Config
+	timing     *checkpoint.Config
 }
 
 func (o *Options) setDefaults() error {
@@ -115,9 +115,9 @@ func (o *Options) setDefaults() error {
 	if o.Progress == nil {
 		o.Progress = func(qemu.Progress) {}
 	}
-	if o.ckpt == nil {
+	if o.timing == nil {
 		c := checkpoint.DefaultConfig()
-		o.ckpt = &c
+		o.timing = &c
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)

@@ -197,7 +197,7 @@ func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
 	}
 	ov.overlays = m.All
 	if m.Cause != "" && fo.p.State() == failover.PrimaryPair {
-		ov.d.ckpts.want(request{at: time.Now(), nic: -1, reason: m.Cause})
+		ov.d.checkpoints.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
 

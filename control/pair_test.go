@@ -181,7 +181,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 	pair, p, _, _ := begin(t)
 	mark := len(pair.Primary.Requests())
 	done := p.await("a status", func(api.Status) bool { return true }).CheckpointsDone
-	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
 	p.await("a checkpoint", func(st api.Status) bool { return st.CheckpointsDone > done })
 	var commands []string
 	for _, r := range pair.Primary.Requests()[mark:] {
@@ -196,7 +196,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			pair, p, s, a := begin(t)
 			pair.Primary.DieAt(command)
-			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(request{nic: -1, reason: "test"})
 			s.ends(ErrPromoted)
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
