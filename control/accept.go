@@ -52,7 +52,7 @@ func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
 	}
 }
 
-// refused closes a connection that does not become the link (P). Those who knock
+// refused closes a connection that does not become the link (P). Those who connect
 // without end do not fill the log.
 func (pl *peerLink) refused(conn net.Conn, err error) {
 	conn.Close()
@@ -148,7 +148,7 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	pl.unlink(pl.link, errors.New("the secondary connected anew"))
 	pl.link, pl.linkUp, pl.peerAddr, pl.peerParty = l, false, l.RemoteAddr().String(), h.Party
-	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
+	pl.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
 
 	// Connections whose offsets S has lost, or of which this P knows nothing; or a
 	// checkpoint that one of them has begun an epoch with and the other has not.
@@ -173,7 +173,7 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 		s.Record = pl.d.failover.p.Term()
 		s.Pair = pl.d.failover.p.State() == failover.PrimaryPair || pl.d.failover.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"
 	}
-	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.ckpts.primary.InDoubt())
+	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.checkpoints.primary.InDoubt())
 	s.Sign = newSeed()
 	if err := pl.install(pl.d.nics[0].keys, s.Sign, false); err != nil {
 		pl.d.fatal = err

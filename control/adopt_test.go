@@ -45,7 +45,7 @@ func TestAdopt(t *testing.T) {
 			s.start()
 			p.replicating()
 			s.replicating()
-			p.d.ckpts.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
+			p.d.checkpoints.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
 			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 			s.await("the epoch", func(st api.Status) bool { return st.Epoch == 2 && st.State == "replicating" })
 			before := p.path.session.Digest
@@ -192,7 +192,7 @@ func TestForeignProgram(t *testing.T) {
 	sm := s.path.mark()
 	s.path.intrude("program foreign (id 8) is in front of ls_sec_in on peer0", false)
 	s.path.await(t, sm, "mode shut")
-	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
 	p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
 	if trace := s.path.since(sm); slices.Contains(trace, "mode park") || slices.Contains(trace, "mode run") || slices.Contains(trace, "tap down") {
 		t.Errorf("with a program in front: %q", trace)

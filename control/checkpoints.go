@@ -28,7 +28,7 @@ const (
 	quietRequest = time.Second // between two log lines about requests that nothing serves
 )
 
-// machine is a ckptPrimary or a ckptSecondary.
+// machine is a checkpoint.Primary or a checkpoint.Secondary.
 type machine interface {
 	Step(now int64, ev checkpoint.Event) []checkpoint.Effect
 	NextDeadline() int64
@@ -70,7 +70,7 @@ func (ck *checkpoints) want(r request) {
 func (ck *checkpoints) wanted(r request) {
 	ck.note(r)
 	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
-		// Nobody to ask. A guest in a bad way asks without end.
+		// Nobody to ask. Guests that keep diverging ask without end.
 		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
 			ck.d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
 			ck.unservedLog, ck.unserved = time.Now(), 0
@@ -282,7 +282,7 @@ func (ck *checkpoints) drain(epoch uint32) {
 		ck.stopDrain()
 	}
 	// P waits a little longer than that.
-	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.ckpt.Ready)*4/5)
+	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.timing.Ready)*4/5)
 	ck.stopDrain = cancel
 	ck.d.work.Go(func() {
 		defer cancel()

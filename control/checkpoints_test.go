@@ -142,7 +142,7 @@ func TestFailedAttempts(t *testing.T) {
 	s.path.mu.Unlock()
 	sm, pm := s.path.mark(), p.path.mark()
 	p.path.pvm(1000, "held")
-	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
 	p.await("a failed attempt", func(st api.Status) bool {
 		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
 	})
@@ -177,7 +177,7 @@ func TestNotInCOLO(t *testing.T) {
 			qemu.SetCOLO("none")
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(request{nic: -1, reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
 			})
@@ -243,7 +243,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			p, s := hosts(t, pair)
 			cfg := checkpoint.DefaultConfig()
 			cfg.Stop, cfg.Resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
-			p.opt.ckpt = &cfg
+			p.opt.timing = &cfg
 			p.start()
 			s.start()
 			p.replicating()
@@ -251,7 +251,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(request{nic: -1, reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return len(st.Checkpoints) > 0 && strings.Contains(st.Checkpoints[0].Result, "in time") && st.State == "checkpointing"
 			})

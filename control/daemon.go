@@ -4,11 +4,18 @@
 // monitor, the control link and the epochs. What may leave is compare's decision;
 // how it leaves is behind [datapath.NIC].
 //
-// Goroutines: one per NIC (nic.go) drives its data path and its compare core. One
-// controller (this file) owns the checkpoint machine (ckpt.go) and everything
-// else; QEMU's monitor (monitor.go), the control link (peer.go) and the status
-// socket (status.go) have goroutines that only wait, and hand what they get to the
-// controller.
+// One goroutine per NIC (nic.go) drives its data path and its compare core. One
+// controller (this file) owns everything else, in parts that each carry out the
+// decisions of one machine or keep one connection:
+//
+//	checkpoints.go                      [checkpoint], and what was asked for and came of it
+//	failover.go, arbiter.go             [failover], and the arbiter's entry
+//	peer.go, accept.go, rotate.go       the session over [peerlink]
+//	monitor.go, reach.go, qemu.go       QEMU's monitor and process
+//	replication.go, images.go, edges.go how replication begins, and how it is tried again (retry.go)
+//	guest.go, overlay.go                the guest's own state, its disks, the room for overlays
+//
+// All other goroutines only wait, and hand what they get to the controller.
 package control
 
 import (
@@ -51,13 +58,13 @@ type Daemon struct {
 	recovered   bool   // all NICs go on from one daemon's tables
 
 	// The parts, each with what it knows.
-	ckpts    checkpoints
-	peer     peerLink
-	qmp      monitor
-	failover *failoverPart // nil: the pair does not end by itself
-	repl     replicator
-	guest    guestWatch
-	room     overlayRoom
+	checkpoints checkpoints
+	peer        peerLink
+	qmp         monitor
+	failover    *failoverPart // nil: the pair does not end by itself
+	repl        replicator
+	guest       guestWatch
+	room        overlayRoom
 }
 
 // New makes a daemon; Run works.
@@ -69,12 +76,12 @@ func New(o Options) (*Daemon, error) {
 		opt: o, log: o.Log.With("role", string(o.Role)),
 		inbox: make(chan func(), 64), stopped: make(chan struct{}),
 	}
-	d.ckpts.d, d.ckpts.requests = d, make(chan request, maxRequests)
+	d.checkpoints.d, d.checkpoints.requests = d, make(chan request, maxRequests)
 	d.peer.d, d.peer.linkSince = d, time.Now()
 	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
 	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
 	d.guest.d, d.room.d = d, d
-	cfg := *o.ckpt
+	cfg := *o.timing
 	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Checkpoint.Period), int64(o.Checkpoint.MinInterval), int64(o.Checkpoint.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
@@ -94,17 +101,17 @@ func New(o Options) (*Daemon, error) {
 		cfg.Unpaired = d.failover.p != nil && d.failover.p.State() != failover.PrimaryPair
 	}
 	if o.Role == datapath.RolePrimary {
-		d.ckpts.primary = checkpoint.NewPrimary(cfg)
-		d.ckpts.machine = d.ckpts.primary
+		d.checkpoints.primary = checkpoint.NewPrimary(cfg)
+		d.checkpoints.machine = d.checkpoints.primary
 	} else {
-		d.ckpts.secondary = checkpoint.NewSecondary(cfg)
+		d.checkpoints.secondary = checkpoint.NewSecondary(cfg)
 		if found != nil {
-			d.ckpts.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
+			d.checkpoints.secondary.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: found.Mode == datapath.ModeRun})
 		}
-		d.ckpts.machine = d.ckpts.secondary
+		d.checkpoints.machine = d.checkpoints.secondary
 	}
 	for i, dp := range o.NICs {
-		n := newNIC(i, dp, d.log, d.ckpts.want)
+		n := newNIC(i, dp, d.log, d.checkpoints.want)
 		n.keys = new(compare.Keys)
 		*n.keys = *keys
 		if d.isPrimary() {
@@ -315,7 +322,7 @@ func (d *Daemon) control(ctx context.Context) error {
 			d.peer.link.Close(context.Canceled)
 		}
 	}()
-	d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
+	d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvTick})
 	if d.failover != nil && d.failover.Begin.ResumesTakeOver() {
 		d.failover.step(failover.Event{Kind: failover.EvTakeOver})
 	}
@@ -326,7 +333,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for d.fatal == nil {
-		if next := min(d.ckpts.machine.NextDeadline(), d.failover.nextDeadline()); next == math.MaxInt64 {
+		if next := min(d.checkpoints.machine.NextDeadline(), d.failover.nextDeadline()); next == math.MaxInt64 {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Duration(max(next-d.now(), 0)))
@@ -336,10 +343,10 @@ func (d *Daemon) control(ctx context.Context) error {
 			return nil
 		case f := <-d.inbox:
 			f()
-		case r := <-d.ckpts.requests:
-			d.ckpts.wanted(r)
+		case r := <-d.checkpoints.requests:
+			d.checkpoints.wanted(r)
 		case <-timer.C:
-			d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvTick})
+			d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvTick})
 			d.failover.step(failover.Event{Kind: failover.EvTick})
 		}
 	}

@@ -252,7 +252,7 @@ func TestFrameInside(t *testing.T) {
 		}
 		return true
 	})
-	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
 	st := p.await("a second checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 2 })
 	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "transmitted while it was stopped") {
 		t.Errorf("second checkpoint %+v", last)

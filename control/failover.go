@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"lockstep/compare"
-	"lockstep/control/arbiter"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
@@ -22,10 +21,6 @@ import (
 	"lockstep/control/qmp"
 	"lockstep/control/state"
 )
-
-// ErrPoweredOff is how a daemon ends whose guest powered off: the pair stays off until
-// somebody starts it.
-var ErrPoweredOff = errors.New("the guest powered off")
 
 // ended reports whether this host is fenced or its guest off.
 func (fo *failoverPart) ended() bool {
@@ -68,40 +63,6 @@ func (fo *failoverPart) end(end error) {
 		}
 	})
 }
-
-// Failover is what a daemon needs to begin a pair and to end it: an arbiter,
-// a place on disk for what it must not forget, and QEMU.
-type Failover struct {
-	Begin   failover.Begin
-	Arbiter arbiter.Arbiter
-	Store   *state.Store
-
-	FirstStart FirstStart // what is done about the disks before a first replication
-	Setback    *Setback   // one of a node's, for all of its parts; nil: a new one
-
-	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
-	Disks []qemu.Disk
-	// Where a secondary's QEMU waits: this host's, the other's.
-	Own, Peers qemu.Incoming
-	Limits     qemu.Limits // of replication's beginning
-
-	doubt      time.Duration // tests shorten it
-	noR26Entry bool          // a mutation: only tests set it
-	again      backoff       // between two tries to replicate; tests shorten it
-	// Mutations, only tests set them: a QEMU that does not end replication counts as dead;
-	// tries to replicate do not back off; the two QEMUs' machines are not compared.
-	fencesUnended, triesAtOnce, anyMachine bool
-}
-
-// How a daemon's role ends: what Run returns.
-var (
-	// ErrPromoted: this host transmits alone, and goes on as the primary.
-	ErrPromoted = errors.New("the secondary took over")
-	// ErrAfresh: the SVM follows nobody any more; a new one may.
-	ErrAfresh = errors.New("the secondary begins afresh")
-	// ErrFenced: this host is fenced, and its guest does not run.
-	ErrFenced = errors.New("this node may not transmit for the guest any more, which was stopped here")
-)
 
 // guardTicks is G of R22: what the SVM sends is newer than what the PVM sent. Nothing on
 // the wire shows how long a tick of a guest's TCP timestamps is: mostly 1 ms, but 1 µs
@@ -197,7 +158,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.claim(fx.Term)
 	case failover.OpShut:
 		if fo.s != nil {
-			fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
+			fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
 		return fo.d.each("shut", (*nic).shut)
 	case failover.OpTellDead:
@@ -218,9 +179,9 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 			return err
 		}
 		fo.d.repl.sendEdges()
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case failover.OpUnpair:
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvPair})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		fo.d.repl.stopSync("this host replicates no more")
 		fo.d.repl.tries.over()
 		return fo.remember(func(st *state.State) { st.Covered = 0 })
@@ -235,7 +196,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	case failover.OpQuiet:
 		fo.d.log.Warn("the primary is gone: taking over")
 		fo.d.event(journal.Failover, "the primary is gone", nil)
-		fo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
+		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
 		if err := fo.d.each("mute", (*nic).quiet); err != nil {
 			return err
 		}

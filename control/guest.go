@@ -79,7 +79,7 @@ func (gw *guestWatch) guestEvent(event string, data map[string]any) {
 		// The SVM resets on its own: what the guests send from here on agrees only if both
 		// begin at the same point.
 		if gw.d.isPrimary() {
-			gw.d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
+			gw.d.checkpoints.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
 		}
 	case "SHUTDOWN":
 		gw.shutDown(text("reason"))
@@ -93,7 +93,7 @@ func (gw *guestWatch) shutDown(reason string) {
 		gw.guestOff()
 	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
-		// says nothing about them.
+		// shows nothing about them.
 		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
 	}
 }

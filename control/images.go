@@ -49,9 +49,9 @@ func (re *replicator) replicateFirst() error {
 	peer := re.d.peer.link
 	re.refuse("")
 	re.syncing = qemu.Progress{}
-	told := re.progress()
+	progress := re.progress()
 	re.cancel = re.d.qmp.procedure("compare the images", func(ctx context.Context, m *qmp.Monitor) error {
-		return re.imagesFit(ctx, m, told)
+		return re.imagesFit(ctx, m, progress)
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})

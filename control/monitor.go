@@ -113,7 +113,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				mo.d.failover.tellQEMU()
 			}
 		}
-		mo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
+		mo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
 		mo.d.guest.guestState(state)
 		mo.d.guest.checkMasked()
 		mo.d.repl.prepare()
@@ -155,7 +155,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	mo.d.post(func() {
 		mo.conn = nil
 		mo.info.connected, mo.info.since = false, time.Now()
-		mo.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvQMPDown})
+		mo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQMPDown})
 	})
 	return m.Err()
 }
@@ -171,7 +171,7 @@ func (mo *monitor) ran(ev checkpoint.Event) {
 			defer mo.d.guest.guestGoesOn()
 		}
 	}
-	mo.d.ckpts.step(ev)
+	mo.d.checkpoints.step(ev)
 }
 
 // maxUnanswered is how often in a row a QEMU may not answer a new connection before
@@ -221,7 +221,7 @@ func (mo *monitor) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
 		ev := ask(m)
 		mo.d.post(func() {
 			if mo.conn == m {
-				mo.d.ckpts.step(ev)
+				mo.d.checkpoints.step(ev)
 			}
 		})
 	})

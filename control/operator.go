@@ -37,16 +37,16 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 		case d.failover != nil && d.failover.p.State() != failover.PrimaryPair:
 			refused = errors.New("the guest does not replicate")
 		default:
-			from = d.ckpts.primary.Serves()
-			d.ckpts.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
+			from = d.checkpoints.primary.Serves()
+			d.checkpoints.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
 		return api.Checkpoint{}, errors.Join(err, refused)
 	}
 	var done *api.Checkpoint
 	err := d.until(ctx, func() bool {
-		for i := range d.ckpts.attempts {
-			if a := &d.ckpts.attempts[i]; a.Epoch >= from && a.Result == "committed" {
+		for i := range d.checkpoints.attempts {
+			if a := &d.checkpoints.attempts[i]; a.Epoch >= from && a.Result == "committed" {
 				done = new(api.Checkpoint)
 				*done = *a
 				return true
@@ -172,7 +172,7 @@ func (fo *failoverPart) orderFailover(force, loaded bool) error {
 	case s.State() != failover.SecondaryPair:
 		return errors.New("this host follows nobody, so there is nothing to take over")
 	case !s.Covered() && !force:
-		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has told them since replication began; wait, or use --force")
+		return errors.New("no checkpoint covers this secondary yet: clients would lose what the guest has sent them since replication began; wait, or use --force")
 	case !s.Covered() && !loaded:
 		return errors.New("this secondary has no guest yet: its memory is still being copied")
 	case !s.MayTakeOver(echoed, true):

@@ -4,18 +4,22 @@ package control
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"time"
 
 	"lockstep/compare"
+	"lockstep/control/arbiter"
 	"lockstep/control/checkpoint"
 	"lockstep/control/config"
 	"lockstep/control/datapath"
+	"lockstep/control/failover"
 	"lockstep/control/journal"
 	"lockstep/control/peerlink"
 	"lockstep/control/qemu"
+	"lockstep/control/state"
 )
 
 // Options are what to run. Zero durations mean defaults.
@@ -67,7 +71,7 @@ type Options struct {
 	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
-	ckpt       *checkpoint.Config
+	timing     *checkpoint.Config
 }
 
 func (o *Options) setDefaults() error {
@@ -111,12 +115,50 @@ func (o *Options) setDefaults() error {
 	if o.Progress == nil {
 		o.Progress = func(qemu.Progress) {}
 	}
-	if o.ckpt == nil {
+	if o.timing == nil {
 		c := checkpoint.DefaultConfig()
-		o.ckpt = &c
+		o.timing = &c
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	return nil
 }
+
+// ErrPoweredOff is how a daemon ends whose guest powered off: the pair stays off until
+// somebody starts it.
+var ErrPoweredOff = errors.New("the guest powered off")
+
+// Failover is what a daemon needs to begin a pair and to end it: an arbiter,
+// a place on disk for what it must not forget, and QEMU.
+type Failover struct {
+	Begin   failover.Begin
+	Arbiter arbiter.Arbiter
+	Store   *state.Store
+
+	FirstStart FirstStart // what is done about the disks before a first replication
+	Setback    *Setback   // one of a node's, for all of its parts; nil: a new one
+
+	Guest *qemu.Spec // nil: QEMU is started by somebody else, and attached to
+	Disks []qemu.Disk
+	// Where a secondary's QEMU waits: this host's, the other's.
+	Own, Peers qemu.Incoming
+	Limits     qemu.Limits // of replication's beginning
+
+	doubt      time.Duration // tests shorten it
+	noR26Entry bool          // a mutation: only tests set it
+	again      backoff       // between two tries to replicate; tests shorten it
+	// Mutations, only tests set them: a QEMU that does not end replication counts as dead;
+	// tries to replicate do not back off; the two QEMUs' machines are not compared.
+	fencesUnended, triesAtOnce, anyMachine bool
+}
+
+// How a daemon's role ends: what Run returns.
+var (
+	// ErrPromoted: this host transmits alone, and goes on as the primary.
+	ErrPromoted = errors.New("the secondary took over")
+	// ErrAfresh: the SVM follows nobody any more; a new one may.
+	ErrAfresh = errors.New("the secondary begins afresh")
+	// ErrFenced: this host is fenced, and its guest does not run.
+	ErrFenced = errors.New("this node may not transmit for the guest any more, which was stopped here")
+)

@@ -30,8 +30,8 @@ type overlayRoom struct {
 }
 
 const (
-	overlayEvery = 250 * time.Millisecond // between two looks at the room
-	overlayTell  = time.Second            // between two reports to P
+	overlayEvery  = 250 * time.Millisecond // between two looks at the room
+	overlayReport = time.Second            // between two reports to P
 	// overlayAhead is how long the room has to last for a checkpoint to come in time:
 	// one under way may fail first.
 	overlayAhead = 3 * time.Second
@@ -128,7 +128,7 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 	tick := time.NewTicker(overlayEvery)
 	defer tick.Stop()
 	watch := overlayWatch{node: ov.d.opt.Node}
-	var told int64
+	var reported int64
 	failed := ""
 	for {
 		spaces, err := ov.d.failover.Guest.Overlays()
@@ -140,11 +140,11 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 		} else {
 			now := ov.d.now()
 			all, ask := watch.sample(now, spaces)
-			tell := ask != "" || now-told >= int64(overlayTell)
-			if tell {
-				told = now
+			report := ask != "" || now-reported >= int64(overlayReport)
+			if report {
+				reported = now
 			}
-			ov.d.post(func() { ov.overlaysAre(all, ask, tell) })
+			ov.d.post(func() { ov.overlaysAre(all, ask, report) })
 		}
 		select {
 		case <-tick.C:
@@ -156,7 +156,7 @@ func (ov *overlayRoom) watchOverlays(ctx context.Context) {
 
 // overlaysAre takes what was seen of the overlays, and reports it to P (S). A host that took over
 // has them until they are merged, and no checkpoint empties them.
-func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell bool) {
+func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, report bool) {
 	fo := ov.d.failover
 	if fo.p != nil {
 		if ov.own = nil; fo.state.Unmerged {
@@ -174,7 +174,7 @@ func (ov *overlayRoom) overlaysAre(all []api.OverlayStatus, ask string, tell boo
 	if ov.d.qmp.info.state == "io-error" {
 		ov.outOfRoom("") // the event may have come while nobody listened
 	}
-	if !tell || !ov.d.peer.linkUp {
+	if !report || !ov.d.peer.linkUp {
 		return
 	}
 	m := peerlink.Overlays{All: all}
@@ -197,7 +197,7 @@ func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
 	}
 	ov.overlays = m.All
 	if m.Cause != "" && fo.p.State() == failover.PrimaryPair {
-		ov.d.ckpts.want(request{at: time.Now(), nic: -1, reason: m.Cause})
+		ov.d.checkpoints.want(request{at: time.Now(), nic: -1, reason: m.Cause})
 	}
 }
 

@@ -181,7 +181,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 	pair, p, _, _ := begin(t)
 	mark := len(pair.Primary.Requests())
 	done := p.await("a status", func(api.Status) bool { return true }).CheckpointsDone
-	p.d.ckpts.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
 	p.await("a checkpoint", func(st api.Status) bool { return st.CheckpointsDone > done })
 	var commands []string
 	for _, r := range pair.Primary.Requests()[mark:] {
@@ -196,7 +196,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			pair, p, s, a := begin(t)
 			pair.Primary.DieAt(command)
-			p.d.ckpts.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(request{nic: -1, reason: "test"})
 			s.ends(ErrPromoted)
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
@@ -240,7 +240,7 @@ func TestBrokenDevice(t *testing.T) {
 	pair.Secondary.SetReply("x-query-virtio-status", `"return": {"broken": true}`)
 	pair.Secondary.SetReply("x-query-virtio", `"return": [{"path": "/machine/nic/virtio-backend"}]`)
 	s.ends(ErrAfresh)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 }
 
 // TestNoArbiter: without the arbiter's answer nobody speaks; with it one host does.
@@ -299,7 +299,7 @@ func TestStuck(t *testing.T) {
 	p.start()
 	s.start()
 	s.ends(ErrAfresh)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 	p.path.await(t, 0, "mode hold", "mode solo")
 }
 
@@ -411,7 +411,7 @@ func TestUncoveredAsks(t *testing.T) {
 		}
 	}
 	a.setCut(false)
-	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.Record == 2 })
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && st.ArbiterTerm == 2 })
 }
 
 // Who is shut has no lease left, and an echo that is still on its way opens none: nothing

@@ -116,7 +116,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		}
 	}
 	if err := pl.d.ask(ctx, func() {
-		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.ckpts.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
+		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.checkpoints.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
 		h.Term, h.Epoch = pl.d.term, pl.d.epoch
 		if pl.d.failover != nil {
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
@@ -181,7 +181,7 @@ func (pl *peerLink) up(ok bool) {
 	pl.sessions++
 	pl.d.log.Info("session", "peer", pl.d.opt.Peer, "address", pl.peerAddr, "term", pl.d.term, "epoch", pl.d.epoch)
 	pl.d.event(journal.Session, "began", map[string]any{"address": pl.peerAddr, "term": pl.d.term})
-	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
+	pl.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
 	pl.d.repl.paired()
 }
 
@@ -219,7 +219,7 @@ func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 	}
 	pl.link, pl.linkUp, pl.rotation, pl.linkSince, pl.linkErr = nil, false, nil, time.Now(), why.Error()
 	pl.d.log.Warn("control link lost", "peer", pl.d.opt.Peer, "err", why)
-	pl.d.ckpts.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
+	pl.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
 	pl.d.failover.linkLost(why)
 }
 
@@ -246,7 +246,7 @@ func (pl *peerLink) received(l *peerlink.Link, m peerlink.Message) {
 		pl.d.log.Info("keys rotated", "term", pl.d.term)
 	case !pl.d.isPrimary() && rekeys && pl.linkUp:
 		pl.rotated(l, &rekey)
-	case !pl.linkUp || !pl.d.ckpts.received(m):
+	case !pl.linkUp || !pl.d.checkpoints.received(m):
 		pl.unlink(l, fmt.Errorf("message %q makes no sense here", m.Type()))
 	}
 }

@@ -17,8 +17,7 @@ import (
 	"lockstep/control/state"
 )
 
-// replicator begins replication, for as long as it takes, and ends it. On S it makes QEMU
-// ready for a primary's.
+// replicator begins replication and ends it (P), or makes QEMU ready for a primary's (S).
 type replicator struct {
 	d        *Daemon
 	cancel   context.CancelFunc // P: of the replication that begins; nil: none does
@@ -62,7 +61,7 @@ func (re *replicator) replicateTo(resync bool) error {
 	re.d.log.Info("replication begins", "to", fo.Peers.Migration, "disks", len(fo.Disks), "copy_disks", resync && len(fo.Disks) > 0)
 	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(fo.Disks) > 0})
 	re.syncing, re.gaveUp = qemu.Progress{}, ""
-	told := re.progress()
+	progress := re.progress()
 	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
@@ -71,7 +70,7 @@ func (re *replicator) replicateTo(resync bool) error {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Limits: fo.Limits, Progress: told})
+		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Limits: fo.Limits, Progress: progress})
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})
@@ -107,12 +106,12 @@ func (re *replicator) stopSync(why string) {
 
 // progress hands on how far something is, to whoever waits for it and to status.
 func (re *replicator) progress() func(qemu.Progress) {
-	var told time.Time
+	var last time.Time
 	return func(p qemu.Progress) {
-		if time.Since(told) < progressEvery {
+		if time.Since(last) < progressEvery {
 			return
 		}
-		told = time.Now()
+		last = time.Now()
 		re.d.opt.Progress(p)
 		re.d.post(func() { re.syncing = p })
 	}

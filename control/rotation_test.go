@@ -78,7 +78,7 @@ func TestRotationInACheckpoint(t *testing.T) {
 	p.replicating()
 	s.replicating()
 	for n := uint64(1); n <= 5; n++ {
-		p.d.ckpts.want(request{nic: -1, reason: "test"})
+		p.d.checkpoints.want(request{nic: -1, reason: "test"})
 		p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == n && st.State == "replicating" })
 	}
 	st := p.replicating()

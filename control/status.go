@@ -43,7 +43,7 @@ func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
-		CheckpointsRequested: d.ckpts.requested.Load(), CheckpointsDone: d.ckpts.committed,
+		CheckpointsRequested: d.checkpoints.requested.Load(), CheckpointsDone: d.checkpoints.committed,
 		Protocol: peerlink.Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
@@ -54,10 +54,10 @@ func (d *Daemon) ownStatus() api.Status {
 			Configured: d.opt.QMP != "", Connected: d.qmp.info.connected, Since: d.qmp.info.since,
 			QEMU: d.qmp.info.version, State: d.qmp.info.state, COLO: d.qmp.info.colo, Error: d.qmp.info.err,
 		},
-		Causes:      append([]api.Cause{}, d.ckpts.causes...),
-		Checkpoints: append([]api.Checkpoint{}, d.ckpts.attempts...),
+		Causes:      append([]api.Cause{}, d.checkpoints.causes...),
+		Checkpoints: append([]api.Checkpoint{}, d.checkpoints.attempts...),
 	}
-	s.State, s.Detail = d.ckpts.machine.State()
+	s.State, s.Detail = d.checkpoints.machine.State()
 	if d.failover != nil {
 		d.failover.status(&s)
 	}
@@ -192,7 +192,7 @@ func (n *nic) flow(t *compare.Tuple) api.Flow {
 
 // status adds the failover machine's state to s.
 func (fo *failoverPart) status(s *api.Status) {
-	s.Record = fo.machine.Term()
+	s.ArbiterTerm = fo.machine.Term()
 	defer func() {
 		fo.d.repl.statusOfImages(s)
 		fo.d.room.statusOfOverlays(s)

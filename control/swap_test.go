@@ -153,7 +153,7 @@ func TestTakes(t *testing.T) {
 		{api.Status{Protocol: peerlink.Version, Config: hash}, ""},
 		{api.Status{Protocol: peerlink.Version, Config: other}, "another config (heartbeat)"},
 		{api.Status{Protocol: peerlink.Version, Config: other, State: "solo"}, ""},
-		{api.Status{Protocol: peerlink.Version, Config: "short"}, "does not tell in what"},
+		{api.Status{Protocol: peerlink.Version, Config: "short"}, "does not report in what"},
 		{api.Status{Protocol: peerlink.Version - 1, Config: hash, Peer: api.PeerStatus{Node: "beta"}}, fmt.Sprintf("protocol %d with beta, and this lockstep %d", peerlink.Version-1, peerlink.Version)},
 		{api.Status{}, "too old"},
 	} {

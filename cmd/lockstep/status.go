@@ -29,12 +29,12 @@ func printStatus(out io.Writer, s api.Status) error {
 	} else {
 		fmt.Fprintf(w, "qemu:\tno qmp socket in the config\n")
 	}
-	if s.Record > 0 {
+	if s.ArbiterTerm > 0 {
 		word := "the secondary can NOT take over yet"
 		if s.Covered {
 			word = "the secondary can take over"
 		}
-		fmt.Fprintf(w, "failover:\t%s, arbiter's term %d\n", word, s.Record)
+		fmt.Fprintf(w, "failover:\t%s, arbiter's term %d\n", word, s.ArbiterTerm)
 	}
 	label := "disk faults:"
 	for _, f := range s.DiskFaults {

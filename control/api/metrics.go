@@ -34,7 +34,7 @@ type statusCollector struct {
 }
 
 // NewStatusCollector makes metrics of what status returns: nil when the daemon
-// cannot tell. It is called at each scrape. vm and node are on every metric.
+// does not answer. It is called at each scrape. vm and node are on every metric.
 func NewStatusCollector(vm, node string, status func() *Status) prometheus.Collector {
 	c := &statusCollector{status: status}
 	describe := func(name, help string, labels ...string) *prometheus.Desc {
@@ -80,13 +80,13 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 		})
 	}
 
-	c.up = describe("up", "Whether the daemon can tell its status: 1 or 0.")
+	c.up = describe("up", "Whether the daemon reports its status: 1 or 0.")
 	oneOf("role", "This node's part in the pair: 1 for the present one.", statusRoles, func(s *Status) string { return s.Role })
 	oneOf("state", "The pair's state as this node sees it: 1 for the present one.", statusStates, func(s *Status) string { return s.State })
-	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.", func(s *Status) float64 { return truth(s.Detail != "") })
+	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.", func(s *Status) float64 { return truth(s.Detail != "") })
 	gauge("epoch", "Number of the last checkpoint's epoch.", func(s *Status) float64 { return float64(s.Epoch) })
 	gauge("session_term", "Number of the session between the two daemons.", func(s *Status) float64 { return float64(s.Term) })
-	gauge("arbiter_term", "Term of the arbiter's record that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.Record) })
+	gauge("arbiter_term", "Fencing term of the arbiter's entry that this node goes by; 0 without an arbiter.", func(s *Status) float64 { return float64(s.ArbiterTerm) })
 	gauge("covered", "Whether the secondary may take over: 1 or 0.", func(s *Status) float64 { return truth(s.Covered) })
 	replication := func(get func(*Replication) float64) func(*Status) float64 {
 		return func(s *Status) float64 {
@@ -126,7 +126,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 			put(1, program, p.Device, p.Attach)
 		}
 	}, "program", "device", "attach")
-	gauge("replication_refused", "Whether replication does not begin before somebody does something, as status says: 1 or 0.", func(s *Status) float64 { return truth(s.Refused != "") })
+	gauge("replication_refused", "Whether replication does not begin before somebody does something, as status shows: 1 or 0.", func(s *Status) float64 { return truth(s.Refused != "") })
 	overlay := func(name, help string, get func(*OverlayStatus) float64) {
 		add(prometheus.GaugeValue, name, help, func(s *Status, put func(float64, ...string)) {
 			for i := range s.Overlays {

@@ -16,7 +16,7 @@ import (
 
 func fullStatus() *Status {
 	return &Status{
-		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, Record: 2,
+		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
 		Dropped:     map[string]uint64{"no_slot": 18, "bad_tag": 19},
 		Counters:    map[string]uint64{"held": 20, "no_slot": 18},
@@ -48,7 +48,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 	const want = `
-# HELP lockstep_arbiter_term Term of the arbiter's record that this node goes by; 0 without an arbiter.
+# HELP lockstep_arbiter_term Fencing term of the arbiter's entry that this node goes by; 0 without an arbiter.
 # TYPE lockstep_arbiter_term gauge
 lockstep_arbiter_term{node="alpha",vm="web1"} 2
 # HELP lockstep_checkpoints_committed_total Checkpoints that were committed.
@@ -89,7 +89,7 @@ lockstep_held_bytes{node="alpha",vm="web1"} 13
 # HELP lockstep_held_packets Packets that wait for their match; on the secondary copies and parked ones.
 # TYPE lockstep_held_packets gauge
 lockstep_held_packets{node="alpha",vm="web1"} 12
-# HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status says why.
+# HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.
 # TYPE lockstep_impaired gauge
 lockstep_impaired{node="alpha",vm="web1"} 1
 # HELP lockstep_last_checkpoint_committed Whether the last checkpoint that has ended was committed: 1 or 0.
@@ -153,7 +153,7 @@ lockstep_replication_dirtied_bytes_per_second{node="alpha",vm="web1"} 0
 # HELP lockstep_replication_failed_tries Tries to replicate that failed since the last one that lasted.
 # TYPE lockstep_replication_failed_tries gauge
 lockstep_replication_failed_tries{node="alpha",vm="web1"} 2
-# HELP lockstep_replication_refused Whether replication does not begin before somebody does something, as status says: 1 or 0.
+# HELP lockstep_replication_refused Whether replication does not begin before somebody does something, as status shows: 1 or 0.
 # TYPE lockstep_replication_refused gauge
 lockstep_replication_refused{node="alpha",vm="web1"} 1
 # HELP lockstep_role This node's part in the pair: 1 for the present one.
@@ -171,7 +171,7 @@ lockstep_state{node="alpha",state="replicating",vm="web1"} 1
 lockstep_state{node="alpha",state="resync",vm="web1"} 0
 lockstep_state{node="alpha",state="solo",vm="web1"} 0
 lockstep_state{node="alpha",state="start",vm="web1"} 0
-# HELP lockstep_up Whether the daemon can tell its status: 1 or 0.
+# HELP lockstep_up Whether the daemon reports its status: 1 or 0.
 # TYPE lockstep_up gauge
 lockstep_up{node="alpha",vm="web1"} 1
 `
@@ -232,7 +232,7 @@ func TestMetricsHandler(t *testing.T) {
 
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
-	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered Record Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
+	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
 		Refused Overlays`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {

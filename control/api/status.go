@@ -5,6 +5,8 @@
 package api
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -27,9 +29,9 @@ type Status struct {
 	Epoch  uint32 `json:"epoch"`
 	Term   uint32 `json:"term"`
 	// With an arbiter: whether the secondary may take over (R18), and the term of the
-	// arbiter's record that this node goes by.
-	Covered bool   `json:"covered"`
-	Record  uint64 `json:"record,omitempty"`
+	// arbiter's entry that this node goes by.
+	Covered     bool   `json:"covered"`
+	ArbiterTerm uint64 `json:"arbiter_term,omitempty"`
 	// P: how far replication is that begins, and what came of the tries so far.
 	Replication *Replication `json:"replication,omitempty"`
 	// Why replication does not begin before somebody does something about it.
@@ -59,6 +61,32 @@ type Status struct {
 	Overlays    []OverlayStatus `json:"overlays,omitempty"` // the secondary's, one of each file system
 	Causes      []Cause         `json:"causes"`             // the last requests, oldest first
 	Checkpoints []Checkpoint    `json:"checkpoints"`        // the last attempts, oldest first
+}
+
+// oldStatus has the fields of a release before under their names of then. They are
+// written beside the new ones for one release.
+type oldStatus struct {
+	Record uint64 `json:"record,omitempty"` // ArbiterTerm
+}
+
+type plainStatus Status
+
+// MarshalJSON writes renamed fields under both names.
+func (s Status) MarshalJSON() ([]byte, error) {
+	return json.Marshal(struct {
+		plainStatus
+		oldStatus
+	}{plainStatus(s), oldStatus{Record: s.ArbiterTerm}})
+}
+
+// UnmarshalJSON takes the answer of an older daemon, too.
+func (s *Status) UnmarshalJSON(b []byte) error {
+	var old oldStatus
+	if err := errors.Join(json.Unmarshal(b, (*plainStatus)(s)), json.Unmarshal(b, &old)); err != nil {
+		return err
+	}
+	s.ArbiterTerm = cmp.Or(s.ArbiterTerm, old.Record)
+	return nil
 }
 
 // Replication is a primary's beginning of one.
@@ -145,7 +173,7 @@ type OverlayStatus struct {
 	UsedBytes      int64    `json:"used_bytes"` // by the overlays
 	FreeBytes      int64    `json:"free_bytes"` // left for them
 	BytesPerSecond float64  `json:"bytes_per_second"`
-	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: for ever
+	LastsSeconds   *float64 `json:"lasts_seconds,omitempty"` // at this rate, without a checkpoint; absent: without end
 	Trouble        string   `json:"trouble,omitempty"`       // why a secondary could not start, or came to an end
 }
 
@@ -181,13 +209,13 @@ type FailoverDone struct {
 func (s *Status) Takes(protocol int, digest string) error {
 	switch in := strings.Join(config.DifferHex(s.Config, digest), ", "); {
 	case s.Protocol == 0:
-		return errors.New("the daemon that runs does not tell what its peer expects: it is too old to be replaced alone")
+		return errors.New("the daemon that runs does not report what its peer expects: it is too old to be replaced alone")
 	case s.Protocol != protocol:
 		return fmt.Errorf("the daemon that runs speaks control protocol %d with %s, and this lockstep %d", s.Protocol, s.Peer.Node, protocol)
 	case s.State == "solo" || s.Config == digest:
 		return nil
 	case in == "":
-		return errors.New("the daemon that runs has another config, and its version does not tell in what")
+		return errors.New("the daemon that runs has another config, and its version does not report in what")
 	default:
 		return fmt.Errorf("the daemon that runs has another config (%s)", in)
 	}

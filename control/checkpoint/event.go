@@ -103,7 +103,7 @@ type Config struct {
 	Stop           int64 // request to P's STOP
 	Resume         int64 // P's STOP to the commit
 	MaxRetry       int64 // longest wait after failed attempts
-	Unpaired       bool  // EvPair tells when COLO runs; else it does from the beginning
+	Unpaired       bool  // EvPair reports when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
 	FirstEpoch     uint32
 	clockTolerance int64

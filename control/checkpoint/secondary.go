@@ -13,7 +13,7 @@ const (
 	sParking               // parked, the tap is not empty yet
 	sParked                // READY was sent
 	sStopped               // the SVM's QEMU stopped for the checkpoint
-	sVoid                  // parked until a checkpoint tells what the SVM is
+	sVoid                  // parked until a checkpoint makes the SVM known
 )
 
 // Secondary is S's machine.
@@ -34,7 +34,7 @@ type Secondary struct {
 	svmResume  int64
 }
 
-// NewSecondary begins without offsets; EvRecovered tells of an earlier daemon's.
+// NewSecondary begins without offsets; EvRecovered brings an earlier daemon's.
 func NewSecondary(cfg Config) *Secondary { return &Secondary{cfg: cfg} }
 
 // missed: before the first session the SVM stopped, or may have. Only offsets that
@@ -168,7 +168,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 }
 
 // stepQuiet follows QEMU alone: a checkpoint that was under way when P died is loaded if
-// the SVM goes on before anybody told it that P is gone.
+// the SVM goes on before it was told that P is gone.
 func (c *Secondary) stepQuiet(ev Event) {
 	switch ev.Kind {
 	case EvStop:

@@ -33,20 +33,20 @@ const (
 	ModeRun               // secondary: rewrite in, record out
 	ModePark              // secondary: input parked, output dropped (R13)
 	ModeSolo              // alone: pass both ways
-	ModeQuiet             // secondary that takes over: as shut, but what its guest says is kept (R21 i)
+	ModeQuiet             // secondary that takes over: as shut, but what its guest sends is kept (R21 i)
 )
 
 // NIC is the kernel half of one guest NIC, cut by who needs what.
 //
 // One goroutine, the NIC's loop, calls [Frames], [Gate] and [Conntrack]. What the
-// other goroutines may call as well says so.
+// other goroutines may call as well is marked.
 type NIC interface {
 	Frames
 	Gate
 	Conntrack
 	ChainGuard
 	Inspector
-	io.Closer // leaves the pins: the programs go on as they were told last
+	io.Closer // leaves the pins: the programs go on in their last mode
 }
 
 // Frames are the events and effects that compare's cores decide about.
@@ -75,7 +75,7 @@ type Gate interface {
 	SetLeaseDuration(time.Duration) error // P: what one echo grants, from when it was asked for (R20)
 	RequestEcho() error                   // P: asks S's kernel for an echo (R20)
 	LastEcho() int64                      // boottime ns of the last echo that S's kernel returned; 0: none yet. Any goroutine
-	MarkStop() error                      // P: tells S where the PVM's STOP lies among its input (R16)
+	MarkStop() error                      // P: marks for S where the PVM's STOP lies among its input (R16)
 	DrainTap(ctx context.Context) error   // S: returns when the SVM has read everything. Any goroutine
 }
 
@@ -95,7 +95,7 @@ type Conntrack interface {
 	// is idempotent.
 	TakeOver(guard uint32) error
 	// Edges are the connections that this host, or one before it, took over, as P
-	// translates them at its outer edge; AddEdges tells S of them.
+	// translates them at its outer edge; AddEdges gives them to S.
 	Edges() ([]Edge, error)
 	AddEdges([]Edge) error
 }
@@ -140,16 +140,16 @@ type Remote struct {
 	At  int64  // boottime ns of its newest segment
 }
 
-// Session is what both hosts agree on for one term. Keys are this host's view:
-// TxKey signs what it sends.
+// Session is what both hosts agree on for one key generation, Term. The keys are this
+// host's view: TxKey signs what it sends.
 type Session struct {
 	Term, Epoch  uint32
 	PeerMAC      net.HardwareAddr
 	TxKey, RxKey [2]uint64
 	Digest       compare.Keys
 
-	// Rotated: the session goes on under new signing keys. Frames of the term before
-	// are taken for another second, and the epoch stays what it is.
+	// Rotated: the session goes on under new signing keys. Frames of the generation before
+	// are accepted for another second, and the epoch stays what it is.
 	Rotated bool
 }
 
@@ -162,8 +162,8 @@ type Offset struct {
 	State       string // "open", "closing", "reset"
 }
 
-// Edge is the translation of a connection that was taken over: the guest's numbers
-// minus those that the remote knows.
+// Edge is the translation of a connection that was taken over: the guest's sequence
+// numbers and timestamps minus those that the remote knows, modulo 2^32.
 type Edge struct {
 	compare.Tuple
 	Seq uint32

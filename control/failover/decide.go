@@ -22,7 +22,7 @@ type Begin struct {
 	primary  PrimaryState
 	covered  bool
 	takeOver bool // S: the daemon before this one had begun to, and could not end it
-	keep     bool // a guest that runs may be the only one that knows what clients were told
+	keep     bool // a guest that runs may be the only one that knows what clients have received
 	orphan   bool // P: if a guest runs, clients know it, but nothing in the kernel does
 }
 
@@ -53,7 +53,7 @@ func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.E
 		return decideSpeaker(st, rec, found), nil
 	case peer, "":
 	default:
-		return Begin{}, fmt.Errorf("the arbiter's record (%s) names neither %s nor %s: it is another pair's, or a node was renamed", rec, self, peer)
+		return Begin{}, fmt.Errorf("the arbiter's entry (%s) names neither %s nor %s: it is another pair's, or a node was renamed", rec, self, peer)
 	}
 	if role == datapath.RolePrimary {
 		if rec.Speaker == "" {

@@ -112,7 +112,7 @@ func (l *Primary) Step(now int64, ev Event) []Effect {
 			l.doubtBy = now + l.cfg.Doubt
 		}
 	case EvCOLOExit:
-		if l.state == PrimaryPair && !l.yields() { // while QEMU begins to replicate, lvSynced tells
+		if l.state == PrimaryPair && !l.yields() { // while QEMU begins to replicate, EvSynced reports it
 			l.alone()
 		}
 	case EvPeerDead, EvReplica:

@@ -13,7 +13,7 @@ const (
 	SecondaryClaim                       // QUIET, and the arbiter is asked
 	SecondaryLease                       // won; P may still transmit on its last lease
 	SecondaryLoad                        // a checkpoint that was under way shows whether it was loaded
-	SecondaryQEMU                        // QEMU is being told
+	SecondaryQEMU                        // QEMU is ordered to take over
 	SecondarySolo
 	SecondaryFenced
 	SecondaryOff // P's guest powered off
@@ -183,7 +183,7 @@ func (l *Secondary) MayTakeOver(echoed int64, force bool) bool {
 	return l.covered || force && (max(l.echoed, echoed) > l.paired || l.cfg.noR26Lease)
 }
 
-// takeOver is R21 (i) and (ii). awake is asked anew: lxQuiet's executor tells.
+// takeOver is R21 (i) and (ii). awake is found out anew by whoever carries out OpQuiet.
 func (l *Secondary) takeOver() {
 	l.state, l.awake = SecondaryClaim, l.exited != 0
 	l.emit(OpQuiet)

@@ -51,8 +51,8 @@ func TestDaemonsRestart(t *testing.T) {
 					c.ask(1)
 				})
 				p.covered()
-				if s := p.status("alpha"); s.Record != p.record {
-					t.Errorf("%d: the record is of term %d, and was of %d: a host transmitted alone", i, s.Record, p.record)
+				if s := p.status("alpha"); s.ArbiterTerm != p.record {
+					t.Errorf("%d: the record is of term %d, and was of %d: a host transmitted alone", i, s.ArbiterTerm, p.record)
 				}
 			})
 			if t.Failed() {

@@ -69,8 +69,8 @@ func TestPowerOff(t *testing.T) {
 		t.Errorf("start: %q, %v", out, err)
 	}
 	p.start()
-	if s := p.status("alpha"); s.Record != 1 {
-		t.Errorf("the arbiter's entry is of term %d", s.Record)
+	if s := p.status("alpha"); s.ArbiterTerm != 1 {
+		t.Errorf("the arbiter's entry is of term %d", s.ArbiterTerm)
 	}
 }
 
@@ -96,8 +96,8 @@ func TestReboot(t *testing.T) {
 		})
 		p.booted()
 		p.lockstepped()
-		if s := p.status("alpha"); s.Record != before.Record || s.CheckpointsDone == before.CheckpointsDone {
-			t.Errorf("%s: the record is of term %d, %d checkpoints", how, s.Record, s.CheckpointsDone-before.CheckpointsDone)
+		if s := p.status("alpha"); s.ArbiterTerm != before.ArbiterTerm || s.CheckpointsDone == before.CheckpointsDone {
+			t.Errorf("%s: the record is of term %d, %d checkpoints", how, s.ArbiterTerm, s.CheckpointsDone-before.CheckpointsDone)
 		}
 	}
 }

@@ -66,8 +66,8 @@ func TestStopCont(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" && s.Covered })
-		if s.Record != p.record || s.CheckpointsDone == before.CheckpointsDone {
-			t.Errorf("%s: the record is of term %d, and %d checkpoints were made", node, s.Record, s.CheckpointsDone-before.CheckpointsDone)
+		if s.ArbiterTerm != p.record || s.CheckpointsDone == before.CheckpointsDone {
+			t.Errorf("%s: the record is of term %d, and %d checkpoints were made", node, s.ArbiterTerm, s.CheckpointsDone-before.CheckpointsDone)
 		}
 	}
 }

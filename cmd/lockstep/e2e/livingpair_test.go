@@ -286,7 +286,7 @@ func (p *livingPair) lockstepped() {
 		if s == nil || b == nil || before == nil {
 			return false, "no status"
 		}
-		p.record = s.Record
+		p.record = s.ArbiterTerm
 		return s.State == "replicating" && s.Covered && b.Covered && s.CheckpointsRequested == before.CheckpointsRequested, fmt.Sprintf("%+v", s.Causes)
 	})
 }

@@ -29,8 +29,8 @@ func TestUnreachableMonitor(t *testing.T) {
 	whole := func(what string) {
 		t.Helper()
 		s := p.await("alpha", func(s *api.Status) bool { return s.QMP.Connected && s.State == "replicating" && s.Covered })
-		if s.Record != p.record {
-			t.Fatalf("%s: the record is of term %d, not %d", what, s.Record, p.record)
+		if s.ArbiterTerm != p.record {
+			t.Fatalf("%s: the record is of term %d, not %d", what, s.ArbiterTerm, p.record)
 		}
 		c.ask(1)
 	}
@@ -88,7 +88,7 @@ func TestUnreachableMonitor(t *testing.T) {
 	// Longer than two attempts to connect, after which a QEMU that hangs is dead.
 	later := time.Now().Add(6 * time.Second)
 	p.await("alpha", func(s *api.Status) bool {
-		if s.Record != p.record || s.State == "failover" || s.State == "solo" || !s.Peer.Connected {
+		if s.ArbiterTerm != p.record || s.State == "failover" || s.State == "solo" || !s.Peer.Connected {
 			t.Fatalf("with another client: %+v", s)
 		}
 		return time.Now().After(later)
@@ -106,8 +106,8 @@ func TestUnreachableMonitor(t *testing.T) {
 	p.killQEMU("alpha")
 	c.ask(1)
 	t.Logf("QEMU died while another client was served: the first answer took %v", time.Since(began))
-	if b := p.await("beta", func(s *api.Status) bool { return s.State == "solo" }); b.Record != p.record+1 {
-		t.Errorf("the record is of term %d, want %d", b.Record, p.record+1)
+	if b := p.await("beta", func(s *api.Status) bool { return s.State == "solo" }); b.ArbiterTerm != p.record+1 {
+		t.Errorf("the record is of term %d, want %d", b.ArbiterTerm, p.record+1)
 	}
 	twoTurns(t, watch)
 }

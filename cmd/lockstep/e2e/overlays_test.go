@@ -110,8 +110,8 @@ func TestOverlays(t *testing.T) {
 		}
 	}
 	t.Logf("%d MiB written, %d checkpoints to make room, at most %d MiB used", files, asked, most>>20)
-	if asked == 0 || s.Record != p.record || most == 0 {
-		t.Errorf("%d checkpoints because of %q, the record is of term %d and was of %d; %+v", asked, cause, s.Record, p.record, s.Checkpoints)
+	if asked == 0 || s.ArbiterTerm != p.record || most == 0 {
+		t.Errorf("%d checkpoints because of %q, the record is of term %d and was of %d; %+v", asked, cause, s.ArbiterTerm, p.record, s.Checkpoints)
 	}
 	// What the checkpoint emptied is free again.
 	if out, err := p.order("alpha", "checkpoint"); err != nil {

@@ -35,7 +35,7 @@ func TestSickSecondary(t *testing.T) {
 	}
 	p.covered()
 	c.ask(10)
-	if s := p.status("alpha"); s.Role != "primary" || s.Record != p.record+1 {
-		t.Errorf("alpha is %s, and the record is of term %d, which was %d", s.Role, s.Record, p.record)
+	if s := p.status("alpha"); s.Role != "primary" || s.ArbiterTerm != p.record+1 {
+		t.Errorf("alpha is %s, and the record is of term %d, which was %d", s.Role, s.ArbiterTerm, p.record)
 	}
 }

@@ -116,7 +116,7 @@ func TestMuteSVM(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.await("alpha", func(s *api.Status) bool { return s.Record == 2 })
+	p.await("alpha", func(s *api.Status) bool { return s.ArbiterTerm == 2 })
 	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still sent
 		t.Errorf("%d checkpoints before it was given up", n)
 	}

@@ -206,8 +206,8 @@ func TestChangeSettings(t *testing.T) {
 		c.ask(5)
 		p.covered()
 	}
-	if s := p.status("alpha"); s.Record != p.record {
-		t.Errorf("the record is of term %d, and was of %d: a host transmitted alone", s.Record, p.record)
+	if s := p.status("alpha"); s.ArbiterTerm != p.record {
+		t.Errorf("the record is of term %d, and was of %d: a host transmitted alone", s.ArbiterTerm, p.record)
 	}
 	// Those that both must agree on are refused, by name, while the pair replicates.
 	p.kill("alpha")
