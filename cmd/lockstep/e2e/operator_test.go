@@ -47,7 +47,7 @@ func TestOperator(t *testing.T) {
 	if err := p.procs["alpha"].Wait(); err == nil || p.procs["alpha"].ProcessState.ExitCode() != exitUsage {
 		t.Errorf("the old primary, started as one: %v", err)
 	}
-	if log := p.log("alpha"); !strings.Contains(log, "is not primary any more: beta speaks") {
+	if log := p.log("alpha"); !strings.Contains(log, "is not primary any more: beta transmits") {
 		t.Error("the old primary does not say why it does not start")
 	}
 	p.run("alpha", "secondary")

@@ -120,7 +120,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	c.ask(20)
 	p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
 	p.run("alpha", "primary")
-	p.refused("alpha", "is not primary any more: beta speaks")
+	p.refused("alpha", "is not primary any more: beta transmits")
 	p.sameGuest("alpha", pvm)
 	if out, err := p.orderHere("alpha", "upgrade"); err == nil {
 		t.Errorf("upgrade without pins:\n%s", out)
