@@ -5,6 +5,7 @@ package compare
 import (
 	"cmp"
 	"slices"
+	"time"
 )
 
 // inEpoch reports whether a digest record is of this epoch. One of the next epoch is kept
@@ -94,6 +95,12 @@ func (p *Primary) commit(epoch uint32, at int64) {
 	fs := p.datagrams.all()
 	for _, f := range fs {
 		out = p.datagrams.commit(f, at, out)
+	}
+	p.stats.CommitWait = 0
+	for i := range out {
+		if l := &out[i]; !l.rst {
+			p.stats.CommitWait = max(p.stats.CommitWait, time.Duration(at-max(l.piece.at, l.dgram.at)))
+		}
 	}
 	p.leave(out)
 	for _, c := range cs {

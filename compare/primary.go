@@ -93,7 +93,10 @@ type Stats struct {
 	Queries, Remirrors        uint64 // R6
 	Adopted                   uint64 // connections met in mid-stream
 	Evicted                   uint64 // half-open connections that made room (R11)
-	Checkpoints, Drops        [ReasonCount]uint64
+	// CommitWait is how long the output that the last commit released had waited for the
+	// SVM when the PVM stopped, at most.
+	CommitWait         time.Duration
+	Checkpoints, Drops [ReasonCount]uint64
 }
 
 // Flow describes a connection, or a flow of datagrams of which one guest has transmitted

@@ -251,10 +251,11 @@ func (ck *checkpoints) checkpointEvent() {
 func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
 func (ck *checkpoints) commit(fx checkpoint.Effect) error {
-	inside := false
+	inside, waited, records := false, time.Duration(0), uint64(0)
 	err := ck.d.each("commit", func(n *nic) error {
 		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
-		inside = inside || in
+		st := n.primary.Stats()
+		inside, waited, records = inside || in, max(waited, st.CommitWait), records+st.Records
 		return err
 	})
 	if err != nil {
@@ -273,7 +274,8 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 		ck.d.repl.tries.lasts()
 	}
 	ck.d.failover.step(failover.Event{Kind: failover.EvCommitted})
-	return ck.d.failover.dropMute(a.Cause)
+	ck.d.failover.dropMute(records, waited)
+	return nil
 }
 
 // drain waits until the SVM has read what its taps hold.

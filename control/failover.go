@@ -11,7 +11,6 @@ import (
 	"net"
 	"time"
 
-	"lockstep/compare"
 	"lockstep/control/checkpoint"
 	"lockstep/control/datapath"
 	"lockstep/control/failover"
@@ -90,9 +89,8 @@ type failoverPart struct {
 	state     state.State // as it is on disk
 	queue     []failover.Event
 	stepping  bool
-	tellAgain bool   // S: order QEMU to take over once it is connected
-	records   uint64 // P: digest records of the SVM until the last commit
-	mute      int    // P: commits in a row without one
+	tellAgain bool // S: order QEMU to take over once it is connected
+	mute      muteWatch
 }
 
 func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
@@ -326,38 +324,6 @@ func (fo *failoverPart) askAwake() {
 			fo.step(failover.Event{Kind: failover.EvRuns})
 		}
 	})
-}
-
-// maxMute is how many checkpoints in a row may find that the SVM has sent nothing since
-// the one before, though the PVM waited for it.
-const maxMute = 3
-
-// dropMute gives up an SVM that is mute (P): it was made the PVM's copy again and again,
-// and still sends nothing, so it could not serve the clients.
-func (fo *failoverPart) dropMute(cause string) error {
-	if fo == nil {
-		return nil
-	}
-	var records uint64
-	if err := fo.d.each("count records", func(n *nic) error {
-		records += n.primary.Stats().Records
-		return nil
-	}); err != nil {
-		return err
-	}
-	if records != fo.records || cause != compare.ReasonTimeout.String() {
-		fo.mute = 0
-	} else {
-		fo.mute++
-	}
-	if fo.records = records; fo.mute < maxMute {
-		return nil
-	}
-	fo.mute = 0
-	fo.d.log.Error("the SVM sends nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)
-	fo.d.event(journal.Failover, "the SVM is mute", nil)
-	fo.step(failover.Event{Kind: failover.EvPeerDead})
-	return nil
 }
 
 // joined is S's side of a session: record is P's fencing term, pair whether P goes

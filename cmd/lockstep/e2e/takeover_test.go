@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,12 +20,12 @@ import (
 // skewed, and QEMUs that are played. TestFailovers and others have real ones.
 
 // coveredPair is a pair that may fail over.
-func coveredPair(t *testing.T, without loader.Mutation) (*pair, *qmptest.Pair) {
+func coveredPair(t *testing.T, without loader.Mutation, settings ...string) (*pair, *qmptest.Pair) {
 	t.Helper()
 	q := qemuPair(t)
 	dir := t.TempDir()
 	p := newPairWithout(t, without, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
-		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}", filepath.Join(dir, "state"), dir))
+		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}\n%s", filepath.Join(dir, "state"), dir, strings.Join(settings, "\n")))
 	for _, node := range []string{"alpha", "beta"} {
 		p.await(node, func(s *api.Status) bool { return ready(s) && s.Covered })
 	}
@@ -102,22 +103,35 @@ func TestMutationGuard(t *testing.T) {
 }
 
 // TestMuteSVM: an SVM that sends nothing, though checkpoint after checkpoint makes it
-// the PVM's copy, could not take over. P goes on without it.
+// the PVM's copy, could not take over. P goes on without it, also where periodic
+// checkpoints release everything before a client has to wait.
 func TestMuteSVM(t *testing.T) {
-	p, q := coveredPair(t, 0)
-	c := p.mustDial(lt.Guest4, portEcho)
-	if err := echo(c, 0); err != nil {
-		t.Fatal(err)
-	}
-	before := q.Checkpoints()
-	p.SetLink(t, p.SVM, "eth0", false)
-	for i := range 5 {
-		if err := echo(c, i); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p.await("alpha", func(s *api.Status) bool { return s.ArbiterTerm == 2 })
-	if n := q.Checkpoints() - before; n < 3 || n > 4 { // in the first interval it still sent
-		t.Errorf("%d checkpoints before it was given up", n)
+	for _, x := range []struct {
+		name, settings string
+		least, most    int // checkpoints before it is given up
+	}{
+		{"checkpoints at timeouts", "", 3, 4}, // in the first interval it still sent
+		{"periodic checkpoints", "checkpoint: {period: 100ms}", 5, 100},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			p, q := coveredPair(t, 0, x.settings)
+			c := p.mustDial(lt.Guest4, portEcho)
+			if err := echo(c, 0); err != nil {
+				t.Fatal(err)
+			}
+			before := q.Checkpoints()
+			p.SetLink(t, p.SVM, "eth0", false)
+			i := 0
+			p.await("alpha", func(s *api.Status) bool {
+				if err := echo(c, i); err != nil {
+					t.Fatal(err)
+				}
+				i++
+				return s.ArbiterTerm == 2
+			})
+			if n := q.Checkpoints() - before; n < x.least || n > x.most {
+				t.Errorf("%d checkpoints before it was given up", n)
+			}
+		})
 	}
 }

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package control
+
+import (
+	"testing"
+	"time"
+)
+
+// TestMuteWatch: an SVM is mute when output waits for it through three checkpoints and
+// three times compare.timeout, without a record: however fast checkpoints come.
+func TestMuteWatch(t *testing.T) {
+	const timeout = time.Second
+	for _, x := range []struct {
+		name          string
+		period        time.Duration
+		waited        time.Duration
+		records       uint64 // from one commit to the next
+		commits, mute int    // of so many, the first that finds it; 0: none
+	}{
+		{"at each timeout", timeout, timeout, 0, 4, 3},
+		{"checkpoints come fast", timeout / 10, timeout / 10, 0, 40, 30},
+		{"checkpoints come seldom", time.Minute, timeout, 0, 4, 3},
+		{"it sends", timeout, timeout, 1, 40, 0},
+		{"nothing is expected of it", timeout, 0, 0, 40, 0},
+		{"what waits has just been captured", timeout, time.Millisecond, 0, 40, 0},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			var w muteWatch
+			var now int64 = 1e12 // of a host that has run for some time
+			records := uint64(7)
+			w.commit(now, records, 0, timeout)
+			for i := 1; i <= x.commits; i++ {
+				now += int64(x.period)
+				records += x.records
+				if mute := w.commit(now, records, x.waited, timeout); mute != (i == x.mute) {
+					t.Fatalf("commit %d: mute is %v", i, mute)
+				} else if mute {
+					return
+				}
+			}
+		})
+	}
+}
