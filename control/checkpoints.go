@@ -139,10 +139,24 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpAbort:
 		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
+		paired := ck.d.failover.paired()
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
-			if err := m.Checkpoint(); err != nil {
+			// A QEMU that begins a checkpoint while its guest is stopped by a disk's error
+			// or a panic aborts (QEMU 7.2 to 11), so it is not asked to. The STOP that
+			// tells of that may not have come yet.
+			running, state, err := m.Status()
+			switch {
+			case err != nil:
 				ev.OK, ev.Cause = false, err.Error()
+			case !paired:
+				ev.OK, ev.Cause = false, "the secondary is being given up"
+			case !running:
+				ev.OK, ev.Cause = false, "the guest is stopped: "+state
+			default:
+				if err := m.Checkpoint(); err != nil {
+					ev.OK, ev.Cause = false, err.Error()
+				}
 			}
 			return ev
 		})

@@ -26,6 +26,12 @@ func (fo *failoverPart) ended() bool {
 	return fo.p != nil && fo.p.State() >= failover.PrimaryFenced || fo.s != nil && fo.s.State() >= failover.SecondaryFenced
 }
 
+// paired reports whether this host's primary has a secondary and goes on with it. Without
+// failover it always does.
+func (fo *failoverPart) paired() bool {
+	return fo == nil || fo.p == nil || fo.p.State() == failover.PrimaryPair
+}
+
 // poweredOff ends this daemon, because its guest is off (R25).
 func (fo *failoverPart) poweredOff() error {
 	fo.d.log.Info("the guest powered off, and stays off until `lockstep start`")

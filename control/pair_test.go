@@ -228,6 +228,30 @@ func TestQEMUEnded(t *testing.T) {
 	}
 }
 
+// TestNoCheckpointOfStoppedGuest: QEMU is not asked for a checkpoint of a guest that a
+// disk's error has stopped, though its STOP has not come yet: it would abort, and the guest
+// that serves be lost to a disk of the secondary's.
+func TestNoCheckpointOfStoppedGuest(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	p.opt.qmpPoll = patience // which would find the guest's state
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+	pair.Primary.SetReply("query-status", `"return": {"running": false, "status": "io-error"}`)
+	mark := len(pair.Primary.Requests())
+	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.await("a failed attempt", func(st api.Status) bool {
+		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "the guest is stopped: io-error") })
+	})
+	for _, r := range pair.Primary.Requests()[mark:] {
+		if r.Execute == "migrate-set-parameters" {
+			t.Error("QEMU was asked")
+		}
+	}
+}
+
 // TestBrokenDevice: an SVM with a device that QEMU has given up is no replica, whatever is
 // committed: P goes on alone, and S begins afresh.
 func TestBrokenDevice(t *testing.T) {
