@@ -92,6 +92,9 @@ func (gw *guestWatch) shutDown(reason string) {
 	case "guest-shutdown", "guest-reset": // a reset with -no-reboot
 		gw.guestOff()
 	case "host-signal", "host-qmp-quit", "host-ui", "host-error":
+		if gw.d.failover.ended() {
+			return // it is ended here
+		}
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
 		// shows nothing about them.
 		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
