@@ -41,10 +41,7 @@ func TestAdopt(t *testing.T) {
 			t.Parallel()
 			pair := newPair(t)
 			p, s := hosts(t, pair)
-			p.start()
-			s.start()
-			p.replicating()
-			s.replicating()
+			startReplicating(p, s)
 			p.d.checkpoints.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
 			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 			s.await("the epoch", func(st api.Status) bool { return st.Epoch == 2 && st.State == "replicating" })
@@ -171,10 +168,7 @@ func TestForeignProgram(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
 	p.opt.orderEvery, s.opt.orderEvery = time.Millisecond, time.Millisecond
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 
 	mark := p.path.mark()
 	p.path.intrude("program foreign (id 7) is in front of ls_pri_out on tap0", true)

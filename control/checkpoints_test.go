@@ -21,10 +21,7 @@ import (
 func TestCheckpoint(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	p.path.pvm(1000, "same")
 	p.path.svm(1, 1000, "same")
 	p.path.await(t, 0, "send 1000+4")
@@ -95,10 +92,7 @@ func pause(t *testing.T) {
 func TestUnaskedStop(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	mark := p.path.mark()
 	pair.Primary.Stop()
 	p.await("a freeze", func(st api.Status) bool { return st.State == "checkpointing" && st.QMP.State == "paused" })
@@ -133,10 +127,7 @@ func TestUnaskedStop(t *testing.T) {
 func TestFailedAttempts(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	s.path.mu.Lock()
 	s.path.drain = func(context.Context) error { return errors.New("3 frames in the tap") }
 	s.path.mu.Unlock()
@@ -169,10 +160,7 @@ func TestNotInCOLO(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			pair := newPair(t)
 			p, s := hosts(t, pair)
-			p.start()
-			s.start()
-			p.replicating()
-			s.replicating()
+			startReplicating(p, s)
 			qemu := map[string]*qmptest.Server{"primary": pair.Primary, "secondary": pair.Secondary}[who]
 			qemu.SetCOLO("none")
 			mark := p.path.mark()
@@ -204,10 +192,7 @@ func TestQMPFaults(t *testing.T) {
 				p, s := hosts(t, pair)
 				p.opt.qmpTimeout, s.opt.qmpTimeout = 500*time.Millisecond, 500*time.Millisecond
 				p.opt.qmpPoll, s.opt.qmpPoll = 10*time.Millisecond, 10*time.Millisecond
-				p.start()
-				s.start()
-				p.replicating()
-				s.replicating()
+				startReplicating(p, s)
 				sick, qemu := p, pair.Primary
 				if who == "secondary" {
 					sick, qemu = s, pair.Secondary
@@ -244,10 +229,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			cfg := checkpoint.DefaultConfig()
 			cfg.Stop, cfg.Resume = int64(200*time.Millisecond), int64(200*time.Millisecond)
 			p.opt.timing = &cfg
-			p.start()
-			s.start()
-			p.replicating()
-			s.replicating()
+			startReplicating(p, s)
 			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")

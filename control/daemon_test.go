@@ -143,6 +143,15 @@ func (s *side) await(what string, ok func(api.Status) bool) api.Status {
 	}
 }
 
+// startReplicating starts both sides, and returns when they replicate.
+func startReplicating(p, s *side) {
+	p.t.Helper()
+	p.start()
+	s.start()
+	p.replicating()
+	s.replicating()
+}
+
 func (s *side) replicating() api.Status {
 	s.t.Helper()
 	return s.await("replicating", func(st api.Status) bool { return st.State == "replicating" && st.Peer.Connected })
@@ -236,10 +245,7 @@ func TestReplication(t *testing.T) {
 func TestFrameInside(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	first := true
 	pair.SetHook(func(stage qmptest.Stage) bool {
 		if stage == qmptest.PrimaryResume && first {
@@ -263,10 +269,7 @@ func TestFrameInside(t *testing.T) {
 func TestSecondaryRestart(t *testing.T) {
 	pair := newPair(t)
 	p, s := hosts(t, pair)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	p.path.pvm(1000, "same")
 	p.path.svm(1, 1000, "same")
 	p.path.await(t, 0, "send 1000+4")
@@ -307,10 +310,7 @@ func TestSecondaryRestart(t *testing.T) {
 // term is not.
 func TestPrimaryRestart(t *testing.T) {
 	p, s := hosts(t, nil)
-	p.start()
-	s.start()
-	p.replicating()
-	s.replicating()
+	startReplicating(p, s)
 	old := s.path.session
 	p.end()
 	s.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })

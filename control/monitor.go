@@ -197,10 +197,7 @@ func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 		if err != nil {
 			continue
 		}
-		broken, err := qemu.BrokenDevices(m)
-		if err != nil {
-			continue
-		}
+		broken, _ := qemu.BrokenDevices(m) // without an answer the state counts all the same
 		mo.d.post(func() {
 			if mo.conn == m {
 				mo.info.state, mo.info.colo = state, mode

@@ -125,6 +125,15 @@ func (s *side) ends(want error) {
 	}
 }
 
+// startCovered starts both sides, and returns when S may take over.
+func startCovered(p, s *side) {
+	p.t.Helper()
+	p.start()
+	s.start()
+	p.covered()
+	s.covered()
+}
+
 func (s *side) covered() {
 	s.t.Helper()
 	s.await("covered", func(st api.Status) bool { return st.Covered && st.State == "replicating" })
@@ -139,10 +148,7 @@ func TestLifeQMPFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			pair := newPair(t)
 			p, s, _ := lives(t, pair)
-			p.start()
-			s.start()
-			p.covered()
-			s.covered()
+			startCovered(p, s)
 			mark := s.path.mark()
 			pair.Primary.SetFault(fault, time.Second)
 			if fault == qmptest.Garbage || fault == qmptest.Huge || fault == qmptest.HangUp {
@@ -171,10 +177,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 			`{"id": 3, "type": "block-driver", "name": "nbd0"}], "edges": [`+
 			`{"parent": 1, "child": 2, "name": "children.0"}, `+
 			`{"parent": 1, "child": 3, "name": "children.1"}]}`)
-		p.start()
-		s.start()
-		p.covered()
-		s.covered()
+		startCovered(p, s)
 		p.d.post(func() { p.d.failover.Disks = []qemu.Disk{{ID: "vda"}} }) // of which a played QEMU cannot make a replica
 		return pair, p, s, a
 	}
@@ -213,10 +216,7 @@ func TestQEMUEnded(t *testing.T) {
 		t.Run(reason, func(t *testing.T) {
 			pair := newPair(t)
 			p, s, a := lives(t, pair)
-			p.start()
-			s.start()
-			p.covered()
-			s.covered()
+			startCovered(p, s)
 			pair.Primary.Raw(fmt.Sprintf(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "SHUTDOWN", "data": {"guest": false, "reason": "%s"}}`+"\r\n", reason))
 			pair.Primary.Raw(`{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "COLO_EXIT", "data": {"mode": "primary", "reason": "error"}}` + "\r\n")
 			s.ends(ErrPromoted)
@@ -235,10 +235,7 @@ func TestNoCheckpointOfStoppedGuest(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
 	p.opt.qmpPoll = patience // which would find the guest's state
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	pair.Primary.SetReply("query-status", `"return": {"running": false, "status": "io-error"}`)
 	mark := len(pair.Primary.Requests())
 	p.d.checkpoints.want(request{nic: -1, reason: "test"})
@@ -257,10 +254,7 @@ func TestNoCheckpointOfStoppedGuest(t *testing.T) {
 func TestBrokenDevice(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	pair.Secondary.SetReply("x-query-virtio-status", `"return": {"broken": true}`)
 	pair.Secondary.SetReply("x-query-virtio", `"return": [{"path": "/machine/nic/virtio-backend"}]`)
 	s.ends(ErrAfresh)
@@ -271,10 +265,7 @@ func TestBrokenDevice(t *testing.T) {
 func TestNoArbiter(t *testing.T) {
 	pair := newPair(t)
 	p, s, a := lives(t, pair)
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	a.setCut(true)
 	mark := s.path.mark()
 	pair.Primary.Close()
@@ -374,10 +365,7 @@ func TestForcedFailover(t *testing.T) {
 // TestFailoverLost: an order that somebody else has been quicker than is no success.
 func TestFailoverLost(t *testing.T) {
 	p, s, a := lives(t, newPair(t))
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	a.set(arbiter.Entry{Term: 3, Speaker: "beta"})
 	if done, err := api.OrderFailover(t.Context(), p.opt.StatusSocket, false); err == nil || !strings.Contains(err.Error(), "names beta") {
 		t.Errorf("%v, %v", done, err)

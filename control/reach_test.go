@@ -87,10 +87,7 @@ func TestHeldMonitor(t *testing.T) {
 			p, s, a := calmLives(t, pair)
 			p.opt.Failover.doubt = 100 * time.Millisecond // a doubt that nobody can end is no reason to go on alone
 			dials := p.dials()
-			p.start()
-			s.start()
-			p.covered()
-			s.covered()
+			startCovered(p, s)
 			other := p.holdMonitor()
 			want := fmt.Sprintf("another client on its monitor, process %d (", os.Getpid())
 			p.await("who holds the monitor", func(st api.Status) bool { return strings.Contains(st.QMP.Error, want) })
@@ -120,10 +117,7 @@ func TestMutationMonitor(t *testing.T) {
 	pair := newPair(t)
 	p, s, _ := calmLives(t, pair)
 	p.opt.noAskQEMU = true
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	p.holdMonitor()
 	s.ends(ErrPromoted)
 	p.ends(ErrFenced)
@@ -135,10 +129,7 @@ func TestRestartWithHeldMonitor(t *testing.T) {
 	t.Parallel()
 	pair := newPair(t)
 	p, s, a := calmLives(t, pair)
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	other := p.holdMonitor()
 	p.end()
 	found := datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold}
@@ -164,10 +155,7 @@ func TestMonitorFileGone(t *testing.T) {
 	pair := newPair(t)
 	p, s, a := calmLives(t, pair)
 	dials := p.dials()
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	if err := os.Rename(p.opt.QMP, p.opt.QMP+".away"); err != nil {
 		t.Fatal(err)
 	}
@@ -236,10 +224,7 @@ func TestDialErrors(t *testing.T) {
 				}
 				return dialMonitor(ctx, path, o, connected)
 			}
-			p.start()
-			s.start()
-			p.covered()
-			s.covered()
+			startCovered(p, s)
 			fail.Store(true)
 			if err := p.d.ask(t.Context(), func() { p.d.qmp.conn.Disconnect() }); err != nil {
 				t.Fatal(err)

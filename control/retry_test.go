@@ -20,10 +20,7 @@ func unended(t *testing.T, mutation bool) (*side, *qmptest.Pair) {
 	pair := newPair(t)
 	p, s, _ := lives(t, pair)
 	p.opt.Failover.fencesUnended = mutation
-	p.start()
-	s.start()
-	p.covered()
-	s.covered()
+	startCovered(p, s)
 	pair.Primary.SetReply("x-colo-lost-heartbeat", `"error": {"class": "GenericError", "desc": "busy"}`)
 	pair.Secondary.Close()
 	s.ends(ErrAfresh)

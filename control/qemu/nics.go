@@ -3,7 +3,6 @@
 package qemu
 
 import (
-	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -79,7 +78,7 @@ var (
 func CheckNICs(m *qmp.Monitor, n int) error {
 	var text string
 	err := m.Execute("human-monitor-command", map[string]string{"command-line": "info network"}, &text)
-	if unknown := (*qmp.Error)(nil); errors.As(err, &unknown) && unknown.Class == "CommandNotFound" {
+	if qmp.IsUnknown(err) {
 		return nil // this QEMU was built without HMP
 	}
 	if err != nil {

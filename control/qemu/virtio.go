@@ -2,11 +2,7 @@
 
 package qemu
 
-import (
-	"errors"
-
-	"lockstep/control/qmp"
-)
+import "lockstep/control/qmp"
 
 // BrokenDevices returns the QOM paths of the virtio devices that QEMU does not serve any
 // more, because a queue in the guest's memory made no sense. No event reports that, and
@@ -15,7 +11,7 @@ import (
 func BrokenDevices(m *qmp.Monitor) (paths []string, err error) {
 	var devices []struct{ Path string }
 	if err := m.Execute("x-query-virtio", nil, &devices); err != nil {
-		if unknown := (*qmp.Error)(nil); errors.As(err, &unknown) && unknown.Class == "CommandNotFound" {
+		if qmp.IsUnknown(err) {
 			return nil, nil
 		}
 		return nil, err

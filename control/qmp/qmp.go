@@ -54,6 +54,12 @@ type Error struct {
 	Description string
 }
 
+// IsUnknown reports whether err is QEMU's answer to a command that it does not have.
+func IsUnknown(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Class == "CommandNotFound"
+}
+
 func (e *Error) Error() string {
 	return fmt.Sprintf("qmp %s: %s (%s)", e.Command, e.Description, e.Class)
 }
