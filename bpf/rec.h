@@ -44,10 +44,11 @@ static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
 		return LS_R_peer_tag;
 	/*
 	 * The peer may have begun the next epoch a moment before this host did (R17).
-	 * Echoes and requests for records are of no epoch.
+	 * Echoes and requests for records are of no epoch. The mark of an epoch comes before
+	 * that, and epochs are left out where checkpoints failed.
 	 */
 	if (r->epoch != conf->epoch && r->epoch != conf->epoch + 1 && r->type != LS_REC_ECHO &&
-	    r->type != LS_REC_NACK)
+	    r->type != LS_REC_NACK && r->type != LS_REC_MARK)
 		return LS_R_peer_epoch;
 	return LS_R_record_in;
 }

@@ -139,27 +139,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpAbort:
 		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
-		paired := ck.d.failover.paired()
-		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
-			ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: fx.Epoch, OK: true}
-			// A QEMU that begins a checkpoint while its guest is stopped by a disk's error
-			// or a panic aborts (QEMU 7.2 to 11), so it is not asked to. The STOP that
-			// tells of that may not have come yet.
-			running, state, err := m.Status()
-			switch {
-			case err != nil:
-				ev.OK, ev.Cause = false, err.Error()
-			case !paired:
-				ev.OK, ev.Cause = false, "the secondary is being given up"
-			case !running:
-				ev.OK, ev.Cause = false, "the guest is stopped: "+state
-			default:
-				if err := m.Checkpoint(); err != nil {
-					ev.OK, ev.Cause = false, err.Error()
-				}
-			}
-			return ev
-		})
+		ck.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
 		return ck.d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
 	case checkpoint.OpCOLO:
@@ -214,6 +194,28 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.d.peer.send(peerlink.Resumed{Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
+}
+
+// ask has QEMU begin the checkpoint, unless the secondary is being given up.
+func (ck *checkpoints) ask(epoch uint32) {
+	mo, disks := &ck.d.qmp, []qemu.Disk(nil)
+	if ck.d.failover != nil {
+		disks = ck.d.failover.Disks
+	}
+	paired := ck.d.failover.paired()
+	mo.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
+		err := errors.New("the secondary is being given up")
+		if paired {
+			mo.pausing.Lock()
+			defer mo.pausing.Unlock()
+			err = qemu.Checkpoint(m, disks)
+		}
+		ev := checkpoint.Event{Kind: checkpoint.EvAsked, Epoch: epoch, OK: err == nil}
+		if err != nil {
+			ev.Cause = err.Error()
+		}
+		return ev
+	})
 }
 
 // attempt notes that a checkpoint begins.

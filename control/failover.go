@@ -311,7 +311,11 @@ func (fo *failoverPart) fenced() {
 		fo.end(end)
 		return
 	}
-	fo.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error { return qemu.Stop(m) }, func(err error) {
+	fo.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error {
+		fo.d.qmp.pausing.Lock() // or a request that fails would resume it
+		defer fo.d.qmp.pausing.Unlock()
+		return qemu.Stop(m)
+	}, func(err error) {
 		if err != nil {
 			fo.d.log.Error("the guest could not be stopped: its NICs stay shut", "err", err)
 		}

@@ -46,6 +46,8 @@ type monitor struct {
 	unanswered int  // connections to it that it did not answer, in a row
 	outOfReach bool // it lives, but its monitor cannot be reached
 	detached   bool // S: what QEMU does now is not the checkpoint machine's
+
+	pausing sync.Mutex // held while the guest is stopped to ask for a checkpoint
 }
 
 // watchQEMU connects, reports, reconnects, until ctx ends.
@@ -92,6 +94,9 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	defer m.Disconnect()
 	events, err := m.Events(ctx)
 	if err != nil {
+		return err
+	}
+	if err := mo.unpause(m); err != nil {
 		return err
 	}
 	// Events that come meanwhile wait; at worst they repeat what Status reported.
@@ -160,6 +165,25 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	return m.Err()
 }
 
+// unpause has a guest go on that a connection before this one, or a daemon, left stopped.
+func (mo *monitor) unpause(m *qmp.Monitor) error {
+	if !mo.d.isPrimary() {
+		return nil
+	}
+	mo.pausing.Lock()
+	defer mo.pausing.Unlock()
+	return qemu.Unpause(m)
+}
+
+// status asks for the guest's state, but not while it is stopped for a checkpoint: then
+// QEMU may not answer before the guest's I/O has ended, which is no sign that it hangs.
+func (mo *monitor) status(m *qmp.Monitor) (state string, err error) {
+	mo.pausing.Lock()
+	defer mo.pausing.Unlock()
+	_, state, err = m.Status()
+	return state, err
+}
+
 // ran takes a STOP or a RESUME.
 func (mo *monitor) ran(ev checkpoint.Event) {
 	if mo.d.failover != nil {
@@ -189,7 +213,7 @@ func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 		case <-ctx.Done():
 			return
 		}
-		_, state, err := m.Status()
+		state, err := mo.status(m)
 		if err != nil {
 			continue
 		}

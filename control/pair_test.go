@@ -249,6 +249,30 @@ func TestNoCheckpointOfStoppedGuest(t *testing.T) {
 	}
 }
 
+// TestPausedByADeadDaemon: a daemon that died after it stopped the guest to ask for a
+// checkpoint leaves that to the next one. A guest that somebody else stopped stays so.
+func TestPausedByADeadDaemon(t *testing.T) {
+	for _, ours := range []bool{true, false} {
+		pair := newPair(t)
+		p, s, _ := lives(t, pair)
+		if ours {
+			pair.Primary.SetReply("qom-list", `"return": [{"name": "lockstep-pause", "type": "child<rng-builtin>"}]`)
+		}
+		pair.Primary.Stop()
+		p.start()
+		s.start()
+		want := "paused"
+		if ours {
+			want = "running"
+		}
+		p.await(want, func(st api.Status) bool { return st.QMP.Connected && st.QMP.State == want })
+		continued := slices.ContainsFunc(pair.Primary.Requests(), func(r qmptest.Request) bool { return r.Execute == "cont" })
+		if continued != ours {
+			t.Errorf("stopped by a daemon: %t, resumed: %t", ours, continued)
+		}
+	}
+}
+
 // TestBrokenDevice: an SVM with a device that QEMU has given up is no replica, whatever is
 // committed: P goes on alone, and S begins afresh.
 func TestBrokenDevice(t *testing.T) {

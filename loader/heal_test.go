@@ -252,6 +252,12 @@ func TestMark(t *testing.T) {
 	if len(evs) != 1 || evs[0].Kind != compare.EvMark || evs[0].Epoch != 41 {
 		t.Errorf("events %+v", evs)
 	}
+	// Of the second attempt after one that failed. S stops later than P, and is two behind.
+	check(t, h.p.SetEpoch(43))
+	check(t, h.p.MarkStop())
+	if evs, err = h.s.Poll(patience, nil); err != nil || len(evs) != 1 || evs[0].Kind != compare.EvMark || evs[0].Epoch != 43 {
+		t.Errorf("events %+v, %v", evs, err)
+	}
 }
 
 // XDP lets records by and nothing else, and goes with the pins.

@@ -36,7 +36,7 @@ const (
 	EvPeerStopped // P: S's QEMU stopped for Epoch; 0: for nothing that was asked
 	EvPeerResumed // P: S's QEMU goes on in Epoch, in COLO state
 	EvPeerAbort   // P: S gave Epoch up
-	EvAsked       // P: answer to OpAsk: OK, else Cause
+	EvAsked       // P: answer to OpAsk: OK, else Cause, and the PVM goes on if it was stopped for this
 	EvInside      // P: the PVM sent something between STOP and RESUME of Epoch
 
 	EvPrepare // S: P prepares Epoch
@@ -69,7 +69,7 @@ const (
 	OpThaw                  // P: the cores match again
 	OpPrepare               // P: send Prepare(Epoch); Cause is why
 	OpAbort                 // send Abort(Epoch), Cause
-	OpAsk                   // P: ask QEMU for a checkpoint
+	OpAsk                   // P: stop the PVM and ask QEMU for a checkpoint
 	OpEpoch                 // P: the kernel is in Epoch
 	OpCOLO                  // ask QEMU for its COLO mode
 	OpCommit                // P: Epoch is committed at At, inside [Stop, Resume]; ends the freeze
@@ -100,7 +100,7 @@ type Config struct {
 	MinInterval    int64
 	TargetPause    int64 // pause that the period is to lead to; 0: it is fixed
 	Ready          int64 // PREPARE to READY
-	Stop           int64 // request to P's STOP
+	Stop           int64 // OpAsk to P's STOP
 	Resume         int64 // P's STOP to the commit
 	MaxRetry       int64 // longest wait after failed attempts
 	Unpaired       bool  // EvPair reports when COLO runs; else it does from the beginning

@@ -47,6 +47,8 @@ type Primary struct {
 	committed uint32 // epoch that holds
 	deadline  int64
 	asked     int64 // when QEMU was asked
+	asking    bool  // QEMU has not answered yet: a STOP is due to the question
+	agreed    bool  // QEMU makes the checkpoint
 	pvmStop   int64
 	stopSkew  int64
 	pvmResume int64
@@ -140,7 +142,7 @@ func (c *Primary) event(ev Event) {
 		c.qmp, c.pvmStopped = true, !ev.OK
 		c.resolve()
 	case EvQMPDown:
-		c.qmp = false
+		c.qmp, c.asking = false, false
 		if c.started {
 			// A STOP may pass unseen from now on (R15).
 			c.suspect("no QMP connection")
@@ -152,11 +154,15 @@ func (c *Primary) event(ev Event) {
 	case EvReady:
 		if current && c.stage == pPrepare {
 			c.stage, c.asked, c.deadline = pAsk, c.now, c.now+c.cfg.Stop
+			c.asking = true
 			c.emit(Effect{Op: OpAsk, Epoch: c.last})
 		}
 	case EvAsked:
-		if current && c.stage == pAsk && !ev.OK {
-			c.fail(ev.Cause)
+		c.asking = false
+		if current && c.stage >= pAsk {
+			if c.agreed = ev.OK; !ev.OK {
+				c.fail(ev.Cause)
+			}
 		}
 	case EvPeerStopped:
 		switch {
@@ -204,7 +210,7 @@ func (c *Primary) stopped(ev Event) {
 	}
 	// R15: nobody asked for this one. It may be an operator's, or a checkpoint
 	// of which S's state came; nothing that is held may leave on its account.
-	c.unasked = true
+	c.unasked = !c.asking
 	if c.cfg.noR15 {
 		return
 	}
@@ -308,7 +314,7 @@ func (c *Primary) advance() {
 			pPrepare: "READY of the secondary", pAsk: "STOP of the PVM", pStopped: "RESUME of the PVM", pVerify: "RESUME of the SVM",
 		}[c.stage]))
 	}
-	if c.stage == pVerify && c.inCOLO && (c.sStopped && c.sResumed || c.cfg.noR14) {
+	if c.stage == pVerify && c.inCOLO && (c.agreed && c.sStopped && c.sResumed || c.cfg.noR14) {
 		c.commit()
 	}
 	if !c.started && c.paired && c.link && !c.handshake && (c.qmp || !c.cfg.QMP) {
@@ -335,7 +341,7 @@ func (c *Primary) begin() {
 	c.cause, c.wanted, c.why = c.why, false, ""
 	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
-	c.sStopped, c.sResumed, c.inCOLO = false, false, false
+	c.sStopped, c.sResumed, c.inCOLO, c.agreed = false, false, false, false
 	c.settle() // first nothing is released any more, then S is told (R13)
 	c.emit(Effect{Op: OpPrepare, Epoch: c.last, Cause: c.cause})
 }

@@ -165,7 +165,7 @@ func (g *guest) checkpoint() {
 	t := g.w.t
 	t.Helper()
 	before := g.resumes.Load()
-	if err := g.m.Checkpoint(); err != nil {
+	if err := qemu.Checkpoint(g.m, g.spec.Disks); err != nil {
 		t.Fatal(err)
 	}
 	lt.Eventually(t, time.Minute, func() (bool, string) {

@@ -66,7 +66,9 @@ func TestReplicateFails(t *testing.T) {
 			bandwidth(4 << 20)
 			to, o := *w.incoming("b"), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
 			if tt.at == "slow" {
-				o.Timeout, o.Stalled = 2*time.Second, 0 // too short for the memory, not for the disk
+				o.Timeout, o.Stalled = 2*time.Second, 0 // too short for the memory
+				a.mustAsk("rest", "ok")                 // or it may be too short for the disk as well
+				defer a.mustAsk("churn vda", "ok")
 			}
 			if tt.do != nil {
 				s := w.start("b", true)

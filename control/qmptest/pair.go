@@ -26,7 +26,8 @@ func (s Stage) String() string {
 }
 
 // Pair plays the two QEMUs of a COLO pair. Setting x-checkpoint-delay on the
-// primary makes them go through a checkpoint. As in QEMU, requests coalesce
+// primary makes them go through a checkpoint; a primary that is stopped already sends no
+// STOP of its own there. As in QEMU, requests coalesce
 // until the primary has stopped; a later one makes another checkpoint.
 type Pair struct {
 	Primary, Secondary *Server

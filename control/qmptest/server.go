@@ -12,6 +12,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -56,6 +58,7 @@ type Server struct {
 	changed  chan struct{} // closed and replaced when requests or conn change
 	handle   func(Request) // called after the reply
 	replies  map[string]string
+	objects  []string // IDs
 	closed   bool
 }
 
@@ -154,7 +157,9 @@ func (s *Server) serve(c *session, fault Fault) {
 			return
 		}
 		fault, delay, handle := s.fault, s.delay, s.handle
+		ran := s.running
 		answer := s.answer(c, r)
+		running := s.running
 		s.mu.Unlock()
 		if r.Execute == "qmp_capabilities" && fault != Silent {
 			fault = None
@@ -180,6 +185,12 @@ func (s *Server) serve(c *session, fault Fault) {
 		case Refuse:
 			c.write(fmt.Appendf(nil, `{"error": {"class": "GenericError", "desc": "refused by the test"}, "id": %s}`+"\r\n", id(r)))
 			continue
+		}
+		switch {
+		case ran && !running:
+			s.Event("STOP", time.Now())
+		case running && !ran:
+			s.Event("RESUME", time.Now())
 		}
 		c.write(answer)
 		if handle != nil {
@@ -237,8 +248,26 @@ func (s *Server) answer(c *session, r Request) []byte {
 		return ok("{}")
 	case "migrate-set-parameters", "announce-self":
 		return ok("{}")
+	case "object-add":
+		s.objects = append(s.objects, objectID(r))
+		return ok("{}")
+	case "object-del":
+		s.objects = slices.DeleteFunc(s.objects, func(id string) bool { return id == objectID(r) })
+		return ok("{}")
+	case "qom-list":
+		names := make([]string, len(s.objects))
+		for i, id := range s.objects {
+			names[i] = fmt.Sprintf(`{"name": "%s", "type": "child"}`, id)
+		}
+		return ok("[" + strings.Join(names, ", ") + "]")
 	}
 	return fmt.Appendf(nil, `{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}, "id": %s}`+"\r\n", r.Execute, id(r))
+}
+
+func objectID(r Request) string {
+	var args struct{ ID string }
+	_ = json.Unmarshal(r.Arguments, &args) // the commands are the daemon's own
+	return args.ID
 }
 
 // SetFault makes the server misbehave from the next command on, or with None behave.
@@ -279,7 +308,8 @@ func (s *Server) SetCOLO(mode string) {
 	s.mode = mode
 }
 
-// Stop stops the guest and sends STOP, as after an operator's stop.
+// Stop stops the guest and sends STOP, as after an operator's stop. As in QEMU, nothing
+// comes of it for one that is stopped.
 func (s *Server) Stop() { s.setRunning(false, "STOP") }
 
 // Resume resumes the guest and sends RESUME.
@@ -287,9 +317,12 @@ func (s *Server) Resume() { s.setRunning(true, "RESUME") }
 
 func (s *Server) setRunning(running bool, event string) {
 	s.mu.Lock()
+	is := s.running
 	s.running = running
 	s.mu.Unlock()
-	s.Event(event, time.Now())
+	if is != running {
+		s.Event(event, time.Now())
+	}
 }
 
 // Event sends an event with a time.
