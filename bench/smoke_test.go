@@ -25,8 +25,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // The test binary is also the service of the guests and the client.
@@ -69,7 +69,7 @@ func TestSmoke(t *testing.T) {
 	bin, s := os.Getenv("LOCKSTEP_BENCH"), size{rounds: 5, warm: 1000, exchanges: 5000, bulk: 1 << 30}
 	if bin == "" {
 		bin, s = filepath.Join(t.TempDir(), "lockstep"), size{rounds: 1, warm: 50, exchanges: 500, bulk: 32 << 20}
-		lt.Run(t, "go", "build", "-o", bin, "lockstep/cmd/lockstep")
+		lt.Run(t, "go", "build", "-o", bin, "github.com/lockstep-ft/lockstep/cmd/lockstep")
 	}
 	ours, base := newLockstep(t, bin), newBaseline(t)
 	describe(t, bin, s)

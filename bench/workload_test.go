@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Guests and client are processes of their own. They make raw system calls, so that the

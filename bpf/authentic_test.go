@@ -10,7 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // The primary's MARK and the secondary's NEIGH reach user space as they are.

@@ -10,7 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // dgramRecord is the record of a datagram, its sum apart.

@@ -8,7 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // stranger is connection i of a flood, or of none.

@@ -7,7 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // class is what a frame is to the programs.

@@ -13,7 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/dchest/siphash"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // spoiled is frame cut, stretched, tagged or with some bytes changed; long enough

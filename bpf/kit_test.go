@@ -19,8 +19,8 @@ import (
 	"github.com/cilium/ebpf/ringbuf"
 	"github.com/dchest/siphash"
 
-	"lockstep/bpf"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // Verdicts as PROG_TEST_RUN returns them.

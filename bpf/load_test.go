@@ -9,7 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 func TestReasonNames(t *testing.T) {

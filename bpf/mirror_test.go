@@ -10,7 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // cli is what the mirror keeps of f's remote, nil for nothing.

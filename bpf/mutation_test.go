@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // mutationEnv names the rule that the programs of this process are loaded without.

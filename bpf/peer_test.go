@@ -10,7 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 const (

@@ -9,7 +9,7 @@ import (
 	"testing"
 	"unsafe"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // router is who tells the guest of an error.

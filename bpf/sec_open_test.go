@@ -5,7 +5,7 @@ package bpf_test
 import (
 	"testing"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // A connection that a remote opens, from its SYN to both FINs.

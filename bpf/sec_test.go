@@ -8,7 +8,7 @@ import (
 	"slices"
 	"testing"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 const (

@@ -11,7 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 const window = uint64(bpf.LockstepLsConstLS_WINDOW)

@@ -8,7 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // What the tests of takeovers add to the numbers: the guard of R22, and the edge of a

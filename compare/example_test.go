@@ -6,7 +6,7 @@ import (
 	"crypto/rand"
 	"fmt"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // A datagram of the PVM is held in its slot until the SVM has transmitted an equal one.

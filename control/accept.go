@@ -12,10 +12,10 @@ import (
 	"sync"
 	"time"
 
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // maxStrangers bounds the connections that have not identified themselves.

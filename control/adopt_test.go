@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // TestAdopt: either daemon, or both, die and come back over their tables. Whether a

@@ -7,9 +7,9 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/arbiter"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
 // entryEvery is how often a primary reads the arbiter's entry: one that somebody else

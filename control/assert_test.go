@@ -2,7 +2,7 @@
 
 package control
 
-import "lockstep/compare"
+import "github.com/lockstep-ft/lockstep/compare"
 
 // The decision core looks at itself after every event of the simulated hosts.
 func init() { compare.Assertions = true }

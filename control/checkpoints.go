@@ -11,14 +11,14 @@ import (
 	"sync/atomic"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 const (

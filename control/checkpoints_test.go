@@ -10,10 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/checkpoint"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // A divergence makes a checkpoint: what was held leaves, in order, what was

@@ -32,14 +32,14 @@ import (
 
 	sd "github.com/coreos/go-systemd/v22/daemon"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/program"
 )
 
 // Daemon runs one host. All is the controller's unless a comment names somebody else.

@@ -12,12 +12,12 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // patience is how long a test waits for what has to come.

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"slices"
 
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // sendEdges sends S the connections that were taken over by this host or by one

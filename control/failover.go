@@ -11,14 +11,14 @@ import (
 	"net"
 	"time"
 
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // ended reports whether this host is fenced or its guest off.

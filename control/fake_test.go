@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/compare"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // fakePath is a data path without a kernel: a test puts events in and looks at

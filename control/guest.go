@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // What QEMU reports of the guest itself: disks that fail (R24), and its own end (R25).

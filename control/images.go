@@ -10,12 +10,12 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // FirstStart is what is done about the disks' contents before a guest replicates for

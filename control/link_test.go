@@ -13,10 +13,10 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // dialConn connects to a primary, as a secondary or somebody else would.

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 // TestMachinesDiffer: two QEMUs that mean different machines by one name are refused at

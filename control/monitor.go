@@ -8,10 +8,10 @@ import (
 	"sync"
 	"time"
 
-	"lockstep/control/checkpoint"
-	"lockstep/control/failover"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 const (

@@ -5,8 +5,8 @@ package control
 import (
 	"time"
 
-	"lockstep/control/failover"
-	"lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
 // maxMute is how many checkpoints in a row, and how many times compare.timeout, an SVM may

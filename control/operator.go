@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/failover"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // What an operator may ask a daemon for, over its status socket.

@@ -10,16 +10,16 @@ import (
 	"net/netip"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/arbiter"
-	"lockstep/control/checkpoint"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // Options are what to run. Zero durations mean defaults.

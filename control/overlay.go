@@ -10,11 +10,11 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // A secondary's overlays hold what the guests wrote since the last checkpoint, which

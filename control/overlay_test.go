@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // fill has a guest write at rate into overlays that have room, and a checkpoint empty them

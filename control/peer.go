@@ -11,11 +11,11 @@ import (
 	"net/netip"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/checkpoint"
-	"lockstep/control/datapath"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // peerLink is this host's end of the control link, and the session on it.

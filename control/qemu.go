@@ -8,11 +8,11 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // startGuest is ensureGuest's; but a secondary without room for its overlays waits for

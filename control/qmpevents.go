@@ -5,8 +5,8 @@ package control
 import (
 	"time"
 
-	"lockstep/control/journal"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // reaction is what the daemon does on an event of QEMU's.

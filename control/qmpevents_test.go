@@ -18,10 +18,10 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/journal"
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Somebody has thought about every event that a QEMU may send: about those in the

@@ -11,8 +11,8 @@ import (
 	"os"
 	"syscall"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // A QEMU whose monitor cannot be reached is not dead yet: a monitor serves one client

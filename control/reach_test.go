@@ -13,13 +13,13 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/arbiter"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/qmp"
-	"lockstep/control/qmptest"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // calmLives are lives in which a slow machine is not taken for a dead host.

@@ -9,12 +9,12 @@ import (
 	"sync"
 	"time"
 
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // replicator begins replication and ends it (P), or makes QEMU ready for a primary's (S).

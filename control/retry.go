@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/failover"
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // A secondary may be sick in a way that only a try to replicate shows, and each try

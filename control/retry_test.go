@@ -8,9 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/datapath"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // unended has a covered pair lose its secondary, while the primary's QEMU refuses to end

@@ -9,9 +9,9 @@ import (
 	"net"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // newSeed is the secret of one term.

@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 func (f *fakePath) sessionNow() datapath.Session {

@@ -9,11 +9,11 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // notDrops are the kernel's reasons that are not drops: the frame went on, or

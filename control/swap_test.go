@@ -16,10 +16,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	"lockstep/control/arbiter"
-	"lockstep/control/config"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // unmoved answers every change with the record that there was.

@@ -18,8 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 // authorityOf is a CA that a test made.

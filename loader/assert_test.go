@@ -2,7 +2,7 @@
 
 package loader
 
-import "lockstep/compare"
+import "github.com/lockstep-ft/lockstep/compare"
 
 // The decision core looks at itself after every event that the tests bring about.
 func init() { compare.Assertions = true }

@@ -13,8 +13,8 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"lockstep/bpf"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/bpf"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // memlock is a map's whole memory, in bytes, as the kernel accounts it.

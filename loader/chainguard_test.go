@@ -14,7 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // Verdicts of a tcx program.

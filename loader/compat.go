@@ -11,8 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // settings are the settings that differ between this config and the one whose hash is

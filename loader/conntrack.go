@@ -10,10 +10,10 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
-	"lockstep/compare"
-	"lockstep/control/datapath"
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // conntrack is what the kernel keeps for each TCP connection.

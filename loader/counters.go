@@ -9,7 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // counters are the kernel's, and those of what user space lost: frames for the tap and

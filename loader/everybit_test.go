@@ -11,7 +11,7 @@ import (
 	"slices"
 	"testing"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // everyOption is a list of TCP options of all kinds that there are names for, by turns:

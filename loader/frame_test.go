@@ -9,8 +9,8 @@ import (
 
 	"pgregory.net/rapid"
 
-	"lockstep/bpf"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 var (

@@ -12,8 +12,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // gate is what the programs decide by: the mode, the epoch, the session's keys, and the

@@ -8,9 +8,9 @@ import (
 	"math/rand/v2"
 	"testing"
 
-	"lockstep/bpf"
-	"lockstep/compare"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // segmentAck is what every segment acknowledges.

@@ -17,9 +17,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/compare"
-	"lockstep/control/datapath"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // patience is how long a test waits for what must come.

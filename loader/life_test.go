@@ -13,10 +13,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/bpf"
-	"lockstep/compare"
-	"lockstep/control/datapath"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Pins on a bpffs that init does not see vanish with the process.

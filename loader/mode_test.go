@@ -6,9 +6,9 @@ import (
 	"sync"
 	"testing"
 
-	"lockstep/bpf"
-	"lockstep/compare"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // lateRecord reports whether an SVM that sends large frames without pause was recorded, in one

@@ -14,9 +14,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
-	"lockstep/loader/device"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
 // NIC is the kernel half of one guest NIC. Each of its parts owns some of the tables

@@ -17,8 +17,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/datapath"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // attached are the names of the tcx programs on a device, ingress before egress.

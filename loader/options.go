@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // Role is what a NIC's programs are attached for.

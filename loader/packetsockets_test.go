@@ -18,9 +18,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/compare"
-	"lockstep/loader/device"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/device"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // watchName has this program be a stranger that reads the frames of the first device

@@ -5,7 +5,7 @@ package loader
 import (
 	"testing"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 var askTuple = compare.Tuple{

@@ -13,8 +13,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // programs are a role's programs at their attach points.

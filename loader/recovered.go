@@ -11,8 +11,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // tables are the maps that a daemon left pinned, and what they were made for.

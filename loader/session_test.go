@@ -7,8 +7,8 @@ import (
 
 	"github.com/dchest/siphash"
 
-	"lockstep/bpf"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // A rotation keeps the old keys beside the new ones for a second, the epoch and

@@ -8,8 +8,8 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"lockstep/bpf"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/bpf"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // newTable is an empty map of connections.

@@ -16,9 +16,9 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"lockstep/bpf"
-	"lockstep/compare"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // What the tables cost with 100 000 connections: go test -run '^$' -bench Tables ./loader.

@@ -7,9 +7,9 @@ import (
 	"fmt"
 	"sync/atomic"
 
-	"lockstep/bpf"
-	"lockstep/control/datapath"
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // TakeOver implements [datapath.NIC]. Every connection on which the PVM may have sent

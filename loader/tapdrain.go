@@ -11,7 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf"
 )
 
 // tapDrain knows how many frames for the SVM wait in its tap's queue: a tap counts a

@@ -10,8 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"lockstep/bpf"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // transmitter carries out effects: it sends frames in the guests' name and records to

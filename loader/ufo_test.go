@@ -10,7 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // datagramHead is the virtio-net header and the headers of a UDP frame whose cutting is

@@ -13,7 +13,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
-	"lockstep/loader/device"
+	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
 // Unload removes what is pinned for a node, programs and maps. The taps are set down

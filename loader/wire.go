@@ -8,8 +8,8 @@ import (
 
 	"github.com/dchest/siphash"
 
-	"lockstep/bpf"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // recOff is where user space puts the record in its peer frames: directly after

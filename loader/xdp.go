@@ -7,7 +7,7 @@ import (
 
 	"github.com/cilium/ebpf/link"
 
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 const peerXDP = "ls_peer_xdp"

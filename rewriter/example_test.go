@@ -5,7 +5,7 @@ package rewriter_test
 import (
 	"fmt"
 
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // A secondary that takes over guards each connection that the PVM may have transmitted on.

@@ -11,7 +11,7 @@ import (
 
 	"pgregory.net/rapid"
 
-	"lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
 )
 
 // More than rapid's 100 random sequences a test, unless the command line says.

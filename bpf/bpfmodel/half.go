@@ -2,7 +2,7 @@
 
 package bpfmodel
 
-import "lockstep/rewriter"
+import "github.com/lockstep-ft/lockstep/rewriter"
 
 // Half is an entry of ls_half: the pair, and what the record of the SVM's SYN is made
 // from.

@@ -6,7 +6,7 @@ import (
 	"encoding/binary"
 	"iter"
 
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // Flags are TCP flags as in the header.

@@ -5,7 +5,7 @@ package bpfmodel
 import (
 	"encoding/binary"
 
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 const (

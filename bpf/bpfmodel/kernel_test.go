@@ -12,9 +12,9 @@ import (
 	"github.com/cilium/ebpf"
 	"pgregory.net/rapid"
 
-	"lockstep/bpf"
-	"lockstep/bpf/bpfmodel"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 const (

@@ -15,11 +15,11 @@ import (
 	"github.com/dchest/siphash"
 	"pgregory.net/rapid"
 
-	"lockstep/bpf"
-	"lockstep/bpf/bpfmodel"
-	"lockstep/compare"
-	lt "lockstep/loader/loadertest"
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/compare"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // kernel is the kernel half of the secondary, in RUN, fed by PROG_TEST_RUN.

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // mutationEnv names the rule that the tests of this process switch off.

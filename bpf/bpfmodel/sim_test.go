@@ -10,8 +10,8 @@ import (
 
 	"pgregory.net/rapid"
 
-	"lockstep/bpf/bpfmodel"
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // newTable honours the mutation that TestMutations asks for.

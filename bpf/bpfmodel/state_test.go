@@ -5,8 +5,8 @@ package bpfmodel_test
 import (
 	"testing"
 
-	"lockstep/bpf"
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // The daemon's names for a connection's state bits are the kernel's.

@@ -15,7 +15,7 @@ import (
 	"maps"
 	"time"
 
-	"lockstep/rewriter"
+	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
 // Conn is an entry of ls_conn.

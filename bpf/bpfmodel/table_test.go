@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
 )
 
 // Numbers of the table tests' connections: the PVM's wraps soon.

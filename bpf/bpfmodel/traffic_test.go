@@ -8,9 +8,9 @@ import (
 
 	"pgregory.net/rapid"
 
-	"lockstep/bpf"
-	"lockstep/bpf/bpfmodel"
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // near draws a position in a stream that begins at one of isns.

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"testing"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 func TestCheckpoint(t *testing.T) {

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 
-	"lockstep/control/config"
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }

@@ -6,8 +6,8 @@ import (
 	"context"
 	"testing"
 
-	"lockstep/cmd/lockstep/doctor"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/cmd/lockstep/doctor"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 func TestDoctorUsage(t *testing.T) {

@@ -13,7 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
 func newEvents(e env) *cobra.Command {

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
 func TestEvents(t *testing.T) {

@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 // daemonOf answers on alpha's status socket until the test ends.

@@ -7,8 +7,8 @@ import (
 	"net"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // fakePath is a data path without frames.

@@ -10,7 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 func newFlows(e env) *cobra.Command {

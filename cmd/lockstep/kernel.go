@@ -6,10 +6,10 @@ import (
 	"net"
 	"strconv"
 
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/loader"
-	"lockstep/loader/device"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader"
+	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
 // kernel is what the program needs of the kernel: package loader, or a test's.

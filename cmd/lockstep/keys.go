@@ -22,8 +22,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/config"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 const (

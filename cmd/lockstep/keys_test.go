@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 const filesYAML = `tls:

@@ -14,10 +14,10 @@ import (
 	"os/signal"
 	"syscall"
 
-	"lockstep/cmd/lockstep/doctor"
-	"lockstep/control"
-	"lockstep/control/api"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/cmd/lockstep/doctor"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // Exit codes, a contract with scripts and the systemd unit.

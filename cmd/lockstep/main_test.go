@@ -13,11 +13,11 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/cmd/lockstep/doctor"
-	"lockstep/control"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/cmd/lockstep/doctor"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 const pairYAML = `vm: web1

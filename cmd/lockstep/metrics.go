@@ -10,7 +10,7 @@ import (
 	"net/http"
 	"time"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 // serveMetrics serves Prometheus metrics for as long as the daemon runs, whatever its role, and

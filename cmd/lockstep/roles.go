@@ -13,14 +13,14 @@ import (
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
 
-	"lockstep/control"
-	"lockstep/control/arbiter"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/control/failover"
-	"lockstep/control/journal"
-	"lockstep/control/qemu"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // restartDelay is the wait before a secondary that was given up starts again.

@@ -11,9 +11,9 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control"
-	"lockstep/control/arbiter"
-	"lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
 // A node's roles follow each other as the arbiter's entry requires.

@@ -12,8 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/api"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 func newRoot(e env) *cobra.Command {

@@ -15,13 +15,13 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/spf13/cobra"
 
-	"lockstep/compare"
-	"lockstep/control"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 // maxCopies bounds the SVM's output that is kept, where slots would allow more.

@@ -20,10 +20,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"lockstep/control"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 // What the config says reaches kernel and control.

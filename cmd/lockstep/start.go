@@ -7,7 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 func newStart(e env) *cobra.Command {

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"testing"
 
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // The power-off is forgotten, and nothing else of the state.

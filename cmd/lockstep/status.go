@@ -14,7 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 func printStatus(out io.Writer, s api.Status) error {

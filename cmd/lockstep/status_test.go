@@ -10,7 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 func TestPrintStatus(t *testing.T) {

@@ -9,11 +9,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/api"
-	"lockstep/control/arbiter"
-	"lockstep/control/config"
-	"lockstep/control/datapath"
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 func newUnload(e env) *cobra.Command {

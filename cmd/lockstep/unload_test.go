@@ -10,8 +10,8 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/datapath"
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 func TestUnload(t *testing.T) {

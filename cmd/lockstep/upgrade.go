@@ -9,8 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lockstep/control/api"
-	"lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
 func newUpgrade(e env) *cobra.Command {

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/loader"
+	"github.com/lockstep-ft/lockstep/loader"
 )
 
 func TestUpgrade(t *testing.T) {

@@ -31,6 +31,9 @@ func versionString() string {
 		return version
 	}
 	if info, ok := debug.ReadBuildInfo(); ok {
+		if v := info.Main.Version; strings.HasPrefix(v, "v") { // `go install` of a tag
+			return v
+		}
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
 				return strings.TrimSpace(s.Value)

@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // ErrNoDaemon means that nothing listens on a status socket.

@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"time"
 
-	"lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 const askTimeout = 10 * time.Second

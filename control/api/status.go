@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // Status is what a daemon reports of itself.

@@ -12,7 +12,7 @@ import (
 	"errors"
 	"fmt"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // Entry names the host that may serve alone. The zero Entry means that there is none

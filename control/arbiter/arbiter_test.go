@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // long is a timeout that a test does not wait for; short one that it does.

@@ -15,7 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // etcd keeps the entry in one key. Each write is a transaction on the key's revision,

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/arbiter/arbitertest"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/arbiter/arbitertest"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 func openEtcds(t testing.TB, node string, timeout time.Duration, endpoints ...string) *etcd {

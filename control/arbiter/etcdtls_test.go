@@ -16,8 +16,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/arbiter/arbitertest"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/arbiter/arbitertest"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 func TestEtcdTLS(t *testing.T) {

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/program"
 )
 
 // execArbiter runs a command, which fences the other host and keeps the entry

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // keeper is a command that keeps its contract, with a file in place of a third

@@ -13,8 +13,8 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/config"
-	"lockstep/control/durable"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/durable"
 )
 
 // file keeps each entry in a file of its own, <vm>.<number>, in a directory

@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // claimant is the environment variable that makes this binary another host's

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // Defaults of optional keys; docs/CONFIG.md lists them.

@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 const example = `vm: web1

@@ -17,7 +17,7 @@ import (
 
 	"github.com/goccy/go-yaml/ast"
 
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // QEMU describes the guest. Where lockstep attaches to a QEMU that runs, only

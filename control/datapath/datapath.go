@@ -11,7 +11,7 @@ import (
 	"net"
 	"time"
 
-	"lockstep/compare"
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // Role is which guest a host runs.

@@ -5,9 +5,9 @@ package failover
 import (
 	"fmt"
 
-	"lockstep/control/arbiter"
-	"lockstep/control/datapath"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // Begin is how a node begins in a role (R19).

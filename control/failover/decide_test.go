@@ -6,9 +6,9 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/arbiter"
-	"lockstep/control/datapath"
-	"lockstep/control/state"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // TestDecide: what a node has to be when it starts (R19). Of all that it may find, only

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // model is two hosts with their kernels, QEMUs and daemons, the links between

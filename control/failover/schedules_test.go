@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 func runLife(seed uint64, change func(*Config)) *model { return runLifeOn(seed, false, change) }

@@ -17,8 +17,8 @@ import (
 	"sync"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // Bounds of the protocol.

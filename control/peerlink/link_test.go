@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/compare"
-	"lockstep/control/api"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // patience is for a machine that does many other things.

@@ -24,8 +24,8 @@ import (
 	"errors"
 	"fmt"
 
-	"lockstep/control/api"
-	"lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // Message is one of the types below.

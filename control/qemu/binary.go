@@ -9,7 +9,7 @@ import (
 	"regexp"
 	"strings"
 
-	"lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/program"
 )
 
 // ask runs QEMU's binary to have it print something about itself.

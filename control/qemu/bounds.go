@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // A secondary may hang at any step of a try to replicate. Each step of the primary's

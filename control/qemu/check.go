@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/program"
 )
 
 // wellFormed matches what QEMU accepts as an ID.

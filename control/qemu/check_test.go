@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestCheck: everything that would keep a guest from starting is reported before anything

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 const (

@@ -12,10 +12,10 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestDiskFailsAtCheckpoint: the secondary's disk fails after QEMU was asked for a

@@ -11,9 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // awaitState waits for a state of the guest, by QEMU's name for it.

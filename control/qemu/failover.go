@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"strings"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // cut closes the connections to the other host, so that what waits for it, and may block

@@ -7,9 +7,9 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Memory without disks: after any failover the guest's memory is that of the last

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"strconv"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // A disk is a quorum of two children with the vote threshold 2 (R24): a write or a

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 const (

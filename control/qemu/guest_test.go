@@ -14,9 +14,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // guest is one QEMU on one host.

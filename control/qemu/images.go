@@ -17,7 +17,7 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // ErrRuns means that a guest runs, so that its images may change while they are compared.

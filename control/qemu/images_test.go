@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 
-	"lockstep/control/qemu"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Before the first replication both hosts' images are compared, whether lockstep started

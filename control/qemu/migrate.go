@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // setLimits sets the migration parameters and capabilities that the limits need.

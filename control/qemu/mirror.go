@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 func connectNBD(m *qmp.Monitor, i int, to netip.AddrPort) error {

@@ -7,7 +7,7 @@ import (
 	"regexp"
 	"strings"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 const useTap = "give the guest a tap in a bridge and list it under nics"

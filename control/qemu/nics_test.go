@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 func TestCheckExtra(t *testing.T) {

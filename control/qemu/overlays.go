@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // OverlaySpace is the room on a file system that holds a secondary's overlays.

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Of a real QEMU's monitor it is known which process it belongs to, which client it serves

@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestNoOwnCheckpoints: whatever period QEMU had, from the beginning of replication on it

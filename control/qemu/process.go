@@ -18,8 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/program"
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // ErrNotRunning means that no QEMU of the spec runs on this host.

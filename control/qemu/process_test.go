@@ -10,8 +10,8 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/qemu"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // A QEMU is found again by a later daemon, and another process is not taken for it.

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/program"
 )
 
 // DiskSizes returns the sizes of the disks as the guest sees them, in bytes and in their

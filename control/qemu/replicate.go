@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
 // Options of [Replicate].

@@ -13,9 +13,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Whatever goes wrong before COLO is on, the guest goes on alone, nothing is left of the

@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qmp"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // TestStuckMigration: a QEMU whose last migration never ended would refuse another, so no

@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/qemu"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // status is a line of a process's status, its fields with one blank between.

@@ -2,7 +2,7 @@
 
 package qemu
 
-import "lockstep/control/qmp"
+import "github.com/lockstep-ft/lockstep/control/qmp"
 
 // BrokenDevices returns the QOM paths of the virtio devices that QEMU does not serve any
 // more, because a queue in the guest's memory made no sense. No event reports that, and

@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestBrokenDevices: a device whose queue made no sense is found, and it is what a

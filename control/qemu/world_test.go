@@ -12,9 +12,9 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/qemu"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 const guestAddr = "10.77.0.2"

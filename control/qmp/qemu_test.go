@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestQEMU: a real QEMU accepts the commands and answers as expected.

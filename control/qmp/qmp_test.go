@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qmp"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // short is a deadline that is meant to pass, long one that is not.

@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qmp"
-	"lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
 // A request makes both sides stop and go on in COLO's order, with times that

@@ -16,7 +16,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"lockstep/control/durable"
+	"github.com/lockstep-ft/lockstep/control/durable"
 )
 
 // State is what a node has to remember of one guest. The zero State is that of a node

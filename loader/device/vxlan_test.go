@@ -9,7 +9,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 func TestEnsureVXLAN(t *testing.T) {

@@ -7,7 +7,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // The probes find on this kernel what the other tests use, and leave nothing.

@@ -13,7 +13,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // States of a check.

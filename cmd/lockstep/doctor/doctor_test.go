@@ -14,8 +14,8 @@ import (
 	"syscall"
 	"testing"
 
-	"lockstep/control/config"
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // healthy is beta's host, with everything there.

@@ -9,8 +9,8 @@ import (
 	"slices"
 	"strings"
 
-	"lockstep/control/config"
-	"lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 const newerKernel = "install Linux 6.6 or later; Debian 12: apt install -t bookworm-backports linux-image-amd64"

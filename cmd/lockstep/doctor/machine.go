@@ -19,13 +19,13 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/arbiter"
-	"lockstep/control/config"
-	"lockstep/control/program"
-	"lockstep/control/qemu"
-	"lockstep/loader"
-	"lockstep/loader/device"
-	"lockstep/loader/probe"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/program"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/loader"
+	"github.com/lockstep-ft/lockstep/loader/device"
+	"github.com/lockstep-ft/lockstep/loader/probe"
 )
 
 // machine is what the doctor looks at: the host it runs on, or a test's.

@@ -13,10 +13,10 @@ import (
 	"syscall"
 	"time"
 
-	"lockstep/control/config"
-	"lockstep/control/peerlink"
-	"lockstep/control/qemu"
-	"lockstep/loader/device"
+	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
+	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
 // pair looks at what the config requires of this host.

@@ -19,9 +19,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/bpf"
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // How the pairs here pace their checkpoints.

@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestDaemonStaysDead: a primary's daemon ends on a living host and does not come back:

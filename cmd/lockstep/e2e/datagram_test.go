@@ -18,8 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 type sockopt = func(network, address string, c syscall.RawConn) error

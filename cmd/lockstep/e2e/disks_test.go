@@ -16,8 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // smallDisk is a file system of its own that a test fills up and makes room on.

@@ -16,9 +16,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	"lockstep/control/qmptest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // capture is every frame that reached the client.

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // check is one thing that `doctor --json` looked at.

@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 const recEcho = 8 // LS_REC_ECHO of abi.h

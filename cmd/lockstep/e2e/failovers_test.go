@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestDivergenceAndDisks: guests with two disks; requests to which the guests have

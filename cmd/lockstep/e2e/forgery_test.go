@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Where things stand in peer frames (struct ls_pre and ls_rec of abi.h).

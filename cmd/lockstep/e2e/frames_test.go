@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Frames that no socket sends, from the guest to the client.

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // listen serves TCP in a guest's namespace until the test ends. The network is

@@ -18,9 +18,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	"lockstep/loader"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/loader"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Headers that real TCP stacks act upon: errors that quote them, MPTCP, TCP-MD5, urgent

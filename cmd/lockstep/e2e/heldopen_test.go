@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // heldByOne bounds the connections of one process: the limit on open files cannot

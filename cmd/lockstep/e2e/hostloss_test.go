@@ -12,9 +12,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/qmp"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qmp"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestFrozenQEMU: a primary's QEMU that stands still does not answer; its host shuts it

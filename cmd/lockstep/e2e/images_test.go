@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // firstStart makes a pair whose secondary's disk is empty: nothing was copied.

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestInsecure: a pair without certificates works, and status says so each time.

@@ -21,9 +21,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/loader"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/loader"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // The test binary is also the guests' service and other processes of the tests, as this
@@ -79,7 +79,7 @@ func lockstepBinary(t *testing.T, without loader.Mutation) string {
 		binaries.dir, binaries.without = dir, make(map[loader.Mutation]string)
 	}
 	b := filepath.Join(binaries.dir, fmt.Sprintf("lockstep%d", without))
-	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", fmt.Sprintf("-s -w -X main.mutation=%d", without), "-o", b, "lockstep/cmd/lockstep")
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", fmt.Sprintf("-s -w -X main.mutation=%d", without), "-o", b, "github.com/lockstep-ft/lockstep/cmd/lockstep")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build lockstep: %v\n%s", err, out)
 	}

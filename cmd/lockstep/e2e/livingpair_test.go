@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // livingPair is a pair of real guests that lockstep starts, on hosts that the client

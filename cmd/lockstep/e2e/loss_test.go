@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestLoss: over a peer link that loses, repeats and reorders, transfers are

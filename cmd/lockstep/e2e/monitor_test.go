@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestUnreachableMonitor: the primary's daemon cannot reach QEMU's monitor, once because

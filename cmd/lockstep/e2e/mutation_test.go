@@ -5,9 +5,9 @@ package e2e
 import (
 	"testing"
 
-	"lockstep/control/api"
-	"lockstep/loader"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/loader"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestMutationR9: with the rewriter's rule switched off, the skew that

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestNeighbours: an SVM that knows no neighbours at first, and whose entries

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // order runs lockstep with a node's command and returns what it printed.

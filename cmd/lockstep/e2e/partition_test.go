@@ -10,11 +10,11 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/arbiter"
-	"lockstep/control/arbiter/arbitertest"
-	"lockstep/control/config"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/arbiter/arbitertest"
+	"github.com/lockstep-ft/lockstep/control/config"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 func sscan(text string, into ...any) bool {

@@ -7,7 +7,7 @@ import (
 	"syscall"
 	"testing"
 
-	"lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/api"
 )
 
 // TestSickSecondary: the secondary's QEMU stands still each time its guest is to be

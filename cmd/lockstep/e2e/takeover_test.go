@@ -10,10 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/api"
-	"lockstep/control/qmptest"
-	"lockstep/loader"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qmptest"
+	"github.com/lockstep-ft/lockstep/loader"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Takeovers with guests that are no copies of each other: namespaces whose numbers are

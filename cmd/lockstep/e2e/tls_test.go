@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 const portTLS = "8443" // the pattern, 5 MB

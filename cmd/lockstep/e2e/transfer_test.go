@@ -11,8 +11,8 @@ import (
 	"sync"
 	"testing"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // TestTransfer: deterministic services through lockstep are right byte for byte,

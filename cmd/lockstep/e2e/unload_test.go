@@ -11,8 +11,8 @@ import (
 	"strings"
 	"testing"
 
-	"lockstep/control/api"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // orderHere runs lockstep on a node's host, as unload has to.

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Options of an etcd server. The zero value is one that only a Proxy reaches.

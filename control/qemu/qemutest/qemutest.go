@@ -25,7 +25,7 @@ import (
 	"testing"
 	"time"
 
-	lt "lockstep/loader/loadertest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // Memory is the size of a guest's RAM in bytes: enough to boot the image and run a Go

@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"lockstep/control/qemu/qemutest"
-	lt "lockstep/loader/loadertest"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // In a guest the test binary is the service.
