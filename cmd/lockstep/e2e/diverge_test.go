@@ -146,7 +146,10 @@ func TestUnaskedStop(t *testing.T) {
 	q := qemuPair(t)
 	p := newPair(t, lt.Veth, q.Primary.Path(), q.Secondary.Path(), "checkpoint: {period: 1h}")
 	p.await("alpha", ready)
-	q.SetHook(func(qmptest.Stage) bool { return false }) // no checkpoint comes to pass
+	goOn := make(chan struct{})
+	q.SetHook(func(qmptest.Stage) bool { <-goOn; return true }) // no checkpoint comes to pass
+	goOnce := sync.OnceFunc(func() { close(goOn) })
+	defer goOnce()
 	seen := p.capture()
 	c := p.mustDial(lt.Guest4, portEcho)
 	if err := echo(c, 0); err != nil {
@@ -157,7 +160,7 @@ func TestUnaskedStop(t *testing.T) {
 	fmt.Fprintln(c, "stopped and muted")
 	p.await("alpha", func(s *api.Status) bool { return s.HeldPackets > 0 })
 	q.Primary.Resume()
-	// Lockstep wants a checkpoint of its own now, which never comes.
+	// Lockstep wants a checkpoint of its own now, which does not come.
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if err := q.Primary.Await(ctx, "migrate-set-parameters", 1); err != nil {
@@ -168,7 +171,7 @@ func TestUnaskedStop(t *testing.T) {
 		t.Errorf("%d frames left after a STOP that was not asked for", n)
 	}
 	// The same bytes leave once a checkpoint commits.
-	q.SetHook(nil)
+	goOnce()
 	want := "stopped and muted\n"
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
