@@ -45,6 +45,7 @@ type checkpoints struct {
 	queue     []checkpoint.Event
 	stepping  bool
 	stopDrain context.CancelFunc
+	hurried   bool // S: its QEMU's connections are told not to delay
 
 	requests    chan request
 	requested   atomic.Uint64 // by anyone
@@ -172,6 +173,10 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.checkpointEvent()
 
 	case checkpoint.OpPark:
+		if fo := ck.d.failover; fo != nil && fx.Epoch != 0 && !ck.hurried {
+			ck.hurried = true // the connection lasts as long as this daemon's role
+			ck.d.qmp.noDelay(fo.Own)
+		}
 		return ck.d.each("park", (*nic).park)
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)

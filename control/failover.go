@@ -183,6 +183,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 			return err
 		}
 		fo.d.repl.sendEdges()
+		fo.d.qmp.noDelay(fo.Peers)
 		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair, OK: true})
 	case failover.OpUnpair:
 		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair})

@@ -248,6 +248,15 @@ func (mo *monitor) askQEMU(ask func(*qmp.Monitor) checkpoint.Event) {
 	})
 }
 
+// noDelay has checkpoints not wait for the network between the hosts longer than they must.
+func (mo *monitor) noDelay(in qemu.Incoming) {
+	mo.procedure("switch Nagle's algorithm off", func(_ context.Context, m *qmp.Monitor) error { return qemu.NoDelay(m, in) }, func(err error) {
+		if err != nil {
+			mo.d.log.Warn("Nagle's algorithm stays on between the two QEMUs, so each checkpoint takes longer", "err", err)
+		}
+	})
+}
+
 // boottime is QEMU's time on our clock, and the wall clock's lead over it.
 func (mo *monitor) boottime(t time.Time) (at, skew int64) {
 	// The clocks are read one after the other: the closest of a few readings.

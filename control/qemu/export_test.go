@@ -2,8 +2,26 @@
 
 package qemu
 
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/lockstep-ft/lockstep/control/qmp"
+)
+
 // SetMask switches R24 off: QEMU reports a write as done when one replica took it.
 func SetMask(s *Spec, mask bool) { s.mask = mask }
+
+// Delays counts the connections to and from in on which Nagle's algorithm is on.
+func Delays(m *qmp.Monitor, in Incoming) (n int, err error) {
+	err = connections(m, in, func(fd int) error {
+		on, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY)
+		if on == 0 {
+			n++
+		}
+		return err
+	})
+	return n, err
+}
 
 // OwnPeriod switches R12 off: QEMU makes checkpoints of its own, at the period it has.
 func OwnPeriod() Options { return Options{ownPeriod: true} }

@@ -78,9 +78,24 @@ func (p *Process) Client(path string) (who string, err error) {
 }
 
 // each calls f with each of p's sockets that was bound as path or accepted there, until f
-// returns enough. It goes through p's descriptors, because /proc/net/unix shows an
-// accepted connection only in the network namespace of its client.
+// returns enough.
 func (p *Process) each(path string, f func(fd int) (enough bool, err error)) error {
+	return p.sockets(func(fd int) (bool, error) {
+		name, err := unix.Getsockname(fd)
+		if err != nil {
+			return false, nil // closed meanwhile
+		}
+		if u, ok := name.(*unix.SockaddrUnix); !ok || u.Name != path {
+			return false, nil
+		}
+		return f(fd)
+	})
+}
+
+// sockets calls f with a duplicate of each of p's sockets, until f returns enough. It goes
+// through p's descriptors, because /proc/net shows the sockets of one network namespace
+// only, and an accepted unix connection only in that of its client.
+func (p *Process) sockets(f func(fd int) (enough bool, err error)) error {
 	dir := fmt.Sprintf("/proc/%d/fd", p.pid)
 	all, err := os.ReadDir(dir)
 	if err != nil {
@@ -102,12 +117,7 @@ func (p *Process) each(path string, f func(fd int) (enough bool, err error)) err
 		if err != nil {
 			return fmt.Errorf("process %d: descriptor %d: %w", p.pid, n, err)
 		}
-		enough := false
-		if name, nameErr := unix.Getsockname(fd); nameErr == nil {
-			if u, ok := name.(*unix.SockaddrUnix); ok && u.Name == path {
-				enough, err = f(fd)
-			}
-		}
+		enough, err := f(fd)
 		unix.Close(fd)
 		if enough || err != nil {
 			return err

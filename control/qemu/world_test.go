@@ -34,6 +34,7 @@ type world struct {
 	mask           bool              // mutation: a write is done when one replica took it
 	seed           bool              // the disks are as in QEMU's docs/COLO-FT.txt
 	memory         bool              // the test writes to the guests' memory (poke)
+	tcp            bool              // the migration goes over TCP
 }
 
 const diskSize = 32 << 20
@@ -147,5 +148,9 @@ func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".
 // incoming is where a host's secondary listens.
 func (w *world) incoming(host string) *qemu.Incoming {
 	addr := map[string]string{"a": "192.0.2.1", "b": "192.0.2.2"}[host]
-	return &qemu.Incoming{Migration: "unix:" + filepath.Join(w.dir, host+".mig"), NBD: netip.AddrPortFrom(netip.MustParseAddr(addr), 9999)}
+	migration := "unix:" + filepath.Join(w.dir, host+".mig")
+	if w.tcp {
+		migration = "tcp:" + addr + ":9998"
+	}
+	return &qemu.Incoming{Migration: migration, NBD: netip.AddrPortFrom(netip.MustParseAddr(addr), 9999)}
 }

@@ -75,7 +75,7 @@ func Time(e Event) time.Time {
 // Monitor is a connection to QEMU's monitor. It does not reconnect, because events may
 // have been lost: after any failure it is closed, and its owner dials again.
 type Monitor struct {
-	conn    net.Conn
+	conn    *net.UnixConn
 	timeout time.Duration
 	version qmp.Version
 	events  chan Event
@@ -281,12 +281,8 @@ func (m *Monitor) ExecuteWithin(timeout time.Duration, command string, args, res
 // PassFile passes QEMU an open file under a name, by which commands that take a
 // descriptor may refer to it.
 func (m *Monitor) PassFile(name string, f *os.File) error {
-	conn, ok := m.conn.(*net.UnixConn)
-	if !ok {
-		return errors.New("qmp getfd: files can be passed over a unix socket only")
-	}
 	// QEMU keeps the last descriptor it received until getfd names it.
-	if _, _, err := conn.WriteMsgUnix([]byte("\n"), syscall.UnixRights(int(f.Fd())), nil); err != nil {
+	if _, _, err := m.conn.WriteMsgUnix([]byte("\n"), syscall.UnixRights(int(f.Fd())), nil); err != nil {
 		return fmt.Errorf("qmp getfd: %w", err)
 	}
 	return m.Execute("getfd", map[string]string{"fdname": name}, nil)
@@ -382,6 +378,10 @@ func (m *Monitor) Run(command []byte) ([]byte, error) {
 	}
 	return m.command(m.timeout, c.Execute, c.Arguments)
 }
+
+// Conn is the connection itself, which tells whose monitor it is. Nobody else reads or
+// writes on it.
+func (m *Monitor) Conn() *net.UnixConn { return m.conn }
 
 // Connect does nothing, since [Dial] has connected. It is part of go-qemu's interface.
 func (m *Monitor) Connect() error { return m.Err() }
