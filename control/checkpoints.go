@@ -55,6 +55,8 @@ type checkpoints struct {
 	attempts    []api.Checkpoint
 	attemptNow  []request // causes of the attempt under way
 	attemptAt   int64
+	phases      map[string]api.Histogram // of committed ones
+	phaseBegan  int64                    // S: of the one under way
 	unservedLog time.Time
 	unserved    uint64
 }
@@ -177,15 +179,18 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 			ck.hurried = true // the connection lasts as long as this daemon's role
 			ck.d.qmp.noDelay(fo.Own)
 		}
+		ck.phaseBegan = ck.d.now()
 		return ck.d.each("park", (*nic).park)
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
+		ck.phase("drain", ck.phaseBegan, ck.d.now())
 		ck.d.peer.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		ck.d.epoch = fx.Epoch
 		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
 	case checkpoint.OpReset:
+		ck.phaseBegan = ck.d.now()
 		return ck.d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
 	case checkpoint.OpStopped:
 		if fx.Epoch == 0 {
@@ -193,9 +198,15 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		return ck.d.each("unpark", (*nic).unpark)
+		if err := ck.d.each("unpark", (*nic).unpark); err != nil {
+			return err
+		}
+		if fx.Epoch != 0 { // of a checkpoint
+			ck.phase("tables", ck.phaseBegan, ck.d.now())
+		}
 	case checkpoint.OpResumed:
 		ck.committed++
+		ck.phase("pause", fx.Stop, fx.Resume)
 		ck.d.peer.send(peerlink.Resumed{Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
@@ -269,6 +280,16 @@ func (ck *checkpoints) checkpointEvent() {
 	ck.d.event(journal.Checkpoint, a.Cause, fields)
 }
 
+// phase notes how long a part of a checkpoint took, boottime ns.
+func (ck *checkpoints) phase(name string, from, to int64) {
+	if ck.phases == nil {
+		ck.phases = make(map[string]api.Histogram)
+	}
+	h := ck.phases[name]
+	h.Observe(time.Duration(max(0, to-from))) // QEMU's times are not of this clock
+	ck.phases[name] = h
+}
+
 func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
 func (ck *checkpoints) commit(fx checkpoint.Effect) error {
@@ -285,6 +306,12 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	ck.d.epoch = fx.Epoch
 	ck.committed++
 	ck.attemptEnds("committed", fx)
+	now := ck.d.now()
+	ck.phase("frozen", fx.Began, now)
+	ck.phase("prepare", fx.Began, fx.Asked)
+	ck.phase("request", fx.Asked, fx.Stop)
+	ck.phase("pause", fx.Stop, fx.Resume)
+	ck.phase("confirm", fx.Resume, now)
 	a := ck.attempts[len(ck.attempts)-1]
 	ck.checkpointEvent()
 	ck.d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)

@@ -34,6 +34,14 @@ func TestCheckpoint(t *testing.T) {
 		<-hold
 		return true
 	})
+	draining, drained := make(chan struct{}), make(chan struct{})
+	s.path.mu.Lock()
+	s.path.drain = func(context.Context) error {
+		close(draining)
+		<-drained
+		return nil
+	}
+	s.path.mu.Unlock()
 	pm, sm := p.path.mark(), s.path.mark()
 	p.path.pvm(1004, "primary")
 	p.path.svm(1, 1004, "another")
@@ -45,13 +53,14 @@ func TestCheckpoint(t *testing.T) {
 		then()
 		hold <- struct{}{}
 	}
-	at(qmptest.SecondaryStop, func() {
-		s.path.await(t, sm, "mode park")
-		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 501}})
-		s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 502}})
-		p.path.pvm(1011, "more")
-		p.await("a held frame", func(st api.Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
-	})
+	<-draining
+	s.path.await(t, sm, "mode park")
+	s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 501}})
+	s.path.put(compare.Event{Kind: compare.EvPark, Seg: compare.Segment{Slot: 502}})
+	p.path.pvm(1011, "more")
+	p.await("a held frame", func(st api.Status) bool { return st.HeldPackets == 2 && st.State == "checkpointing" })
+	close(drained)
+	at(qmptest.SecondaryStop, func() {})
 	at(qmptest.PrimaryStop, func() { s.path.await(t, sm, "epoch 2") })
 	at(qmptest.SecondaryResume, func() { p.path.await(t, pm, "epoch 2") })
 	at(qmptest.PrimaryResume, func() {
@@ -73,8 +82,16 @@ func TestCheckpoint(t *testing.T) {
 		c[0].PVMPauseMS <= 0 || c[0].SVMPauseMS <= 0 || c[0].FrozenMS < c[0].PVMPauseMS {
 		t.Errorf("checkpoints %+v", c)
 	}
-	if st := s.replicating(); st.Epoch != 2 || st.CheckpointsDone != 1 {
+	if ph := st.CheckpointPhases; ph["frozen"].Count != 1 || ph["prepare"].Count != 1 || ph["request"].Count != 1 || ph["confirm"].Count != 1 ||
+		ph["pause"].Seconds <= 0 || ph["frozen"].Seconds < ph["pause"].Seconds+ph["prepare"].Seconds {
+		t.Errorf("the phases are %+v", ph)
+	}
+	st = s.replicating()
+	if st.Epoch != 2 || st.CheckpointsDone != 1 {
 		t.Errorf("S: %+v", st)
+	}
+	if ph := st.CheckpointPhases; ph["drain"].Count != 1 || ph["pause"].Count != 1 || ph["tables"].Seconds <= 0 {
+		t.Errorf("S: the phases are %+v", ph)
 	}
 	if trace := s.path.since(sm); slices.Contains(trace, "mode shut") || slices.Index(trace, "reset") > slices.Index(trace, "mode run") {
 		t.Errorf("S: %q", trace)

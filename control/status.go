@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 	"time"
@@ -44,7 +45,8 @@ func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
 		CheckpointsRequested: d.checkpoints.requested.Load(), CheckpointsDone: d.checkpoints.committed,
-		Protocol: peerlink.Version, Config: d.opt.ConfigDigest,
+		CheckpointPhases: maps.Clone(d.checkpoints.phases),
+		Protocol:         peerlink.Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
 			Node: d.opt.Peer, Address: d.peer.peerAddr, Connected: d.peer.linkUp, Since: d.peer.linkSince,

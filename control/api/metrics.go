@@ -30,6 +30,7 @@ type metric struct {
 type statusCollector struct {
 	status  func() *Status
 	up      *prometheus.Desc
+	phases  *prometheus.Desc
 	metrics []metric
 }
 
@@ -81,6 +82,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	}
 
 	c.up = describe("up", "Whether the daemon reports its status: 1 or 0.")
+	c.phases = describe("checkpoint_phase_seconds", "How long the parts of committed checkpoints took on this host. On the primary frozen is the whole, of prepare, request, pause and confirm; on the secondary there are drain, pause and tables.", "phase")
 	oneOf("role", "This node's part in the pair: 1 for the present one.", statusRoles, func(s *Status) string { return s.Role })
 	oneOf("state", "The pair's state as this node sees it: 1 for the present one.", statusStates, func(s *Status) string { return s.State })
 	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.", func(s *Status) float64 { return truth(s.Detail != "") })
@@ -161,6 +163,7 @@ func truth(b bool) float64 {
 // Describe implements [prometheus.Collector].
 func (c *statusCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.up
+	out <- c.phases
 	for _, m := range c.metrics {
 		out <- m.desc
 	}
@@ -172,6 +175,9 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstMetric(c.up, prometheus.GaugeValue, truth(s != nil))
 	if s == nil {
 		return
+	}
+	for phase, h := range s.CheckpointPhases {
+		out <- prometheus.MustNewConstHistogram(c.phases, h.Count, h.Seconds, h.buckets(), strings.ToValidUTF8(phase, "?"))
 	}
 	for _, m := range c.metrics {
 		m.get(s, func(v float64, labels ...string) {

@@ -15,20 +15,24 @@ import (
 )
 
 func fullStatus() *Status {
+	var pauses Histogram
+	pauses.Observe(time.Second / 256)
+	pauses.Observe(time.Second / 16)
 	return &Status{
 		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
-		Dropped:     map[string]uint64{"no_slot": 18, "bad_tag": 19},
-		Counters:    map[string]uint64{"held": 20, "no_slot": 18},
-		Programs:    map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
-		DiskFaults:  []DiskFault{{Disk: "colo-disk0", Host: "beta", Operation: "write", Error: "No space left on device", Count: 21}},
-		Unmerged:    true,
-		MaskedDisks: []string{"colo-disk1"},
-		Peer:        PeerStatus{Node: "beta", Connected: true},
-		Replication: &Replication{What: "memory", Rate: 1000, Failed: 2},
-		QMP:         QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
-		Refused:     "the images differ",
-		Overlays:    []OverlayStatus{{Node: "beta", Dir: "/o", Disks: []string{"d0", "d1"}, UsedBytes: 1, FreeBytes: 2, BytesPerSecond: 3, Trouble: "full"}},
+		Dropped:          map[string]uint64{"no_slot": 18, "bad_tag": 19},
+		Counters:         map[string]uint64{"held": 20, "no_slot": 18},
+		Programs:         map[string]ProgramStatus{"ls_mirror": {"tapP", "tcx egress"}, "ls_mirror@tapQ": {"tapQ", "tcx egress"}},
+		DiskFaults:       []DiskFault{{Disk: "colo-disk0", Host: "beta", Operation: "write", Error: "No space left on device", Count: 21}},
+		Unmerged:         true,
+		MaskedDisks:      []string{"colo-disk1"},
+		Peer:             PeerStatus{Node: "beta", Connected: true},
+		Replication:      &Replication{What: "memory", Rate: 1000, Failed: 2},
+		QMP:              QMPStatus{Configured: true, Connected: true, QEMU: "7.2.22", State: "colo", COLO: "primary"},
+		Refused:          "the images differ",
+		CheckpointPhases: map[string]Histogram{"pause": pauses},
+		Overlays:         []OverlayStatus{{Node: "beta", Dir: "/o", Disks: []string{"d0", "d1"}, UsedBytes: 1, FreeBytes: 2, BytesPerSecond: 3, Trouble: "full"}},
 		Checkpoints: []Checkpoint{
 			{Epoch: 6, Result: "QEMU went away"},
 			{Epoch: 7, At: time.Unix(1700000000, 250e6), Result: "committed", FrozenMS: 30, PVMPauseMS: 20, SVMPauseMS: 10.5},
@@ -51,6 +55,24 @@ func TestMetrics(t *testing.T) {
 # HELP lockstep_arbiter_term Fencing term of the arbiter's entry that this node goes by; 0 without an arbiter.
 # TYPE lockstep_arbiter_term gauge
 lockstep_arbiter_term{node="alpha",vm="web1"} 2
+# HELP lockstep_checkpoint_phase_seconds How long the parts of committed checkpoints took on this host. On the primary frozen is the whole, of prepare, request, pause and confirm; on the secondary there are drain, pause and tables.
+# TYPE lockstep_checkpoint_phase_seconds histogram
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.0005"} 0
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.001"} 0
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.0025"} 0
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.005"} 1
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.01"} 1
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.025"} 1
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.05"} 1
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.1"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.25"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.5"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="1"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="2.5"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="10"} 2
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="+Inf"} 2
+lockstep_checkpoint_phase_seconds_sum{node="alpha",phase="pause",vm="web1"} 0.06640625
+lockstep_checkpoint_phase_seconds_count{node="alpha",phase="pause",vm="web1"} 2
 # HELP lockstep_checkpoints_committed_total Checkpoints that were committed.
 # TYPE lockstep_checkpoints_committed_total counter
 lockstep_checkpoints_committed_total{node="alpha",vm="web1"} 17
@@ -233,7 +255,7 @@ func TestMetricsHandler(t *testing.T) {
 // A field that somebody adds to Status is a metric too, or is named here.
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
-		CheckpointsRequested CheckpointsDone Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
+		CheckpointsRequested CheckpointsDone CheckpointPhases Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
 		Refused Overlays`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))

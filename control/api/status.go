@@ -46,6 +46,12 @@ type Status struct {
 	// doubt. The period is not among them. CheckpointsDone counts commits.
 	CheckpointsRequested uint64 `json:"checkpoints_requested"`
 	CheckpointsDone      uint64 `json:"checkpoints_done"`
+	// CheckpointPhases are the parts of a committed checkpoint on this host. P: "frozen" is
+	// the whole time in which nothing leaves, and made of "prepare" (until S is ready),
+	// "request" (until QEMU has stopped the guest: its I/O under way ends), "pause" (until
+	// the guest goes on), "confirm" (until the commit). S: "drain" (the SVM reads what
+	// its tap holds), "pause", "tables" (offsets are reset, parked input is delivered).
+	CheckpointPhases map[string]Histogram `json:"checkpoint_phases,omitempty"`
 
 	DiskFaults []DiskFault `json:"disk_faults,omitempty"` // what replicas of disks did not do, as far as this node knows
 	// P: what the guest wrote since it took over is not in its images yet.

@@ -90,6 +90,7 @@ type Effect struct {
 	Op               Op
 	Epoch            uint32
 	At, Stop, Resume int64
+	Began, Asked     int64 // OpCommit: when the attempt began, and when QEMU was asked
 	Cause            string
 }
 

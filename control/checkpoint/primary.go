@@ -46,6 +46,7 @@ type Primary struct {
 	last      uint32 // number of the last attempt
 	committed uint32 // epoch that holds
 	deadline  int64
+	began     int64 // when it began
 	asked     int64 // when QEMU was asked
 	asking    bool  // QEMU has not answered yet: a STOP is due to the question
 	agreed    bool  // QEMU makes the checkpoint
@@ -337,7 +338,7 @@ func (c *Primary) advance() {
 
 func (c *Primary) begin() {
 	c.last++
-	c.stage, c.deadline = pPrepare, c.now+c.cfg.Ready
+	c.stage, c.began, c.deadline = pPrepare, c.now, c.now+c.cfg.Ready
 	c.cause, c.wanted, c.why = c.why, false, ""
 	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
@@ -372,7 +373,7 @@ func (c *Primary) commit() {
 		at, stop, resume = c.asked, c.asked, c.now
 		c.want("the clock was set during a checkpoint")
 	}
-	c.emit(Effect{Op: OpCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume})
+	c.emit(Effect{Op: OpCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume, Began: c.began, Asked: c.asked})
 	c.adapt(resume - stop)
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0
 	c.frozen = false
