@@ -12,7 +12,7 @@ import (
 // that copies leave over are for parked frames.
 type SecondaryConfig struct {
 	MaxCopies int // 4096
-	MaxBytes  int // of payload; 64 MiB
+	MaxLarge  int // of those the ones in large slots; 512
 }
 
 // SecondaryStats counts events since the start, but for Copies, Bytes and Parked, which
@@ -31,6 +31,7 @@ type Secondary struct {
 	keys   *Keys
 	flows  map[Tuple]*copies
 	copies list[*frameCopy] // all of them, in the order they came
+	large  int              // of copies, those in large slots
 	parked []parkedFrame
 	mark   parkMark
 	loaded parkReset
@@ -74,13 +75,14 @@ type frameCopy struct {
 	start, end uint32
 	payload    []byte
 	slot       Slot
+	large      bool // of the slot
 	link       link[*frameCopy]
 }
 
 // NewSecondary makes the decision core of S. keys are those of the kernel.
 func NewSecondary(cfg SecondaryConfig, keys *Keys) *Secondary {
 	cfg.MaxCopies = cmp.Or(cfg.MaxCopies, 4096)
-	cfg.MaxBytes = cmp.Or(cfg.MaxBytes, 64<<20)
+	cfg.MaxLarge = cmp.Or(cfg.MaxLarge, 512)
 	return &Secondary{cfg: cfg, keys: keys, flows: make(map[Tuple]*copies)}
 }
 
@@ -164,7 +166,7 @@ func (s *Secondary) keep(seg *Segment) {
 		f = nil
 	}
 	start := seg.PayloadStart()
-	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot}
+	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot, large: seg.Large}
 	if f != nil && seg.ClientAck != 0 { // 0: the remote has acknowledged nothing yet
 		// Sorted by start, not by end: what is kept a little longer does no harm.
 		for f.byPos.len() > 0 && !after(f.byPos.view()[0].end, seg.ClientAck) {
@@ -195,7 +197,11 @@ func (s *Secondary) keep(seg *Segment) {
 	k.link.of = k
 	s.copies.push(&k.link)
 	s.stats.Bytes += len(k.payload)
-	for s.copies.n > s.cfg.MaxCopies || s.stats.Bytes > s.cfg.MaxBytes {
+	if k.large {
+		s.large++
+	}
+	// Those of connections that are quiet stay until then, acknowledged or not.
+	for s.copies.n > s.cfg.MaxCopies || s.large > s.cfg.MaxLarge {
 		s.free(s.copies.first.of, ReasonBudget)
 	}
 }
@@ -277,6 +283,9 @@ func (s *Secondary) remove(k *frameCopy) Slot {
 	}
 	k.link.unlink()
 	s.stats.Bytes -= len(k.payload)
+	if k.large {
+		s.large--
+	}
 	return k.slot
 }
 

@@ -18,7 +18,7 @@ import (
 // what happens now into them. Their commands:
 //
 //	config [timeout=1s] [cut=1ms] [max=n] [half=n] [points=n] [next=n] [slots=n] [large=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
-//	       [copies=n] [keep-young]
+//	       [copies=n | large-copies=n] [keep-young]
 //	run            one event per line; lines with effects come back, effects below
 //	flows | stats
 //
@@ -27,7 +27,7 @@ import (
 //	pvm FLAGS SEQ[..END] [ack=n] [win=n] [gso=n] [x=pos,...] [sack=a-b,...] [ws=n] [ts=n[/echo]] [ago=dur] [large] [noslot]
 //	svm FLAGS SEQ[..END] [inc=n|inherited] [bounds=n] [epoch=n] (and those of pvm but gso)
 //	answer SEQ..END | client FLAGS SEQ[..END] | freeze | thaw | commit epoch=n [ago=dur] | solo | tick
-//	copy FLAGS SEQ..END [una=n] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
+//	copy FLAGS SEQ..END [una=n] [large] | ask SEQ..END | park [udp] | mark epoch=n | unpark | reset [epoch=n]
 //	neigh [remote=n] [vlan2=n] [mac=n] | adopt SEQ
 //	pvm|svm udp|icmp=TYPE|icmp6=TYPE SEQ..END [id=n] [frag=n] (a datagram; id picks its bytes)
 //	+DURATION      time passes, up to the next deadline, a tick, and so on
@@ -106,6 +106,9 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				c.MaxUnmatched = int(x.number(v))
 			case "copies":
 				x.s.cfg.MaxCopies = int(x.number(v))
+				return ""
+			case "large-copies":
+				x.s.cfg.MaxLarge = int(x.number(v))
 				return ""
 			default:
 				x.t.Fatalf("config %s", a.Key)

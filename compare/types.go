@@ -75,7 +75,7 @@ type Segment struct {
 	GSO     uint16 // segment size of a GSO frame, else 0
 	At      int64  // capture time, boottime ns
 	Header  []byte // L2 and L3 header (a pure ACK's template); valid during Step only
-	Large   bool   // the frame needs a large slot (PVM)
+	Large   bool   // the frame needs a large slot (PVM, copies)
 
 	// SVM segments only.
 	Inc       uint32 // incarnation: the PVM's ISN

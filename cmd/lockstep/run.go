@@ -94,7 +94,8 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
-		Copies:     compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2)}, // parked input finds slots
+		// Parked input finds slots, and so do connections that talk while others are quiet.
+		Copies:     compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2), MaxLarge: max(1, c.Compare.GSOSlots/2)},
 		Checkpoint: c.Checkpoint, Heartbeat: c.Heartbeat, Rekey: c.TLS.Rekey,
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
