@@ -82,7 +82,7 @@ func (c *colo) start() error {
 // ready waits until QEMU has accepted all three connections: what colo-compare releases
 // before that is lost.
 func (c *colo) ready() error {
-	probe := newFlow(&stream{}, probePort)
+	probe := newFlow(&stream{}, probePort, 0)
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		if err := errors.Join(c.feed(pvm, []frame{probe.synAck()}), c.feed(svm, []frame{probe.synAck()})); err != nil {
 			return err

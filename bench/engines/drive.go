@@ -60,6 +60,7 @@ type load struct {
 // outcome is what became of a load.
 type outcome struct {
 	fed, released int
+	bytes         int           // payload released
 	took          time.Duration // until the last release
 	latencies     []int64       // ns, from the SVM's frame on, in the order of the releases
 
@@ -67,6 +68,7 @@ type outcome struct {
 	programs time.Duration
 	harness  time.Duration // CPU of this process
 	softirq  time.Duration // CPU of the kernel's softirq threads
+	kernel   time.Duration // what of the harness and the softirq threads is the engine's
 }
 
 // run is one load on its way through an engine.
@@ -88,12 +90,13 @@ type run struct {
 // drive opens connections, sends the load over them, and waits until it is released.
 func drive(ctx context.Context, e engine, l load) (*outcome, error) {
 	r := &run{load: l, e: e, byPort: make(map[uint16]*flow), room: make(chan struct{}, 1)}
-	for range l.flows {
+	for i := range l.flows {
 		p, err := e.port()
 		if err != nil {
 			return nil, err
 		}
-		f := newFlow(l.stream, p)
+		// Not all in step: a short run has the stream's sizes too.
+		f := newFlow(l.stream, p, i*len(l.packets)/l.flows)
 		r.flows, r.byPort[p] = append(r.flows, f), f
 	}
 	if err := r.handshake(); err != nil {
@@ -119,50 +122,80 @@ func drive(ctx context.Context, e engine, l load) (*outcome, error) {
 	r.out.engine, r.out.programs = after.engine-before.engine, after.programs-before.programs
 	r.out.harness, r.out.softirq = after.harness-before.harness, after.softirq-before.softirq
 	r.out.took = time.Duration(r.last)
-	return &r.out, nil
+	if r.out.released < r.out.fed {
+		return &r.out, nil
+	}
+	return &r.out, r.finish()
 }
 
-// handshake opens the connections. The SVM repeats what the engine may have had no use
-// for when it came.
+// handshake opens the connections.
 func (r *run) handshake() error {
-	answers := make([]frame, len(r.flows))
+	answers, ends := make([]frame, len(r.flows)), make([]uint32, len(r.flows))
 	for i, f := range r.flows {
-		answers[i] = f.synAck()
+		answers[i], ends[i] = f.synAck(), f.isn+1
 		if err := r.e.greet(f); err != nil {
 			return err
 		}
-		if err := r.e.feed(pvm, []frame{answers[i].clone()}); err != nil {
+	}
+	if err := r.exchange(answers, ends); err != nil {
+		return err
+	}
+	return r.ackAll()
+}
+
+// finish has the client acknowledge everything, and the guests send a last byte on each
+// connection: lockstep's secondary takes note of what is acknowledged, and frees its
+// copies of that, when the SVM goes on.
+func (r *run) finish() error {
+	if err := r.ackAll(); err != nil {
+		return err
+	}
+	frames, ends := make([]frame, len(r.flows)), make([]uint32, len(r.flows))
+	for i, f := range r.flows {
+		frames[i], ends[i] = f.last(), f.next+1
+	}
+	return r.exchange(frames, ends)
+}
+
+func (r *run) ackAll() error {
+	for _, f := range r.flows {
+		if err := r.e.ack(f, f.next); err != nil {
 			return err
 		}
 	}
-	opened := make(map[uint16]bool)
+	return nil
+}
+
+// exchange sends a frame on each connection and waits until it is released up to its end.
+// The SVM repeats what the engine may have had no use for when it came.
+func (r *run) exchange(frames []frame, ends []uint32) error {
+	missing := make(map[uint16]int) // by port
+	for i, f := range r.flows {
+		missing[f.port] = i
+		if err := r.e.feed(pvm, []frame{frames[i].clone()}); err != nil {
+			return err
+		}
+	}
 	var again time.Time
-	for start := time.Now(); len(opened) < len(r.flows); {
+	for start := time.Now(); len(missing) > 0; {
 		if time.Since(start) > patience {
-			return fmt.Errorf("%d of %d connections did not open within %v", len(r.flows)-len(opened), len(r.flows), patience)
+			return fmt.Errorf("%w: on %d of %d connections a single frame was not released within %v", errStuck, len(missing), len(r.flows), patience)
 		}
 		if time.Now().After(again) {
 			again = time.Now().Add(repeat)
-			for i, f := range r.flows {
-				if opened[f.port] {
-					continue
-				}
-				if err := r.e.feed(svm, []frame{answers[i].clone()}); err != nil {
+			for _, i := range missing {
+				if err := r.e.feed(svm, []frame{frames[i].clone()}); err != nil {
 					return err
 				}
 			}
 		}
 		err := r.e.take(func(b []byte) {
-			if port, end, ok := endOf(b); ok && r.byPort[port] != nil && end == r.byPort[port].isn+1 {
-				opened[port] = true
+			port, end, ok := endOf(b)
+			if i, waits := missing[port]; ok && waits && end == ends[i] {
+				delete(missing, port)
 			}
 		})
 		if err != nil {
-			return err
-		}
-	}
-	for _, f := range r.flows {
-		if err := r.e.ack(f, f.isn+1); err != nil {
 			return err
 		}
 	}
@@ -261,7 +294,7 @@ func (r *run) sendBatch(frames []frame, heads [][]byte) error {
 	at := int64(time.Since(r.began))
 	for i := range frames {
 		f := r.flows[r.out.fed%len(r.flows)]
-		f.pending = append(f.pending, waiting{end: frames[i].end(), at: at})
+		f.pending = append(f.pending, waiting{frames[i].end(), len(frames[i].payload), at})
 		r.out.fed++
 		if r.out.fed == r.wrong {
 			frames[i].payload = bytes.Clone(frames[i].payload)
@@ -305,6 +338,7 @@ func (r *run) release(b []byte) {
 	now := int64(time.Since(r.began))
 	for len(f.pending) > 0 && reached(end, f.pending[0].end) {
 		r.out.latencies = append(r.out.latencies, now-f.pending[0].at)
+		r.out.bytes += f.pending[0].size
 		f.pending = f.pending[1:]
 		r.out.released++
 		r.last = now

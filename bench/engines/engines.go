@@ -73,12 +73,12 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 	}
 	b := &bench{plan: o.plan(), progress: progress, table: newTable()}
 	err = apart(func() (err error) {
-		streams := synthetic()
+		b.streams = synthetic()
 		recorded, err := record()
 		if err != nil {
 			return err
 		}
-		b.streams = append(streams, newStream("recorded transfer", recorded, window/8))
+		b.streams = append(b.streams, newStream("recorded transfer", recorded, window/8))
 		l, err := newLockstep(ctx, o.Lockstep, dir)
 		if err != nil {
 			return fmt.Errorf("lockstep: %w", err)
@@ -90,7 +90,20 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 		}
 		defer func() { err = errors.Join(err, c.close()) }()
 		b.engines = []variant{{ColoCompare, c}, {Lockstep, l}}
-		return b.run(ctx)
+		err = apart(func() (err error) { // its devices have the names of lockstep's
+			f, err := newFloor()
+			if err != nil {
+				return fmt.Errorf("taps without lockstep: %w", err)
+			}
+			defer func() { err = errors.Join(err, f.close()) }()
+			b.floor = f
+			return b.run(ctx)
+		})
+		if err != nil {
+			return err
+		}
+		b.lost, err = l.lost(ctx)
+		return err
 	})
 	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
 		return report.Part{}, fmt.Errorf("compare engines alone: %w", err)
@@ -100,7 +113,7 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 		Name: "B", Title: "compare engines alone",
 		Variants: []string{ColoCompare, Lockstep},
 		Cases:    b.table.cases,
-		Notes:    notes(b),
+		Notes:    b.notes(),
 	}, nil
 }
 
@@ -138,7 +151,9 @@ type bench struct {
 	progress func(string)
 	streams  []*stream
 	engines  []variant
+	floor    engine
 	table    *table
+	lost     string // what lockstep had no room for
 }
 
 func (b *bench) run(ctx context.Context) error {
@@ -152,9 +167,13 @@ func (b *bench) run(ctx context.Context) error {
 			for _, flows := range flowCounts {
 				what := title(s, flows)
 				b.progress(fmt.Sprintf("round %d of %d: %s", round+1, b.rounds, what))
+				floor, err := drive(ctx, b.floor, load{stream: s, flows: flows, span: b.span, quiet: b.quiet})
+				if err != nil {
+					return fmt.Errorf("%s, taps without lockstep: %w", what, err)
+				}
 				for _, rate := range append([]int{0}, rates...) {
 					for _, v := range b.engines { // in turn, so that disturbances hit both alike
-						if err := b.measure(ctx, v, s, flows, rate); err != nil {
+						if err := b.measure(ctx, v, s, flows, rate, floor); err != nil {
 							return fmt.Errorf("%s, %s: %w", what, v.name, err)
 						}
 					}
@@ -172,7 +191,7 @@ func title(s *stream, flows int) string {
 	return fmt.Sprintf("%s, %d connections", s.name, flows)
 }
 
-// differing has both engines show that they compare.
+// differing has an engine show that it compares.
 func (b *bench) differing(ctx context.Context, v variant) error {
 	b.progress("one differing byte: " + v.name)
 	for _, s := range b.streams {
@@ -181,8 +200,12 @@ func (b *bench) differing(ctx context.Context, v variant) error {
 		if err != nil {
 			return err
 		}
-		b.table.add(differGroup, s.name+": released of the frames before it", "", false, v.name, float64(min(out.released, same)))
-		b.table.add(differGroup, s.name+": released of it and those behind it", "", true, v.name, float64(max(0, out.released-same)))
+		if out.released != same {
+			return fmt.Errorf("%s, %s: released %d of %d frames, of which the one behind the first %d differs: it does not compare, and its figures would mean nothing",
+				v.name, s.name, out.released, out.fed, same)
+		}
+		b.table.add(differGroup, s.name+", released of the frames before it", "", false, v.name, float64(out.released))
+		b.table.add(differGroup, s.name+", released of it and those behind it", "", true, v.name, float64(out.released-same))
 		if err := v.renew(); err != nil {
 			return err
 		}
@@ -192,40 +215,50 @@ func (b *bench) differing(ctx context.Context, v variant) error {
 
 const differGroup = "one byte of the secondary's copy differs"
 
-// measure drives one load and notes the figures.
-func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate int) error {
-	group, names := title(s, flows)+", at saturation", saturation
+// measure drives one load and notes the figures. floor is what the taps alone cost.
+func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate int, floor *outcome) error {
+	group, figures := title(s, flows)+", at saturation", saturation
 	if rate > 0 {
-		group, names = fmt.Sprintf("%s, %d packets/s", title(s, flows), rate), atRate
+		group, figures = fmt.Sprintf("%s, %d packets/s", title(s, flows), rate), atRate
 	}
 	out, err := drive(ctx, v.engine, load{stream: s, flows: flows, rate: rate, span: b.span, quiet: b.quiet})
-	instead := ""
-	switch {
-	case errors.Is(err, errStuck):
-		instead = err.Error()
-	case err != nil:
+	if err != nil && !errors.Is(err, errStuck) {
 		return err
-	case out.released < out.fed:
-		instead = fmt.Sprintf("released %d of %d frames, and then none for %v", out.released, out.fed, b.quiet)
-	case rate > 0 && float64(out.released) < 0.9*float64(rate)*max(b.span, out.took).Seconds():
-		instead = fmt.Sprintf("carried %.0f packets/s", float64(out.released)/max(b.span, out.took).Seconds())
 	}
+	instead, stuck := b.instead(out, err, rate)
 	if instead != "" {
-		for _, n := range names {
-			b.table.instead(group, n.name, n.unit, n.less, v.name, instead)
+		for _, f := range figures {
+			b.table.instead(group, f.name, f.unit, f.less, v.name, instead)
 		}
-		if err == nil && out.released == out.fed {
-			return nil
+		if stuck {
+			return v.renew()
 		}
-		return v.renew()
+		return nil
 	}
-	for _, n := range names {
-		b.table.add(group, n.name, n.unit, n.less, v.name, n.of(s, out))
+	if v.name == Lockstep {
+		// What its programs, and the kernel behind them, cost in this process's system calls.
+		out.kernel = time.Duration((each(out.harness+out.softirq, out) - each(floor.harness+floor.softirq, floor)) * float64(out.released))
+	}
+	for _, f := range figures {
+		b.table.add(group, f.name, f.unit, f.less, v.name, f.of(out))
 	}
 	if rate > 0 {
 		b.table.latencies(group, atRate[0].name, v.name, out.latencies)
 	}
 	return nil
+}
+
+// instead is what an engine did with a load that it did not carry; "": it did.
+func (b *bench) instead(out *outcome, err error, rate int) (what string, stuck bool) {
+	switch {
+	case err != nil:
+		return err.Error(), true
+	case out.released < out.fed:
+		return fmt.Sprintf("released %d of %d frames, and then none for %v", out.released, out.fed, b.quiet), true
+	case rate > 0 && float64(out.fed) < 0.95*float64(rate)*b.span.Seconds():
+		return fmt.Sprintf("carried %.0f packets/s", float64(out.released)/max(b.span, out.took).Seconds()), false
+	}
+	return "", false
 }
 
 // countPrograms drives each load once more with the kernel counting its programs' run

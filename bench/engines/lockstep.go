@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -23,8 +24,8 @@ import (
 	"github.com/lockstep-ft/lockstep/control/config"
 )
 
-// skew is how far the SVM's sequence numbers are ahead of the PVM's.
-const skew = 0x1234567
+// aheadBy is how far the SVM's sequence numbers are ahead of the PVM's.
+const aheadBy = 0x1234567
 
 // pairYAML is the pair's config. A heartbeat that comes late on a busy machine is no
 // reason to end the measurement.
@@ -46,6 +47,7 @@ type lockstep struct {
 	daemons []*daemon
 	progs   []*ebpf.Program
 	pins    string // a bpffs; "": not mounted yet
+	skew    uint32 // of the SVM's sequence numbers
 	ports   ports
 	buf     []byte // take's
 }
@@ -53,7 +55,7 @@ type lockstep struct {
 // newLockstep starts the pair in the calling thread's network namespace, which [apart] has
 // made. dir is for its files.
 func newLockstep(ctx context.Context, binary, dir string) (_ *lockstep, err error) {
-	l := &lockstep{buf: make([]byte, vnetLen+ethLen+1<<16)}
+	l := &lockstep{skew: aheadBy, buf: make([]byte, maxTap)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.close())
@@ -92,6 +94,23 @@ func newLockstep(ctx context.Context, binary, dir string) (_ *lockstep, err erro
 	}
 	return l, l.findPrograms()
 }
+
+// floor is what the harness does for lockstep, without lockstep: the same taps, and a
+// bridge that passes on at once what the PVM sends; what the SVM sends is dropped.
+type floor struct{ lockstep }
+
+// newFloor makes the taps in the calling thread's network namespace.
+func newFloor() (*floor, error) {
+	f := &floor{lockstep{buf: make([]byte, maxTap)}}
+	if err := f.devices(); err != nil {
+		return nil, errors.Join(err, f.close())
+	}
+	return f, nil
+}
+
+// feed sends the PVM's frames second, because they leave at once, and nothing is to
+// leave before both guests have sent it.
+func (f *floor) feed(g guest, frames []frame) error { return f.lockstep.feed(svm-g, frames) }
 
 // devices makes the taps, the bridge and the peer link.
 func (l *lockstep) devices() (err error) {
@@ -197,7 +216,7 @@ func (l *lockstep) feed(g guest, frames []frame) error {
 	for _, f := range frames {
 		if g == svm {
 			seq := binary.BigEndian.Uint32(f.head[seqAt:])
-			binary.BigEndian.PutUint32(f.head[seqAt:], seq+skew)
+			binary.BigEndian.PutUint32(f.head[seqAt:], seq+l.skew)
 		}
 		if err := l.tap[g].send(f.head, f.payload); err != nil {
 			return err
@@ -243,6 +262,23 @@ func (l *lockstep) programs() (sum time.Duration, err error) {
 		sum += s.Runtime
 	}
 	return sum, nil
+}
+
+// lost names what the kernel programs had no room for; "": nothing.
+func (l *lockstep) lost(ctx context.Context) (string, error) {
+	var all []string
+	for _, d := range l.daemons {
+		s, err := api.FetchStatus(ctx, d.socket)
+		if err != nil {
+			return "", fmt.Errorf("status of %s: %w", d.node, err)
+		}
+		for _, name := range []string{"no_slot", "no_ring", "copy_lost", "conn_full"} {
+			if n := s.Counters[name]; n > 0 {
+				all = append(all, fmt.Sprintf("%s %s %d times", s.Role, name, n))
+			}
+		}
+	}
+	return strings.Join(all, ", "), nil
 }
 
 // daemon is a running `lockstep run`.

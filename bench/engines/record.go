@@ -9,15 +9,19 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// The answers that the recorded server gives one after another, in bytes: small ones as
-// of a service, and files.
-var answers = []int{180, 700, 3000, 180, 20_000, 1200, 150_000, 400, 180, 1 << 20}
+// answers are those that the recorded server gives one after another, in bytes: mostly
+// small ones, as of a service, and now and then a file.
+var answers = slices.Concat(
+	slices.Repeat([]int{180, 700, 180, 3000, 400, 180, 1200, 6000, 180, 20_000}, 10),
+	[]int{150_000, 180, 1 << 20},
+)
 
 // record transfers the answers over loopback in the calling thread's network namespace,
 // and returns what of the server's output carries data, as its stack cut it.

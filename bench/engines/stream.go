@@ -83,14 +83,6 @@ func newStream(name string, p []packet, window int) *stream {
 	return &stream{name: name, packets: p, window: window, batch: window / 16, acks: window / 8}
 }
 
-// bytes is the mean payload of a frame.
-func (s *stream) bytes() (mean float64) {
-	for i := range s.packets {
-		mean += float64(len(s.packets[i].payload))
-	}
-	return mean / float64(len(s.packets))
-}
-
 // segment describes a TCP segment between the guest and the client.
 type segment struct {
 	fromClient bool
@@ -195,19 +187,21 @@ type flow struct {
 	isn     uint32
 	heads   [][]byte // of the stream's packets
 	next    uint32   // position of the next frame
-	frames  int      // fed
+	turn    int      // the next packet of the stream
 	unacked int
 	pending []waiting // the oldest first
 }
 
 // waiting is a frame that was fed and is not released.
 type waiting struct {
-	end uint32
-	at  int64 // ns of the run
+	end  uint32
+	size int   // of its payload
+	at   int64 // ns of the run
 }
 
-func newFlow(s *stream, port uint16) *flow {
-	f := &flow{port: port, isn: uint32(port) << 12}
+// newFlow makes a connection that begins at a packet of the stream.
+func newFlow(s *stream, port uint16, turn int) *flow {
+	f := &flow{port: port, isn: uint32(port) << 12, turn: turn}
 	f.next = f.isn + 1
 	for _, p := range s.packets {
 		seg := segment{port: port, ack: clientISN + 1, flags: flagACK | flagPSH, opts: p.opts, payload: len(p.payload), gso: p.gso}
@@ -222,14 +216,20 @@ func (f *flow) synAck() frame {
 	return frame{head: seg.head()}
 }
 
+// last is a byte behind everything else.
+func (f *flow) last() frame {
+	seg := segment{port: f.port, seq: f.next, ack: clientISN + 1, flags: flagACK | flagPSH, payload: 1}
+	return frame{seg.head(), []byte{'.'}}
+}
+
 // frame makes the flow's next frame, with its head in buf.
 func (f *flow) frame(s *stream, buf []byte) frame {
-	i := f.frames % len(s.packets)
-	h := append(buf[:0], f.heads[i]...)
+	p := &s.packets[f.turn]
+	h := append(buf[:0], f.heads[f.turn]...)
 	binary.BigEndian.PutUint32(h[seqAt:], f.next)
-	f.frames++
-	f.next += uint32(len(s.packets[i].payload))
-	return frame{h, s.packets[i].payload}
+	f.turn = (f.turn + 1) % len(s.packets)
+	f.next += uint32(len(p.payload))
+	return frame{h, p.payload}
 }
 
 // reached reports whether position a is at b or behind it.

@@ -14,35 +14,35 @@ import (
 type figure struct {
 	name, unit string
 	less       bool
-	of         func(*stream, *outcome) float64
+	of         func(*outcome) float64
 }
 
 const programsName = "CPU of the kernel programs, per packet"
 
 var saturation = []figure{
-	{"packets released", "1/s", false, func(_ *stream, o *outcome) float64 { return float64(o.released) / o.took.Seconds() }},
-	{"payload released", "Gbit/s", false, func(s *stream, o *outcome) float64 {
-		return float64(o.released) * s.bytes() * 8 / 1e9 / o.took.Seconds()
-	}},
-	{"CPU of the engine's processes, per packet", "ns", true, engineCPU},
-	{"CPU of the harness, per packet", "ns", true, func(_ *stream, o *outcome) float64 { return each(o.harness, o) }},
-	{"CPU of all, per packet", "ns", true, func(_ *stream, o *outcome) float64 { return each(o.engine+o.harness+o.softirq, o) }},
+	{"packets released", "1/s", false, func(o *outcome) float64 { return float64(o.released) / o.took.Seconds() }},
+	{"payload released", "Gbit/s", false, func(o *outcome) float64 { return float64(o.bytes) * 8 / 1e9 / o.took.Seconds() }},
+	{"CPU of the engine, per packet", "ns", true, func(o *outcome) float64 { return each(o.engine+o.kernel, o) }},
+	{processesName, "ns", true, processes},
+	{"CPU of engine and harness, per packet", "ns", true, func(o *outcome) float64 { return each(o.engine+o.harness+o.softirq, o) }},
 }
 
 var atRate = []figure{
 	{"p50", "µs", true, percentile(0.5)},
 	{"p99", "µs", true, percentile(0.99)},
 	{"p99.9", "µs", true, percentile(0.999)},
-	{"CPU of the engine's processes, per packet", "ns", true, engineCPU},
+	{processesName, "ns", true, processes},
 }
 
-func engineCPU(_ *stream, o *outcome) float64 { return each(o.engine, o) }
+const processesName = "CPU of the engine's processes, per packet"
+
+func processes(o *outcome) float64 { return each(o.engine, o) }
 
 // each is d per released frame, ns.
 func each(d time.Duration, o *outcome) float64 { return float64(d) / float64(o.released) }
 
-func percentile(share float64) func(*stream, *outcome) float64 {
-	return func(_ *stream, o *outcome) float64 {
+func percentile(share float64) func(*outcome) float64 {
+	return func(o *outcome) float64 {
 		sorted := slices.Sorted(slices.Values(o.latencies))
 		return quantile(sorted, share) / 1e3
 	}

@@ -17,6 +17,9 @@ type tap struct {
 	file *os.File
 }
 
+// maxTap is the longest frame of a tap, with its virtio-net header.
+const maxTap = vnetLen + ethLen + 1<<16
+
 // openTap makes a tap in the calling thread's network namespace. It is gone when it is
 // closed.
 func openTap(name string) (*tap, error) {
@@ -55,7 +58,7 @@ func (t *tap) send(head, payload []byte) error {
 
 // discard reads until the tap is closed.
 func (t *tap) discard() {
-	for buf := make([]byte, vnetLen+ethLen+1<<16); ; {
+	for buf := make([]byte, maxTap); ; {
 		if _, err := t.file.Read(buf); err != nil {
 			return
 		}
