@@ -10,8 +10,8 @@
 //
 // A stream is what a guest sends on a connection: frames of one size, GSO trains, or what
 // a real TCP transfer looked like. The feeder opens connections and sends, with a window
-// of unreleased frames at saturation, or at a rate. The reader finds each released frame
-// by its place in its connection's stream, so an engine may cut frames as it likes.
+// of unreleased frames at saturation, or at a rate. The reader knows a released frame by
+// its end in its connection's stream, so frames may come in another order and in parts.
 //
 // Before anything is measured each engine has to show that it compares: of a stream with
 // one differing byte it may release only what lies before the frame with that byte.
@@ -45,13 +45,14 @@ func (b *bench) notes() []string {
 		"CPU of the kernel programs is their run time as the kernel counts it, in a round of its own because the counting costs time. It is no further cost: a part lies in the daemons' time (a release passes two programs), the rest in what the harness takes more.",
 		fmt.Sprintf("At saturation at most %d frames are unreleased (%d of GSO trains and the recorded transfer), over all connections; of more than 1024 of one connection colo-compare drops the rest. "+
 			"Feeder, reader and engine share this machine's %d cores: packets/s are what they reach together, and CPU per packet tells the engines apart.", b.streams[0].window, recorded.window, runtime.NumCPU()),
+		"Released out of order is the share of frames that left before an older one of their connection. colo-compare sends last what has waited longest when its output socket is full; to a client's TCP that looks like loss.",
 		"At a rate frames are sent when they are due, as finely as a timer wakes the feeder (some 60 µs): at 50 000 packets/s they come in small bursts. A rate is carried when at least 95 % of it could be sent and all of that was released.",
 		fmt.Sprintf("The recorded transfer is %d frames of %d bytes on average: answers of 180 bytes to 1 MiB over loopback with an MTU of 1500, as the server's TCP cut them. Frames without data are left out. It is repeated on every connection, and each begins elsewhere in it.",
 			len(recorded.packets), total/len(recorded.packets)),
 		"Both guests' frames are cut alike and come at the same time, none is lost, and nothing is retransmitted: real guests do worse, with both engines.",
 	}
 	if b.lost != "" {
-		all = append(all, "lockstep had no room now and then, by its counters: "+b.lost+".")
+		all = append(all, fmt.Sprintf("lockstep had no room now and then, by its counters: %s, of %d frames of each guest. A copy that is lost was not paid for.", b.lost, b.frames))
 	}
 	return all
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -61,6 +62,7 @@ type load struct {
 type outcome struct {
 	fed, released int
 	bytes         int           // payload released
+	reordered     int           // released before an older one of its connection
 	took          time.Duration // until the last release
 	latencies     []int64       // ns, from the SVM's frame on, in the order of the releases
 
@@ -326,8 +328,8 @@ func (r *run) halt(err error) {
 	r.mu.Unlock()
 }
 
-// release notes a released frame. Where an engine released several in one, or one in
-// parts, those count that are out as a whole.
+// release notes a released frame. An engine may release a connection's frames in another
+// order: colo-compare does where its output socket is full.
 func (r *run) release(b []byte) {
 	port, end, ok := endOf(b)
 	f := r.byPort[port]
@@ -335,21 +337,28 @@ func (r *run) release(b []byte) {
 		return
 	}
 	r.mu.Lock()
-	now := int64(time.Since(r.began))
-	for len(f.pending) > 0 && reached(end, f.pending[0].end) {
-		r.out.latencies = append(r.out.latencies, now-f.pending[0].at)
-		r.out.bytes += f.pending[0].size
-		f.pending = f.pending[1:]
-		r.out.released++
-		r.last = now
-		f.unacked++
+	i := slices.IndexFunc(f.pending, func(w waiting) bool { return w.end == end })
+	if i < 0 {
+		r.mu.Unlock()
+		return // a repetition
 	}
+	now := int64(time.Since(r.began))
+	r.out.latencies = append(r.out.latencies, now-f.pending[i].at)
+	r.out.bytes += f.pending[i].size
+	if i == 0 {
+		f.pending = f.pending[1:]
+	} else {
+		r.out.reordered++
+		f.pending = slices.Delete(f.pending, i, i+1)
+	}
+	r.out.released++
+	r.last = now
 	r.mu.Unlock()
 	select {
 	case r.room <- struct{}{}:
 	default: // the sender has not seen the one before
 	}
-	if f.unacked >= r.acks {
+	if f.unacked++; f.unacked >= r.acks {
 		f.unacked = 0
 		if err := r.e.ack(f, end); err != nil {
 			r.halt(err)

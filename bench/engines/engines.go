@@ -108,7 +108,7 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
 		return report.Part{}, fmt.Errorf("compare engines alone: %w", err)
 	}
-	b.table.distribute()
+	b.table.finish()
 	return report.Part{
 		Name: "B", Title: "compare engines alone",
 		Variants: []string{ColoCompare, Lockstep},
@@ -154,6 +154,7 @@ type bench struct {
 	floor    engine
 	table    *table
 	lost     string // what lockstep had no room for
+	frames   int    // that each guest sent through lockstep
 }
 
 func (b *bench) run(ctx context.Context) error {
@@ -224,6 +225,9 @@ func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate i
 	out, err := drive(ctx, v.engine, load{stream: s, flows: flows, rate: rate, span: b.span, quiet: b.quiet})
 	if err != nil && !errors.Is(err, errStuck) {
 		return err
+	}
+	if v.name == Lockstep && out != nil {
+		b.frames += out.fed
 	}
 	instead, stuck := b.instead(out, err, rate)
 	if instead != "" {

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -66,6 +67,7 @@ func TestRun(t *testing.T) {
 type fake struct {
 	out     chan []byte
 	most    int
+	turned  bool // the last of a batch comes first
 	ports   ports
 	renewed int
 }
@@ -78,7 +80,11 @@ func (f *fake) port() (uint16, error)            { return f.ports.next() }
 func (f *fake) renew() error                     { f.renewed++; return nil }
 
 func (f *fake) feed(g guest, frames []frame) error {
-	for _, fr := range frames {
+	order := slices.Clone(frames)
+	if f.turned {
+		slices.Reverse(order)
+	}
+	for _, fr := range order {
 		if g == svm && f.most > 0 {
 			f.most--
 			f.out <- append(bytes.Clone(fr.head[vnetLen:]), fr.payload...)
@@ -131,5 +137,19 @@ func TestInstead(t *testing.T) {
 		if s := c.Series["fake"]; len(s.Rounds) != 0 || !strings.HasPrefix(s.Instead, "released 100 of ") {
 			t.Errorf("%s: %v, %q", c.Name, s.Rounds, s.Instead)
 		}
+	}
+}
+
+// A frame that overtakes others does not release them.
+func TestOutOfOrder(t *testing.T) {
+	b, f := fakeBench(1 << 30)
+	f.turned = true
+	s := b.streams[0]
+	out, err := drive(t.Context(), f, load{stream: s, flows: 1, span: patience, most: 2 * s.batch, quiet: b.quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out.released != 2*s.batch || out.reordered != 2*(s.batch-1) || out.bytes != out.released*64 {
+		t.Errorf("%+v: want all %d released, all but the last of each batch out of order", out, 2*s.batch)
 	}
 }

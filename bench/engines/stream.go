@@ -231,6 +231,3 @@ func (f *flow) frame(s *stream, buf []byte) frame {
 	f.next += uint32(len(p.payload))
 	return frame{h, p.payload}
 }
-
-// reached reports whether position a is at b or behind it.
-func reached(a, b uint32) bool { return int32(a-b) >= 0 }

@@ -22,6 +22,7 @@ const programsName = "CPU of the kernel programs, per packet"
 var saturation = []figure{
 	{"packets released", "1/s", false, func(o *outcome) float64 { return float64(o.released) / o.took.Seconds() }},
 	{"payload released", "Gbit/s", false, func(o *outcome) float64 { return float64(o.bytes) * 8 / 1e9 / o.took.Seconds() }},
+	{"released out of order", "%", true, func(o *outcome) float64 { return 100 * float64(o.reordered) / float64(o.released) }},
 	{"CPU of the engine, per packet", "ns", true, func(o *outcome) float64 { return each(o.engine+o.kernel, o) }},
 	{processesName, "ns", true, processes},
 	{"CPU of engine and harness, per packet", "ns", true, func(o *outcome) float64 { return each(o.engine+o.harness+o.softirq, o) }},
@@ -100,14 +101,20 @@ func (t *table) latencies(group, name, variant string, ns []int64) {
 	*all = append(*all, ns...)
 }
 
-// distribute makes the distributions of what latencies collected.
-func (t *table) distribute() {
+// finish makes the distributions of what latencies collected, and puts the cases of a
+// group together.
+func (t *table) finish() {
 	for key, all := range t.all {
 		i := t.index[[2]string{key[0], key[1]}]
 		s := t.cases[i].Series[key[2]]
 		s.CDF = cdf(*all)
 		t.cases[i].Series[key[2]] = s
 	}
+	first := make(map[string]int) // case of a group
+	for i, c := range slices.Backward(t.cases) {
+		first[c.Group] = i
+	}
+	slices.SortStableFunc(t.cases, func(a, b report.Case) int { return first[a.Group] - first[b.Group] })
 }
 
 // cdf is a distribution as steps in µs: percent by percent, and finer towards the end,
