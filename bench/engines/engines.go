@@ -67,6 +67,9 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 	if err != nil {
 		return report.Part{}, fmt.Errorf("QEMU: %w: install it, or name another with colo-compare", err)
 	}
+	if o.Lockstep == "" {
+		return report.Part{}, errors.New("no lockstep binary to measure: name one")
+	}
 	dir, err := os.MkdirTemp("", "lockstep-engines-")
 	if err != nil {
 		return report.Part{}, err
@@ -168,13 +171,13 @@ func (b *bench) run(ctx context.Context) error {
 			for _, flows := range flowCounts {
 				what := title(s, flows)
 				b.progress(fmt.Sprintf("round %d of %d: %s", round+1, b.rounds, what))
-				floor, err := drive(ctx, b.floor, load{stream: s, flows: flows, span: b.span, quiet: b.quiet})
+				bare, err := drive(ctx, b.floor, load{stream: s, flows: flows, span: b.span, quiet: b.quiet})
 				if err != nil {
 					return fmt.Errorf("%s, taps without lockstep: %w", what, err)
 				}
 				for _, rate := range append([]int{0}, rates...) {
 					for _, v := range b.engines { // in turn, so that disturbances hit both alike
-						if err := b.measure(ctx, v, s, flows, rate, floor); err != nil {
+						if err := b.measure(ctx, v, s, flows, rate, bare); err != nil {
 							return fmt.Errorf("%s, %s: %w", what, v.name, err)
 						}
 					}
@@ -216,8 +219,9 @@ func (b *bench) differing(ctx context.Context, v variant) error {
 
 const differGroup = "one byte of the secondary's copy differs"
 
-// measure drives one load and notes the figures. floor is what the taps alone cost.
-func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate int, floor *outcome) error {
+// measure drives one load and notes the figures. bare is what became of the stream
+// on the taps without lockstep, at saturation.
+func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate int, bare *outcome) error {
 	group, figures := title(s, flows)+", at saturation", saturation
 	if rate > 0 {
 		group, figures = fmt.Sprintf("%s, %d packets/s", title(s, flows), rate), atRate
@@ -241,7 +245,7 @@ func (b *bench) measure(ctx context.Context, v variant, s *stream, flows, rate i
 	}
 	if v.name == Lockstep {
 		// What its programs, and the kernel behind them, cost in this process's system calls.
-		out.kernel = time.Duration((each(out.harness+out.softirq, out) - each(floor.harness+floor.softirq, floor)) * float64(out.released))
+		out.kernel = time.Duration((each(out.harness+out.softirq, out) - each(bare.harness+bare.softirq, bare)) * float64(out.released))
 	}
 	for _, f := range figures {
 		b.table.add(group, f.name, f.unit, f.less, v.name, f.of(out))
