@@ -172,6 +172,9 @@ func (b *bench) run(ctx context.Context) error {
 				what := title(s, flows)
 				b.progress(fmt.Sprintf("round %d of %d: %s", round+1, b.rounds, what))
 				bare, err := drive(ctx, b.floor, load{stream: s, flows: flows, span: b.span, quiet: b.quiet})
+				if err == nil && bare.released < bare.fed {
+					err = fmt.Errorf("only %d of %d frames came", bare.released, bare.fed)
+				}
 				if err != nil {
 					return fmt.Errorf("%s, taps without lockstep: %w", what, err)
 				}
@@ -287,12 +290,12 @@ func (b *bench) countPrograms(ctx context.Context) error {
 					continue
 				}
 				out, err := drive(ctx, v.engine, load{stream: s, flows: flows, span: b.span, quiet: b.quiet})
-				switch {
-				case err != nil:
+				if err != nil && !errors.Is(err, errStuck) {
 					return fmt.Errorf("%s, %s: %w", group, v.name, err)
-				case out.released < out.fed:
-					b.table.instead(group, programsName, "ns", true, v.name, fmt.Sprintf("released %d of %d frames", out.released, out.fed))
-				default:
+				}
+				if instead, _ := b.instead(out, err, 0); instead != "" {
+					b.table.instead(group, programsName, "ns", true, v.name, instead)
+				} else {
 					b.table.add(group, programsName, "ns", true, v.name, each(out.programs, out))
 				}
 			}
