@@ -100,7 +100,7 @@ func (re *replicator) imagesFit(ctx context.Context, m *qmp.Monitor, progress fu
 	}
 	re.d.log.Info("first start: both hosts' images are compared")
 	socket := filepath.Join(filepath.Dir(re.d.opt.QMP), re.d.opt.VM+"-"+re.d.opt.Node+".nbd")
-	err = qemu.CompareImages(ctx, m, fo.Disks, sizes, fo.Peers.NBD, socket, progress)
+	err = qemu.CompareImages(ctx, m, fo.Disks, sizes, fo.Peers, socket, progress)
 	var differ *qemu.DifferentError
 	switch {
 	case errors.Is(err, qemu.ErrRuns):

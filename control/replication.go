@@ -209,7 +209,7 @@ func (re *replicator) prepare() {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.PrepareSecondary(ctx, m, caps, fo.Disks, fo.Own.NBD)
+		return qemu.PrepareSecondary(ctx, m, caps, fo.Disks, fo.Own)
 	}, func(err error) {
 		switch {
 		case err == nil && !re.ready:

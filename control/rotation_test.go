@@ -12,6 +12,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/peerlink/peerlinktest"
 )
 
 func (f *fakePath) sessionNow() datapath.Session {
@@ -27,8 +28,8 @@ func TestRotation(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p, s := hosts(t, newPair(t))
 			if secured {
-				ca := newAuthority(t, "CA one")
-				p.opt.TLS, s.opt.TLS = mustTLS(t, ca.files("alpha", "web1", nil)), mustTLS(t, ca.files("beta", "web1", nil))
+				ca := peerlinktest.NewAuthority(t, "CA one")
+				p.opt.TLS, s.opt.TLS = mustTLS(t, files(ca, "alpha", "web1")), mustTLS(t, files(ca, "beta", "web1"))
 			}
 			p.opt.Rekey, s.opt.Rekey = 20*time.Millisecond, time.Nanosecond // S has no say in it
 			p.start()

@@ -3,103 +3,25 @@
 package control
 
 import (
+	"cmp"
 	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
-	"math/big"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/peerlink/peerlinktest"
 )
 
-// authorityOf is a CA that a test made.
-type authorityOf struct {
-	t    *testing.T
-	name string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t *testing.T, name string) *authorityOf {
-	a := &authorityOf{t: t, name: name}
-	a.cert, a.key = a.sign(name, func(c *x509.Certificate) {
-		c.DNSNames, c.IsCA, c.BasicConstraintsValid, c.KeyUsage = nil, true, true, x509.KeyUsageCertSign
-	})
-	return a
-}
-
-func (a *authorityOf) sign(name string, change func(*x509.Certificate)) (*x509.Certificate, *ecdsa.PrivateKey) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	if change != nil {
-		change(tmpl)
-	}
-	parent, signer := a.cert, a.key
-	if parent == nil {
-		parent, signer = tmpl, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, &key.PublicKey, signer)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return cert, key
-}
-
-func (a *authorityOf) write(file, kind string, der []byte) {
-	a.t.Helper()
-	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-		a.t.Fatal(err)
-	}
-}
-
-// files makes a node's three files in a folder of its own.
-func (a *authorityOf) files(node, vm string, change func(*x509.Certificate)) peerlink.Certificates {
-	a.t.Helper()
-	dir := a.t.TempDir()
-	c := peerlink.Certificates{
-		CA: filepath.Join(dir, "ca.pem"), Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem"),
-		VM: vm, Node: node, Peer: map[string]string{"alpha": "beta"}[node],
-	}
-	if c.Peer == "" {
-		c.Peer = "alpha"
-	}
-	a.fill(c, change)
-	return c
-}
-
-func (a *authorityOf) fill(c peerlink.Certificates, change func(*x509.Certificate)) {
-	a.t.Helper()
-	cert, key := a.sign(peerlink.CertName(c.Node, c.VM), change)
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	a.write(c.CA, "CERTIFICATE", a.cert.Raw)
-	a.write(c.Cert, "CERTIFICATE", cert.Raw)
-	a.write(c.Key, "PRIVATE KEY", der)
+// files makes a node's files.
+func files(a *peerlinktest.Authority, node, vm string) peerlink.Certificates {
+	peer := map[string]string{"alpha": "beta"}[node]
+	return a.Files(node, cmp.Or(peer, "alpha"), vm, nil)
 }
 
 func mustTLS(t *testing.T, c peerlink.Certificates) *tls.Config {
@@ -124,13 +46,11 @@ func showing(cfg *tls.Config, cert *x509.Certificate, key *ecdsa.PrivateKey) *tl
 	return cfg
 }
 
-func expired(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
-
 // Who is not this pair's other node gets no session, and both logs and statuses
 // name both and the fix.
 func TestTLSRefusals(t *testing.T) {
-	one, two := newAuthority(t, "CA one"), newAuthority(t, "CA two")
-	alpha, beta := one.files("alpha", "web1", nil), one.files("beta", "web1", nil)
+	one, two := peerlinktest.NewAuthority(t, "CA one"), peerlinktest.NewAuthority(t, "CA two")
+	alpha, beta := files(one, "alpha", "web1"), files(one, "beta", "web1")
 	good := func(t *testing.T) (p, s *tls.Config) { return mustTLS(t, alpha), mustTLS(t, beta) }
 	for name, tc := range map[string]struct {
 		configs  func(*testing.T) (p, s *tls.Config)
@@ -138,7 +58,7 @@ func TestTLSRefusals(t *testing.T) {
 	}{
 		"other CA": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
-				return mustTLS(t, alpha), mustTLS(t, two.files("beta", "web1", nil))
+				return mustTLS(t, alpha), mustTLS(t, files(two, "beta", "web1"))
 			},
 			onP: `"beta" refuses the certificate of "alpha", its log says why: give both nodes files of one CA`,
 			onS: `the certificate of ["alpha.web1"] is signed by "CA one", and `,
@@ -146,7 +66,7 @@ func TestTLSRefusals(t *testing.T) {
 		"forged by another CA": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
 				p, s = good(t)
-				cert, key := two.sign("beta.web1", nil)
+				cert, key := two.Sign("beta.web1", nil)
 				return p, showing(s, cert, key)
 			},
 			onP: `the certificate of ["beta.web1"] is signed by "CA two", and ` + alpha.CA + ` here is "CA one": give both`,
@@ -155,7 +75,7 @@ func TestTLSRefusals(t *testing.T) {
 		"server forged by another CA": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
 				p, s = good(t)
-				cert, key := two.sign("alpha.web1", nil)
+				cert, key := two.Sign("alpha.web1", nil)
 				return showing(p, cert, key), s
 			},
 			onP: `"beta" refuses the certificate of "alpha"`,
@@ -163,14 +83,14 @@ func TestTLSRefusals(t *testing.T) {
 		},
 		"other node": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
-				return mustTLS(t, alpha), mustTLS(t, one.files("gamma", "web1", nil))
+				return mustTLS(t, alpha), mustTLS(t, files(one, "gamma", "web1"))
 			},
 			onP: `the certificate there is that of ["gamma.web1"], and the peer of "alpha.web1" is "beta.web1": give each`,
 			onS: `"alpha" refuses the certificate of "beta"`,
 		},
 		"other VM": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
-				c := one.files("beta", "db1", nil)
+				c := files(one, "beta", "db1")
 				cfg := mustTLS(t, c)
 				cfg.VerifyConnection = nil
 				return mustTLS(t, alpha), cfg
@@ -181,7 +101,7 @@ func TestTLSRefusals(t *testing.T) {
 		"the server is another node": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
 				p, s = good(t)
-				cert, key := one.sign("gamma.web1", nil)
+				cert, key := one.Sign("gamma.web1", nil)
 				return showing(p, cert, key), s
 			},
 			onP: `"beta" refuses the certificate of "alpha"`,
@@ -190,7 +110,7 @@ func TestTLSRefusals(t *testing.T) {
 		"the node's own again": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
 				p, s = good(t)
-				cert, key := one.sign("alpha.web1", nil)
+				cert, key := one.Sign("alpha.web1", nil)
 				return p, showing(s, cert, key)
 			},
 			onP: `that of ["alpha.web1"], and the peer of "alpha.web1" is "beta.web1"`,
@@ -199,7 +119,7 @@ func TestTLSRefusals(t *testing.T) {
 		"expired": {
 			configs: func(t *testing.T) (p, s *tls.Config) {
 				p, s = good(t)
-				cert, key := one.sign("beta.web1", expired)
+				cert, key := one.Sign("beta.web1", peerlinktest.Expired)
 				return p, showing(s, cert, key)
 			},
 			onP: `the certificate of ["beta.web1"], signed by "CA one", holds from `,
@@ -246,8 +166,8 @@ func TestTLSRefusals(t *testing.T) {
 }
 
 func TestTLS(t *testing.T) {
-	ca := newAuthority(t, "CA one")
-	alpha, beta := ca.files("alpha", "web1", nil), ca.files("beta", "web1", nil)
+	ca := peerlinktest.NewAuthority(t, "CA one")
+	alpha, beta := files(ca, "alpha", "web1"), files(ca, "beta", "web1")
 	p, s := hosts(t, nil)
 	p.opt.TLS, s.opt.TLS = mustTLS(t, alpha), mustTLS(t, beta)
 	p.start()
@@ -259,11 +179,11 @@ func TestTLS(t *testing.T) {
 	p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 
 	// A renewal needs no restart: a new CA, of which P hears only after S.
-	next := newAuthority(t, "CA two")
-	next.fill(beta, nil)
+	next := peerlinktest.NewAuthority(t, "CA two")
+	next.Fill(beta, nil)
 	s.start()
 	s.await("a refusal", func(st api.Status) bool { return strings.Contains(st.Peer.Error, `signed by "CA one"`) })
-	next.fill(alpha, nil)
+	next.Fill(alpha, nil)
 	if st := p.replicating(); st.Term != 2 {
 		t.Errorf("term %d", st.Term)
 	}
@@ -277,13 +197,13 @@ func TestTLS(t *testing.T) {
 	}
 	s.start()
 	p.await("a missing key", func(st api.Status) bool { return strings.Contains(st.Peer.Error, alpha.Key+": no such file") })
-	next.fill(alpha, nil)
+	next.Fill(alpha, nil)
 	p.replicating()
 }
 
 // What is wrong with a node's own files is said at the start.
 func TestCertErrors(t *testing.T) {
-	one, two := newAuthority(t, "CA one"), newAuthority(t, "CA two")
+	one, two := peerlinktest.NewAuthority(t, "CA one"), peerlinktest.NewAuthority(t, "CA two")
 	for name, tc := range map[string]struct {
 		spoil func(c *peerlink.Certificates)
 		what  string
@@ -295,19 +215,19 @@ func TestCertErrors(t *testing.T) {
 		"key as CA":      {func(c *peerlink.Certificates) { c.CA = c.Key }, "ca", "key.pem holds what is no CA's certificate"},
 		"no certificate": {func(c *peerlink.Certificates) { os.Remove(c.Cert) }, "cert", "cert.pem: no such file"},
 		"no key":         {func(c *peerlink.Certificates) { os.Remove(c.Key) }, "key", "key.pem: no such file"},
-		"other key":      {func(c *peerlink.Certificates) { c.Key = one.files("alpha", "web1", nil).Key }, "key", "do not go together"},
+		"other key":      {func(c *peerlink.Certificates) { c.Key = files(one, "alpha", "web1").Key }, "key", "do not go together"},
 		"other node":     {func(c *peerlink.Certificates) { c.Node = "beta" }, "cert", `is the certificate of ["alpha.web1"], and this node is "beta.web1"`},
 		"other VM":       {func(c *peerlink.Certificates) { c.VM = "db1" }, "cert", `is the certificate of ["alpha.web1"], and this node is "alpha.db1"`},
-		"other CA":       {func(c *peerlink.Certificates) { c.CA = two.files("alpha", "web1", nil).CA }, "cert", `is signed by "CA one", and `},
-		"expired":        {func(c *peerlink.Certificates) { one.fill(*c, expired) }, "cert", "holds from "},
+		"other CA":       {func(c *peerlink.Certificates) { c.CA = files(two, "alpha", "web1").CA }, "cert", `is signed by "CA one", and `},
+		"expired":        {func(c *peerlink.Certificates) { one.Fill(*c, peerlinktest.Expired) }, "cert", "holds from "},
 		"not yet": {func(c *peerlink.Certificates) {
-			one.fill(*c, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })
+			one.Fill(*c, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })
 		}, "cert", "holds from "},
 		"for mail only": {func(c *peerlink.Certificates) {
-			one.fill(*c, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection} })
+			one.Fill(*c, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection} })
 		}, "cert", "incompatible key usage"},
 	} {
-		c := one.files("alpha", "web1", nil)
+		c := files(one, "alpha", "web1")
 		tc.spoil(&c)
 		_, err := c.TLS()
 		var ce *peerlink.CertError

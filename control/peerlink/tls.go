@@ -125,6 +125,44 @@ func (c Certificates) own() (*tls.Certificate, error) {
 	return &pair, nil
 }
 
+// KeyUsage is that of a node's certificate: QEMU before 11 demands both, though TLS 1.3
+// needs signatures alone.
+const KeyUsage = x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment
+
+// CheckQEMU finds out whether the two hosts' QEMUs can use this node's certificate too;
+// an error is a [CertError]. A QEMU knows its client by the certificate's subject, and demands more of
+// its own than the control link does.
+func (c Certificates) CheckQEMU() error {
+	pair, err := c.own()
+	if err != nil {
+		return err
+	}
+	leaf, err := x509.ParseCertificate(pair.Certificate[0])
+	if err != nil {
+		return &CertError{"cert", fmt.Sprintf("%s: %v", c.Cert, err), makeKeys}
+	}
+	why, subject := "", "CN="+CertName(c.Node, c.VM)
+	purpose := func(p x509.ExtKeyUsage) bool {
+		return leaf.ExtKeyUsage == nil || slices.Contains(leaf.ExtKeyUsage, p) || slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageAny)
+	}
+	switch got := leaf.Subject.String(); {
+	case got != subject:
+		why = fmt.Sprintf("its subject is %q and has to be %q", got, subject)
+	case leaf.KeyUsage != 0 && leaf.KeyUsage&KeyUsage != KeyUsage:
+		why = "its key usage has to be both digital signature and key encipherment"
+	case !purpose(x509.ExtKeyUsageServerAuth) || !purpose(x509.ExtKeyUsageClientAuth):
+		why = "its extended key usage has to be both server and client"
+	case leaf.IsCA:
+		why = "it is a CA's"
+	case len(pair.Certificate) > 1:
+		why = fmt.Sprintf("it has to be signed by a CA in %s, without another between them", c.CA)
+	default:
+		return nil
+	}
+	return &CertError{"cert", fmt.Sprintf("QEMU cannot use %s: %s", c.Cert, why),
+		"make new files with `lockstep keys`, those of an older lockstep among them; or write `tls.qemu: false`, which lets memory and disks travel in the clear"}
+}
+
 // verifyPeer lets in the peer node of this VM only.
 func (c Certificates) verifyPeer(s tls.ConnectionState) error {
 	peer := CertName(c.Peer, c.VM)

@@ -49,9 +49,12 @@ func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 		}
 		a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s,werror=stop,rerror=stop", i, s.Disks[i].ID))
 	}
-	if in != nil {
+	switch {
+	case in != nil && in.TLS != nil:
+		a = append(a, "-incoming", "defer") // until it has its certificates: see PrepareSecondary
+	case in != nil:
 		a = append(a, "-incoming", in.Migration)
-	} else {
+	default:
 		a = append(a, "-S")
 	}
 	return append(a, s.Extra...), nil

@@ -28,10 +28,10 @@ func TestDiskFailsAtCheckpoint(t *testing.T) {
 		b := w.start("b", true)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if err := qemu.PrepareSecondary(ctx, b.m, b.caps, b.spec.Disks, b.in.NBD); err != nil {
+		if err := qemu.PrepareSecondary(ctx, b.m, b.caps, b.spec.Disks, *b.in); err != nil {
 			t.Fatal(err)
 		}
-		to, answers := *b.in, newGate(t, b.in.Migration)
+		to, answers := w.to("a", b.in), newGate(t, b.in.Migration)
 		to.Migration = answers.uri
 		if err := qemu.Replicate(ctx, a.m, a.caps, a.spec.Disks, to, qemu.Options{}); err != nil {
 			t.Fatal(err)

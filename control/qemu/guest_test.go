@@ -44,8 +44,12 @@ func (w *world) start(host string, secondary bool) *guest {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	disks := g.spec.Disks
+	disks, in := g.spec.Disks, g.in
 	if w.seed {
+		if secondary { // its command line says where it waits, before anything else is known
+			clear := *in
+			clear.TLS, in = nil, &clear
+		}
 		g.spec.Extra, g.spec.Disks = append(g.spec.Extra, w.seedDrives(host, secondary)...), nil
 	}
 	lt.In(t, w.ns(host), func() {
@@ -54,7 +58,7 @@ func (w *world) start(host string, secondary bool) *guest {
 			err = g.spec.Check(g.in, sizes)
 		}
 		if err == nil {
-			g.p, err = qemu.Start(ctx, g.spec, g.in)
+			g.p, err = qemu.Start(ctx, g.spec, in)
 		}
 		if err != nil {
 			t.Fatalf("%s: %v", host, err)
@@ -146,13 +150,13 @@ func (g *guest) replicate(host string, o qemu.Options) *guest {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	for range 2 { // a repetition changes nothing
-		if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
+		if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, *s.in); err != nil {
 			t.Fatal(err)
 		}
 	}
 	began := time.Now()
 	for range 2 {
-		if err := qemu.Replicate(ctx, g.m, g.caps, g.spec.Disks, *s.in, o); err != nil {
+		if err := qemu.Replicate(ctx, g.m, g.caps, g.spec.Disks, g.w.to(g.host, s.in), o); err != nil {
 			t.Fatal(err)
 		}
 	}

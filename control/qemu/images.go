@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -40,7 +39,7 @@ func (e *DifferentError) Error() string {
 //
 // Both QEMUs serve their disks over NBD, so what is compared is what the guest would
 // read, whatever the images' format and whoever started QEMU. Holes are skipped.
-func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []int64, to netip.AddrPort, socket string, progress func(Progress)) (err error) {
+func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []int64, to Incoming, socket string, progress func(Progress)) (err error) {
 	before, err := atRest(m)
 	if err != nil {
 		return err
@@ -52,11 +51,23 @@ func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []in
 		err = errors.Join(err, m.ExecuteWithin(ioTimeout, "nbd-server-stop", nil, nil))
 		os.Remove(socket)
 	}()
+	object := "" // qemu-img's certificates
+	if to.TLS != nil {
+		dir, remove, err := to.TLS.folder(tlsClient, os.Geteuid(), os.Getegid())
+		if err != nil {
+			return err
+		}
+		defer remove()
+		object = fmt.Sprintf("tls-creds-x509,id=%s,endpoint=%s,dir=%s,priority=%s", tlsCreds(tlsClient), tlsClient, esc(dir), tlsPriority)
+	}
 	for i := range disks {
 		d := &disks[i]
 		own := []string{"server.type=unix", "server.path=" + esc(socket), "export=" + esc(d.ID)}
-		peers := []string{"server.type=inet", "server.host=" + to.Addr().String(), fmt.Sprint("server.port=", to.Port()), "export=" + parentNode(i)}
-		if err := compareExports(ctx, d, sizes[i], own, peers, progress); err != nil {
+		peers := []string{"server.type=inet", "server.host=" + to.NBD.Addr().String(), fmt.Sprint("server.port=", to.NBD.Port()), "export=" + parentNode(i)}
+		for name, value := range to.TLS.nbd(map[string]any{}) {
+			peers = append(peers, fmt.Sprintf("%s=%s", name, value))
+		}
+		if err := compareExports(ctx, d, sizes[i], object, own, peers, progress); err != nil {
 			return err
 		}
 	}
@@ -153,11 +164,16 @@ func (g *graph) first(d *Disk) (string, bool) {
 }
 
 // compareExports has qemu-img compare two NBD exports; own and peers are their options.
-func compareExports(ctx context.Context, d *Disk, size int64, own, peers []string, progress func(Progress)) error {
+// object is one that they refer to; "": none.
+func compareExports(ctx context.Context, d *Disk, size int64, object string, own, peers []string, progress func(Progress)) error {
 	image := func(options []string) string { // raw, because the QEMU behind the export knows the format
 		return "driver=raw,file.driver=nbd,file." + strings.Join(options, ",file.")
 	}
-	cmd := exec.CommandContext(ctx, "qemu-img", "compare", "-p", "--image-opts", image(own), image(peers))
+	args := []string{"compare", "-p"}
+	if object != "" {
+		args = append(args, "--object", object)
+	}
+	cmd := exec.CommandContext(ctx, "qemu-img", append(args, "--image-opts", image(own), image(peers))...)
 	cmd.WaitDelay = time.Second
 	var complaint bytes.Buffer
 	cmd.Stderr = &complaint

@@ -27,7 +27,7 @@ func TestCompareImages(t *testing.T) {
 				lt.Run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 1M", w.image(host, last))
 			}
 			a, b := w.start("a", false), w.start("b", true)
-			if err := qemu.PrepareSecondary(t.Context(), b.m, b.caps, b.spec.Disks, b.in.NBD); err != nil {
+			if err := qemu.PrepareSecondary(t.Context(), b.m, b.caps, b.spec.Disks, *b.in); err != nil {
 				t.Fatal(err)
 			}
 			sizes, err := a.spec.DiskSizes()
@@ -37,7 +37,7 @@ func TestCompareImages(t *testing.T) {
 			var progress qemu.Progress
 			compare := func(ctx context.Context) (err error) {
 				lt.In(t, w.ns("a"), func() {
-					err = qemu.CompareImages(ctx, a.m, a.spec.Disks, sizes, b.in.NBD, filepath.Join(w.dir, "a, nbd"), func(p qemu.Progress) { progress = p })
+					err = qemu.CompareImages(ctx, a.m, a.spec.Disks, sizes, w.to("a", b.in), filepath.Join(w.dir, "a, nbd"), func(p qemu.Progress) { progress = p })
 				})
 				return err
 			}

@@ -6,18 +6,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"strconv"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
-func connectNBD(m *qmp.Monitor, i int, to netip.AddrPort) error {
-	return m.ExecuteWithin(ioTimeout, "blockdev-add", map[string]any{
+func connectNBD(m *qmp.Monitor, i int, to Incoming) error {
+	return m.ExecuteWithin(ioTimeout, "blockdev-add", to.TLS.nbd(map[string]any{
 		"driver": "nbd", "node-name": nbdNode(i), "export": parentNode(i), "open-timeout": nbdTimeout,
-		"server": map[string]string{"type": "inet", "host": to.Addr().String(), "port": strconv.Itoa(int(to.Port()))},
-	}, nil)
+		"server": map[string]string{"type": "inet", "host": to.NBD.Addr().String(), "port": strconv.Itoa(int(to.NBD.Port()))},
+	}), nil)
 }
 
 func mirrorJob(d *Disk) string { return "resync-" + d.ID }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,8 +51,8 @@ func (p Progress) String() string {
 }
 
 // PrepareSecondary makes a secondary that waits for its primary ready for the primary's
-// [Replicate]. It serves its disks' images at nbd.
-func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, nbd netip.AddrPort) error {
+// [Replicate]. It waits at in, and serves its disks' images there.
+func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, in Incoming) error {
 	if err := checkCaps(caps, disks); err != nil {
 		return err
 	}
@@ -64,6 +63,12 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 	if err := setCOLO(m, true); err != nil {
 		return err
 	}
+	if err := in.TLS.use(m, tlsServer); err != nil {
+		return err
+	}
+	if err := listen(m, in); err != nil {
+		return err
+	}
 	if len(disks) == 0 {
 		return nil
 	}
@@ -72,8 +77,12 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 		return err
 	}
 	if len(exports) == 0 {
-		err := m.Execute("nbd-server-start", map[string]any{"addr": map[string]any{"type": "inet",
-			"data": map[string]string{"host": nbd.Addr().String(), "port": strconv.Itoa(int(nbd.Port()))}}}, nil)
+		server := map[string]any{"addr": map[string]any{"type": "inet",
+			"data": map[string]string{"host": in.NBD.Addr().String(), "port": strconv.Itoa(int(in.NBD.Port()))}}}
+		if in.TLS != nil {
+			server["tls-creds"], server["tls-authz"] = tlsCreds(tlsServer), tlsPeer
+		}
+		err := m.Execute("nbd-server-start", server, nil)
 		if err != nil && !strings.Contains(err.Error(), "already running") {
 			return err
 		}
@@ -91,6 +100,19 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 		}
 	}
 	return nil
+}
+
+// listen has a QEMU wait for a migration that was started with -incoming defer. One that
+// waits already is left as it is.
+func listen(m *qmp.Monitor, in Incoming) error {
+	if in.TLS == nil {
+		return nil // its command line says where
+	}
+	links, err := m.Links()
+	if err != nil || slices.ContainsFunc(links, isMigration) {
+		return err
+	}
+	return m.Execute("migrate-incoming", map[string]string{"uri": in.Migration}, nil)
 }
 
 // Replicate makes a primary, or a guest without a secondary, replicate to the secondary at
@@ -139,6 +161,9 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 
 // begin does everything up to the command migrate, and that.
 func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Options, running bool) error {
+	if err := to.TLS.use(m, tlsClient); err != nil {
+		return err
+	}
 	if len(disks) > 0 {
 		// What an earlier try has left, or a failover.
 		if err := detach(m, disks); err != nil {
@@ -148,7 +173,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 			return err
 		}
 		for i := range disks {
-			if err := connectNBD(m, i, to.NBD); err != nil {
+			if err := connectNBD(m, i, to); err != nil {
 				return fmt.Errorf("disk %s: %w", disks[i].ID, err)
 			}
 		}

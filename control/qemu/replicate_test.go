@@ -64,7 +64,7 @@ func TestReplicateFails(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			bandwidth(4 << 20)
-			to, o := *w.incoming("b"), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
+			to, o := w.to("a", w.incoming("b")), qemu.Options{Resync: true, Limits: qemu.Limits{Stalled: 2 * time.Second}}
 			if tt.at == "slow" {
 				o.Timeout, o.Stalled = 2*time.Second, 0 // too short for the memory
 				a.mustAsk("rest", "ok")                 // or it may be too short for the disk as well
@@ -73,7 +73,7 @@ func TestReplicateFails(t *testing.T) {
 			if tt.do != nil {
 				s := w.start("b", true)
 				defer s.kill()
-				if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, s.in.NBD); err != nil {
+				if err := qemu.PrepareSecondary(ctx, s.m, s.caps, s.spec.Disks, *s.in); err != nil {
 					t.Fatal(err)
 				}
 				var once sync.Once
@@ -151,11 +151,11 @@ func TestAutoConverge(t *testing.T) {
 	try := func(l qemu.Limits) (s *guest, throttled int, err error) {
 		t.Helper()
 		s = w.start("b", true)
-		if err := qemu.PrepareSecondary(t.Context(), s.m, s.caps, nil, s.in.NBD); err != nil {
+		if err := qemu.PrepareSecondary(t.Context(), s.m, s.caps, nil, *s.in); err != nil {
 			t.Fatal(err)
 		}
 		halts, began := a.halts(), time.Now()
-		err = qemu.Replicate(t.Context(), a.m, a.caps, nil, *s.in, qemu.Options{Limits: l, Progress: func(qemu.Progress) {
+		err = qemu.Replicate(t.Context(), a.m, a.caps, nil, w.to("a", s.in), qemu.Options{Limits: l, Progress: func(qemu.Progress) {
 			var now struct {
 				Throttle int `json:"cpu-throttle-percentage"`
 			}

@@ -74,6 +74,7 @@ func (d *Disk) format() string {
 type Incoming struct {
 	Migration string         // "tcp:HOST:PORT" or "unix:PATH"
 	NBD       netip.AddrPort // of the disks, if there are any
+	TLS       *TLS           // how both are protected; nil: they are in the clear
 }
 
 func (s *Spec) file(ext string) string { return filepath.Join(s.Dir, s.VM+"-"+s.Node+ext) }

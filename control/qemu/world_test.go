@@ -4,6 +4,7 @@ package qemu_test
 
 import (
 	"cmp"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/peerlink/peerlinktest"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -34,7 +37,10 @@ type world struct {
 	mask           bool              // mutation: a write is done when one replica took it
 	seed           bool              // the disks are as in QEMU's docs/COLO-FT.txt
 	memory         bool              // the test writes to the guests' memory (poke)
+	clear          bool              // the QEMUs' connections are not protected
 	tcp            bool              // the migration goes over TCP
+	ca             *peerlinktest.Authority
+	certs          map[string]*qemu.TLS // of the hosts that have some
 }
 
 const diskSize = 32 << 20
@@ -50,6 +56,7 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 	}
 	w := &world{t: t, dir: t.TempDir(), disks: disks, preload: qemutest.Preload(t)}
 	choose(w)
+	w.ca, w.certs = peerlinktest.NewAuthority(t, "CA one"), make(map[string]*qemu.TLS)
 	w.kernel, w.initrd = qemutest.Image(t, qemutest.Guest{Service: self, Env: []string{"TEST_GUEST=1"}})
 	ip := func(args string) { lt.Run(t, "ip", strings.Fields(args)...) }
 	for _, host := range []string{"a", "b"} {
@@ -147,10 +154,35 @@ func (w *world) serial(host string) string { return filepath.Join(w.dir, host+".
 
 // incoming is where a host's secondary listens.
 func (w *world) incoming(host string) *qemu.Incoming {
-	addr := map[string]string{"a": "192.0.2.1", "b": "192.0.2.2"}[host]
-	migration := "unix:" + filepath.Join(w.dir, host+".mig")
+	addr := netip.MustParseAddr(map[string]string{"a": "192.0.2.1", "b": "192.0.2.2"}[host])
+	in := &qemu.Incoming{Migration: "unix:" + filepath.Join(w.dir, host+".mig"), NBD: netip.AddrPortFrom(addr, 9999), TLS: w.tls(host)}
 	if w.tcp {
-		migration = "tcp:" + addr + ":9998"
+		in.Migration = "tcp:" + netip.AddrPortFrom(addr, 9998).String()
 	}
-	return &qemu.Incoming{Migration: migration, NBD: netip.AddrPortFrom(netip.MustParseAddr(addr), 9999)}
+	return in
+}
+
+// to is where a host's primary finds the other's secondary.
+func (w *world) to(host string, in *qemu.Incoming) qemu.Incoming {
+	to := *in
+	to.TLS = w.tls(host)
+	return to
+}
+
+// tls are a host's certificates; nil: the connections are not protected.
+func (w *world) tls(host string) *qemu.TLS {
+	if w.clear {
+		return nil
+	}
+	if w.certs[host] == nil {
+		w.certs[host] = w.certsOf(w.ca, host, nil)
+	}
+	return w.certs[host]
+}
+
+// certsOf makes a host's certificates; change: see [peerlinktest.Authority.Sign].
+func (w *world) certsOf(ca *peerlinktest.Authority, host string, change func(*x509.Certificate)) *qemu.TLS {
+	peer := map[string]string{"a": "b", "b": "a"}[host]
+	c := ca.Files(host, peer, "web1", change)
+	return &qemu.TLS{CA: c.CA, Cert: c.Cert, Key: c.Key, Peer: peerlink.CertName(peer, "web1"), Dir: w.dir}
 }

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/lockstep-ft/lockstep/control/qmp"
+)
+
+// TLS protects the connections between the two hosts' QEMUs, for memory and disks: both
+// sides show a certificate of the pair's, and take the other node's only. The files are
+// read when a QEMU becomes part of a new pair, so a renewal needs no restart.
+type TLS struct {
+	CA, Cert, Key string // this node's PEM files
+	Peer          string // the name that the other node's certificate has as its DNS name, and alone as its subject's CN
+	Dir           string // a folder that QEMU's user may search: for a moment the files are in one of their own there
+}
+
+// Ends of a connection, as QEMU names them.
+const (
+	tlsServer = "server"
+	tlsClient = "client"
+)
+
+// tlsPeer is the ID of the object by which a server knows its peer.
+const tlsPeer = "lockstep-tls-peer"
+
+// tlsCreds is the ID of the object that has the certificates for an end.
+func tlsCreds(end string) string { return "lockstep-tls-" + end }
+
+// folder makes a folder with the certificates for an end, in which they have the names that
+// QEMU wants, and which uid and gid may read. remove removes it again: it has the private key.
+func (t *TLS) folder(end string, uid, gid int) (dir string, remove func() error, err error) {
+	dir, err = os.MkdirTemp(t.Dir, "tls-")
+	if err != nil {
+		return "", nil, err
+	}
+	remove = func() error { return os.RemoveAll(dir) }
+	for name, from := range map[string]string{"ca-cert.pem": t.CA, end + "-cert.pem": t.Cert, end + "-key.pem": t.Key} {
+		b, err := os.ReadFile(from)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), b, 0o400)
+		}
+		if err == nil {
+			err = os.Chown(filepath.Join(dir, name), uid, gid)
+		}
+		if err != nil {
+			return "", nil, errors.Join(err, remove())
+		}
+	}
+	if err := os.Chown(dir, uid, gid); err != nil {
+		return "", nil, errors.Join(err, remove())
+	}
+	return dir, remove, nil
+}
+
+// use has QEMU's migration be TLS at an end, with the certificates as they are on disk now. A
+// nil TLS has it be in the clear.
+func (t *TLS) use(m *qmp.Monitor, end string) error {
+	if t == nil {
+		return m.Execute("migrate-set-parameters", map[string]string{"tls-creds": ""}, nil)
+	}
+	err := t.load(m, end)
+	if err == nil {
+		params := map[string]string{"tls-creds": tlsCreds(end), "tls-hostname": t.Peer, "tls-authz": tlsPeer}
+		err = m.Execute("migrate-set-parameters", params, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("tls between the QEMUs: %w", err)
+	}
+	return nil
+}
+
+// load makes QEMU's objects anew. A connection goes on with those that it began with.
+func (t *TLS) load(m *qmp.Monitor, end string) error {
+	uid, gid, err := userOf(m)
+	if err != nil {
+		return err
+	}
+	dir, remove, err := t.folder(end, uid, gid)
+	if err != nil {
+		return err
+	}
+	defer remove()
+	for _, object := range []map[string]any{
+		{"qom-type": "tls-creds-x509", "id": tlsCreds(end), "endpoint": end, "dir": dir, "verify-peer": true, "priority": tlsPriority},
+		{"qom-type": "authz-simple", "id": tlsPeer, "identity": "CN=" + t.Peer},
+	} {
+		_ = m.Execute("object-del", map[string]any{"id": object["id"]}, nil) // an error means that there is none
+		// A release before 8 makes parameters of a key exchange that is not used here, which takes a while.
+		if err := m.ExecuteWithin(ioTimeout, "object-add", object, nil); err != nil {
+			return fmt.Errorf("QEMU does not take %s, %s and %s: %w", t.CA, t.Cert, t.Key, err)
+		}
+	}
+	return nil
+}
+
+// tlsPriority has TLS 1.3 alone, in GnuTLS's notation.
+const tlsPriority = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+
+// nbd adds to an NBD client's options what TLS needs. A nil TLS adds nothing.
+func (t *TLS) nbd(options map[string]any) map[string]any {
+	if t != nil {
+		options["tls-creds"], options["tls-hostname"] = tlsCreds(tlsClient), t.Peer
+	}
+	return options
+}
+
+// userOf returns the user and group that QEMU has become. It has executed a command before,
+// which it does not until then.
+func userOf(m *qmp.Monitor) (uid, gid int, err error) {
+	pid, err := m.Process()
+	if err != nil {
+		return 0, 0, err
+	}
+	// The owner of /proc/PID would be root: a process that has changed its user is not dumpable.
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	ids := map[string]int{"Uid:": -1, "Gid:": -1}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line) // "Uid:", real, effective, saved, of file accesses
+		if len(f) != 5 || ids[f[0]] != -1 {
+			continue
+		}
+		if n, err := strconv.Atoi(f[4]); err == nil {
+			ids[f[0]] = n
+		}
+	}
+	if ids["Uid:"] < 0 || ids["Gid:"] < 0 {
+		return 0, 0, fmt.Errorf("process %d: its user is not known", pid)
+	}
+	return ids["Uid:"], ids["Gid:"], nil
+}
