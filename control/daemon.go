@@ -79,7 +79,7 @@ func New(o Options) (*Daemon, error) {
 	d.checkpoints.d, d.checkpoints.requests = d, make(chan request, maxRequests)
 	d.peer.d, d.peer.linkSince = d, time.Now()
 	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
-	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry}
+	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry, prepAgain: prepAgain}
 	d.guest.d, d.room.d = d, d
 	cfg := *o.timing
 	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Checkpoint.Period), int64(o.Checkpoint.MinInterval), int64(o.Checkpoint.TargetPause)
@@ -200,6 +200,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	if d.opt.TLS == nil {
 		d.log.Warn("the control link is INSECURE (tls: {insecure: true}): session keys travel in the clear, and whoever reaches its address can be the peer; use it on a trusted network only, or make certificates with `lockstep keys`")
+	}
+	if fo := d.failover; fo != nil && fo.Own.TLS == nil {
+		d.log.Warn("the connections between the two QEMUs are INSECURE (tls: {qemu: false}, or {insecure: true}): the guest's memory and disks travel in the clear, and whoever reaches the ports of migration can read and change them; use them on a trusted network only")
 	}
 
 	if err := d.qmp.startGuest(ctx); err != nil {

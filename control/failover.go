@@ -415,12 +415,21 @@ func (fo *failoverPart) fromPrimary(m peerlink.Message) bool {
 	case peerlink.Refused:
 		fo.d.repl.noteRefused(m.Cause)
 	case peerlink.Dismiss:
-		fo.d.log.Warn("the primary goes on without this secondary")
+		said := "" // it may have refused the primary's
+		if fo.Guest != nil {
+			said = qemu.Log(fo.Guest)
+		}
+		fo.d.log.Warn("the primary goes on without this secondary", "qemu_log", said)
 		fo.step(failover.Event{Kind: failover.EvDismissed})
 	default:
 		return false
 	}
 	return true
+}
+
+// insecure reports whether memory and disks go between the two QEMUs in the clear.
+func (fo *failoverPart) insecure() bool {
+	return fo != nil && (fo.Own.TLS == nil || fo.d.qmp.info.clear && fo.d.qmp.info.colo != "none")
 }
 
 // linkLost follows the end of a session.

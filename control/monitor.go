@@ -30,6 +30,7 @@ type qmpInfo struct {
 	state     string // as QEMU names it
 	colo      string // COLO mode
 	err       string // of the last failure
+	clear     bool   // it is in COLO with the other host's in the clear
 }
 
 // monitor keeps a connection to QEMU and hands what comes of it to the
@@ -108,9 +109,15 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	if err != nil {
 		return err
 	}
+	clear := false // a pair that began before the setting goes on as it is
+	if fo := mo.d.failover; fo != nil && fo.Own.TLS != nil && mode != "none" {
+		if clear, err = qemu.InClear(m); err != nil {
+			return err
+		}
+	}
 	mo.d.post(func() {
 		mo.conn = m
-		mo.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode}
+		mo.info = qmpInfo{connected: true, since: time.Now(), version: m.Version(), state: state, colo: mode, clear: clear}
 		mo.d.log.Info("QMP connected", "socket", mo.path, "qemu", m.Version(), "state", state, "colo", mode)
 		if mo.d.failover != nil {
 			mo.hadQEMU, mo.unanswered, mo.outOfReach = true, 0, false

@@ -39,6 +39,8 @@ type replicator struct {
 	unfit     error          // why that cannot be part of a pair
 	prepared  chan struct{}  // S: closed when QEMU waits for a primary's
 	ready     bool           // S: that is so
+	preparing bool           // S: QEMU is being made ready
+	prepAgain backoff
 	edgesOn   *peerlink.Link // P: the link on which the edges are sent
 	edgesSent *peerlink.Link // P: and the one on which all were
 }
@@ -198,9 +200,10 @@ func (re *replicator) probe() {
 // prepare makes S's QEMU ready for P's, after which S may connect.
 func (re *replicator) prepare() {
 	fo := re.d.failover
-	if fo == nil || fo.s == nil || re.ready {
+	if fo == nil || fo.s == nil || re.ready || re.preparing {
 		return
 	}
+	re.preparing = true
 	var caps qemu.Caps
 	re.d.qmp.procedure("prepare", func(ctx context.Context, m *qmp.Monitor) (err error) {
 		if caps, err = qemu.Probe(m); err != nil {
@@ -211,13 +214,17 @@ func (re *replicator) prepare() {
 		}
 		return qemu.PrepareSecondary(ctx, m, caps, fo.Disks, fo.Own)
 	}, func(err error) {
-		switch {
-		case err == nil && !re.ready:
+		if re.preparing = false; err == nil {
 			re.ready, re.caps = true, caps
 			close(re.prepared)
-		case err != nil:
-			re.d.log.Error("QEMU is not ready for a primary", "err", err)
+			return
 		}
+		wait, why := re.prepAgain.take(), "QEMU is not ready for a primary: "+err.Error()
+		if !re.d.peer.linkUp && re.d.peer.linkErr != why {
+			re.d.peer.linkErr = why
+			re.d.log.Error("QEMU is not ready for a primary", "err", err, "again_in", wait)
+		}
+		time.AfterFunc(wait, func() { re.d.post(re.prepare) })
 	})
 }
 

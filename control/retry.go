@@ -20,6 +20,8 @@ var (
 	syncAgain = backoff{first: 500 * time.Millisecond, last: time.Minute}
 	// endAgain paces the orders to a QEMU that does not end replication.
 	endAgain = backoff{first: 100 * time.Millisecond, last: 5 * time.Second}
+	// prepAgain paces what makes S's QEMU ready: a certificate may be renewed, a port become free.
+	prepAgain = backoff{first: 500 * time.Millisecond, last: time.Minute}
 )
 
 // tries are P's to replicate, and why the last ones came to nothing.

@@ -55,6 +55,7 @@ func (d *Daemon) ownStatus() api.Status {
 		QMP: api.QMPStatus{
 			Configured: d.opt.QMP != "", Connected: d.qmp.info.connected, Since: d.qmp.info.since,
 			QEMU: d.qmp.info.version, State: d.qmp.info.state, COLO: d.qmp.info.colo, Error: d.qmp.info.err,
+			Insecure: d.failover.insecure(),
 		},
 		Causes:      append([]api.Cause{}, d.checkpoints.causes...),
 		Checkpoints: append([]api.Checkpoint{}, d.checkpoints.attempts...),

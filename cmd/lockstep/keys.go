@@ -36,7 +36,7 @@ func newKeys(e env) *cobra.Command {
 	var file, dir string
 	cmd := &cobra.Command{
 		Use:   "keys -c pair.yaml -d DIR",
-		Short: "Make the certificates that protect the control link",
+		Short: "Make the certificates that protect the control link and the two QEMUs",
 		Long: "keys makes a CA and a certificate for each of the pair's nodes, and prints what goes\n" +
 			"where. With a CA that is in DIR already it makes the certificates that are missing.\n" +
 			"It overwrites nothing.",
@@ -106,7 +106,7 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		name := peerlink.CertName(node, c.VM)
 		if err := issue(dir, node, &x509.Certificate{
 			Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-			KeyUsage:    x509.KeyUsageDigitalSignature,
+			KeyUsage:    peerlink.KeyUsage,
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		}, ca, signer); err != nil {
 			return err
@@ -140,7 +140,11 @@ func usable(c *config.Config, dir, node string) error {
 	}
 	file := func(name string) string { return filepath.Join(dir, name) }
 	files := peerlink.Certificates{CA: file(caCert), Cert: file(node + ".pem"), Key: file(node + ".key"), VM: c.VM, Node: node, Peer: other.Name}
-	if _, err := files.TLS(); err != nil {
+	_, err = files.TLS()
+	if err == nil && (c.TLS.QEMU || c.TLS.Insecure) { // they may be for a pair that is insecure so far
+		err = files.CheckQEMU()
+	}
+	if err != nil {
 		return fmt.Errorf("make certificates: those of %s in %s are of no use, and nothing is overwritten: remove %[1]s.pem and %[1]s.key: %[3]w", node, dir, err)
 	}
 	return nil

@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/state"
 )
@@ -196,6 +197,11 @@ func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 		Setback: &rs.setback,
 		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
 		Limits: c.Migration.Limits,
+	}
+	if c.TLS.QEMU {
+		files := certificates(o)
+		tls := &qemu.TLS{CA: files.CA, Cert: files.Cert, Key: files.Key, Peer: peerlink.CertName(files.Peer, files.VM), Dir: c.RunDir}
+		life.Own.TLS, life.Peers.TLS = tls, tls
 	}
 	if q := c.QEMU; q != nil {
 		spec := c.Guest(o.self)

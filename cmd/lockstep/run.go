@@ -51,7 +51,7 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
 		return notYetError{c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")}
 	}
-	protected, err := certificates(o)
+	protected, err := protect(o)
 	if err != nil {
 		return err
 	}
@@ -146,15 +146,25 @@ func unfit(o runOptions) error {
 	return nil
 }
 
-// certificates protect the control link; nil where the config wants it insecure.
-func certificates(o runOptions) (*tls.Config, error) {
+// certificates are this node's.
+func certificates(o runOptions) peerlink.Certificates {
+	files := peerlink.Certificates{VM: o.config.VM, Node: o.self.Name, Peer: o.other.Name}
+	files.CA, files.Cert, files.Key = o.config.TLS.Files(o.self.Name)
+	return files
+}
+
+// protect reads the certificates that protect the control link, and looks whether QEMU can
+// use them; nil where the config wants the link insecure.
+func protect(o runOptions) (*tls.Config, error) {
 	c := o.config
 	if c.TLS.Insecure {
 		return nil, nil
 	}
-	files := peerlink.Certificates{VM: c.VM, Node: o.self.Name, Peer: o.other.Name}
-	files.CA, files.Cert, files.Key = c.TLS.Files(o.self.Name)
+	files := certificates(o)
 	cfg, err := files.TLS()
+	if err == nil && c.TLS.QEMU && c.Arbiter.Type != "" {
+		err = files.CheckQEMU()
+	}
 	if wrong := (*peerlink.CertError)(nil); errors.As(err, &wrong) {
 		return nil, c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
 	}

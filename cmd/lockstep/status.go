@@ -24,6 +24,9 @@ func printStatus(out io.Writer, s api.Status) error {
 	if s.Peer.Insecure {
 		fmt.Fprintf(w, "INSECURE:\tthe control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n")
 	}
+	if s.QMP.Insecure {
+		fmt.Fprintf(w, "INSECURE:\tmemory and disks go between the two QEMUs in the clear (tls.qemu, tls.insecure, or a pair that began so)\n")
+	}
 	if s.QMP.Configured {
 		fmt.Fprintf(w, "qemu:\t%s%s%s\n", connected(s.QMP.Connected, s.QMP.Since), detail(s.QMP.State), detail(s.QMP.Error))
 	} else {

@@ -51,7 +51,7 @@ programs:       ls_mirror   tapP  tcx-egress
 	}
 
 	out.Reset()
-	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, api.QMPStatus{}
+	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, api.QMPStatus{Insecure: true}
 	s.Peer.Error = "connection refused"
 	if err := printStatus(&out, s); err != nil {
 		t.Fatal(err)
@@ -59,6 +59,7 @@ programs:       ls_mirror   tapP  tcx-egress
 	for _, want := range []string{
 		"peer:           beta, NOT CONNECTED since 2026-01-02 03:04:05: connection refused\n",
 		"INSECURE:       the control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n",
+		"INSECURE:       memory and disks go between the two QEMUs in the clear (tls.qemu, tls.insecure, or a pair that began so)\n",
 		"qemu:           no qmp socket in the config\n", "dropped:        nothing\n",
 	} {
 		if !strings.Contains(out.String(), want) {

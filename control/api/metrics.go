@@ -145,6 +145,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("peer_insecure", "Whether the control link is in the clear: 1 or 0.", func(s *Status) float64 { return truth(s.Peer.Insecure) })
 	gauge("qmp_configured", "Whether there is a QEMU to talk to: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Configured) })
 	gauge("qmp_connected", "Whether QEMU's QMP socket is connected: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Connected) })
+	gauge("qemu_insecure", "Whether memory and disks go between the two QEMUs in the clear: 1 or 0.", func(s *Status) float64 { return truth(s.QMP.Insecure) })
 	add(prometheus.GaugeValue, "qemu_info", "QEMU's version, its word for its state, and its COLO mode: 1.", func(s *Status, put func(float64, ...string)) {
 		if s.QMP.Configured {
 			put(1, s.QMP.QEMU, s.QMP.State, s.QMP.COLO)

@@ -157,6 +157,9 @@ lockstep_program_attached{attach="tcx egress",device="tapQ",node="alpha",program
 # HELP lockstep_qemu_info QEMU's version, its word for its state, and its COLO mode: 1.
 # TYPE lockstep_qemu_info gauge
 lockstep_qemu_info{colo="primary",node="alpha",state="colo",version="7.2.22",vm="web1"} 1
+# HELP lockstep_qemu_insecure Whether memory and disks go between the two QEMUs in the clear: 1 or 0.
+# TYPE lockstep_qemu_insecure gauge
+lockstep_qemu_insecure{node="alpha",vm="web1"} 0
 # HELP lockstep_qmp_configured Whether there is a QEMU to talk to: 1 or 0.
 # TYPE lockstep_qmp_configured gauge
 lockstep_qmp_configured{node="alpha",vm="web1"} 1

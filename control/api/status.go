@@ -129,10 +129,11 @@ type QMPStatus struct {
 	Configured bool      `json:"configured"`
 	Connected  bool      `json:"connected"`
 	Since      time.Time `json:"since"`
-	QEMU       string    `json:"qemu,omitempty"`  // version
-	State      string    `json:"state,omitempty"` // as QEMU names it
-	COLO       string    `json:"colo,omitempty"`  // mode
-	Error      string    `json:"error,omitempty"` // of the last failure
+	QEMU       string    `json:"qemu,omitempty"`     // version
+	State      string    `json:"state,omitempty"`    // as QEMU names it
+	COLO       string    `json:"colo,omitempty"`     // mode
+	Error      string    `json:"error,omitempty"`    // of the last failure
+	Insecure   bool      `json:"insecure,omitempty"` // memory and disks go to the other QEMU in the clear
 }
 
 // Cause is a request for a checkpoint.

@@ -135,7 +135,7 @@ func Parse(file string, data []byte) (*Config, error) {
 			Slots:          DefaultSlots,
 			GSOSlots:       DefaultGSOSlots,
 		},
-		TLS:        TLS{Rekey: DefaultRekey},
+		TLS:        TLS{Rekey: DefaultRekey, QEMU: true},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatLease, 0},
 		Checkpoint: Checkpoint{Period: DefaultPeriod, MinInterval: DefaultMinInterval},
 		Migration:  Migration{Port: DefaultMigrationPort, NBDPort: DefaultNBDPort, Limits: qemu.Limits{Timeout: DefaultMigrationTimeout}},

@@ -83,7 +83,7 @@ func TestParse(t *testing.T) {
 			{Name: "beta", Control: netip.MustParseAddrPort("192.0.2.2:7700"), QMP: "etc/run/beta.qmp",
 				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto"}}},
 		},
-		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour},
+		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour, QEMU: true},
 		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Lease: 200 * time.Millisecond, Restart: 900 * time.Millisecond},
 		PinDir:    "/sys/fs/bpf/lockstep",
 		RunDir:    "/tmp/run",

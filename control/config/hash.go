@@ -55,7 +55,12 @@ var sections = []struct {
 			}
 		}
 	}},
-	{"tls.insecure", false, func(w io.Writer, c *Config) { fmt.Fprint(w, c.TLS.Insecure) }},
+	{"tls.insecure or tls.qemu", false, func(w io.Writer, c *Config) {
+		fmt.Fprint(w, c.TLS.Insecure)
+		if !c.TLS.QEMU && !c.TLS.Insecure { // the default is what a release had that did not know the key
+			fmt.Fprint(w, " clear")
+		}
+	}},
 	{"heartbeat", false, func(w io.Writer, c *Config) {
 		fmt.Fprint(w, int64(c.Heartbeat.Interval), int64(c.Heartbeat.Timeout), int64(c.Heartbeat.Lease), int64(c.Heartbeat.Restart))
 	}},

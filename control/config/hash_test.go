@@ -90,7 +90,8 @@ func TestHash(t *testing.T) {
 		"exec":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: exec, command: [x]}\n"), "arbiter"},
 		"file":    {replace(example[strings.Index(example, "arbiter:"):], "arbiter: {type: file, path: /x}\n"), "arbiter"},
 		"secrecy": {replace(example[strings.Index(example, ", tls: {ca: certs/etcd"):], "}\n"), "arbiter"},
-		"tls":     {replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"), "tls.insecure"},
+		"tls":     {replace(example[strings.Index(example, "tls:"):strings.Index(example, "heartbeat:")], "tls: {insecure: true}\n"), "tls.insecure or tls.qemu"},
+		"clear":   {replace("tls:\n", "tls:\n  qemu: false\n"), "tls.insecure or tls.qemu"},
 	} {
 		other := hash(x.config)
 		if got := Differ(base, other); !slices.Equal(got, []string{x.section}) {

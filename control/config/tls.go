@@ -7,9 +7,11 @@ import (
 	"time"
 )
 
-// TLS is how the control link is protected: with three files, or not at all.
+// TLS is how the control link is protected, and what the QEMUs send each other: with
+// three files, or not at all.
 type TLS struct {
-	Insecure      bool          // it is not
+	Insecure      bool          // nothing is
+	QEMU          bool          // what the QEMUs send each other is: memory and disks
 	CA, Cert, Key string        // may contain {node}: see Files
 	Rekey         time.Duration // between two rotations of the session's keys
 }
@@ -24,9 +26,10 @@ func forNode(s, node string) string { return strings.ReplaceAll(s, "{node}", nod
 const needTLS = "name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear"
 
 func (r *reader) tls(v value, t *TLS) {
-	before := len(r.errs)
+	before, qemu := len(r.errs), false
 	r.mapping(v, []field{
 		{"insecure", "", r.boolean(&t.Insecure)},
+		{"qemu", "", func(v value) { r.boolean(&t.QEMU)(v); qemu = t.QEMU }},
 		{"ca", "", r.path(&t.CA)},
 		{"cert", "", r.path(&t.Cert)},
 		{"key", "", r.path(&t.Key)},
@@ -43,7 +46,10 @@ func (r *reader) tls(v value, t *TLS) {
 			named = append(named, f.key)
 		}
 	}
+	t.QEMU = t.QEMU && !t.Insecure
 	switch {
+	case t.Insecure && qemu:
+		r.refuse(v.pos, "tls has both insecure: true and qemu: true", "name certificates, with which QEMU protects memory and disks, or remove qemu")
 	case t.Insecure && len(named) > 0:
 		r.refuse(v.pos, "tls has both insecure: true and "+strings.Join(named, ", "), "keep the files for a protected link, or insecure: true for one in the clear")
 	case !t.Insecure && len(named) == 0:

@@ -3,6 +3,8 @@
 package qemu
 
 import (
+	"os"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/lockstep-ft/lockstep/control/qmp"
@@ -23,5 +25,13 @@ func Delays(m *qmp.Monitor, in Incoming) (n int, err error) {
 	return n, err
 }
 
+// TLSFolder makes a folder with a client's certificates, which the caller may read.
+func TLSFolder(t *TLS) (dir string, remove func() error, err error) {
+	return t.folder(tlsClient, os.Geteuid(), os.Getegid())
+}
+
 // OwnPeriod switches R12 off: QEMU makes checkpoints of its own, at the period it has.
 func OwnPeriod() Options { return Options{ownPeriod: true} }
+
+// OwnConnection has QEMU make the migration's connection itself under TLS too.
+func OwnConnection(o Options) Options { o.ownConnection = true; return o }

@@ -156,12 +156,18 @@ func (g *guest) replicate(host string, o qemu.Options) *guest {
 	}
 	began := time.Now()
 	for range 2 {
-		if err := qemu.Replicate(ctx, g.m, g.caps, g.spec.Disks, g.w.to(g.host, s.in), o); err != nil {
+		if err := g.replicateTo(ctx, g.w.to(g.host, s.in), o); err != nil {
 			t.Fatal(err)
 		}
 	}
 	t.Logf("%s replicates to %s after %v", g.host, host, time.Since(began).Round(time.Millisecond))
 	return s
+}
+
+// replicateTo is [qemu.Replicate] on g's host.
+func (g *guest) replicateTo(ctx context.Context, to qemu.Incoming, o qemu.Options) (err error) {
+	lt.In(g.w.t, g.w.ns(g.host), func() { err = qemu.Replicate(ctx, g.m, g.caps, g.spec.Disks, to, o) })
+	return err
 }
 
 // checkpoint makes one and waits for it.

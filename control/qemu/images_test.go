@@ -5,6 +5,7 @@ package qemu_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"testing"
 
@@ -56,7 +57,13 @@ func TestCompareImages(t *testing.T) {
 			}
 			// Over NBD, because QEMU has the image open.
 			lt.In(t, w.ns("b"), func() {
-				lt.Run(t, "qemu-io", "-f", "raw", "-c", "write -P 8 1228800 1", "nbd://"+b.in.NBD.String()+"/parent"+string(rune('0'+last)))
+				dir, remove, err := qemu.TLSFolder(w.tls("a"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer remove()
+				lt.Run(t, "qemu-io", "--object", "tls-creds-x509,id=tls,endpoint=client,dir="+dir, "--image-opts", "-c", "write -P 8 1228800 1",
+					fmt.Sprintf("driver=raw,file.driver=nbd,file.host=%s,file.port=%d,file.export=parent%d,file.tls-creds=tls,file.tls-hostname=b.web1", b.in.NBD.Addr(), b.in.NBD.Port(), last))
 			})
 			differ := (*qemu.DifferentError)(nil)
 			if err := compare(t.Context()); !errors.As(err, &differ) || differ.Disk != a.spec.Disks[last].ID || differ.Offset != 1228800 {

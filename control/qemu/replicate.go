@@ -148,9 +148,15 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 		if err := endMigration(ctx, m, disks); err != nil {
 			return err
 		}
-		err = begin(ctx, m, disks, to, o, running)
-	}
-	if err == nil {
+		var w wire
+		defer w.release()
+		if err = begin(ctx, m, disks, to, o, running, &w); err == nil {
+			err = finish(ctx, m, o, running)
+		}
+		if err != nil {
+			w.cut()
+		}
+	} else {
 		err = finish(ctx, m, o, running)
 	}
 	if err != nil {
@@ -159,8 +165,8 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 	return nil
 }
 
-// begin does everything up to the command migrate, and that.
-func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Options, running bool) error {
+// begin does everything up to the command migrate, and that. w becomes its connection.
+func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Options, running bool, w *wire) error {
 	if err := to.TLS.use(m, tlsClient); err != nil {
 		return err
 	}
@@ -211,7 +217,11 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 			return err
 		}
 	}
-	return m.Execute("migrate", map[string]any{"uri": to.Migration}, nil)
+	uri, err := w.connect(ctx, m, to)
+	if err != nil {
+		return err
+	}
+	return m.Execute("migrate", map[string]any{"uri": uri}, nil)
 }
 
 // undo takes back a try to replicate: the guest is alone again, and runs if it did before.

@@ -3,12 +3,16 @@
 package qemu
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lockstep-ft/lockstep/control/qmp"
 )
@@ -103,6 +107,64 @@ func (t *TLS) load(m *qmp.Monitor, end string) error {
 
 // tlsPriority has TLS 1.3 alone, in GnuTLS's notation.
 const tlsPriority = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+
+// wire is the connection of a migration under TLS. QEMU does not make it itself: one that it
+// makes blocks, so that a peer which does not answer in the TLS handshake would halt the whole
+// QEMU, guest and monitor, and neither yank nor migrate_cancel knows of it before the handshake
+// is over (7.2). The zero wire is none.
+type wire struct{ file *os.File }
+
+// connect makes the connection, and returns by which URI QEMU has it. A migration in the
+// clear is left to QEMU.
+func (w *wire) connect(ctx context.Context, m *qmp.Monitor, to Incoming) (uri string, err error) {
+	if to.TLS == nil {
+		return to.Migration, nil
+	}
+	const name = "lockstep-migration"
+	network, address, _ := strings.Cut(to.Migration, ":")
+	d := net.Dialer{Timeout: cutAfter}
+	conn, err := d.DialContext(ctx, network, address)
+	if err != nil {
+		return "", fmt.Errorf("migration: %w", err)
+	}
+	defer conn.Close()
+	f, err := conn.(interface{ File() (*os.File, error) }).File()
+	if err != nil {
+		return "", fmt.Errorf("migration: %w", err)
+	}
+	w.file = f
+	if err := m.PassFile(name, f); err != nil {
+		return "", err
+	}
+	// QEMU has it block once the handshake is over.
+	if err := unix.SetNonblock(int(f.Fd()), true); err != nil {
+		return "", fmt.Errorf("migration: %w", err)
+	}
+	return "fd:" + name, nil
+}
+
+// cut ends a handshake that the peer does not answer.
+func (w *wire) cut() {
+	if w.file != nil {
+		_ = unix.Shutdown(int(w.file.Fd()), unix.SHUT_RDWR)
+	}
+}
+
+// release leaves the connection to QEMU alone.
+func (w *wire) release() {
+	if w.file != nil {
+		w.file.Close()
+	}
+}
+
+// InClear reports whether a QEMU that is in COLO is so without TLS.
+func InClear(m *qmp.Monitor) (bool, error) {
+	var params struct {
+		Creds string `json:"tls-creds"`
+	}
+	err := m.Execute("query-migrate-parameters", nil, &params)
+	return params.Creds == "", err
+}
 
 // nbd adds to an NBD client's options what TLS needs. A nil TLS adds nothing.
 func (t *TLS) nbd(options map[string]any) map[string]any {

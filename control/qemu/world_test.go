@@ -86,7 +86,7 @@ func newWorldIn(t *testing.T, disks int, choose func(*world)) *world {
 // runAs has the QEMUs become a user, who may use their images.
 func (w *world) runAs(name string) {
 	w.t.Helper()
-	w.user = name
+	w.user, w.tcp = name, true // who may make no socket in the folder
 	for _, dir := range []string{w.dir, filepath.Dir(w.dir)} {
 		if err := os.Chmod(dir, 0o755); err != nil {
 			w.t.Fatal(err)

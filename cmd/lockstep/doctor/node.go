@@ -160,12 +160,17 @@ func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
 	files := peerlink.Certificates{VM: c.VM, Node: self.Name, Peer: other.Name}
 	files.CA, files.Cert, files.Key = c.TLS.Files(self.Name)
 	_, err := files.TLS()
+	if err == nil && c.TLS.QEMU && c.Arbiter.Type != "" {
+		err = files.CheckQEMU()
+	}
 	bad := (*peerlink.CertError)(nil)
 	switch {
 	case errors.As(err, &bad):
 		d.missing("tls", bad.Fix, "tls.%s: %s", bad.What, bad.Reason)
 	case err != nil:
 		d.missing("tls", "", "%v", err)
+	case !c.TLS.QEMU:
+		d.warn("tls", "remove tls.qemu", "insecure: the guest's memory and disks go between the two QEMUs in the clear")
 	default:
 		d.ok("tls", "%s is this node's, signed and in time", files.Cert)
 	}
