@@ -22,7 +22,9 @@ type Options struct {
 	Progress func(Progress)
 	Limits
 
-	ownPeriod bool // mutation, set by tests: QEMU keeps its own period (R12)
+	// Mutations, set by tests: QEMU keeps its own period (R12), and makes the migration's
+	// connection itself.
+	ownPeriod, ownConnection bool
 }
 
 // Progress is how far the copy of one disk or of the memory is, or the comparison of a
@@ -217,7 +219,7 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 			return err
 		}
 	}
-	uri, err := w.connect(ctx, m, to)
+	uri, err := w.connect(ctx, m, to, o)
 	if err != nil {
 		return err
 	}

@@ -116,8 +116,8 @@ type wire struct{ file *os.File }
 
 // connect makes the connection, and returns by which URI QEMU has it. A migration in the
 // clear is left to QEMU.
-func (w *wire) connect(ctx context.Context, m *qmp.Monitor, to Incoming) (uri string, err error) {
-	if to.TLS == nil {
+func (w *wire) connect(ctx context.Context, m *qmp.Monitor, to Incoming, o Options) (uri string, err error) {
+	if to.TLS == nil || o.ownConnection {
 		return to.Migration, nil
 	}
 	const name = "lockstep-migration"
@@ -177,12 +177,13 @@ func (t *TLS) nbd(options map[string]any) map[string]any {
 // userOf returns the user and group that QEMU has become. It has executed a command before,
 // which it does not until then.
 func userOf(m *qmp.Monitor) (uid, gid int, err error) {
-	pid, err := m.Process()
+	p, err := Owner(m.Conn())
 	if err != nil {
 		return 0, 0, err
 	}
+	defer p.Release()
 	// The owner of /proc/PID would be root: a process that has changed its user is not dumpable.
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
 	if err != nil {
 		return 0, 0, err
 	}
@@ -197,7 +198,7 @@ func userOf(m *qmp.Monitor) (uid, gid int, err error) {
 		}
 	}
 	if ids["Uid:"] < 0 || ids["Gid:"] < 0 {
-		return 0, 0, fmt.Errorf("process %d: its user is not known", pid)
+		return 0, 0, fmt.Errorf("process %d: its user is not known", p.pid)
 	}
 	return ids["Uid:"], ids["Gid:"], nil
 }

@@ -29,7 +29,6 @@ import (
 
 	"github.com/digitalocean/go-qemu/qmp"
 	"github.com/digitalocean/go-qemu/qmp/raw"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -287,23 +286,6 @@ func (m *Monitor) PassFile(name string, f *os.File) error {
 		return fmt.Errorf("qmp getfd: %w", err)
 	}
 	return m.Execute("getfd", map[string]string{"fdname": name}, nil)
-}
-
-// Process returns the ID of the process that listens on the monitor's socket.
-func (m *Monitor) Process() (pid int, err error) {
-	conn, ok := m.conn.(*net.UnixConn)
-	if !ok {
-		return 0, errors.New("qmp: only of a unix socket it is known who listens")
-	}
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil || err != nil {
-		return 0, fmt.Errorf("qmp: who listens: %w", errors.Join(e, err))
-	}
-	return int(cred.Pid), nil
 }
 
 func decode(command string, line []byte, result any) error {
