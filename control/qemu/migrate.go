@@ -47,6 +47,9 @@ func migration(m *qmp.Monitor) (s migrationState, err error) {
 	return s, err
 }
 
+// errMigrationFailed is how QEMU itself ended one.
+var errMigrationFailed = errors.New("the migration to the secondary failed")
+
 // memoryCopy follows the copy of the memory, and decides when it has to be given up.
 type memoryCopy struct {
 	began time.Time
@@ -64,7 +67,7 @@ func (c *memoryCopy) look(now time.Time, s migrationState, l Limits) (p Progress
 		if s.Why == "" {
 			s.Why = "its state is " + s.Status
 		}
-		return p, false, fmt.Errorf("the migration to the secondary failed: %s", s.Why)
+		return p, false, fmt.Errorf("%w: %s", errMigrationFailed, s.Why)
 	}
 	p = Progress{What: "memory", Done: max(0, s.RAM.Total-s.RAM.Remaining), Total: s.RAM.Total,
 		Rate: c.speed.measure(now, s.RAM.Transferred), Dirtied: s.RAM.DirtyPages * s.RAM.PageSize}

@@ -158,6 +158,9 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 		if err != nil {
 			w.cut()
 		}
+		if to.TLS != nil && errors.Is(err, errMigrationFailed) { // in TLS 1.3 it does so after this side's handshake
+			err = fmt.Errorf("%w (if the secondary refused this host's certificate, its QEMU's log says why)", err)
+		}
 	} else {
 		err = finish(ctx, m, o, running)
 	}
