@@ -236,3 +236,29 @@ func TestCertErrors(t *testing.T) {
 		}
 	}
 }
+
+// What QEMU would not take of a certificate that the control link takes is said at the start
+// too.
+func TestCheckQEMU(t *testing.T) {
+	one := peerlinktest.NewAuthority(t, "CA one")
+	for name, tc := range map[string]struct {
+		change func(*x509.Certificate)
+		want   string // "": it is good
+	}{
+		"good":             {func(*x509.Certificate) {}, ""},
+		"of any use":       {func(c *x509.Certificate) { c.KeyUsage, c.ExtKeyUsage = 0, nil }, ""},
+		"older lockstep's": {func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature }, "key encipherment"},
+		"server's only":    {func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }, "both server and client"},
+		"other subject":    {func(c *x509.Certificate) { c.Subject.Organization = []string{"x"} }, `subject is "CN=alpha.web1,O=x" and has to be "CN=alpha.web1"`},
+		"CA's":             {func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }, "a CA's"},
+	} {
+		c := one.Files("alpha", "beta", "web1", tc.change)
+		if _, err := c.TLS(); err != nil {
+			t.Errorf("%s: the control link: %v", name, err)
+		}
+		var ce *peerlink.CertError
+		if err := c.CheckQEMU(); (err == nil) != (tc.want == "") || err != nil && (!errors.As(err, &ce) || !strings.Contains(ce.Reason, tc.want) || !strings.Contains(ce.Fix, "lockstep keys")) {
+			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
+	}
+}

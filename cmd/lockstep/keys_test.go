@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,8 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/peerlink/peerlinktest"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 const filesYAML = `tls:
@@ -184,5 +187,44 @@ func TestKeysOfAnInsecurePair(t *testing.T) {
 	c := newCLI(t)
 	if code, stdout, _ := c.run(t.Context(), "keys -c @/pair.yaml -d @/certs"); code != 0 || !strings.Contains(stdout, "\ncopy   ca.pem, beta.pem and beta.key to the host of beta\n") {
 		t.Errorf("exit %d, %s", code, stdout)
+	}
+}
+
+// A certificate that an older lockstep made is refused at the start of a pair whose QEMUs would
+// use it, and by keys itself; but not where the QEMUs use none.
+func TestOldKeys(t *testing.T) {
+	c := newCLI(t)
+	var own, peers *qemu.TLS
+	ran := 0
+	c.control = func(_ context.Context, o control.Options) error {
+		ran++
+		own, peers = o.Failover.Own.TLS, o.Failover.Peers.TLS
+		for _, n := range o.NICs {
+			n.Close()
+		}
+		return nil
+	}
+	old := peerlinktest.NewAuthority(t, "CA one").Files("alpha", "beta", "web1", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature })
+	named := fmt.Sprintf("tls:\n  ca: %s\n  cert: %s\n  key: %s\n", old.CA, old.Cert, old.Key)
+	config := strings.Replace(pairYAML, "tls: {insecure: true}\n", named, 1) + "arbiter: {type: none}\nstate_dir: state\n"
+	c.write(t, "pair.yaml", config)
+	const start = "run -c @/pair.yaml --node alpha --role primary"
+	if code, _, stderr := c.run(t.Context(), start); code != 2 || !strings.Contains(stderr, "QEMU cannot use "+old.Cert+": its key usage has to be") || !strings.Contains(stderr, "`lockstep keys`") {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	c.write(t, "pair.yaml", strings.Replace(config, "tls:\n", "tls:\n  qemu: false\n", 1))
+	if code, _, stderr := c.run(t.Context(), start); code != 0 || ran != 1 || own != nil || peers != nil {
+		t.Errorf("with qemu: false: exit %d, %s, %v", code, stderr, own)
+	}
+	c.write(t, "pair.yaml", protectedYAML+"arbiter: {type: none}\nstate_dir: state\n")
+	for _, line := range []string{"keys -c @/pair.yaml -d @/certs", start} {
+		if code, _, stderr := c.run(t.Context(), line); code != 0 {
+			t.Errorf("exit %d, %s", code, stderr)
+		}
+	}
+	path := func(name string) string { return filepath.Join(c.dir, name) }
+	want := qemu.TLS{CA: path("certs/ca.pem"), Cert: path("certs/alpha.pem"), Key: path("certs/alpha.key"), Peer: "beta.web1", Dir: path("run")}
+	if ran != 2 || own == nil || *own != want || peers != own {
+		t.Errorf("the QEMUs have %+v, %+v, want %+v", own, peers, want)
 	}
 }
