@@ -105,8 +105,10 @@ func (t *TLS) load(m *qmp.Monitor, end string) error {
 	return nil
 }
 
-// tlsPriority has TLS 1.3 alone, in GnuTLS's notation.
-const tlsPriority = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+// tlsPriority has TLS 1.3 alone, in GnuTLS's notation, and without AES: after 2^24 records,
+// some 64 GiB, GnuTLS changes an AES key, in which a QEMU that sends and receives on one
+// connection, as COLO does, may crash (qemu-project/qemu issue 1937).
+const tlsPriority = "NORMAL:-VERS-ALL:+VERS-TLS1.3:-CIPHER-ALL:+CHACHA20-POLY1305"
 
 // wire is the connection of a migration under TLS. QEMU does not make it itself: one that it
 // makes blocks, so that a peer which does not answer in the TLS handshake would halt the whole

@@ -143,6 +143,11 @@ func TestOnlyThePeer(t *testing.T) {
 		if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil {
 			t.Errorf("%s: a byte came, %v", c.name, err)
 		}
+		if conn, ok := conn.(*tls.Conn); ok {
+			if s := conn.ConnectionState(); s.Version != tls.VersionTLS13 || s.CipherSuite != tls.TLS_CHACHA20_POLY1305_SHA256 {
+				t.Errorf("%s: version %x, %s", c.name, s.Version, tls.CipherSuiteName(s.CipherSuite))
+			}
+		}
 		conn.Close()
 		lt.Eventually(t, 10*time.Second, func() (bool, string) {
 			return strings.Contains(said(), c.log), fmt.Sprintf("%s: no %q in %s", c.name, c.log, said())
