@@ -82,4 +82,5 @@ func TestQEMURefusesCertificate(t *testing.T) {
 	p.await("why replication does not begin", func(st api.Status) bool {
 		return st.Replication != nil && strings.Contains(st.Replication.Why, "The certificate has expired")
 	})
+	s.ends(ErrAfresh)
 }
