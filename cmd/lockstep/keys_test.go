@@ -191,7 +191,7 @@ func TestKeysOfAnInsecurePair(t *testing.T) {
 }
 
 // A certificate that an older lockstep made is refused at the start of a pair whose QEMUs would
-// use it, and by keys itself; but not where the QEMUs use none.
+// use it, and before by upgrade, while the guest still transmits; but not where the QEMUs use none.
 func TestOldKeys(t *testing.T) {
 	c := newCLI(t)
 	var own, peers *qemu.TLS
@@ -209,8 +209,10 @@ func TestOldKeys(t *testing.T) {
 	config := strings.Replace(pairYAML, "tls: {insecure: true}\n", named, 1) + "arbiter: {type: none}\nstate_dir: state\n"
 	c.write(t, "pair.yaml", config)
 	const start = "run -c @/pair.yaml --node alpha --role primary"
-	if code, _, stderr := c.run(t.Context(), start); code != 2 || !strings.Contains(stderr, "QEMU cannot use "+old.Cert+": its key usage has to be") || !strings.Contains(stderr, "`lockstep keys`") {
-		t.Errorf("exit %d, %s", code, stderr)
+	for _, line := range []string{start, "upgrade -c @/pair.yaml --node alpha"} {
+		if code, _, stderr := c.run(t.Context(), line); code != 2 || !strings.Contains(stderr, "QEMU cannot use "+old.Cert+": its key usage has to be") || !strings.Contains(stderr, "`lockstep keys`") {
+			t.Errorf("%s: exit %d, %s", line, code, stderr)
+		}
 	}
 	c.write(t, "pair.yaml", strings.Replace(config, "tls:\n", "tls:\n  qemu: false\n", 1))
 	if code, _, stderr := c.run(t.Context(), start); code != 0 || ran != 1 || own != nil || peers != nil {

@@ -19,13 +19,17 @@ func newUpgrade(e env) *cobra.Command {
 		Use:   "upgrade -c pair.yaml --node NAME",
 		Short: "Check whether this lockstep can take over from the daemon that runs",
 		Long: "upgrade checks that this lockstep would go on from the tables that this host's daemon\n" +
-			"has pinned: that it has the same ABI and sizes and a config that fits, that the kernel\n" +
-			"takes its programs over them, and that the peer will have it. It changes nothing and\n" +
-			"prints what to do next. Run it in the daemon's network namespace.",
+			"has pinned: that it has the same ABI and sizes and a config that fits, that it takes\n" +
+			"the certificates, that the kernel takes its programs over them, and that the peer\n" +
+			"will have it. It changes nothing and prints what to do next. Run it in the daemon's\n" +
+			"network namespace.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, self, _, err := t.load(e)
+			c, self, other, err := t.load(e)
 			if err != nil {
+				return err
+			}
+			if _, err := protect(runOptions{config: c, self: self, other: other}); err != nil {
 				return err
 			}
 			from := ""
