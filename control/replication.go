@@ -88,7 +88,7 @@ func (re *replicator) replicateTo(resync bool) error {
 			}
 		}
 		if err == nil {
-			re.syncedOn = peer
+			re.syncedOn, re.d.qmp.info.clear = peer, false
 			re.d.log.Info("the first checkpoint stops the guest for longer than those after it: it has all of the memory")
 		}
 		re.d.failover.step(failover.Event{Kind: failover.EvSynced, OK: err == nil})
