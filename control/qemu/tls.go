@@ -106,8 +106,8 @@ func (t *TLS) load(m *qmp.Monitor, end string) error {
 }
 
 // tlsPriority has TLS 1.3 alone, in GnuTLS's notation, and without AES: after 2^24 records,
-// some 64 GiB, GnuTLS changes an AES key, in which a QEMU that sends and receives on one
-// connection, as COLO does, may crash (qemu-project/qemu issue 1937).
+// some 64 GiB, GnuTLS changes an AES key, in which QEMU may crash (qemu-project/qemu issue
+// 1937). A change of key that was made on purpose ended the migration of a 7.2.
 const tlsPriority = "NORMAL:-VERS-ALL:+VERS-TLS1.3:-CIPHER-ALL:+CHACHA20-POLY1305"
 
 // wire is the connection of a migration under TLS. QEMU does not make it itself: one that it
