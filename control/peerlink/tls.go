@@ -125,8 +125,8 @@ func (c Certificates) own() (*tls.Certificate, error) {
 	return &pair, nil
 }
 
-// KeyUsage is that of a node's certificate: QEMU before 11 demands both, though TLS 1.3
-// needs signatures alone.
+// KeyUsage is that of a node's certificate: QEMU (7.2) demands both, though TLS 1.3 needs
+// signatures alone.
 const KeyUsage = x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment
 
 // CheckQEMU finds out whether the two hosts' QEMUs can use this node's certificate too;

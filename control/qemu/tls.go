@@ -97,7 +97,7 @@ func (t *TLS) load(m *qmp.Monitor, end string) error {
 		{"qom-type": "authz-simple", "id": tlsPeer, "identity": "CN=" + t.Peer},
 	} {
 		_ = m.Execute("object-del", map[string]any{"id": object["id"]}, nil) // an error means that there is none
-		// A release before 8 makes parameters of a key exchange that is not used here, which takes a while.
+		// 7.2 makes the parameters of a key exchange that TLS 1.3 does not use, which takes up to a second.
 		if err := m.ExecuteWithin(ioTimeout, "object-add", object, nil); err != nil {
 			return fmt.Errorf("QEMU does not take %s, %s and %s: %w", t.CA, t.Cert, t.Key, err)
 		}
