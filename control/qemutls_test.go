@@ -3,6 +3,7 @@
 package control
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +21,7 @@ func secure(t *testing.T, p, s *side) {
 	ca := peerlinktest.NewAuthority(t, "CA one")
 	for _, x := range []*side{p, s} {
 		c := files(ca, x.opt.Node, "web1")
-		tls := &qemu.TLS{CA: c.CA, Cert: c.Cert, Key: c.Key, Peer: peerlink.CertName(c.Peer, "web1"), Dir: t.TempDir()}
+		tls := &qemu.TLS{CA: c.CA, Cert: c.Cert, Key: c.Key, Peer: peerlink.CertName(c.Peer, "web1"), Dir: filepath.Join(t.TempDir(), "tls")}
 		x.opt.Failover.Own.TLS, x.opt.Failover.Peers.TLS = tls, tls
 	}
 }

@@ -225,7 +225,7 @@ func TestOldKeys(t *testing.T) {
 		}
 	}
 	path := func(name string) string { return filepath.Join(c.dir, name) }
-	want := qemu.TLS{CA: path("certs/ca.pem"), Cert: path("certs/alpha.pem"), Key: path("certs/alpha.key"), Peer: "beta.web1", Dir: path("run")}
+	want := qemu.TLS{CA: path("certs/ca.pem"), Cert: path("certs/alpha.pem"), Key: path("certs/alpha.key"), Peer: "beta.web1", Dir: path("run/web1-alpha.tls")}
 	if ran != 2 || own == nil || *own != want || peers != own {
 		t.Errorf("the QEMUs have %+v, %+v, want %+v", own, peers, want)
 	}

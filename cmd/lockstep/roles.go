@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -200,7 +201,7 @@ func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 	}
 	if c.TLS.QEMU {
 		files := certificates(o)
-		tls := &qemu.TLS{CA: files.CA, Cert: files.Cert, Key: files.Key, Peer: peerlink.CertName(files.Peer, files.VM), Dir: c.RunDir}
+		tls := &qemu.TLS{CA: files.CA, Cert: files.Cert, Key: files.Key, Peer: peerlink.CertName(files.Peer, files.VM), Dir: filepath.Join(c.RunDir, c.VM+"-"+files.Node+".tls")}
 		life.Own.TLS, life.Peers.TLS = tls, tls
 	}
 	if q := c.QEMU; q != nil {

@@ -25,8 +25,8 @@ func Delays(m *qmp.Monitor, in Incoming) (n int, err error) {
 	return n, err
 }
 
-// TLSFolder makes a folder with a client's certificates, which the caller may read.
-func TLSFolder(t *TLS) (dir string, remove func() error, err error) {
+// TLSFolder makes t.Dir with a client's certificates, which the caller may read.
+func TLSFolder(t *TLS) (remove func() error, err error) {
 	return t.folder(tlsClient, os.Geteuid(), os.Getegid())
 }
 

@@ -53,12 +53,12 @@ func CompareImages(ctx context.Context, m *qmp.Monitor, disks []Disk, sizes []in
 	}()
 	object := "" // qemu-img's certificates
 	if to.TLS != nil {
-		dir, remove, err := to.TLS.folder(tlsClient, os.Geteuid(), os.Getegid())
+		remove, err := to.TLS.folder(tlsClient, os.Geteuid(), os.Getegid())
 		if err != nil {
 			return err
 		}
 		defer remove()
-		object = fmt.Sprintf("tls-creds-x509,id=%s,endpoint=%s,dir=%s,priority=%s", tlsCreds(tlsClient), tlsClient, esc(dir), tlsPriority)
+		object = fmt.Sprintf("tls-creds-x509,id=%s,endpoint=%s,dir=%s,priority=%s", tlsCreds(tlsClient), tlsClient, esc(to.TLS.Dir), tlsPriority)
 	}
 	for i := range disks {
 		d := &disks[i]

@@ -57,12 +57,12 @@ func TestCompareImages(t *testing.T) {
 			}
 			// Over NBD, because QEMU has the image open.
 			lt.In(t, w.ns("b"), func() {
-				dir, remove, err := qemu.TLSFolder(w.tls("a"))
+				remove, err := qemu.TLSFolder(w.tls("a"))
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer remove()
-				lt.Run(t, "qemu-io", "--object", "tls-creds-x509,id=tls,endpoint=client,dir="+dir, "--image-opts", "-c", "write -P 8 1228800 1",
+				lt.Run(t, "qemu-io", "--object", "tls-creds-x509,id=tls,endpoint=client,dir="+w.tls("a").Dir, "--image-opts", "-c", "write -P 8 1228800 1",
 					fmt.Sprintf("driver=raw,file.driver=nbd,file.host=%s,file.port=%d,file.export=parent%d,file.tls-creds=tls,file.tls-hostname=b.web1", b.in.NBD.Addr(), b.in.NBD.Port(), last))
 			})
 			differ := (*qemu.DifferentError)(nil)

@@ -23,7 +23,7 @@ import (
 type TLS struct {
 	CA, Cert, Key string // this node's PEM files
 	Peer          string // the name that the other node's certificate has as its DNS name, and alone as its subject's CN
-	Dir           string // a folder that QEMU's user may search: for a moment the files are in one of their own there
+	Dir           string // the folder in which QEMU finds the files for a moment; it is made and removed
 }
 
 // Ends of a connection, as QEMU names them.
@@ -38,30 +38,33 @@ const tlsPeer = "lockstep-tls-peer"
 // tlsCreds is the ID of the object that has the certificates for an end.
 func tlsCreds(end string) string { return "lockstep-tls-" + end }
 
-// folder makes a folder with the certificates for an end, in which they have the names that
+// folder makes the folder with the certificates for an end, in which they have the names that
 // QEMU wants, and which uid and gid may read. remove removes it again: it has the private key.
-func (t *TLS) folder(end string, uid, gid int) (dir string, remove func() error, err error) {
-	dir, err = os.MkdirTemp(t.Dir, "tls-")
-	if err != nil {
-		return "", nil, err
+// One that a killed daemon left is replaced.
+func (t *TLS) folder(end string, uid, gid int) (remove func() error, err error) {
+	remove = func() error { return os.RemoveAll(t.Dir) }
+	if err := remove(); err != nil {
+		return nil, err
 	}
-	remove = func() error { return os.RemoveAll(dir) }
+	if err := os.Mkdir(t.Dir, 0o700); err != nil {
+		return nil, err
+	}
 	for name, from := range map[string]string{"ca-cert.pem": t.CA, end + "-cert.pem": t.Cert, end + "-key.pem": t.Key} {
 		b, err := os.ReadFile(from)
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, name), b, 0o400)
+			err = os.WriteFile(filepath.Join(t.Dir, name), b, 0o400)
 		}
 		if err == nil {
-			err = os.Chown(filepath.Join(dir, name), uid, gid)
+			err = os.Chown(filepath.Join(t.Dir, name), uid, gid)
 		}
 		if err != nil {
-			return "", nil, errors.Join(err, remove())
+			return nil, errors.Join(err, remove())
 		}
 	}
-	if err := os.Chown(dir, uid, gid); err != nil {
-		return "", nil, errors.Join(err, remove())
+	if err := os.Chown(t.Dir, uid, gid); err != nil {
+		return nil, errors.Join(err, remove())
 	}
-	return dir, remove, nil
+	return remove, nil
 }
 
 // use has QEMU's migration be TLS at an end, with the certificates as they are on disk now. A
@@ -87,11 +90,15 @@ func (t *TLS) load(m *qmp.Monitor, end string) error {
 	if err != nil {
 		return err
 	}
-	dir, remove, err := t.folder(end, uid, gid)
+	remove, err := t.folder(end, uid, gid)
 	if err != nil {
 		return err
 	}
 	defer remove()
+	dir, err := filepath.Abs(t.Dir) // QEMU's working directory may be another
+	if err != nil {
+		return err
+	}
 	for _, object := range []map[string]any{
 		{"qom-type": "tls-creds-x509", "id": tlsCreds(end), "endpoint": end, "dir": dir, "verify-peer": true, "priority": tlsPriority},
 		{"qom-type": "authz-simple", "id": tlsPeer, "identity": "CN=" + t.Peer},

@@ -168,12 +168,12 @@ func TestOnlyThePeer(t *testing.T) {
 		lt.In(t, w.ns("a"), func() {
 			args, nbd := []string{"info"}, fmt.Sprintf("driver=raw,file.driver=nbd,file.host=%s,file.port=%d,file.export=parent0", b.in.NBD.Addr(), b.in.NBD.Port())
 			if c.certs != nil {
-				dir, remove, err := qemu.TLSFolder(c.certs)
+				remove, err := qemu.TLSFolder(c.certs)
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer remove()
-				args = append(args, "--object", "tls-creds-x509,id=tls,endpoint=client,dir="+dir)
+				args = append(args, "--object", "tls-creds-x509,id=tls,endpoint=client,dir="+c.certs.Dir)
 				nbd += ",file.tls-creds=tls,file.tls-hostname=b.web1"
 			}
 			out, err := exec.Command("qemu-img", append(args, "--image-opts", nbd)...).CombinedOutput()
@@ -241,7 +241,7 @@ func TestOnlyThePeer(t *testing.T) {
 	b = a.replicate("b", qemu.Options{Resync: true})
 	a.kill()
 	b.takeOver()
-	if left, err := filepath.Glob(filepath.Join(w.dir, "tls-*")); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(w.dir, "*.tls")); err != nil || len(left) > 0 {
 		t.Errorf("private keys are left: %v, %v", left, err)
 	}
 }

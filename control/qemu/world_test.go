@@ -184,5 +184,5 @@ func (w *world) tls(host string) *qemu.TLS {
 func (w *world) certsOf(ca *peerlinktest.Authority, host string, change func(*x509.Certificate)) *qemu.TLS {
 	peer := map[string]string{"a": "b", "b": "a"}[host]
 	c := ca.Files(host, peer, "web1", change)
-	return &qemu.TLS{CA: c.CA, Cert: c.Cert, Key: c.Key, Peer: peerlink.CertName(peer, "web1"), Dir: w.dir}
+	return &qemu.TLS{CA: c.CA, Cert: c.Cert, Key: c.Key, Peer: peerlink.CertName(peer, "web1"), Dir: filepath.Join(w.dir, host+".tls")}
 }
