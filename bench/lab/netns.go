@@ -160,6 +160,16 @@ func (n *NS) Neighbour(name string, ip net.IP, mac net.HardwareAddr) error {
 	})
 }
 
+// Sysctl sets a setting of the namespace, as "net/ipv4/tcp_timestamps".
+func (n *NS) Sysctl(name, value string) error {
+	return n.Do(func() error {
+		if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+		return nil
+	})
+}
+
 // Device looks up a device with its counters.
 func (n *NS) Device(name string) (attrs *netlink.LinkAttrs, err error) {
 	err = n.change(name, "look up", func(l netlink.Link) error {
