@@ -67,10 +67,10 @@ type noise struct {
 	sum              uint64 // or the compiler leaves the computation out
 }
 
-// sample takes about a millisecond.
+// sample takes some milliseconds, or a moment's interruption would count for much.
 func (n *noise) sample() {
 	began := time.Now()
-	for i := range uint64(1 << 20) {
+	for i := range uint64(8 << 20) {
 		n.sum = (n.sum ^ i) * 0x9e3779b97f4a7c15
 	}
 	took := time.Since(began)
