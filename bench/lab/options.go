@@ -8,6 +8,7 @@ package lab
 type Options struct {
 	Rounds   int    // of each measurement; at least 1
 	Quick    bool   // small counts: shows that everything works, the figures mean nothing
+	Only     string // of the measurements only those whose names have this in them; "" for all
 	QEMU     string // path of qemu-system-*; "" leaves QEMU out
 	Lockstep string // path of the lockstep binary
 }

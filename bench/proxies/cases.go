@@ -4,6 +4,7 @@ package proxies
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/bench/lab"
@@ -68,7 +69,7 @@ func measures(o lab.Options, slow bool) []measure {
 		return j
 	}
 	one, many := "request/response, 1 connection", "request/response, 64 connections"
-	conns, small := "new connections: connect, exchange, close", "small packets"
+	conns, small, fetch := "new connections: connect, exchange, close", "small packets", "transfers of 1 MiB to the client, a connection each"
 	out, in := "guest to client", "client to guest"
 	all := []measure{
 		{one, job(workload.Echo, 1, n(200, 10_000), workload.Message), slices.Concat(
@@ -80,6 +81,10 @@ func measures(o lab.Options, slow bool) []measure {
 			[]figure{bandwidth(out)}, cpu("CPU per 64 KiB, "+out, per(block)), peerLink("peer link, per byte "+out, through), frameSizes("frames, bulk "+out), waits("wake-ups, per MB "+out, per(mega)))},
 		{"bulk, " + in, job(workload.Sink, 1, bulk, 128<<10), slices.Concat(
 			[]figure{bandwidth(in)}, cpu("CPU per 64 KiB, "+in, per(block)), peerLink("peer link, per byte "+in, through), waits("wake-ups, per MB "+in, per(mega)))},
+		{fetch, job(workload.Fetch, 1, n(10, 200), 128<<10), append(latencies(fetch), figure{
+			Case: report.Case{Group: fetch, Name: "throughput", Unit: gbits}, of: func(_ *variant, r *run) (float64, string) {
+				return 8 * workload.FetchSize * through(r) / r.result.Wall.Seconds() / 1e9, ""
+			}})},
 		{"small writes", job(workload.Source, 1, n(500, 200_000)*workload.Message, workload.Message), []figure{
 			{Case: report.Case{Group: small, Name: "TCP, guest to client, writes of 100 B", Unit: perSecond}, of: func(_ *variant, r *run) (float64, string) {
 				return through(r) / workload.Message / r.result.Wall.Seconds(), ""
@@ -90,7 +95,7 @@ func measures(o lab.Options, slow bool) []measure {
 				return 100 * float64(r.result.Lost) / float64(r.result.Lost+r.result.Done), ""
 			}}}},
 	}
-	return all
+	return slices.DeleteFunc(all, func(m measure) bool { return !strings.Contains(m.what, o.Only) })
 }
 
 // latencies are those of exchanges.

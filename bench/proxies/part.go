@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -128,6 +129,9 @@ func (rs *results) add(i int, f *figure, v *variant, r *run, stalled string) {
 
 // Part measures.
 func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part report.Part, err error) {
+	if len(measures(o, false)) == 0 {
+		return part, fmt.Errorf("no measurement has %q in its name", o.Only)
+	}
 	vs := variants(o)
 	softirqs, err := softirqThreads()
 	if err != nil {
@@ -213,7 +217,7 @@ func (v *variant) turn(ctx context.Context, o lab.Options, rs *results, counted 
 		}
 		stalled := ""
 		if s := r.result.Stalled; s != "" {
-			stalled = fmt.Sprintf("%s after %s", s, amount(r))
+			stalled = fmt.Sprintf("%s after %s in %v", s, amount(r), r.result.Wall.Round(time.Millisecond))
 			if v.proxy.trouble != nil {
 				stalled += "; " + v.proxy.trouble()
 			}
@@ -240,6 +244,8 @@ func amount(r *run) string {
 	switch r.job.Do {
 	case workload.Source, workload.Sink:
 		return fmt.Sprintf("%.1f of %.1f MB", float64(r.result.Done)/1e6, float64(r.job.N)/1e6)
+	case workload.Fetch:
+		return fmt.Sprintf("%d of %d transfers", r.result.Done, r.job.N)
 	case workload.Connect:
 		return fmt.Sprintf("%d of %d connections", r.result.Done, r.job.N)
 	default:

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -118,9 +119,8 @@ func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
 	} {
 		args = append(args, a...)
 	}
-	p := &proxy{stop: c.stop, trouble: func() string {
-		return "colo-compare had asked for " + strconv.FormatUint(c.checkpoints.Load(), 10) + " checkpoints by then"
-	}}
+	p := &proxy{stop: c.stop}
+	p.trouble = func() string { return c.trouble(p.onP.Log()) }
 	var err error
 	if p.onP, err = c.start(ctx, w.hostP, "P", []*os.File{w.tapO, w.tapP}, args...); err != nil {
 		return nil, errors.Join(err, c.stop())
@@ -147,6 +147,17 @@ func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
 		return nil, errors.Join(err, c.stop())
 	}
 	return p, nil
+}
+
+// trouble is what colo-compare and QEMU's log say of a job that stalled.
+func (c *chain) trouble(log string) string {
+	text := "colo-compare had asked for " + strconv.FormatUint(c.checkpoints.Load(), 10) + " checkpoints by then"
+	for line := range strings.Lines(log) {
+		if !strings.Contains(line, "with no nics") { // which is so
+			return text + "; QEMU says: " + short(line)
+		}
+	}
+	return text
 }
 
 // listen counts the checkpoints that colo-compare asks for. There is nobody to make

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"html"
 	"io"
@@ -88,7 +89,7 @@ func TestPageStandsAlone(t *testing.T) {
 	}
 	for _, d := range drawings {
 		for dec := xml.NewDecoder(strings.NewReader(d)); ; {
-			if _, err := dec.Token(); err == io.EOF {
+			if _, err := dec.Token(); errors.Is(err, io.EOF) {
 				break
 			} else if err != nil {
 				t.Errorf("%v in %s", err, d)

@@ -75,19 +75,20 @@ func do(j *Job, ip net.IP, pattern []byte) (*Result, error) {
 	}
 	defer unix.Close(p.fd)
 	c := &client{poller: p, job: j, to: &unix.SockaddrInet4{Port: port, Addr: [4]byte(ip)}, pattern: pattern, buf: make([]byte, chunk)}
-	if j.Do == Echo || j.Do == Connect {
+	if j.Do != Source && j.Do != Sink && j.Do != UDP {
 		c.result.Took = make([]int64, 0, j.N)
 	}
 	c.began = time.Now()
 	switch j.Do {
 	case Echo:
 		err = c.echo()
-	case Connect:
+	case Connect, Fetch:
+		one := map[Do]func() error{Connect: c.connectOnce, Fetch: c.fetch}[j.Do]
 		for err == nil && c.result.Done < j.N && !c.late() {
-			err = c.connectOnce()
+			err = one()
 		}
 	case Source:
-		err = c.source()
+		err = c.source(j.N, &c.result.Done)
 	case Sink:
 		err = c.sink()
 	case UDP:
@@ -263,12 +264,13 @@ func (c *client) connectOnce() error {
 	return unix.Close(fd)
 }
 
-func (c *client) source() error {
-	fd, err := c.open(c.job.N)
+// source receives bytes on a new connection. What has come of them is added to done.
+func (c *client) source(bytes int, done *int) error {
+	fd, err := c.open(bytes)
 	if err != nil {
 		return err
 	}
-	for c.result.Done < c.job.N {
+	for left := bytes; left > 0; {
 		if c.late() {
 			abort(fd)
 			return nil
@@ -286,13 +288,24 @@ func (c *client) source() error {
 		if err = e; err != nil {
 			break
 		}
-		c.result.Done += n
+		left -= n
+		*done += n
 	}
 	if err != nil {
 		abort(fd)
 		return err
 	}
 	return unix.Close(fd)
+}
+
+func (c *client) fetch() error {
+	began, got := time.Now(), 0
+	if err := c.source(FetchSize, &got); err != nil || got < FetchSize {
+		return err
+	}
+	c.result.Took = append(c.result.Took, int64(time.Since(began)))
+	c.result.Done++
+	return nil
 }
 
 func (c *client) sink() error {

@@ -25,6 +25,7 @@ const (
 	Echo    Do = 'e' // requests and responses, one at a time on each connection
 	Connect Do = 'c' // connect, one exchange, close, one after the other
 	Source  Do = 's' // the guest sends
+	Fetch   Do = 'f' // connect, the guest sends FetchSize bytes, close, one after the other
 	Sink    Do = 'k' // the guest receives, and sends one byte at the end
 	UDP     Do = 'u' // datagrams that the guest sends back, several under way
 )
@@ -33,7 +34,7 @@ const (
 type Job struct {
 	Do    Do
 	Conns int           // connections at the same time; UDP: datagrams under way
-	N     int           // Echo, Connect, UDP: exchanges; Source, Sink: bytes; of all connections together
+	N     int           // Echo, Connect, Fetch, UDP: exchanges; Source, Sink: bytes; of all connections together
 	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
 	Stall time.Duration // the job has stalled when there was no progress for so long
 	Limit time.Duration // the job ends then, with what is done
@@ -56,11 +57,18 @@ const (
 // Message is the size of requests, responses, datagrams and small writes in bytes.
 const Message = 100
 
+// FetchSize is how many bytes the guest sends in each exchange of [Fetch].
+const FetchSize = 1 << 20
+
 // The client begins a connection with a head: the job, the size of writes, bytes to transfer.
 const headLen = 1 + 4 + 8
 
 func head(j *Job, bytes int) []byte {
-	b := binary.BigEndian.AppendUint32([]byte{byte(j.Do)}, uint32(j.Size))
+	what := j.Do
+	if what == Fetch {
+		what = Source
+	}
+	b := binary.BigEndian.AppendUint32([]byte{byte(what)}, uint32(j.Size))
 	return binary.BigEndian.AppendUint64(b, uint64(bytes))
 }
 

@@ -54,6 +54,7 @@ func TestJobs(t *testing.T) {
 		{Do: Source, N: 1<<20 + 7, Size: chunk},
 		{Do: Source, N: 10_050, Size: Message},
 		{Do: Sink, N: 1<<20 + 7},
+		{Do: Fetch, N: 3, Size: chunk},
 		{Do: UDP, Conns: 16, N: 500},
 	}
 	for i := range jobs {
@@ -83,7 +84,7 @@ func TestJobs(t *testing.T) {
 		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 {
 			t.Errorf("job %c: %d of %d in %v, stalled: %q", j.Do, got.Done, j.N, got.Wall, got.Stalled)
 		}
-		if latencies := j.Do == Echo || j.Do == Connect; latencies && len(got.Took) != j.N {
+		if latencies := j.Do == Echo || j.Do == Connect || j.Do == Fetch; latencies && len(got.Took) != j.N {
 			t.Errorf("job %c: %d latencies of %d", j.Do, len(got.Took), j.N)
 		}
 	}
