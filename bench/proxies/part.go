@@ -269,12 +269,14 @@ func (rs *results) finish(rounds int) {
 func notes(o lab.Options) []string {
 	ns := []string{
 		"client, both hosts and both guests share this machine's cores; on two hosts each has its own",
+		"mirroring alone does not send again what the SVM has lost; where the SVM has used no CPU it stopped, and the floor is lower than it should be",
 		"a GSO frame counts as one; so does what the peer link carries of it, without the headers of its segments",
 		"CPU of a party is that of its threads with all that the kernel does in them; the shares of kernel programs and softirq are within these",
 	}
 	if o.QEMU != "" {
 		ns = append(ns,
 			"QEMU's chain gets single segments with checksums, because hub ports carry no vnet headers; its sockets between the hosts send at once (nodelay)",
+			"QEMU's guests have no TCP timestamps: filter-rewriter does not translate them, and some handshakes would hang",
 			"QEMU, no proxy: a frame's way through a QEMU without filters, which a guest's own QEMU would also cost; lockstep's figures have no such part",
 			"where QEMU's chain stalls, a pair with guests would make a checkpoint",
 			"through QEMU bulk transfers are an eighth as long")
