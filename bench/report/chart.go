@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"unicode/utf8"
 )
 
 // Charts are drawn on a canvas of this width, in units of SVG; a page scales it.
@@ -67,6 +68,10 @@ type axisTick struct {
 	At   float64
 	Text string
 }
+
+// left and right are where its text ends, when it is centred; a character is at most 8 wide.
+func (t axisTick) left() float64  { return t.At - 4*float64(utf8.RuneCountInString(t.Text)+1) }
+func (t axisTick) right() float64 { return t.At + 4*float64(utf8.RuneCountInString(t.Text)+1) }
 
 // colour is the class of a variant.
 func (t *table) colour(variant string) string {
@@ -208,7 +213,7 @@ func (t *table) cdf(c *Case) *cdf {
 	if hi < 2*lo {
 		hi = 2 * lo
 	}
-	out := &cdf{Left: 60, Right: width - 20, Top: 10, Bottom: 290}
+	out := &cdf{Left: 60, Right: width - 45, Top: 10, Bottom: 290}
 	x := func(v float64) float64 {
 		return out.Left + (out.Right-out.Left)*math.Log(min(hi, max(lo, v))/lo)/math.Log(hi/lo)
 	}
@@ -233,9 +238,10 @@ func (t *table) cdf(c *Case) *cdf {
 			if v < lo || v > hi {
 				continue
 			}
-			at := x(v)
-			if n := len(out.XTicks); n == 0 || at-out.XTicks[n-1].At > 45 {
-				out.XTicks = append(out.XTicks, axisTick{at, number(v) + " " + c.Unit})
+			tick := axisTick{x(v), number(v) + " " + c.Unit}
+			n := len(out.XTicks)
+			if tick.left() >= 0 && tick.right() <= width && (n == 0 || tick.left() > out.XTicks[n-1].right()) {
+				out.XTicks = append(out.XTicks, tick)
 			}
 		}
 	}

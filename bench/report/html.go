@@ -62,7 +62,7 @@ func HTML(w io.Writer, r *Report) error {
 		for _, g := range t.groups {
 			shown := pageGroup{Name: g.name}
 			for _, r := range g.rows {
-				row := pageRow{Name: r.Name, Unit: r.Unit, Direction: direction(r.Less), Ratios: r.ratios}
+				row := pageRow{Name: r.Name, Unit: r.Unit, Direction: arrow(r.Less), Ratios: r.ratios}
 				for _, c := range r.cells {
 					row.Cells = append(row.Cells, pageCell{c.value, c.spread, c.note})
 				}

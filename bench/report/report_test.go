@@ -142,7 +142,7 @@ func TestDrawingsStayInside(t *testing.T) {
 				}
 				if c.CDF != nil {
 					for i, x := range c.CDF.XTicks {
-						if x.At < c.CDF.Left || x.At > c.CDF.Right+0.01 || i > 0 && x.At-c.CDF.XTicks[i-1].At < 45 {
+						if x.At < c.CDF.Left || x.At > c.CDF.Right+0.01 || x.left() < 0 || x.right() > width || i > 0 && x.left() < c.CDF.XTicks[i-1].right() {
 							t.Fatalf("ticks %v", c.CDF.XTicks)
 						}
 					}

@@ -127,6 +127,14 @@ func direction(less bool) string {
 	return "more is better"
 }
 
+// arrow is short for direction.
+func arrow(less bool) string {
+	if less {
+		return "↓"
+	}
+	return "↑"
+}
+
 // facts describe the machine and the run, each with its name.
 func facts(r *Report) [][2]string {
 	m := &r.Machine

@@ -48,11 +48,7 @@ func text(b *strings.Builder, p *Part) {
 	for _, g := range t.groups {
 		line(append([]string{g.name}, make([]string, len(head)-1)...)...)
 		for _, r := range g.rows {
-			arrow := "↑"
-			if r.Less {
-				arrow = "↓"
-			}
-			cells := []string{"  " + r.Name, strings.TrimSpace(r.Unit + " " + arrow)}
+			cells := []string{"  " + r.Name, strings.TrimSpace(r.Unit + " " + arrow(r.Less))}
 			for _, c := range r.cells {
 				cells = append(cells, c.text())
 			}
