@@ -12,17 +12,40 @@ import (
 	"strings"
 	"time"
 
+	"github.com/lockstep-ft/lockstep/bench/engines"
 	"github.com/lockstep-ft/lockstep/bench/lab"
 	"github.com/lockstep-ft/lockstep/bench/proxies"
 	"github.com/lockstep-ft/lockstep/bench/report"
 )
 
 // parts are the benchmark's parts by name, in the order in which they run.
-var parts = []struct {
+var parts = []part{
+	{name: "A", only: true, run: proxies.Part},
+	{name: "B", qemu: true, run: func(ctx context.Context, o lab.Options, progress lab.Progress) (report.Part, error) {
+		done := 0
+		return engines.Run(ctx, engines.Options{QEMU: o.QEMU, Lockstep: o.Lockstep, Rounds: o.Rounds, Quick: o.Quick}, func(what string) {
+			progress(done, 0, "part B, "+what)
+			done++
+		})
+	}},
+}
+
+type part struct {
 	name string
+	qemu bool // measures nothing without QEMU
+	only bool // knows lab.Options.Only
 	run  func(context.Context, lab.Options, lab.Progress) (report.Part, error)
-}{
-	{"A", proxies.Part},
+}
+
+// cannot says why the part cannot be run with these options.
+func (p *part) cannot(o *lab.Options) error {
+	switch {
+	case p.qemu && o.QEMU == "":
+		return fmt.Errorf("part %s compares with QEMU, which is left out", p.name)
+	case !p.only && o.Only != "":
+		return fmt.Errorf("part %s runs as a whole or not at all", p.name)
+	}
+	return nil
 }
 
 // Parts are the names of all parts.
@@ -33,7 +56,7 @@ func Parts() (names []string) {
 	return names
 }
 
-// Run runs the parts that are named, and all if none is. version is lockstep's. What the parts
+// Run runs the parts that are named, or all that these options allow. version is lockstep's. What the parts
 // before a failed one measured is in the report.
 func Run(ctx context.Context, o lab.Options, names []string, version string, progress lab.Progress) (r report.Report, err error) {
 	for _, n := range names {
@@ -50,7 +73,10 @@ func Run(ctx context.Context, o lab.Options, names []string, version string, pro
 	}
 	var n noise
 	for _, p := range parts {
-		if len(names) > 0 && !slices.Contains(names, p.name) {
+		named := slices.Contains(names, p.name)
+		if cannot := p.cannot(&o); named && cannot != nil {
+			return r, cannot
+		} else if !named && (len(names) > 0 || cannot != nil) {
 			continue
 		}
 		part, err := p.run(ctx, o, func(done, total int, what string) {

@@ -13,6 +13,6 @@ type Options struct {
 	Lockstep string // path of the lockstep binary
 }
 
-// Progress is told what comes next, and how much of all is done. It is called between
-// measurements, never during one.
+// Progress is told what comes next, and how much of all is done; total is 0 while that is
+// not known. It is called between measurements, never during one.
 type Progress func(done, total int, what string)

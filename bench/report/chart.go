@@ -13,8 +13,8 @@ import (
 // Charts are drawn on a canvas of this width, in units of SVG; a page scales it.
 const (
 	width   = 640.0
-	labels  = 140.0 // left of bars, for the variants' names
-	values  = 200.0 // right of bars, for figures
+	labels  = 160.0 // left of bars, for the variants' names
+	values  = 190.0 // right of bars, for figures
 	barStep = 22.0
 )
 
@@ -78,7 +78,17 @@ func (t *table) colour(variant string) string {
 	if variant == subject {
 		return "subject"
 	}
-	return fmt.Sprintf("v%d", slices.Index(t.others, variant))
+	palette, isQEMU := []string{"v0", "v3", "v4"}, func(v string) bool { return strings.Contains(v, "QEMU") }
+	if isQEMU(variant) { // the same in all parts
+		palette = []string{"v1", "v2"}
+	}
+	n := 0
+	for _, v := range t.others[:max(0, slices.Index(t.others, variant))] {
+		if isQEMU(v) == isQEMU(variant) {
+			n++
+		}
+	}
+	return palette[n%len(palette)]
 }
 
 // charts are those of a group.

@@ -55,7 +55,8 @@ func HTML(w io.Writer, r *Report) error {
 		Facts   [][2]string
 		Classes []string
 		Parts   []pagePart
-	}{Facts: facts(r), Classes: classes}
+		LabelX  float64
+	}{Facts: facts(r), Classes: classes, LabelX: labels - 8}
 	for i := range r.Parts {
 		t := newTable(&r.Parts[i])
 		p := pagePart{Part: t.part, Rounds: rounds(t.part), Others: t.others, Insteads: t.notes}

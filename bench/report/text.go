@@ -37,7 +37,7 @@ func Text(w io.Writer, r *Report) error {
 
 func text(b *strings.Builder, p *Part) {
 	t := newTable(p)
-	fmt.Fprintf(b, "\nPart %s: %s\nMedians of %d rounds, ± half of the spread. ↓ less is better, ↑ more is better. ÷: lockstep's figure divided by that variant's.\n\n", p.Name, p.Title, rounds(p))
+	fmt.Fprintf(b, "\nPart %s: %s\nMedians of the rounds (%d), ± half of the spread. ↓ less is better, ↑ more is better. ÷: lockstep's figure divided by that variant's.\n\n", p.Name, p.Title, rounds(p))
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	line := func(cells ...string) { fmt.Fprintln(w, strings.Join(cells, "\t")) }
 	head := append([]string{"", ""}, p.Variants...)

@@ -66,7 +66,7 @@ func newBench(e env) *cobra.Command {
 	f.StringSliceVar(&parts, "parts", nil, "which parts to run, of "+strings.Join(bench.Parts(), ",")+" (default all)")
 	f.IntVar(&o.Rounds, "rounds", 5, "how often to measure each case; the median counts")
 	f.BoolVar(&o.Quick, "quick", false, "small counts, to see that it works; the figures mean nothing")
-	f.StringVar(&o.Only, "only", "", "of a part's measurements run those whose names have this in them, as \"bulk\"")
+	f.StringVar(&o.Only, "only", "", "of part A's measurements run only those whose names have this in them, as \"bulk\"")
 	f.StringVar(&o.QEMU, "qemu", "qemu-system-x86_64", "the QEMU to compare with, or "+noQEMU)
 	f.StringVar(&o.Lockstep, "lockstep", "", "the lockstep binary to measure (default this one)")
 	f.StringVar(&jsonFile, "json", "", "write the report to this file, as JSON")
@@ -89,6 +89,9 @@ func benchProgress(w io.Writer) (p lab.Progress, done func()) {
 	}
 	var bar *progressbar.ProgressBar
 	return func(n, total int, what string) {
+			if total == 0 {
+				total = -1 // a spinner
+			}
 			if bar == nil || bar.GetMax() != total {
 				bar = progressbar.NewOptions(total, progressbar.OptionSetWriter(terminal), progressbar.OptionSetPredictTime(false),
 					progressbar.OptionSetWidth(20), progressbar.OptionClearOnFinish(), progressbar.OptionThrottle(time.Nanosecond))
