@@ -206,21 +206,9 @@ func (v *variant) turn(ctx context.Context, o lab.Options, rs *results, counted 
 		if !wanted {
 			continue
 		}
-		warm := m.job
-		warm.N = max(warm.Conns, warm.N/20)
-		r, err := v.do(ctx, warm)
-		if err == nil && r.result.Stalled == "" {
-			r, err = v.do(ctx, m.job)
-		}
+		r, stalled, err := v.carry(ctx, m.job)
 		if err != nil {
 			return err
-		}
-		stalled := ""
-		if s := r.result.Stalled; s != "" {
-			stalled = fmt.Sprintf("%s after %s in %v", s, amount(r), r.result.Wall.Round(time.Millisecond))
-			if v.proxy.trouble != nil {
-				stalled += "; " + v.proxy.trouble()
-			}
 		}
 		for i := range m.figures {
 			if f := &m.figures[i]; f.counted == counted {
@@ -237,6 +225,44 @@ func (v *variant) turn(ctx context.Context, o lab.Options, rs *results, counted 
 		}
 	}
 	return v.end()
+}
+
+// carry does a job after a warm-up. stalled says what happened if it did not get to its end.
+func (v *variant) carry(ctx context.Context, j workload.Job) (r *run, stalled string, err error) {
+	warm := j
+	warm.N = max(warm.Conns, warm.N/20)
+	r, err = v.do(ctx, warm)
+	if err == nil && r.result.Stalled == "" {
+		r, err = v.do(ctx, j)
+	}
+	if err != nil {
+		if died := v.died(); died != "" && ctx.Err() == nil {
+			return nil, died, nil
+		}
+		return nil, "", err
+	}
+	if s := r.result.Stalled; s != "" {
+		stalled = fmt.Sprintf("%s after %s in %v", s, amount(r), r.result.Wall.Round(time.Millisecond))
+		if v.proxy.trouble != nil {
+			stalled += "; " + v.proxy.trouble()
+		}
+	}
+	return r, stalled, nil
+}
+
+// died says that a QEMU has ended by itself, which is a result. "" if none has.
+func (v *variant) died() string {
+	for _, p := range []*lab.Process{v.proxy.onP, v.proxy.onS} {
+		if !v.taps || p == nil {
+			continue
+		}
+		select {
+		case <-p.Ended():
+			return "QEMU ended: " + short(p.Log())
+		default:
+		}
+	}
+	return ""
 }
 
 // amount is what was done of a job, in words.

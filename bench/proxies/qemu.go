@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -49,8 +50,11 @@ func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.
 		return nil, err
 	}
 	c.closers = append(c.closers, func() error {
-		p.Kill() // it has nothing to tidy up
-		return errors.Join(os.Remove(monitor))
+		p.Kill()                                                        // it has nothing to tidy up
+		if err := os.Remove(monitor); !errors.Is(err, fs.ErrNotExist) { // it may have ended by itself
+			return err
+		}
+		return nil
 	})
 	err = eventually(ctx, 10*time.Second, p, func() error {
 		conn, err := net.Dial("unix", monitor)
