@@ -140,7 +140,7 @@ func cpu(group string, of func(*run) float64) []figure {
 	return append(fs,
 		figure{Case: c("kernel programs, part of the above", false), counted: true, of: func(v *variant, r *run) (float64, string) {
 			if v.taps {
-				return 0, "has none"
+				return 0, "has no kernel programs"
 			}
 			return float64(r.programs) / 1e3 / of(r), ""
 		}},
@@ -155,7 +155,7 @@ func peerLink(group string, of func(*run) float64) []figure {
 	c := func(name string, n func(*run) uint64) figure {
 		return figure{Case: report.Case{Group: group, Name: name, Unit: octets, Less: true}, of: func(v *variant, r *run) (float64, string) {
 			if v.alone {
-				return 0, "has no peer"
+				return 0, "has no second guest"
 			}
 			return float64(n(r)) / of(r), ""
 		}}
@@ -174,7 +174,7 @@ func frameSizes(group string) []figure {
 		}},
 		{Case: report.Case{Group: group, Name: "more frames by cutting", Unit: percent, Less: true}, of: func(v *variant, r *run) (float64, string) {
 			if v.proxy.frames == nil {
-				return 0, "does not count them"
+				return 0, "does not count what it cuts"
 			}
 			// Frames that were dropped, or that left after the last look, make it less than it was.
 			cut := max(0, float64(r.frames.released)-float64(r.frames.held))
@@ -188,7 +188,7 @@ func waits(group string, of func(*run) float64) []figure {
 	return []figure{
 		{Case: report.Case{Group: group, Name: "wake-ups of the proxies", Less: true}, of: func(v *variant, r *run) (float64, string) {
 			if v.proxy.onP == nil {
-				return 0, "has no process"
+				return 0, "has no process of its own"
 			}
 			return float64(r.waits) / of(r), ""
 		}},
