@@ -96,7 +96,7 @@ func newWorld(taps bool) (w *world, err error) {
 			func() error { return w.hostP.Addr("peerP", peerP) },
 			func() error { return w.hostS.Addr("peerS", peerS) },
 			// filter-rewriter does not translate timestamps, and a guest's kernel refuses a handshake
-			// that echoes another one than it sent (Linux 6.15): every connection whose SYN|ACKs
+			// that echoes another one than it sent (seen with 6.18: TSEcrRejected): every connection whose SYN|ACKs
 			// the guests do not send in the same millisecond would hang.
 			func() error { return w.pvm.Sysctl("net/ipv4/tcp_timestamps", "0") },
 			func() error { return w.svm.Sysctl("net/ipv4/tcp_timestamps", "0") },
