@@ -76,9 +76,13 @@ demo: deps build ## as root: a real pair, a client that does not notice how its 
 
 # Figures, not a test: it fails only when something does not work. Quietest on an
 # idle machine.
+.PHONY: bench
+bench: build ## as root, some minutes: against QEMU's proxy and mirroring alone; bin/bench.html has charts
+	@bin/lockstep bench --json bin/bench.json --html bin/bench.html $(BENCHFLAGS)
+
 .PHONY: bench-smoke
-bench-smoke: build ## as root: latency, throughput and CPU against mirroring alone
-	@LOCKSTEP_BENCH=$(CURDIR)/bin/lockstep $(GO) test -count=1 -v -run '^TestSmoke$$' ./bench
+bench-smoke: build ## as root, a minute: latency, throughput and CPU against mirroring alone
+	@bin/lockstep bench --parts A --qemu none --rounds 3
 
 .PHONY: soak
 soak: deps ## as root, about an hour: 100 000 connections held open, real pairs through many failovers, each QEMU

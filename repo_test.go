@@ -63,7 +63,7 @@ func mayImport(from, to string, test bool) bool {
 	case under(to, "cmd"):
 		return under(from, "cmd")
 	case under(to, "bench"):
-		return under(from, "bench")
+		return under(from, "bench") || from == "cmd/lockstep" // the command bench
 	case test || under(from, "bench") || isTestKit(from):
 		return true
 	case isTestKit(to):

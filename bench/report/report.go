@@ -41,6 +41,7 @@ type Case struct {
 	Name   string            `json:"name"`  // "p50"
 	Unit   string            `json:"unit"`  // "µs", "Gbit/s", "1/s", "B", ""
 	Less   bool              `json:"less"`  // less is better
+	Stack  bool              `json:"stack"` // adds up with the others of its group that do
 	Series map[string]Series `json:"series"`
 }
 
@@ -48,5 +49,5 @@ type Case struct {
 type Series struct {
 	Rounds  []float64    `json:"rounds"`            // one figure a round; its median counts
 	CDF     [][2]float64 `json:"cdf,omitempty"`     // of latencies, all rounds: value, share of those at most as large
-	Instead string       `json:"instead,omitempty"` // what it did when it could not carry the case
+	Instead string       `json:"instead,omitempty"` // what it did when it could not carry the case; with Rounds: in some rounds
 }

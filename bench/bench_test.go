@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bench
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/bench/lab"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
+)
+
+// The test binary is also the service of the guests and the client, as the lockstep binary is.
+func TestMain(m *testing.M) {
+	if len(os.Args) < 3 || os.Args[1] != "bench" || os.Args[2] != "act" {
+		os.Exit(m.Run())
+	}
+	if err := Act(os.Stdin, os.Stdout, os.Args[3:]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// TestQuick runs every part with small counts: each variant has a figure for every case, or says
+// what it did instead. Nothing is asserted about the figures.
+func TestQuick(t *testing.T) {
+	lt.NeedRoot(t)
+	o := lab.Options{Rounds: 1, Quick: true, Lockstep: filepath.Join(t.TempDir(), "lockstep")}
+	lt.Run(t, "go", "build", "-o", o.Lockstep, "github.com/lockstep-ft/lockstep/cmd/lockstep")
+	var err error
+	if o.QEMU, err = exec.LookPath("qemu-system-x86_64"); err != nil {
+		lt.Missing(t, "needs QEMU: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	last := 0
+	r, err := Run(ctx, o, nil, "test", func(done, total int, what string) {
+		if total > 0 && done >= total || what == "" || done < last && done != 0 {
+			t.Errorf("progress: %d of %d after %d: %q", done, total, last, what)
+		}
+		last = done
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Parts) != len(Parts()) {
+		t.Errorf("%d parts, want %d", len(r.Parts), len(Parts()))
+	}
+	for _, p := range r.Parts {
+		seen := make(map[string]bool)
+		for _, c := range p.Cases {
+			if key := c.Group + "\x00" + c.Name; seen[key] {
+				t.Errorf("part %s has %s, %s twice", p.Name, c.Group, c.Name)
+			} else {
+				seen[key] = true
+			}
+			for _, v := range p.Variants {
+				if s := c.Series[v]; len(s.Rounds) == 0 && s.Instead == "" {
+					t.Errorf("part %s: %s has neither a figure nor an explanation for %s, %s", p.Name, v, c.Group, c.Name)
+				}
+			}
+		}
+		if len(p.Cases) == 0 || !slices.Contains(p.Variants, "lockstep") {
+			t.Errorf("part %s has %d cases of %q", p.Name, len(p.Cases), p.Variants)
+		}
+		// Of what lockstep has in part A nothing may stall.
+		for _, c := range p.Cases {
+			if s := c.Series["lockstep"]; p.Name == "A" && len(s.Rounds) == 0 {
+				t.Errorf("lockstep did not carry %s, %s: %s", c.Group, c.Name, s.Instead)
+			}
+		}
+	}
+}
+
+// TestMistakes: what cannot be measured is refused before anything is made.
+func TestMistakes(t *testing.T) {
+	none := func(int, int, string) { t.Error("something is measured") }
+	if _, err := Run(t.Context(), lab.Options{Rounds: 1}, []string{"Z"}, "test", none); err == nil {
+		t.Error("part Z is run")
+	}
+	if _, err := Run(t.Context(), lab.Options{}, nil, "test", none); err == nil {
+		t.Error("no rounds are run")
+	}
+	if _, err := Run(t.Context(), lab.Options{Rounds: 1}, []string{"B"}, "test", none); err == nil {
+		t.Error("part B is run without QEMU")
+	}
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netns"
+
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
+)
+
+// TestNS: devices are where they were asked for, and the caller is where it was.
+func TestNS(t *testing.T) {
+	lt.NeedRoot(t)
+	var ns [2]*NS
+	for i := range ns {
+		n, err := NewNS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer n.Close()
+		ns[i] = n
+	}
+	home, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer home.Close()
+	tap := func() error {
+		f, err := ns[0].Tap("tap0")
+		if err == nil {
+			t.Cleanup(func() { f.Close() })
+		}
+		return err
+	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	if err := errors.Join(ns[0].Veth("a", ns[1], "b"), ns[0].Bridge("br0"), ns[0].Enslave("a", "br0"), tap(),
+		ns[1].MAC("b", mac), ns[1].Addr("b", net.IPv4(10, 0, 0, 1)), ns[1].Neighbour("b", net.IPv4(10, 0, 0, 2), mac)); err != nil {
+		t.Fatal(err)
+	}
+	for i, names := range []string{"a br0 tap0", "b"} {
+		for name := range strings.FieldsSeq(names) {
+			if _, err := ns[i].Device(name); err != nil {
+				t.Error(err)
+			}
+			if _, err := ns[1-i].Device(name); err == nil {
+				t.Errorf("%s is in the other namespace", name)
+			}
+			if _, err := net.InterfaceByName(name); err == nil && name != "br0" {
+				t.Errorf("%s is in the caller's namespace", name)
+			}
+		}
+	}
+	failed := errors.New("f failed")
+	if err := ns[0].Do(func() error { return failed }); !errors.Is(err, failed) {
+		t.Errorf("Do returns %v, want what its function did", err)
+	}
+	if now, err := netns.Get(); err != nil || !now.Equal(home) {
+		t.Errorf("the caller is in %v, was in %v (%v)", now, home, err)
+	} else {
+		now.Close()
+	}
+}
+
+// TestProcess: its log, its usage and its end are known.
+func TestProcess(t *testing.T) {
+	lt.NeedRoot(t)
+	n, err := NewNS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	p, err := n.Start(exec.Command("sh", "-c", "trap 'echo asked >&2; exit 3' TERM; echo began >&2; while :; do :; done"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lt.Eventually(t, 10*time.Second, func() (bool, string) {
+		u, err := UsageOf(p.PID())
+		return err == nil && u.CPU > 0 && strings.Contains(p.Log(), "began"), p.Log()
+	})
+	err = p.Stop()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 3 || !strings.Contains(err.Error(), "asked") {
+		t.Errorf("it ended with %v", err)
+	}
+	if _, err := UsageOf(p.PID()); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("the usage of a process that has ended: %v", err)
+	}
+}

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxies
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/bench/lab"
+)
+
+// Two QEMU processes without guests make QEMU's chain at native speed. The guest is a tap
+// in a namespace of its own, which QEMU reads from as it would from a NIC: a hub joins it to
+// the tap in P's bridge, or on S to the filters. A hub forwards without vnet headers, so
+// the kernel cuts and checksums every segment before QEMU sees it.
+
+// Ports of the link between the hosts.
+const mirrorPort, comparePort = "9003", "9004"
+
+// chain is QEMU's processes.
+type chain struct {
+	w           *world
+	qemu        string
+	closers     []func() error
+	checkpoints atomic.Uint64 // that colo-compare has asked for
+}
+
+// start starts a QEMU and waits for its monitor. The files are its descriptors from 3 on.
+func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.File, args ...string) (*lab.Process, error) {
+	monitor := filepath.Join(c.w.dir, name+".qmp")
+	args = append([]string{"-machine", "none", "-nodefaults", "-display", "none", "-accel", "tcg", "-name", name,
+		"-qmp", "unix:" + monitor + ",server=on,wait=off"}, args...)
+	cmd := exec.Command(c.qemu, args...)
+	cmd.ExtraFiles = files
+	p, err := ns.Start(cmd)
+	if err != nil {
+		return nil, err
+	}
+	c.closers = append(c.closers, func() error {
+		p.Kill()                                                        // it has nothing to tidy up
+		if err := os.Remove(monitor); !errors.Is(err, fs.ErrNotExist) { // it may have ended by itself
+			return err
+		}
+		return nil
+	})
+	err = eventually(ctx, 10*time.Second, p, func() error {
+		conn, err := net.Dial("unix", monitor)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return err
+		}
+		_, err = bufio.NewReader(conn).ReadString('\n') // it greets when it has all its devices
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU on %s: %w", name, err)
+	}
+	return p, nil
+}
+
+func (c *chain) stop() error { return undo(c.closers) }
+
+func (c *chain) socket(name string) string { return filepath.Join(c.w.dir, name) }
+
+// tapArgs are P's two taps, joined.
+var tapArgs = []string{
+	"-netdev", "tap,id=o,fd=3", "-netdev", "tap,id=g,fd=4",
+	"-netdev", "hubport,id=h0,hubid=0,netdev=o", "-netdev", "hubport,id=h1,hubid=0,netdev=g",
+}
+
+// qemuAlone passes frames between client and PVM through a QEMU without filters: what
+// the chain's way through QEMU costs by itself.
+func qemuAlone(ctx context.Context, w *world, qemu string) (*proxy, error) {
+	c := &chain{w: w, qemu: qemu}
+	p, err := c.start(ctx, w.hostP, "P", []*os.File{w.tapO, w.tapP}, tapArgs...)
+	if err != nil {
+		return nil, errors.Join(err, c.stop())
+	}
+	return &proxy{onP: p, stop: c.stop}, nil
+}
+
+// qemuChain is QEMU's proxy as its documentation sets it up (docs/colo-proxy.txt): filter-mirror,
+// redirectors and colo-compare on P, redirectors and filter-rewriter on S. The sockets between
+// the hosts send at once.
+func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
+	c := &chain{w: w, qemu: qemu}
+	server := func(id, at string) []string {
+		return []string{"-chardev", "socket,id=" + id + "," + at + ",server=on,wait=off"}
+	}
+	client := func(id, at string) []string { return []string{"-chardev", "socket,id=" + id + "," + at} }
+	tcp := func(port string) string { return "host=" + peerP.String() + ",port=" + port + ",nodelay=on" }
+	unix := func(name string) string { return "path=" + c.socket(name) }
+	var args []string
+	for _, a := range [][]string{
+		tapArgs,
+		server("mirror0", tcp(mirrorPort)), server("compare1", tcp(comparePort)),
+		server("compare0", unix("compare")), client("compare0-0", unix("compare")),
+		server("compare_out", unix("out")), client("compare_out0", unix("out")),
+		server("notify", unix("notify")),
+		{
+			"-object", "filter-mirror,id=m0,netdev=o,queue=tx,outdev=mirror0",
+			"-object", "filter-redirector,id=redire0,netdev=o,queue=rx,indev=compare_out",
+			"-object", "filter-redirector,id=redire1,netdev=o,queue=rx,outdev=compare0",
+			"-object", "iothread,id=iothread1",
+			"-object", "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,outdev=compare_out0,iothread=iothread1,notify_dev=notify",
+		},
+	} {
+		args = append(args, a...)
+	}
+	p := &proxy{stop: c.stop}
+	p.trouble = func() string { return c.trouble(p.onP.Log()) }
+	var err error
+	if p.onP, err = c.start(ctx, w.hostP, "P", []*os.File{w.tapO, w.tapP}, args...); err != nil {
+		return nil, errors.Join(err, c.stop())
+	}
+	if err := c.listen(); err != nil {
+		return nil, errors.Join(err, c.stop())
+	}
+	args = nil
+	for _, a := range [][]string{
+		// The port n0 stands for a tap of which the guest's NIC, here n1 with what is behind it, is
+		// the peer. The port n3 goes nowhere: without it hub 0 forwards nothing.
+		{"-netdev", "hubport,id=n0,hubid=0", "-netdev", "hubport,id=n1,hubid=1,netdev=n0", "-netdev", "tap,id=g,fd=3",
+			"-netdev", "hubport,id=n2,hubid=1,netdev=g", "-netdev", "hubport,id=n3,hubid=0"},
+		client("red0", tcp(mirrorPort)), client("red1", tcp(comparePort)),
+		{
+			"-object", "filter-redirector,id=f1,netdev=n0,queue=tx,indev=red0",
+			"-object", "filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1",
+			"-object", "filter-rewriter,id=rew0,netdev=n0,queue=all",
+		},
+	} {
+		args = append(args, a...)
+	}
+	if p.onS, err = c.start(ctx, w.hostS, "S", []*os.File{w.tapS}, args...); err != nil {
+		return nil, errors.Join(err, c.stop())
+	}
+	return p, nil
+}
+
+// trouble is what colo-compare and QEMU's log say of a job that stalled.
+func (c *chain) trouble(log string) string {
+	text := "colo-compare had asked for " + strconv.FormatUint(c.checkpoints.Load(), 10) + " checkpoints by then"
+	for line := range strings.Lines(log) {
+		if !strings.Contains(line, "with no nics") { // which is so
+			return text + "; QEMU says: " + short(line)
+		}
+	}
+	return text
+}
+
+// listen counts the checkpoints that colo-compare asks for. There is nobody to make
+// one: what waits for it, waits on.
+func (c *chain) listen() error {
+	conn, err := net.Dial("unix", c.socket("notify"))
+	if err != nil {
+		return fmt.Errorf("connect to colo-compare: %w", err)
+	}
+	c.closers = append(c.closers, conn.Close)
+	go func() {
+		var length [4]byte
+		for {
+			if _, err := io.ReadFull(conn, length[:]); err != nil {
+				return // closed
+			}
+			if _, err := io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(length[:]))); err != nil {
+				return
+			}
+			c.checkpoints.Add(1)
+		}
+	}()
+	return nil
+}

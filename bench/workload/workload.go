@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package workload is what the guests' service and the client do while the benchmark
+// measures. Both are processes of their own with one thread, which wait by raw system calls,
+// so that the work of Go's scheduler is not measured. What the service sends depends on
+// nothing but what the client has sent.
+package workload
+
+import (
+	"encoding/binary"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Do is a kind of job.
+type Do byte
+
+// Kinds of job.
+const (
+	Echo    Do = 'e' // requests and responses, one at a time on each connection
+	Connect Do = 'c' // connect, one exchange, close, one after the other
+	Source  Do = 's' // the guest sends
+	Fetch   Do = 'f' // connect, the guest sends FetchSize bytes, close, one after the other
+	Sink    Do = 'k' // the guest receives, and sends one byte at the end
+	UDP     Do = 'u' // datagrams that the guest sends back, several under way
+)
+
+// Job is one measurement.
+type Job struct {
+	Do    Do
+	Conns int           // connections at the same time; UDP: datagrams under way
+	N     int           // Echo, Connect, Fetch, UDP: exchanges; Source, Sink: bytes; of all connections together
+	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
+	Stall time.Duration // the job has stalled when there was no progress for so long
+	Limit time.Duration // the job ends then, with what is done
+}
+
+// Result is what came of a job.
+type Result struct {
+	Done    int           // as Job.N
+	Lost    int           // datagrams
+	Wall    time.Duration // from the first request to the last response
+	Took    []int64       // ns of each exchange
+	Stalled string        // why it ended early, as "no progress for 5s"
+}
+
+const (
+	port  = 7000
+	chunk = 1 << 17 // bytes of a bulk read or write
+)
+
+// Message is the size of requests, responses, datagrams and small writes in bytes.
+const Message = 100
+
+// FetchSize is how many bytes the guest sends in each exchange of [Fetch].
+const FetchSize = 1 << 20
+
+// The client begins a connection with a head: the job, the size of writes, bytes to transfer.
+const headLen = 1 + 4 + 8
+
+func head(j *Job, bytes int) []byte {
+	what := j.Do
+	if what == Fetch {
+		what = Source
+	}
+	b := binary.BigEndian.AppendUint32([]byte{byte(what)}, uint32(j.Size))
+	return binary.BigEndian.AppendUint64(b, uint64(bytes))
+}
+
+// pattern is two chunks, so that a chunk can begin anywhere in the first.
+func pattern() []byte {
+	b := make([]byte, 2*chunk)
+	for i := range b {
+		at := i % chunk
+		b[i] = byte(at*at>>5 + at)
+	}
+	return b
+}
+
+// process prepares this process for measuring.
+func process() {
+	runtime.LockOSThread()
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(512 << 20) // it collects then
+}
+
+// poller waits for sockets.
+type poller struct {
+	fd     int
+	events [128]unix.EpollEvent
+}
+
+func newPoller() (*poller, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make an epoll instance: %w", err)
+	}
+	return &poller{fd: fd}, nil
+}
+
+// watch has wait return fd when it is ready for events; op is EPOLL_CTL_ADD or _MOD.
+func (p *poller) watch(op, fd int, events uint32) error {
+	if err := unix.EpollCtl(p.fd, op, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)}); err != nil {
+		return fmt.Errorf("watch a socket: %w", err)
+	}
+	return nil
+}
+
+// wait returns what is ready, or nothing after the timeout.
+func (p *poller) wait(timeout time.Duration) ([]unix.EpollEvent, error) {
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(timeout.Milliseconds()), 0, 0)
+		switch errno {
+		case 0:
+			return p.events[:n], nil
+		case unix.EINTR:
+		default:
+			return nil, fmt.Errorf("wait for a socket: %w", errno)
+		}
+	}
+}
+
+// tcp makes a socket that does not block and sends small writes at once.
+func tcp() (int, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return -1, fmt.Errorf("make a socket: %w", err)
+	}
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("set TCP_NODELAY: %w", err)
+	}
+	return fd, nil
+}
+
+// abort closes a connection with a reset, so that nothing of it is sent later.
+func abort(fd int) {
+	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	unix.Close(fd)
+}

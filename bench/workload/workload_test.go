@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package workload
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The test binary is also the service, because that never ends.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == "serve" {
+		if err := Serve(os.Stdout); err != nil {
+			panic(err)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// TestJobs: each kind of job does all that it is asked for.
+func TestJobs(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := exec.Command(exe, "serve")
+	service.Stderr = os.Stderr
+	out, err := service.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := service.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = service.Process.Kill()
+		_ = service.Wait()
+	}()
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("service: %q, %v", line, err)
+	}
+	var in, results bytes.Buffer
+	jobs := []Job{
+		{Do: Echo, Conns: 1, N: 50},
+		{Do: Echo, Conns: 64, N: 1000},
+		{Do: Connect, N: 20},
+		{Do: Source, N: 1<<20 + 7, Size: chunk},
+		{Do: Source, N: 10_050, Size: Message},
+		{Do: Sink, N: 1<<20 + 7},
+		{Do: Fetch, N: 3, Size: chunk},
+		{Do: UDP, Conns: 16, N: 500},
+	}
+	for i := range jobs {
+		j := &jobs[i]
+		j.Stall, j.Limit = 5*time.Second, 20*time.Second
+		if j.Size == 0 {
+			j.Size = Message
+		}
+		if err := json.NewEncoder(&in).Encode(j); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Client("127.0.0.1", &in, &results); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(&results)
+	if line, err := r.ReadString('\n'); line != "ready\n" {
+		t.Fatalf("client: %q, %v", line, err)
+	}
+	for _, j := range jobs {
+		line, _ := r.ReadString('\n')
+		text, err := r.ReadString('\n')
+		var got Result
+		if line != "done\n" || err != nil || json.Unmarshal([]byte(text), &got) != nil {
+			t.Fatalf("job %c: %q %q, %v", j.Do, line, text, err)
+		}
+		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 {
+			t.Errorf("job %c: %d of %d in %v, stalled: %q", j.Do, got.Done, j.N, got.Wall, got.Stalled)
+		}
+		if latencies := j.Do == Echo || j.Do == Connect || j.Do == Fetch; latencies && len(got.Took) != j.N {
+			t.Errorf("job %c: %d latencies of %d", j.Do, len(got.Took), j.N)
+		}
+	}
+}
+
+// TestStalled: a guest that does not answer makes no error, but a result that says so.
+func TestStalled(t *testing.T) {
+	var out bytes.Buffer
+	job := `{"Do":101,"Conns":1,"N":1,"Size":100,"Stall":50000000,"Limit":1000000000}`
+	if err := Client("127.0.0.2", io.MultiReader(strings.NewReader(job)), &out); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "a connection broke") {
+		t.Errorf("the client says %q, want that the connection was refused", out.String())
+	}
+}
