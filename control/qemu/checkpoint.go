@@ -52,7 +52,7 @@ func pauseAndAsk(m *qmp.Monitor, disks []Disk) error {
 	}
 	if _, state, err := m.Status(); err != nil {
 		return err
-	} else if state != "paused" {
+	} else if state != "paused" { // QEMU would abort in most others, one being that of a guest that was reset just now
 		return fmt.Errorf("the guest is stopped: %s", state)
 	}
 	if err := m.Checkpoint(); err != nil {
@@ -77,7 +77,7 @@ func Unpause(m *qmp.Monitor) error {
 		return nil
 	}
 	_, state, err := m.Status()
-	if err == nil && state == "paused" {
+	if err == nil && (state == "paused" || state == "prelaunch") { // prelaunch: it was reset meanwhile
 		err = Cont(m)
 	}
 	if err != nil {

@@ -4,6 +4,7 @@ package qemu_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"path/filepath"
@@ -164,6 +165,16 @@ func TestUnpause(t *testing.T) {
 		}
 		state("running")
 	}
+	// The guest was about to be reset when it was stopped.
+	if err := errors.Join(qemu.Stop(a.m), a.m.Execute("object-add", map[string]string{"qom-type": "rng-builtin", "id": "lockstep-pause"}, nil),
+		a.m.Execute("system_reset", nil, nil)); err != nil {
+		t.Fatal(err)
+	}
+	state("prelaunch")
+	if err := qemu.Unpause(a.m); err != nil {
+		t.Fatal(err)
+	}
+	state("running")
 	if err := qemu.Stop(a.m); err != nil { // the mark is gone
 		t.Fatal(err)
 	}
