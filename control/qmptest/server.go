@@ -236,6 +236,8 @@ func (s *Server) answer(c *session, r Request) []byte {
 		return ok(`{"enabled": false, "present": true}`)
 	case "qom-get":
 		return ok(`"pc-i440fx-7.2-machine"`)
+	case "query-migrate-parameters":
+		return ok(`{"tls-creds": "some"}`)
 	case "query-migrate":
 		return ok(`{"status": "colo"}`)
 	case "query-qmp-schema", "query-named-block-nodes", "query-yank":
