@@ -57,7 +57,6 @@ func TestAdopt(t *testing.T) {
 					p.await("a lost peer", func(st api.Status) bool { return !st.Peer.Connected })
 				}
 			}
-			p.change, s.change = tt.pFinds, tt.sFinds
 			p.opt.Fresh, s.opt.Fresh = tt.freshP, tt.freshS
 			offsets := func() {
 				s.path.mu.Lock()
@@ -68,6 +67,13 @@ func TestAdopt(t *testing.T) {
 					s.path.offsets[tuple] = datapath.Offset{Seq: 1}
 				}
 			}
+			p.change = tt.pFinds
+			s.change = func(a *datapath.Recovered) { // before there is a session, which tells P of them
+				offsets()
+				if tt.sFinds != nil {
+					tt.sFinds(a)
+				}
+			}
 			if !tt.s {
 				offsets()
 			}
@@ -76,7 +82,6 @@ func TestAdopt(t *testing.T) {
 			}
 			if tt.s {
 				s.start()
-				offsets()
 			}
 			p.await("a session", func(st api.Status) bool { return st.Peer.Connected && st.Term == 2 })
 			if !tt.whole {
