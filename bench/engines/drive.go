@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lockstep-ft/lockstep/bench/lab"
 )
 
 const (
@@ -384,26 +386,9 @@ func costs(e engine) (o outcome, err error) {
 }
 
 // cpuOf is the time that a process's threads have run.
-func cpuOf(pid int) (sum time.Duration, err error) {
-	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
-	if err != nil || len(threads) == 0 {
-		return 0, fmt.Errorf("process %d has no threads: has it ended? %w", pid, cmp.Or(err, os.ErrNotExist))
-	}
-	for _, f := range threads {
-		b, err := os.ReadFile(f)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // a thread that ended
-		}
-		if err != nil {
-			return 0, err
-		}
-		var ran time.Duration
-		if _, err := fmt.Sscan(string(b), &ran); err != nil {
-			return 0, fmt.Errorf("%s holds %q: %w", f, b, err)
-		}
-		sum += ran
-	}
-	return sum, nil
+func cpuOf(pid int) (time.Duration, error) {
+	u, err := lab.UsageOf(pid)
+	return u.CPU, err
 }
 
 // ksoftirqd finds the kernel's threads for softirqs that have waited for too long.

@@ -8,13 +8,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/lockstep-ft/lockstep/bench/lab"
 	"github.com/lockstep-ft/lockstep/bench/report"
 )
 
@@ -124,23 +123,12 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 // when f and the processes that it started have ended, or when this process has. f must
 // make what belongs there itself: other goroutines are elsewhere.
 func apart(f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends, and the namespace with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("make a network namespace, for which one has to be root: %w", err)
-			return
-		}
-		for _, which := range []string{"all", "default"} { // or devices transmit unasked
-			err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", which, "disable_ipv6"), []byte("1"), 0)
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				done <- err
-				return
-			}
-		}
-		done <- f()
-	}()
-	return <-done
+	ns, err := lab.NewNS()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return ns.Do(f)
 }
 
 type variant struct {

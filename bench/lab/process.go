@@ -114,8 +114,11 @@ func UsageOf(pid int) (u Usage, err error) {
 	}
 	for _, t := range threads {
 		sched, err := os.ReadFile(filepath.Join(t, "schedstat"))
-		if err != nil {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
 			continue // the thread has ended meanwhile
+		}
+		if err != nil {
+			return u, err
 		}
 		var ran time.Duration
 		if _, err := fmt.Sscan(string(sched), &ran); err != nil {
