@@ -15,6 +15,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
@@ -153,8 +154,8 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	// Connections whose offsets S has lost, or of which this P knows nothing; or a
 	// checkpoint that one of them has begun an epoch with and the other has not.
 	mine := 0
-	if err := pl.d.each("count connections", func(n *nic) error {
-		mine += n.primary.Stats().Connections
+	if err := pl.d.each("count connections", func(n *nicloop.Loop) error {
+		mine += n.Primary.Stats().Connections
 		return nil
 	}); err != nil {
 		l.Close(err)
@@ -165,7 +166,7 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	pl.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == pl.d.epoch)
 
 	pl.d.term = max(pl.d.term, h.Term) + 1
-	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].keys)}
+	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].Keys)}
 	s.Term = pl.d.term
 	if pl.d.failover != nil {
 		pl.d.repl.hello = h
@@ -175,7 +176,7 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	}
 	s.Doubt = pl.d.opt.QMP != "" && (!pl.peerWhole || pl.d.checkpoints.primary.InDoubt())
 	s.Sign = newSeed()
-	if err := pl.install(pl.d.nics[0].keys, s.Sign, false); err != nil {
+	if err := pl.install(pl.d.nics[0].Keys, s.Sign, false); err != nil {
 		pl.d.fatal = err
 		return
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 )
 
 // TestAdopt: either daemon, or both, die and come back over their tables. Whether a
@@ -42,7 +43,7 @@ func TestAdopt(t *testing.T) {
 			pair := newPair(t)
 			p, s := hosts(t, pair)
 			startReplicating(p, s)
-			p.d.checkpoints.want(request{nic: -1, reason: "test"}) // an epoch that nobody begins in
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"}) // an epoch that nobody begins in
 			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
 			s.await("the epoch", func(st api.Status) bool { return st.Epoch == 2 && st.State == "replicating" })
 			before := p.path.session.Digest
@@ -139,17 +140,6 @@ func TestAdoptAlone(t *testing.T) {
 	p.path.await(t, 0, "session 2", "send 1000+4")
 }
 
-// adoptCore notes what it is told.
-type adoptCore struct {
-	core
-	told []compare.Event
-}
-
-func (c *adoptCore) Step(_ int64, ev *compare.Event, out []compare.Effect) []compare.Effect {
-	c.told = append(c.told, *ev)
-	return out
-}
-
 // The core hears of the connections that are young enough.
 func TestAdoptedRemotes(t *testing.T) {
 	path := newFakePath(1)
@@ -159,11 +149,11 @@ func TestAdoptedRemotes(t *testing.T) {
 	path.adopted = &datapath.Recovered{Mode: datapath.ModeHold, Remotes: []datapath.Remote{
 		{Tuple: young, Ack: 77, At: now - int64(time.Minute)}, {Tuple: old, Ack: 78, At: now - int64(time.Hour)},
 	}}
-	c := new(adoptCore)
-	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
-	n.restore(30 * time.Minute)
-	if len(c.told) != 1 || c.told[0].Kind != compare.EvAdopt || c.told[0].Seg.Tuple != young || c.told[0].Seg.Seq != 77 || c.told[0].Seg.Slot != compare.NoSlot {
-		t.Errorf("told %+v", c.told)
+	n := aloneLoop(path)
+	n.Restore(30 * time.Minute)
+	walk := n.Primary.WalkFlows()
+	if flows, _ := walk.Next(n.Primary, 9, nil); len(flows) != 1 || flows[0].Tuple != young || flows[0].Released != 77 {
+		t.Errorf("recovered %+v", flows)
 	}
 }
 
@@ -191,7 +181,7 @@ func TestForeignProgram(t *testing.T) {
 	sm := s.path.mark()
 	s.path.intrude("program foreign (id 8) is in front of ls_sec_in on peer0", false)
 	s.path.await(t, sm, "mode shut")
-	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 	p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
 	if trace := s.path.since(sm); slices.Contains(trace, "mode park") || slices.Contains(trace, "mode run") || slices.Contains(trace, "tap down") {
 		t.Errorf("with a program in front: %q", trace)
@@ -205,29 +195,4 @@ func TestForeignProgram(t *testing.T) {
 	p.path.orderErr = errors.New("no such device")
 	p.path.mu.Unlock()
 	p.path.await(t, mark, "mode shut", "tap down")
-}
-
-// askingCore asks once what a remote has acknowledged.
-type askingCore struct{ adoptCore }
-
-func (c *askingCore) Step(now int64, ev *compare.Event, out []compare.Effect) []compare.Effect {
-	out = c.adoptCore.Step(now, ev, out)
-	if ev.Kind == compare.EvTick {
-		other := testTuple
-		other.RemotePort++
-		return append(out, compare.Effect{Op: compare.OpAdopt, Tuple: testTuple}, compare.Effect{Op: compare.OpAdopt, Tuple: other})
-	}
-	return out
-}
-
-// The core hears what the remote has acknowledged by now, where anybody knows.
-func TestAdoptAgain(t *testing.T) {
-	path := newFakePath(1)
-	path.acked = map[compare.Tuple]uint32{testTuple: 99}
-	c := new(askingCore)
-	n := &nic{dp: path, core: c, primary: new(compare.Primary)}
-	n.stepNow(compare.Event{Kind: compare.EvTick})
-	if len(c.told) != 2 || c.told[1].Kind != compare.EvAdopt || c.told[1].Seg.Tuple != testTuple || c.told[1].Seg.Seq != 99 {
-		t.Errorf("told %+v", c.told)
-	}
 }

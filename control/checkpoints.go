@@ -13,9 +13,9 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
-	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
@@ -47,13 +47,13 @@ type checkpoints struct {
 	stopDrain context.CancelFunc
 	hurried   bool // S: its QEMU's connections are told not to delay
 
-	requests    chan request
+	requests    chan nicloop.Request
 	requested   atomic.Uint64 // by anyone
 	committed   uint64
-	waiting     []request // causes of the next attempt
+	waiting     []nicloop.Request // causes of the next attempt
 	causes      []api.Cause
 	attempts    []api.Checkpoint
-	attemptNow  []request // causes of the attempt under way
+	attemptNow  []nicloop.Request // causes of the attempt under way
 	attemptAt   int64
 	phases      map[string]api.Histogram // of committed ones
 	phaseBegan  int64                    // S: of the one under way
@@ -62,7 +62,7 @@ type checkpoints struct {
 }
 
 // want takes a request for a checkpoint from any goroutine, and never blocks.
-func (ck *checkpoints) want(r request) {
+func (ck *checkpoints) want(r nicloop.Request) {
 	ck.requested.Add(1)
 	select {
 	case ck.requests <- r:
@@ -70,23 +70,23 @@ func (ck *checkpoints) want(r request) {
 	}
 }
 
-func (ck *checkpoints) wanted(r request) {
+func (ck *checkpoints) wanted(r nicloop.Request) {
 	ck.note(r)
 	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
 		// Nobody to ask. Guests that keep diverging ask without end.
 		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
-			ck.d.log.Warn("checkpoint needed", "reason", r.reason, "flow", r.flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
+			ck.d.log.Warn("checkpoint needed", "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
 			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
-	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.reason})
+	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason})
 }
 
 // note keeps a request in mind for the attempt that serves it, and for status.
-func (ck *checkpoints) note(r request) {
-	c := api.Cause{At: r.at, Reason: r.reason, Flow: r.flow}
-	if r.nic >= 0 {
-		c.NIC = &r.nic
+func (ck *checkpoints) note(r nicloop.Request) {
+	c := api.Cause{At: r.At, Reason: r.Reason, Flow: r.Flow}
+	if r.NIC >= 0 {
+		c.NIC = &r.NIC
 	}
 	ck.causes = keepLast(append(ck.causes, c))
 	ck.waiting = keepLast(append(ck.waiting, r))
@@ -127,15 +127,12 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	switch fx.Op {
 	case checkpoint.OpOpen:
 		ck.d.log.Info("replicating", "epoch", ck.d.epoch, "term", ck.d.term)
-		return ck.d.each("hold", func(n *nic) error {
-			// A host that transmitted alone had no lease.
-			return errors.Join(n.dp.SetLeaseUntil(0), n.setMode(datapath.ModeHold), n.startEchoes(ck.d.opt.Heartbeat.Interval, ck.d.opt.Heartbeat.Lease))
-		})
+		return ck.d.each("hold", func(n *nicloop.Loop) error { return n.Hold(ck.d.opt.Heartbeat.Interval, ck.d.opt.Heartbeat.Lease) })
 	case checkpoint.OpFreeze:
 		ck.attemptAt = ck.d.now()
-		return ck.d.each("freeze", (*nic).freeze)
+		return ck.d.each("freeze", (*nicloop.Loop).Freeze)
 	case checkpoint.OpThaw:
-		return ck.d.each("thaw", (*nic).thaw)
+		return ck.d.each("thaw", (*nicloop.Loop).Thaw)
 	case checkpoint.OpPrepare:
 		ck.attempt(fx)
 		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch})
@@ -144,7 +141,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpAsk:
 		ck.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
-		return ck.d.each("set epoch", func(n *nic) error { return errors.Join(n.dp.SetEpoch(fx.Epoch), n.dp.MarkStop()) })
+		return ck.d.each("set epoch", func(n *nicloop.Loop) error { return errors.Join(n.DP.SetEpoch(fx.Epoch), n.DP.MarkStop()) })
 	case checkpoint.OpCOLO:
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			mode, err := m.COLO()
@@ -180,7 +177,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 			ck.d.qmp.noDelay(fo.Own)
 		}
 		ck.phaseBegan = ck.d.now()
-		return ck.d.each("park", (*nic).park)
+		return ck.d.each("park", (*nicloop.Loop).Park)
 	case checkpoint.OpDrain:
 		ck.drain(fx.Epoch)
 	case checkpoint.OpReady:
@@ -188,17 +185,17 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.d.peer.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		ck.d.epoch = fx.Epoch
-		return ck.d.each("begin an epoch", func(n *nic) error { return n.dp.SetEpoch(fx.Epoch) })
+		return ck.d.each("begin an epoch", func(n *nicloop.Loop) error { return n.DP.SetEpoch(fx.Epoch) })
 	case checkpoint.OpReset:
 		ck.phaseBegan = ck.d.now()
-		return ck.d.each("reset offsets", func(n *nic) error { return n.reset(fx.Epoch) })
+		return ck.d.each("reset offsets", func(n *nicloop.Loop) error { return n.Reset(fx.Epoch) })
 	case checkpoint.OpStopped:
 		if fx.Epoch == 0 {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		if err := ck.d.each("unpark", (*nic).unpark); err != nil {
+		if err := ck.d.each("unpark", (*nicloop.Loop).Unpark); err != nil {
 			return err
 		}
 		if fx.Epoch != 0 { // of a checkpoint
@@ -239,12 +236,12 @@ func (ck *checkpoints) attempt(fx checkpoint.Effect) {
 	if len(ck.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
 		// The machine's own wish: it has a doubt to end.
 		ck.requested.Add(1)
-		ck.note(request{at: time.Now(), nic: -1, reason: fx.Cause})
+		ck.note(nicloop.Request{At: time.Now(), NIC: -1, Reason: fx.Cause})
 	}
 	ck.attemptNow, ck.waiting = ck.waiting, nil
 	c := api.Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
 	for _, r := range ck.attemptNow {
-		c.Flow = cmp.Or(c.Flow, r.flow)
+		c.Flow = cmp.Or(c.Flow, r.Flow)
 	}
 	ck.attempts = keepLast(append(ck.attempts, c))
 	ck.d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
@@ -294,9 +291,9 @@ func milliseconds(ns int64) float64 { return float64(ns) / 1e6 }
 
 func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	inside, waited, records := false, time.Duration(0), uint64(0)
-	err := ck.d.each("commit", func(n *nic) error {
-		in, err := n.commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
-		st := n.primary.Stats()
+	err := ck.d.each("commit", func(n *nicloop.Loop) error {
+		in, err := n.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
+		st := n.Primary.Stats()
 		inside, waited, records = inside || in, max(waited, st.CommitWait), records+st.Records
 		return err
 	})
@@ -338,8 +335,8 @@ func (ck *checkpoints) drain(epoch uint32) {
 		defer cancel()
 		ev := checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: epoch, OK: true}
 		for _, n := range ck.d.nics {
-			if err := n.dp.DrainTap(ctx); err != nil {
-				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.index, err)
+			if err := n.DP.DrainTap(ctx); err != nil {
+				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.Index, err)
 				break
 			}
 		}

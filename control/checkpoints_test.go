@@ -13,6 +13,7 @@ import (
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
 
@@ -101,7 +102,7 @@ func TestCheckpoint(t *testing.T) {
 // pause lets the clock move by more than its noise.
 func pause(t *testing.T) {
 	t.Helper()
-	timer := time.NewTimer(5 * time.Duration(clockNoise))
+	timer := time.NewTimer(250 * time.Microsecond)
 	<-timer.C
 }
 
@@ -150,7 +151,7 @@ func TestFailedAttempts(t *testing.T) {
 	s.path.mu.Unlock()
 	sm, pm := s.path.mark(), p.path.mark()
 	p.path.pvm(1000, "held")
-	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 	p.await("a failed attempt", func(st api.Status) bool {
 		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "3 frames in the tap") })
 	})
@@ -182,7 +183,7 @@ func TestNotInCOLO(t *testing.T) {
 			qemu.SetCOLO("none")
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.checkpoints.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, `COLO mode is "none"`) })
 			})
@@ -250,7 +251,7 @@ func TestHalfACheckpoint(t *testing.T) {
 			pair.SetHook(func(s qmptest.Stage) bool { return s != stage })
 			mark := p.path.mark()
 			p.path.pvm(1000, "held")
-			p.d.checkpoints.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 			p.await("a failed attempt", func(st api.Status) bool {
 				return len(st.Checkpoints) > 0 && strings.Contains(st.Checkpoints[0].Result, "in time") && st.State == "checkpointing"
 			})

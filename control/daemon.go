@@ -38,6 +38,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/program"
 )
@@ -46,7 +47,7 @@ import (
 type Daemon struct {
 	opt  Options
 	log  *slog.Logger
-	nics []*nic
+	nics []*nicloop.Loop
 
 	inbox   chan func()
 	stopped chan struct{} // closed when the controller has ended
@@ -76,7 +77,7 @@ func New(o Options) (*Daemon, error) {
 		opt: o, log: o.Log.With("role", string(o.Role)),
 		inbox: make(chan func(), 64), stopped: make(chan struct{}),
 	}
-	d.checkpoints.d, d.checkpoints.requests = d, make(chan request, maxRequests)
+	d.checkpoints.d, d.checkpoints.requests = d, make(chan nicloop.Request, maxRequests)
 	d.peer.d, d.peer.linkSince = d, time.Now()
 	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
 	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry, prepAgain: prepAgain}
@@ -111,15 +112,11 @@ func New(o Options) (*Daemon, error) {
 		d.checkpoints.machine = d.checkpoints.secondary
 	}
 	for i, dp := range o.NICs {
-		n := newNIC(i, dp, d.log, d.checkpoints.want)
-		n.keys = new(compare.Keys)
-		*n.keys = *keys
+		var n *nicloop.Loop
 		if d.isPrimary() {
-			n.primary = compare.NewPrimary(d.opt.Compare, n.keys)
-			n.core = n.primary
+			n = nicloop.NewPrimary(i, dp, d.log, d.checkpoints.want, d.opt.Compare, *keys)
 		} else {
-			n.secondary = compare.NewSecondary(o.Copies, n.keys)
-			n.core = n.secondary
+			n = nicloop.NewSecondary(i, dp, d.log, o.Copies, *keys)
 		}
 		d.nics = append(d.nics, n)
 	}
@@ -171,13 +168,13 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	d.ctx = ctx
 	defer func() {
 		for _, n := range d.nics {
-			err = errors.Join(err, n.dp.Close())
+			err = errors.Join(err, n.DP.Close())
 		}
 	}()
 	switch {
 	case d.recovered:
 		for _, n := range d.nics {
-			n.restore(d.opt.Compare.Idle)
+			n.Restore(d.opt.Compare.Idle)
 		}
 	case d.isPrimary():
 		if err := d.ownKeys(); err != nil {
@@ -210,14 +207,14 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	for _, n := range d.nics {
 		// Before anything opens. What goes wrong is tried again.
-		_ = n.checkOrder(func(f func() error) error { return f() })
+		_ = n.CheckOrder(func(f func() error) error { return f() })
 	}
 
 	// Whatever ends first ends the rest.
 	ends := make(chan error, len(d.nics)+8)
 	start := func(f func() error) { d.work.Go(func() { ends <- f() }) }
 	for _, n := range d.nics {
-		start(func() error { return n.run(ctx) })
+		start(func() error { return n.Run(ctx) })
 	}
 	start(func() error { return d.control(ctx) })
 	start(func() error { d.watchOrder(ctx); return nil })
@@ -244,10 +241,10 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	notify(d.log, sd.SdNotifyStopping)
 	cancel()
 	for _, n := range d.nics {
-		n.dp.Wake()
+		n.DP.Wake()
 	}
 	d.work.Wait()
-	for err == nil || errors.Is(err, errStopped) { // a consequence; the cause is behind it
+	for err == nil || errors.Is(err, nicloop.ErrStopped) { // a consequence; the cause is behind it
 		select {
 		case e := <-ends:
 			err = cmp.Or(e, err)
@@ -279,11 +276,10 @@ func (d *Daemon) ownKeys() error {
 	rand.Read(seed[:])
 	p2s, s2p := peerlink.SignKeys(seed)
 	for _, n := range d.nics {
-		s := datapath.Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.keys}
-		if err := n.dp.InstallSession(s); err != nil {
-			return fmt.Errorf("nic %d: install keys: %w", n.index, err)
+		s := datapath.Session{Term: d.term, Epoch: d.epoch, PeerMAC: make(net.HardwareAddr, 6), TxKey: p2s, RxKey: s2p, Digest: *n.Keys}
+		if err := n.OwnKeys(s); err != nil {
+			return fmt.Errorf("nic %d: install keys: %w", n.Index, err)
 		}
-		n.since = n.dp.Now()
 	}
 	return nil
 }
@@ -292,7 +288,7 @@ func (d *Daemon) ownKeys() error {
 func (d *Daemon) isPrimary() bool { return d.opt.Role == datapath.RolePrimary }
 
 // now is the boottime, ns.
-func (d *Daemon) now() int64 { return d.nics[0].dp.Now() }
+func (d *Daemon) now() int64 { return d.nics[0].DP.Now() }
 
 // post hands f to the controller.
 func (d *Daemon) post(f func()) {
@@ -331,7 +327,7 @@ func (d *Daemon) control(ctx context.Context) error {
 	}
 	if d.recovered && d.fatal == nil {
 		// P matches nothing before it has a session; the kernel goes on as it did.
-		d.fatal = d.each("go on", (*nic).restoreMode)
+		d.fatal = d.each("go on", (*nicloop.Loop).RestoreMode)
 	}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -361,10 +357,10 @@ func (d *Daemon) control(ctx context.Context) error {
 
 // each runs f in every NIC's loop. A NIC that cannot carry out an order is the
 // end: the daemon does not know any more what the kernel does.
-func (d *Daemon) each(what string, f func(*nic) error) error {
+func (d *Daemon) each(what string, f func(*nicloop.Loop) error) error {
 	for _, n := range d.nics {
-		if err := n.do(func() error { return f(n) }); err != nil {
-			return fmt.Errorf("nic %d: %s: %w", n.index, what, err)
+		if err := n.Do(func() error { return f(n) }); err != nil {
+			return fmt.Errorf("nic %d: %s: %w", n.Index, what, err)
 		}
 	}
 	return nil
@@ -381,8 +377,8 @@ func (d *Daemon) sweep(ctx context.Context) error {
 			return nil
 		}
 		for _, n := range d.nics {
-			if _, err := n.dp.Sweep(d.opt.Compare.Linger, d.opt.Compare.Idle); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("nic %d: sweep: %w", n.index, err)
+			if _, err := n.DP.Sweep(d.opt.Compare.Linger, d.opt.Compare.Idle); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("nic %d: sweep: %w", n.Index, err)
 			}
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
@@ -258,7 +259,7 @@ func TestFrameInside(t *testing.T) {
 		}
 		return true
 	})
-	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 	st := p.await("a second checkpoint", func(st api.Status) bool { return st.CheckpointsDone == 2 })
 	if last := st.Checkpoints[1]; !strings.Contains(last.Cause, "transmitted while it was stopped") {
 		t.Errorf("second checkpoint %+v", last)

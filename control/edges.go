@@ -37,13 +37,13 @@ func (re *replicator) sendEdges() {
 
 func (re *replicator) streamEdges(peer *peerlink.Link) error {
 	for _, n := range re.d.nics {
-		edges, err := n.dp.Edges()
+		edges, err := n.DP.Edges()
 		if err != nil {
-			return fmt.Errorf("nic %d: %w", n.index, err)
+			return fmt.Errorf("nic %d: %w", n.Index, err)
 		}
 		if !peer.Stream(func(yield func(peerlink.Message) bool) {
 			for some := range slices.Chunk(edges, peerlink.MaxEdges) {
-				if !yield(peerlink.Edges{NIC: n.index, Edges: some}) {
+				if !yield(peerlink.Edges{NIC: n.Index, Edges: some}) {
 					return
 				}
 			}
@@ -60,5 +60,5 @@ func (re *replicator) addEdges(m peerlink.Edges) error {
 		return fmt.Errorf("edges of NIC %d, which there is not", m.NIC)
 	}
 	n := re.d.nics[m.NIC]
-	return n.do(func() error { return n.dp.AddEdges(m.Edges) })
+	return n.Do(func() error { return n.DP.AddEdges(m.Edges) })
 }

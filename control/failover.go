@@ -15,6 +15,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
@@ -144,7 +145,7 @@ func (fo *failoverPart) step(ev failover.Event) {
 		ev := fo.queue[0]
 		fo.queue = fo.queue[1:]
 		for _, n := range fo.d.nics {
-			ev.Echoed = max(ev.Echoed, n.dp.LastEcho())
+			ev.Echoed = max(ev.Echoed, n.DP.LastEcho())
 		}
 		for _, fx := range append([]failover.Effect(nil), fo.machine.Step(fo.d.now(), ev)...) {
 			if err := fo.carryOut(fx); err != nil {
@@ -164,7 +165,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		if fo.s != nil {
 			fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet}) // it opens nothing any more
 		}
-		return fo.d.each("shut", (*nic).shut)
+		return fo.d.each("shut", (*nicloop.Loop).Shut)
 	case failover.OpTellDead:
 		fo.d.peer.send(peerlink.Dead{})
 	case failover.OpFenced:
@@ -179,7 +180,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.d.repl.tries.paired = time.Now()
 		fo.d.event(journal.Sync, "the guest replicates", nil)
 		fo.d.repl.hello.COLO = true // S's QEMU waited when it sent its hello, and follows from now on
-		if err := fo.d.each("begin a pair", func(n *nic) error { return n.renew(fo.d.opt.Compare, fo.d.epoch) }); err != nil {
+		if err := fo.d.each("begin a pair", func(n *nicloop.Loop) error { return n.Renew(fo.d.opt.Compare, fo.d.epoch) }); err != nil {
 			return err
 		}
 		fo.d.repl.sendEdges()
@@ -202,7 +203,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.d.log.Warn("the primary is gone: taking over")
 		fo.d.event(journal.Failover, "the primary is gone", nil)
 		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
-		if err := fo.d.each("mute", (*nic).quiet); err != nil {
+		if err := fo.d.each("mute", (*nicloop.Loop).Quiet); err != nil {
 			return err
 		}
 		fo.askAwake()
@@ -264,7 +265,7 @@ func (fo *failoverPart) goAlone() error {
 	if fo.d.peer.link != nil {
 		fo.d.peer.send(peerlink.Dismiss{})
 	}
-	if err := fo.d.each("go on alone", (*nic).solo); err != nil {
+	if err := fo.d.each("go on alone", (*nicloop.Loop).Solo); err != nil {
 		return err
 	}
 	fo.d.log.Warn("transmitting alone: nothing protects the guest now", "arbiter_term", fo.p.Term())
@@ -281,7 +282,7 @@ func (fo *failoverPart) promote() error {
 			return err
 		}
 	}
-	if err := fo.d.each("take over", func(n *nic) error { return n.takeOver(guardTicks) }); err != nil {
+	if err := fo.d.each("take over", func(n *nicloop.Loop) error { return n.TakeOver(guardTicks) }); err != nil {
 		return err
 	}
 	fo.d.log.Warn("took over: the guest transmits from here", "arbiter_term", fo.s.Term())

@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 )
 
 // fakePath is a data path without a kernel: a test puts events in and looks at
@@ -344,4 +346,9 @@ func (f *fakePath) intrude(name string, onTap bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.intruder, f.onTap = name, onTap
+}
+
+// aloneLoop is a P's loop over path, which no daemon drives.
+func aloneLoop(path *fakePath) *nicloop.Loop {
+	return nicloop.NewPrimary(0, path, slog.New(slog.DiscardHandler), func(nicloop.Request) {}, compare.Config{}, compare.Keys{})
 }

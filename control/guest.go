@@ -10,6 +10,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -79,7 +80,7 @@ func (gw *guestWatch) guestEvent(event string, data map[string]any) {
 		// The SVM resets on its own: what the guests send from here on agrees only if both
 		// begin at the same point.
 		if gw.d.isPrimary() {
-			gw.d.checkpoints.wanted(request{at: time.Now(), nic: -1, reason: "the guest was reset"})
+			gw.d.checkpoints.wanted(nicloop.Request{At: time.Now(), NIC: -1, Reason: "the guest was reset"})
 		}
 	case "SHUTDOWN":
 		gw.shutDown(text("reason"))

@@ -10,6 +10,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qmp"
 )
 
@@ -38,7 +39,7 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 			refused = errors.New("the guest does not replicate")
 		default:
 			from = d.checkpoints.primary.Serves()
-			d.checkpoints.wanted(request{at: time.Now(), nic: -1, reason: causeOperator})
+			d.checkpoints.wanted(nicloop.Request{At: time.Now(), NIC: -1, Reason: causeOperator})
 		}
 	}); err != nil || refused != nil {
 		return api.Checkpoint{}, errors.Join(err, refused)
@@ -166,7 +167,7 @@ func (fo *failoverPart) orderFailover(force, loaded bool) error {
 	s := fo.s
 	var echoed int64
 	for _, n := range fo.d.nics {
-		echoed = max(echoed, n.dp.LastEcho())
+		echoed = max(echoed, n.DP.LastEcho())
 	}
 	switch {
 	case s.State() != failover.SecondaryPair:

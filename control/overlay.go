@@ -13,6 +13,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 )
@@ -197,7 +198,7 @@ func (ov *overlayRoom) peersOverlays(m peerlink.Overlays) {
 	}
 	ov.overlays = m.All
 	if m.Cause != "" && fo.p.State() == failover.PrimaryPair {
-		ov.d.checkpoints.want(request{at: time.Now(), nic: -1, reason: m.Cause})
+		ov.d.checkpoints.want(nicloop.Request{At: time.Now(), NIC: -1, Reason: m.Cause})
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -184,7 +185,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 	pair, p, _, _ := begin(t)
 	mark := len(pair.Primary.Requests())
 	done := p.await("a status", func(api.Status) bool { return true }).CheckpointsDone
-	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 	p.await("a checkpoint", func(st api.Status) bool { return st.CheckpointsDone > done })
 	var commands []string
 	for _, r := range pair.Primary.Requests()[mark:] {
@@ -199,7 +200,7 @@ func TestQEMUDiesAtCommand(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			pair, p, s, a := begin(t)
 			pair.Primary.DieAt(command)
-			p.d.checkpoints.want(request{nic: -1, reason: "test"})
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 			s.ends(ErrPromoted)
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
@@ -238,7 +239,7 @@ func TestNoCheckpointOfStoppedGuest(t *testing.T) {
 	startCovered(p, s)
 	pair.Primary.SetReply("query-status", `"return": {"running": false, "status": "io-error"}`)
 	mark := len(pair.Primary.Requests())
-	p.d.checkpoints.want(request{nic: -1, reason: "test"})
+	p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 	p.await("a failed attempt", func(st api.Status) bool {
 		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool { return strings.Contains(c.Result, "the guest is stopped: io-error") })
 	})
@@ -454,11 +455,15 @@ func TestUncoveredAsks(t *testing.T) {
 // takes echoes when it is closed.
 func TestShutEndsLease(t *testing.T) {
 	f := newFakePath(1)
-	n := &nic{dp: f, echoEvery: 1}
-	if err := n.shut(); err != nil {
+	n := aloneLoop(f)
+	if err := errors.Join(n.Hold(1, time.Second), n.Turn(0)); err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{"mode shut", "speak"}; !slices.Equal(f.trace, want) || f.lease != 0 || n.echoEvery != 0 {
-		t.Errorf("%v, lease until %d, echoes every %d", f.trace, f.lease, n.echoEvery)
+	mark := f.mark()
+	if err := errors.Join(n.Shut(), n.Turn(0)); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"mode shut", "speak"}; !slices.Equal(f.since(mark), want) || f.lease != 0 {
+		t.Errorf("%v, lease until %d", f.since(mark), f.lease)
 	}
 }

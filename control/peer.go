@@ -47,7 +47,7 @@ func (pl *peerLink) party() peerlink.Party {
 		QMP: pl.d.opt.QMP != "", Config: pl.d.opt.ConfigDigest,
 	}
 	for _, n := range pl.d.nics {
-		p.NICs = append(p.NICs, n.dp.MAC().String())
+		p.NICs = append(p.NICs, n.DP.MAC().String())
 	}
 	return p
 }
@@ -100,9 +100,9 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}
 	offsets := 0
 	for _, n := range pl.d.nics {
-		known, err := n.offsets()
+		known, err := n.Offsets()
 		if err != nil {
-			return false, fmt.Errorf("nic %d: count connections: %w", n.index, err)
+			return false, fmt.Errorf("nic %d: count connections: %w", n.Index, err)
 		}
 		offsets += known
 	}

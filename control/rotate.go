@@ -35,7 +35,7 @@ func (pl *peerLink) install(digest *compare.Keys, sign []byte, rotated bool) err
 			return fmt.Errorf("nic %d: %w", i, err)
 		}
 		s.PeerMAC = mac
-		if err := n.do(func() error { return n.install(s) }); err != nil {
+		if err := n.Do(func() error { return n.Install(s) }); err != nil {
 			return fmt.Errorf("nic %d: install session: %w", i, err)
 		}
 	}
@@ -77,7 +77,7 @@ func (pl *peerLink) rotateEvery(l *peerlink.Link) {
 func (pl *peerLink) rotate(l *peerlink.Link) {
 	pl.d.term++
 	sign := newSeed()
-	if err := pl.install(pl.d.nics[0].keys, sign, true); err != nil {
+	if err := pl.install(pl.d.nics[0].Keys, sign, true); err != nil {
 		pl.d.fatal = err
 		return
 	}
@@ -107,7 +107,7 @@ func (pl *peerLink) rotated(l *peerlink.Link, k *peerlink.Rekey) {
 		return
 	}
 	pl.d.term = k.Term
-	if err := pl.install(pl.d.nics[0].keys, k.Sign, true); err != nil {
+	if err := pl.install(pl.d.nics[0].Keys, k.Sign, true); err != nil {
 		pl.d.fatal = err
 		return
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/peerlink/peerlinktest"
 )
@@ -79,7 +80,7 @@ func TestRotationInACheckpoint(t *testing.T) {
 	p.replicating()
 	s.replicating()
 	for n := uint64(1); n <= 5; n++ {
-		p.d.checkpoints.want(request{nic: -1, reason: "test"})
+		p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
 		p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == n && st.State == "replicating" })
 	}
 	st := p.replicating()

@@ -14,6 +14,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
@@ -33,8 +34,8 @@ func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 		return api.Status{}, err
 	}
 	for _, n := range d.nics {
-		if err := n.status(&s); err != nil {
-			return api.Status{}, fmt.Errorf("nic %d: %w", n.index, err)
+		if err := nicStatus(n, &s); err != nil {
+			return api.Status{}, fmt.Errorf("nic %d: %w", n.Index, err)
 		}
 	}
 	return s, nil
@@ -67,8 +68,8 @@ func (d *Daemon) ownStatus() api.Status {
 	return s
 }
 
-// status adds a NIC's share.
-func (n *nic) status(s *api.Status) error {
+// nicStatus adds a NIC's share.
+func nicStatus(n *nicloop.Loop, s *api.Status) error {
 	drops := func(d *[compare.ReasonCount]uint64) {
 		for r, count := range d {
 			switch {
@@ -80,15 +81,16 @@ func (n *nic) status(s *api.Status) error {
 			}
 		}
 	}
-	err := n.do(func() error {
-		if n.intruder != "" {
-			s.Detail = strings.TrimPrefix(s.Detail+"; "+n.intruder+": shut until that is mended", "; ")
+	err := n.Do(func() error {
+		intruder, times := n.Intruder()
+		if intruder != "" {
+			s.Detail = strings.TrimPrefix(s.Detail+"; "+intruder+": shut until that is mended", "; ")
 		}
-		if n.intruded > 0 {
-			s.Counters["intruded"] += n.intruded
+		if times > 0 {
+			s.Counters["intruded"] += times
 		}
-		if n.primary != nil {
-			st := n.primary.Stats()
+		if n.Primary != nil {
+			st := n.Primary.Stats()
 			s.Connections += st.Connections
 			s.HeldPackets += st.HeldPackets
 			s.HeldBytes += st.HeldBytes
@@ -98,7 +100,7 @@ func (n *nic) status(s *api.Status) error {
 			return nil
 		}
 		// What S frees are copies, not frames that got lost.
-		st := n.secondary.Stats()
+		st := n.Secondary.Stats()
 		s.HeldPackets += st.Copies + st.Parked
 		s.HeldBytes += st.Bytes
 		return nil
@@ -106,7 +108,7 @@ func (n *nic) status(s *api.Status) error {
 	if err != nil {
 		return err
 	}
-	counters, err := n.dp.Counters()
+	counters, err := n.DP.Counters()
 	if err != nil {
 		return err
 	}
@@ -116,16 +118,16 @@ func (n *nic) status(s *api.Status) error {
 			s.Dropped[reason] += count
 		}
 	}
-	if n.secondary != nil {
-		known, err := n.offsets()
+	if n.Secondary != nil {
+		known, err := n.Offsets()
 		if err != nil {
 			return err
 		}
 		s.Connections += known
 	}
-	for _, p := range n.dp.Programs() {
+	for _, p := range n.DP.Programs() {
 		name := p.Name
-		if n.index > 0 {
+		if n.Index > 0 {
 			name += "@" + p.Device
 		}
 		s.Programs[name] = api.ProgramStatus{Device: p.Device, Attach: p.Attach}
@@ -137,21 +139,21 @@ func (n *nic) status(s *api.Status) error {
 func (d *Daemon) Flows(context.Context) ([]api.Flow, error) {
 	flows := []api.Flow{}
 	for _, n := range d.nics {
-		more, err := n.flows()
+		more, err := nicFlows(n)
 		if err != nil {
-			return nil, fmt.Errorf("nic %d: %w", n.index, err)
+			return nil, fmt.Errorf("nic %d: %w", n.Index, err)
 		}
 		flows = append(flows, more...)
 	}
 	return flows, nil
 }
 
-func (n *nic) flows() ([]api.Flow, error) {
+func nicFlows(n *nicloop.Loop) ([]api.Flow, error) {
 	var out []api.Flow
-	if n.secondary != nil {
-		now := n.dp.Now()
-		err := n.dp.Offsets(func(t compare.Tuple, o datapath.Offset) {
-			f := n.flow(&t)
+	if n.Secondary != nil {
+		now := n.DP.Now()
+		err := n.DP.Offsets(func(t compare.Tuple, o datapath.Offset) {
+			f := describe(n, &t)
 			f.State, f.Offset, f.Age = o.State, &o.Seq, time.Duration(now-o.Last).Seconds()
 			out = append(out, f)
 		})
@@ -159,19 +161,19 @@ func (n *nic) flows() ([]api.Flow, error) {
 	}
 	var all []compare.Flow
 	var walk compare.FlowWalk
-	err := n.do(func() error {
-		walk = n.primary.WalkFlows()
+	err := n.Do(func() error {
+		walk = n.Primary.WalkFlows()
 		return nil
 	})
 	for more := true; more && err == nil; {
-		err = n.do(func() error {
-			all, more = walk.Next(n.primary, flowsPart, all)
+		err = n.Do(func() error {
+			all, more = walk.Next(n.Primary, flowsPart, all)
 			return nil
 		})
 	}
 	compare.SortFlows(all)
 	for _, c := range all {
-		f := n.flow(&c.Tuple)
+		f := describe(n, &c.Tuple)
 		f.State, f.Compared, f.HeldPackets, f.HeldBytes, f.Age = c.State, &c.Compared, c.Held, c.HeldBytes, c.Age.Seconds()
 		out = append(out, f)
 	}
@@ -181,9 +183,9 @@ func (n *nic) flows() ([]api.Flow, error) {
 // flowsPart is how many flows are listed before the NIC's loop turns again.
 const flowsPart = 1000
 
-func (n *nic) flow(t *compare.Tuple) api.Flow {
+func describe(n *nicloop.Loop, t *compare.Tuple) api.Flow {
 	f := api.Flow{
-		NIC:    n.index,
+		NIC:    n.Index,
 		Guest:  netip.AddrPortFrom(netip.AddrFrom16(t.Guest).Unmap(), t.GuestPort).String(),
 		Remote: netip.AddrPortFrom(netip.AddrFrom16(t.Remote).Unmap(), t.RemotePort).String(),
 	}
