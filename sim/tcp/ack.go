@@ -198,7 +198,7 @@ func (c *conn) probed(now int64) {
 	if !s.pending() {
 		return
 	}
-	n := min(int(s.end()-s.nxt), c.currentMSS())
+	n := min(s.left(), c.currentMSS())
 	if !after(s.nxt+uint32(n), c.windowEnd()) {
 		s.backoff = 0
 		if c.timers.kind == timerProbe {

@@ -57,7 +57,7 @@ func (c *conn) output(now int64) {
 			break
 		}
 		mss := c.currentMSS()
-		left := int(s.end() - s.nxt)
+		left := s.left()
 		n := min(left, mss)
 		last := n == left
 		closing := last && s.closed

@@ -151,6 +151,14 @@ func (s *sender) end() uint32 { return s.seq + uint32(len(s.buf)-s.off) }
 // pending reports whether something waits to be sent for the first time.
 func (s *sender) pending() bool { return !s.finSent && (s.end() != s.nxt || s.closed) }
 
+// left is how many bytes were never sent.
+func (s *sender) left() int {
+	if s.finSent {
+		return 0
+	}
+	return int(s.end() - s.nxt)
+}
+
 // shift removes the first segment.
 func (s *sender) shift() {
 	s.first++

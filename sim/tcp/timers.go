@@ -169,7 +169,7 @@ func (c *conn) probeTail(now int64) {
 	}
 	if !s.tlpOut {
 		was := s.nxt
-		if n := min(int(s.end()-s.nxt), c.currentMSS()); n > 0 && !after(s.nxt+uint32(n), c.windowEnd()) {
+		if n := min(s.left(), c.currentMSS()); n > 0 && !after(s.nxt+uint32(n), c.windowEnd()) {
 			closing := s.closed && s.nxt+uint32(n) == s.end() && before(s.nxt+uint32(n), c.windowEnd())
 			c.sendNew(now, n, c.currentMSS(), closing)
 		} else {
@@ -213,7 +213,7 @@ func (c *conn) probeWindow(now int64) {
 	}
 	mss := c.currentMSS()
 	room := int(int32(c.windowEnd() - s.nxt))
-	if n := min(int(s.end()-s.nxt), mss, room); room > 0 && n > 0 {
+	if n := min(s.left(), mss, room); room > 0 && n > 0 {
 		c.sendNew(now, n, mss, s.closed && s.nxt+uint32(n) == s.end() && n < room)
 		c.arm(timerRTO, now+s.timeout())
 		return
