@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tcp
+
+// ackInfo is what an ACK brought.
+type ackInfo struct {
+	data, window, advanced bool
+	sacked                 bool // something new was SACKed
+	duplicate              bool // a D-SACK
+	original               bool // something was delivered that had not been retransmitted
+	echo                   bool // ECE
+	lost                   bool // something new was found to be lost
+	armed                  bool // the timer for reordering is set
+	acked                  int  // segments that were acknowledged now
+	delivered              int  // segments that arrived, as acknowledged or SACKed now
+	priorUna               uint32
+	rtt                    int64 // of a segment that was sent once; 0: none
+}
+
+// acks takes the acknowledgment of a segment into account. False: the segment is to be dropped.
+func (c *conn) acks(now int64, g *segment) bool {
+	s := &c.snd
+	if before(g.ack, s.una) {
+		if before(g.ack, s.una-max(s.maxWnd, 1)) { // blind data injection
+			c.challenge(now, g)
+			return false
+		}
+		if c.sack && g.sacks > 0 {
+			info := ackInfo{priorUna: s.una}
+			c.sacksIn(now, g, &info)
+			c.alert(now, &info)
+			c.resend(now)
+		}
+		return true
+	}
+	if after(g.ack, s.nxt) {
+		return false // of what was never sent
+	}
+	info := ackInfo{priorUna: s.una, data: len(g.data) > 0, echo: c.ecn && g.has(ece) && !g.has(syn)}
+	packets, flight := s.packets(), s.inFlight()
+	delivered := s.sacked
+	wnd := uint32(g.wnd)
+	if !g.has(syn) {
+		wnd <<= s.scale
+	}
+	if after(g.ack, s.una) || after(g.seq, s.wl1) || g.seq == s.wl1 && (wnd > s.wnd || wnd == 0) {
+		info.window = wnd != s.wnd
+		s.wnd, s.wl1 = wnd, g.seq
+		s.maxWnd = max(s.maxWnd, wnd)
+	}
+	info.advanced = after(g.ack, s.una)
+	if info.advanced || s.packets() == 0 {
+		s.retries = 0
+	}
+	s.una = g.ack
+	s.fack, s.smallEnd = maxSeq(s.fack, s.una), maxSeq(s.smallEnd, s.una)
+	if s.urgent && !before(s.una, s.urgentEnd) {
+		s.urgent = false
+	}
+	if c.sack && g.sacks > 0 {
+		c.sacksIn(now, g, &info)
+	}
+	c.clean(now, &info)
+	s.drop(s.una)
+	if packets == 0 {
+		c.probed(now)
+		return true
+	}
+	c.measure(now, g, &info)
+	if info.advanced {
+		s.backoff, s.stuckSince = 0, now
+	}
+	info.delivered = max(info.acked+s.sacked-delivered, 0)
+	if s.reno() || !c.sack {
+		info.delivered = info.acked
+	}
+	if info.delivered > 0 && c.timers.kind == timerTail {
+		c.arm(timerRTO, now+s.timeout())
+	}
+	c.tailAcked(g, &info)
+	if c.sack {
+		c.detectLoss(now, &info)
+	}
+	c.alert(now, &info)
+	if s.ca != caCWR && s.ca != caRecovery && info.acked > 0 {
+		s.grow(info.acked, flight)
+	}
+	if s.inFlight() < s.cwnd {
+		s.cwndLimited = false
+	}
+	if info.advanced && !info.armed {
+		c.rearm(now)
+	}
+	c.resend(now)
+	return true
+}
+
+// clean removes the segments that are acknowledged.
+func (c *conn) clean(now int64, info *ackInfo) {
+	s := &c.snd
+	for s.packets() > 0 {
+		g := &s.segs[s.first]
+		if after(g.to, s.una) {
+			if after(s.una, g.from) { // a part: the peer's window ended there, or it was collapsed
+				g.from = s.una
+			}
+			break
+		}
+		if g.is(segSacked) {
+			s.sacked--
+		} else {
+			c.delivered(now, g, info)
+		}
+		s.forget(g)
+		info.acked++
+		s.shift()
+	}
+	if s.packets() == 0 {
+		s.sacked, s.lost, s.retrans = 0, 0, 0
+	} else if s.reno() && s.sacked > 0 && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+		s.sacked = max(s.sacked-max(info.acked-1, 0), 0)
+		s.limitReno()
+	}
+}
+
+// delivered takes down that a segment arrived that was not known to have arrived.
+func (c *conn) delivered(now int64, g *seg, info *ackInfo) {
+	s := &c.snd
+	rtt := now - g.sentAt
+	if !g.is(segEver) {
+		info.rtt = rtt
+		if !after(g.to, s.highSeq) {
+			info.original = true
+		}
+		if before(g.to, s.fack) {
+			s.disorder = true
+		}
+	} else if rtt < s.minRTT {
+		return // it was the first transmission that arrived
+	}
+	if g.sentAt > s.rackAt || g.sentAt == s.rackAt && after(g.to, s.rackEnd) {
+		s.rackAt, s.rackEnd, s.rackRTT = g.sentAt, g.to, rtt
+	}
+}
+
+// measure takes a round trip time: of a segment that was sent once, or by the timestamp echo.
+func (c *conn) measure(now int64, g *segment, info *ackInfo) {
+	rtt := info.rtt
+	if rtt == 0 && info.advanced && g.timestamps && g.tsEcr != 0 {
+		if ticks := c.tsNow(now) - g.tsEcr; int32(ticks) >= 0 && ticks < 1<<20 {
+			rtt = max(int64(ticks), 1) * c.s.cfg.TickNS
+		}
+	}
+	if rtt > 0 {
+		c.snd.measure(rtt, c.s.cfg.MinRTO)
+	}
+}
+
+// sacksIn reads the SACK blocks, of which the first can be a D-SACK (RFC 2883).
+func (c *conn) sacksIn(now int64, g *segment, info *ackInfo) {
+	s := &c.snd
+	blocks := g.blocks[:g.sacks]
+	d := blocks[0]
+	if before(d.from, g.ack) || len(blocks) > 1 && !before(d.from, blocks[1].from) && !after(d.to, blocks[1].to) {
+		info.duplicate = true
+		if s.undo && s.undoRetrans > 0 && !after(d.to, s.nxt) && after(d.to, s.undoFrom) {
+			s.undoRetrans--
+		}
+		if before(d.from, g.ack) {
+			blocks = blocks[1:]
+		}
+	}
+	for _, b := range blocks {
+		if !before(b.from, b.to) || before(b.from, s.una) || after(b.to, s.nxt) {
+			continue
+		}
+		for i := s.first; i < len(s.segs); i++ {
+			seg := &s.segs[i]
+			if !before(seg.from, b.to) {
+				break
+			}
+			if before(seg.from, b.from) || after(seg.to, b.to) || seg.is(segSacked) {
+				continue
+			}
+			c.delivered(now, seg, info)
+			s.forget(seg)
+			seg.marks |= segSacked
+			s.sacked++
+			info.sacked = true
+			s.fack = maxSeq(s.fack, seg.to)
+		}
+	}
+}
+
+// probed: an ACK came while nothing was in flight. What waits for the window can be sent or is probed for.
+func (c *conn) probed(now int64) {
+	s := &c.snd
+	if !s.pending() {
+		return
+	}
+	n := min(s.left(), c.currentMSS())
+	if !after(s.nxt+uint32(n), c.windowEnd()) {
+		s.backoff = 0
+		if c.timers.kind == timerProbe {
+			c.disarm()
+		}
+	} else if c.timers.kind == timerProbe {
+		c.arm(timerProbe, now+s.backed(s.rto))
+	}
+}

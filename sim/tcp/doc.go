@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package tcp is a guest's or a client's TCP/IP stack for a discrete-event simulator. It is
+// pure and deterministic: time comes in with every call, random choices come from the
+// stack's own seeded generator, and frames go out by [Stack.Take]. [Stack.Clone] is what a
+// checkpoint of QEMU does to the secondary.
+//
+// It behaves as Linux does (RFC 9293, 7323, 2018, 2883, 5681, 6298, 5682, 8985, 5961, 6191),
+// with what makes two guests differ: how streams are cut into segments, when they are
+// acknowledged, what is retransmitted. It leaves out what changes only speed on real networks:
+// CUBIC, pacing, receive buffer tuning, GSO, path MTU discovery, syncookies.
+//
+//   - stack.go, api.go: the stack and its calls
+//   - frame.go, options.go, parse.go: frames
+//   - conn.go: a connection; state.go, handshake.go: its states
+//   - sender.go, output.go, ack.go, recovery.go, timers.go: what goes out, and again
+//   - receiver.go, input.go, acking.go: what comes in, and its acknowledgment
+package tcp

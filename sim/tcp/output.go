@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tcp
+
+import "slices"
+
+// sackBlocks is how many SACK blocks a segment has room for, and has.
+func (c *conn) sackBlocks() int {
+	n, most := c.rcv.sacks, 4
+	if c.rcv.dup {
+		n++
+	}
+	if c.timestamps {
+		most = 3
+	}
+	return min(n, most)
+}
+
+// currentMSS is how many bytes fit into a segment with the options of this moment.
+func (c *conn) currentMSS() int {
+	n := min(c.mss, c.snd.mss)
+	if c.timestamps {
+		n -= timestampLen
+	}
+	if b := c.sackBlocks(); b > 0 && c.sack {
+		n -= 4 + 8*b
+	}
+	// No more than half of the largest window seen, or a peer with a small one would see silly segments.
+	if half := int(c.snd.maxWnd) / 2; c.snd.maxWnd > defaultMSS && n > half {
+		n = half
+	} else if c.snd.maxWnd > 0 && c.snd.maxWnd <= defaultMSS {
+		n = min(n, int(c.snd.maxWnd))
+	}
+	return max(n, 8)
+}
+
+// windowEnd is the end of the peer's window.
+func (c *conn) windowEnd() uint32 { return c.snd.una + c.snd.wnd }
+
+// synchronized reports whether data may be sent.
+func (c *conn) synchronized() bool { return c.state >= Established && c.state != TimeWait }
+
+// output sends what may be sent for the first time, and arms the timer of a closed window.
+func (c *conn) output(now int64) {
+	if !c.synchronized() {
+		return
+	}
+	s := &c.snd
+	if s.pending() && s.packets() == 0 && s.lastSentAt != 0 {
+		c.restartIdle(now)
+	}
+	c.corked = false
+	sent := 0
+	for s.pending() {
+		if s.inFlight() >= s.cwnd {
+			s.cwndLimited = true
+			break
+		}
+		mss := c.currentMSS()
+		left := s.left()
+		n := min(left, mss)
+		last := n == left
+		closing := last && s.closed
+		to := s.nxt + uint32(n)
+		if closing {
+			to++
+		}
+		if after(to, c.windowEnd()) {
+			break
+		}
+		if n < mss && !closing && c.hold() {
+			break
+		}
+		c.sendNew(now, n, mss, closing)
+		sent++
+	}
+	if sent > 0 {
+		if s.ca == caCWR || s.ca == caRecovery {
+			s.prrOut += sent
+		}
+		c.armTail(now)
+		return
+	}
+	if s.packets() == 0 && s.pending() && c.timers.kind == timerNone && !c.corked {
+		c.arm(timerProbe, now+s.backed(s.rto))
+	}
+}
+
+// hold reports whether a segment below the MSS, not urgent, has to wait: by Nagle's algorithm in Minshall's
+// variant while a small segment is not acknowledged, and by autocorking while frames wait for Take.
+func (c *conn) hold() bool {
+	s := &c.snd
+	if s.urgent {
+		return false
+	}
+	if !c.noDelay && s.packets() > 0 && after(s.smallEnd, s.una) {
+		return true
+	}
+	if c.s.cfg.Autocork && c.queued && s.packets() > 0 {
+		c.corked = true
+		return true
+	}
+	return false
+}
+
+// restartIdle halves cwnd for each RTO without a transmission (RFC 5681, 4.1).
+func (c *conn) restartIdle(now int64) {
+	s := &c.snd
+	idle := now - s.lastSentAt
+	for idle > s.rto && s.cwnd > initialCwnd {
+		s.cwnd = max(s.cwnd/2, initialCwnd)
+		idle -= s.rto
+	}
+}
+
+// sendNew sends the next n bytes.
+func (c *conn) sendNew(now int64, n, mss int, closing bool) {
+	s := &c.snd
+	seq, flags := s.nxt, ack
+	data := s.bytes(seq, n)
+	g := seg{from: seq, to: seq + uint32(n), sentAt: now}
+	if seq+uint32(n) == s.end() && n > 0 {
+		flags |= psh
+	}
+	if closing {
+		flags |= fin
+		g.to++
+		g.marks = segFIN
+		s.finSent = true
+	}
+	if n < mss {
+		s.smallEnd = seq + uint32(n)
+	}
+	if s.packets() == 0 {
+		s.stuckSince = now
+	}
+	s.push(g)
+	s.nxt = g.to
+	c.dataSent(now)
+	c.segment(now, seq, flags, data)
+	s.sentOnce = g.to
+	s.lastSentAt = now
+}
+
+// dataSent has the connection count as interactive if what it sends follows what it received.
+func (c *conn) dataSent(now int64) {
+	if c.rcv.active && now-c.rcv.lastDataAt < int64(c.s.cfg.DelayedACK) {
+		c.rcv.pingpong = true
+	}
+}
+
+// retransmit sends a segment of the queue again, together with those behind it that fit in. It
+// reports false if the peer's window does not allow it.
+func (c *conn) retransmit(now int64, i int) bool {
+	s := &c.snd
+	g := &s.segs[i]
+	mss := c.currentMSS()
+	end := c.windowEnd()
+	if !before(g.from, end) && g.from != s.una {
+		return false
+	}
+	if int(g.to-g.from) > mss && !(g.is(segFIN) && int(g.to-g.from) == mss+1) {
+		c.split(i, uint32(mss))
+		g = &s.segs[i]
+	}
+	// A window that was taken back is probed with what fits in, at least a byte.
+	if after(g.to, end) {
+		if room := end - g.from; before(g.from, end) && room < g.to-g.from {
+			c.split(i, room)
+			g = &s.segs[i]
+		}
+	}
+	c.collapse(i, mss)
+	g = &s.segs[i]
+	flags := ack
+	n := int(g.to - g.from)
+	if g.is(segFIN) {
+		flags |= fin
+		n--
+	}
+	if n > 0 && g.from+uint32(n) == s.end() {
+		flags |= psh
+	}
+	if !g.is(segRetrans) {
+		s.retrans++
+	}
+	g.marks |= segRetrans | segEver
+	g.sentAt = now
+	if !s.stamped {
+		s.retransStamp, s.stamped = c.tsNow(now), true
+	}
+	s.undoRetrans++
+	c.segment(now, g.from, flags, s.bytes(g.from, n))
+	s.lastSentAt = now
+	return true
+}
+
+// split cuts a segment of the queue in two.
+func (c *conn) split(i int, n uint32) {
+	s := &c.snd
+	g := s.segs[i]
+	rest := g
+	g.to, rest.from = g.from+n, g.from+n
+	g.marks &^= segFIN
+	s.segs[i] = g
+	s.segs = slices.Insert(s.segs, i+1, rest)
+	s.count(rest.marks, 1)
+}
+
+// count adds n to the counts that a segment's marks are in.
+func (s *sender) count(marks uint8, n int) {
+	if marks&segSacked != 0 {
+		s.sacked += n
+	}
+	if marks&segLost != 0 {
+		s.lost += n
+	}
+	if marks&segRetrans != 0 {
+		s.retrans += n
+	}
+}
+
+// collapse joins a segment that is sent again with the next ones, as long as they fit in whole.
+func (c *conn) collapse(i, mss int) {
+	s := &c.snd
+	for i+1 < len(s.segs) {
+		g, next := &s.segs[i], &s.segs[i+1]
+		n := int(next.to - g.from)
+		if next.is(segFIN) {
+			n--
+		}
+		if g.is(segSacked) || next.is(segSacked) || n > mss || after(next.to, c.windowEnd()) {
+			return
+		}
+		s.forgetJoined(next)
+		g.to = next.to
+		g.marks |= next.marks & (segFIN | segEver)
+		copy(s.segs[i+1:], s.segs[i+2:])
+		s.segs = s.segs[:len(s.segs)-1]
+	}
+}
+
+func (s *sender) forgetJoined(g *seg) {
+	s.count(g.marks, -1)
+	if s.sacked > 0 && g.marks&segSacked == 0 && s.reno() {
+		s.sacked--
+	}
+}
