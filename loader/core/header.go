@@ -239,3 +239,13 @@ func rawHeader(dst, data []byte, m *frameMeta) []byte {
 	}
 	return dst
 }
+
+// Checksum is the Internet checksum's sum of parts, of which all but the last have an even
+// length.
+func Checksum(parts ...[]byte) uint16 {
+	var s uint32
+	for _, p := range parts {
+		s = uint32(fold(sum16(s, p)))
+	}
+	return fold(s)
+}
