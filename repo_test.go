@@ -57,15 +57,20 @@ func goFiles(t *testing.T) map[string]*ast.File {
 func under(pkg, dir string) bool { return pkg == dir || strings.HasPrefix(pkg, dir+"/") }
 
 // mayImport is the direction of imports: cmd → control, loader; control → compare,
-// rewriter; loader → bpf, the cores and control/datapath, which it serves; the cores → nothing.
+// rewriter; loader → bpf, the cores and control/datapath, which it serves; the cores → nothing;
+// sim, the simulator, → anything.
 func mayImport(from, to string, test bool) bool {
 	switch {
 	case under(to, "cmd"):
 		return under(from, "cmd")
 	case under(to, "bench"):
 		return under(from, "bench") || from == "cmd/lockstep" // the command bench
+	case under(to, "sim"):
+		return under(from, "sim")
 	case test || under(from, "bench") || isTestKit(from):
 		return true
+	case from == "sim/kernel": // what the simulator puts in the kernel's place
+		return to == "compare" || to == "rewriter" || under(to, "bpf") || to == "control/datapath" || to == "loader/core"
 	case isTestKit(to):
 		return false
 	case under(to, "bpf"):

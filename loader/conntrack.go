@@ -13,6 +13,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
@@ -77,7 +78,7 @@ func (c *conntrack) Sweep(linger, idle time.Duration) (int, error) {
 // Offsets implements [datapath.NIC].
 func (c *conntrack) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	if err := each(c.conns, func(k bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
-		yield(fromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, Last: int64(v.Last), State: rewriter.State(v.State).String()})
+		yield(core.FromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, Last: int64(v.Last), State: rewriter.State(v.State).String()})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}
@@ -87,7 +88,7 @@ func (c *conntrack) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 // newest is the remote's newest segment of a connection; false: evicted, or there was
 // none.
 func (c *conntrack) newest(t compare.Tuple) (seg bpf.LockstepLsCli, ok bool) {
-	key := toTuple(t)
+	key := core.ToTuple(t)
 	err := c.remotes.Lookup(&key, &seg)
 	return seg, err == nil
 }
@@ -107,8 +108,8 @@ func (c *conntrack) Acked(t compare.Tuple) (ack uint32, ok bool) {
 // knownRemotes are the remotes whose acknowledgment is known.
 func (c *conntrack) knownRemotes() (out []datapath.Remote, err error) {
 	if err := each(c.remotes, func(t bpf.LockstepLsTuple, seg *bpf.LockstepLsCli) {
-		if t.Proto == protoTCP && acknowledges(seg) {
-			out = append(out, datapath.Remote{Tuple: fromTuple(&t), Ack: seg.Ack, At: int64(seg.At)})
+		if t.Proto == core.ProtoTCP && acknowledges(seg) {
+			out = append(out, datapath.Remote{Tuple: core.FromTuple(&t), Ack: seg.Ack, At: int64(seg.At)})
 		}
 	}); err != nil {
 		return nil, fmt.Errorf("list remotes: %w", err)

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // everyOption is a list of TCP options of all kinds that there are names for, by turns:
@@ -86,21 +87,21 @@ func TestEveryBit(t *testing.T) {
 			for _, pay := range [][]byte{nil, []byte("payload, 20 bytes ok")} {
 				frame := segment(v6, 0, 1000, compare.ACK, opts, pay)
 				headers := len(frame) - len(pay)
-				first := ethLen
+				first := core.EthLen
 				if name != "none" && len(pay) > 0 { // the others are no different by their payload
 					first = headers - len(opts)
 				}
 				for bit := first * 8; bit < headers*8; bit++ {
 					in := bytes.Clone(frame)
 					in[bit/8] ^= 0x80 >> (bit % 8)
-					what := field(v6, bit-ethLen*8)
+					what := field(v6, bit-core.EthLen*8)
 					out := h.through(guest, client, in, func(*compare.Segment) {})
 					if bytes.Equal(fixed(in), out) {
 						continue
 					}
 					changed[what]++
 					if changes[what] == "" {
-						t.Errorf("IPv6 %v, %s, %d bytes, %s, bit %d: released\n% x, was\n% x", v6, name, len(pay), what, bit-ethLen*8, out, fixed(in))
+						t.Errorf("IPv6 %v, %s, %d bytes, %s, bit %d: released\n% x, was\n% x", v6, name, len(pay), what, bit-core.EthLen*8, out, fixed(in))
 					}
 				}
 				if t.Failed() {
@@ -119,11 +120,11 @@ func TestEveryBit(t *testing.T) {
 // fixed is a frame with the checksums that it should have, if it is TCP.
 func fixed(frame []byte) []byte {
 	f := bytes.Clone(frame)
-	ip := f[ethLen:]
+	ip := f[core.EthLen:]
 	l4, end := 40, 40+int(binary.BigEndian.Uint16(ip[4:]))
 	if binary.BigEndian.Uint16(f[12:]) == 0x0800 {
 		l4, end = int(ip[0]&15)*4, int(binary.BigEndian.Uint16(ip[2:]))
-		if ip[9] != protoTCP || binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 {
+		if ip[9] != core.ProtoTCP || binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 {
 			return f
 		}
 		if l4 > len(ip) || l4 < 20 {
@@ -131,15 +132,15 @@ func fixed(frame []byte) []byte {
 		}
 		binary.BigEndian.PutUint16(ip[10:], 0)
 		binary.BigEndian.PutUint16(ip[10:], ^onesSum(ip[:l4]))
-	} else if ip[6] != protoTCP {
+	} else if ip[6] != core.ProtoTCP {
 		return f
 	}
-	if end > len(ip) || end < l4+tcpHdrLen {
+	if end > len(ip) || end < l4+core.TCPLen {
 		return f
 	}
 	tcp := ip[l4:end]
-	binary.BigEndian.PutUint16(tcp[tcpCsumOff:], 0)
-	binary.BigEndian.PutUint16(tcp[tcpCsumOff:], ^onesSum(pseudoHeader(ip, len(tcp)), tcp))
+	binary.BigEndian.PutUint16(tcp[core.TCPCsum:], 0)
+	binary.BigEndian.PutUint16(tcp[core.TCPCsum:], ^onesSum(pseudoHeader(ip, len(tcp)), tcp))
 	return f
 }
 
@@ -153,8 +154,8 @@ func TestChangedBits(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		for _, pay := range [][]byte{nil, []byte("payload")} {
 			in := segment(v6, 0, 1000, compare.ACK|compare.URG|compare.ECE|compare.AE, opts, pay)
-			l4 := len(in) - len(pay) - len(opts) - tcpHdrLen
-			binary.BigEndian.PutUint16(in[l4+tcpUrgOff:], 3)
+			l4 := len(in) - len(pay) - len(opts) - core.TCPLen
+			binary.BigEndian.PutUint16(in[l4+core.TCPUrg:], 3)
 			out := h.through(guest, client, in, func(s *compare.Segment) {
 				s.Ack -= 0x10
 				s.Win -= 5
@@ -163,15 +164,15 @@ func TestChangedBits(t *testing.T) {
 			want := bytes.Clone(in)
 			binary.BigEndian.PutUint32(want[l4+8:], 0x11223344-0x10)
 			binary.BigEndian.PutUint16(want[l4+14:], 500-5)
-			want[l4+tcpHdrLen+11] = 4 // the echo is that of the ACK
-			sack := want[l4+tcpHdrLen+len(ts):][:len(opts)-len(ts)]
+			want[l4+core.TCPLen+11] = 4 // the echo is that of the ACK
+			sack := want[l4+core.TCPLen+len(ts):][:len(opts)-len(ts)]
 			if copy(sack, bytes.Repeat([]byte{1}, len(sack))); pay == nil {
-				want = slices.Delete(want, l4+tcpHdrLen+len(ts), len(want))
+				want = slices.Delete(want, l4+core.TCPLen+len(ts), len(want))
 				want[l4+12] -= 3 << 4
-				ip := want[ethLen:]
+				ip := want[core.EthLen:]
 				binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
 				if v6 {
-					copy(ip[2:], in[ethLen+2:][:2])
+					copy(ip[2:], in[core.EthLen+2:][:2])
 					binary.BigEndian.PutUint16(ip[4:], uint16(len(ip)-40))
 				}
 			}
@@ -243,7 +244,7 @@ func (h *hosts) through(guest, client *wire, in []byte, less func(*compare.Segme
 			out = f // an ACK may leave before what it came with
 		}
 	}
-	if evs[0].Seg.Slot != compare.NoSlot && len(h.p.frames.meta) != 0 {
+	if evs[0].Seg.Slot != compare.NoSlot && h.p.frames.Len() != 0 {
 		apply(h, h.p, compare.Effect{Op: compare.OpFree, Slot: evs[0].Seg.Slot})
 	}
 	return out

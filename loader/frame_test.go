@@ -9,8 +9,8 @@ import (
 
 	"pgregory.net/rapid"
 
-	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 var (
@@ -19,17 +19,17 @@ var (
 )
 
 // l2l3 is an Ethernet and IP header for TCP. Lengths and checksum are left wrong:
-// buildHeader sets them.
+// core.BuildHeader sets them.
 func l2l3(v6 bool, ipOpts int) []byte {
 	b := bytes.Join([][]byte{macB, macA}, nil)
 	if v6 {
-		b = binary.BigEndian.AppendUint16(b, ethIPv6)
-		b = append(b, 0x60, 0, 0, 0, 0xff, 0xff, protoTCP, 64)
+		b = binary.BigEndian.AppendUint16(b, core.EthIPv6)
+		b = append(b, 0x60, 0, 0, 0, 0xff, 0xff, core.ProtoTCP, 64)
 		b = append(b, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
 		return append(b, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2)
 	}
 	b = binary.BigEndian.AppendUint16(b, 0x0800)
-	b = append(b, byte(0x45+ipOpts/4), 0, 0xff, 0xff, 0x12, 0x34, 0x40, 0, 64, protoTCP, 0xff, 0xff, 10, 0, 0, 1, 10, 0, 0, 2)
+	b = append(b, byte(0x45+ipOpts/4), 0, 0xff, 0xff, 0x12, 0x34, 0x40, 0, 64, core.ProtoTCP, 0xff, 0xff, 10, 0, 0, 1, 10, 0, 0, 2)
 	return append(b, bytes.Repeat([]byte{1}, ipOpts)...) // NOPs
 }
 
@@ -60,12 +60,12 @@ func complete(frame []byte, start, off int) {
 // pseudoHeader is that of the IP header ip and n bytes of TCP.
 func pseudoHeader(ip []byte, n int) []byte {
 	if ip[0]>>4 == 4 {
-		return append(bytes.Clone(ip[12:20]), 0, protoTCP, byte(n>>8), byte(n))
+		return append(bytes.Clone(ip[12:20]), 0, core.ProtoTCP, byte(n>>8), byte(n))
 	}
-	return append(bytes.Clone(ip[8:40]), 0, 0, byte(n>>8), byte(n), 0, 0, 0, protoTCP)
+	return append(bytes.Clone(ip[8:40]), 0, 0, byte(n>>8), byte(n), 0, 0, 0, core.ProtoTCP)
 }
 
-func newHead() []byte { return make([]byte, 0, maxHeader) }
+func newHead() []byte { return make([]byte, 0, core.MaxHeader) }
 
 func TestBuildHeader(t *testing.T) {
 	ts := [40]byte{1, 1, 8, 10, 0, 0, 0, 7, 0, 0, 0, 9}
@@ -88,9 +88,9 @@ func TestBuildHeader(t *testing.T) {
 		{name: "options padded to words", optLen: 10, csumStart: 34, head: 66},
 		{name: "v4 tag", tci: 0x6005, optLen: 12, csumStart: 38, head: 70},
 		{name: "v6 tag", v6: true, tci: 5, csumStart: 58, head: 78},
-		{name: "v4 GSO", payLen: 5000, gso: 1448, gsoType: gsoTCPv4, optLen: 12, csumStart: 34, head: 66},
-		{name: "v6 GSO", v6: true, payLen: 5000, gso: 1428, gsoType: gsoTCPv6, csumStart: 54, head: 74},
-		{name: "v4 GSO tag", tci: 9, payLen: 5000, gso: 1448, gsoType: gsoTCPv4, csumStart: 38, head: 58},
+		{name: "v4 GSO", payLen: 5000, gso: 1448, gsoType: core.GSOTCPv4, optLen: 12, csumStart: 34, head: 66},
+		{name: "v6 GSO", v6: true, payLen: 5000, gso: 1428, gsoType: core.GSOTCPv6, csumStart: 54, head: 74},
+		{name: "v4 GSO tag", tci: 9, payLen: 5000, gso: 1448, gsoType: core.GSOTCPv4, csumStart: 38, head: 58},
 		{name: "one segment is no GSO", payLen: 1448, gso: 1448, csumStart: 34, head: 54},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -98,19 +98,19 @@ func TestBuildHeader(t *testing.T) {
 			clear(e.Opts[c.optLen:])
 			in := l2l3(c.v6, c.ipOpts)
 			before := bytes.Clone(in)
-			out, ok := buildHeader(newHead(), in, []byte{0x30, 0x39, 0, 80}, &e, ethVLAN, c.tci, c.payLen, c.gso)
+			out, ok := core.BuildHeader(newHead(), in, []byte{0x30, 0x39, 0, 80}, &e, core.EthVLAN, c.tci, c.payLen, c.gso)
 			if !ok {
 				t.Fatal("refused")
 			}
 			if !bytes.Equal(in, before) {
 				t.Error("the held frame's own header was changed")
 			}
-			vh, f := out[:vnetHdrLen], out[vnetHdrLen:]
+			vh, f := out[:core.VnetLen], out[core.VnetLen:]
 			if len(f) != c.head {
 				t.Errorf("%d bytes of headers, want %d", len(f), c.head)
 			}
 			le := binary.LittleEndian.Uint16
-			if vh[0] != vnetCsum || int(le(vh[6:])) != c.csumStart || le(vh[8:]) != tcpCsumOff {
+			if vh[0] != core.VnetCsum || int(le(vh[6:])) != c.csumStart || le(vh[8:]) != core.TCPCsum {
 				t.Errorf("virtio-net header % x: checksum at %d+%d", vh, le(vh[6:]), le(vh[8:]))
 			}
 			hdrLen, size := uint16(0), uint16(0)
@@ -123,7 +123,7 @@ func TestBuildHeader(t *testing.T) {
 			if !bytes.Equal(f[:12], in[:12]) {
 				t.Errorf("addresses % x", f[:12])
 			}
-			l3 := ethLen
+			l3 := core.EthLen
 			if c.tci != 0 {
 				l3 += 4
 				if want := []byte{0x81, 0, byte(c.tci >> 8), byte(c.tci)}; !bytes.Equal(f[12:16], want) {
@@ -168,7 +168,7 @@ func TestBuildHeaderRefuses(t *testing.T) {
 		"nothing":        {newHead(), nil},
 		"no room at all": {nil, l2l3(false, 0)},
 	} {
-		if _, ok := buildHeader(c.head, c.l2l3, []byte{0, 1, 0, 2}, &compare.Effect{}, ethVLAN, 0, 0, 0); ok {
+		if _, ok := core.BuildHeader(c.head, c.l2l3, []byte{0, 1, 0, 2}, &compare.Effect{}, core.EthVLAN, 0, 0, 0); ok {
 			t.Errorf("%s: taken", name)
 		}
 	}
@@ -183,19 +183,19 @@ func TestBuildHeaderChecksum(t *testing.T) {
 		e.OptLen = uint8(copy(e.Opts[:], opts))
 		in := l2l3(rapid.Bool().Draw(t, "v6"), 4*rapid.IntRange(0, 10).Draw(t, "ip options"))
 		for i, b := range rapid.SliceOfN(rapid.Byte(), 8, 8).Draw(t, "address bytes") {
-			in[ethLen+12+i] = b
+			in[core.EthLen+12+i] = b
 		}
 		payload := rapid.SliceOfN(rapid.Byte(), 0, 1500).Draw(t, "payload")
 		ports := rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "ports")
-		out, ok := buildHeader(newHead(), in, ports, &e, ethVLAN, rapid.Uint16().Draw(t, "tci"), len(payload), 0)
+		out, ok := core.BuildHeader(newHead(), in, ports, &e, core.EthVLAN, rapid.Uint16().Draw(t, "tci"), len(payload), 0)
 		if !ok {
 			t.Fatal("refused")
 		}
 		start := int(binary.LittleEndian.Uint16(out[6:]))
-		f := append(bytes.Clone(out[vnetHdrLen:]), payload...)
+		f := append(bytes.Clone(out[core.VnetLen:]), payload...)
 		complete(f, start, int(binary.LittleEndian.Uint16(out[8:])))
 		tcp := f[start:]
-		ip := f[start-(len(in)-ethLen) : start]
+		ip := f[start-(len(in)-core.EthLen) : start]
 		if onesSum(pseudoHeader(ip, len(tcp)), tcp) != 0xffff {
 			t.Errorf("wrong TCP checksum of % x", f)
 		}
@@ -203,49 +203,4 @@ func TestBuildHeaderChecksum(t *testing.T) {
 			t.Errorf("wrong IP checksum of % x", ip)
 		}
 	})
-}
-
-func TestSlots(t *testing.T) {
-	const gsoBit = compare.Slot(bpf.LockstepLsConstLS_SLOT_GSO)
-	s := slots{small: make([]byte, 3*slotSize), gso: make([]byte, 2*gsoSize)}
-	for _, c := range []struct {
-		id   compare.Slot
-		room int
-	}{
-		{0, slotSize - slotHeader},
-		{2, slotSize - slotHeader},
-		{3, 0},
-		{gsoBit - 1, 0},
-		{gsoBit, gsoSize - slotHeader},
-		{gsoBit | 1, gsoSize - slotHeader},
-		{gsoBit | 2, 0},
-		{compare.NoSlot, 0},
-	} {
-		if d := s.data(c.id); len(d) != c.room || cap(d) != c.room {
-			t.Errorf("slot %#x: room %d (cap %d), want %d", uint32(c.id), len(d), cap(d), c.room)
-		}
-		if c.room == 0 {
-			if s.element(c.id) != nil || s.frame(c.id) != nil {
-				t.Errorf("slot %#x exists", uint32(c.id))
-			}
-			s.free(c.id) // touches nothing
-			continue
-		}
-		e := s.element(c.id)
-		state := func() bpf.LockstepLsSlotState { return bpf.LockstepLsSlotState(binary.NativeEndian.Uint32(e)) }
-		for n, want := range map[uint32]int{0: 0, 60: 60, uint32(c.room): c.room, uint32(c.room) + 1: c.room, 1<<32 - 1: c.room} {
-			binary.NativeEndian.PutUint32(e[lenOffset:], n)
-			if got := len(s.frame(c.id)); got != want {
-				t.Errorf("slot %#x with length %d: frame of %d bytes, want %d", uint32(c.id), n, got, want)
-			}
-		}
-		binary.NativeEndian.PutUint32(e, uint32(bpf.LockstepLsSlotStateLS_SLOT_READY))
-		rest := bytes.Clone(e[4:])
-		if s.free(c.id); state() != bpf.LockstepLsSlotStateLS_SLOT_FREE {
-			t.Errorf("slot %#x: state %d after free", uint32(c.id), state())
-		}
-		if !bytes.Equal(rest, e[4:]) {
-			t.Errorf("slot %#x: free changed more than the state", uint32(c.id))
-		}
-	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // datagram is a frame with a UDP datagram of payload.
@@ -22,13 +23,13 @@ func datagram(v6 bool, payload []byte) []byte {
 	f := l2l3(v6, 0)
 	udp := binary.BigEndian.AppendUint16([]byte{0x30, 0x39, 0, 53}, uint16(8+len(payload)))
 	udp = append(append(udp, 0, 0), payload...)
-	ip := f[ethLen:]
+	ip := f[core.EthLen:]
 	if v6 {
-		ip[6] = protoUDP
+		ip[6] = core.ProtoUDP
 		binary.BigEndian.PutUint16(ip[4:], uint16(len(udp)))
 		return append(f, udp...)
 	}
-	ip[9] = protoUDP
+	ip[9] = core.ProtoUDP
 	binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)+len(udp)))
 	binary.BigEndian.PutUint16(ip[10:], 0)
 	binary.BigEndian.PutUint16(ip[10:], ^onesSum(ip))
@@ -45,7 +46,7 @@ func TestDatagram(t *testing.T) {
 		frame := datagram(v6, pay)
 		pvm.send(frame)
 		s := event(t, h.p, compare.EvPVM)
-		if !s.Datagram || s.Proto != protoUDP || s.GuestPort != 12345 || s.RemotePort != 53 || s.Seq != 0 || s.Len != 77 {
+		if !s.Datagram || s.Proto != core.ProtoUDP || s.GuestPort != 12345 || s.RemotePort != 53 || s.Seq != 0 || s.Len != 77 {
 			t.Errorf("v6 %v: held %+v", v6, s)
 		}
 		svm.send(frame)
@@ -74,7 +75,7 @@ func TestNeighbourRequest(t *testing.T) {
 		}
 		e := compare.Effect{Op: compare.OpNeigh, Tuple: t4, OptLen: 6}
 		copy(e.Opts[:], macA)
-		frame := neighRequest(make([]byte, 0, maxHeader), &e)[vnetHdrLen:]
+		frame := core.NeighRequest(make([]byte, 0, core.MaxHeader), &e)[core.VnetLen:]
 		svm.send(frame)
 		s := event(t, h.p, compare.EvNeigh)
 		if s.Guest != t4.Guest || s.Remote != t4.Remote || !bytes.Equal(s.Opts, macA) {
@@ -84,7 +85,7 @@ func TestNeighbourRequest(t *testing.T) {
 		if got := client.recv(); !bytes.Equal(got, frame) {
 			t.Errorf("v6 %v: P asked % x, the SVM % x", v6, got, frame)
 		}
-		if ip := frame[ethLen:]; v6 && onesSum(append(bytes.Clone(ip[8:40]), 0, 0, 0, 32, 0, 0, 0, protoICMPv6), ip[40:]) != 0xffff {
+		if ip := frame[core.EthLen:]; v6 && onesSum(append(bytes.Clone(ip[8:40]), 0, 0, 0, 32, 0, 0, 0, core.ProtoICMPv6), ip[40:]) != 0xffff {
 			t.Error("wrong ICMPv6 checksum")
 		}
 	}
@@ -125,9 +126,9 @@ func TestRepeatedACK(t *testing.T) {
 			client.send(came)
 			svm.recv()
 			pvm.recv()
-			key := compare.Tuple{Guest: addr(10, 0, 0, 2), Remote: addr(10, 0, 0, 1), GuestPort: 80, RemotePort: 12345, VLAN: tc.tci, Proto: protoTCP}
+			key := compare.Tuple{Guest: addr(10, 0, 0, 2), Remote: addr(10, 0, 0, 1), GuestPort: 80, RemotePort: 12345, VLAN: tc.tci, Proto: core.ProtoTCP}
 			if tc.v6 {
-				l3 := l3Offset(came)
+				l3 := core.L3Offset(came)
 				key.Guest, key.Remote = [16]byte(came[l3+24:]), [16]byte(came[l3+8:])
 			}
 			e := compare.Effect{Op: tc.op, Tuple: key}
@@ -135,7 +136,7 @@ func TestRepeatedACK(t *testing.T) {
 			times := 1
 			if tc.sack != nil {
 				apply(t, h.p, e) // the remote has acknowledged something else than 0
-				e.Seq, times = segmentAck, dupThresh
+				e.Seq, times = segmentAck, core.DupThresh
 			}
 			apply(t, h.p, e)
 			want := segment(tc.v6, tc.tci, 150, compare.ACK, tc.want, nil)
@@ -160,7 +161,7 @@ func TestRepeatedACK(t *testing.T) {
 			t.Errorf("the %s got % x beside", name, got)
 		}
 	}
-	counts(t, h.p, "sacked", 4*dupThresh)
+	counts(t, h.p, "sacked", 4*core.DupThresh)
 }
 
 // Records that P has not are sent again when it asks for the newest: they come

@@ -11,6 +11,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // segmentAck is what every segment acknowledges.
@@ -20,12 +21,12 @@ const segmentAck = 0x11223344
 func segment(v6 bool, tci uint16, seq uint32, flags compare.Flags, opts, payload []byte) []byte {
 	e := compare.Effect{Seq: seq, Ack: segmentAck, Win: 500, Flags: flags, OptLen: uint8(len(opts))}
 	copy(e.Opts[:], opts)
-	out, ok := buildHeader(newHead(), l2l3(v6, 0), []byte{0x30, 0x39, 0, 80}, &e, ethVLAN, tci, len(payload), 0)
+	out, ok := core.BuildHeader(newHead(), l2l3(v6, 0), []byte{0x30, 0x39, 0, 80}, &e, core.EthVLAN, tci, len(payload), 0)
 	if !ok {
 		panic("a frame of this test cannot be built")
 	}
-	f := append(bytes.Clone(out[vnetHdrLen:]), payload...)
-	complete(f, int(binary.LittleEndian.Uint16(out[6:])), tcpCsumOff)
+	f := append(bytes.Clone(out[core.VnetLen:]), payload...)
+	complete(f, int(binary.LittleEndian.Uint16(out[6:])), core.TCPCsum)
 	return f
 }
 
@@ -46,7 +47,7 @@ func release(s compare.Segment) compare.Effect {
 }
 
 func slotState(n *NIC, s compare.Slot) bpf.LockstepLsSlotState {
-	return bpf.LockstepLsSlotState(binary.NativeEndian.Uint32(n.frames.slots.element(s)))
+	return bpf.LockstepLsSlotState(binary.NativeEndian.Uint32(n.frames.Element(s)))
 }
 
 func TestHoldAndRelease(t *testing.T) {
@@ -80,7 +81,7 @@ func TestHoldAndRelease(t *testing.T) {
 		if got := client.recv(); !bytes.Equal(got, c.frame) {
 			t.Errorf("%s: released\n% x, was\n% x", c.name, got, c.frame)
 		}
-		if slotState(h.p, s.Slot) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.frames.meta) != 0 {
+		if slotState(h.p, s.Slot) != bpf.LockstepLsSlotStateLS_SLOT_FREE || h.p.frames.Len() != 0 {
 			t.Errorf("%s: slot is not free after its release", c.name)
 		}
 	}
@@ -141,11 +142,11 @@ func sendGSO(t testing.TB, name string, tci uint16, pay []byte) {
 	check(t, err)
 	defer c.close()
 	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
-	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, ethVLAN, tci, len(pay), gsoSegment)
+	head, ok := core.BuildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, core.EthVLAN, tci, len(pay), gsoSegment)
 	if !ok {
 		t.Fatal("refused")
 	}
-	c.queue(head, pay)
+	c.Queue(head, pay)
 	_, err = c.flush()
 	check(t, err)
 }
@@ -153,14 +154,14 @@ func sendGSO(t testing.TB, name string, tci uint16, pay []byte) {
 // wantSegments receives pay in segments with right checksums.
 func wantSegments(t testing.TB, w *wire, tci uint16, pay []byte) {
 	t.Helper()
-	l4 := ethLen + 20
+	l4 := core.EthLen + 20
 	if tci != 0 {
 		l4 += 4
 	}
 	for rest := pay; len(rest) > 0; {
 		f := w.recv()
 		n := min(gsoSegment, len(rest))
-		if len(f) != l4+tcpHdrLen+n || !bytes.Equal(f[l4+tcpHdrLen:], rest[:n]) {
+		if len(f) != l4+core.TCPLen+n || !bytes.Equal(f[l4+core.TCPLen:], rest[:n]) {
 			t.Fatalf("tag %d: segment of %d bytes with %d to go", tci, len(f), len(rest))
 		}
 		if onesSum(pseudoHeader(f[l4-20:l4], len(f)-l4), f[l4:]) != 0xffff || onesSum(f[l4-20:l4]) != 0xffff {
@@ -200,7 +201,7 @@ func TestFree(t *testing.T) {
 		t.Errorf("of a frame without a slot came %+v", s)
 	}
 	apply(t, h.p, compare.Effect{Op: compare.OpFree, Slot: held[3]})
-	if slotState(h.p, held[3]) != bpf.LockstepLsSlotStateLS_SLOT_FREE || len(h.p.frames.meta) != 5 {
+	if slotState(h.p, held[3]) != bpf.LockstepLsSlotStateLS_SLOT_FREE || h.p.frames.Len() != 5 {
 		t.Errorf("slot %d is not free", held[3])
 	}
 	guest.send(frame)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
@@ -125,7 +126,7 @@ func (w *wire) recv() []byte {
 	for _, m := range msgs {
 		// struct tpacket_auxdata: status, len, snaplen; mac, net, vlan_tci, vlan_tpid.
 		if m.Header.Type == unix.PACKET_AUXDATA && binary.NativeEndian.Uint32(m.Data)&unix.TP_STATUS_VLAN_VALID != 0 {
-			tagged := binary.BigEndian.AppendUint16(bytes.Clone(frame[:12]), ethVLAN)
+			tagged := binary.BigEndian.AppendUint16(bytes.Clone(frame[:12]), core.EthVLAN)
 			tagged = binary.BigEndian.AppendUint16(tagged, binary.NativeEndian.Uint16(m.Data[16:]))
 			frame = append(tagged, frame[12:]...)
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
@@ -125,14 +126,14 @@ func TestConnections(t *testing.T) {
 		} {
 			k := askTuple
 			k.RemotePort = uint16(i)
-			key := toTuple(k)
+			key := core.ToTuple(k)
 			check(t, h.s.objs.LsConn.Put(&key, &c))
 		}
 	}
 	offsets := func() map[uint16]datapath.Offset {
 		m := make(map[uint16]datapath.Offset)
 		check(t, h.s.Offsets(func(k compare.Tuple, o datapath.Offset) {
-			if k.Guest != askTuple.Guest || k.VLAN != askTuple.VLAN || k.Proto != protoTCP {
+			if k.Guest != askTuple.Guest || k.VLAN != askTuple.VLAN || k.Proto != core.ProtoTCP {
 				t.Errorf("tuple %+v", k)
 			}
 			m[k.RemotePort] = o
@@ -156,7 +157,7 @@ func TestConnections(t *testing.T) {
 		t.Errorf("left %v, want 0 and 2", got)
 	}
 	put()
-	key, half := toTuple(askTuple), bpf.LockstepLsHalf{}
+	key, half := core.ToTuple(askTuple), bpf.LockstepLsHalf{}
 	check(t, h.s.objs.LsHalf.Put(&key, &half))
 	check(t, h.s.ResetOffsets())
 	if got := offsets(); len(got) != 0 {

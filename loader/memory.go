@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // mmapMap maps a mmapable array's elements.
@@ -43,3 +45,27 @@ func mapConf(m *ebpf.Map) (*confMemory, error) {
 func (c *confMemory) unmap() error {
 	return unix.Munmap(c.mem)
 }
+
+// mapSlots maps the kernel's frame slots of both sizes.
+func mapSlots(small, large *ebpf.Map) (s core.Slots, err error) {
+	if s.Small, err = mmapMap(small); err != nil {
+		return core.Slots{}, err
+	}
+	if s.Large, err = mmapMap(large); err != nil {
+		return core.Slots{}, errors.Join(err, unmapSlots(s))
+	}
+	return s, nil
+}
+
+func unmapSlots(s core.Slots) error {
+	var errs []error
+	for _, b := range [][]byte{s.Small, s.Large} {
+		if b != nil {
+			errs = append(errs, unix.Munmap(b))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// TCPSlots is how many of n slots are for TCP: the others are for datagrams.
+func TCPSlots(n int) int { return n - n/int(bpf.LockstepLsConstLS_DGRAM_SHARE) }

@@ -9,6 +9,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // lateRecord reports whether an SVM that sends large frames without pause was recorded, in one
@@ -20,7 +21,7 @@ func lateRecord(t *testing.T, h *hosts, turns int) bool {
 	defer c.close()
 	e := compare.Effect{Seq: 1 << 20, Ack: 1, Win: 2, Flags: compare.ACK}
 	pay := randomBytes(60000)
-	head, ok := buildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, ethVLAN, 0, len(pay), gsoSegment)
+	head, ok := core.BuildHeader(newHead(), l2l3(false, 0), []byte{0, 80, 0, 81}, &e, core.EthVLAN, 0, len(pay), gsoSegment)
 	if !ok {
 		t.Fatal("refused")
 	}
@@ -32,7 +33,7 @@ func lateRecord(t *testing.T, h *hosts, turns int) bool {
 			case <-stop:
 				return
 			default:
-				c.queue(head, pay)
+				c.Queue(head, pay)
 				_, _ = c.flush() // one that finds no room is one less
 			}
 		}

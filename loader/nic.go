@@ -16,6 +16,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
@@ -32,7 +33,7 @@ type NIC struct {
 	*counters
 
 	objs      *bpf.LockstepObjects
-	frames    *frames
+	frames    *core.Store
 	recovered *datapath.Recovered // nil: the tables were made at this start
 	closers   []func() error      // undo what Open did for this process, the last one first
 }
@@ -134,15 +135,18 @@ func (n *NIC) assemble(o *Options, tap, peer netlink.Link, old *tables) (map[str
 	}
 	n.onClose(n.gate.close)
 	n.conntrack = newConntrack(o.Role, objs, &n.gate.conf.Edges)
-	if n.frames, err = newFrames(objs); err != nil {
+	slots, err := mapSlots(objs.LsSlots, objs.LsGslots)
+	if err != nil {
 		return nil, err
 	}
-	n.onClose(n.frames.close)
+	n.onClose(func() error { return unmapSlots(slots) })
+	n.frames = core.NewStore(slots)
 	if n.receiver, err = newReceiver(objs.LsRing, n.frames, n.counters); err != nil {
 		return nil, err
 	}
 	n.onClose(n.receiver.close)
-	n.transmitter = &transmitter{log: o.Log, frames: n.frames, conns: n.conntrack, signer: newSigner(o.Role, n.gate)}
+	n.transmitter = &transmitter{log: o.Log}
+	n.Transmitter.Frames, n.Newest, n.Signer = n.frames, n.newest, newSigner(o.Role, &n.gate.Gate)
 	n.onClose(n.transmitter.close)
 	return maps, n.transmitter.open(o.Role, tap, peer, marks, n.counters)
 }
@@ -197,7 +201,7 @@ func (n *NIC) resume(pins pinFolder) (err error) {
 	if err := n.receiver.discard(); err != nil {
 		return err
 	}
-	n.frames.slots.freeAll()
+	n.frames.FreeAll()
 	return errors.Join(removePins(string(pins.staging())), removePins(string(pins.leftover())))
 }
 
@@ -211,7 +215,7 @@ func (n *NIC) resumePromoted(old *tables, pins pinFolder, maps map[string]*ebpf.
 	if err != nil {
 		return err
 	}
-	n.gate.inherit(&conf)
+	n.gate.Inherit(&conf)
 	// Not in mode SOLO before the old programs are gone: both would translate.
 	if err := n.attachNew(pins, maps, n.gate.goSolo); err != nil {
 		return err
@@ -222,7 +226,7 @@ func (n *NIC) resumePromoted(old *tables, pins pinFolder, maps map[string]*ebpf.
 
 // recoveredState is what an earlier daemon's tables say of the session.
 func (n *NIC) recoveredState() (*datapath.Recovered, error) {
-	r, err := n.gate.recoveredSession()
+	r, err := n.gate.RecoveredSession()
 	if err == nil && n.programs.role == Primary {
 		r.Remotes, err = n.conntrack.knownRemotes()
 	}

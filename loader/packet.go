@@ -57,9 +57,9 @@ func newPacketConn(ifindex int, mark uint32) (*packetConn, error) {
 	return &packetConn{fd: fd}, nil
 }
 
-// queue adds a frame: head holds the virtio-net header and the first bytes,
+// Queue adds a frame: head holds the virtio-net header and the first bytes,
 // tail (may be empty) the rest. Both must stay unchanged until flush.
-func (c *packetConn) queue(head, tail []byte) {
+func (c *packetConn) Queue(head, tail []byte) {
 	iov := [2]unix.Iovec{{Base: unsafe.SliceData(head)}, {Base: unsafe.SliceData(tail)}}
 	iov[0].SetLen(len(head))
 	iov[1].SetLen(len(tail))

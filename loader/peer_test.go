@@ -6,10 +6,11 @@ import (
 	"testing"
 
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 var askTuple = compare.Tuple{
-	Guest: addr(10, 0, 0, 1), Remote: addr(10, 0, 0, 2), GuestPort: 80, RemotePort: 40000, VLAN: 5, Proto: protoTCP,
+	Guest: addr(10, 0, 0, 1), Remote: addr(10, 0, 0, 2), GuestPort: 80, RemotePort: 40000, VLAN: 5, Proto: core.ProtoTCP,
 }
 
 func apply(t testing.TB, n *NIC, effs ...compare.Effect) {

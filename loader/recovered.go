@@ -13,6 +13,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // tables are the maps that a daemon left pinned, and what they were made for.
@@ -180,7 +181,7 @@ func openMeta(pins pinFolder) (*tables, error) {
 		t.close()
 		return nil, fmt.Errorf("read pinned map %s: %w", bpf.LockstepMapLsMeta, err)
 	}
-	copy(bytesOf(&t.meta), raw)
+	copy(core.BytesOf(&t.meta), raw)
 	return t, nil
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // linkIDs are the links that hold a NIC's programs.
@@ -33,12 +34,12 @@ func linkIDs(n *NIC) map[string]link.ID {
 // wantFree fails unless every slot is free.
 func wantFree(t testing.TB, n *NIC) {
 	t.Helper()
-	for i := range len(n.frames.slots.small) / slotSize {
+	for i := range len(n.frames.Small) / core.SlotSize {
 		if got := slotState(n, compare.Slot(i)); got != bpf.LockstepLsSlotStateLS_SLOT_FREE {
 			t.Errorf("slot %d is in state %d", i, got)
 		}
 	}
-	for i := range len(n.frames.slots.gso) / gsoSize {
+	for i := range len(n.frames.Large) / core.LargeSize {
 		if got := slotState(n, compare.Slot(i)|compare.Slot(bpf.LockstepLsConstLS_SLOT_GSO)); got != bpf.LockstepLsSlotStateLS_SLOT_FREE {
 			t.Errorf("GSO slot %d is in state %d", i, got)
 		}
@@ -65,7 +66,7 @@ func TestAdoptPrimary(t *testing.T) {
 	} {
 		tuple := askTuple
 		tuple.RemotePort = port
-		key := toTuple(tuple)
+		key := core.ToTuple(tuple)
 		check(t, h.p.objs.LsCli.Put(&key, &c))
 	}
 	if h.p.Recovered() != nil {
@@ -137,7 +138,7 @@ func TestAdoptSecondary(t *testing.T) {
 	client.send(segment(false, 0, 1, compare.ACK, nil, randomBytes(100)))
 	guest.recv()
 	conn := bpf.LockstepLsConn{Off: 1, TsOff: 2, Inc: 3, Last: uint64(h.s.Now())}
-	key, half := toTuple(askTuple), bpf.LockstepLsHalf{IsnPvm: 4}
+	key, half := core.ToTuple(askTuple), bpf.LockstepLsHalf{IsnPvm: 4}
 	check(t, h.s.objs.LsConn.Put(&key, &conn))
 	check(t, h.s.objs.LsHalf.Put(&key, &half))
 	base := h.s.tapDrain.base

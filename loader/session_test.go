@@ -9,6 +9,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // A rotation keeps the old keys beside the new ones for a second, the epoch and
@@ -18,7 +19,7 @@ func TestRotatedSession(t *testing.T) {
 	apply(t, h.p, compare.Effect{Op: compare.OpAsk, Tuple: askTuple, Slot: compare.NoSlot, Inc: 1, Seq: 2, To: 3})
 	event(t, h.s, compare.EvAsk)
 	check(t, h.p.SetEpoch(41)) // a checkpoint under way
-	stream := h.p.signer.no
+	stream := h.p.Signer.No
 	if stream == 0 {
 		t.Fatal("the stream has no numbers")
 	}
@@ -28,17 +29,17 @@ func TestRotatedSession(t *testing.T) {
 	check(t, h.p.InstallSession(next))
 	after := h.p.Now()
 	c := h.p.conf
-	if until := int64(c.OldUntil); until < before+int64(rotationOverlap) || until > after+int64(rotationOverlap) {
-		t.Errorf("old frames until %d, want %d to %d", until, before+int64(rotationOverlap), after+int64(rotationOverlap))
+	if until := int64(c.OldUntil); until < before+int64(core.RotationOverlap) || until > after+int64(core.RotationOverlap) {
+		t.Errorf("old frames until %d, want %d to %d", until, before+int64(core.RotationOverlap), after+int64(core.RotationOverlap))
 	}
-	if c.KeyGen != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.signer.no != stream {
-		t.Errorf("term %d, keys %d, epoch %d, stream %d", c.KeyGen, c.KeyIndex, c.Epoch, h.p.signer.no)
+	if c.KeyGen != 8 || c.KeyIndex != 0 || c.Epoch != 41 || h.p.Signer.No != stream {
+		t.Errorf("term %d, keys %d, epoch %d, stream %d", c.KeyGen, c.KeyIndex, c.Epoch, h.p.Signer.No)
 	}
 	var signed bpf.LockstepLsRec
-	copy(bytesOf(&signed), h.p.signer.mark(nil)[vnetHdrLen+recOff:])
+	copy(core.BytesOf(&signed), h.p.Signer.Mark(nil)[core.VnetLen+core.RecOff:])
 	want := signed
 	want.Tag, want.KeyGen, want.Epoch, want.StreamNo = 0, 8, 41, stream+1
-	if want.Tag = siphash.Hash(5, 6, bytesOf(&want)[8:bpf.LockstepLsConstLS_REC_BASE]); signed != want {
+	if want.Tag = siphash.Hash(5, 6, core.BytesOf(&want)[8:bpf.LockstepLsConstLS_REC_BASE]); signed != want {
 		t.Errorf("user space signed %+v, want %+v", signed, want)
 	}
 	for index, want := range [][2]uint64{next.RxKey, old.RxKey} {
@@ -52,8 +53,8 @@ func TestRotatedSession(t *testing.T) {
 	fresh := next
 	fresh.Term, fresh.Rotated, fresh.Epoch = 9, false, 50
 	check(t, h.p.InstallSession(fresh))
-	if c.OldUntil != 0 || c.KeyGen != 9 || c.Epoch != 50 || h.p.signer.no != stream+1 {
-		t.Errorf("old frames until %d, term %d, epoch %d, stream %d", c.OldUntil, c.KeyGen, c.Epoch, h.p.signer.no)
+	if c.OldUntil != 0 || c.KeyGen != 9 || c.Epoch != 50 || h.p.Signer.No != stream+1 {
+		t.Errorf("old frames until %d, term %d, epoch %d, stream %d", c.OldUntil, c.KeyGen, c.Epoch, h.p.Signer.No)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
@@ -30,7 +31,7 @@ func newTable(t testing.TB, entries int) *ebpf.Map {
 func nthTuple(i int) bpf.LockstepLsTuple {
 	k := askTuple
 	k.Remote[14], k.Remote[15], k.RemotePort = byte(i>>24), byte(i>>16), uint16(i)
-	return toTuple(k)
+	return core.ToTuple(k)
 }
 
 // fill puts the connections from first on, up to before last, into a map.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
 	"github.com/lockstep-ft/lockstep/rewriter"
 )
 
@@ -50,7 +51,7 @@ func (c *conntrack) Edges() ([]datapath.Edge, error) {
 	if err := each(c.edge, func(t bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
 		conn := fromConn(v)
 		edge := conn.Edge()
-		out = append(out, datapath.Edge{Tuple: fromTuple(&t), Seq: edge.Seq, TS: edge.TS})
+		out = append(out, datapath.Edge{Tuple: core.FromTuple(&t), Seq: edge.Seq, TS: edge.TS})
 	}); err != nil {
 		return nil, fmt.Errorf("list what was taken over: %w", err)
 	}
@@ -63,7 +64,7 @@ func (c *conntrack) AddEdges(edges []datapath.Edge) error {
 	now := uint64(bootTime())
 	for i := range edges {
 		e := &edges[i]
-		keys[i], conns[i] = toTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: now}
+		keys[i], conns[i] = core.ToTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: now}
 	}
 	if err := putAll(c.edge, keys, conns, needed); err != nil {
 		return fmt.Errorf("connections taken over: %w", err)

@@ -11,20 +11,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // datagramHead is the virtio-net header and the headers of a UDP frame whose cutting is
 // left to the device, with its checksum (partial) or whole.
 func datagramHead(v6 bool, tci uint16, kind byte, partial bool, pay []byte) []byte {
 	b := l2l3(v6, 0)
-	ip := b[ethLen:]
+	ip := b[core.EthLen:]
 	n := 8 + len(pay)
 	if v6 {
 		binary.BigEndian.PutUint16(ip[4:], uint16(n))
-		ip[6] = protoUDP
+		ip[6] = core.ProtoUDP
 	} else {
 		binary.BigEndian.PutUint16(ip[2:], uint16(20+n))
-		ip[6], ip[9], ip[10], ip[11] = 0, protoUDP, 0, 0 // may be fragmented
+		ip[6], ip[9], ip[10], ip[11] = 0, core.ProtoUDP, 0, 0 // may be fragmented
 		binary.BigEndian.PutUint16(ip[10:], ^onesSum(ip))
 	}
 	pseudo := pseudoOfUDP(ip, n)
@@ -36,15 +37,15 @@ func datagramHead(v6 bool, tci uint16, kind byte, partial bool, pay []byte) []by
 	}
 	binary.BigEndian.PutUint16(b[l4+6:], sum)
 	if tci != 0 {
-		b = append(appendTag(bytes.Clone(b[:12]), ethVLAN, tci), b[12:]...)
+		b = append(core.AppendTag(bytes.Clone(b[:12]), core.EthVLAN, tci), b[12:]...)
 		l4 += 4
 	}
-	head := make([]byte, vnetHdrLen, vnetHdrLen+len(b))
+	head := make([]byte, core.VnetLen, core.VnetLen+len(b))
 	head[1] = kind
 	binary.LittleEndian.PutUint16(head[2:], uint16(l4+8))
 	binary.LittleEndian.PutUint16(head[4:], gsoSegment)
 	if partial {
-		head[0] = vnetCsum
+		head[0] = core.VnetCsum
 		binary.LittleEndian.PutUint16(head[6:], uint16(l4))
 		binary.LittleEndian.PutUint16(head[8:], 6)
 	}
@@ -54,16 +55,16 @@ func datagramHead(v6 bool, tci uint16, kind byte, partial bool, pay []byte) []by
 func pseudoOfUDP(ip []byte, n int) []byte {
 	p := pseudoHeader(ip, n)
 	if ip[0]>>4 == 4 {
-		p[9] = protoUDP
+		p[9] = core.ProtoUDP
 	} else {
-		p[39] = protoUDP
+		p[39] = core.ProtoUDP
 	}
 	return p
 }
 
 // fragment is what an IP frame has behind its IP headers, and where that belongs.
 func fragment(f []byte) (ip, data []byte, at int, more, fragmented bool) {
-	ip = f[l3Offset(f):]
+	ip = f[core.L3Offset(f):]
 	if ip[0]>>4 == 4 {
 		ip = ip[:binary.BigEndian.Uint16(ip[2:])]
 		off := binary.BigEndian.Uint16(ip[6:])
@@ -91,9 +92,9 @@ func realTap(t *testing.T) (guest userTap, h *hosts, client *wire) {
 // becomes many datagrams.
 func TestReleaseOfDatagramsMutation(t *testing.T) {
 	guest, h, client := realTap(t)
-	h.p.noUFO = true
+	h.p.NoUFO = true
 	pay := randomBytes(10000)
-	if _, err := unix.Write(guest.fd, append(datagramHead(false, 0, gsoUFO, true, pay), pay...)); err != nil {
+	if _, err := unix.Write(guest.fd, append(datagramHead(false, 0, core.GSOFragments, true, pay), pay...)); err != nil {
 		t.Fatal(err)
 	}
 	apply(t, h.p, compare.Effect{Op: compare.OpForward, Slot: event(t, h.p, compare.EvPVM).Slot})
@@ -112,16 +113,16 @@ func TestReleaseOfDatagrams(t *testing.T) {
 		partial      bool
 		tag, v6, uso bool
 	}{
-		{name: "UFO", kind: gsoUFO, partial: true},
-		{name: "UFO, tagged", kind: gsoUFO, partial: true, tag: true},
-		{name: "UFO, IPv6", kind: gsoUFO, partial: true, v6: true},
-		{name: "UFO, IPv6, tagged", kind: gsoUFO, partial: true, v6: true, tag: true},
-		{name: "UFO, checksum whole", kind: gsoUFO},
-		{name: "UFO, IPv6, checksum whole", kind: gsoUFO, v6: true},
-		{name: "USO", kind: gsoUDP, partial: true, uso: true},
-		{name: "USO, tagged", kind: gsoUDP, partial: true, tag: true, uso: true},
-		{name: "USO, IPv6", kind: gsoUDP, partial: true, v6: true, uso: true},
-		{name: "USO, IPv6, tagged", kind: gsoUDP, partial: true, v6: true, tag: true, uso: true},
+		{name: "UFO", kind: core.GSOFragments, partial: true},
+		{name: "UFO, tagged", kind: core.GSOFragments, partial: true, tag: true},
+		{name: "UFO, IPv6", kind: core.GSOFragments, partial: true, v6: true},
+		{name: "UFO, IPv6, tagged", kind: core.GSOFragments, partial: true, v6: true, tag: true},
+		{name: "UFO, checksum whole", kind: core.GSOFragments},
+		{name: "UFO, IPv6, checksum whole", kind: core.GSOFragments, v6: true},
+		{name: "USO", kind: core.GSODatagrams, partial: true, uso: true},
+		{name: "USO, tagged", kind: core.GSODatagrams, partial: true, tag: true, uso: true},
+		{name: "USO, IPv6", kind: core.GSODatagrams, partial: true, v6: true, uso: true},
+		{name: "USO, IPv6, tagged", kind: core.GSODatagrams, partial: true, v6: true, tag: true, uso: true},
 	} {
 		pay := randomBytes(10000)
 		tci := uint16(0)
@@ -141,7 +142,7 @@ func TestReleaseOfDatagrams(t *testing.T) {
 		for more := true; more; {
 			f := client.recv()
 			ip, data, at, follows, fragmented := fragment(f)
-			if tagged := l3Offset(f) != ethLen; tagged != c.tag {
+			if tagged := core.L3Offset(f) != core.EthLen; tagged != c.tag {
 				t.Errorf("%s: tagged %v", c.name, tagged)
 			}
 			if fragmented == c.uso {

@@ -21,6 +21,7 @@ const (
 	Done                         // Half: became a Conn once, does not do so again
 	Inherited                    // Conn: made by a takeover, without offset and incarnation
 	Guarded                      // Conn: Guard was set
+	Echoes                       // Conn: the remote echoes timestamps with the guard
 )
 
 const bothFINs = GuestFIN | RemoteFIN

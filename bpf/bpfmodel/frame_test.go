@@ -138,10 +138,10 @@ func tcpSum(src, dst [16]byte, tcp []byte) uint16 {
 	return ^fullSum(sum, tcp)
 }
 
-func parse(t rapid.TB, f flow, frame []byte) *bpfmodel.Segment {
+func parse(t rapid.TB, f flow, frame []byte, toGuest bool) *bpfmodel.Segment {
 	t.Helper()
 	s := &bpfmodel.Segment{TCI: f.tci}
-	if c := s.Parse(frame); c != bpfmodel.ClassTCP {
+	if c := s.Parse(frame, toGuest); c != bpfmodel.ClassTCP {
 		t.Fatalf("class %v of % x", c, frame)
 	}
 	return s
@@ -195,11 +195,11 @@ func TestParseAnything(t *testing.T) {
 		}
 		frame = frame[:rapid.IntRange(0, len(frame)).Draw(t, "cut")]
 		var s bpfmodel.Segment
-		if s.Parse(frame) == bpfmodel.ClassTCP {
+		if s.Parse(frame, false) == bpfmodel.ClassTCP {
 			if h := s.TCP(); len(h) < 20 || len(h) != h.Len() || len(h)+len(s.Payload()) > len(frame) {
 				t.Fatalf("header %d, payload %d of %d", len(h), len(s.Payload()), len(frame))
 			}
-			bpfmodel.New(1, 1).Outbound(&s, 0, new(bpfmodel.Record))
+			bpfmodel.New(1, 1, 1).Outbound(&s, 0, new(bpfmodel.Record))
 		}
 	})
 }
@@ -219,16 +219,30 @@ func TestParse(t *testing.T) {
 		{"short IPv4", v4, func(b []byte) []byte { return b[:33] }, bpfmodel.ClassMalformed},
 		{"short IPv6", v6, func(b []byte) []byte { return b[:53] }, bpfmodel.ClassMalformed},
 		{"cut payload", v6, func(b []byte) []byte { return b[:len(b)-1] }, bpfmodel.ClassMalformed},
-		{"arp", v4, func(b []byte) []byte { b[13] = 6; return b }, bpfmodel.ClassOther},
-		{"inner tag", v4, func(b []byte) []byte { b[12] = 0x81; return b }, bpfmodel.ClassOther},
+		{"arp", v4, func(b []byte) []byte { b[13] = 6; return b }, bpfmodel.ClassLink},
+		{"RARP", v4, func(b []byte) []byte { b[12], b[13] = 0x80, 0x35; return b }, bpfmodel.ClassLink},
+		{"IGMP", v4, func(b []byte) []byte { b[23] = 2; return b }, bpfmodel.ClassLink},
+		{"MLD", v6, func(b []byte) []byte { b[20], b[54] = 58, 143; return b }, bpfmodel.ClassLink},
+		{"tag", v4, func(b []byte) []byte { return slices.Insert(b, 12, 0x81, 0, 0, 5) }, bpfmodel.ClassTCP},
+		{"two tags", v4, func(b []byte) []byte { return slices.Insert(b, 12, 0x88, 0xa8, 0, 5, 0x81, 0, 0, 6) }, bpfmodel.ClassTCP},
+		{"LLC", v4, func(b []byte) []byte { b[12], b[13] = 0, 9; return b }, bpfmodel.ClassDatagram},
+		{"LLC cut", v4, func(b []byte) []byte { b[12], b[13] = 5, 0; return b }, bpfmodel.ClassMalformed},
+		{"extension header", v6, func(b []byte) []byte {
+			b[20], b[19] = 60, b[19]+8
+			return slices.Insert(b, 54, 6, 0, 1, 4, 0, 0, 0, 0)
+		}, bpfmodel.ClassTCP},
+		{"routed", v6, func(b []byte) []byte {
+			b[20], b[19] = 43, b[19]+8
+			return slices.Insert(b, 54, 6, 0, 1, 4, 0, 0, 0, 0)
+		}, bpfmodel.ClassDatagram},
 		{"version", v4, func(b []byte) []byte { b[14] ^= 0x10; return b }, bpfmodel.ClassMalformed},
 		{"version 6", v6, func(b []byte) []byte { b[14] ^= 0x10; return b }, bpfmodel.ClassMalformed},
 		{"header length", v4, func(b []byte) []byte { b[14] = 0x44; return b }, bpfmodel.ClassMalformed},
 		{"total length", v4, func(b []byte) []byte { b[17] = 23; return b }, bpfmodel.ClassMalformed},
-		{"udp", v4, func(b []byte) []byte { b[23] = 17; return b }, bpfmodel.ClassOther},
-		{"udp over IPv6", v6, func(b []byte) []byte { b[20] = 17; return b }, bpfmodel.ClassOther},
-		{"more fragments", v4, func(b []byte) []byte { b[20] = 0x20; return b }, bpfmodel.ClassOther},
-		{"last fragment", v4, func(b []byte) []byte { b[21] = 1; return b }, bpfmodel.ClassOther},
+		{"udp", v4, func(b []byte) []byte { b[23] = 17; return b }, bpfmodel.ClassDatagram},
+		{"udp over IPv6", v6, func(b []byte) []byte { b[20] = 17; return b }, bpfmodel.ClassDatagram},
+		{"more fragments", v4, func(b []byte) []byte { b[20] = 0x20; return b }, bpfmodel.ClassDatagram},
+		{"last fragment", v4, func(b []byte) []byte { b[21] = 1; return b }, bpfmodel.ClassDatagram},
 		{"do not fragment", v4, func(b []byte) []byte { b[20] = 0x40; return b }, bpfmodel.ClassTCP},
 		{"no room for TCP", v6, func(b []byte) []byte { b[19] = 19; return b }, bpfmodel.ClassMalformed},
 		{"data offset low", v6, func(b []byte) []byte { b[66] = 0x40; return b }, bpfmodel.ClassMalformed},
@@ -238,7 +252,7 @@ func TestParse(t *testing.T) {
 		if tc.edit != nil {
 			frame = tc.edit(frame)
 		}
-		if got := new(bpfmodel.Segment).Parse(frame); got != tc.want {
+		if got := new(bpfmodel.Segment).Parse(frame, false); got != tc.want {
 			t.Errorf("%s: class %v, want %v", tc.name, got, tc.want)
 		}
 	}
@@ -254,7 +268,7 @@ func TestChecksum(t *testing.T) {
 		}
 		frame := s.bytes()
 		got := slices.Clone(frame)
-		h := parse(t, s.flow, got).TCP()
+		h := parse(t, s.flow, got, s.toGuest).TCP()
 		at := 20 + rapid.IntRange(0, len(s.opts)-4).Draw(t, "at")
 		n := edge().Draw(t, "n")
 		h.Add(at, n, false)

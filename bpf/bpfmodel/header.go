@@ -23,15 +23,8 @@ const (
 )
 
 const (
-	etherLen = 14
-	ipv4Len  = 20
-	ipv6Len  = 40
-	tcpLen   = 20
-	maxOpts  = 40
-
-	etherIPv4 = 0x0800
-	etherIPv6 = 0x86dd
-	protoTCP  = 6
+	tcpLen  = 20
+	maxOpts = 40
 
 	offSeq  = 4
 	offAck  = 8
@@ -145,8 +138,8 @@ func (o Options) sealed() bool {
 	return false
 }
 
-// stripMPTCP turns MPTCP's option in a SYN into fillers.
-func (s *Segment) stripMPTCP() {
+// StripMPTCP turns MPTCP's option in a SYN into fillers.
+func (s *Segment) StripMPTCP() {
 	h := s.TCP()
 	if h.Flags()&SYN == 0 {
 		return
@@ -177,123 +170,19 @@ func (o Options) tsVal() (val uint32, ok bool) {
 	return val, ok
 }
 
+// tsEcr returns TSecr, false without timestamps.
+func (o Options) tsEcr() (ecr uint32, ok bool) {
+	for at := range o.timestamps() {
+		ecr, ok = binary.BigEndian.Uint32(o[at+4:]), true
+	}
+	return ecr, ok
+}
+
 // addTSVal adds n to TSval.
 func (o Options) addTSVal(n uint32) {
 	for at := range o.timestamps() {
 		binary.BigEndian.PutUint32(o[at:], binary.BigEndian.Uint32(o[at:])+n)
 	}
-}
-
-// Tuple names one flow as its guest sees it, as in package compare.
-type Tuple struct {
-	Guest, Remote         [16]byte // IPv4 as ::ffff:a.b.c.d
-	GuestPort, RemotePort uint16
-	VLAN                  uint16 // VLAN id; 0: untagged or priority-tagged
-	Proto                 uint8
-}
-
-// Class is what a frame is to the rewriter.
-type Class uint8
-
-// A fragment, or TCP behind IPv6 extension headers, is Other.
-const (
-	ClassTCP Class = iota
-	ClassOther
-	ClassMalformed
-)
-
-// Segment is a view of a frame that carries a TCP segment. Its VLAN tag, if any,
-// is out of band, as the kernel keeps it.
-type Segment struct {
-	Frame   []byte // from the Ethernet header; behind the IP packet may be padding
-	TCI     uint16 // VLAN tag
-	Partial bool   // the checksum covers the pseudo header only
-
-	l4, pay, end int
-	src, dst     [16]byte
-}
-
-// Parse makes s a view of frame. Other fields of s than TCI and Partial are set
-// only when the frame is of ClassTCP.
-func (s *Segment) Parse(frame []byte) Class {
-	if len(frame) < etherLen {
-		return ClassMalformed
-	}
-	l3 := frame[etherLen:]
-	var l4, end int
-	switch binary.BigEndian.Uint16(frame[12:]) {
-	case etherIPv4:
-		if len(l3) < ipv4Len {
-			return ClassMalformed
-		}
-		l4, end = int(l3[0]&15)*4, int(binary.BigEndian.Uint16(l3[2:]))
-		if l3[0]>>4 != 4 || l4 < ipv4Len || end < l4 || end > len(l3) {
-			return ClassMalformed
-		}
-		if l3[9] != protoTCP || binary.BigEndian.Uint16(l3[6:])&0x3fff != 0 {
-			return ClassOther
-		}
-		s.src, s.dst = mapped(l3[12:16]), mapped(l3[16:20])
-	case etherIPv6:
-		if len(l3) < ipv6Len {
-			return ClassMalformed
-		}
-		l4, end = ipv6Len, ipv6Len+int(binary.BigEndian.Uint16(l3[4:]))
-		if l3[0]>>4 != 6 || end > len(l3) {
-			return ClassMalformed
-		}
-		if l3[6] != protoTCP {
-			return ClassOther
-		}
-		s.src, s.dst = [16]byte(l3[8:24]), [16]byte(l3[24:40])
-	default:
-		return ClassOther
-	}
-	if end-l4 < tcpLen {
-		return ClassMalformed
-	}
-	n := TCP(l3[l4:end]).Len()
-	if n < tcpLen || n > end-l4 {
-		return ClassMalformed
-	}
-	s.Frame, s.l4, s.pay, s.end = frame, etherLen+l4, etherLen+l4+n, etherLen+end
-	return ClassTCP
-}
-
-func mapped(b []byte) (a [16]byte) {
-	a[10], a[11] = 0xff, 0xff
-	copy(a[12:], b)
-	return a
-}
-
-// TCP is the segment's header.
-func (s *Segment) TCP() TCP { return TCP(s.Frame[s.l4:s.pay:s.pay]) }
-
-// Payload is the segment's payload; Ethernet padding is not.
-func (s *Segment) Payload() []byte { return s.Frame[s.pay:s.end:s.end] }
-
-// end is the position behind the segment. A SYN and a FIN take one each (R3).
-func (s *Segment) endSeq() uint32 {
-	h := s.TCP()
-	end := h.Seq() + uint32(s.end-s.pay)
-	if h.Flags()&SYN != 0 {
-		end++
-	}
-	if h.Flags()&FIN != 0 {
-		end++
-	}
-	return end
-}
-
-// tuple names the flow of a segment that goes to the guest, or comes from it.
-func (s *Segment) tuple(toGuest bool) Tuple {
-	h := s.TCP()
-	t := Tuple{s.src, s.dst, h.SrcPort(), h.DstPort(), s.TCI & 0xfff, protoTCP}
-	if toGuest {
-		t.Guest, t.Remote = t.Remote, t.Guest
-		t.GuestPort, t.RemotePort = t.RemotePort, t.GuestPort
-	}
-	return t
 }
 
 // toSVM turns the remote's numbers about the PVM into the SVM's (R10): ack, SACK

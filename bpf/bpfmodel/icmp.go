@@ -9,13 +9,11 @@ import (
 )
 
 const (
-	protoICMP  = 1
-	protoICMP6 = 58
-
 	icmpLen  = 8 // before what is quoted
 	icmpCsum = 2
 
 	quoteMin = 8 // bytes that every router quotes
+	quoteExt = 4 // IPv6 extension headers that are walked
 )
 
 // ICMPError is a view of a frame with an ICMP error that quotes a TCP header.
@@ -29,38 +27,26 @@ type ICMPError struct {
 // Parse makes e a view of frame and reports whether it is such an error. toGuest: it comes
 // for the guest, which then has transmitted what is quoted.
 func (e *ICMPError) Parse(frame []byte, toGuest bool) bool {
-	v6 := false
-	ip := frame[min(etherLen, len(frame)):]
-	switch {
-	case len(ip) < ipv4Len:
-		return false
-	case binary.BigEndian.Uint16(frame[12:]) == etherIPv6:
-		v6 = true
-	case binary.BigEndian.Uint16(frame[12:]) != etherIPv4:
-		return false
-	}
-	outer, inner := protoICMP, ipv4Len
-	if v6 {
-		outer, inner = protoICMP6, ipv6Len
-	}
-	payload, ok := ipPayload(ip, v6, outer)
-	if !ok || len(payload) < icmpLen+inner || !isError(payload[0], v6) {
+	var s Segment
+	return s.Parse(frame, toGuest) == ClassDatagram && e.Find(&s, toGuest)
+}
+
+// Find is Parse for a frame that is parsed already.
+func (e *ICMPError) Find(s *Segment, toGuest bool) bool {
+	if !s.Datagram || s.Frag != 0 || !isError(s.Proto, s.GuestPort) {
 		return false
 	}
-	// The length in the quoted header is that of the whole packet.
-	q := payload[icmpLen:]
-	hlen := inner
-	if !v6 {
-		hlen = int(q[0]&15) * 4
+	t := Tuple{VLAN: s.VLAN, VLAN2: s.VLAN2, Proto: protoTCP}
+	at, ok := s.L4+icmpLen, false
+	if s.Proto == protoICMP {
+		at, ok = quotedIPv4(s.Frame, at, &t)
+	} else {
+		at, ok = quotedIPv6(s.Frame, at, &t)
 	}
-	if v6 && (q[0]>>4 != 6 || q[6] != protoTCP) ||
-		!v6 && (q[0]>>4 != 4 || hlen < ipv4Len || q[9] != protoTCP || binary.BigEndian.Uint16(q[6:])&0x1fff != 0) {
+	if !ok || at+quoteMin > s.End {
 		return false
 	}
-	if len(q) < hlen+quoteMin {
-		return false
-	}
-	tcp := q[hlen:min(len(q), hlen+tcpLen+maxOpts)]
+	tcp := s.Frame[at:min(s.End, at+tcpLen+maxOpts)]
 	if len(tcp) > 12 {
 		n := int(tcp[12]>>4) * 4
 		if n < tcpLen {
@@ -68,53 +54,69 @@ func (e *ICMPError) Parse(frame []byte, toGuest bool) bool {
 		}
 		tcp = tcp[:min(len(tcp), n)]
 	}
-	t := Tuple{GuestPort: binary.BigEndian.Uint16(tcp), RemotePort: binary.BigEndian.Uint16(tcp[2:]), Proto: protoTCP}
-	if v6 {
-		t.Guest, t.Remote = [16]byte(q[8:24]), [16]byte(q[24:40])
-	} else {
-		t.Guest, t.Remote = mapped(q[12:16]), mapped(q[16:20])
-	}
+	t.GuestPort, t.RemotePort = binary.BigEndian.Uint16(tcp), binary.BigEndian.Uint16(tcp[2:])
 	if !toGuest {
 		t.Guest, t.Remote = t.Remote, t.Guest
 		t.GuestPort, t.RemotePort = t.RemotePort, t.GuestPort
 	}
-	icmp := len(frame) - len(ip) + ipHeaderLen(ip, v6)
-	*e = ICMPError{Frame: frame, icmp: icmp, at: icmp + icmpLen + hlen, n: len(tcp), tuple: t}
+	*e = ICMPError{Frame: s.Frame, icmp: s.L4, at: at, n: len(tcp), tuple: t}
 	return true
 }
 
-func ipHeaderLen(ip []byte, v6 bool) int {
-	if v6 {
-		return ipv6Len
-	}
-	return int(ip[0]&15) * 4
-}
-
-// ipPayload is what stands behind a whole IP header, if that is of protocol proto.
-func ipPayload(ip []byte, v6 bool, proto int) (payload []byte, ok bool) {
-	if v6 {
-		if len(ip) < ipv6Len || ip[0]>>4 != 6 || int(ip[6]) != proto {
-			return nil, false
-		}
-		end := ipv6Len + int(binary.BigEndian.Uint16(ip[4:]))
-		if end > len(ip) {
-			return nil, false
-		}
-		return ip[ipv6Len:end], true
-	}
-	hlen, end := int(ip[0]&15)*4, int(binary.BigEndian.Uint16(ip[2:]))
-	if ip[0]>>4 != 4 || hlen < ipv4Len || end < hlen || end > len(ip) || int(ip[9]) != proto ||
-		binary.BigEndian.Uint16(ip[6:])&0x3fff != 0 {
-		return nil, false
-	}
-	return ip[hlen:end], true
-}
-
-func isError(typ byte, v6 bool) bool {
-	if v6 {
+func isError(proto uint8, typ uint16) bool {
+	switch proto {
+	case protoICMP6:
 		return typ < 128
+	case protoICMP:
+		return typ >= 3 && typ <= 5 || typ == 11 || typ == 12
 	}
-	return typ >= 3 && typ <= 5 || typ == 11 || typ == 12
+	return false
+}
+
+// quotedIPv4 reads the quoted header at at, with its sender as t's guest, and returns where
+// TCP follows. The length in it is that of the whole packet, and means nothing here.
+func quotedIPv4(frame []byte, at int, t *Tuple) (l4 int, ok bool) {
+	if at+ipv4Len > len(frame) {
+		return 0, false
+	}
+	ip := frame[at:]
+	if ip[0]>>4 != 4 || ip[0]&15 < 5 || ip[9] != protoTCP || binary.BigEndian.Uint16(ip[6:])&0x1fff != 0 {
+		return 0, false
+	}
+	t.Guest, t.Remote = mapped(ip[12:16]), mapped(ip[16:20])
+	return at + int(ip[0]&15)*4, true
+}
+
+func quotedIPv6(frame []byte, at int, t *Tuple) (l4 int, ok bool) {
+	if at+ipv6Len > len(frame) {
+		return 0, false
+	}
+	ip := frame[at:]
+	if ip[0]>>4 != 6 {
+		return 0, false
+	}
+	t.Guest, t.Remote = [16]byte(ip[8:24]), [16]byte(ip[24:40])
+	proto := ip[6]
+	at += ipv6Len
+	for range quoteExt {
+		if proto != protoHopByHop && proto != protoDestOpts && proto != protoFragment {
+			break
+		}
+		if at+4 > len(frame) {
+			return 0, false
+		}
+		ext := frame[at:]
+		if proto == protoFragment {
+			if binary.BigEndian.Uint16(ext[2:])&0xfff8 != 0 {
+				return 0, false
+			}
+			at += 8
+		} else {
+			at += (int(ext[1]) + 1) * 8
+		}
+		proto = ext[0]
+	}
+	return at, proto == protoTCP
 }
 
 // quoted is the part of the TCP header that is quoted.
@@ -184,12 +186,30 @@ func (e *ICMPError) toPVM(off rewriter.Offset) {
 // Error translates an ICMP error for the SVM, or of it, in place. alone: it has taken
 // over, and connections whose offset was not confirmed are connections by then.
 func (t *Table) Error(e *ICMPError, toGuest, alone bool) {
-	var off rewriter.Offset
-	if c, ok := t.conn[e.tuple]; ok {
-		off = c.Offset()
-	} else if h := t.half.get(e.tuple); h != nil && h.Paired() && !alone {
-		off = h.Offset()
+	c, ok := t.conn[e.tuple]
+	switch {
+	case ok && alone:
+		e.pass(&c, t.edgeOf(e.tuple), toGuest)
+	case ok:
+		e.move(c.Offset(), toGuest)
+	case alone:
+	default:
+		if h := t.half.Get(e.tuple); h != nil && h.Paired() {
+			e.move(h.Offset(), toGuest)
+		}
 	}
+}
+
+// pass translates by a connection that was taken over, and by the edge beyond it.
+func (e *ICMPError) pass(c *Conn, edge rewriter.Offset, toGuest bool) {
+	off := rewriter.Offset{Seq: c.Off + edge.Seq, TS: c.TSOff + edge.TS}
+	if toGuest && c.TSFirst != 0 || !toGuest && c.State&rewriter.Echoes != 0 {
+		off.TS -= c.Guard
+	}
+	e.move(off, toGuest)
+}
+
+func (e *ICMPError) move(off rewriter.Offset, toGuest bool) {
 	if toGuest {
 		e.toSVM(off)
 	} else {
@@ -198,9 +218,18 @@ func (t *Table) Error(e *ICMPError, toGuest, alone bool) {
 }
 
 // ClearChecksum has the quoted checksum read 0, as the digest of the guest's own errors
-// has it.
-func (e *ICMPError) ClearChecksum() {
+// has it, and returns what it was.
+func (e *ICMPError) ClearChecksum() (was uint16) {
 	if e.n >= offCsum+2 {
-		clear(e.quoted()[offCsum : offCsum+2])
+		was = e.quoted().Checksum()
+		e.SetChecksum(0)
+	}
+	return was
+}
+
+// SetChecksum sets the quoted checksum, if it is quoted.
+func (e *ICMPError) SetChecksum(sum uint16) {
+	if e.n >= offCsum+2 {
+		binary.BigEndian.PutUint16(e.quoted()[offCsum:], sum)
 	}
 }

@@ -107,7 +107,7 @@ func (d *duel) sameTables() {
 func (d *duel) inbound(frame []byte) {
 	s := d.pass("inbound", d.k.LsSecIn, frame)
 	v := bpfmodel.Delivered
-	if s.Parse(d.changed) == bpfmodel.ClassTCP {
+	if s.Parse(d.changed, true) == bpfmodel.ClassTCP {
 		v = d.tab.Inbound(s, d.now)
 	}
 	if v == bpfmodel.Delivered {
@@ -121,8 +121,8 @@ func (d *duel) inbound(frame []byte) {
 // outbound: the SVM transmits something.
 func (d *duel) outbound(frame []byte) {
 	s := d.pass("outbound", d.k.LsSecOut, frame)
-	switch s.Parse(d.changed) {
-	case bpfmodel.ClassOther:
+	switch s.Parse(d.changed, false) {
+	case bpfmodel.ClassLink, bpfmodel.ClassDatagram:
 		d.uncompared(frame)
 		return
 	case bpfmodel.ClassMalformed:
@@ -213,8 +213,8 @@ func (d *duel) alone(toGuest bool, frame []byte) {
 		prog = d.k.LsSecGate
 	}
 	s := d.pass("alone", prog, frame)
-	if s.Parse(d.changed) == bpfmodel.ClassTCP {
-		d.tab.Alone(s, toGuest, d.now)
+	if s.Parse(d.changed, toGuest) == bpfmodel.ClassTCP {
+		d.tab.Alone(s, toGuest, false, d.now)
 	}
 	d.judge(next, "passed")
 	d.sameBytes("frame", d.out, d.changed)
@@ -266,7 +266,7 @@ func TestKernel(t *testing.T) {
 		k.reset(t)
 		isns := rapid.SliceOfN(edge(), 2, 2)
 		d := &duel{
-			T: t, k: k, tab: bpfmodel.New(conns, halves),
+			T: t, k: k, tab: bpfmodel.New(conns, halves, 65536),
 			pvm: isns.Draw(t, "isns pvm"), svm: isns.Draw(t, "isns svm"), cli: isns.Draw(t, "isns cli"),
 		}
 		for i := range conns + 1 {

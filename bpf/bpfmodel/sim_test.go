@@ -16,7 +16,7 @@ import (
 
 // newTable honours the mutation that TestMutations asks for.
 func newTable(conns, halves int) *bpfmodel.Table {
-	tab := bpfmodel.New(conns, halves)
+	tab := bpfmodel.New(conns, halves, halves)
 	if os.Getenv(mutationEnv) == "R9" {
 		tab.Guess()
 	}
@@ -167,7 +167,7 @@ func (w *world) expectFrame(what string, got []byte, want seg) {
 func (w *world) in(what string, s, want seg) {
 	w.Helper()
 	frame := s.bytes()
-	w.expect(what, w.tab.Inbound(parse(w.T, w.flow, frame), int64(w.now)), bpfmodel.Delivered)
+	w.expect(what, w.tab.Inbound(parse(w.T, w.flow, frame, true), int64(w.now)), bpfmodel.Delivered)
 	w.expectFrame(what, frame, want)
 }
 
@@ -176,7 +176,7 @@ func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict b
 	w.Helper()
 	var r bpfmodel.Record
 	frame := s.bytes()
-	v, sent := w.tab.Outbound(parse(w.T, w.flow, frame), int64(w.now), &r)
+	v, sent := w.tab.Outbound(parse(w.T, w.flow, frame, false), int64(w.now), &r)
 	w.expect(what, v, verdict)
 	w.expect(what+": sent", sent, want != nil)
 	if want == nil {

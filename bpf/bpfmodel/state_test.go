@@ -25,6 +25,7 @@ func TestStateBits(t *testing.T) {
 		bpf.LockstepLsConnBitLS_CONN_DONE:      rewriter.Done,
 		bpf.LockstepLsConnBitLS_CONN_INHERITED: rewriter.Inherited,
 		bpf.LockstepLsConnBitLS_CONN_GUARDED:   rewriter.Guarded,
+		bpf.LockstepLsConnBitLS_CONN_ECHOES:    rewriter.Echoes,
 	} {
 		if uint32(kernel) != uint32(daemon) {
 			t.Errorf("the kernel's bit %b is %b here", kernel, daemon)

@@ -50,34 +50,42 @@ const (
 
 // Table holds the connections of one guest NIC.
 type Table struct {
+	MPTCP bool // its option stays in SYNs
+
 	conn  map[Tuple]Conn
-	half  halves
-	inher map[Tuple]uint32 // highest ack of the remote of connections that came with a checkpoint; 0: none received
+	half  *LRU[Half]
+	inher *LRU[uint32]   // highest ack of the remote of connections that came with a checkpoint; 0: none received
+	edge  map[Tuple]Conn // connections that this host, or one before it, took over
 	max   int
 	guess bool // R9 off: offsets guessed from the remote's acks; tests only
 }
 
 // New returns an empty table for at most maxConnections connections with an
-// offset and maxHalf (at least 1) without.
-func New(maxConnections, maxHalf int) *Table {
-	t := &Table{max: maxConnections}
-	t.half.max = max(maxHalf, 1)
+// offset, maxHalf without, and maxInherited that came with a checkpoint (at least 1 each).
+func New(maxConnections, maxHalf, maxInherited int) *Table {
+	t := &Table{max: maxConnections, half: NewLRU[Half](maxHalf), inher: NewLRU[uint32](maxInherited), edge: make(map[Tuple]Conn)}
 	t.Reset()
 	return t
 }
 
-// Reset forgets everything: a checkpoint has made the SVM's numbers the PVM's (R11).
+// Reset forgets what the guests' numbers are: a checkpoint has made the SVM's the PVM's
+// (R11). What was taken over stays.
 func (t *Table) Reset() {
-	t.conn, t.inher = make(map[Tuple]Conn), make(map[Tuple]uint32)
-	t.half.reset(t.half.max)
+	t.conn = make(map[Tuple]Conn)
+	t.half.Reset()
+	t.inher.Reset()
 }
 
 // Sweep removes connections that were closed and silent for linger, and those
 // that were silent for idle, and returns their number (R11).
 func (t *Table) Sweep(now int64, linger, idle time.Duration) (removed int) {
-	for key, c := range t.conn {
+	return sweep(t.conn, now, linger, idle)
+}
+
+func sweep(conns map[Tuple]Conn, now int64, linger, idle time.Duration) (removed int) {
+	for key, c := range conns {
 		if c.Ended(now, linger, idle) {
-			delete(t.conn, key)
+			delete(conns, key)
 			removed++
 		}
 	}
@@ -88,25 +96,19 @@ func (t *Table) Sweep(now int64, linger, idle time.Duration) (removed int) {
 func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return maps.All(t.conn) }
 
 // Halves are the connections without one, the latest used first.
-func (t *Table) Halves() iter.Seq2[Tuple, Half] {
-	return func(yield func(Tuple, Half) bool) {
-		l := t.half.nodes
-		for i := l[0].next; i != 0 && yield(l[i].key, l[i].Half); i = l[i].next {
-		}
-	}
-}
+func (t *Table) Halves() iter.Seq2[Tuple, Half] { return t.half.All() }
 
 // Inbound translates a mirrored segment for the SVM, in place.
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
-	key, h := s.tuple(true), s.TCP()
+	key, h := s.Tuple, s.TCP()
 	if c, ok := t.touch(key, h, false, now); ok {
 		s.toSVM(c.Offset())
 		return Delivered
 	}
-	half := t.half.get(key)
+	half := t.half.Get(key)
 	if half == nil {
-		if ack, ok := t.inher[key]; ok && h.Flags()&ACK != 0 && (ack == 0 || after(h.Ack(), ack)) {
-			t.inher[key] = h.Ack()
+		if ack := t.inher.Get(key); ack != nil && h.Flags()&ACK != 0 && (*ack == 0 || after(h.Ack(), *ack)) {
+			*ack = h.Ack()
 		}
 		return Delivered
 	}
@@ -124,6 +126,7 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 		}
 		half.State |= rewriter.Done
 		t.conn[key] = half.conn(h.Ack())
+		delete(t.edge, key) // of an earlier connection
 		t.touch(key, h, false, now)
 	}
 	s.toSVM(off)
@@ -133,8 +136,8 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 // Outbound translates a segment of the SVM, in place, and fills *r with the
 // record for P when sent.
 func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool) {
-	s.stripMPTCP()
-	key, h := s.tuple(false), s.TCP()
+	t.strip(s)
+	key, h := s.Tuple, s.TCP()
 	flags := h.Flags()
 	if flags&(RST|ACK) == RST|ACK && h.Seq() == 0 {
 		r.inherit(key, s) // refuses a SYN: of no incarnation, whatever the tables hold
@@ -142,7 +145,7 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 	}
 	if c, ok := t.conn[key]; ok && flags&SYN != 0 && c.ISNSVM != h.Seq() {
 		delete(t.conn, key) // R8: the tuple is used again, and its last pair not made anew
-		half := t.half.make(key)
+		half := t.half.Make(key)
 		half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
 	}
 	if c, ok := t.touch(key, h, true, now); ok {
@@ -150,20 +153,20 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		r.take(key, s, c.Inc, c.CliAck)
 		return RecordOut, true
 	}
-	half := t.half.get(key)
+	half := t.half.Get(key)
 	if flags&SYN != 0 {
-		delete(t.inher, key)
-		half = t.half.make(key)
+		t.inher.Delete(key)
+		half = t.half.Make(key)
 		half.learnSVM(h, now)
 		half.pair()
 	} else if half == nil {
 		r.inherit(key, s)
-		ack, ok := t.inher[key]
-		if ack != 0 {
-			r.CliAck = ack
+		ack := t.inher.Get(key)
+		if ack != nil && *ack != 0 {
+			r.CliAck = *ack
 		}
-		if !ok && flags&RST == 0 {
-			t.inher[key] = 0
+		if ack == nil && flags&RST == 0 {
+			t.inher.Make(key)
 		}
 		return RecordOut, true
 	}
@@ -183,30 +186,17 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 	return Pending, false
 }
 
-// Alone translates a segment to or from an SVM that has taken over, in place.
-func (t *Table) Alone(s *Segment, toGuest bool, now int64) {
-	if toGuest {
-		s.stripMPTCP()
-	}
-	key, h := s.tuple(toGuest), s.TCP()
-	if c, ok := t.conn[key]; ok && !toGuest && h.Flags()&SYN != 0 && c.ISNSVM != h.Seq() {
-		delete(t.conn, key) // another connection
-	}
-	c, ok := t.touch(key, h, !toGuest, now)
-	switch {
-	case ok && toGuest:
-		s.toSVM(c.Offset())
-	case ok:
-		s.toPVM(c.Offset())
-	}
-}
-
 // touch notes a segment of either side in the connection, if there is one.
 func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) {
 	c, ok := t.conn[key]
-	if !ok {
-		return c, false
+	if ok {
+		note(&c, h, fromGuest, now)
+		t.conn[key] = c
 	}
+	return c, ok
+}
+
+func note(c *Conn, h TCP, fromGuest bool, now int64) {
 	c.Last = now
 	switch flags := h.Flags(); {
 	case flags&RST != 0:
@@ -221,8 +211,12 @@ func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) 
 	if !fromGuest && h.Flags()&ACK != 0 && after(h.Ack(), c.CliAck) {
 		c.CliAck = h.Ack()
 	}
-	t.conn[key] = c
-	return c, true
+}
+
+func (t *Table) strip(s *Segment) {
+	if !t.MPTCP {
+		s.StripMPTCP()
+	}
 }
 
 // Announce takes in the announcement of the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
@@ -231,7 +225,7 @@ func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool)
 	if c, ok := t.conn[a.Tuple]; t.guess || ok && c.Inc == a.Seq {
 		return RecordIn, false
 	}
-	h := t.half.make(a.Tuple)
+	h := t.half.Make(a.Tuple)
 	h.learnPVM(a, now)
 	if !h.pair() {
 		return RecordIn, false
@@ -244,7 +238,7 @@ func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool)
 func (r *Record) take(key Tuple, s *Segment, inc, cliAck uint32) {
 	h := s.TCP()
 	*r = Record{
-		Tuple: key, Inc: inc, Seq: h.Seq(), End: s.endSeq(), Ack: h.Ack(),
+		Tuple: key, Inc: inc, Seq: h.Seq(), End: s.EndPos(), Ack: h.Ack(),
 		Win: h.Win(), Flags: h.Flags(), CliAck: cliAck,
 	}
 	r.OptLen = uint8(copy(r.Opts[:], h.Options()))

@@ -38,7 +38,7 @@ func (b *bench) in(flags bpfmodel.Flags, ack uint32, opts ...byte) (bpfmodel.Ver
 	b.Helper()
 	s := parse(b, b.flow, seg{
 		flow: b.flow, toGuest: true, seq: isnCli + 1, ack: ack, flags: flags, opts: opts,
-	}.bytes())
+	}.bytes(), true)
 	v := b.tab.Inbound(s, b.now)
 	return v, s.TCP()
 }
@@ -46,7 +46,7 @@ func (b *bench) in(flags bpfmodel.Flags, ack uint32, opts ...byte) (bpfmodel.Ver
 // out has the SVM transmit.
 func (b *bench) out(flags bpfmodel.Flags, seq, ack uint32, opts ...byte) (v bpfmodel.Verdict, r *bpfmodel.Record) {
 	b.Helper()
-	s := parse(b, b.flow, seg{flow: b.flow, seq: seq, ack: ack, flags: flags, opts: opts}.bytes())
+	s := parse(b, b.flow, seg{flow: b.flow, seq: seq, ack: ack, flags: flags, opts: opts}.bytes(), false)
 	r = new(bpfmodel.Record)
 	v, sent := b.tab.Outbound(s, b.now, r)
 	if !sent {
@@ -358,8 +358,8 @@ func TestSweep(t *testing.T) {
 func TestAlone(t *testing.T) {
 	b := newBench(t, 1, 1)
 	alone := func(toGuest bool) bpfmodel.TCP {
-		s := parse(t, b.flow, seg{flow: b.flow, toGuest: toGuest, seq: 70, ack: 90, flags: ackF}.bytes())
-		b.tab.Alone(s, toGuest, 0)
+		s := parse(t, b.flow, seg{flow: b.flow, toGuest: toGuest, seq: 70, ack: 90, flags: ackF}.bytes(), toGuest)
+		b.tab.Alone(s, toGuest, false, 0)
 		return s.TCP()
 	}
 	b.accept()
@@ -377,7 +377,7 @@ func TestAlone(t *testing.T) {
 func TestPartialChecksum(t *testing.T) {
 	b := newBench(t, 1, 1)
 	b.establish()
-	s := parse(t, b.flow, seg{flow: b.flow, seq: isnSVM + 1, flags: ackF}.bytes())
+	s := parse(t, b.flow, seg{flow: b.flow, seq: isnSVM + 1, flags: ackF}.bytes(), false)
 	s.Partial = true
 	was := s.TCP().Checksum()
 	b.tab.Outbound(s, 0, new(bpfmodel.Record))
@@ -422,9 +422,9 @@ func TestAllocations(t *testing.T) {
 	var s bpfmodel.Segment
 	var r bpfmodel.Record
 	if n := testing.AllocsPerRun(100, func() {
-		s.Parse(in)
+		s.Parse(in, true)
 		b.tab.Inbound(&s, 0)
-		s.Parse(out)
+		s.Parse(out, false)
 		b.tab.Outbound(&s, 0, &r)
 	}); n != 0 {
 		t.Errorf("%v allocations", n)

@@ -97,11 +97,12 @@ type Config struct {
 	order   int64 // S: how long an operator's order to take over holds
 
 	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
-	// does not wait for P's last echo to run out; an uncovered P asks nobody; a forced S
+	// does not wait for P's last echo to run out; S takes a link that is silent for a P that
+	// lives; an uncovered P asks nobody; a forced S
 	// does not look whether P is bound by its lease; a newer entry is not looked at; a
 	// sick P competes with its covered secondary; an S takes over from a guest that has
 	// powered off.
-	noR18, noClaim, noWait, noR26Uncovered, noR26Lease, NoR26Entry, noR24, noR25 bool
+	noR18, noClaim, noWait, noLiving, noR26Uncovered, noR26Lease, NoR26Entry, noR24, noR25 bool
 }
 
 // DefaultConfig is for a peer that counts as dead after timeout, a lease of that duration,

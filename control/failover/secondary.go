@@ -61,12 +61,15 @@ func (l *Secondary) gone() int64 {
 	return max(l.received, l.echoed) + limit
 }
 
-// useless is when an SVM that follows nobody gives up, though P lives.
+// useless is when an SVM that follows nobody gives up, because P lives: P has sent something
+// since it should have found out about its QEMU, too. A link that is whole but silent shows
+// nothing: this SVM may be the only one left.
 func (l *Secondary) useless() int64 {
-	if !l.link || l.exited == 0 {
+	due := l.exited + l.cfg.timeout
+	if !l.link || l.exited == 0 || l.received < due && !l.cfg.noLiving {
 		return math.MaxInt64
 	}
-	return l.exited + l.cfg.timeout
+	return due
 }
 
 // leaseEnd is when P cannot transmit any more (R21 iii).

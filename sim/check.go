@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"bytes"
+	"fmt"
+
+	"github.com/lockstep-ft/lockstep/control/datapath"
+)
+
+// check is what the checkers know.
+type check struct {
+	speaker   int  // the host that may transmit
+	alone     bool // it has won the arbiter, and nobody follows it
+	flows     map[flow]*wire
+	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
+	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
+	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
+	answers   int
+	frames    int // that left
+	compared  int // of those, the ones that another guest had to have sent
+}
+
+// wire is a connection as clients have seen it.
+type wire struct {
+	isn       uint32
+	acked     bool
+	ack, edge uint32
+	stamped   bool
+	stamp     uint32
+	scale     uint8
+	core      int // the compare core that saw it begin
+}
+
+// solo: a host transmits alone from now on.
+func (w *world) solo(h *host) {
+	w.check.speaker, w.check.alone = h.id, true
+	for key, value := range w.check.confirmed {
+		if got := h.disk.read(key); got < value {
+			w.failf("disk", "%s serves, with %d for key %d, and %d was confirmed", h.name, got, key, value)
+		}
+	}
+}
+
+// left looks at a frame that leaves a host.
+func (w *world) left(h *host, frame []byte) {
+	p, ok := parse(frame)
+	if !ok {
+		return
+	}
+	w.check.frames++
+	if w.logging {
+		w.logf("%s: leaves %v", h.name, p)
+	}
+	if h.id != w.check.speaker {
+		w.failf("two speakers", "%s transmits %v, and %s may", h.name, p, w.hosts[w.check.speaker].name)
+		return
+	}
+	f := p.flow()
+	v := w.check.flows[f]
+	if v == nil || p.syn() && p.seq != v.isn {
+		if !p.syn() {
+			return // the tail of a connection that was before
+		}
+		v = &wire{isn: p.seq, scale: p.scale(), core: w.check.cores}
+		w.check.flows[f] = v
+	}
+	if p.rst() {
+		return
+	}
+	w.forward(h, &p, v)
+	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
+		w.released(h, &p, v)
+	}
+}
+
+// said describes what this host's guest has acknowledged.
+func (h *host) said(p *packet) string {
+	if h.qemu == nil || h.qemu.guest == nil || h.qemu.guest.said[p.flow()] == nil {
+		return "unknown"
+	}
+	v := h.qemu.guest.said[p.flow()]
+	return fmt.Sprintf("%d to %d", v.ack, v.edge)
+}
+
+// forward: nothing goes back.
+func (w *world) forward(h *host, p *packet, v *wire) {
+	if p.hasACK() && !w.check.replays {
+		shift := v.scale
+		if p.syn() {
+			shift = 0
+		}
+		edge := p.ack + uint32(p.win)<<shift
+		lost := uint32(1)<<shift - 1 // what the field cannot express
+		switch {
+		case v.acked && after(v.ack, p.ack):
+			w.failf("ack", "%s: %v, and %d was acknowledged before", h.name, *p, v.ack)
+		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores:
+			w.failf("window", "%s: %v, and the window reached to %d before; the guest's own: %s", h.name, *p, v.edge, h.said(p))
+		}
+		if !v.acked || after(edge, v.edge) {
+			v.edge = edge
+		}
+		v.acked, v.ack = true, p.ack
+	}
+	if ts, ok := p.timestamp(); ok {
+		if v.stamped && after(v.stamp, ts) {
+			w.failf("timestamp", "%s: %v has timestamp %d, and %d has left before", h.name, *p, ts, v.stamp)
+		}
+		v.stamped, v.stamp = true, ts
+	}
+}
+
+// released: the SVM could go on from here.
+func (w *world) released(h *host, p *packet, v *wire) {
+	svm := h.qemu.follower
+	if svm == nil || svm.guest == nil {
+		w.failf("release", "%s releases %v, and nobody follows", h.name, *p)
+		return
+	}
+	w.check.compared++
+	theirs := svm.guest.said[p.flow()]
+	if theirs == nil {
+		w.failf("release", "%s releases %v, and the SVM knows nothing of the connection", h.name, *p)
+		return
+	}
+	if p.hasACK() {
+		shift := v.scale
+		if p.syn() {
+			shift = 0
+		}
+		if edge := p.ack + uint32(p.win)<<shift; after(p.ack, theirs.ack) || after(edge, theirs.edge) {
+			w.failf("release", "%s acknowledges %v, and the SVM only %d, its window to %d", h.name, *p, theirs.ack, theirs.edge)
+			return
+		}
+	}
+	if p.syn() {
+		if !theirs.syn {
+			w.failf("release", "%s releases %v, which the SVM has not sent", h.name, *p)
+		}
+		return
+	}
+	from := int(int32(p.seq - v.isn - 1))
+	if from < 0 || len(p.payload) == 0 && !p.fin() {
+		return // a keep-alive, or nothing but an acknowledgment
+	}
+	to := from + len(p.payload)
+	if to > len(theirs.data) || !bytes.Equal(theirs.data[from:to], p.payload) {
+		w.failf("release", "%s releases %v, bytes %d to %d, and the SVM has sent %d, or others", h.name, *p, from, to, len(theirs.data))
+		return
+	}
+	if p.fin() && (!theirs.fin || to != len(theirs.data)) {
+		w.failf("release", "%s releases %v, and the SVM has not closed there", h.name, *p)
+	}
+}

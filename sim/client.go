@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+
+	"github.com/lockstep-ft/lockstep/sim/tcp"
+)
+
+var (
+	guestAddr  = netip.AddrFrom4([4]byte{10, 0, 0, 1})
+	clientAddr = netip.AddrFrom4([4]byte{10, 0, 0, 2})
+)
+
+// client is everybody outside the pair: one stack with many connections.
+type client struct {
+	w     *world
+	stack *tcp.Stack
+	conns []*asking
+	no    uint64
+	last  [2]int64 // when the newest frame arrives at the switch, and at the client
+}
+
+// asking is a connection and what is asked on it, one after the other.
+type asking struct {
+	plan  *Conn
+	id    tcp.ID
+	open  bool
+	begun bool
+	next  int // request to be sent
+	reply int // request whose answer is due
+	rest  int64
+	out   []byte
+	in    []byte
+	shut  bool
+	ended bool
+	broke bool // the other end reset it, or it timed out
+	wrote uint32
+}
+
+func newClient(w *world) *client {
+	c := &client{w: w}
+	cfg := w.sc.stack()
+	cfg.MAC, cfg.PeerMAC = [6]byte{2, 0, 0, 0, 0, 2}, [6]byte{2, 0, 0, 0, 0, 1}
+	cfg.Addr, cfg.Secret = clientAddr, w.rnd(rndClient).Uint64()
+	c.stack = tcp.New(cfg, w.rnd(rndClient).Uint64())
+	for i := range w.sc.Conns {
+		a := &asking{plan: &w.sc.Conns[i]}
+		c.conns = append(c.conns, a)
+		w.after(a.plan.At, func() {
+			a.begun, a.open = true, true
+			a.id = c.stack.Dial(w.now, netip.AddrPortFrom(guestAddr, servicePort), uint16(20000+i))
+			c.goOn()
+		})
+	}
+	return c
+}
+
+// receive is a frame from the switch.
+func (c *client) receive(frame []byte) {
+	w, sc := c.w, c.w.sc
+	if w.chance(rndNet, sc.NetLoss) {
+		return
+	}
+	frame = append([]byte(nil), frame...)
+	w.after(c.delay(1), func() {
+		c.stack.Input(w.now, frame)
+		c.goOn()
+	})
+}
+
+// delay is a frame's time on the network, in which it may overtake others.
+func (c *client) delay(way int) int64 {
+	w, sc := c.w, c.w.sc
+	d := sc.NetDelay + w.between(rndNet, 5*us, 30*us)
+	if w.chance(rndNet, sc.NetReorder) {
+		return d + w.between(rndNet, 50*us, 3*ms)
+	}
+	at := max(w.now+d, c.last[way]+1)
+	c.last[way] = at
+	return at - w.now
+}
+
+// goOn lets the client do all that it can.
+func (c *client) goOn() {
+	w := c.w
+	c.stack.Tick(w.now)
+	for _, a := range c.conns {
+		if a.open {
+			c.work(a)
+		}
+	}
+	for _, f := range c.stack.Take() {
+		if w.chance(rndNet, w.sc.NetLoss) {
+			continue
+		}
+		w.after(c.delay(0), func() { w.hosts[w.port].fromWire(f) })
+	}
+	next := c.stack.NextDeadline()
+	for _, a := range c.conns {
+		if a.open && a.rest > w.now {
+			next = min(next, a.rest)
+		}
+	}
+	c.no++
+	if no := c.no; next != math.MaxInt64 {
+		w.after(max(next-w.now, 1*us), func() {
+			if no == c.no {
+				c.goOn()
+			}
+		})
+	}
+}
+
+// work goes on with one connection.
+func (c *client) work(a *asking) {
+	w := c.w
+	var buf [4096]byte
+	for {
+		n, eof := c.stack.Read(w.now, a.id, buf[:])
+		a.in = append(a.in, buf[:n]...)
+		c.answers(a)
+		if n > 0 {
+			continue
+		}
+		state := c.stack.State(a.id)
+		if err := c.stack.Err(a.id); err != nil {
+			a.open, a.ended, a.broke = false, true, true
+			w.reach("connection broken")
+			w.logf("client: connection %d: %v", a.id, err)
+			if !w.guestLost {
+				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
+			}
+			return
+		}
+		if eof || state == tcp.Closed {
+			if a.reply < len(a.plan.Requests) {
+				w.failf("stream", "connection %d ended by the guest at request %d of %d", a.id, a.reply, len(a.plan.Requests))
+			}
+			c.stack.Close(w.now, a.id)
+			a.open, a.ended = false, true
+			return
+		}
+		break
+	}
+	for a.next < len(a.plan.Requests) && a.rest <= w.now && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
+		r := &a.plan.Requests[a.next]
+		if r.Kind == 'W' {
+			if a.reply < a.next {
+				break
+			}
+			a.rest = w.now + r.N*ms
+			a.next, a.reply = a.next+1, a.reply+1
+			break
+		}
+		a.next++
+		switch r.Kind {
+		case 'E', 'P':
+			a.out = fmt.Appendf(a.out, "%c %d\n", r.Kind, r.N)
+			a.out = append(a.out, pattern(int(r.N))...)
+		case 'G', 'R':
+			a.out = fmt.Appendf(a.out, "%c %d\n", r.Kind, r.N)
+		case 'S':
+			a.wrote++
+			a.out = fmt.Appendf(a.out, "S %d %d\n", r.N, a.wrote)
+		case 'T':
+			a.out = append(a.out, "T\n"...)
+		}
+	}
+	if len(a.out) > 0 {
+		a.out = a.out[c.stack.Write(w.now, a.id, a.out):]
+	}
+	if a.reply == len(a.plan.Requests) && !a.shut {
+		a.shut = true
+		c.stack.CloseWrite(w.now, a.id)
+	}
+}
+
+// answers looks at what has come.
+func (c *client) answers(a *asking) {
+	w := c.w
+	for a.reply < a.next {
+		r := &a.plan.Requests[a.reply]
+		var want []byte
+		n := 0
+		switch r.Kind {
+		case 'W':
+		case 'E', 'G':
+			if n = int(r.N); len(a.in) < n {
+				return
+			}
+			want = pattern(n)
+		default:
+			if n = bytes.IndexByte(a.in, '\n') + 1; n == 0 {
+				return
+			}
+		}
+		got := a.in[:n]
+		switch r.Kind {
+		case 'E', 'G':
+			if !bytes.Equal(got, want) {
+				w.failf("stream", "connection %d: other bytes in the answer to request %d", a.id, a.reply)
+			}
+		case 'P':
+			if string(got) != "P\n" {
+				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
+			}
+		case 'S', 'R':
+			var key, value uint32
+			if k, err := fmt.Sscanf(string(got), string(r.Kind)+" %d %d\n", &key, &value); k != 2 || err != nil || key != uint32(r.N) {
+				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
+				return
+			}
+			confirmed := w.check.confirmed[key]
+			if r.Kind == 'S' {
+				w.check.confirmed[key] = max(confirmed, value)
+			} else if value < confirmed {
+				w.failf("disk", "key %d reads as %d, and %d was confirmed", key, value, confirmed)
+			}
+		case 'T':
+			if len(got) != 11 || got[0] != 'T' {
+				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
+			}
+		}
+		a.in = slices.Delete(a.in, 0, n)
+		a.reply++
+		w.check.answers++
+	}
+}
+
+// ended reports whether every connection is over.
+func (c *client) ended() bool {
+	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended })
+}

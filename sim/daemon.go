@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/compare"
+	realarbiter "github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
+	"github.com/lockstep-ft/lockstep/control/state"
+)
+
+// How the daemons are set, which is how package control sets them but for the shorter times.
+const (
+	heartbeat   = 50 * ms
+	lease       = 300 * ms
+	peerTimeout = 500 * ms
+	silence     = 3 * s // of the control link
+	pingEvery   = 1 * s
+	rejoin      = 1500 * ms
+	sweepEvery  = 1 * s
+	entryEvery  = 2 * s
+	retryFirst  = 100 * ms
+	retryMax    = 2 * s
+	guard       = 1 << 24
+)
+
+// end is why a daemon's role ends.
+type end uint8
+
+const (
+	endNone     end = iota
+	endPromoted     // it goes on as the primary
+	endAfresh       // a secondary that follows nobody begins again
+	endFenced       // the process ends
+	endOff          // the guest powered off
+	endFailed       // an error that package control takes for the end
+)
+
+// daemon is the shell around the machines, as package control is: it hands them events and
+// carries out their effects. One role of one process.
+type daemon struct {
+	w     *world
+	h     *host
+	role  datapath.Role
+	alive bool
+	frozen
+	deferred []func() // what came while it was frozen
+	ended    end
+
+	loop    *nicloop.Loop
+	turnNo  uint64
+	turnAt  int64
+	tickNo  uint64
+	started bool
+
+	checkP *checkpoint.Primary
+	checkS *checkpoint.Secondary
+	checkQ []checkpoint.Event
+	inside bool // of checkStep
+	lifeP  *failover.Primary
+	lifeS  *failover.Secondary
+	lifeQ  []failover.Event
+	inLife bool
+
+	keyGen, epoch uint32
+	keys          compare.Keys
+	begin         failover.Begin
+	recovered     bool
+	hadQEMU       bool
+	unanswered    int
+	detached      bool
+	tellAgain     bool
+	colo          string // QEMU's mode when it connected
+
+	link      *session
+	linkUp    bool
+	sessions  int
+	peerWhole bool
+	helloCOLO bool
+	syncedOn  *session
+	syncing   *bool // of the replication that begins: whether it is given up
+	ending    bool
+	prepared  bool
+	edgesSent *session
+	tries     int
+	due       int64 // the next try to replicate
+	ioError   bool
+	reported  bool
+	commits   int
+}
+
+func (d *daemon) isPrimary() bool { return d.role == datapath.RolePrimary }
+
+// runs: it is a process that gets CPU time.
+func (d *daemon) runs() bool { return d.alive && !d.isFrozen() && d.h.works() }
+
+// post has the daemon do something when delay has passed; one that is frozen does it when it
+// goes on.
+func (d *daemon) post(delay int64, f func()) {
+	d.w.after(delay, func() { d.do(f) })
+}
+
+func (d *daemon) do(f func()) {
+	switch {
+	case d == nil || !d.alive || d.ended != endNone:
+	case !d.runs():
+		d.deferred = append(d.deferred, f)
+	default:
+		f()
+		d.settle()
+	}
+}
+
+// wake: it is not frozen any more.
+func (d *daemon) wake() {
+	if !d.runs() {
+		return
+	}
+	todo := d.deferred
+	d.deferred = nil
+	for _, f := range todo {
+		d.do(f)
+	}
+	d.do(func() {})
+	d.turnWithin(0)
+}
+
+// settle follows each event: the machines' deadlines, and the end of the role.
+func (d *daemon) settle() {
+	if d.ended != endNone {
+		d.endRole()
+		return
+	}
+	if d.loop == nil {
+		return // it has no role yet
+	}
+	next := int64(math.MaxInt64)
+	if d.isPrimary() {
+		next = min(d.checkP.NextDeadline(), d.lifeP.NextDeadline())
+	} else {
+		next = min(d.checkS.NextDeadline(), d.lifeS.NextDeadline())
+	}
+	d.tickNo++
+	if next == math.MaxInt64 {
+		return
+	}
+	no := d.tickNo
+	d.w.after(max(d.h.until(next), 1*us), func() {
+		if no != d.tickNo {
+			return
+		}
+		d.do(func() {
+			d.checkStep(checkpoint.Event{Kind: checkpoint.EvTick})
+			d.lifeStep(failover.Event{Kind: failover.EvTick})
+		})
+	})
+}
+
+// turnWithin has the NIC's loop turn within delay.
+func (d *daemon) turnWithin(delay int64) {
+	at := d.w.now + delay
+	if !d.alive || d.loop == nil || d.turnAt > d.w.now && d.turnAt <= at {
+		return
+	}
+	d.turnNo++
+	no := d.turnNo
+	d.turnAt = at
+	d.w.after(delay, func() {
+		if no == d.turnNo {
+			d.turn()
+		}
+	})
+}
+
+func (d *daemon) turn() {
+	d.turnAt = 0
+	if !d.runs() || d.ended != endNone || !d.started {
+		return
+	}
+	if err := d.loop.Turn(0); err != nil {
+		d.fail(err)
+	}
+	if at := d.loop.Deadline(); at != math.MaxInt64 {
+		d.turnWithin(max(d.h.until(at), 1*us))
+	}
+	d.settle()
+}
+
+// fail is a data path that does not follow: the end of the daemon.
+func (d *daemon) fail(err error) {
+	if err != nil && d.ended == endNone {
+		d.w.failf("data path", "%s: %v", d.h.name, err)
+		d.ended = endFailed
+	}
+}
+
+// start begins a role: what control.New and Run do.
+func (h *host) start(begin failover.Begin) {
+	d := &daemon{w: h.w, h: h, role: begin.Role, alive: true, begin: begin, hadQEMU: begin.HasGuest(), colo: "none"}
+	h.daemon = d
+	d.w.reach("role " + string(begin.Role))
+	d.w.logf("%s: daemon begins as %s, %+v", h.name, d.role, begin)
+	switch found := h.pinned(); {
+	case begin.Discard || h.nic == nil:
+		h.newNIC(d.role)
+	case found.Role == d.role:
+		h.nic = h.nic.Reopen()
+	default:
+		nic, err := h.nic.Promote()
+		d.fail(err)
+		h.nic = nic
+	}
+	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte(d.w.seed())))
+	d.keys = *keys
+	d.fail(err)
+	if r := h.nic.Recovered(); r != nil {
+		d.keyGen, d.epoch = r.Term, r.Epoch
+		if !begin.Discard && r.Digest != (compare.Keys{}) {
+			d.recovered, d.keys = true, r.Digest
+		}
+	}
+	cfg := checkpoint.DefaultConfig()
+	cfg.QMP, cfg.Period, cfg.MinInterval = true, h.w.sc.Period, int64(20*time.Millisecond)
+	cfg.FirstEpoch = max(cfg.FirstEpoch, d.epoch)
+	d.epoch = cfg.FirstEpoch
+	life := failover.DefaultConfig(time.Duration(peerTimeout), time.Duration(lease), time.Duration(rejoin))
+	life.Doubt = 3 * s
+	cfg.Mutate(h.w.mutation)
+	life.Mutate(h.w.mutation)
+	log, cc := slog.New(slog.DiscardHandler), h.w.sc.compare()
+	cc.Epoch = d.epoch
+	if d.isPrimary() {
+		d.w.check.cores++
+		d.lifeP = begin.Primary(life, h.clock())
+		cfg.Unpaired = d.lifeP.State() != failover.PrimaryPair
+		d.checkP = checkpoint.NewPrimary(cfg)
+		d.loop = nicloop.NewPrimary(0, h.nic, log, d.want, cc, d.keys)
+	} else {
+		d.lifeS = begin.Secondary(life, h.name, h.clock())
+		d.checkS = checkpoint.NewSecondary(cfg)
+		d.loop = nicloop.NewSecondary(0, h.nic, log, compare.SecondaryConfig{}, d.keys)
+		if d.recovered {
+			d.checkS.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: h.nic.Recovered().Mode == datapath.ModeRun})
+		}
+	}
+	h.w.mutate(d)
+	switch {
+	case d.recovered:
+		d.loop.Restore(2 * time.Hour)
+	case d.isPrimary():
+		d.fail(d.loop.OwnKeys(datapath.Session{Term: d.keyGen, Epoch: d.epoch, PeerMAC: make([]byte, 6), Digest: d.keys}))
+	}
+	d.ensureGuest()
+	d.post(0, func() {
+		d.started = true
+		d.checkStep(checkpoint.Event{Kind: checkpoint.EvTick})
+		if begin.ResumesTakeOver() {
+			d.lifeStep(failover.Event{Kind: failover.EvTakeOver})
+		}
+		if d.recovered && d.ended == endNone {
+			d.fail(d.loop.RestoreMode())
+		}
+		d.turnWithin(0)
+	})
+	d.connectQMP(0)
+	d.every(sweepEvery, func() {
+		_, err := h.nic.Sweep(cc.Linger, cc.Idle)
+		d.fail(err)
+	})
+	if d.isPrimary() {
+		d.every(entryEvery, d.readEntry)
+	} else {
+		d.connect(retryFirst)
+	}
+}
+
+// every does f again and again.
+func (d *daemon) every(interval int64, f func()) {
+	d.post(interval, func() {
+		f()
+		d.every(interval, f)
+	})
+}
+
+// ensureGuest has a QEMU there: control's ensureGuest.
+func (d *daemon) ensureGuest() {
+	h := d.h
+	alive := h.qemu != nil && h.qemu.alive
+	switch {
+	case alive && d.begin.Ends():
+		h.qemu.die()
+	case alive:
+		d.hadQEMU = true
+		return
+	case d.hadQEMU:
+		return // it died; the monitor finds that out
+	}
+	if h.state.Unmerged {
+		if d.isPrimary() {
+			h.disk.merge()
+		}
+		d.remember(func(st *state.State) { st.Unmerged = false })
+	}
+	h.startQEMU(!d.isPrimary())
+	d.hadQEMU = true
+}
+
+// kill ends the process at once. Its host's kernel ends its connections, if it lives.
+func (d *daemon) kill(hostLives bool) {
+	if !d.alive {
+		return
+	}
+	d.alive = false
+	d.w.logf("%s: daemon ends", d.h.name)
+	if d.link != nil {
+		d.link.drop(d, hostLives)
+	}
+	if m := d.h.monitor; m != nil && m.d == d {
+		m.open = false
+		d.h.monitor = nil
+	}
+	if d.h.daemon == d {
+		d.h.daemon = nil
+	}
+}
+
+// endRole follows the machines' wish to end: what cmd/lockstep's runRoles does.
+func (d *daemon) endRole() {
+	h, why := d.h, d.ended
+	d.w.reach([...]string{"", "ends: promoted", "ends: afresh", "ends: fenced", "ends: off", "ends: failed"}[why])
+	d.kill(true)
+	role := d.role
+	switch why {
+	case endPromoted:
+		h.boot(datapath.RolePrimary, false)
+	case endAfresh:
+		h.w.after(200*ms, func() {
+			if h.alive && h.daemon == nil {
+				h.boot(role, true)
+			}
+		})
+	}
+}
+
+// boot is `lockstep run`: it asks the arbiter, and begins the role that comes of it (R19).
+// afresh: what is found belongs to an SVM that was given up.
+func (h *host) boot(role datapath.Role, afresh bool) {
+	b := &daemon{w: h.w, h: h, alive: true, role: role}
+	h.daemon = b
+	var ask func()
+	ask = func() {
+		h.w.arbiter.settle(h, func(entry realarbiter.Entry, ok bool) {
+			if !ok {
+				b.post(200*ms, ask)
+				return
+			}
+			if role == datapath.RolePrimary && entry == (realarbiter.Entry{}) {
+				h.w.arbiter.swap(h, entry, realarbiter.Entry{Term: 1, Speaker: h.name}, func(realarbiter.Entry, bool, bool) { ask() })
+				return
+			}
+			found, st := datapath.Pinned{}, h.state
+			running := h.qemu != nil && h.qemu.alive
+			if running && !afresh {
+				found = h.pinned()
+			}
+			if afresh {
+				st.Covered = 0
+			}
+			begin, err := failover.Decide(role, h.name, h.other().name, st, entry, found)
+			if err == nil {
+				err = begin.Meets(running)
+			}
+			b.alive, h.daemon = false, nil
+			if err != nil {
+				h.w.logf("%s: does not begin: %v", h.name, err)
+				h.w.reach("does not begin")
+				return
+			}
+			h.start(begin)
+		})
+	}
+	b.post(0, ask)
+}
+
+// remember changes what is on disk.
+func (d *daemon) remember(change func(*state.State)) {
+	st := &d.h.state
+	st.Role = string(d.role)
+	if d.isPrimary() {
+		st.Term = d.lifeP.Term()
+	} else {
+		st.Term = d.lifeS.Term()
+	}
+	change(st)
+}
+
+// want is compare's request for a checkpoint.
+func (d *daemon) want(r nicloop.Request) {
+	d.w.reach("wanted: " + r.Reason)
+	d.post(0, func() { d.checkStep(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason}) })
+}

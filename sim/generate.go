@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"cmp"
+	"math/rand/v2"
+	"slices"
+)
+
+// Generate draws a scenario.
+func Generate(seed uint64) *Scenario {
+	r := rand.New(rand.NewPCG(seed, 1<<40))
+	one := func(n int) bool { return r.IntN(n) == 0 }
+	sc := &Scenario{
+		Seed: seed, Arbiter: []arbiterKind{arbiterEtcd, arbiterFile, arbiterExec}[r.IntN(3)],
+		Period:   []int64{0, 300 * ms, 1 * s, 3 * s}[r.IntN(4)],
+		NetDelay: []int64{10 * us, 100 * us, 2 * ms, 30 * ms}[r.IntN(4)],
+		MSS:      []int{536, 1460, 1460, 8960}[r.IntN(4)], RcvBuf: []int{8 << 10, 64 << 10, 256 << 10}[r.IntN(3)],
+		NoSACK: one(5), NoTimestamps: one(5), NoScale: one(6), Autocork: one(3), Slots: []int{48, 512}[r.IntN(2)],
+	}
+	if one(2) {
+		sc.NetLoss, sc.NetReorder = r.IntN(12), r.IntN(12)
+	}
+	if one(2) {
+		sc.PeerLoss, sc.PeerDup, sc.PeerReorder = r.IntN(15), r.IntN(5), r.IntN(12)
+	}
+	if one(8) {
+		sc.RefuseCheckpoint = r.IntN(300)
+	}
+	for i := range 2 {
+		sc.Skew[i], sc.Drift[i] = r.Int64N(100*s), r.Int64N(10000)-5000
+	}
+	for i := range 1 + r.IntN(5) {
+		sc.Conns = append(sc.Conns, drawConn(r, i))
+	}
+	for range drawCount(r) {
+		sc.Actions = append(sc.Actions, drawAction(r))
+	}
+	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
+	return sc
+}
+
+// drawCount draws how much goes wrong: mostly little, so that what is asked of a pair that met
+// one fault is asked often.
+func drawCount(r *rand.Rand) int {
+	switch r.IntN(8) {
+	case 0:
+		return 0
+	case 1, 2, 3:
+		return 1
+	case 4, 5:
+		return 2 + r.IntN(2)
+	}
+	return 4 + r.IntN(8)
+}
+
+func drawConn(r *rand.Rand, key int) Conn {
+	c := Conn{At: 200*ms + r.Int64N(8*s), Pipelined: 1}
+	if r.IntN(4) == 0 {
+		c.Pipelined = 1 + r.IntN(8)
+	}
+	size := func() int64 { return []int64{1, 100, 1460, 5000, 40000}[r.IntN(5)] + r.Int64N(100) }
+	for range 2 + r.IntN(14) {
+		switch r.IntN(12) {
+		case 0, 1:
+			c.Requests = append(c.Requests, Request{'E', size()})
+		case 2, 3:
+			c.Requests = append(c.Requests, Request{'G', size()})
+		case 4:
+			c.Requests = append(c.Requests, Request{'P', size()})
+		case 5, 6:
+			c.Requests = append(c.Requests, Request{'S', int64(key)})
+		case 7:
+			c.Requests = append(c.Requests, Request{'R', int64(key)})
+		case 8:
+			c.Requests = append(c.Requests, Request{'T', 0})
+		default:
+			c.Requests = append(c.Requests, Request{'W', 20 + r.Int64N(1500)})
+		}
+	}
+	return c
+}
+
+// kinds are the actions' names, sorted.
+var kinds = func() (names []string) {
+	for k := range actions {
+		names = append(names, k)
+	}
+	slices.Sort(names)
+	return names
+}()
+
+func drawAction(r *rand.Rand) Action {
+	a := Action{At: 100*ms + r.Int64N(9*s), Kind: kinds[r.IntN(len(kinds))], Host: r.IntN(2)}
+	if actions[a.Kind].lasts {
+		a.For = []int64{20 * ms, 200 * ms, 1 * s, 4 * s}[r.IntN(4)]
+		a.For += r.Int64N(a.For)
+		a.For = min(a.For, healed-1*s-a.At)
+	}
+	return a
+}

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+
+	"github.com/lockstep-ft/lockstep/sim/tcp"
+)
+
+// guest is what a QEMU runs: memory, CPU, and the state of its devices. A checkpoint copies it.
+type guest struct {
+	stack   *tcp.Stack
+	conns   map[tcp.ID]*serving
+	order   []tcp.ID      // of conns
+	pending []diskRequest // the disk's: not answered yet
+	said    map[flow]*said
+
+	clock, since int64 // the guest's clock was clock when the host's was since; it stands still while the guest does
+}
+
+// serving is what the service knows of a connection.
+type serving struct {
+	in      []byte
+	out     []byte // not yet taken by the stack
+	body    int    // bytes of a body that are to come
+	echo    bool   // it is to be sent back
+	waiting bool   // for the disk
+	eof     bool   // the client sends no more
+	closed  bool
+}
+
+// diskRequest is one of the guest's.
+type diskRequest struct {
+	conn  tcp.ID
+	write bool
+	key   uint32
+	value uint32
+	sent  bool // the device has it; after a restart of the guest it is sent again
+}
+
+const servicePort = 80
+
+func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
+	g := &guest{stack: tcp.New(cfg, seed), conns: make(map[tcp.ID]*serving), said: make(map[flow]*said), since: hostClock}
+	g.stack.Listen(servicePort)
+	return g
+}
+
+// clone is what a checkpoint does.
+func (g *guest) clone() *guest {
+	c := &guest{
+		stack: g.stack.Clone(), conns: make(map[tcp.ID]*serving, len(g.conns)), order: slices.Clone(g.order),
+		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), clock: g.clock, since: g.since,
+	}
+	for id, v := range g.conns {
+		n := *v
+		n.in, n.out = slices.Clone(v.in), slices.Clone(v.out)
+		c.conns[id] = &n
+	}
+	for f, v := range g.said {
+		c.said[f] = v.clone()
+	}
+	for i := range c.pending {
+		c.pending[i].sent = false
+	}
+	return c
+}
+
+// time is the guest's clock when the host's is now.
+func (g *guest) time(now int64) int64 { return g.clock + now - g.since }
+
+// stop and start: the clock stands still meanwhile.
+func (g *guest) stop(now int64)  { g.clock, g.since = g.time(now), now }
+func (g *guest) start(now int64) { g.since = now }
+
+// wakeAt is when the guest has something to do, on the host's clock; math.MaxInt64: never.
+func (g *guest) wakeAt() int64 {
+	d := g.stack.NextDeadline()
+	if d == math.MaxInt64 {
+		return d
+	}
+	return g.since + d - g.clock
+}
+
+// serve has the service go on as far as it can. random is what no two guests share.
+func (g *guest) serve(now int64, random func() uint32) {
+	for {
+		id, ok := g.stack.Accept(servicePort)
+		if !ok {
+			break
+		}
+		g.conns[id] = new(serving)
+		g.order = append(g.order, id)
+	}
+	var buf [4096]byte
+	for _, id := range g.order {
+		c := g.conns[id]
+		for !c.closed {
+			if len(c.out) > 0 {
+				c.out = c.out[g.stack.Write(now, id, c.out):]
+			}
+			if len(c.out) > 0 || c.waiting {
+				break
+			}
+			n, eof := g.stack.Read(now, id, buf[:])
+			c.in, c.eof = append(c.in, buf[:n]...), c.eof || eof
+			if !g.request(now, id, c, random) && n == 0 {
+				break
+			}
+		}
+		if c.eof && len(c.in) == 0 && len(c.out) == 0 && !c.waiting && !c.closed {
+			c.closed = true
+			g.stack.Close(now, id)
+		}
+	}
+	g.order = slices.DeleteFunc(g.order, func(id tcp.ID) bool {
+		gone := g.stack.State(id) == tcp.Closed
+		if gone {
+			delete(g.conns, id)
+		}
+		return gone
+	})
+}
+
+// request takes one request out of what has come, if it is there.
+//
+//	E n   n bytes follow, which go back
+//	G n   n bytes of a pattern
+//	P n   n bytes follow, which are read
+//	S k v value v for key k: written to the disk
+//	R k   the value of key k, from the disk
+//	T     a number that no two guests share
+//	Q     the end
+func (g *guest) request(now int64, id tcp.ID, c *serving, random func() uint32) bool {
+	if c.body > 0 {
+		n := min(c.body, len(c.in))
+		if c.echo {
+			c.out = append(c.out, c.in[:n]...)
+		}
+		c.in = c.in[n:]
+		if c.body -= n; c.body == 0 && !c.echo {
+			c.out = append(c.out, "P\n"...)
+		}
+		return n > 0
+	}
+	end := bytes.IndexByte(c.in, '\n')
+	if end < 0 {
+		if c.eof {
+			c.in = nil
+		}
+		return false
+	}
+	line := c.in[:end]
+	c.in = c.in[end+1:]
+	word := bytes.Fields(line)
+	number := func(i int) int {
+		if i >= len(word) {
+			return 0
+		}
+		n, _ := strconv.Atoi(string(word[i])) // the client makes no mistakes
+		return n
+	}
+	switch word[0][0] {
+	case 'E':
+		c.body, c.echo = number(1), true
+	case 'P':
+		c.body, c.echo = number(1), false
+	case 'G':
+		c.out = append(c.out, pattern(number(1))...)
+	case 'S':
+		c.waiting = true
+		g.pending = append(g.pending, diskRequest{conn: id, write: true, key: uint32(number(1)), value: uint32(number(2))})
+	case 'R':
+		c.waiting = true
+		g.pending = append(g.pending, diskRequest{conn: id, key: uint32(number(1))})
+	case 'T':
+		c.out = fmt.Appendf(c.out, "T %08x\n", random())
+	case 'Q':
+		c.closed = true
+		g.stack.Close(now, id)
+	}
+	return true
+}
+
+// answered is what the disk answers: the request is at the front of pending.
+func (g *guest) answered(r diskRequest, value uint32) {
+	i := slices.IndexFunc(g.pending, func(x diskRequest) bool { return x.conn == r.conn })
+	g.pending = slices.Delete(g.pending, i, i+1)
+	c := g.conns[r.conn]
+	if c == nil {
+		return // the client has gone
+	}
+	c.waiting = false
+	if r.write {
+		c.out = fmt.Appendf(c.out, "S %d %d\n", r.key, r.value)
+	} else {
+		c.out = fmt.Appendf(c.out, "R %d %d\n", r.key, value)
+	}
+}
+
+// pattern is n bytes, the same on both guests.
+func pattern(n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i*7 + i>>8)
+	}
+	return b
+}
+
+// flow names a connection of the guest's by the remote's port and address, and its own port.
+type flow struct {
+	remote     [4]byte
+	remotePort uint16
+	guestPort  uint16
+}
+
+// said is what a guest has sent on one incarnation of a connection, whatever became of it.
+type said struct {
+	isn       uint32
+	syn       bool
+	data      []byte // from the first byte on
+	fin       bool
+	rst       bool
+	ack, edge uint32
+	acked     bool
+	scale     uint8
+}
+
+// clone shares the data: both append to copies of their own.
+func (v *said) clone() *said {
+	c := *v
+	c.data = v.data[:len(v.data):len(v.data)]
+	v.data = c.data
+	return &c
+}
+
+// note takes in a frame that the guest has sent.
+func (g *guest) note(p *packet) {
+	f := p.flow()
+	v := g.said[f]
+	if v == nil || p.syn() && v.isn != p.seq {
+		v = &said{isn: p.seq - 1}
+		if p.syn() {
+			v.isn, v.syn, v.scale = p.seq, true, p.scale()
+		}
+		g.said[f] = v
+	}
+	if p.rst() {
+		v.rst = true
+		return
+	}
+	if p.hasACK() {
+		shift := v.scale
+		if p.syn() {
+			shift = 0
+		}
+		if edge := p.ack + uint32(p.win)<<shift; !v.acked || after(edge, v.edge) {
+			v.edge = edge
+		}
+		if !v.acked || after(p.ack, v.ack) {
+			v.ack, v.acked = p.ack, true
+		}
+	}
+	start := int(int32(p.seq - v.isn - 1))
+	if p.syn() {
+		start = 0
+	}
+	if start < 0 || start > len(v.data) { // a keep-alive, or behind what was never seen
+		return
+	}
+	if end := start + len(p.payload); end > len(v.data) {
+		v.data = append(v.data, p.payload[len(v.data)-start:]...)
+	}
+	v.fin = v.fin || p.fin()
+}
+
+// forget drops what was said on connections that ended long ago.
+func (g *guest) forget(keep map[flow]bool) {
+	maps.DeleteFunc(g.said, func(f flow, _ *said) bool { return !keep[f] })
+}
+
+func after(a, b uint32) bool { return int32(a-b) > 0 }
+
+// packet is a TCP segment as it is on the wire.
+type packet struct {
+	src, dst         [4]byte
+	srcPort, dstPort uint16
+	seq, ack         uint32
+	flags            byte
+	win              uint16
+	opts, payload    []byte
+	fromGuest        bool
+}
+
+// parse takes an Ethernet frame with IPv4 and TCP apart; false: it is something else.
+func parse(frame []byte) (p packet, ok bool) {
+	if len(frame) < 54 || frame[12] != 8 || frame[13] != 0 || frame[23] != 6 {
+		return p, false
+	}
+	ip := frame[14:]
+	total, hl := int(binary.BigEndian.Uint16(ip[2:])), int(ip[0]&15)*4
+	if total > len(ip) || total < hl+20 {
+		return p, false
+	}
+	t := ip[hl:total]
+	off := int(t[12]>>4) * 4
+	if off < 20 || off > len(t) {
+		return p, false
+	}
+	copy(p.src[:], ip[12:])
+	copy(p.dst[:], ip[16:])
+	p.srcPort, p.dstPort = binary.BigEndian.Uint16(t), binary.BigEndian.Uint16(t[2:])
+	p.seq, p.ack = binary.BigEndian.Uint32(t[4:]), binary.BigEndian.Uint32(t[8:])
+	p.flags, p.win = t[13], binary.BigEndian.Uint16(t[14:])
+	p.opts, p.payload = t[20:off], t[off:]
+	return p, true
+}
+
+func (p *packet) fin() bool    { return p.flags&1 != 0 }
+func (p *packet) syn() bool    { return p.flags&2 != 0 }
+func (p *packet) rst() bool    { return p.flags&4 != 0 }
+func (p *packet) hasACK() bool { return p.flags&16 != 0 }
+
+// flow is that of a frame of the guest's.
+func (p *packet) flow() flow { return flow{p.dst, p.dstPort, p.srcPort} }
+
+// option is the value of a TCP option, nil if it is not there.
+func (p *packet) option(kind byte) []byte {
+	for o := p.opts; len(o) > 0 && o[0] != 0; {
+		if o[0] == 1 {
+			o = o[1:]
+			continue
+		}
+		if len(o) < 2 || int(o[1]) < 2 || int(o[1]) > len(o) {
+			return nil
+		}
+		if o[0] == kind {
+			return o[2:o[1]]
+		}
+		o = o[o[1]:]
+	}
+	return nil
+}
+
+// scale is a SYN's window scale.
+func (p *packet) scale() uint8 {
+	if v := p.option(3); len(v) == 1 {
+		return v[0]
+	}
+	return 0
+}
+
+// timestamp is the TSval, if there is one.
+func (p *packet) timestamp() (uint32, bool) {
+	if v := p.option(8); len(v) == 8 {
+		return binary.BigEndian.Uint32(v), true
+	}
+	return 0, false
+}
+
+func (p packet) String() string {
+	f := ""
+	for i, c := range "FSRPAU" {
+		if p.flags&(1<<i) != 0 {
+			f += string(c)
+		}
+	}
+	return fmt.Sprintf("%d>%d %s seq %d ack %d win %d len %d", p.srcPort, p.dstPort, f, p.seq, p.ack, p.win, len(p.payload))
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"net"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/sim/kernel"
+	"github.com/lockstep-ft/lockstep/sim/tcp"
+)
+
+// Scenario is all that a run depends on. Times are in ns, chances in 1/1000.
+type Scenario struct {
+	Seed    uint64
+	Arbiter arbiterKind
+	Period  int64 // between two checkpoints; 0: none that nothing asks for
+
+	NetDelay            int64
+	NetLoss, NetReorder int
+
+	PeerLoss, PeerDup, PeerReorder int
+
+	RefuseCheckpoint int // QEMU's COLO ends when a checkpoint is asked for
+
+	MSS                  int
+	NoSACK, NoTimestamps bool
+	NoScale, Autocork    bool
+	RcvBuf               int
+	Slots                int
+	Skew                 [2]int64 // of the hosts' clocks
+	Drift                [2]int64 // in parts per million
+
+	Conns   []Conn
+	Actions []Action
+}
+
+// Conn is a client's connection.
+type Conn struct {
+	At        int64
+	Pipelined int // requests under way at once
+	Requests  []Request
+}
+
+// Request is what a client asks for: see guest.request. 'W' is to wait, N ms.
+type Request struct {
+	Kind byte
+	N    int64
+}
+
+// Action is something that happens to the world. What lasts, lasts For.
+type Action struct {
+	At   int64
+	Kind string // one of actions
+	Host int
+	For  int64
+}
+
+func (sc *Scenario) stack() tcp.Config {
+	return tcp.Config{
+		MSS: sc.MSS, NoSACK: sc.NoSACK, NoTimestamps: sc.NoTimestamps, NoScale: sc.NoScale, Autocork: sc.Autocork,
+		RcvBuf: sc.RcvBuf, WindowScale: 7,
+	}
+}
+
+func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Options {
+	return kernel.Options{Role: role, Slots: sc.Slots, MAC: mac}
+}
+
+func (sc *Scenario) compare() compare.Config {
+	return compare.Config{Timeout: 500 * time.Millisecond, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots}
+}
+
+// healed is when everything that was broken is mended, and end when everything has to be over.
+const (
+	healed   = 15 * s
+	finished = 75 * s
+)
+
+// Result is what a run came to.
+type Result struct {
+	Fault    *Fault         // nil: nothing was wrong
+	Reached  map[string]int // states and events, and how often
+	Events   int
+	Answers  int
+	Frames   int      // that left
+	Compared int      // of those, the ones that the SVM had to have sent
+	Lost     bool     // the guest was, and another one was booted
+	Idle     bool     // nobody serves at the end
+	Log      []string // what happened, if it was asked for
+}
+
+// Run runs a scenario. log: the fault has what led to it.
+func Run(sc *Scenario, mutation string, log bool) Result {
+	w := newWorld(sc)
+	w.logging, w.mutation = log, mutation
+	w.check = check{flows: map[flow]*wire{}, confirmed: map[uint32]uint32{}}
+	w.arbiter = &arbiter{w: w}
+	for i := range w.hosts {
+		w.hosts[i] = &host{w: w, id: i, name: names[i], alive: true, disk: newDisk(), offset: 1000*s + sc.Skew[i], rate: 1 + float64(sc.Drift[i])/1e6}
+	}
+	w.client = newClient(w)
+	w.hosts[0].boot(datapath.RolePrimary, false)
+	w.hosts[1].boot(datapath.RoleSecondary, false)
+	for i := range sc.Actions {
+		a := &sc.Actions[i]
+		w.after(a.At, func() { w.act(a) })
+	}
+	w.run(healed)
+	for t := int64(healed); w.fault == nil && t < finished; t += 1 * s {
+		w.mend()
+		w.run(t + 1*s)
+		if w.client.ended() && t > healed+3*s {
+			break
+		}
+	}
+	if w.fault == nil {
+		w.quiet()
+	}
+	r := Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
+	if w.fault != nil {
+		r.Fault = w.fault.(*Fault)
+	}
+	return r
+}
+
+// serves reports whether a guest is there that can talk to clients.
+func (w *world) serves() bool {
+	h := w.hosts[w.check.speaker]
+	mode := h.pinned().Mode
+	return h.works() && h.qemu != nil && h.qemu.running() && h.qemu.works() && (mode == datapath.ModeSolo || mode == datapath.ModeHold)
+}
+
+// quiet looks at the world at its end.
+func (w *world) quiet() {
+	for i := 0; i < 50 && !w.serves(); i++ { // it may be in mid-checkpoint
+		w.run(w.now + 100*ms)
+	}
+	if !w.serves() {
+		w.reach("nobody serves")
+		if n := w.sc.fatal(); n <= 1 {
+			w.failf("availability", "nobody serves, after %d faults that a pair has to survive", n)
+		}
+		return
+	}
+	if !w.client.ended() {
+		for _, a := range w.client.conns {
+			if !a.ended {
+				w.failf("liveness", "connection %d is stuck at request %d of %d", a.id, a.reply, len(a.plan.Requests))
+			}
+		}
+		return
+	}
+	d := w.hosts[w.check.speaker].daemon
+	if d != nil && d.loop != nil && d.loop.Primary != nil {
+		if held := d.loop.Primary.Stats().HeldPackets; held > 0 {
+			w.failf("liveness", "%d frames are held, and nobody has sent anything for seconds", held)
+		}
+	}
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sim
+
+import (
+	"flag"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/lockstep-ft/lockstep/compare"
+)
+
+var (
+	seeds    = flag.Uint64("seeds", 1000, "how many seeds TestSeeds runs")
+	from     = flag.Uint64("from", 0, "the first of them")
+	mutation = flag.String("mutation", "", "the rule that is off in TestSeeds")
+	tell     = flag.Bool("tell", false, "a run that fails shows its log")
+)
+
+// sweep runs seeds on all CPUs until one is wrong, and returns that one and its fault.
+func sweep(first, n uint64, mutation string, each func(Result)) (seed uint64, fault *Fault) {
+	var next atomic.Uint64
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for {
+				i := first + next.Add(1) - 1
+				mu.Lock()
+				stop := i >= first+n || fault != nil && i > seed
+				mu.Unlock()
+				if stop {
+					return
+				}
+				r := Run(Generate(i), mutation, false)
+				mu.Lock()
+				if each != nil {
+					each(r)
+				}
+				if r.Fault != nil && (fault == nil || i < seed) {
+					seed, fault = i, r.Fault
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return seed, fault
+}
+
+// report shows a fault with the short scenario that it shrinks to.
+func report(t *testing.T, seed uint64, f *Fault) {
+	t.Helper()
+	short := Shrink(Generate(seed), *mutation, f.Kind, 400)
+	t.Errorf("seed %d: %v\nIt shrinks to (put it into testdata/NAME.txt):\n%s", seed, f, short)
+	if r := Run(short, *mutation, true); r.Fault != nil {
+		t.Logf("which fails with: %v", r.Fault)
+		if *tell {
+			t.Log(strings.Join(r.Fault.Log, "\n"))
+		}
+	}
+}
+
+// TestSeeds runs the world from many seeds. What was reached is logged, and has to hold all that
+// is in testdata/reached: a simulator that never gets anywhere finds nothing.
+func TestSeeds(t *testing.T) {
+	reached := map[string]int{}
+	events, answers, frames, compared, lost, idle := 0, 0, 0, 0, 0, 0
+	seed, fault := sweep(*from, *seeds, *mutation, func(r Result) {
+		events, answers, frames, compared = events+r.Events, answers+r.Answers, frames+r.Frames, compared+r.Compared
+		if r.Lost {
+			lost++
+		}
+		if r.Idle {
+			idle++
+		}
+		for k, n := range r.Reached {
+			reached[k] += n
+		}
+	})
+	if fault != nil {
+		report(t, seed, fault)
+	}
+	t.Logf("%d seeds: %d events, %d answers, %d frames left, %d of them held against the SVM; in %d the guest was lost, in %d nobody served at the end",
+		*seeds, events, answers, frames, compared, lost, idle)
+	for _, k := range slices.Sorted(maps.Keys(reached)) {
+		t.Logf("%9d %s", reached[k], k)
+	}
+	if fault != nil || *seeds < 1000 || *mutation != "" {
+		return
+	}
+	text, err := os.ReadFile("testdata/reached")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range strings.Split(strings.TrimSpace(string(text)), "\n") {
+		if reached[k] == 0 {
+			t.Errorf("no run has reached %q", k)
+		}
+	}
+}
+
+// TestScenarios runs what once failed, and what seeds do not draw.
+func TestScenarios(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			f, err := os.Open(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			sc, err := Parse(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := Run(sc, *mutation, true)
+			if *tell {
+				t.Log(strings.Join(r.Log, "\n"))
+			}
+			if r.Fault != nil {
+				t.Errorf("%v\n%s", r.Fault, strings.Join(r.Fault.Log, "\n"))
+			}
+		})
+	}
+}
+
+// TestSame: the same scenario runs in the same way, also through its text.
+func TestSame(t *testing.T) {
+	for seed := range uint64(20) {
+		sc := Generate(seed)
+		again, err := Parse(strings.NewReader(sc.String()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := again.String(), sc.String(); got != want {
+			t.Fatalf("%s\n%s", got, want)
+		}
+		a, b := Run(sc, "", false), Run(again, "", false)
+		if a.Events != b.Events || a.Frames != b.Frames || a.Answers != b.Answers || !maps.Equal(a.Reached, b.Reached) {
+			t.Errorf("seed %d: %d events and %d; %d frames and %d", seed, a.Events, b.Events, a.Frames, b.Frames)
+		}
+	}
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	compare.Assertions = true
+	os.Exit(m.Run())
+}
