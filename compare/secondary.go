@@ -67,6 +67,7 @@ type copies struct {
 	tuple     Tuple
 	inc       uint32
 	inherited bool
+	goesOn    bool // EvRemote has named it
 	byPos     deque[*frameCopy]
 }
 
@@ -116,10 +117,20 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 		}
 	case EvUnpark:
 		s.unpark()
+	case EvRemote:
+		if f := s.flows[ev.Seg.Tuple]; f != nil {
+			f.goesOn = true
+			s.acked(f, ev.Seg.ClientAck)
+		}
 	case EvTakeOver:
 		s.alone = true
 		for s.copies.first != nil { // in the order in which the SVM transmitted them
-			s.replay(s.remove(s.copies.first.of))
+			k := s.copies.first.of
+			if k.of.goesOn || s.off(mutEnded) {
+				s.replay(s.remove(k))
+			} else {
+				s.free(k, ReasonVoid) // the connection is over, and may be another one's by now
+			}
 		}
 		s.unpark()
 	case EvReset:
@@ -167,11 +178,8 @@ func (s *Secondary) keep(seg *Segment) {
 	}
 	start := seg.PayloadStart()
 	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot, large: seg.Large}
-	if f != nil && seg.ClientAck != 0 { // 0: the remote has acknowledged nothing yet
-		// Sorted by start, not by end: what is kept a little longer does no harm.
-		for f.byPos.len() > 0 && !after(f.byPos.view()[0].end, seg.ClientAck) {
-			s.free(f.byPos.view()[0], ReasonAcked)
-		}
+	if f != nil {
+		s.acked(f, seg.ClientAck)
 		f = s.flows[seg.Tuple] // the last copy takes its flow along
 	}
 	switch {
@@ -203,6 +211,15 @@ func (s *Secondary) keep(seg *Segment) {
 	// Those of connections that are quiet stay until then, acknowledged or not.
 	for s.copies.n > s.cfg.MaxCopies || s.large > s.cfg.MaxLarge {
 		s.free(s.copies.first.of, ReasonBudget)
+	}
+}
+
+// acked frees the copies that nobody can ask for any more; ack 0: the remote has
+// acknowledged nothing yet.
+func (s *Secondary) acked(f *copies, ack uint32) {
+	// Sorted by start, not by end: what is kept a little longer does no harm.
+	for ack != 0 && f.byPos.len() > 0 && !after(f.byPos.view()[0].end, ack) {
+		s.free(f.byPos.view()[0], ReasonAcked)
 	}
 }
 

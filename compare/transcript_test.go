@@ -183,7 +183,7 @@ func (x *transcript) step(title string, ev Event) {
 	}
 	step := x.p.Step
 	switch ev.Kind {
-	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvTakeOver:
+	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvRemote, EvTakeOver:
 		step = x.s.Step
 	}
 	effs := step(x.now, &ev, nil)
@@ -258,6 +258,7 @@ func TestMutations(t *testing.T) {
 		{mutR16, "r16_mark"},
 		{mutR17, "r17_next_epoch"},
 		{mutR22, "r22_takeover"},
+		{mutEnded, "r22_takeover"},
 		{mutR23, "r23_adopt"},
 		{mutDatagram, "datagrams"},
 	} {

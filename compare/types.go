@@ -150,8 +150,11 @@ const (
 	// what was parked, in order.
 	EvReset
 	EvUnpark
-	// EvTakeOver (S): what the SVM transmits leaves from now on (R22). What the client
-	// may not have received is transmitted again.
+	// EvRemote (S): the connection Seg.Tuple goes on at a takeover, and its remote has
+	// acknowledged up to Seg.ClientAck; 0: that is not known.
+	EvRemote
+	// EvTakeOver (S), after EvRemote for each connection: what the SVM transmits leaves
+	// from now on (R22). What the client may not have received is transmitted again.
 	EvTakeOver
 )
 

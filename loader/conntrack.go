@@ -78,7 +78,7 @@ func (c *conntrack) Sweep(linger, idle time.Duration) (int, error) {
 // Offsets implements [datapath.NIC].
 func (c *conntrack) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	if err := each(c.conns, func(k bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
-		yield(core.FromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, Last: int64(v.Last), State: rewriter.State(v.State).String()})
+		yield(core.FromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, ClientAck: v.CliAck, Last: int64(v.Last), State: rewriter.State(v.State).String()})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}

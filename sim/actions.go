@@ -203,6 +203,9 @@ func (w *world) covered() bool {
 // lost: another guest is booted.
 func (w *world) lost() {
 	w.guestLost = true
+	for _, a := range w.client.conns {
+		a.lost = a.lost || a.begun // it may wait for ever
+	}
 	if w.kills == 0 || w.kills == 1 && w.saved {
 		w.failf("guest lost", "another guest is booted, after %d deaths", w.kills)
 	}

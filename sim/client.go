@@ -39,6 +39,7 @@ type asking struct {
 	in    []byte
 	shut  bool
 	ended bool
+	lost  bool // the guest that it was with is gone
 	broke bool // the other end reset it, or it timed out
 	wrote uint32
 }
@@ -133,7 +134,7 @@ func (c *client) work(a *asking) {
 			a.open, a.ended, a.broke = false, true, true
 			w.reach("connection broken")
 			w.logf("client: connection %d: %v", a.id, err)
-			if !w.guestLost {
+			if !a.lost {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return
@@ -235,5 +236,5 @@ func (c *client) answers(a *asking) {
 
 // ended reports whether every connection is over.
 func (c *client) ended() bool {
-	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended })
+	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost })
 }

@@ -17,14 +17,14 @@ import (
 	"github.com/lockstep-ft/lockstep/control/state"
 )
 
-// How the daemons are set, which is how package control sets them but for the shorter times.
+// How the daemons are set: as by default, but that some waits are shorter.
 const (
 	heartbeat   = 50 * ms
-	lease       = 300 * ms
+	lease       = 400 * ms
 	peerTimeout = 500 * ms
-	silence     = 3 * s // of the control link
-	pingEvery   = 1 * s
-	rejoin      = 1500 * ms
+	silence     = 500 * ms // of the control link
+	pingEvery   = 50 * ms
+	rejoin      = 3 * s
 	sweepEvery  = 1 * s
 	entryEvery  = 2 * s
 	retryFirst  = 100 * ms

@@ -106,6 +106,7 @@ type Config struct {
 	MaxRetry       int64 // longest wait after failed attempts
 	Unpaired       bool  // EvPair reports when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
+	noLate         bool  // another: a checkpoint that is loaded after it was given up is not noticed
 	FirstEpoch     uint32
 	clockTolerance int64
 }

@@ -9,5 +9,7 @@ func (c *Config) Mutate(rule string) {
 		c.noR14 = true
 	case "R15 stop":
 		c.noR15 = true
+	case "R13 late":
+		c.noLate = true
 	}
 }

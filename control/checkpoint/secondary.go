@@ -23,6 +23,8 @@ type Secondary struct {
 
 	stage      sStage
 	epoch      uint32 // of the attempt
+	due        uint32 // the attempt that P may have asked QEMU for: READY was sent, and no STOP has come since
+	late       uint32 // the attempt whose STOP came after it had been given up; 0: none
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	link, qmp  bool
 	recovered  bool // the offsets are older than this daemon
@@ -119,7 +121,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 			c.unpark()
 			break
 		}
-		c.stage = sParked
+		c.stage, c.due = sParked, c.epoch
 		c.emit(OpReady, c.epoch)
 
 	case EvStop:
@@ -130,10 +132,11 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		case sParked:
 			// The epoch is right before P's mark of it comes. The offsets stay: P
 			// may die now, and the SVM goes on as it was.
-			c.stage, c.svmStop, c.void = sStopped, ev.At, false
+			c.stage, c.svmStop, c.void, c.due = sStopped, ev.At, false, 0
 			c.emit(OpBegin, c.epoch)
 			c.emit(OpStopped, c.epoch)
 		default:
+			c.stopsLate()
 			c.doubt()
 		}
 	case EvResume:
@@ -141,13 +144,14 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		switch c.stage {
 		case sStopped:
 			// The order counts: the offsets are right before output opens.
-			c.stage, c.svmResume = sRun, ev.At
+			c.stage, c.svmResume, c.late = sRun, ev.At, 0
 			c.emit(OpReset, c.epoch)
 			c.emit(OpRun, c.epoch)
 			c.emit(OpCOLO, c.epoch)
 		case sRun, sParking, sParked:
 			c.doubt() // a STOP was missed
 		}
+		c.loadedLate()
 	case EvCOLO:
 		if c.stage == sRun && c.epoch == ev.Epoch {
 			if ev.OK {
@@ -174,14 +178,35 @@ func (c *Secondary) stepQuiet(ev Event) {
 	case EvStop:
 		c.svmStopped = true
 		if c.stage == sParked {
-			c.stage = sStopped // P had asked for it before it died
+			c.stage, c.due = sStopped, 0 // P had asked for it before it died
+		} else {
+			c.stopsLate()
 		}
 	case EvResume:
 		c.svmStopped = false
 		if c.stage == sStopped {
-			c.stage = sRun
+			c.stage, c.late = sRun, 0
 			c.emit(OpReset, c.epoch)
 		}
+		c.loadedLate()
+	}
+}
+
+// stopsLate: the SVM stops, and nobody waits for it to. If P may have asked for a checkpoint,
+// that is what it stops for: QEMU carries out what it was asked for when it can, whatever has
+// become of the attempt, the link and P. An SVM that goes on afterwards is a copy of the PVM.
+func (c *Secondary) stopsLate() {
+	if !c.cfg.noLate {
+		c.late, c.due = max(c.late, c.due), 0
+	}
+}
+
+// loadedLate: the offsets are those of the SVM that was. A host that takes over now goes by
+// them.
+func (c *Secondary) loadedLate() {
+	if c.late != 0 {
+		c.emit(OpReset, c.late)
+		c.late = 0
 	}
 }
 

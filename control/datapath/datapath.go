@@ -82,7 +82,8 @@ type Gate interface {
 // Conntrack is what the kernel keeps for each TCP connection.
 type Conntrack interface {
 	ResetOffsets() error // S: empties ls_conn, ls_half
-	// Offsets yields S's connections with their offsets. Any goroutine may call it.
+	// Offsets yields S's connections with their offsets, after TakeOver all that go on. Any
+	// goroutine may call it.
 	Offsets(yield func(compare.Tuple, Offset)) error
 	// Sweep removes closed and idle connections: S's, and those that P took over. Any
 	// goroutine may call it.
@@ -158,6 +159,7 @@ type Offset struct {
 	Seq         uint32 // ISN_SVM - ISN_PVM
 	TS          uint32 // TSval_SVM - TSval_PVM
 	Incarnation uint32 // ISN_PVM
+	ClientAck   uint32 // highest ACK of the remote, PVM numbering; 0: not known
 	Last        int64  // boottime ns of the last frame
 	State       string // "open", "closing", "reset"
 }

@@ -191,6 +191,11 @@ func (n *Loop) TakeOver(guard uint32) error {
 	if err := n.DP.TakeOver(guard); err != nil {
 		return err
 	}
+	if err := n.DP.Offsets(func(t compare.Tuple, o datapath.Offset) {
+		n.step(n.DP.Now(), &compare.Event{Kind: compare.EvRemote, Seg: compare.Segment{Tuple: t, ClientAck: o.ClientAck, Slot: compare.NoSlot}})
+	}); err != nil {
+		return err
+	}
 	if err := n.DP.SetLeaseUntil(math.MaxInt64); err != nil {
 		return err
 	}

@@ -238,7 +238,7 @@ func (n *NIC) ResetOffsets() error {
 // Offsets implements [datapath.NIC].
 func (n *NIC) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	for key, c := range n.m.table.Conns() {
-		yield(key, datapath.Offset{Seq: c.Off, TS: c.TSOff, Incarnation: c.Inc, Last: c.Last, State: c.State.String()})
+		yield(key, datapath.Offset{Seq: c.Off, TS: c.TSOff, Incarnation: c.Inc, ClientAck: c.CliAck, Last: c.Last, State: c.State.String()})
 	}
 	return nil
 }
