@@ -213,10 +213,10 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
 	if (!conn) {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
-		if (!h)
+		if (!h || !half_paired(h)) {
 			sec_note_ack(p);
-		if (!h || !half_paired(h))
 			return LS_R_delivered;
+		}
 		half_offset(h, &o);
 		if (half_is_acked(h, p, &o)) {
 			conn = half_promote(h, p, &o);

@@ -71,7 +71,11 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 			return p->flags & LS_ACK ? LS_PENDING : LS_UNPAIRED;
 	} else {
 		h = bpf_map_lookup_elem(&ls_half, &p->t);
-		if (!h) {
+		/*
+		 * Without a SYN of the SVM's since the last checkpoint the connection came
+		 * with that, announced or not: P cannot know whether its handshake was over.
+		 */
+		if (!h || !(h->state & LS_CONN_SVM)) {
 			sec_inherited(p, cli_ack);
 			return LS_INHERITED;
 		}

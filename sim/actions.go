@@ -200,14 +200,14 @@ func (w *world) covered() bool {
 		p.daemon.lifeP.State() == failover.PrimaryPair && p.daemon.lifeP.Covered() && s.daemon.lifeS.Covered()
 }
 
-// lost: another guest is booted.
+// lost: another guest runs.
 func (w *world) lost() {
 	w.guestLost = true
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
 	}
 	if w.kills == 0 || w.kills == 1 && w.saved {
-		w.failf("guest lost", "another guest is booted, after %d deaths", w.kills)
+		w.failf("guest lost", "another guest runs, after %d deaths", w.kills)
 	}
 }
 

@@ -34,8 +34,19 @@ func Generate(seed uint64) *Scenario {
 	for i := range 1 + r.IntN(5) {
 		sc.Conns = append(sc.Conns, drawConn(r, i))
 	}
+	at := int64(0)
 	for range drawCount(r) {
-		sc.Actions = append(sc.Actions, drawAction(r))
+		// One thing often leads to another, and the beginning of a pair is as good a time as any.
+		switch r.IntN(4) {
+		case 0, 1:
+			at += r.Int64N(800 * ms)
+		case 2:
+			at = 50*ms + r.Int64N(600*ms)
+		default:
+			at = 100*ms + r.Int64N(9*s)
+		}
+		at = min(at, 10*s)
+		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	return sc
@@ -91,8 +102,8 @@ var kinds = func() (names []string) {
 	return names
 }()
 
-func drawAction(r *rand.Rand) Action {
-	a := Action{At: 100*ms + r.Int64N(9*s), Kind: kinds[r.IntN(len(kinds))], Host: r.IntN(2)}
+func drawAction(r *rand.Rand, at int64) Action {
+	a := Action{At: at, Kind: kinds[r.IntN(len(kinds))], Host: r.IntN(2)}
 	if actions[a.Kind].lasts {
 		a.For = []int64{20 * ms, 200 * ms, 1 * s, 4 * s}[r.IntN(4)]
 		a.For += r.Int64N(a.For)

@@ -158,10 +158,7 @@ func (h *host) startQEMU(waits bool) {
 	if waits {
 		q.state = "inmigrate"
 	} else {
-		if w.booted {
-			w.lost()
-		}
-		w.booted = true
+		q.another, w.booted = w.booted, true
 		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new

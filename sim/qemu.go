@@ -17,10 +17,11 @@ type qemu struct {
 	id    int
 	alive bool
 	frozen
-	guest  *guest // nil: it waits for one
-	state  string // as query-status names it
-	colo   string // "none", "primary", "secondary"
-	paused bool   // lockstep's mark: stopped to ask for a checkpoint
+	guest   *guest // nil: it waits for one
+	state   string // as query-status names it
+	colo    string // "none", "primary", "secondary"
+	another bool   // it has booted a guest after there was one already, and that has not run yet
+	paused  bool   // lockstep's mark: stopped to ask for a checkpoint
 
 	peer     *qemu // COLO's other end, or the migration's
 	follower *qemu // P: whose guest is the SVM, or was
@@ -249,6 +250,10 @@ func (q *qemu) drain() bool {
 func (q *qemu) resume() {
 	if !q.alive || q.state == "running" || q.guest == nil {
 		return
+	}
+	if q.another {
+		q.another = false
+		q.w.lost()
 	}
 	q.state = "running"
 	q.guest.start(q.h.clock())

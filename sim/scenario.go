@@ -4,6 +4,7 @@ package sim
 
 import (
 	"net"
+	"runtime/debug"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
@@ -93,8 +94,14 @@ type Result struct {
 }
 
 // Run runs a scenario. log: the fault has what led to it.
-func Run(sc *Scenario, mutation string, log bool) Result {
+func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	w := newWorld(sc)
+	defer func() {
+		if p := recover(); p != nil {
+			w.failf("panic", "%v\n%s", p, debug.Stack())
+			r.Fault, r.Log, r.Reached = w.fault.(*Fault), w.lines, w.reached
+		}
+	}()
 	w.logging, w.mutation = log, mutation
 	w.check = check{flows: map[flow]*wire{}, confirmed: map[uint32]uint32{}}
 	w.arbiter = &arbiter{w: w}
@@ -119,7 +126,7 @@ func Run(sc *Scenario, mutation string, log bool) Result {
 	if w.fault == nil {
 		w.quiet()
 	}
-	r := Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
+	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
 	if w.fault != nil {
 		r.Fault = w.fault.(*Fault)
 	}
@@ -152,6 +159,9 @@ func (w *world) quiet() {
 			}
 		}
 		return
+	}
+	if n := w.reached["wanted: timeout"]; n > 0 && len(w.sc.Actions) == 0 && w.sc.RefuseCheckpoint == 0 {
+		w.failf("checkpoints", "%d checkpoints were asked for because one guest sent what the other had not, and nothing was wrong but loss", n)
 	}
 	d := w.hosts[w.check.speaker].daemon
 	if d != nil && d.loop != nil && d.loop.Primary != nil {

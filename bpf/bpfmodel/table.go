@@ -106,17 +106,14 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 		return Delivered
 	}
 	half := t.half.Get(key)
-	if half == nil {
-		if ack := t.inher.Get(key); ack != nil && h.Flags()&ACK != 0 && (*ack == 0 || after(h.Ack(), *ack)) {
-			*ack = h.Ack()
-		}
-		return Delivered
-	}
-	if t.guess && half.State&(rewriter.HasPVM|rewriter.Active) == 0 && h.Flags()&ACK != 0 {
+	if t.guess && half != nil && half.State&(rewriter.HasPVM|rewriter.Active) == 0 && h.Flags()&ACK != 0 {
 		half.State |= rewriter.HasPVM
 		half.ISNPVM, half.CliPVM = h.Ack()-1, half.CliSVM
 	}
-	if !half.Paired() {
+	if half == nil || !half.Paired() {
+		if ack := t.inher.Get(key); ack != nil && h.Flags()&ACK != 0 && (*ack == 0 || after(h.Ack(), *ack)) {
+			*ack = h.Ack()
+		}
 		return Delivered
 	}
 	off := half.Offset()
@@ -159,7 +156,7 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		half = t.half.Make(key)
 		half.learnSVM(h, now)
 		half.pair()
-	} else if half == nil {
+	} else if half == nil || half.State&rewriter.HasSVM == 0 && !t.guess {
 		r.inherit(key, s)
 		ack := t.inher.Get(key)
 		if ack != nil && *ack != 0 {
