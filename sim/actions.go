@@ -196,8 +196,7 @@ var kills = map[string]bool{
 // covered reports whether there are two guests, each of which can do without the other.
 func (w *world) covered() bool {
 	p, s := w.hosts[w.check.speaker], w.hosts[1-w.check.speaker]
-	return p.daemon != nil && s.daemon != nil && p.daemon.lifeP != nil && s.daemon.lifeS != nil &&
-		p.daemon.lifeP.State() == failover.PrimaryPair && p.daemon.lifeP.Covered() && s.daemon.lifeS.Covered()
+	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.lifeS != nil && s.daemon.lifeS.Covered()
 }
 
 // lost: another guest runs.

@@ -215,10 +215,7 @@ func (q *qemu) replicate(to *qemu, resync bool, gaveUp func() bool, done func(er
 				q.colo, q.follower = "primary", to
 				to.w.after(r(100*us, 2*ms), to.resume)
 				q.w.after(r(100*us, 2*ms), func() {
-					if q.alive && (q.state == "finish-migrate" || q.state == "prelaunch") {
-						q.state = "paused"
-						q.resume()
-					}
+					q.resume() // COLO begins with that, whoever stopped the guest
 					done(nil)
 				})
 			})

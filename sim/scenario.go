@@ -5,6 +5,7 @@ package sim
 import (
 	"net"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
@@ -71,7 +72,7 @@ func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Opti
 }
 
 func (sc *Scenario) compare() compare.Config {
-	return compare.Config{Timeout: 500 * time.Millisecond, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots}
+	return compare.Config{Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots}
 }
 
 // healed is when everything that was broken is mended, and end when everything has to be over.
@@ -133,6 +134,13 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	return r
 }
 
+// agree reports whether nothing goes wrong but loss, and the guests send the same.
+func (sc *Scenario) agree() bool {
+	return len(sc.Actions) == 0 && sc.RefuseCheckpoint == 0 && !slices.ContainsFunc(sc.Conns, func(c Conn) bool {
+		return slices.ContainsFunc(c.Requests, func(r Request) bool { return r.Kind == 'T' })
+	})
+}
+
 // serves reports whether a guest is there that can talk to clients.
 func (w *world) serves() bool {
 	h := w.hosts[w.check.speaker]
@@ -160,7 +168,7 @@ func (w *world) quiet() {
 		}
 		return
 	}
-	if n := w.reached["wanted: timeout"]; n > 0 && len(w.sc.Actions) == 0 && w.sc.RefuseCheckpoint == 0 {
+	if n := w.reached["wanted: timeout"]; n > 0 && w.sc.agree() {
 		w.failf("checkpoints", "%d checkpoints were asked for because one guest sent what the other had not, and nothing was wrong but loss", n)
 	}
 	d := w.hosts[w.check.speaker].daemon

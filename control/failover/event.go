@@ -98,11 +98,11 @@ type Config struct {
 
 	// Mutations, only tests set them: S takes over uncovered; P goes on unasked; S
 	// does not wait for P's last echo to run out; S takes a link that is silent for a P that
-	// lives; an uncovered P asks nobody; a forced S
+	// lives; S gives its claim up when P does without it; an uncovered P asks nobody; a forced S
 	// does not look whether P is bound by its lease; a newer entry is not looked at; a
 	// sick P competes with its covered secondary; an S takes over from a guest that has
 	// powered off.
-	noR18, noClaim, noWait, noLiving, noR26Uncovered, noR26Lease, NoR26Entry, noR24, noR25 bool
+	noR18, noClaim, noWait, noLiving, noClaimCounts, noR26Uncovered, noR26Lease, NoR26Entry, noR24, noR25 bool
 }
 
 // DefaultConfig is for a peer that counts as dead after timeout, a lease of that duration,

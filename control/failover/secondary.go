@@ -115,7 +115,9 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 			l.takeOver()
 		}
 	case EvDismissed:
-		if l.state < SecondaryLease {
+		// Once the arbiter is asked, that decides: a P whose guest is gone cannot know that
+		// this is the last one.
+		if l.state < SecondaryClaim || l.cfg.noClaimCounts && l.state < SecondaryLease {
 			l.fence()
 		}
 	case EvTakeOver:

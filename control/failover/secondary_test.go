@@ -44,3 +44,25 @@ func TestUseless(t *testing.T) {
 		t.Errorf("the mutation goes unnoticed: %v", ops)
 	}
 }
+
+// A P whose guest is gone, and which does not know that S has the last one, gives S up when it
+// cannot replicate to it. S has asked the arbiter by then, and that decides.
+func TestDismissedClaim(t *testing.T) {
+	run := func(mutate func(*Config)) (ops []Op, state SecondaryState) {
+		cfg := DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second)
+		mutate(&cfg)
+		l := NewSecondary(cfg, 7, true, 0)
+		for i, ev := range []Event{{Kind: EvLinkUp, Term: 7}, {Kind: EvPeerDead}, {Kind: EvDismissed}, {Kind: EvClaimed, OK: true, Term: 8}} {
+			for _, e := range l.Step(int64(i)*int64(time.Millisecond), ev) {
+				ops = append(ops, e.Op)
+			}
+		}
+		return ops, l.State()
+	}
+	if ops, state := run(func(*Config) {}); slices.Contains(ops, OpFenced) || state < SecondaryLease || state > SecondarySolo {
+		t.Errorf("%v, state %d", ops, state)
+	}
+	if ops, _ := run(func(c *Config) { c.noClaimCounts = true }); !slices.Contains(ops, OpFenced) {
+		t.Errorf("the mutation goes unnoticed: %v", ops)
+	}
+}
