@@ -39,6 +39,7 @@ type world struct {
 	forced    bool           // an operator had an uncovered secondary take over
 	kills     int            // actions that kill a guest, so far
 	saved     bool           // the pair was covered at the first
+	excused   bool           // connections may be stuck: see kill-daemon
 	guestLost bool           // and another one was booted: its connections end
 	mutation  string         // a rule that is switched off
 	reached   map[string]int // states and events, for coverage
