@@ -98,6 +98,7 @@ func (c *conn) acks(now int64, g *segment) bool {
 // clean removes the segments that are acknowledged.
 func (c *conn) clean(now int64, info *ackInfo) {
 	s := &c.snd
+	again := false
 	for s.packets() > 0 {
 		g := &s.segs[s.first]
 		if after(g.to, s.una) {
@@ -111,9 +112,14 @@ func (c *conn) clean(now int64, info *ackInfo) {
 		} else {
 			c.delivered(now, g, info)
 		}
+		again = again || g.is(segEver)
 		s.forget(g)
 		info.acked++
 		s.shift()
+	}
+	if again { // Karn: what follows a retransmission may have waited for it
+		info.rtt = 0
+		info.original = info.original && !s.reno()
 	}
 	if s.packets() == 0 {
 		s.sacked, s.lost, s.retrans = 0, 0, 0
@@ -128,7 +134,9 @@ func (c *conn) delivered(now int64, g *seg, info *ackInfo) {
 	s := &c.snd
 	rtt := now - g.sentAt
 	if !g.is(segEver) {
-		info.rtt = rtt
+		if info.rtt == 0 {
+			info.rtt = rtt
+		}
 		if !after(g.to, s.highSeq) {
 			info.original = true
 		}
