@@ -6,13 +6,13 @@ package tcp
 const quickACKs = 16
 
 // appendBlocks appends the SACK option, a D-SACK first.
-func (c *conn) appendBlocks(opts []byte) []byte {
-	r := &c.rcv
+func (r *receiver) appendBlocks(opts []byte) []byte {
+	c := r.c
 	if !c.sack {
 		r.dup = false
 		return opts
 	}
-	n := c.sackBlocks()
+	n := r.sackBlocks()
 	var blocks [5]span
 	kept := blocks[:0]
 	if r.dup {
@@ -34,8 +34,8 @@ func (c *conn) acknowledged() {
 }
 
 // received: data is to be acknowledged.
-func (c *conn) received(now int64, g *segment) {
-	r := &c.rcv
+func (r *receiver) received(now int64, g *segment) {
+	c := r.c
 	r.ackPending = true
 	if n := len(g.data); n >= r.mss {
 		r.mss = min(n, c.s.cfg.MSS)
@@ -65,8 +65,8 @@ func (r *receiver) hurry(most int) {
 }
 
 // maybeACK acknowledges what came in: at once or within the time of a delayed ACK.
-func (c *conn) maybeACK(now int64) {
-	r := &c.rcv
+func (r *receiver) maybeACK(now int64) {
+	c := r.c
 	if !r.ackPending || c.state == Closed {
 		return
 	}
@@ -78,17 +78,18 @@ func (c *conn) maybeACK(now int64) {
 	c.timers.delayed = min(c.timers.delayed, now+int64(c.s.cfg.DelayedACK))
 }
 
-func (c *conn) delayedACK(now int64) {
+func (r *receiver) delayedACK(now int64) {
+	c := r.c
 	c.timers.delayed = never
-	if c.rcv.ackPending {
-		c.rcv.pingpong = false
+	if r.ackPending {
+		r.pingpong = false
 		c.sendACK(now)
 	}
 }
 
 // afterRead acknowledges what a reader made room for (Linux's tcp_cleanup_rbuf).
-func (c *conn) afterRead(now int64, n int) {
-	r := &c.rcv
+func (r *receiver) afterRead(now int64, n int) {
+	c := r.c
 	if c.state < Established || c.state == TimeWait || n == 0 {
 		return
 	}

@@ -80,15 +80,20 @@ func newConn(s *Stack, id ID, t tuple) *conn {
 		noDelay: s.cfg.NoNagle, mss: s.cfg.MSS,
 		tsOffset: uint32(s.hash(t, 2)), ipID: uint16(s.rng.Uint64()),
 	}
+	c.bind()
 	c.timers.clear()
 	c.snd.init()
 	c.rcv.init(&s.cfg)
 	return c
 }
 
+// bind gives the parts of the connection their way to it.
+func (c *conn) bind() { c.snd.c, c.snd.recovery.c, c.rcv.c = c, c, c }
+
 func (c *conn) cloneInto(n *conn, s *Stack) {
 	*n = *c
 	n.s = s
+	n.bind()
 	n.snd.buf, n.snd.off = slices.Clone(c.snd.buf[c.snd.off:]), 0
 	n.snd.segs, n.snd.first = slices.Clone(c.snd.segs[c.snd.first:]), 0
 	n.rcv.buf, n.rcv.off = slices.Clone(c.rcv.buf[c.rcv.off:]), 0
@@ -160,7 +165,7 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 			opts = appendTimestamp(opts, c.tsNow(now), c.tsRecent)
 		}
 		if c.sack && c.rcv.sacks > 0 || c.rcv.dup {
-			opts = c.appendBlocks(opts)
+			opts = c.rcv.appendBlocks(opts)
 		}
 	}
 	if c.ecn && flags&(syn|rst) == 0 {

@@ -10,9 +10,11 @@
 // acknowledged, what is retransmitted. It leaves out what changes only speed on real networks:
 // CUBIC, pacing, receive buffer tuning, GSO, path MTU discovery, syncookies.
 //
-//   - stack.go, api.go: the stack and its calls
+//   - stack.go, api.go, datagram.go: the stack and its calls
 //   - frame.go, options.go, parse.go: frames
-//   - conn.go: a connection; state.go, handshake.go: its states
-//   - sender.go, output.go, ack.go, recovery.go, timers.go: what goes out, and again
-//   - receiver.go, input.go, acking.go: what comes in, and its acknowledgment
+//   - conn.go, handshake.go, state.go: a connection and its states
+//   - input.go: a segment comes in; ack.go: its acknowledgment; receiver.go: its data;
+//     acking.go: when that is acknowledged
+//   - output.go: what is sent; scoreboard.go, recovery.go, congestion.go, estimator.go: when, and
+//     what is sent again; timers.go
 package tcp

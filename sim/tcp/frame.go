@@ -112,9 +112,6 @@ func (s *Stack) route(remote netip.Addr, proto uint8) route {
 	return r
 }
 
-// mtuHeader is how long the IP and TCP headers are without options.
-func (r *route) mtuHeader() int { return r.n - etherLen + tcpLen }
-
 // packet allocates a frame whose payload of the IP packet is n bytes long, with the headers
 // up to it filled in.
 func (s *Stack) packet(r *route, n int, id uint16, tos uint8) (frame, payload []byte) {

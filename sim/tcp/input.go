@@ -31,21 +31,20 @@ func (c *conn) input(now int64, g *segment) bool {
 			c.state = FinWait1
 		}
 	}
-	if !c.acks(now, g) || !c.afterACK(now, g) {
+	if !c.snd.acks(now, g) || !c.afterACK(now, g) {
 		return false
 	}
 	if c.ecn && len(g.data) > 0 {
-		c.congestion(g)
+		c.rcv.congestion(g)
 	}
-	c.dataIn(now, g)
-	c.output(now)
-	c.maybeACK(now)
+	c.rcv.dataIn(now, g)
+	c.snd.output(now)
+	c.rcv.maybeACK(now)
 	return false
 }
 
 // congestion reads the ECN marks (RFC 3168).
-func (c *conn) congestion(g *segment) {
-	r := &c.rcv
+func (r *receiver) congestion(g *segment) {
 	if g.has(cwr) {
 		r.echoCE = false
 		r.quick = max(r.quick, 1)
@@ -149,8 +148,8 @@ func (c *conn) peerReset() {
 }
 
 // dataIn takes data, the urgent pointer and FIN.
-func (c *conn) dataIn(now int64, g *segment) {
-	r := &c.rcv
+func (r *receiver) dataIn(now int64, g *segment) {
+	c := r.c
 	if g.end == g.seq || g.has(syn) && len(g.data) == 0 {
 		return
 	}
@@ -160,20 +159,20 @@ func (c *conn) dataIn(now int64, g *segment) {
 	}
 	if r.fin { // a repeated FIN or older data
 		if before(seq, r.nxt) {
-			c.duplicate(seq, g.end)
+			r.duplicate(seq, g.end)
 		}
 		return
 	}
 	if g.has(urg) {
-		c.urgentIn(g, seq)
+		r.urgentIn(g, seq)
 	}
 	end := seq + uint32(len(g.data))
 	switch {
 	case after(seq, r.nxt):
-		c.outOfOrder(now, g, seq, end)
+		r.outOfOrder(now, g, seq, end)
 		return
 	case !after(g.end, r.nxt):
-		c.duplicate(seq, g.end)
+		r.duplicate(seq, g.end)
 		return
 	case before(seq, r.nxt):
 		if c.sack {
@@ -187,7 +186,7 @@ func (c *conn) dataIn(now int64, g *segment) {
 		return
 	}
 	if len(g.data) > 0 {
-		c.received(now, g)
+		r.received(now, g)
 	}
 	if len(r.ooo) > 0 {
 		r.ackNow = true // a hole is filled, or a part of it
@@ -202,15 +201,15 @@ func (c *conn) dataIn(now int64, g *segment) {
 }
 
 // outOfOrder keeps data, or a FIN, behind a hole, and has it SACKed at once.
-func (c *conn) outOfOrder(now int64, g *segment, seq, end uint32) {
-	r := &c.rcv
+func (r *receiver) outOfOrder(now int64, g *segment, seq, end uint32) {
+	c := r.c
 	r.ackPending, r.ackNow = true, true
 	if !before(seq, r.nxt+r.window()) { // out of the window
 		r.quicken(quickACKs)
 		return
 	}
 	if len(g.data) > 0 {
-		c.received(now, g)
+		r.received(now, g)
 		r.insert(seq, g.data)
 		if !c.sack {
 			r.sacks, r.dup = 0, false
@@ -222,8 +221,8 @@ func (c *conn) outOfOrder(now int64, g *segment, seq, end uint32) {
 }
 
 // duplicate is data that was received before.
-func (c *conn) duplicate(from, to uint32) {
-	r := &c.rcv
+func (r *receiver) duplicate(from, to uint32) {
+	c := r.c
 	if c.sack {
 		r.setDup(from, to)
 	}
@@ -232,8 +231,7 @@ func (c *conn) duplicate(from, to uint32) {
 }
 
 // urgentIn takes the urgent pointer, as Linux without strict RFC 1122: it points behind the urgent byte.
-func (c *conn) urgentIn(g *segment, seq uint32) {
-	r := &c.rcv
+func (r *receiver) urgentIn(g *segment, seq uint32) {
 	end := seq + uint32(g.urg)
 	if after(end, r.nxt) && (!r.urgent || after(end, r.urgentEnd)) {
 		r.urgent, r.urgentEnd = true, end

@@ -12,6 +12,8 @@ type block struct {
 
 // receiver is the state of what comes in.
 type receiver struct {
+	c *conn
+
 	nxt   uint32 // next expected
 	wup   uint32 // nxt when an ACK was last sent
 	wnd   uint32 // advertised then

@@ -9,7 +9,7 @@ func (c *conn) afterACK(now int64, g *segment) bool {
 	case FinWait1:
 		if done {
 			c.state = FinWait2
-			c.disarm()
+			c.snd.disarm()
 			if c.orphan {
 				c.timers.life = now + int64(c.s.cfg.TimeWait)
 			}
@@ -118,7 +118,7 @@ func (c *conn) closeWrite(now int64) {
 		return
 	}
 	s.closed = true
-	c.output(now)
+	s.output(now)
 }
 
 // close gives the connection up: nobody reads any more.
