@@ -63,6 +63,10 @@ func (s *sender) acks(now int64, g *segment) bool {
 	s.clean(now, &info)
 	s.drop(s.una)
 	if packets == 0 {
+		if info.duplicate { // it can show that a reduction was wrong
+			s.alert(now, &info)
+		}
+		s.tailAcked(g, &info)
 		s.probed(now)
 		return true
 	}

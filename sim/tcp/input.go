@@ -150,13 +150,14 @@ func (c *conn) peerReset() {
 // dataIn takes data, the urgent pointer and FIN.
 func (r *receiver) dataIn(now int64, g *segment) {
 	c := r.c
-	if g.end == g.seq || g.has(syn) && len(g.data) == 0 {
+	if g.end == g.seq {
+		return
+	}
+	if g.has(syn) { // of a simultaneous open: it was received before, without ACK
+		r.duplicate(g.seq, g.end)
 		return
 	}
 	seq := g.seq
-	if g.has(syn) {
-		seq++
-	}
 	if r.fin { // a repeated FIN or older data
 		if before(seq, r.nxt) {
 			r.duplicate(seq, g.end)
@@ -208,15 +209,17 @@ func (r *receiver) outOfOrder(now int64, g *segment, seq, end uint32) {
 		r.quicken(quickACKs)
 		return
 	}
+	if g.has(fin) && !r.finOOO {
+		r.finOOO, r.finSeq = true, end
+	}
 	if len(g.data) > 0 {
 		r.received(now, g)
 		r.insert(seq, g.data)
-		if !c.sack {
-			r.sacks, r.dup = 0, false
-		}
+	} else {
+		r.reportFIN()
 	}
-	if g.has(fin) && !r.finOOO {
-		r.finOOO, r.finSeq = true, end
+	if !c.sack {
+		r.sacks, r.dup = 0, false
 	}
 }
 

@@ -181,6 +181,9 @@ func (r *receiver) setDup(from, to uint32) { r.dup, r.dupOf = true, span{from, t
 
 // reportBlock puts a block in front of the SACK blocks, in the place of those that it covers.
 func (r *receiver) reportBlock(b span) {
+	if r.finOOO && b.to == r.finSeq {
+		b.to++
+	}
 	kept := [4]span{b}
 	n := 1
 	for _, o := range r.blocks[:r.sacks] {
@@ -190,6 +193,15 @@ func (r *receiver) reportBlock(b span) {
 		}
 	}
 	r.blocks, r.sacks = kept, n
+}
+
+// reportFIN reports a FIN without data behind a hole.
+func (r *receiver) reportFIN() {
+	b := span{r.finSeq, r.finSeq}
+	if n := len(r.ooo); n > 0 && r.ooo[n-1].to == b.to {
+		b.from = r.ooo[n-1].from
+	}
+	r.reportBlock(b)
 }
 
 // read copies what can be read to b.
