@@ -181,7 +181,8 @@ func (r *receiver) dataIn(now int64, g *segment) {
 		}
 		r.hurry(quickACKs)
 	}
-	if r.window() == 0 && len(g.data) > 0 { // a window probe
+	// A window probe, or so much that the window, which is told in units and does not shrink, is too large.
+	if len(g.data) > 0 && (r.window() == 0 || r.unread() >= 2*r.room) {
 		r.ackPending, r.ackNow = true, true
 		r.quicken(quickACKs)
 		return
