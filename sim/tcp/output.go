@@ -169,7 +169,6 @@ func (s *sender) retransmit(now int64, i int) bool {
 	if after(g.to, end) {
 		if room := end - g.from; before(g.from, end) && room < g.to-g.from {
 			s.split(i, room)
-			g = &s.segs[i]
 		}
 	}
 	s.collapse(i, mss)

@@ -201,8 +201,14 @@ func (v *recovery) enterLoss(now int64) {
 		s.ssthresh = s.halved()
 		s.startUndo()
 	}
+	reneged := s.segs[s.first].is(segSacked) // what is SACKed would have been acknowledged with it
 	for i := s.first; i < len(s.segs); i++ {
-		if g := &s.segs[i]; !g.is(segSacked) {
+		g := &s.segs[i]
+		if reneged && g.is(segSacked) {
+			g.marks &^= segSacked
+			s.sacked--
+		}
+		if !g.is(segSacked) {
 			s.lose(g)
 		}
 	}

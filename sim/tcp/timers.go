@@ -149,14 +149,7 @@ func (s *sender) retransmitTimeout(now int64) {
 	}
 	s.enterLoss(now)
 	s.retries++
-	i := s.first
-	for i < len(s.segs) && s.segs[i].is(segSacked) { // the peer has to acknowledge what it SACKed, one day
-		i++
-	}
-	if i == len(s.segs) {
-		i = s.first
-	}
-	s.retransmit(now, i)
+	s.retransmit(now, s.first)
 	s.backoff++
 	s.arm(timerRTO, now+s.timeout())
 }
@@ -171,8 +164,8 @@ func (s *sender) probeTail(now int64) {
 		if n := min(s.left(), s.currentMSS()); n > 0 && !after(s.nxt+uint32(n), s.windowEnd()) {
 			closing := s.closed && s.nxt+uint32(n) == s.end() && before(s.nxt+uint32(n), s.windowEnd())
 			s.sendNew(now, n, s.currentMSS(), closing)
-		} else {
-			s.retransmit(now, len(s.segs)-1)
+		} else if last := len(s.segs) - 1; !s.segs[last].is(segSacked) {
+			s.retransmit(now, last)
 		}
 		s.tlpOut, s.tlpHigh, s.tlpRetransmits = true, s.nxt, s.nxt == was
 	}

@@ -21,7 +21,6 @@ type script struct {
 	peer   *Stack // only makes frames
 	now    int64
 	id     ID
-	open   bool
 	own    uint16 // port
 	remote uint16 // the peer's
 	state  State
