@@ -16,16 +16,18 @@ import (
 // script is one stack whose peer is a transcript: what it sends is written there segment by
 // segment, what it receives is the answer. Sequence numbers and timestamps are relative.
 type script struct {
-	t      *testing.T
-	s      *Stack
-	peer   *Stack // only makes frames
-	now    int64
-	id     ID
-	own    uint16 // port
-	remote uint16 // the peer's
-	state  State
-	holdTX bool
-	out    strings.Builder
+	t       *testing.T
+	s       *Stack
+	peer    *Stack // only makes frames
+	now     int64
+	id      ID
+	own     uint16 // port
+	remote  uint16 // the peer's
+	state   State
+	holdTX  bool
+	to      netip.Addr // where the peer sends
+	noDelay bool
+	out     strings.Builder
 }
 
 const (
@@ -85,7 +87,7 @@ func (k *script) start(args []datadriven.CmdArg) {
 		}
 	}
 	*k = script{t: k.t, now: 1e9, own: port, remote: 4000, s: New(cfg, 1)}
-	k.peer = New(Config{MAC: macB, PeerMAC: macA, Addr: addrB}, 2)
+	k.peer, k.to = New(Config{MAC: macB, PeerMAC: macA, Addr: addrB}, 2), addrA
 	k.s.Listen(port)
 }
 
@@ -189,10 +191,15 @@ func (k *script) bases() (iss, ts uint32) {
 
 var flagLetters = "FSRP.UEW"
 
-// in is a segment of the peer's: "S. seq=0 ack=1 len=10 win=1000 mss=1460 sackok ts=1:2 ws=7 sack=1:2,3:4 urg=1 ce".
+// in is a segment of the peer's.
 func (k *script) in(arg string) {
-	fields := strings.Fields(arg)
 	iss, ts := k.bases()
+	k.s.Input(k.now, k.segment(arg, iss, ts))
+}
+
+// segment makes a segment of the peer's: "S. seq=0 ack=1 len=10 win=1000 mss=1460 sackok ts=1:2 ws=7 sack=1:2,3:4 urg=1 ce".
+func (k *script) segment(arg string, iss, ts uint32) []byte {
+	fields := strings.Fields(arg)
 	h := header{wnd: 65535}
 	for _, l := range fields[0] {
 		h.flags |= 1 << strings.IndexRune(flagLetters, l)
@@ -242,9 +249,9 @@ func (k *script) in(arg string) {
 			k.t.Fatalf("no field %q", f)
 		}
 	}
-	r := k.peer.route(addrA, protoTCP)
+	r := k.peer.route(k.to, protoTCP)
 	k.peer.transmit(&r, k.remote, k.own, h, opts, make([]byte, n))
-	k.s.Input(k.now, k.peer.Take()[0])
+	return k.peer.Take()[0]
 }
 
 // flush prints what was sent.
@@ -252,18 +259,18 @@ func (k *script) flush(at string) {
 	if k.holdTX {
 		return
 	}
+	iss, ts := k.bases()
 	for _, f := range k.s.Take() {
-		fmt.Fprintf(&k.out, "    %s%s\n", at, k.show(f))
+		fmt.Fprintf(&k.out, "    %s%s\n", at, k.show(f, iss, ts))
 	}
 }
 
-func (k *script) show(frame []byte) string {
+func (k *script) show(frame []byte, iss, ts uint32) string {
 	var p packet
 	var g segment
 	if !k.peer.parsePacket(frame, &p) || fold(sum(p.payload, p.pseudo)) != 0 || !g.parse(&p) {
 		k.t.Fatalf("the stack sent %x", frame)
 	}
-	iss, ts := k.bases()
 	var b strings.Builder
 	for i, l := range flagLetters {
 		if g.has(1 << i) {
