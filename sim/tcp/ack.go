@@ -22,7 +22,7 @@ func (s *sender) acks(now int64, g *segment) bool {
 	c := s.c
 	if before(g.ack, s.una) {
 		if before(g.ack, s.una-max(s.maxWnd, 1)) { // blind data injection
-			c.challenge(now, g)
+			c.challenge(now)
 			return false
 		}
 		if c.sack && g.sacks > 0 {
@@ -34,7 +34,8 @@ func (s *sender) acks(now int64, g *segment) bool {
 		return true
 	}
 	if after(g.ack, s.nxt) {
-		return false // of what was never sent
+		c.challenge(now) // of what was never sent
+		return false
 	}
 	info := ackInfo{priorUna: s.una, data: len(g.data) > 0, echo: c.ecn && g.has(ece) && !g.has(syn)}
 	packets, flight := s.packets(), s.inFlight()
@@ -44,7 +45,7 @@ func (s *sender) acks(now int64, g *segment) bool {
 		wnd <<= s.scale
 	}
 	if after(g.ack, s.una) || after(g.seq, s.wl1) || g.seq == s.wl1 && (wnd > s.wnd || wnd == 0) {
-		info.window = wnd != s.wnd
+		info.window = true
 		s.wnd, s.wl1 = wnd, g.seq
 		s.maxWnd = max(s.maxWnd, wnd)
 	}
@@ -72,14 +73,13 @@ func (s *sender) acks(now int64, g *segment) bool {
 	}
 	s.measure(now, g, &info)
 	if info.advanced {
-		s.backoff, s.stuckSince = 0, now
+		s.stuckSince = now
 	}
-	info.delivered = max(info.acked+s.sacked-delivered, 0)
-	if s.reno() || !c.sack {
-		info.delivered = info.acked
+	if !s.reno() {
+		info.delivered = max(info.acked+s.sacked-delivered, 0)
 	}
 	if info.delivered > 0 && c.timers.kind == timerTail {
-		s.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 	s.tailAcked(g, &info)
 	if c.sack {
@@ -126,7 +126,8 @@ func (s *sender) clean(now int64, info *ackInfo) {
 	}
 	if s.packets() == 0 {
 		s.sacked, s.lost, s.retrans = 0, 0, 0
-	} else if s.reno() && s.sacked > 0 && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+	} else if s.reno() && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+		info.delivered = max(info.acked-s.sacked, 1)
 		s.sacked = max(s.sacked-max(info.acked-1, 0), 0)
 		s.limitReno()
 	}
@@ -215,6 +216,6 @@ func (s *sender) probed(now int64) {
 			s.disarm()
 		}
 	} else if c.timers.kind == timerProbe {
-		s.arm(timerProbe, now+s.backed(s.rto))
+		s.arm(timerProbe, now+s.probeTimeout())
 	}
 }

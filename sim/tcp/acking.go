@@ -75,7 +75,11 @@ func (r *receiver) maybeACK(now int64) {
 		c.sendACK(now)
 		return
 	}
-	c.timers.delayed = min(c.timers.delayed, now+int64(c.s.cfg.DelayedACK))
+	wait := int64(c.s.cfg.DelayedACK)
+	if !r.active { // a FIN before any data: Linux's estimate is 0 yet, and the timer's tick 4 ms
+		wait = min(wait, 4e6)
+	}
+	c.timers.delayed = min(c.timers.delayed, now+wait)
 }
 
 func (r *receiver) delayedACK(now int64) {

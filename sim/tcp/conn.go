@@ -201,20 +201,28 @@ func (c *conn) markUrgent(h *header) {
 	}
 }
 
+// invalidInterval is how often segments that are invalid are answered, ns.
+const invalidInterval = 500e6
+
 // challenge answers an invalid segment by an ACK (RFC 5961), at most twice a second.
-func (c *conn) challenge(now int64, g *segment) {
-	const interval = 500e6
-	if c.limited(now, interval, g) {
-		return
+func (c *conn) challenge(now int64) {
+	if !c.limited(now) {
+		c.sendACK(now)
 	}
-	c.sendACK(now)
 }
 
-func (c *conn) limited(now, interval int64, g *segment) bool {
+// repeated is challenge for a segment outside the window. One with data is always answered: it is no part of an ACK loop.
+func (c *conn) repeated(now int64, g *segment) {
 	if g.seq != g.end && !g.has(syn) {
-		return false // no part of an ACK loop
+		c.sendACK(now)
+		return
 	}
-	if c.invalidAnswer && now-c.invalidAt < interval {
+	c.challenge(now)
+}
+
+// limited reports whether an invalid segment is not answered.
+func (c *conn) limited(now int64) bool {
+	if c.invalidAnswer && now-c.invalidAt < invalidInterval {
 		return true
 	}
 	c.invalidAt, c.invalidAnswer = now, true

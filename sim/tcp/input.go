@@ -97,12 +97,12 @@ func (c *conn) valid(now int64, g *segment) bool {
 		if exact {
 			c.peerReset()
 		} else {
-			c.challenge(now, g)
+			c.challenge(now)
 		}
 		return false
 	}
 	if g.has(syn) && !c.crossing(g) {
-		c.challenge(now, g)
+		c.challenge(now)
 		return false
 	}
 	// Only segments that the next ACK covers count (RFC 7323, 4.3).
@@ -136,7 +136,7 @@ func (c *conn) rejected(now int64, g *segment) {
 			c.rcv.setDup(g.seq, to)
 		}
 	}
-	c.challenge(now, g)
+	c.repeated(now, g)
 }
 
 func (c *conn) peerReset() {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -160,10 +161,9 @@ func compareBlock(t *testing.T, block string) {
 	// The peer sends from addrA to the kernel.
 	k.script.peer = New(Config{MAC: macA, PeerMAC: macB, Addr: addrA}, 2)
 	k.script.to = addrB
-	set := func(name, value string) {
-		k.must(os.WriteFile("/proc/thread-self/net/../../sys/net/ipv4/"+name, []byte(value), 0))
-	}
-	_ = set
+	dev, err := netlink.LinkByName("simtap")
+	k.must(err)
+	k.must(netlink.LinkSetGSOMaxSegs(dev, 1)) // or the last segment of every burst has PSH
 	for name, value := range map[string]string{"nots": "tcp_timestamps=0", "nosack": "tcp_sack=0", "noscale": "tcp_window_scaling=0",
 		"ecn": "tcp_ecn=1", "notlp": "tcp_early_retrans=0", "nofrto": "tcp_frto=0"} {
 		if slices.Contains(strings.Fields(settings), name) {

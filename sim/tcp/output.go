@@ -64,7 +64,9 @@ func (s *sender) output(now int64) {
 		last := n == left
 		closing := last && s.closed
 		to := s.nxt + uint32(n)
+		flags := uint8(0)
 		if closing {
+			flags = fin
 			to++
 		}
 		if after(to, s.windowEnd()) {
@@ -73,7 +75,7 @@ func (s *sender) output(now int64) {
 		if n < mss && !closing && s.hold() {
 			break
 		}
-		s.sendNew(now, n, mss, closing)
+		s.sendNew(now, n, mss, flags)
 		sent++
 	}
 	if sent > 0 {
@@ -84,7 +86,7 @@ func (s *sender) output(now int64) {
 		return
 	}
 	if s.packets() == 0 && s.pending() && c.timers.kind == timerNone && !c.corked {
-		s.arm(timerProbe, now+s.backed(s.rto))
+		s.arm(timerProbe, now+s.probeTimeout())
 	}
 }
 
@@ -114,17 +116,25 @@ func (s *sender) restartIdle(now int64) {
 	}
 }
 
-// sendNew sends the next n bytes.
-func (s *sender) sendNew(now int64, n, mss int, closing bool) {
+// finBehind is FIN, if it follows the next n bytes and is in the window.
+func (s *sender) finBehind(n int) uint8 {
+	if end := s.nxt + uint32(n); s.closed && end == s.end() && before(end, s.windowEnd()) {
+		return fin
+	}
+	return 0
+}
+
+// sendNew sends the next n bytes, with further flags.
+func (s *sender) sendNew(now int64, n, mss int, flags uint8) {
 	c := s.c
-	seq, flags := s.nxt, ack
+	seq := s.nxt
+	flags |= ack
 	data := s.bytes(seq, n)
 	g := seg{from: seq, to: seq + uint32(n), sentAt: now}
 	if seq+uint32(n) == s.end() && n > 0 {
 		flags |= psh
 	}
-	if closing {
-		flags |= fin
+	if flags&fin != 0 {
 		g.to++
 		g.marks = segFIN
 		s.finSent = true

@@ -70,7 +70,7 @@ func (v *recovery) alert(now int64, info *ackInfo) {
 	case caRecovery:
 		if !info.advanced {
 			if s.reno() && dup {
-				s.addReno()
+				info.delivered += s.addReno()
 			}
 		} else if s.undo && s.delayed() {
 			if s.retrans == 0 {
@@ -99,7 +99,7 @@ func (v *recovery) alert(now int64, info *ackInfo) {
 				s.sacked = 0
 			}
 			if dup {
-				s.addReno()
+				info.delivered += s.addReno()
 			}
 		}
 		if s.ca <= caDisorder && s.undo && s.undoRetrans == 0 {
@@ -257,7 +257,7 @@ func (v *recovery) inLoss(now int64, info *ackInfo, dup bool) {
 	}
 	if s.reno() {
 		if after(s.nxt, s.highSeq) && dup {
-			s.addReno()
+			info.delivered += s.addReno()
 		} else if info.advanced {
 			s.sacked = 0
 		}
@@ -291,7 +291,7 @@ func (v *recovery) detectLoss(now int64, info *ackInfo) {
 		}
 	}
 	if wait > 0 {
-		s.arm(timerReorder, now+wait)
+		s.arm(timerReorder, now+wait+leastTimeout)
 		info.armed = true
 	}
 }
@@ -318,7 +318,7 @@ func (v *recovery) resend(now int64) {
 		}
 	}
 	if sent && c.timers.kind != timerReorder {
-		s.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 

@@ -101,7 +101,9 @@ func (s *scoreboard) limitReno() {
 	s.sacked = min(s.sacked, max(s.packets()-max(s.lost, 1), 0))
 }
 
-func (s *scoreboard) addReno() {
+func (s *scoreboard) addReno() (delivered int) {
+	before := s.sacked
 	s.sacked++
 	s.limitReno()
+	return max(s.sacked-before, 0)
 }

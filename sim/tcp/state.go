@@ -92,9 +92,7 @@ func (c *conn) inTimeWait(now int64, g *segment) (again bool) {
 		if outdated || g.has(ack) {
 			c.timers.life = now + int64(c.s.cfg.TimeWait)
 		}
-		if !c.limited(now, 500e6, g) {
-			c.sendACK(now)
-		}
+		c.repeated(now, g)
 	}
 	return false
 }

@@ -23,6 +23,8 @@ const (
 	dataRetries   = 15
 	orphanRetries = 8
 
+	leastTimeout = 2e6 // ns, of timers for a part of a round trip
+
 	keepaliveInterval = 75 * time.Second
 	keepaliveProbes   = 9
 )
@@ -57,7 +59,7 @@ func (s *sender) rearm(now int64) {
 	if s.packets() == 0 {
 		s.disarm()
 	} else if !s.armProbe(now) {
-		s.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 
@@ -65,7 +67,7 @@ func (s *sender) rearm(now int64) {
 func (s *sender) armTail(now int64) {
 	c := s.c
 	if k := c.timers.kind; k != timerRTO && k != timerReorder || s.packets() == 1 {
-		s.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 	if c.timers.kind == timerRTO {
 		s.armProbe(now)
@@ -78,13 +80,12 @@ func (s *sender) armProbe(now int64) bool {
 	if c.s.cfg.NoTLP || s.reno() || s.srtt == 0 || s.ca != caOpen && s.ca != caCWR {
 		return false
 	}
-	const least = 8e6 // Linux: two ticks of 250 Hz
-	d := 2*s.srtt + least
+	d := 2*s.srtt + leastTimeout
 	if s.packets() == 1 {
 		d = 2*s.srtt + int64(c.s.cfg.MinRTO) // the ACK may be delayed
 	}
 	if s.ca == caOpen || s.ca == caCWR {
-		d = min(d, s.segs[s.first].sentAt+s.timeout()-now)
+		d = min(d, s.segs[s.first].sentAt+s.rto-now)
 	}
 	if d <= 0 {
 		return false
@@ -150,8 +151,8 @@ func (s *sender) retransmitTimeout(now int64) {
 	s.enterLoss(now)
 	s.retries++
 	s.retransmit(now, s.first)
-	s.backoff++
-	s.arm(timerRTO, now+s.timeout())
+	s.double()
+	s.arm(timerRTO, now+s.rto)
 }
 
 // probeTail sends new data, or the last segment again, so that the peer tells what is missing.
@@ -162,14 +163,13 @@ func (s *sender) probeTail(now int64) {
 	if !s.tlpOut {
 		was := s.nxt
 		if n := min(s.left(), s.currentMSS()); n > 0 && !after(s.nxt+uint32(n), s.windowEnd()) {
-			closing := s.closed && s.nxt+uint32(n) == s.end() && before(s.nxt+uint32(n), s.windowEnd())
-			s.sendNew(now, n, s.currentMSS(), closing)
+			s.sendNew(now, n, s.currentMSS(), s.finBehind(n))
 		} else if last := len(s.segs) - 1; !s.segs[last].is(segSacked) {
 			s.retransmit(now, last)
 		}
 		s.tlpOut, s.tlpHigh, s.tlpRetransmits = true, s.nxt, s.nxt == was
 	}
-	s.arm(timerRTO, now+s.timeout())
+	s.arm(timerRTO, now+s.rto)
 }
 
 // reorderTimeout: what was sent before something that arrived is taken for lost now.
@@ -187,7 +187,7 @@ func (s *sender) reorderTimeout(now int64) {
 	}
 	s.resend(now)
 	if c.timers.kind == timerNone {
-		s.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 
@@ -206,8 +206,8 @@ func (s *sender) probeWindow(now int64) {
 	mss := s.currentMSS()
 	room := int(int32(s.windowEnd() - s.nxt))
 	if n := min(s.left(), mss, room); room > 0 && n > 0 {
-		s.sendNew(now, n, mss, s.closed && s.nxt+uint32(n) == s.end() && n < room)
-		s.arm(timerRTO, now+s.timeout())
+		s.sendNew(now, n, mss, psh|s.finBehind(n))
+		s.arm(timerRTO, now+s.rto)
 		return
 	}
 	if room > 0 { // only the FIN is left
@@ -217,7 +217,7 @@ func (s *sender) probeWindow(now int64) {
 	c.segment(now, s.una-1, ack, nil)
 	s.retries++
 	s.backoff++
-	s.arm(timerProbe, now+s.backed(s.rto))
+	s.arm(timerProbe, now+s.probeTimeout())
 }
 
 // keepAlive probes a peer that has not been heard of for long.
