@@ -40,6 +40,13 @@ func maxSeq(a, b uint32) uint32 {
 	return a
 }
 
+func minSeq(a, b uint32) uint32 {
+	if before(b, a) {
+		return b
+	}
+	return a
+}
+
 // sum adds b, as 16-bit words, to the ones' complement sum acc. b must begin at an even position.
 func sum(b []byte, acc uint64) uint64 {
 	var carry uint64

@@ -210,13 +210,12 @@ func (r *receiver) outOfOrder(now int64, g *segment, seq, end uint32) {
 		r.quicken(quickACKs)
 		return
 	}
-	if g.has(fin) && !r.finOOO {
-		r.finOOO, r.finSeq = true, end
-	}
 	if len(g.data) > 0 {
 		r.received(now, g)
-		r.insert(seq, g.data)
-	} else {
+		r.insert(seq, g.end, g.data)
+	}
+	if g.has(fin) && !r.finOOO {
+		r.finOOO, r.finSeq = true, end
 		r.reportFIN()
 	}
 	if !c.sack {

@@ -129,9 +129,18 @@ func (r *receiver) join() {
 	r.sacks = kept
 }
 
-// insert keeps data behind a hole. What of it was there already is told by D-SACK.
-func (r *receiver) insert(seq uint32, data []byte) {
+// insert keeps data behind a hole. What of it, up to end, was there already is told by D-SACK.
+func (r *receiver) insert(seq, end uint32, data []byte) {
 	from, to := seq, seq+uint32(len(data))
+	for _, b := range r.ooo {
+		if r.finOOO && b.to == r.finSeq {
+			b.to++
+		}
+		if before(from, b.to) && before(b.from, end) {
+			r.setDup(maxSeq(from, b.from), minSeq(end, b.to))
+			break
+		}
+	}
 	// The blocks from i to j-1 touch or overlap it.
 	i := 0
 	for i < len(r.ooo) && before(r.ooo[i].to, from) {
@@ -148,15 +157,12 @@ func (r *receiver) insert(seq uint32, data []byte) {
 	}
 	merged := r.ooo[i]
 	if b := merged; !before(from, b.from) && !after(to, b.to) {
-		r.setDup(from, to)
 		r.reportBlock(span{b.from, b.to})
 		return
 	}
 	if before(from, merged.from) {
 		front := slices.Clone(data[:min(uint32(len(data)), merged.from-from)])
 		merged = block{from, merged.to, append(front, merged.data...)}
-	} else if before(from, merged.to) {
-		r.setDup(from, merged.to)
 	}
 	for k := i; k < j; k++ {
 		b := &r.ooo[k]
