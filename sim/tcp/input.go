@@ -158,8 +158,14 @@ func (r *receiver) dataIn(now int64, g *segment) {
 		return
 	}
 	seq := g.seq
-	if r.fin { // a repeated FIN or older data
-		if before(seq, r.nxt) {
+	end := seq + uint32(len(g.data))
+	if r.fin { // a repeated FIN or older data, or data behind the FIN
+		switch {
+		case !before(seq, r.nxt):
+		case after(end, r.nxt):
+			c.s.refuse(&c.route, g)
+			c.end(ErrReset)
+		default:
 			r.duplicate(seq, g.end)
 		}
 		return
@@ -167,7 +173,6 @@ func (r *receiver) dataIn(now int64, g *segment) {
 	if g.has(urg) {
 		r.urgentIn(g, seq)
 	}
-	end := seq + uint32(len(g.data))
 	switch {
 	case after(seq, r.nxt):
 		r.outOfOrder(now, g, seq, end)
@@ -179,7 +184,6 @@ func (r *receiver) dataIn(now int64, g *segment) {
 		if c.sack {
 			r.setDup(seq, r.nxt)
 		}
-		r.hurry(quickACKs)
 	}
 	// A window probe, or so much that the window, which is told in units and does not shrink, is too large.
 	if len(g.data) > 0 && (r.window() == 0 || r.unread() >= 2*r.room) {
@@ -190,15 +194,21 @@ func (r *receiver) dataIn(now int64, g *segment) {
 	if len(g.data) > 0 {
 		r.received(now, g)
 	}
-	if len(r.ooo) > 0 {
-		r.ackNow = true // a hole is filled, or a part of it
-	}
 	if after(end, r.nxt) {
 		r.take(seq, g.data)
 	}
-	r.join()
-	if g.has(fin) && end == r.nxt || r.finOOO && r.finSeq == r.nxt {
+	if g.has(fin) {
 		c.finIn(now)
+		return
+	}
+	if len(r.ooo) > 0 || r.finOOO {
+		r.join()
+		if r.finOOO && r.finSeq == r.nxt {
+			r.ackNow = true
+			c.finIn(now)
+		} else if len(r.ooo) == 0 { // the last hole is filled
+			r.ackNow = true
+		}
 	}
 }
 
@@ -214,7 +224,7 @@ func (r *receiver) outOfOrder(now int64, g *segment, seq, end uint32) {
 		r.received(now, g)
 		r.insert(seq, g.end, g.data)
 	}
-	if g.has(fin) && !r.finOOO {
+	if g.has(fin) && (!r.finOOO || before(end, r.finSeq)) {
 		r.finOOO, r.finSeq = true, end
 		r.reportFIN()
 	}

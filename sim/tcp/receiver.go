@@ -109,6 +109,10 @@ func (r *receiver) join() {
 	n := 0
 	for ; n < len(r.ooo) && !after(r.ooo[n].from, r.nxt); n++ {
 		b := &r.ooo[n]
+		if r.finOOO && after(b.to, r.finSeq) { // nothing can be behind the FIN
+			b.to = maxSeq(r.finSeq, b.from)
+			b.data = b.data[:b.to-b.from]
+		}
 		if after(b.to, r.nxt) {
 			r.take(b.from, b.data)
 		} else if after(r.nxt, b.from) && !r.dup {

@@ -41,7 +41,7 @@ func (c *conn) finIn(now int64) {
 	r := &c.rcv
 	r.fin, r.finSeq = true, r.nxt
 	r.nxt++
-	r.ooo, r.sacks = nil, 0
+	r.ooo, r.sacks, r.dup = nil, 0, false
 	r.ackPending = true
 	switch c.state {
 	case Established:
