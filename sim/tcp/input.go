@@ -126,7 +126,7 @@ func (c *conn) reordered(g *segment) bool {
 
 // rejected answers a segment outside the window, with a D-SACK of what it repeats.
 func (c *conn) rejected(now int64, g *segment) {
-	if g.end != g.seq && before(g.seq, c.rcv.nxt) {
+	if g.end != g.seq && before(g.seq, c.rcv.nxt) && !g.has(syn) {
 		c.rcv.hurry(quickACKs)
 		if c.sack {
 			to := g.end

@@ -207,10 +207,10 @@ func compareBlock(t *testing.T, block string) {
 func randomScript(r *rand.Rand) string {
 	var b strings.Builder
 	b.WriteString("dial\nin S. seq=0 ack=1 win=65535 mss=1460 sackok ws=7\n")
-	acked, at := 1, 1
+	acked, at, last := 1, 1, 500+100*r.IntN(30)
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\nwait 45ms\n", args...) }
 	for range 12 {
-		seq := max(at+(r.IntN(7)-3)*100, 1)
+		seq := min(max(at+(r.IntN(7)-3)*100, 1), last-100)
 		n := 100 * (1 + r.IntN(4))
 		switch r.IntN(12) {
 		case 0:
@@ -220,11 +220,12 @@ func randomScript(r *rand.Rand) string {
 			acked += 50
 			line("in . seq=%d ack=%d", at, acked)
 		case 2:
-			line("in F. seq=%d ack=%d len=%d", seq+r.IntN(2)*400, acked, n)
+			n = min(n, last-1)
+			line("in %s seq=%d ack=%d len=%d", []string{"F.", "FP."}[r.IntN(2)], last-n, acked, n)
 		case 3:
-			line("in %s seq=%d ack=%d", []string{"R", "R.", "S", "S.", "F.", ".", "P", "FP"}[r.IntN(8)], seq-r.IntN(2), acked)
+			line("in %s seq=%d ack=%d", []string{"R", "R.", "S", "S.", ".", "P"}[r.IntN(6)], seq-r.IntN(2), acked)
 		case 4:
-			line("in P. seq=%d ack=%d len=%d", at, acked+r.IntN(3)-1, n)
+			line("in P. seq=%d ack=%d len=%d", seq, acked+r.IntN(3)-1, min(n, last-seq))
 		case 5:
 			line("in P. seq=%d ack=%d len=%d", at+[]int{-50000, 200000}[r.IntN(2)], acked, n)
 		case 6:
@@ -234,7 +235,8 @@ func randomScript(r *rand.Rand) string {
 				line("in . seq=%d ack=%d", at, acked)
 			}
 		default:
-			line("in P. seq=%d ack=%d len=%d", seq, acked, n)
+			n = min(n, last-seq)
+			line("in %s seq=%d ack=%d len=%d", []string{"P.", "."}[r.IntN(2)], seq, acked, n)
 			at = max(at, seq+n)
 		}
 	}

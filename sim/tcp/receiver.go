@@ -140,6 +140,9 @@ func (r *receiver) insert(seq, end uint32, data []byte) {
 		if r.finOOO && b.to == r.finSeq {
 			b.to++
 		}
+		if b.to == from { // Linux appends to that block, and does not look further
+			break
+		}
 		if before(from, b.to) && before(b.from, end) {
 			r.setDup(maxSeq(from, b.from), minSeq(end, b.to))
 			break
