@@ -82,12 +82,12 @@ func (s *sender) acks(now int64, g *segment) bool {
 		s.arm(timerRTO, now+s.rto)
 	}
 	s.tailAcked(g, &info)
-	if c.sack {
+	if c.sack && (s.rackNew || s.retrans > 0) {
 		s.detectLoss(now, &info)
 	}
 	s.alert(now, &info)
 	if s.ca != caCWR && s.ca != caRecovery && info.acked > 0 {
-		s.grow(info.acked, flight)
+		s.grow(info.delivered, flight)
 	}
 	if s.inFlight() < s.cwnd {
 		s.cwndLimited = false
@@ -149,8 +149,9 @@ func (s *sender) delivered(now int64, g *seg, info *ackInfo) {
 	} else if rtt < s.minRTT {
 		return // it was the first transmission that arrived
 	}
-	if g.sentAt > s.rackAt || g.sentAt == s.rackAt && after(g.to, s.rackEnd) {
-		s.rackAt, s.rackEnd, s.rackRTT = g.sentAt, g.to, rtt
+	s.rackNew = true
+	if after(g.order, s.rackOrder) {
+		s.rackOrder, s.rackRTT = g.order, rtt
 	}
 }
 

@@ -46,11 +46,11 @@ type recovery struct {
 	tlpRetransmits bool
 
 	// RACK: the segment sent last of those that arrived.
-	rackAt   int64
-	rackEnd  uint32
-	rackRTT  int64
-	fack     uint32 // highest SACKed
-	disorder bool   // segments were seen to arrive out of order
+	rackOrder uint32
+	rackNew   bool // since losses were last looked for
+	rackRTT   int64
+	fack      uint32 // highest SACKed
+	disorder  bool   // segments were seen to arrive out of order
 }
 
 // grow is slow start and congestion avoidance (Reno), if cwnd was what limited.

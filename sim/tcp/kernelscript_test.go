@@ -27,10 +27,11 @@ var byKernel = flag.Bool("kernel", false, "compare the transcripts with what thi
 type kernelScript struct {
 	*kernel
 	script
-	listen, fd int
-	iss, ts    uint32
-	known      bool
-	log        []string
+	listen, fd   int
+	iss, ts      uint32
+	known        bool
+	log          []string
+	settle, late time.Duration // how long the kernel has to answer, and what waiting takes longer
 }
 
 var letters = regexp.MustCompile(` (win \d+|ts -?\d+:\d+|mss \d+|ws \d+|sackok|tos \d+)`)
@@ -79,7 +80,7 @@ func (k *kernelScript) frames(d time.Duration) {
 func (k *kernelScript) do(line string) {
 	cmd, arg, _ := strings.Cut(line, " ")
 	size := func() []byte { return make([]byte, number(k.kernel.t, arg)) }
-	settle := 2 * time.Millisecond
+	settle := k.settle
 	switch cmd {
 	case "dial":
 		k.fd = k.socket()
@@ -113,12 +114,13 @@ func (k *kernelScript) do(line string) {
 	case "wait":
 		d, err := time.ParseDuration(arg)
 		k.must(err)
-		settle = max(d-time.Millisecond, settle)
+		settle = d + k.late
 	}
 	k.frames(settle)
 }
 
 func (k *kernelScript) options() {
+	k.must(unix.SetsockoptInt(k.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20))
 	if k.noDelay {
 		k.must(unix.SetsockoptInt(k.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
 	}
@@ -145,6 +147,10 @@ func TestKernelScripts(t *testing.T) {
 }
 
 func compareBlock(t *testing.T, block string) {
+	compareBlockIn(t, block, 2*time.Millisecond, -time.Millisecond)
+}
+
+func compareBlockIn(t *testing.T, block string, settle, late time.Duration) {
 	settings, body, _ := strings.Cut(block, "\n")
 	_, body, _ = strings.Cut(body, "run\n")
 	input, output, _ := strings.Cut(body, "\n----\n")
@@ -157,7 +163,7 @@ func compareBlock(t *testing.T, block string) {
 	if strings.Contains(settings, "rcvbuf") || strings.Contains(settings, "autocork") || strings.Contains(settings, "backlog") {
 		return
 	}
-	k := &kernelScript{kernel: newKernel(t, Config{})}
+	k := &kernelScript{kernel: newKernel(t, Config{}), settle: settle, late: late}
 	k.script = script{t: t, own: port, remote: 4000}
 	// The peer sends from addrA to the kernel.
 	k.script.peer = New(Config{MAC: macA, PeerMAC: macB, Addr: addrA}, 2)

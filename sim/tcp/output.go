@@ -130,13 +130,18 @@ func (s *sender) sendNew(now int64, n, mss int, flags uint8) {
 	seq := s.nxt
 	flags |= ack
 	data := s.bytes(seq, n)
-	g := seg{from: seq, to: seq + uint32(n), sentAt: now}
-	if seq+uint32(n) == s.end() && n > 0 {
+	g := seg{from: seq, to: seq + uint32(n), sentAt: now, order: s.nextOrder()}
+	// PSH is at the end of what was written, and after half of the largest window.
+	if end := seq + uint32(n); n > 0 && (end == s.end() || end-s.pushed-1 > s.maxWnd/2) {
 		flags |= psh
+	}
+	if flags&psh != 0 {
+		g.marks |= segPush
+		s.pushed = g.to
 	}
 	if flags&fin != 0 {
 		g.to++
-		g.marks = segFIN
+		g.marks |= segFIN
 		s.finSent = true
 	}
 	if n < mss {
@@ -189,14 +194,14 @@ func (s *sender) retransmit(now int64, i int) bool {
 		flags |= fin
 		n--
 	}
-	if n > 0 && g.from+uint32(n) == s.end() {
+	if g.is(segPush) {
 		flags |= psh
 	}
 	if !g.is(segRetrans) {
 		s.retrans++
 	}
 	g.marks |= segRetrans | segEver
-	g.sentAt = now
+	g.sentAt, g.order = now, s.nextOrder()
 	if !s.stamped {
 		s.retransStamp, s.stamped = c.tsNow(now), true
 	}
@@ -211,7 +216,7 @@ func (s *sender) split(i int, n uint32) {
 	g := s.segs[i]
 	rest := g
 	g.to, rest.from = g.from+n, g.from+n
-	g.marks &^= segFIN
+	g.marks &^= segFIN | segPush
 	s.segs[i] = g
 	s.segs = slices.Insert(s.segs, i+1, rest)
 	s.count(rest.marks, 1)
@@ -230,7 +235,7 @@ func (s *sender) collapse(i, mss int) {
 		}
 		s.forgetJoined(next)
 		g.to = next.to
-		g.marks |= next.marks & (segFIN | segEver)
+		g.marks |= next.marks & (segFIN | segPush | segEver)
 		copy(s.segs[i+1:], s.segs[i+2:])
 		s.segs = s.segs[:len(s.segs)-1]
 	}

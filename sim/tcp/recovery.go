@@ -267,9 +267,7 @@ func (v *recovery) inLoss(now int64, info *ackInfo, dup bool) {
 // detectLoss is RACK (RFC 8985): a segment is lost if one sent a little later arrived.
 func (v *recovery) detectLoss(now int64, info *ackInfo) {
 	s := &v.c.snd
-	if s.sacked == 0 && s.retrans == 0 {
-		return
-	}
+	s.rackNew = false
 	slack := s.minRTT / 4
 	if !s.disorder && (s.ca >= caRecovery || s.sacked >= dupThresh) {
 		slack = 0
@@ -280,7 +278,7 @@ func (v *recovery) detectLoss(now int64, info *ackInfo) {
 		if g.is(segSacked) || g.is(segLost) && !g.is(segRetrans) {
 			continue
 		}
-		if g.sentAt > s.rackAt || g.sentAt == s.rackAt && !before(g.to, s.rackEnd) {
+		if !before(g.order, s.rackOrder) {
 			continue
 		}
 		if left := g.sentAt + s.rackRTT + slack - now; left > 0 {

@@ -9,13 +9,15 @@ const (
 	segRetrans       // retransmitted, and that is in flight
 	segEver          // ever retransmitted
 	segFIN
+	segPush // has PSH
 )
 
 // seg is a segment that was sent and is not acknowledged.
 type seg struct {
 	from, to uint32 // FIN counted
 	marks    uint8
-	sentAt   int64 // the last time
+	sentAt   int64  // the last time
+	order    uint32 // of transmissions of the connection, the last time
 }
 
 func (g *seg) is(marks uint8) bool { return g.marks&marks != 0 }
@@ -26,6 +28,7 @@ type scoreboard struct {
 	first int
 
 	// Counts of segments, as Linux's sacked_out, lost_out, retrans_out. Without SACK, sacked counts duplicate ACKs.
+	order                 uint32 // of the last transmission
 	noSACK                bool
 	sacked, lost, retrans int
 }
@@ -33,6 +36,12 @@ type scoreboard struct {
 func (s *scoreboard) packets() int { return len(s.segs) - s.first }
 
 func (s *scoreboard) inFlight() int { return s.packets() - s.sacked - s.lost + s.retrans }
+
+// nextOrder numbers transmissions, of which many can have the same time.
+func (s *scoreboard) nextOrder() uint32 {
+	s.order++
+	return s.order
+}
 
 // shift removes the first segment.
 func (s *scoreboard) shift() {

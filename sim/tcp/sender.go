@@ -20,6 +20,7 @@ type sender struct {
 	finSent   bool
 	urgent    bool
 	urgentEnd uint32
+	pushed    uint32 // the end of the last segment with PSH
 	smallEnd  uint32 // the end of the last segment below the MSS (Minshall)
 
 	retries    int // of the same segment; of window probes
@@ -38,7 +39,7 @@ func (s *sender) init() {
 
 // start sets the numbers of the first byte of the stream.
 func (s *sender) start(seq uint32) {
-	s.una, s.nxt, s.sentOnce, s.seq, s.smallEnd, s.fack, s.highSeq = seq, seq, seq, seq, seq, seq, seq
+	s.una, s.nxt, s.sentOnce, s.seq, s.smallEnd, s.fack, s.highSeq, s.pushed = seq, seq, seq, seq, seq, seq, seq, seq
 }
 
 // finAcked reports whether the peer has everything, the FIN too.

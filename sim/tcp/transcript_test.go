@@ -27,6 +27,7 @@ type script struct {
 	holdTX  bool
 	to      netip.Addr // where the peer sends
 	noDelay bool
+	sent    [][]byte // since somebody looked
 	out     strings.Builder
 }
 
@@ -261,6 +262,7 @@ func (k *script) flush(at string) {
 	}
 	iss, ts := k.bases()
 	for _, f := range k.s.Take() {
+		k.sent = append(k.sent, f)
 		fmt.Fprintf(&k.out, "    %s%s\n", at, k.show(f, iss, ts))
 	}
 }
