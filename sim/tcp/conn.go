@@ -181,7 +181,7 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 		}
 	}
 	if c.snd.urgent {
-		c.markUrgent(&h)
+		c.snd.markUrgent(&h)
 	}
 	c.s.transmit(&c.route, c.tuple.local, c.tuple.remote, h, opts, data)
 	c.queued = true
@@ -191,12 +191,12 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 }
 
 // markUrgent sets the urgent pointer, which counts from the segment's sequence number and is behind the urgent byte.
-func (c *conn) markUrgent(h *header) {
-	switch up := c.snd.urgentEnd; {
+func (s *sender) markUrgent(h *header) {
+	switch up := s.urgentEnd; {
 	case !after(up, h.seq):
 	case up-h.seq < 0x10000:
 		h.flags, h.urg = h.flags|urg, uint16(up-h.seq)
-	case after(h.seq+0xffff, c.snd.nxt):
+	case after(h.seq+0xffff, s.nxt):
 		h.flags, h.urg = h.flags|urg, 0xffff
 	}
 }
