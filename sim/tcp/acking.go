@@ -29,7 +29,7 @@ func (c *conn) acknowledged() {
 	if r.quick > 0 {
 		r.quick--
 	}
-	r.ackPending, r.ackNow, r.pushed = false, false, false
+	r.ackPending, r.ackNow, r.pushed = false, false, 0
 	c.timers.delayed = never
 }
 
@@ -37,11 +37,13 @@ func (c *conn) acknowledged() {
 func (r *receiver) received(now int64, g *segment) {
 	c := r.c
 	r.ackPending = true
-	if n := len(g.data); n >= r.mss {
+	if n := len(g.data); n < r.mss {
+		r.pushed = min(r.pushed+1, 2)
+	} else {
 		r.mss = min(n, c.s.cfg.MSS)
-	}
-	if g.has(psh) {
-		r.pushed = true
+		if g.has(psh) {
+			r.pushed = max(r.pushed, 1)
+		}
 	}
 	if !r.active {
 		r.active = true
@@ -97,7 +99,7 @@ func (r *receiver) afterRead(now int64, n int) {
 	if c.state < Established || c.state == TimeWait || n == 0 {
 		return
 	}
-	if r.ackPending && (int(r.nxt-r.wup) > r.mss || r.pushed && !r.pingpong && r.unread() == 0) {
+	if r.ackPending && (int(r.nxt-r.wup) > r.mss || (r.pushed == 2 || r.pushed == 1 && !r.pingpong) && r.unread() == 0) {
 		c.sendACK(now)
 		return
 	}

@@ -40,7 +40,7 @@ type receiver struct {
 	// Acknowledgment.
 	ackPending bool // something is to be acknowledged, at once or later
 	ackNow     bool
-	pushed     bool // a segment with PSH is to be acknowledged
+	pushed     int  // segments to be acknowledged behind which nothing may follow: small ones, or with PSH; 2 at most
 	quick      int  // ACKs that are not delayed
 	pingpong   bool // the connection is interactive: ACKs wait for data
 	active     bool // data has come in
