@@ -18,23 +18,24 @@ type ackInfo struct {
 }
 
 // acks takes the acknowledgment of a segment into account. False: the segment is to be dropped.
-func (c *conn) acks(now int64, g *segment) bool {
-	s := &c.snd
+func (s *sender) acks(now int64, g *segment) bool {
+	c := s.c
 	if before(g.ack, s.una) {
 		if before(g.ack, s.una-max(s.maxWnd, 1)) { // blind data injection
-			c.challenge(now, g)
+			c.challenge(now)
 			return false
 		}
 		if c.sack && g.sacks > 0 {
 			info := ackInfo{priorUna: s.una}
-			c.sacksIn(now, g, &info)
-			c.alert(now, &info)
-			c.resend(now)
+			s.sacksIn(now, g, &info)
+			s.alert(now, &info)
+			s.resend(now)
 		}
 		return true
 	}
 	if after(g.ack, s.nxt) {
-		return false // of what was never sent
+		c.challenge(now) // of what was never sent
+		return false
 	}
 	info := ackInfo{priorUna: s.una, data: len(g.data) > 0, echo: c.ecn && g.has(ece) && !g.has(syn)}
 	packets, flight := s.packets(), s.inFlight()
@@ -44,7 +45,7 @@ func (c *conn) acks(now int64, g *segment) bool {
 		wnd <<= s.scale
 	}
 	if after(g.ack, s.una) || after(g.seq, s.wl1) || g.seq == s.wl1 && (wnd > s.wnd || wnd == 0) {
-		info.window = wnd != s.wnd
+		info.window = true
 		s.wnd, s.wl1 = wnd, g.seq
 		s.maxWnd = max(s.maxWnd, wnd)
 	}
@@ -58,46 +59,49 @@ func (c *conn) acks(now int64, g *segment) bool {
 		s.urgent = false
 	}
 	if c.sack && g.sacks > 0 {
-		c.sacksIn(now, g, &info)
+		s.sacksIn(now, g, &info)
 	}
-	c.clean(now, &info)
+	s.clean(now, &info)
 	s.drop(s.una)
 	if packets == 0 {
-		c.probed(now)
+		if info.duplicate { // it can show that a reduction was wrong
+			s.alert(now, &info)
+		}
+		s.tailAcked(g, &info)
+		s.probed(now)
 		return true
 	}
-	c.measure(now, g, &info)
+	s.measure(now, g, &info)
 	if info.advanced {
-		s.backoff, s.stuckSince = 0, now
+		s.stuckSince = now
 	}
-	info.delivered = max(info.acked+s.sacked-delivered, 0)
-	if s.reno() || !c.sack {
-		info.delivered = info.acked
+	if !s.reno() {
+		info.delivered = max(info.acked+s.sacked-delivered, 0)
 	}
 	if info.delivered > 0 && c.timers.kind == timerTail {
-		c.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
-	c.tailAcked(g, &info)
-	if c.sack {
-		c.detectLoss(now, &info)
+	s.tailAcked(g, &info)
+	if c.sack && (s.rackNew || s.retrans > 0) {
+		s.detectLoss(now, &info)
 	}
-	c.alert(now, &info)
+	s.alert(now, &info)
 	if s.ca != caCWR && s.ca != caRecovery && info.acked > 0 {
-		s.grow(info.acked, flight)
+		s.grow(info.delivered, flight)
 	}
 	if s.inFlight() < s.cwnd {
 		s.cwndLimited = false
 	}
 	if info.advanced && !info.armed {
-		c.rearm(now)
+		s.rearm(now)
 	}
-	c.resend(now)
+	s.resend(now)
 	return true
 }
 
 // clean removes the segments that are acknowledged.
-func (c *conn) clean(now int64, info *ackInfo) {
-	s := &c.snd
+func (s *sender) clean(now int64, info *ackInfo) {
+	again := false
 	for s.packets() > 0 {
 		g := &s.segs[s.first]
 		if after(g.to, s.una) {
@@ -109,26 +113,33 @@ func (c *conn) clean(now int64, info *ackInfo) {
 		if g.is(segSacked) {
 			s.sacked--
 		} else {
-			c.delivered(now, g, info)
+			s.delivered(now, g, info)
 		}
+		again = again || g.is(segEver)
 		s.forget(g)
 		info.acked++
 		s.shift()
 	}
+	if again { // Karn: what follows a retransmission may have waited for it
+		info.rtt = 0
+		info.original = info.original && !s.reno()
+	}
 	if s.packets() == 0 {
 		s.sacked, s.lost, s.retrans = 0, 0, 0
-	} else if s.reno() && s.sacked > 0 && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+	} else if s.reno() && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+		info.delivered = max(info.acked-s.sacked, 1)
 		s.sacked = max(s.sacked-max(info.acked-1, 0), 0)
 		s.limitReno()
 	}
 }
 
 // delivered takes down that a segment arrived that was not known to have arrived.
-func (c *conn) delivered(now int64, g *seg, info *ackInfo) {
-	s := &c.snd
+func (s *sender) delivered(now int64, g *seg, info *ackInfo) {
 	rtt := now - g.sentAt
 	if !g.is(segEver) {
-		info.rtt = rtt
+		if info.rtt == 0 {
+			info.rtt = rtt
+		}
 		if !after(g.to, s.highSeq) {
 			info.original = true
 		}
@@ -138,13 +149,15 @@ func (c *conn) delivered(now int64, g *seg, info *ackInfo) {
 	} else if rtt < s.minRTT {
 		return // it was the first transmission that arrived
 	}
-	if g.sentAt > s.rackAt || g.sentAt == s.rackAt && after(g.to, s.rackEnd) {
-		s.rackAt, s.rackEnd, s.rackRTT = g.sentAt, g.to, rtt
+	s.rackNew = true
+	if after(g.order, s.rackOrder) {
+		s.rackOrder, s.rackRTT = g.order, rtt
 	}
 }
 
 // measure takes a round trip time: of a segment that was sent once, or by the timestamp echo.
-func (c *conn) measure(now int64, g *segment, info *ackInfo) {
+func (s *sender) measure(now int64, g *segment, info *ackInfo) {
+	c := s.c
 	rtt := info.rtt
 	if rtt == 0 && info.advanced && g.timestamps && g.tsEcr != 0 {
 		if ticks := c.tsNow(now) - g.tsEcr; int32(ticks) >= 0 && ticks < 1<<20 {
@@ -152,13 +165,12 @@ func (c *conn) measure(now int64, g *segment, info *ackInfo) {
 		}
 	}
 	if rtt > 0 {
-		c.snd.measure(rtt, c.s.cfg.MinRTO)
+		s.sample(rtt, c.s.cfg.MinRTO)
 	}
 }
 
 // sacksIn reads the SACK blocks, of which the first can be a D-SACK (RFC 2883).
-func (c *conn) sacksIn(now int64, g *segment, info *ackInfo) {
-	s := &c.snd
+func (s *sender) sacksIn(now int64, g *segment, info *ackInfo) {
 	blocks := g.blocks[:g.sacks]
 	d := blocks[0]
 	if before(d.from, g.ack) || len(blocks) > 1 && !before(d.from, blocks[1].from) && !after(d.to, blocks[1].to) {
@@ -182,7 +194,7 @@ func (c *conn) sacksIn(now int64, g *segment, info *ackInfo) {
 			if before(seg.from, b.from) || after(seg.to, b.to) || seg.is(segSacked) {
 				continue
 			}
-			c.delivered(now, seg, info)
+			s.delivered(now, seg, info)
 			s.forget(seg)
 			seg.marks |= segSacked
 			s.sacked++
@@ -193,18 +205,18 @@ func (c *conn) sacksIn(now int64, g *segment, info *ackInfo) {
 }
 
 // probed: an ACK came while nothing was in flight. What waits for the window can be sent or is probed for.
-func (c *conn) probed(now int64) {
-	s := &c.snd
+func (s *sender) probed(now int64) {
+	c := s.c
 	if !s.pending() {
 		return
 	}
-	n := min(s.left(), c.currentMSS())
-	if !after(s.nxt+uint32(n), c.windowEnd()) {
+	n := min(s.left(), s.currentMSS())
+	if !after(s.nxt+uint32(n), s.windowEnd()) {
 		s.backoff = 0
 		if c.timers.kind == timerProbe {
-			c.disarm()
+			s.disarm()
 		}
 	} else if c.timers.kind == timerProbe {
-		c.arm(timerProbe, now+s.backed(s.rto))
+		s.arm(timerProbe, now+s.probeTimeout())
 	}
 }

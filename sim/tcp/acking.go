@@ -6,13 +6,13 @@ package tcp
 const quickACKs = 16
 
 // appendBlocks appends the SACK option, a D-SACK first.
-func (c *conn) appendBlocks(opts []byte) []byte {
-	r := &c.rcv
+func (r *receiver) appendBlocks(opts []byte) []byte {
+	c := r.c
 	if !c.sack {
 		r.dup = false
 		return opts
 	}
-	n := c.sackBlocks()
+	n := r.sackBlocks()
 	var blocks [5]span
 	kept := blocks[:0]
 	if r.dup {
@@ -29,19 +29,21 @@ func (c *conn) acknowledged() {
 	if r.quick > 0 {
 		r.quick--
 	}
-	r.ackPending, r.ackNow, r.pushed = false, false, false
+	r.ackPending, r.ackNow, r.pushed = false, false, 0
 	c.timers.delayed = never
 }
 
 // received: data is to be acknowledged.
-func (c *conn) received(now int64, g *segment) {
-	r := &c.rcv
+func (r *receiver) received(now int64, g *segment) {
+	c := r.c
 	r.ackPending = true
-	if n := len(g.data); n >= r.mss {
+	if n := len(g.data); n < r.mss {
+		r.pushed = min(r.pushed+1, 2)
+	} else {
 		r.mss = min(n, c.s.cfg.MSS)
-	}
-	if g.has(psh) {
-		r.pushed = true
+		if g.has(psh) {
+			r.pushed = max(r.pushed, 1)
+		}
 	}
 	if !r.active {
 		r.active = true
@@ -65,8 +67,8 @@ func (r *receiver) hurry(most int) {
 }
 
 // maybeACK acknowledges what came in: at once or within the time of a delayed ACK.
-func (c *conn) maybeACK(now int64) {
-	r := &c.rcv
+func (r *receiver) maybeACK(now int64) {
+	c := r.c
 	if !r.ackPending || c.state == Closed {
 		return
 	}
@@ -75,24 +77,29 @@ func (c *conn) maybeACK(now int64) {
 		c.sendACK(now)
 		return
 	}
-	c.timers.delayed = min(c.timers.delayed, now+int64(c.s.cfg.DelayedACK))
+	wait := int64(c.s.cfg.DelayedACK)
+	if !r.active { // a FIN before any data: Linux's estimate is 0 yet, and the timer's tick 4 ms
+		wait = min(wait, 4e6)
+	}
+	c.timers.delayed = min(c.timers.delayed, now+wait)
 }
 
-func (c *conn) delayedACK(now int64) {
+func (r *receiver) delayedACK(now int64) {
+	c := r.c
 	c.timers.delayed = never
-	if c.rcv.ackPending {
-		c.rcv.pingpong = false
+	if r.ackPending {
+		r.pingpong = false
 		c.sendACK(now)
 	}
 }
 
 // afterRead acknowledges what a reader made room for (Linux's tcp_cleanup_rbuf).
-func (c *conn) afterRead(now int64, n int) {
-	r := &c.rcv
+func (r *receiver) afterRead(now int64, n int) {
+	c := r.c
 	if c.state < Established || c.state == TimeWait || n == 0 {
 		return
 	}
-	if r.ackPending && (int(r.nxt-r.wup) > r.mss || r.pushed && !r.pingpong && r.unread() == 0) {
+	if r.ackPending && (int(r.nxt-r.wup) > r.mss || (r.pushed == 2 || r.pushed == 1 && !r.pingpong) && r.unread() == 0) {
 		c.sendACK(now)
 		return
 	}

@@ -69,7 +69,7 @@ func (s *Stack) Write(now int64, id ID, b []byte) int {
 	s.now, s.stale = now, true
 	n := min(len(b), max(s.cfg.SndBuf-(len(c.snd.buf)-c.snd.off), 0))
 	c.snd.append(b[:n])
-	c.output(now)
+	c.snd.output(now)
 	return n
 }
 
@@ -93,7 +93,7 @@ func (s *Stack) Read(now int64, id ID, b []byte) (n int, eof bool) {
 	n = c.rcv.read(b)
 	if n > 0 && c.state != Closed {
 		s.now, s.stale = now, true
-		c.afterRead(now, n)
+		c.rcv.afterRead(now, n)
 	}
 	return n, c.rcv.unread() == 0 && (c.rcv.fin || c.state == Closed)
 }

@@ -80,15 +80,20 @@ func newConn(s *Stack, id ID, t tuple) *conn {
 		noDelay: s.cfg.NoNagle, mss: s.cfg.MSS,
 		tsOffset: uint32(s.hash(t, 2)), ipID: uint16(s.rng.Uint64()),
 	}
+	c.bind()
 	c.timers.clear()
 	c.snd.init()
 	c.rcv.init(&s.cfg)
 	return c
 }
 
+// bind gives the parts of the connection their way to it.
+func (c *conn) bind() { c.snd.c, c.snd.recovery.c, c.rcv.c = c, c, c }
+
 func (c *conn) cloneInto(n *conn, s *Stack) {
 	*n = *c
 	n.s = s
+	n.bind()
 	n.snd.buf, n.snd.off = slices.Clone(c.snd.buf[c.snd.off:]), 0
 	n.snd.segs, n.snd.first = slices.Clone(c.snd.segs[c.snd.first:]), 0
 	n.rcv.buf, n.rcv.off = slices.Clone(c.rcv.buf[c.rcv.off:]), 0
@@ -160,7 +165,7 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 			opts = appendTimestamp(opts, c.tsNow(now), c.tsRecent)
 		}
 		if c.sack && c.rcv.sacks > 0 || c.rcv.dup {
-			opts = c.appendBlocks(opts)
+			opts = c.rcv.appendBlocks(opts)
 		}
 	}
 	if c.ecn && flags&(syn|rst) == 0 {
@@ -176,7 +181,7 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 		}
 	}
 	if c.snd.urgent {
-		c.markUrgent(&h)
+		c.snd.markUrgent(&h)
 	}
 	c.s.transmit(&c.route, c.tuple.local, c.tuple.remote, h, opts, data)
 	c.queued = true
@@ -186,30 +191,38 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 }
 
 // markUrgent sets the urgent pointer, which counts from the segment's sequence number and is behind the urgent byte.
-func (c *conn) markUrgent(h *header) {
-	switch up := c.snd.urgentEnd; {
+func (s *sender) markUrgent(h *header) {
+	switch up := s.urgentEnd; {
 	case !after(up, h.seq):
 	case up-h.seq < 0x10000:
 		h.flags, h.urg = h.flags|urg, uint16(up-h.seq)
-	case after(h.seq+0xffff, c.snd.nxt):
+	case after(h.seq+0xffff, s.nxt):
 		h.flags, h.urg = h.flags|urg, 0xffff
 	}
 }
 
+// invalidInterval is how often segments that are invalid are answered, ns.
+const invalidInterval = 500e6
+
 // challenge answers an invalid segment by an ACK (RFC 5961), at most twice a second.
-func (c *conn) challenge(now int64, g *segment) {
-	const interval = 500e6
-	if c.limited(now, interval, g) {
-		return
+func (c *conn) challenge(now int64) {
+	if !c.limited(now) {
+		c.sendACK(now)
 	}
-	c.sendACK(now)
 }
 
-func (c *conn) limited(now, interval int64, g *segment) bool {
+// repeated is challenge for a segment outside the window. One with data is always answered: it is no part of an ACK loop.
+func (c *conn) repeated(now int64, g *segment) {
 	if g.seq != g.end && !g.has(syn) {
-		return false // no part of an ACK loop
+		c.sendACK(now)
+		return
 	}
-	if c.invalidAnswer && now-c.invalidAt < interval {
+	c.challenge(now)
+}
+
+// limited reports whether an invalid segment is not answered.
+func (c *conn) limited(now int64) bool {
+	if c.invalidAnswer && now-c.invalidAt < invalidInterval {
 		return true
 	}
 	c.invalidAt, c.invalidAnswer = now, true

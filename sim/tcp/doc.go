@@ -8,11 +8,17 @@
 // It behaves as Linux does (RFC 9293, 7323, 2018, 2883, 5681, 6298, 5682, 8985, 5961, 6191),
 // with what makes two guests differ: how streams are cut into segments, when they are
 // acknowledged, what is retransmitted. It leaves out what changes only speed on real networks:
-// CUBIC, pacing, receive buffer tuning, GSO, path MTU discovery, syncookies.
+// CUBIC, pacing, receive buffer tuning, GSO, compressed ACKs, path MTU discovery, syncookies.
 //
-//   - stack.go, api.go: the stack and its calls
+// testdata has a transcript for each behaviour. With -kernel, the tests whose names begin with
+// TestKernel compare them, and random ones, with what this kernel's TCP does. By real time and
+// some rare D-SACKs a few differ.
+//
+//   - stack.go, api.go, datagram.go: the stack and its calls
 //   - frame.go, options.go, parse.go: frames
-//   - conn.go: a connection; state.go, handshake.go: its states
-//   - sender.go, output.go, ack.go, recovery.go, timers.go: what goes out, and again
-//   - receiver.go, input.go, acking.go: what comes in, and its acknowledgment
+//   - conn.go, handshake.go, state.go: a connection and its states
+//   - input.go: a segment comes in; ack.go: its acknowledgment; receiver.go: its data;
+//     acking.go: when that is acknowledged
+//   - output.go: what is sent; scoreboard.go, recovery.go, congestion.go, estimator.go: when, and
+//     what is sent again; timers.go
 package tcp

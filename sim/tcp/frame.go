@@ -40,6 +40,13 @@ func maxSeq(a, b uint32) uint32 {
 	return a
 }
 
+func minSeq(a, b uint32) uint32 {
+	if before(b, a) {
+		return b
+	}
+	return a
+}
+
 // sum adds b, as 16-bit words, to the ones' complement sum acc. b must begin at an even position.
 func sum(b []byte, acc uint64) uint64 {
 	var carry uint64
@@ -111,9 +118,6 @@ func (s *Stack) route(remote netip.Addr, proto uint8) route {
 	r.pseudo = sum(ip[8:ipv6Len], uint64(proto))
 	return r
 }
-
-// mtuHeader is how long the IP and TCP headers are without options.
-func (r *route) mtuHeader() int { return r.n - etherLen + tcpLen }
 
 // packet allocates a frame whose payload of the IP packet is n bytes long, with the headers
 // up to it filled in.

@@ -12,7 +12,7 @@ func (c *conn) dial(now int64, isn uint32) {
 	c.snd.mss = defaultMSS
 	c.snd.stuckSince = now
 	c.sendSYN(now)
-	c.arm(timerHandshake, now+c.snd.timeout())
+	c.snd.arm(timerHandshake, now+c.snd.rto)
 }
 
 // sendSYN sends the SYN or SYN|ACK.
@@ -41,9 +41,9 @@ func (c *conn) repeatHandshake(now int64) {
 		return
 	}
 	s.retries++
-	s.backoff++
+	s.double()
 	c.sendSYN(now)
-	c.arm(timerHandshake, now+s.timeout())
+	s.arm(timerHandshake, now+s.rto)
 }
 
 // agree takes the options of the peer's SYN.
@@ -98,22 +98,24 @@ func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 	c.agree(now, g)
 	c.ecn = s.cfg.ECN && g.flags&(ece|cwr) == ece|cwr
 	c.sendSYN(now)
-	c.arm(timerHandshake, now+c.snd.timeout())
+	c.snd.arm(timerHandshake, now+c.snd.rto)
 }
 
 // establish: the peer has acknowledged the SYN.
 func (c *conn) establish(now int64, g *segment) {
 	s := &c.snd
 	if s.retries == 0 {
-		s.measure(now-s.lastSentAt, c.s.cfg.MinRTO)
+		s.sample(now-s.lastSentAt, c.s.cfg.MinRTO)
 	} else if c.timestamps && g.timestamps {
-		c.measure(now, g, &ackInfo{advanced: true})
+		s.measure(now, g, &ackInfo{advanced: true})
+	} else {
+		s.rto = int64(fallbackRTO)
 	}
 	if s.retries > 1 { // RFC 5681: after a lost SYN
 		s.cwnd = 1
 	}
 	s.retries, s.backoff = 0, 0
-	c.disarm()
+	s.disarm()
 	s.start(c.iss + 1)
 	s.maxWnd = max(s.maxWnd, s.wnd)
 	s.lastSentAt = now
@@ -168,14 +170,14 @@ func (c *conn) inSynSent(now int64, g *segment) {
 	if c.snd.closed {
 		c.state = FinWait1
 	}
-	c.output(now)
+	c.snd.output(now)
 }
 
 // request is a segment for a connection that came in by a port and is not established (Linux's
 // tcp_check_req). It reports whether the segment can establish it.
 func (c *conn) request(now int64, g *segment) bool {
 	if g.seq == c.irs && g.flags&(syn|ack|rst|fin) == syn {
-		if !c.outdated(g) && !c.limited(now, 500e6, g) {
+		if !c.outdated(g) && !c.limited(now) {
 			c.sendSYN(now)
 		}
 		return false
@@ -185,8 +187,8 @@ func (c *conn) request(now int64, g *segment) bool {
 		return false
 	}
 	if c.outdated(g) || !c.inWindow(g) {
-		if !g.has(rst) && !c.limited(now, 500e6, g) {
-			c.sendACK(now)
+		if !g.has(rst) {
+			c.repeated(now, g)
 		}
 		return false
 	}

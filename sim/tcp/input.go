@@ -31,21 +31,20 @@ func (c *conn) input(now int64, g *segment) bool {
 			c.state = FinWait1
 		}
 	}
-	if !c.acks(now, g) || !c.afterACK(now, g) {
+	if !c.snd.acks(now, g) || !c.afterACK(now, g) {
 		return false
 	}
 	if c.ecn && len(g.data) > 0 {
-		c.congestion(g)
+		c.rcv.congestion(g)
 	}
-	c.dataIn(now, g)
-	c.output(now)
-	c.maybeACK(now)
+	c.rcv.dataIn(now, g)
+	c.snd.output(now)
+	c.rcv.maybeACK(now)
 	return false
 }
 
 // congestion reads the ECN marks (RFC 3168).
-func (c *conn) congestion(g *segment) {
-	r := &c.rcv
+func (r *receiver) congestion(g *segment) {
 	if g.has(cwr) {
 		r.echoCE = false
 		r.quick = max(r.quick, 1)
@@ -98,12 +97,12 @@ func (c *conn) valid(now int64, g *segment) bool {
 		if exact {
 			c.peerReset()
 		} else {
-			c.challenge(now, g)
+			c.challenge(now)
 		}
 		return false
 	}
 	if g.has(syn) && !c.crossing(g) {
-		c.challenge(now, g)
+		c.challenge(now)
 		return false
 	}
 	// Only segments that the next ACK covers count (RFC 7323, 4.3).
@@ -127,7 +126,7 @@ func (c *conn) reordered(g *segment) bool {
 
 // rejected answers a segment outside the window, with a D-SACK of what it repeats.
 func (c *conn) rejected(now int64, g *segment) {
-	if g.end != g.seq && before(g.seq, c.rcv.nxt) {
+	if g.end != g.seq && before(g.seq, c.rcv.nxt) && !g.has(syn) {
 		c.rcv.hurry(quickACKs)
 		if c.sack {
 			to := g.end
@@ -137,7 +136,7 @@ func (c *conn) rejected(now int64, g *segment) {
 			c.rcv.setDup(g.seq, to)
 		}
 	}
-	c.challenge(now, g)
+	c.repeated(now, g)
 }
 
 func (c *conn) peerReset() {
@@ -149,81 +148,94 @@ func (c *conn) peerReset() {
 }
 
 // dataIn takes data, the urgent pointer and FIN.
-func (c *conn) dataIn(now int64, g *segment) {
-	r := &c.rcv
-	if g.end == g.seq || g.has(syn) && len(g.data) == 0 {
+func (r *receiver) dataIn(now int64, g *segment) {
+	c := r.c
+	if g.end == g.seq {
+		return
+	}
+	if g.has(syn) { // of a simultaneous open: it was received before, without ACK
+		r.duplicate(g.seq, g.end)
 		return
 	}
 	seq := g.seq
-	if g.has(syn) {
-		seq++
-	}
-	if r.fin { // a repeated FIN or older data
-		if before(seq, r.nxt) {
-			c.duplicate(seq, g.end)
+	end := seq + uint32(len(g.data))
+	if r.fin { // a repeated FIN or older data, or data behind the FIN
+		switch {
+		case !before(seq, r.nxt):
+		case after(end, r.nxt):
+			c.s.refuse(&c.route, g)
+			c.end(ErrReset)
+		default:
+			r.duplicate(seq, g.end)
 		}
 		return
 	}
 	if g.has(urg) {
-		c.urgentIn(g, seq)
+		r.urgentIn(g, seq)
 	}
-	end := seq + uint32(len(g.data))
 	switch {
 	case after(seq, r.nxt):
-		c.outOfOrder(now, g, seq, end)
+		r.outOfOrder(now, g, seq, end)
 		return
 	case !after(g.end, r.nxt):
-		c.duplicate(seq, g.end)
+		r.duplicate(seq, g.end)
 		return
 	case before(seq, r.nxt):
 		if c.sack {
 			r.setDup(seq, r.nxt)
 		}
-		r.hurry(quickACKs)
 	}
-	if r.window() == 0 && len(g.data) > 0 { // a window probe
+	// A window probe, or so much that the window, which is told in units and does not shrink, is too large.
+	if len(g.data) > 0 && (r.window() == 0 || r.unread() >= 2*r.room) {
 		r.ackPending, r.ackNow = true, true
 		r.quicken(quickACKs)
 		return
 	}
 	if len(g.data) > 0 {
-		c.received(now, g)
-	}
-	if len(r.ooo) > 0 {
-		r.ackNow = true // a hole is filled, or a part of it
+		r.received(now, g)
 	}
 	if after(end, r.nxt) {
 		r.take(seq, g.data)
 	}
-	r.join()
-	if g.has(fin) && end == r.nxt || r.finOOO && r.finSeq == r.nxt {
+	if g.has(fin) {
 		c.finIn(now)
+		return
+	}
+	if len(r.ooo) > 0 || r.finOOO {
+		r.join()
+		if r.finOOO && r.finSeq == r.nxt {
+			r.ackNow = true
+			c.finIn(now)
+		} else if len(r.ooo) == 0 { // the last hole is filled
+			r.ackNow = true
+		}
 	}
 }
 
 // outOfOrder keeps data, or a FIN, behind a hole, and has it SACKed at once.
-func (c *conn) outOfOrder(now int64, g *segment, seq, end uint32) {
-	r := &c.rcv
+func (r *receiver) outOfOrder(now int64, g *segment, seq, end uint32) {
+	c := r.c
 	r.ackPending, r.ackNow = true, true
 	if !before(seq, r.nxt+r.window()) { // out of the window
 		r.quicken(quickACKs)
 		return
 	}
 	if len(g.data) > 0 {
-		c.received(now, g)
-		r.insert(seq, g.data)
-		if !c.sack {
-			r.sacks, r.dup = 0, false
-		}
+		r.received(now, g)
+		r.insert(seq, g.end, g.data)
 	}
-	if g.has(fin) && !r.finOOO {
+	if g.has(fin) && (!r.finOOO || before(end, r.finSeq)) {
 		r.finOOO, r.finSeq = true, end
+		r.reportFIN()
+	}
+	if !c.sack {
+		r.sacks, r.dup = 0, false
 	}
 }
 
 // duplicate is data that was received before.
-func (c *conn) duplicate(from, to uint32) {
-	r := &c.rcv
+func (r *receiver) duplicate(from, to uint32) {
+	c := r.c
 	if c.sack {
 		r.setDup(from, to)
 	}
@@ -232,8 +244,7 @@ func (c *conn) duplicate(from, to uint32) {
 }
 
 // urgentIn takes the urgent pointer, as Linux without strict RFC 1122: it points behind the urgent byte.
-func (c *conn) urgentIn(g *segment, seq uint32) {
-	r := &c.rcv
+func (r *receiver) urgentIn(g *segment, seq uint32) {
 	end := seq + uint32(g.urg)
 	if after(end, r.nxt) && (!r.urgent || after(end, r.urgentEnd)) {
 		r.urgent, r.urgentEnd = true, end

@@ -62,6 +62,7 @@ type world struct {
 	keep  bool
 	drop  func(from int, frame []byte) bool
 	count int
+	each  func() // before each step
 }
 
 func newWorld(t testing.TB, a, b Config, l link, seed uint64) *world {
@@ -108,6 +109,9 @@ func (w *world) flush() {
 
 // step does what is due next, if that is not after until.
 func (w *world) step(until int64) bool {
+	if w.each != nil {
+		w.each()
+	}
 	w.flush()
 	next := min(w.stack[0].NextDeadline(), w.stack[1].NextDeadline())
 	if len(w.air) > 0 {

@@ -12,6 +12,8 @@ type block struct {
 
 // receiver is the state of what comes in.
 type receiver struct {
+	c *conn
+
 	nxt   uint32 // next expected
 	wup   uint32 // nxt when an ACK was last sent
 	wnd   uint32 // advertised then
@@ -38,7 +40,7 @@ type receiver struct {
 	// Acknowledgment.
 	ackPending bool // something is to be acknowledged, at once or later
 	ackNow     bool
-	pushed     bool // a segment with PSH is to be acknowledged
+	pushed     int  // segments to be acknowledged behind which nothing may follow: small ones, or with PSH; 2 at most
 	quick      int  // ACKs that are not delayed
 	pingpong   bool // the connection is interactive: ACKs wait for data
 	active     bool // data has come in
@@ -107,6 +109,10 @@ func (r *receiver) join() {
 	n := 0
 	for ; n < len(r.ooo) && !after(r.ooo[n].from, r.nxt); n++ {
 		b := &r.ooo[n]
+		if r.finOOO && after(b.to, r.finSeq) { // nothing can be behind the FIN
+			b.to = maxSeq(r.finSeq, b.from)
+			b.data = b.data[:b.to-b.from]
+		}
 		if after(b.to, r.nxt) {
 			r.take(b.from, b.data)
 		} else if after(r.nxt, b.from) && !r.dup {
@@ -127,9 +133,21 @@ func (r *receiver) join() {
 	r.sacks = kept
 }
 
-// insert keeps data behind a hole. What of it was there already is told by D-SACK.
-func (r *receiver) insert(seq uint32, data []byte) {
+// insert keeps data behind a hole. What of it, up to end, was there already is told by D-SACK.
+func (r *receiver) insert(seq, end uint32, data []byte) {
 	from, to := seq, seq+uint32(len(data))
+	for _, b := range r.ooo {
+		if r.finOOO && b.to == r.finSeq {
+			b.to++
+		}
+		if b.to == from { // Linux appends to that block, and does not look further
+			break
+		}
+		if before(from, b.to) && before(b.from, end) {
+			r.setDup(maxSeq(from, b.from), minSeq(end, b.to))
+			break
+		}
+	}
 	// The blocks from i to j-1 touch or overlap it.
 	i := 0
 	for i < len(r.ooo) && before(r.ooo[i].to, from) {
@@ -146,15 +164,12 @@ func (r *receiver) insert(seq uint32, data []byte) {
 	}
 	merged := r.ooo[i]
 	if b := merged; !before(from, b.from) && !after(to, b.to) {
-		r.setDup(from, to)
 		r.reportBlock(span{b.from, b.to})
 		return
 	}
 	if before(from, merged.from) {
 		front := slices.Clone(data[:min(uint32(len(data)), merged.from-from)])
 		merged = block{from, merged.to, append(front, merged.data...)}
-	} else if before(from, merged.to) {
-		r.setDup(from, merged.to)
 	}
 	for k := i; k < j; k++ {
 		b := &r.ooo[k]
@@ -179,6 +194,9 @@ func (r *receiver) setDup(from, to uint32) { r.dup, r.dupOf = true, span{from, t
 
 // reportBlock puts a block in front of the SACK blocks, in the place of those that it covers.
 func (r *receiver) reportBlock(b span) {
+	if r.finOOO && b.to == r.finSeq {
+		b.to++
+	}
 	kept := [4]span{b}
 	n := 1
 	for _, o := range r.blocks[:r.sacks] {
@@ -188,6 +206,15 @@ func (r *receiver) reportBlock(b span) {
 		}
 	}
 	r.blocks, r.sacks = kept, n
+}
+
+// reportFIN reports a FIN without data behind a hole.
+func (r *receiver) reportFIN() {
+	b := span{r.finSeq, r.finSeq}
+	if n := len(r.ooo); n > 0 && r.ooo[n-1].to == b.to {
+		b.from = r.ooo[n-1].from
+	}
+	r.reportBlock(b)
 }
 
 // read copies what can be read to b.

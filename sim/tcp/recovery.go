@@ -2,21 +2,9 @@
 
 package tcp
 
-// reno reports whether the peer sends no SACK: then duplicate ACKs are counted.
-func (s *sender) reno() bool { return s.noSACK }
-
-// limitReno: no more duplicate ACKs count than segments can be behind the hole.
-func (s *sender) limitReno() {
-	s.sacked = min(s.sacked, max(s.packets()-max(s.lost, 1), 0))
-}
-
-func (s *sender) addReno() {
-	s.sacked++
-	s.limitReno()
-}
-
 // startUndo remembers from where on a reduction can turn out wrong.
-func (s *sender) startUndo() {
+func (v *recovery) startUndo() {
+	s := &v.c.snd
 	s.undo, s.undoFrom, s.undoRetrans = true, s.una, -1
 	if s.retrans > 0 {
 		s.undoRetrans = s.retrans
@@ -24,16 +12,19 @@ func (s *sender) startUndo() {
 }
 
 // delayed reports whether the ACK at hand was sent for a first transmission, by the timestamp that it echoes (Eifel, RFC 3522).
-func (c *conn) delayed() bool {
+func (v *recovery) delayed() bool {
+	c := v.c
 	return c.tsSeen && c.tsEcr != 0 && c.snd.stamped && before(c.tsEcr, c.snd.retransStamp)
 }
 
-func (c *conn) mayUndo() bool {
-	return c.snd.undo && (c.snd.undoRetrans == 0 || c.delayed())
+func (v *recovery) mayUndo() bool {
+	c := v.c
+	return c.snd.undo && (c.snd.undoRetrans == 0 || c.snd.delayed())
 }
 
 // undoReduction restores cwnd. With all, nothing counts as lost any more.
-func (s *sender) undoReduction(all bool) {
+func (v *recovery) undoReduction(all bool) {
+	s := &v.c.snd
 	if all {
 		for i := s.first; i < len(s.segs); i++ {
 			s.segs[i].marks &^= segLost
@@ -49,8 +40,8 @@ func (s *sender) undoReduction(all bool) {
 
 // alert is Linux's tcp_fastretrans_alert: it changes the state of congestion control by what
 // an ACK brought, and marks what is lost.
-func (c *conn) alert(now int64, info *ackInfo) {
-	s := &c.snd
+func (v *recovery) alert(now int64, info *ackInfo) {
+	s := &v.c.snd
 	dup := !info.advanced && !info.data && !info.window && !info.duplicate && (s.packets() > 0)
 	if s.ca == caOpen && !dup && !info.sacked && !info.duplicate && !info.echo && s.lost == 0 {
 		s.stamped = s.stamped && s.retrans > 0
@@ -69,7 +60,7 @@ func (c *conn) alert(now int64, info *ackInfo) {
 		if s.reno() {
 			s.sacked = 0
 		}
-		if c.recovered() {
+		if s.recovered() {
 			return
 		}
 		s.endReduction()
@@ -79,25 +70,25 @@ func (c *conn) alert(now int64, info *ackInfo) {
 	case caRecovery:
 		if !info.advanced {
 			if s.reno() && dup {
-				s.addReno()
+				info.delivered += s.addReno()
 			}
-		} else if s.undo && c.delayed() {
+		} else if s.undo && s.delayed() {
 			if s.retrans == 0 {
 				s.undoReduction(true)
-				c.open(info)
+				s.open(info)
 			}
 			return
 		}
 		if s.undo && s.undoRetrans == 0 {
 			s.undoReduction(false)
-			c.open(info)
+			s.open(info)
 		}
-		c.markReno(info)
-		if s.ca != caRecovery && !c.enterRecovery(info) {
+		s.markReno(info)
+		if s.ca != caRecovery && !s.enterRecovery(info) {
 			return
 		}
 	case caLoss:
-		c.inLoss(now, info, dup)
+		s.inLoss(now, info, dup)
 		if s.ca != caOpen {
 			return
 		}
@@ -108,15 +99,15 @@ func (c *conn) alert(now int64, info *ackInfo) {
 				s.sacked = 0
 			}
 			if dup {
-				s.addReno()
+				info.delivered += s.addReno()
 			}
 		}
 		if s.ca <= caDisorder && s.undo && s.undoRetrans == 0 {
 			s.undoReduction(false)
 		}
-		c.markReno(info)
-		if !c.enterRecovery(info) {
-			c.open(info)
+		s.markReno(info)
+		if !s.enterRecovery(info) {
+			s.open(info)
 			if s.ca == caCWR {
 				s.prr(info.delivered, info.advanced, info.lost)
 			}
@@ -127,8 +118,8 @@ func (c *conn) alert(now int64, info *ackInfo) {
 }
 
 // markReno marks the first segment as lost, after three duplicate ACKs or a partial one (NewReno, RFC 6582).
-func (c *conn) markReno(info *ackInfo) {
-	s := &c.snd
+func (v *recovery) markReno(info *ackInfo) {
+	s := &v.c.snd
 	if !s.reno() || s.packets() == 0 {
 		return
 	}
@@ -142,8 +133,8 @@ func (c *conn) markReno(info *ackInfo) {
 }
 
 // open leaves recovery, as far as nothing is missing.
-func (c *conn) open(info *ackInfo) {
-	s := &c.snd
+func (v *recovery) open(info *ackInfo) {
+	s := &v.c.snd
 	if info.echo && s.ca != caCWR {
 		s.priorSsthresh = 0
 		s.reduce()
@@ -164,7 +155,8 @@ func (c *conn) open(info *ackInfo) {
 }
 
 // enterRecovery begins a fast retransmit, if something is lost.
-func (c *conn) enterRecovery(info *ackInfo) bool {
+func (v *recovery) enterRecovery(info *ackInfo) bool {
+	c := v.c
 	s := &c.snd
 	if s.lost == 0 {
 		return false
@@ -185,9 +177,9 @@ func (c *conn) enterRecovery(info *ackInfo) bool {
 
 // recovered: everything that was in flight when the loss was found is acknowledged. It reports
 // true if the state has to stay.
-func (c *conn) recovered() bool {
-	s := &c.snd
-	if c.mayUndo() {
+func (v *recovery) recovered() bool {
+	s := &v.c.snd
+	if s.mayUndo() {
 		s.undoReduction(false)
 	}
 	if s.reno() && s.una == s.highSeq && s.packets() > 0 {
@@ -200,7 +192,8 @@ func (c *conn) recovered() bool {
 }
 
 // enterLoss is what a retransmission timeout does: everything counts as lost.
-func (c *conn) enterLoss(now int64) {
+func (v *recovery) enterLoss(now int64) {
+	c := v.c
 	s := &c.snd
 	first := s.ca < caRecovery
 	if s.ca <= caDisorder || !after(s.highSeq, s.una) || s.ca == caLoss && s.retries == 0 {
@@ -208,8 +201,14 @@ func (c *conn) enterLoss(now int64) {
 		s.ssthresh = s.halved()
 		s.startUndo()
 	}
+	reneged := s.segs[s.first].is(segSacked) // what is SACKed would have been acknowledged with it
 	for i := s.first; i < len(s.segs); i++ {
-		if g := &s.segs[i]; !g.is(segSacked) {
+		g := &s.segs[i]
+		if reneged && g.is(segSacked) {
+			g.marks &^= segSacked
+			s.sacked--
+		}
+		if !g.is(segSacked) {
 			s.lose(g)
 		}
 	}
@@ -224,10 +223,10 @@ func (c *conn) enterLoss(now int64) {
 
 // inLoss is an ACK after a timeout. By F-RTO (RFC 5682) the timeout was spurious if something
 // is acknowledged that was not sent again.
-func (c *conn) inLoss(now int64, info *ackInfo, dup bool) {
-	s := &c.snd
+func (v *recovery) inLoss(now int64, info *ackInfo, dup bool) {
+	s := &v.c.snd
 	recovered := !before(s.una, s.highSeq)
-	if info.advanced && c.mayUndo() || s.frto && info.original {
+	if info.advanced && s.mayUndo() || s.frto && info.original {
 		s.undoReduction(true)
 		s.retries = 0
 		if info.original || !s.reno() {
@@ -245,7 +244,7 @@ func (c *conn) inLoss(now int64, info *ackInfo, dup bool) {
 			s.highSeq = s.nxt
 			// Send new data, and see whether it is acknowledged. Only then the rest is retransmitted.
 			was := s.nxt
-			c.output(now)
+			s.output(now)
 			if s.nxt != was {
 				return
 			}
@@ -253,12 +252,12 @@ func (c *conn) inLoss(now int64, info *ackInfo, dup bool) {
 		}
 	}
 	if recovered {
-		c.recovered()
+		s.recovered()
 		return
 	}
 	if s.reno() {
 		if after(s.nxt, s.highSeq) && dup {
-			s.addReno()
+			info.delivered += s.addReno()
 		} else if info.advanced {
 			s.sacked = 0
 		}
@@ -266,11 +265,9 @@ func (c *conn) inLoss(now int64, info *ackInfo, dup bool) {
 }
 
 // detectLoss is RACK (RFC 8985): a segment is lost if one sent a little later arrived.
-func (c *conn) detectLoss(now int64, info *ackInfo) {
-	s := &c.snd
-	if s.sacked == 0 && s.retrans == 0 {
-		return
-	}
+func (v *recovery) detectLoss(now int64, info *ackInfo) {
+	s := &v.c.snd
+	s.rackNew = false
 	slack := s.minRTT / 4
 	if !s.disorder && (s.ca >= caRecovery || s.sacked >= dupThresh) {
 		slack = 0
@@ -281,7 +278,7 @@ func (c *conn) detectLoss(now int64, info *ackInfo) {
 		if g.is(segSacked) || g.is(segLost) && !g.is(segRetrans) {
 			continue
 		}
-		if g.sentAt > s.rackAt || g.sentAt == s.rackAt && !before(g.to, s.rackEnd) {
+		if !before(g.order, s.rackOrder) {
 			continue
 		}
 		if left := g.sentAt + s.rackRTT + slack - now; left > 0 {
@@ -292,13 +289,14 @@ func (c *conn) detectLoss(now int64, info *ackInfo) {
 		}
 	}
 	if wait > 0 {
-		c.arm(timerReorder, now+wait)
+		s.arm(timerReorder, now+wait+leastTimeout)
 		info.armed = true
 	}
 }
 
 // resend retransmits what is lost, as cwnd allows.
-func (c *conn) resend(now int64) {
+func (v *recovery) resend(now int64) {
+	c := v.c
 	s := &c.snd
 	if s.lost == 0 || s.ca != caRecovery && s.ca != caLoss || s.ca == caLoss && s.frto && after(s.nxt, s.highSeq) {
 		return
@@ -309,7 +307,7 @@ func (c *conn) resend(now int64) {
 		if !g.is(segLost) || g.is(segSacked|segRetrans) {
 			continue
 		}
-		if !c.retransmit(now, i) {
+		if !s.retransmit(now, i) {
 			break
 		}
 		sent = true
@@ -318,13 +316,13 @@ func (c *conn) resend(now int64) {
 		}
 	}
 	if sent && c.timers.kind != timerReorder {
-		c.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 
 // tailAcked is an ACK while a tail loss probe is out.
-func (c *conn) tailAcked(g *segment, info *ackInfo) {
-	s := &c.snd
+func (v *recovery) tailAcked(g *segment, info *ackInfo) {
+	s := &v.c.snd
 	if !s.tlpOut || before(g.ack, s.tlpHigh) {
 		return
 	}
@@ -338,7 +336,7 @@ func (c *conn) tailAcked(g *segment, info *ackInfo) {
 		s.ca = caCWR
 		s.endReduction()
 		s.ca = caOpen
-		c.open(info)
+		s.open(info)
 	case !info.advanced && !info.data && !info.window && !info.sacked:
 		s.tlpOut = false
 	}

@@ -125,11 +125,17 @@ func (s *Stack) Clone() *Stack {
 	for port, l := range s.ports {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
 	}
-	all := make([]conn, len(s.conns))
-	n.conns = make([]*conn, len(s.conns))
+	n.conns = slices.Clone(s.conns)
+	room := make([]conn, len(s.live))
 	for i, c := range s.conns {
-		c.cloneInto(&all[i], &n)
-		n.conns[i] = &all[i]
+		if c.state == Closed && c.rcv.unread() == 0 {
+			continue // nothing of it changes any more
+		}
+		if len(room) == 0 {
+			room = make([]conn, 1)
+		}
+		c.cloneInto(&room[0], &n)
+		n.conns[i], room = &room[0], room[1:]
 	}
 	n.live = make([]*conn, len(s.live))
 	for i, c := range s.live {

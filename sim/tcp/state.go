@@ -9,7 +9,7 @@ func (c *conn) afterACK(now int64, g *segment) bool {
 	case FinWait1:
 		if done {
 			c.state = FinWait2
-			c.disarm()
+			c.snd.disarm()
 			if c.orphan {
 				c.timers.life = now + int64(c.s.cfg.TimeWait)
 			}
@@ -41,7 +41,7 @@ func (c *conn) finIn(now int64) {
 	r := &c.rcv
 	r.fin, r.finSeq = true, r.nxt
 	r.nxt++
-	r.ooo, r.sacks = nil, 0
+	r.ooo, r.sacks, r.dup = nil, 0, false
 	r.ackPending = true
 	switch c.state {
 	case Established:
@@ -92,9 +92,7 @@ func (c *conn) inTimeWait(now int64, g *segment) (again bool) {
 		if outdated || g.has(ack) {
 			c.timers.life = now + int64(c.s.cfg.TimeWait)
 		}
-		if !c.limited(now, 500e6, g) {
-			c.sendACK(now)
-		}
+		c.repeated(now, g)
 	}
 	return false
 }
@@ -118,7 +116,7 @@ func (c *conn) closeWrite(now int64) {
 		return
 	}
 	s.closed = true
-	c.output(now)
+	s.output(now)
 }
 
 // close gives the connection up: nobody reads any more.

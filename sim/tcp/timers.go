@@ -23,6 +23,8 @@ const (
 	dataRetries   = 15
 	orphanRetries = 8
 
+	leastTimeout = 2e6 // ns, of timers for a part of a round trip
+
 	keepaliveInterval = 75 * time.Second
 	keepaliveProbes   = 9
 )
@@ -49,46 +51,46 @@ func (c *conn) deadline() int64 {
 	return min(t.at, t.delayed, t.keepalive, t.life, t.uncork)
 }
 
-func (c *conn) arm(kind timerKind, at int64) { c.timers.kind, c.timers.at = kind, at }
-func (c *conn) disarm()                      { c.arm(timerNone, never) }
+func (s *sender) arm(kind timerKind, at int64) { s.c.timers.kind, s.c.timers.at = kind, at }
+func (s *sender) disarm()                      { s.arm(timerNone, never) }
 
 // rearm begins the retransmission timer anew, or the one for a tail loss probe.
-func (c *conn) rearm(now int64) {
-	if c.snd.packets() == 0 {
-		c.disarm()
-	} else if !c.armProbe(now) {
-		c.arm(timerRTO, now+c.snd.timeout())
+func (s *sender) rearm(now int64) {
+	if s.packets() == 0 {
+		s.disarm()
+	} else if !s.armProbe(now) {
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 
 // armTail is rearm after new data was sent, which does not put off a timeout.
-func (c *conn) armTail(now int64) {
-	if k := c.timers.kind; k != timerRTO && k != timerReorder || c.snd.packets() == 1 {
-		c.arm(timerRTO, now+c.snd.timeout())
+func (s *sender) armTail(now int64) {
+	c := s.c
+	if k := c.timers.kind; k != timerRTO && k != timerReorder || s.packets() == 1 {
+		s.arm(timerRTO, now+s.rto)
 	}
 	if c.timers.kind == timerRTO {
-		c.armProbe(now)
+		s.armProbe(now)
 	}
 }
 
 // armProbe has a tail loss probe be sent after two round trips without an ACK.
-func (c *conn) armProbe(now int64) bool {
-	s := &c.snd
+func (s *sender) armProbe(now int64) bool {
+	c := s.c
 	if c.s.cfg.NoTLP || s.reno() || s.srtt == 0 || s.ca != caOpen && s.ca != caCWR {
 		return false
 	}
-	const least = 8e6 // Linux: two ticks of 250 Hz
-	d := 2*s.srtt + least
+	d := 2*s.srtt + leastTimeout
 	if s.packets() == 1 {
 		d = 2*s.srtt + int64(c.s.cfg.MinRTO) // the ACK may be delayed
 	}
 	if s.ca == caOpen || s.ca == caCWR {
-		d = min(d, s.segs[s.first].sentAt+s.timeout()-now)
+		d = min(d, s.segs[s.first].sentAt+s.rto-now)
 	}
 	if d <= 0 {
 		return false
 	}
-	c.arm(timerTail, now+d)
+	s.arm(timerTail, now+d)
 	return true
 }
 
@@ -101,25 +103,25 @@ func (c *conn) expire(now int64) {
 	}
 	if t.uncork <= now {
 		t.uncork = never
-		c.output(now)
+		c.snd.output(now)
 	}
 	if t.delayed <= now {
-		c.delayedACK(now)
+		c.rcv.delayedACK(now)
 	}
 	if t.at <= now {
 		kind := t.kind
-		c.disarm()
+		c.snd.disarm()
 		switch kind {
 		case timerHandshake:
 			c.repeatHandshake(now)
 		case timerRTO:
-			c.retransmitTimeout(now)
+			c.snd.retransmitTimeout(now)
 		case timerTail:
-			c.probeTail(now)
+			c.snd.probeTail(now)
 		case timerReorder:
-			c.reorderTimeout(now)
+			c.snd.reorderTimeout(now)
 		case timerProbe:
-			c.probeWindow(now)
+			c.snd.probeWindow(now)
 		}
 	}
 	if c.state != Closed && t.keepalive <= now {
@@ -128,8 +130,8 @@ func (c *conn) expire(now int64) {
 }
 
 // givenUp closes the connection if its peer has not answered for too long.
-func (c *conn) givenUp(now int64) bool {
-	s := &c.snd
+func (s *sender) givenUp(now int64) bool {
+	c := s.c
 	most := dataRetries
 	if c.orphan {
 		most = orphanRetries
@@ -142,90 +144,80 @@ func (c *conn) givenUp(now int64) bool {
 	return true
 }
 
-func (c *conn) retransmitTimeout(now int64) {
-	s := &c.snd
-	if s.packets() == 0 || c.givenUp(now) {
+func (s *sender) retransmitTimeout(now int64) {
+	if s.packets() == 0 || s.givenUp(now) {
 		return
 	}
-	c.enterLoss(now)
+	s.enterLoss(now)
 	s.retries++
-	i := s.first
-	for i < len(s.segs) && s.segs[i].is(segSacked) { // the peer has to acknowledge what it SACKed, one day
-		i++
-	}
-	if i == len(s.segs) {
-		i = s.first
-	}
-	c.retransmit(now, i)
-	s.backoff++
-	c.arm(timerRTO, now+s.timeout())
+	s.retransmit(now, s.first)
+	s.double()
+	s.arm(timerRTO, now+s.rto)
 }
 
 // probeTail sends new data, or the last segment again, so that the peer tells what is missing.
-func (c *conn) probeTail(now int64) {
-	s := &c.snd
+func (s *sender) probeTail(now int64) {
 	if s.packets() == 0 {
 		return
 	}
 	if !s.tlpOut {
 		was := s.nxt
-		if n := min(s.left(), c.currentMSS()); n > 0 && !after(s.nxt+uint32(n), c.windowEnd()) {
-			closing := s.closed && s.nxt+uint32(n) == s.end() && before(s.nxt+uint32(n), c.windowEnd())
-			c.sendNew(now, n, c.currentMSS(), closing)
-		} else {
-			c.retransmit(now, len(s.segs)-1)
+		if n := min(s.left(), s.currentMSS()); n > 0 && !after(s.nxt+uint32(n), s.windowEnd()) {
+			s.sendNew(now, n, s.currentMSS(), s.finBehind(n))
+		} else if last := len(s.segs) - 1; !s.segs[last].is(segSacked) {
+			s.retransmit(now, last)
 		}
 		s.tlpOut, s.tlpHigh, s.tlpRetransmits = true, s.nxt, s.nxt == was
 	}
-	c.arm(timerRTO, now+s.timeout())
+	s.arm(timerRTO, now+s.rto)
 }
 
 // reorderTimeout: what was sent before something that arrived is taken for lost now.
-func (c *conn) reorderTimeout(now int64) {
-	s := &c.snd
+func (s *sender) reorderTimeout(now int64) {
+	c := s.c
 	if s.packets() == 0 {
 		return
 	}
 	var info ackInfo
 	flight := s.inFlight()
-	c.detectLoss(now, &info)
+	s.detectLoss(now, &info)
 	if s.inFlight() != flight && s.ca != caRecovery && s.ca != caLoss {
-		c.enterRecovery(&info)
+		s.enterRecovery(&info)
 		s.prr(1, false, true)
 	}
-	c.resend(now)
+	s.resend(now)
 	if c.timers.kind == timerNone {
-		c.arm(timerRTO, now+s.timeout())
+		s.arm(timerRTO, now+s.rto)
 	}
 }
 
 // probeWindow asks a peer with a closed window whether it is open, with what fits in or without data.
-func (c *conn) probeWindow(now int64) {
-	s := &c.snd
+func (s *sender) probeWindow(now int64) {
+	c := s.c
 	if s.packets() > 0 || !s.pending() {
 		return
 	}
 	if s.retries == 0 && s.backoff == 0 {
 		s.stuckSince = now
 	}
-	if c.givenUp(now) {
+	if s.givenUp(now) {
 		return
 	}
-	mss := c.currentMSS()
-	room := int(int32(c.windowEnd() - s.nxt))
+	mss := s.currentMSS()
+	room := int(int32(s.windowEnd() - s.nxt))
 	if n := min(s.left(), mss, room); room > 0 && n > 0 {
-		c.sendNew(now, n, mss, s.closed && s.nxt+uint32(n) == s.end() && n < room)
-		c.arm(timerRTO, now+s.timeout())
+		s.sendNew(now, n, mss, psh|s.finBehind(n))
+		s.arm(timerRTO, now+s.rto)
 		return
 	}
 	if room > 0 { // only the FIN is left
-		c.output(now)
+		s.output(now)
 		return
 	}
 	c.segment(now, s.una-1, ack, nil)
 	s.retries++
 	s.backoff++
-	c.arm(timerProbe, now+s.backed(s.rto))
+	s.arm(timerProbe, now+s.probeTimeout())
 }
 
 // keepAlive probes a peer that has not been heard of for long.
