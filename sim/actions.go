@@ -5,7 +5,6 @@ package sim
 import (
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/datapath"
-	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // action is one kind of thing that may happen.
@@ -124,40 +123,22 @@ var actions = map[string]action{
 	"checkpoint": once(false, func(w *world, h *host) {
 		ofDaemon(w, h, func(d *daemon) {
 			if d.isPrimary() {
-				d.checkStep(checkpoint.Event{Kind: checkpoint.EvWant, Cause: "an operator asked for it"})
+				d.checks.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: "an operator asked for it"})
 			}
 		})
 	}),
 	"rotate": once(false, func(w *world, h *host) { ofDaemon(w, h, (*daemon).rotate) }),
 	"failover": once(true, func(w *world, h *host) {
-		ofDaemon(w, h, func(d *daemon) { d.order(false) })
+		ofDaemon(w, h, func(d *daemon) { d.pair.order(false) })
 	}),
 	"failover-force": once(true, func(w *world, h *host) {
-		ofDaemon(w, h, func(d *daemon) { d.order(true) })
+		ofDaemon(w, h, func(d *daemon) { d.pair.order(true) })
 	}),
 	"drop-link": once(false, func(w *world, h *host) {
 		ofDaemon(w, h, func(d *daemon) { d.unlink(d.link, false) })
 	}),
 	"start-primary":   once(true, func(_ *world, h *host) { h.startDaemon(datapath.RolePrimary) }),
 	"start-secondary": once(false, func(_ *world, h *host) { h.startDaemon(datapath.RoleSecondary) }),
-}
-
-// order is an operator's `lockstep failover` (control's orderFailover).
-func (d *daemon) order(force bool) {
-	if d.isPrimary() {
-		if s := d.lifeP.State(); s == failover.PrimaryStart || s == failover.PrimaryPair {
-			d.lifeStep(failover.Event{Kind: failover.EvTakeOver})
-		}
-		return
-	}
-	loaded := d.h.qemu != nil && d.h.qemu.colo == "secondary" && d.h.qemu.state != "inmigrate"
-	if d.lifeS.State() != failover.SecondaryPair || !d.lifeS.Covered() && !(force && loaded) || !d.lifeS.MayTakeOver(d.h.nic.LastEcho(), true) {
-		return
-	}
-	if !d.lifeS.Covered() {
-		d.w.forced = true
-	}
-	d.lifeStep(failover.Event{Kind: failover.EvTakeOver, OK: force})
 }
 
 // startDaemon is an operator's, who has found that none runs.
@@ -200,7 +181,7 @@ var kills = map[string]bool{
 // covered reports whether there are two guests, each of which can do without the other.
 func (w *world) covered() bool {
 	p, s := w.hosts[w.check.speaker], w.hosts[1-w.check.speaker]
-	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.lifeS != nil && s.daemon.lifeS.Covered()
+	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }
 
 // lost: another guest runs.

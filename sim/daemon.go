@@ -61,40 +61,29 @@ type daemon struct {
 	tickNo  uint64
 	started bool
 
-	checkP *checkpoint.Primary
-	checkS *checkpoint.Secondary
-	checkQ []checkpoint.Event
-	inside bool // of checkStep
-	lifeP  *failover.Primary
-	lifeS  *failover.Secondary
-	lifeQ  []failover.Event
-	inLife bool
+	checks checkpoints
+	pair   pair
+	repl   replicator
+	qmp    watcher
 
 	keyGen, epoch uint32
 	keys          compare.Keys
 	begin         failover.Begin
 	recovered     bool
-	hadQEMU       bool
-	unanswered    int
-	detached      bool
-	tellAgain     bool
-	colo          string // QEMU's mode when it connected
 
 	link      *session
 	linkUp    bool
 	sessions  int
 	peerWhole bool
-	helloCOLO bool
-	syncedOn  *session
-	syncing   *bool // of the replication that begins: whether it is given up
-	ending    bool
-	prepared  bool
-	edgesSent *session
-	tries     int
-	due       int64 // the next try to replicate
-	ioError   bool
-	reported  bool
-	commits   int
+	prepared  bool // S: QEMU waits for a primary's
+}
+
+// newDaemon is a process that does not know its role yet.
+func (h *host) newDaemon(role datapath.Role) *daemon {
+	d := &daemon{w: h.w, h: h, role: role, alive: true}
+	d.checks.d, d.pair.d, d.repl.d, d.qmp.d = d, d, d, d
+	h.daemon = d
+	return d
 }
 
 func (d *daemon) isPrimary() bool { return d.role == datapath.RolePrimary }
@@ -144,9 +133,9 @@ func (d *daemon) settle() {
 	}
 	next := int64(math.MaxInt64)
 	if d.isPrimary() {
-		next = min(d.checkP.NextDeadline(), d.lifeP.NextDeadline())
+		next = min(d.checks.p.NextDeadline(), d.pair.p.NextDeadline())
 	} else {
-		next = min(d.checkS.NextDeadline(), d.lifeS.NextDeadline())
+		next = min(d.checks.s.NextDeadline(), d.pair.s.NextDeadline())
 	}
 	d.tickNo++
 	if next == math.MaxInt64 {
@@ -158,8 +147,8 @@ func (d *daemon) settle() {
 			return
 		}
 		d.do(func() {
-			d.checkStep(checkpoint.Event{Kind: checkpoint.EvTick})
-			d.lifeStep(failover.Event{Kind: failover.EvTick})
+			d.checks.step(checkpoint.Event{Kind: checkpoint.EvTick})
+			d.pair.step(failover.Event{Kind: failover.EvTick})
 		})
 	})
 }
@@ -204,8 +193,8 @@ func (d *daemon) fail(err error) {
 
 // start begins a role: what control.New and Run do.
 func (h *host) start(begin failover.Begin) {
-	d := &daemon{w: h.w, h: h, role: begin.Role, alive: true, begin: begin, hadQEMU: begin.HasGuest(), colo: "none"}
-	h.daemon = d
+	d := h.newDaemon(begin.Role)
+	d.begin, d.qmp.hadQEMU, d.qmp.colo = begin, begin.HasGuest(), "none"
 	d.w.reach("role " + string(begin.Role))
 	d.w.logf("%s: daemon begins as %s, %+v", h.name, d.role, begin)
 	switch found := h.pinned(); {
@@ -239,16 +228,16 @@ func (h *host) start(begin failover.Begin) {
 	cc.Epoch = d.epoch
 	if d.isPrimary() {
 		d.w.check.cores++
-		d.lifeP = begin.Primary(life, h.clock())
-		cfg.Unpaired = d.lifeP.State() != failover.PrimaryPair
-		d.checkP = checkpoint.NewPrimary(cfg)
+		d.pair.p = begin.Primary(life, h.clock())
+		cfg.Unpaired = d.pair.p.State() != failover.PrimaryPair
+		d.checks.p = checkpoint.NewPrimary(cfg)
 		d.loop = nicloop.NewPrimary(0, h.nic, log, d.want, cc, d.keys)
 	} else {
-		d.lifeS = begin.Secondary(life, h.name, h.clock())
-		d.checkS = checkpoint.NewSecondary(cfg)
+		d.pair.s = begin.Secondary(life, h.name, h.clock())
+		d.checks.s = checkpoint.NewSecondary(cfg)
 		d.loop = nicloop.NewSecondary(0, h.nic, log, compare.SecondaryConfig{}, d.keys)
 		if d.recovered {
-			d.checkS.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: h.nic.Recovered().Mode == datapath.ModeRun})
+			d.checks.s.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: h.nic.Recovered().Mode == datapath.ModeRun})
 		}
 	}
 	h.w.mutate(d)
@@ -261,22 +250,22 @@ func (h *host) start(begin failover.Begin) {
 	d.ensureGuest()
 	d.post(0, func() {
 		d.started = true
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvTick})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvTick})
 		if begin.ResumesTakeOver() {
-			d.lifeStep(failover.Event{Kind: failover.EvTakeOver})
+			d.pair.step(failover.Event{Kind: failover.EvTakeOver})
 		}
 		if d.recovered && d.ended == endNone {
 			d.fail(d.loop.RestoreMode())
 		}
 		d.turnWithin(0)
 	})
-	d.connectQMP(0)
+	d.qmp.connect(0)
 	d.every(sweepEvery, func() {
 		_, err := h.nic.Sweep(cc.Linger, cc.Idle)
 		d.fail(err)
 	})
 	if d.isPrimary() {
-		d.every(entryEvery, d.readEntry)
+		d.every(entryEvery, d.pair.readEntry)
 	} else {
 		d.connect(retryFirst)
 	}
@@ -298,9 +287,9 @@ func (d *daemon) ensureGuest() {
 	case alive && d.begin.Ends():
 		h.qemu.die()
 	case alive:
-		d.hadQEMU = true
+		d.qmp.hadQEMU = true
 		return
-	case d.hadQEMU:
+	case d.qmp.hadQEMU:
 		return // it died; the monitor finds that out
 	}
 	if h.state.Unmerged {
@@ -310,7 +299,7 @@ func (d *daemon) ensureGuest() {
 		d.remember(func(st *state.State) { st.Unmerged = false })
 	}
 	h.startQEMU(!d.isPrimary())
-	d.hadQEMU = true
+	d.qmp.hadQEMU = true
 }
 
 // kill ends the process at once. Its host's kernel ends its connections, if it lives.
@@ -353,8 +342,7 @@ func (d *daemon) endRole() {
 // boot is `lockstep run`: it asks the arbiter, and begins the role that comes of it (R19).
 // afresh: what is found belongs to an SVM that was given up.
 func (h *host) boot(role datapath.Role, afresh bool) {
-	b := &daemon{w: h.w, h: h, alive: true, role: role}
-	h.daemon = b
+	b := h.newDaemon(role)
 	var ask func()
 	ask = func() {
 		h.w.arbiter.settle(h, func(entry realarbiter.Entry, ok bool) {
@@ -395,9 +383,9 @@ func (d *daemon) remember(change func(*state.State)) {
 	st := &d.h.state
 	st.Role = string(d.role)
 	if d.isPrimary() {
-		st.Term = d.lifeP.Term()
+		st.Term = d.pair.p.Term()
 	} else {
-		st.Term = d.lifeS.Term()
+		st.Term = d.pair.s.Term()
 	}
 	change(st)
 }
@@ -405,5 +393,5 @@ func (d *daemon) remember(change func(*state.State)) {
 // want is compare's request for a checkpoint.
 func (d *daemon) want(r nicloop.Request) {
 	d.w.reach("wanted: " + r.Reason)
-	d.post(0, func() { d.checkStep(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason}) })
+	d.post(0, func() { d.checks.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason}) })
 }

@@ -42,7 +42,7 @@ func (m *monitor) close() {
 	d.post(d.w.between(rndQEMU+m.q.h.id, 30*us, 400*us), func() {
 		if m.open {
 			m.open = false
-			d.qmpDown()
+			d.qmp.down()
 		}
 	})
 }

@@ -223,7 +223,7 @@ func (q *qemu) ioError(which string) {
 	}
 	q.w.reach("io error " + which)
 	secondarys := which == "replica"
-	q.emit(func(m *monitor) { m.d.diskFailed(secondarys) })
+	q.emit(func(m *monitor) { m.d.qmp.diskFailed(secondarys) })
 	if q.state == "running" {
 		q.halt("io-error")
 	}
@@ -275,7 +275,7 @@ func (q *qemu) emit(f func(*monitor)) {
 func (q *qemu) emitState(event string) {
 	at := q.h.clock()
 	q.w.logf("%v: %s %s", q, event, q.state)
-	q.emit(func(m *monitor) { m.d.ran(event, at) })
+	q.emit(func(m *monitor) { m.d.qmp.ran(event, at) })
 }
 
 // toPeer sends something over the migration's connection; what comes behind a cut waits for
@@ -323,7 +323,7 @@ func (q *qemu) lost() {
 		return
 	}
 	q.w.reach("colo exit " + q.colo)
-	q.emit(func(m *monitor) { m.d.coloExit() })
+	q.emit(func(m *monitor) { m.d.qmp.coloExit() })
 }
 
 // die is kill -9.

@@ -122,9 +122,9 @@ func (d *daemon) unlink(l *session, timeout bool) {
 	l.drop(d, true)
 	d.linkUp = false
 	d.w.reach("link lost")
-	d.checkStep(checkpoint.Event{Kind: checkpoint.EvLinkDown})
-	d.stopSync()
-	d.lifeStep(failover.Event{Kind: failover.EvLinkDown, OK: !timeout})
+	d.checks.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
+	d.repl.giveUp()
+	d.pair.step(failover.Event{Kind: failover.EvLinkDown, OK: !timeout})
 	if !d.isPrimary() {
 		d.connect(retryFirst)
 	}
@@ -138,11 +138,11 @@ func (d *daemon) connect(pause int64) {
 		if d.link != nil {
 			return
 		}
-		if !d.prepared || d.h.monitor == nil || d.w.cut.control > 0 || p == nil || !p.isPrimary() || !p.started || !p.runs() || p.ended != endNone || p.h.monitor == nil && p.lifeP.State() != failover.PrimaryPair {
+		if !d.prepared || d.h.monitor == nil || d.w.cut.control > 0 || p == nil || !p.isPrimary() || !p.started || !p.runs() || p.ended != endNone || p.h.monitor == nil && p.pair.p.State() != failover.PrimaryPair {
 			d.connect(min(2*pause, retryMax))
 			return
 		}
-		h := peerlink.Hello{Whole: d.checkS.Whole(), Fresh: !d.recovered && d.sessions == 0, Epoch: d.epoch, COLO: d.h.qemu.colo == "secondary"}
+		h := peerlink.Hello{Whole: d.checks.s.Whole(), Fresh: !d.recovered && d.sessions == 0, Epoch: d.epoch, COLO: d.h.qemu.colo == "secondary"}
 		h.Party.NICs = []string{d.h.nic.MAC().String()}
 		known, err := d.loop.Offsets()
 		d.fail(err)
@@ -165,17 +165,17 @@ func (d *daemon) connect(pause int64) {
 // offer begins a session with the secondary (P). Nothing leaves until it holds.
 func (d *daemon) offer(l *session, h peerlink.Hello, to *daemon) {
 	d.link, d.linkUp = l, false
-	d.checkStep(checkpoint.Event{Kind: checkpoint.EvHandshake})
+	d.checks.step(checkpoint.Event{Kind: checkpoint.EvHandshake})
 	mine := d.loop.Primary.Stats().Connections
 	known := d.recovered || d.sessions > 0
 	none := mine == 0 && h.Connections == 0
 	d.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == d.epoch)
 	d.keyGen = max(d.keyGen, to.keyGen) + 1
-	d.helloCOLO = h.COLO
-	ses := peerlink.Session{Epoch: d.epoch, Record: d.lifeP.Term(), Sign: d.w.seed()}
+	d.repl.helloCOLO = h.COLO
+	ses := peerlink.Session{Epoch: d.epoch, Record: d.pair.p.Term(), Sign: d.w.seed()}
 	ses.Term = d.keyGen
-	ses.Pair = d.lifeP.State() == failover.PrimaryPair || d.lifeP.State() == failover.PrimaryStart && d.h.monitor != nil && d.colo == "primary"
-	ses.Doubt = !d.peerWhole || d.checkP.InDoubt()
+	ses.Pair = d.pair.p.State() == failover.PrimaryPair || d.pair.p.State() == failover.PrimaryStart && d.h.monitor != nil && d.qmp.colo == "primary"
+	ses.Doubt = !d.peerWhole || d.checks.p.InDoubt()
 	ses.Digest, _ = binary.Append(nil, binary.LittleEndian, d.loop.Keys)
 	d.install(ses.Sign, false)
 	l.watch(d)
@@ -236,17 +236,17 @@ func (d *daemon) joined(l *session, ses peerlink.Session, colo bool) {
 	d.send(peerlink.OK{})
 	d.up(!ses.Doubt)
 
-	d.lifeStep(failover.Event{Kind: failover.EvLinkUp, Term: ses.Record})
+	d.pair.step(failover.Event{Kind: failover.EvLinkUp, Term: ses.Record})
 	d.remember(func(st *state.State) {
 		st.Replicated = true
-		if !d.lifeS.Covered() {
+		if !d.pair.s.Covered() {
 			st.Covered = 0
 		}
 	})
 	switch {
 	case ses.Pair:
-	case d.lifeS.Covered():
-		d.lifeStep(failover.Event{Kind: failover.EvPeerDead})
+	case d.pair.s.Covered():
+		d.pair.step(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
 		d.ended = endAfresh
 	}
@@ -257,67 +257,8 @@ func (d *daemon) up(ok bool) {
 	d.linkUp = true
 	d.sessions++
 	d.w.reach("session")
-	d.checkStep(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
-	d.paired()
-}
-
-// paired gives the failover machine a session, once QEMU's mode is known (P).
-func (d *daemon) paired() {
-	m, peer := d.h.monitor, d.link
-	if !d.isPrimary() || !d.linkUp || m == nil {
-		return
-	}
-	mode := ""
-	m.run(qmpTimeout, func(q *qemu, answer func(error)) {
-		mode = q.colo
-		answer(nil)
-	}, func(err error) {
-		if err != nil || d.link != peer || !d.linkUp {
-			return
-		}
-		if d.lifeP.State() == failover.PrimaryPair && d.syncedOn == peer {
-			return
-		}
-		ok := mode == "primary" && d.helloCOLO
-		if d.mustWait(ok) {
-			return
-		}
-		d.lifeStep(failover.Event{Kind: failover.EvLinkUp, OK: ok})
-		if d.lifeP.State() == failover.PrimaryPair && d.edgesSent != peer {
-			d.sendEdges()
-		}
-	})
-}
-
-// mustWait: for QEMU to end the last pair, or for the next try to be due.
-func (d *daemon) mustWait(follows bool) bool {
-	if d.ending {
-		return true
-	}
-	left := d.due - d.w.now
-	if left <= 0 || follows || d.lifeP.State() != failover.PrimaryStart && d.lifeP.State() != failover.PrimarySolo {
-		return false
-	}
-	d.post(left, d.paired)
-	return true
-}
-
-// sendEdges sends S the connections that were taken over (P).
-func (d *daemon) sendEdges() {
-	peer := d.link
-	if peer == nil {
-		return
-	}
-	edges, err := d.h.nic.Edges()
-	d.fail(err)
-	if len(edges) > 0 {
-		d.w.reach("edges sent")
-		d.send(peerlink.Edges{Edges: edges})
-	}
-	d.edgesSent = peer
-	if d.lifeP.Covered() {
-		d.send(peerlink.Covered{Term: d.lifeP.Term()})
-	}
+	d.checks.step(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
+	d.repl.paired()
 }
 
 var errMessage = errors.New("a message that makes no sense here")
@@ -339,21 +280,21 @@ func (d *daemon) fromSecondary(m peerlink.Message) {
 	if !d.linkUp {
 		return
 	}
-	d.lifeStep(failover.Event{Kind: failover.EvReceived})
+	d.pair.step(failover.Event{Kind: failover.EvReceived})
 	switch m := m.(type) {
 	case peerlink.Dead:
-		d.stopSync()
-		d.lifeStep(failover.Event{Kind: failover.EvPeerDead})
+		d.repl.giveUp()
+		d.pair.step(failover.Event{Kind: failover.EvPeerDead})
 	case peerlink.Yield:
-		d.lifeStep(failover.Event{Kind: failover.EvYield})
+		d.pair.step(failover.Event{Kind: failover.EvYield})
 	case peerlink.Ready:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvReady, Epoch: m.Epoch, OK: true})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvReady, Epoch: m.Epoch, OK: true})
 	case peerlink.Stopped:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvPeerStopped, Epoch: m.Epoch, OK: true})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPeerStopped, Epoch: m.Epoch, OK: true})
 	case peerlink.Resumed:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvPeerResumed, Epoch: m.Epoch, OK: true})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPeerResumed, Epoch: m.Epoch, OK: true})
 	case peerlink.Abort:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvPeerAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPeerAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 	case peerlink.OK, peerlink.Ping:
 	default:
 		d.fail(errMessage)
@@ -361,25 +302,25 @@ func (d *daemon) fromSecondary(m peerlink.Message) {
 }
 
 func (d *daemon) fromPrimary(m peerlink.Message) {
-	d.lifeStep(failover.Event{Kind: failover.EvReceived})
+	d.pair.step(failover.Event{Kind: failover.EvReceived})
 	switch m := m.(type) {
 	case peerlink.Dead:
-		d.lifeStep(failover.Event{Kind: failover.EvPeerDead})
+		d.pair.step(failover.Event{Kind: failover.EvPeerDead})
 	case peerlink.Covered:
-		d.lifeStep(failover.Event{Kind: failover.EvCovered, Term: m.Term})
-		if d.lifeS.Covered() {
+		d.pair.step(failover.Event{Kind: failover.EvCovered, Term: m.Term})
+		if d.pair.s.Covered() {
 			d.remember(func(st *state.State) { st.Covered = m.Term })
 		}
 	case peerlink.Edges:
 		d.fail(d.h.nic.AddEdges(m.Edges))
 	case peerlink.PoweredOff:
-		d.lifeStep(failover.Event{Kind: failover.EvPoweredOff})
+		d.pair.step(failover.Event{Kind: failover.EvPoweredOff})
 	case peerlink.Dismiss:
-		d.lifeStep(failover.Event{Kind: failover.EvDismissed})
+		d.pair.step(failover.Event{Kind: failover.EvDismissed})
 	case peerlink.Prepare:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvPrepare, Epoch: m.Epoch, OK: true})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPrepare, Epoch: m.Epoch, OK: true})
 	case peerlink.Abort:
-		d.checkStep(checkpoint.Event{Kind: checkpoint.EvAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 	case peerlink.Rekey:
 		d.keyGen = m.Term
 		d.install(m.Sign, true)
