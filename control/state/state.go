@@ -88,7 +88,8 @@ func (s *Store) decode(b []byte) (State, error) {
 	var c content
 	d := json.NewDecoder(bytes.NewReader(line))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&c); err != nil || c.Version != version {
+	err := d.Decode(&c)
+	if _, more := d.Token(); err != nil || more != io.EOF || c.Version != version {
 		return State{}, fmt.Errorf("the file is of another version (%d, not %d)", c.Version, version)
 	}
 	if c.VM != s.vm || c.Node != s.node {
