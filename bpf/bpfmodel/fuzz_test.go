@@ -34,7 +34,7 @@ func FuzzSegment(f *testing.F) {
 		f.Add(in)
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
-		tab := bpfmodel.New(2, 2)
+		tab := bpfmodel.New(2, 2, 2)
 		for now := int64(1); len(in) >= 3; now++ {
 			kind, n := in[0], int(binary.LittleEndian.Uint16(in[1:]))
 			in = in[3:]
@@ -45,9 +45,9 @@ func FuzzSegment(f *testing.F) {
 			s := bpfmodel.Segment{Partial: kind&2 != 0, TCI: uint16(kind) >> 6}
 			var e bpfmodel.ICMPError
 			var r bpfmodel.Record
-			switch is := s.Parse(frame); {
+			switch is := s.Parse(frame, toGuest); {
 			case is == bpfmodel.ClassTCP && kind&4 != 0:
-				tab.Alone(&s, toGuest, now)
+				tab.Alone(&s, toGuest, kind&8 != 0, now)
 			case is == bpfmodel.ClassTCP && toGuest:
 				tab.Inbound(&s, now)
 			case is == bpfmodel.ClassTCP:
