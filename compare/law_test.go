@@ -60,10 +60,10 @@ func lawLength(r *rand.Rand) int {
 	return r.IntN(200)
 }
 
-// TestLaw: the digest of a range is the sum of its parts' digests at their positions, for
+// TestSumsAdd: the digest of a range is the sum of its parts' digests at their positions, for
 // every length up to 64 KiB, every alignment, every block boundary and wherever the stream
 // is cut.
-func TestLaw(t *testing.T) {
+func TestSumsAdd(t *testing.T) {
 	seed := lawSeed()
 	r := rand.New(rand.NewPCG(seed, 1))
 	for n := 0; n <= maxLaw; n += 1 + n/64 {
