@@ -58,7 +58,7 @@ func odd(r *rand.Rand, rec *bpf.LockstepLsRec) {
 
 // refused is why a program for records of direction dir drops the peer frame before it looks
 // at the stream's numbers; "": it does not. The order is the programs'.
-func (k *kit) refused(frame []byte, dir uint8, key [2]uint64) string {
+func refused(frame []byte, dir uint8, key [2]uint64) string {
 	if len(frame) < 18 {
 		return "peer_short"
 	}
@@ -151,7 +151,7 @@ func TestFuzzSigned(t *testing.T) {
 		case 1:
 			frame = frame[:14+r.IntN(len(frame)-13)]
 		}
-		want := k.refused(frame, p.dir, p.key)
+		want := refused(frame, p.dir, p.key)
 		before := k.counters()
 		verdict, out, skbMark := k.run(p.prog, input{frame: frame})
 		moved := k.moved(before)
@@ -218,12 +218,12 @@ func TestFuzzSigned(t *testing.T) {
 		if skbMark != 0 {
 			fail("a mark")
 		}
-		k.emptyTables(fail)
+		emptyTables(k, fail)
 		if round%500 == 0 && k.used() != 0 {
 			fail("a slot is taken")
 		}
 		if round%20 == 19 { // a number may have moved a window beyond what follows
-			k.forgetStreams()
+			forgetStreams(k)
 		}
 	}
 	if t.Logf("%d records taken, %d refused", taken, forged); taken < rounds/10 || forged < rounds/10 {
@@ -232,7 +232,7 @@ func TestFuzzSigned(t *testing.T) {
 }
 
 // emptyTables fails if there is a connection.
-func (k *kit) emptyTables(fail func(string)) {
+func emptyTables(k *kit, fail func(string)) {
 	k.Helper()
 	var key bpf.LockstepLsTuple
 	if err := k.LsConn.NextKey(nil, &key); err == nil {
@@ -241,7 +241,7 @@ func (k *kit) emptyTables(fail func(string)) {
 }
 
 // forgetStreams has the anti-replay windows begin anew, as with new keys.
-func (k *kit) forgetStreams() {
+func forgetStreams(k *kit) {
 	k.Helper()
 	for stream := range k.LsWin.MaxEntries() {
 		if stream > 4 && stream < uint32(streamMax)-1 {
