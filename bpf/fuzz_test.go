@@ -36,51 +36,6 @@ func fuzzSeed(t *testing.T) (uint64, *rand.Rand) {
 	return seed, rand.New(rand.NewPCG(seed, 52))
 }
 
-// mayLeave: is the frame one that leaves from the PVM without comparison? Those are
-// of link protocols, and UDP from port gport, which the fuzz has a rule for.
-func mayLeave(b []byte) bool {
-	at := 12
-	for range 2 {
-		if p := be.Uint16(b[at:]); p != 0x8100 && p != 0x88a8 || len(b) < at+6 {
-			break
-		}
-		at += 4
-	}
-	proto, b := be.Uint16(b[at:]), b[at+2:]
-	udp := func(b []byte) bool { return len(b) >= 8 && be.Uint16(b) == gport }
-	switch proto {
-	case 0x806, 0x8035, 0x88cc:
-		return true
-	case 0x800:
-		if len(b) < 20 {
-			return false
-		}
-		return b[9] == 2 || b[9] == 17 && be.Uint16(b[6:])&0x3fff == 0 && udp(b[min(int(b[0]&15)*4, len(b)):])
-	case 0x86dd:
-		if len(b) < 40 {
-			return false
-		}
-		next, rest := b[6], b[40:]
-		for range 8 {
-			if !slices.Contains([]byte{0, 43, 44, 60}, next) || len(rest) < 8 || next == 43 {
-				break
-			}
-			n := 8
-			if next == 44 && be.Uint16(rest[2:])&0xfff9 != 0 {
-				return false
-			} else if next != 44 {
-				n = min((int(rest[1])+1)*8, len(rest))
-			}
-			next, rest = rest[0], rest[n:]
-		}
-		if next == 43 { // what is routed may still be link business, and never has ports
-			return bytes.Contains(rest, []byte{58})
-		}
-		return next == 17 && udp(rest) || next == 58 && len(rest) > 0 && (rest[0] >= 130 && rest[0] <= 137 || rest[0] == 143)
-	}
-	return false
-}
-
 // signed: is out a peer frame with a record that this host signed?
 func (k *kit) signed(out []byte) bool {
 	if len(out) < 18 || !bytes.Equal(out[:14], slices.Concat(peerMAC[:], ownMAC[:], []byte{0x88, 0xb5})) {
@@ -190,20 +145,30 @@ func TestFuzz(t *testing.T) {
 			var reason string
 			for reason = range moved {
 			}
-			if muted && p.prog == k.LsPriOut && p.mode == hold && mayLeave(frame) && reason == "muted" && verdict == drop {
+			// Both programs of the guest's output, against the model.
+			m := model(frame, p.from == 0)
+			guests := p.prog == k.LsPriOut && p.mode == hold || p.prog == k.LsSecOut && p.mode == run
+			leaves := frame
+			if p.prog != k.LsSecIn && !slices.Contains([]string{"shut", "gated"}, reason) {
+				leaves = m.Frame
+			}
+			if muted && p.prog == k.LsPriOut && p.mode == hold && m.mayLeave() && reason == "muted" && verdict == drop {
 				continue
+			}
+			if guests && !slices.Contains(m.reasons(p.prog == k.LsPriOut), reason) {
+				fail(fmt.Sprintf("the model has %v", m.reasons(p.prog == k.LsPriOut)))
 			}
 			if !slices.Contains(p.may[verdict], reason) {
 				fail("reason")
 			}
-			if p.prog == k.LsPriOut && verdict == next && (muted || !mayLeave(frame)) {
+			if p.prog == k.LsPriOut && verdict == next && (muted || !m.mayLeave()) {
 				fail("left")
 			}
 			if verdict == redirect {
 				if ok := reason == "delivered"; ok != (mark == markIn) || !ok && !k.signed(out) {
 					fail("frame that leaves")
 				}
-			} else if !bytes.Equal(out, frame) && !bytes.Equal(out, withoutMPTCP(frame)) && reason != "record_in" {
+			} else if !bytes.Equal(out, leaves) && reason != "record_in" {
 				fail("frame changed")
 			}
 			isPeer := len(frame) > 18 && bytes.Equal(frame[12:18], []byte{0x88, 0xb5, 0x4c, 0x53, 54, 0})
@@ -218,9 +183,12 @@ func TestFuzz(t *testing.T) {
 				switch ev := e.(type) {
 				case *bpf.LockstepLsEv:
 					if ev.Slot != noSlot {
-						if got := k.slot(ev.Slot); !bytes.Equal(got, frame) && !bytes.Equal(got, withoutMPTCP(frame)) {
+						if got := k.slot(ev.Slot); !bytes.Equal(got, leaves) {
 							fail("slot")
 						}
+					}
+					if what := m.differs(ev, k.sum); guests && what != "" {
+						fail(what + " of the event, by the model")
 					}
 				case *bpf.LockstepLsEvRec:
 					if !genuine || !bytes.Equal(structBytes(&ev.Rec)[:len(rec)], rec) {

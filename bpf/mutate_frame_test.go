@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 
+	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
 )
 
@@ -132,37 +133,72 @@ func spoiled(r *rand.Rand, frame []byte) []byte {
 	return append(b, make([]byte, max(shortest-len(b), 0))...)
 }
 
-// withoutMPTCP is frame as the model has it leave: a SYN loses MPTCP's option (R9), whatever
-// tags and headers stand before TCP. The model knows plain frames only.
-func withoutMPTCP(frame []byte) []byte {
-	at, version := ipAt(frame)
-	if at == 0 {
-		return frame
+// modelled is what the model makes of a frame of the guest: what it is, and how it leaves.
+type modelled struct {
+	bpfmodel.Segment
+	class bpfmodel.Class
+}
+
+func model(frame []byte, toGuest bool) (m modelled) {
+	m.class = m.Parse(bytes.Clone(frame), toGuest)
+	if m.class == bpfmodel.ClassTCP {
+		m.StripMPTCP()
 	}
-	l4, end, proto := at+int(frame[at]&15)*4, at+int(be.Uint16(frame[at+2:])), frame[at+9]
-	if version == 6 {
-		l4, end, proto = at+40, at+40+int(be.Uint16(frame[at+4:])), frame[at+6]
-		for slices.Contains([]byte{0, 44, 60}, proto) && len(frame) >= l4+8 {
-			n := 8
-			if proto != 44 {
-				n += 8 * int(frame[l4+1])
-			}
-			proto, l4 = frame[l4], l4+n
-		}
+	return m
+}
+
+// ruled: is the frame one that the fuzz has a primary-only rule for?
+func (m *modelled) ruled() bool {
+	return m.class == bpfmodel.ClassDatagram && m.Proto == 17 && m.GuestPort == gport
+}
+
+// mayLeave: is the frame one that leaves from the PVM without comparison?
+func (m *modelled) mayLeave() bool { return m.class == bpfmodel.ClassLink || m.ruled() }
+
+// reasons are those for which ls_pri_out, holding, or ls_sec_out, running, may let the frame go
+// or drop it, by the model.
+func (m *modelled) reasons(primary bool) []string {
+	switch {
+	case m.class == bpfmodel.ClassMalformed:
+		return []string{"malformed"}
+	case m.class == bpfmodel.ClassTCP && primary:
+		return []string{"held", "held_ack", "announced"}
+	case m.class == bpfmodel.ClassTCP:
+		return []string{"record_out", "pending"}
+	case m.ruled():
+		return []string{map[bool]string{true: "primary_only", false: "svm_only"}[primary]}
+	case m.class == bpfmodel.ClassDatagram && primary:
+		return []string{"held"}
+	case m.class == bpfmodel.ClassDatagram:
+		return []string{"record_out"}
+	case primary:
+		return []string{"passed"}
+	case m.Asks:
+		return []string{"neigh_out"}
 	}
-	if proto != 6 || l4 > end || end > len(frame) {
-		return frame
+	return []string{"svm_only"}
+}
+
+// differs names what the event has otherwise than the model; "": nothing. sum is the digest's.
+func (m *modelled) differs(ev *bpf.LockstepLsEv, sum func(uint32, []byte) [2]uint64) string {
+	t := bpf.LockstepLsTuple{Guest: m.Guest, Remote: m.Remote, Gport: m.GuestPort, Rport: m.RemotePort, Vlan: m.VLAN, Vlan2: m.VLAN2, Proto: m.Proto}
+	seq := m.Pos
+	if m.class == bpfmodel.ClassTCP {
+		seq = m.TCP().Seq()
 	}
-	plain := slices.Concat(frame[:12], frame[at-2:l4], frame[l4:end])
-	if version == 6 {
-		plain = slices.Concat(frame[:12], frame[at-2:at+40], frame[l4:end])
-		plain[14+6] = 6
-		be.PutUint16(plain[14+4:], uint16(end-l4))
+	switch {
+	case m.class != bpfmodel.ClassTCP && !m.Datagram:
+		return "event"
+	case ev.T != t:
+		return "tuple"
+	case int(ev.L3Off) != m.L3 || int(ev.L4Off) != m.L4 || int(ev.PayOff) != m.Pay || int(ev.Paylen) != m.End-m.Pay:
+		return "offsets"
+	case ev.Seq != seq || ev.Frag != m.Frag:
+		return "position"
+	case m.Datagram && (m.Proto == 1 || m.Proto == 58):
+		return "" // an error's digest leaves the quoted checksum out
+	case ev.Sum != sum(m.PayloadPos(), m.Payload()):
+		return "sum"
 	}
-	var s bpfmodel.Segment
-	if s.Parse(plain) != bpfmodel.ClassTCP {
-		return frame
-	}
-	bpfmodel.New(1, 1).Alone(&s, true, 1)
-	return slices.Concat(frame[:l4], plain[len(plain)-(end-l4):], frame[end:])
+	return ""
 }
