@@ -149,7 +149,7 @@ func TestFuzz(t *testing.T) {
 			m := model(frame, p.from == 0)
 			guests := p.prog == k.LsPriOut && p.mode == hold || p.prog == k.LsSecOut && p.mode == run
 			leaves := frame
-			if p.prog != k.LsSecIn && !slices.Contains([]string{"shut", "gated"}, reason) {
+			if p.prog != k.LsSecIn && p.prog != k.LsDigestRx && !slices.Contains([]string{"shut", "gated"}, reason) {
 				leaves = m.Frame
 			}
 			if muted && p.prog == k.LsPriOut && p.mode == hold && m.mayLeave() && reason == "muted" && verdict == drop {
