@@ -28,7 +28,7 @@ var mutations = map[string]struct {
 	"DRAIN":  {bpf.LockstepLsMutationLS_MUTATE_DRAIN, []string{"TestLiveGateCounts"}},
 	"QUOTE":  {bpf.LockstepLsMutationLS_MUTATE_QUOTE, []string{"TestQuote", "TestQuoteHalfOpen"}},
 	"MODE":   {bpf.LockstepLsMutationLS_MUTATE_MODE, []string{"TestPriOutReleased"}},
-	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz"}},
+	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz", "TestFuzzSigned"}},
 }
 
 // Without its rule each of these tests fails: it would see the rule broken.

@@ -243,6 +243,34 @@ func TestDigest(t *testing.T) {
 	}
 }
 
+// The kernel's sums of a stream's segments add up to the core's sum of the whole, however the
+// stream is cut and wherever it begins.
+func TestDigestLaw(t *testing.T) {
+	k := newKit(t)
+	k.setMode(hold)
+	r := rand.New(rand.NewPCG(13, 14))
+	f := flows["IPv6"]
+	for align := range 16 {
+		stream := randBytes(r, 1+r.IntN(64<<10))
+		clear(stream[len(stream)/2:][:len(stream)/4])
+		pos := -uint32(r.IntN(len(stream)))&^15 | uint32(align) // over the wrap
+		var sum [2]uint64
+		for at := 0; at < len(stream); {
+			n := min(1+r.IntN([]int{7, 1448, 3400}[r.IntN(3)]), len(stream)-at)
+			if v, _, _ := k.run(k.LsPriOut, input{frame: f.from(seg{seq: pos + uint32(at), flags: ack, payload: stream[at : at+n]})}); v != drop {
+				t.Fatalf("verdict %d", int32(v))
+			}
+			ev := one[*bpf.LockstepLsEv](k)
+			k.slot(ev.Slot)
+			sum[0], sum[1] = sum[0]+ev.Sum[0], sum[1]+ev.Sum[1]
+			at += n
+		}
+		if want := k.sum(pos, stream); sum != want {
+			t.Fatalf("%d bytes at %#x: the segments' sums add up to %x, the whole has %x", len(stream), pos, sum, want)
+		}
+	}
+}
+
 // bounds are the boundaries that a record has for a GSO payload at pos.
 func (k *kit) bounds(pos uint32, payload []byte, gso int) (stride, n int, b [boundMax][2]uint64) {
 	if gso == 0 {

@@ -52,28 +52,6 @@ var genPos = rapid.Custom(func(t *rapid.T) uint32 {
 		uint32(rapid.IntRange(-4100, 4100).Draw(t, "by"))
 })
 
-func TestSumsAdd(t *testing.T) {
-	k := testKeys(1)
-	rapid.Check(t, func(t *rapid.T) {
-		pos := genPos.Draw(t, "pos")
-		n := rapid.IntRange(1, 20000).Draw(t, "n")
-		b := make([]byte, n)
-		r := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
-		for i := range b {
-			b[i] = byte(r.Uint32())
-		}
-		var sum Sum
-		for off := 0; off < n; {
-			m := min(rapid.IntRange(1, n).Draw(t, "cut"), n-off)
-			sum = sum.plus(k.Sum(pos+uint32(off), b[off:off+m]))
-			off += m
-		}
-		if want := k.Sum(pos, b); sum != want {
-			t.Fatalf("pieces of [%#x, +%d) add up to %x, whole %x", pos, n, sum, want)
-		}
-	})
-}
-
 // TestCollisionShape checks the shape of the bound that [Keys] states. A true
 // collision is too rare to see, so keys are weakened to multiples of 2^(33-s):
 // then flipping the top bit of a word collides with probability 2^-s per lane,

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"time"
@@ -155,6 +156,9 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 
 // joined begins a session (S).
 func (pl *peerLink) joined(l *peerlink.Link, s *peerlink.Session, colo bool) error {
+	if s.Term == math.MaxUint32 {
+		return errors.New("the primary offers the last term that there is: none could follow it")
+	}
 	if s.Term <= pl.d.term {
 		return fmt.Errorf("the primary offers term %d, but term %d is known here: it is out of date", s.Term, pl.d.term)
 	}

@@ -104,7 +104,7 @@ func (d *duel) sameTables() {
 }
 
 // inbound: the peer link brings a mirrored frame.
-func (d *duel) inbound(frame []byte) {
+func (d *duel) inbound(frame []byte) bpfmodel.Verdict {
 	s := d.pass("inbound", d.k.LsSecIn, frame)
 	v := bpfmodel.Delivered
 	if s.Parse(d.changed, true) == bpfmodel.ClassTCP {
@@ -116,24 +116,23 @@ func (d *duel) inbound(frame []byte) {
 	} else {
 		d.judge(drop, string(v))
 	}
+	return v
 }
 
-// outbound: the SVM transmits something.
-func (d *duel) outbound(frame []byte) {
+// outbound: the SVM transmits something. It returns what Table.Outbound does, and the record.
+func (d *duel) outbound(frame []byte) (v bpfmodel.Verdict, sent bool, want bpfmodel.Record) {
 	s := d.pass("outbound", d.k.LsSecOut, frame)
-	switch s.Parse(d.changed, false) {
+	switch class := s.Parse(d.changed, false); class {
 	case bpfmodel.ClassLink, bpfmodel.ClassDatagram:
-		d.uncompared(frame)
-		return
+		d.uncompared(class, s)
+		return v, sent, want
 	case bpfmodel.ClassMalformed:
 		d.judge(drop, "malformed")
-		return
+		return v, sent, want
 	}
-	var want bpfmodel.Record
-	v, sent := d.tab.Outbound(s, d.now, &want)
-	if !sent {
+	if v, sent = d.tab.Outbound(s, d.now, &want); !sent {
 		d.judge(drop, string(v))
-		return
+		return v, sent, want
 	}
 	d.judge(redirect, string(v))
 	between := d.sameRecord(&want, s.Payload())
@@ -141,7 +140,7 @@ func (d *duel) outbound(frame []byte) {
 	evs := d.k.events(d.T)
 	d.expect("copies", len(evs), min(len(s.Payload()), 1))
 	if len(evs) == 0 {
-		return
+		return v, sent, want
 	}
 	ev := evs[0]
 	inherited := ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_INHERITED) != 0
@@ -153,23 +152,26 @@ func (d *duel) outbound(frame []byte) {
 	d.expect("copy", got, want)
 	d.expect("copied payload", int(ev.Paylen), len(s.Payload()))
 	d.sameBytes("copy", d.k.kept(d.T, ev.Slot), d.changed)
+	return v, sent, want
 }
 
 // uncompared: what is not TCP to the model is a datagram to the kernel, or link
 // business. It becomes one record, and no connection hears of it.
-func (d *duel) uncompared(frame []byte) {
+func (d *duel) uncompared(class bpfmodel.Class, s *bpfmodel.Segment) {
 	d.Helper()
 	switch {
-	case frame[12] == 8 && frame[13] == 0 && frame[23] == 2: // IGMP
+	case class == bpfmodel.ClassLink && !s.Asks:
 		d.judge(drop, "svm_only")
 		return
-	case frame[12] == 8 && frame[13] == 6, frame[12] == 0x86 && frame[20] == 58:
+	case class == bpfmodel.ClassLink:
 		d.judge(redirect, "neigh_out")
 		d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_NEIGH, d.out)
 	default:
 		d.judge(redirect, "record_out")
 		r, _ := d.k.record(d.T, bpf.LockstepLsRecTypeLS_REC_DGRAM, d.out)
 		d.expect("flags of a datagram", r.Flags|r.TcpFlags|r.Optlen, uint8(0))
+		d.expect("tuple of a datagram", modelTuple(r.T), s.Tuple)
+		d.expect("position of a datagram", [2]uint32{r.Seq, uint32(r.Frag)}, [2]uint32{s.Pos, uint32(s.Frag)})
 	}
 	d.expect("copies", len(d.k.events(d.T)), 0)
 }
@@ -192,17 +194,16 @@ func (d *duel) sameRecord(want *bpfmodel.Record, payload []byte) (between []byte
 	return between
 }
 
-// announce: P announces the PVM's SYN.
-func (d *duel) announce(a *bpfmodel.Record) {
+// announce: P announces the PVM's SYN. It returns what Table.Announce does, and the answer.
+func (d *duel) announce(a *bpfmodel.Record) (v bpfmodel.Verdict, sent bool, want bpfmodel.Record) {
 	d.pass("announcement", d.k.LsSecIn, d.k.announcement(d.T, a))
-	var want bpfmodel.Record
-	v, sent := d.tab.Announce(a, d.now, &want)
-	if !sent {
+	if v, sent = d.tab.Announce(a, d.now, &want); !sent {
 		d.judge(drop, string(v))
-		return
+		return v, sent, want
 	}
 	d.judge(redirect, string(v))
 	d.sameRecord(&want, nil)
+	return v, sent, want
 }
 
 // alone: the same, after a takeover.
@@ -229,9 +230,9 @@ var flagSets = rapid.OneOf(
 func (d *duel) step() {
 	switch rapid.SampledFrom([]string{"in", "in", "out", "out", "out", "other", "announce", "open", "alone", "error", "error", "checkpoint", "idle"}).Draw(d.T, "step") {
 	case "in":
-		d.inbound(d.damaged(d.segment(true).bytes()))
+		d.inbound(d.damaged(d.framed(d.segment(true))))
 	case "out":
-		d.outbound(d.damaged(d.segment(false).bytes()))
+		d.outbound(d.damaged(d.framed(d.segment(false))))
 	case "other":
 		if rapid.Bool().Draw(d.T, "to guest") {
 			d.inbound(d.other(true))
@@ -245,7 +246,7 @@ func (d *duel) step() {
 		d.open()
 	case "alone":
 		toGuest := rapid.Bool().Draw(d.T, "to guest")
-		d.alone(toGuest, d.segment(toGuest).bytes())
+		d.alone(toGuest, d.framed(d.segment(toGuest)))
 	case "error":
 		d.icmpError(rapid.Bool().Draw(d.T, "to guest"), rapid.Bool().Draw(d.T, "alone"))
 	case "checkpoint":
@@ -271,7 +272,7 @@ func TestKernel(t *testing.T) {
 		}
 		for i := range conns + 1 {
 			f := drawFlow(t)
-			f.tci, f.gport = 0, uint16(i) // PROG_TEST_RUN cannot make a tag
+			f.gport = uint16(i)
 			d.flows = append(d.flows, f)
 		}
 		for range rapid.IntRange(1, 100).Draw(t, "steps") {

@@ -103,22 +103,28 @@ func (k *kernel) mode(t rapid.TB, m bpf.LockstepLsMode) {
 func (k *kernel) reset(t rapid.TB) {
 	t.Helper()
 	for _, m := range []*ebpf.Map{k.LsConn, k.LsHalf, k.LsInherited} {
-		var keys []bpf.LockstepLsTuple
-		var key bpf.LockstepLsTuple
-		var val []byte
-		it := m.Iterate()
-		for it.Next(&key, &val) {
-			keys = append(keys, key)
-		}
-		must(t, it.Err())
-		for i := range keys {
-			must(t, m.Delete(&keys[i]))
-		}
+		k.empty(t, m)
 	}
 	for _, ev := range k.events(t) {
 		k.kept(t, ev.Slot)
 	}
 	k.moved(t)
+}
+
+// empty removes every entry of a table.
+func (k *kernel) empty(t rapid.TB, m *ebpf.Map) {
+	t.Helper()
+	var keys []bpf.LockstepLsTuple
+	var key bpf.LockstepLsTuple
+	var val []byte
+	it := m.Iterate()
+	for it.Next(&key, &val) {
+		keys = append(keys, key)
+	}
+	must(t, it.Err())
+	for i := range keys {
+		must(t, m.Delete(&keys[i]))
+	}
 }
 
 // run passes frame through prog.
@@ -238,13 +244,13 @@ func (k *kernel) record(t rapid.TB, typ bpf.LockstepLsRecType, frame []byte) (r 
 
 func kernelTuple(t bpfmodel.Tuple) bpf.LockstepLsTuple {
 	return bpf.LockstepLsTuple{
-		Guest: t.Guest, Remote: t.Remote, Gport: t.GuestPort, Rport: t.RemotePort, Vlan: t.VLAN, Proto: t.Proto,
+		Guest: t.Guest, Remote: t.Remote, Gport: t.GuestPort, Rport: t.RemotePort, Vlan: t.VLAN, Vlan2: t.VLAN2, Proto: t.Proto,
 	}
 }
 
 func modelTuple(t bpf.LockstepLsTuple) bpfmodel.Tuple {
 	return bpfmodel.Tuple{
-		Guest: t.Guest, Remote: t.Remote, GuestPort: t.Gport, RemotePort: t.Rport, VLAN: t.Vlan, Proto: t.Proto,
+		Guest: t.Guest, Remote: t.Remote, GuestPort: t.Gport, RemotePort: t.Rport, VLAN: t.Vlan, VLAN2: t.Vlan2, Proto: t.Proto,
 	}
 }
 

@@ -22,7 +22,7 @@ func TestMutations(t *testing.T) {
 	for rule, tests := range map[string][]string{
 		"R9": {
 			"TestExchange", "TestPassiveOpen", "TestActiveOpen", "TestSimultaneousOpen",
-			"TestOvertakingAck", "TestTupleReuse", "TestKernel",
+			"TestOvertakingAck", "TestTupleReuse", "TestKernel", "TestKernelExchange",
 		},
 		"QUOTE": {"TestKernel"},
 	} {

@@ -72,6 +72,7 @@ func (l *life) tsOff() uint32 {
 type world struct {
 	*rapid.T
 	tab      *bpfmodel.Table
+	duel     *duel // the same table and the kernel; nil: the table alone
 	flow     flow
 	now      uint32          // ms, also the unit of timestamps
 	cur, old *life           // the SVM lives in old until its first SYN of cur
@@ -166,17 +167,15 @@ func (w *world) expectFrame(what string, got []byte, want seg) {
 // in mirrors a segment of the remote to S and holds what the SVM gets against want.
 func (w *world) in(what string, s, want seg) {
 	w.Helper()
-	frame := s.bytes()
-	w.expect(what, w.tab.Inbound(parse(w.T, w.flow, frame, true), int64(w.now)), bpfmodel.Delivered)
+	v, frame := w.inbound(s)
+	w.expect(what, v, bpfmodel.Delivered)
 	w.expectFrame(what, frame, want)
 }
 
 // out lets the SVM transmit s and holds the record against want, nil when none is due.
 func (w *world) out(what string, s seg, want *seg, inc, cliAck uint32, verdict bpfmodel.Verdict) {
 	w.Helper()
-	var r bpfmodel.Record
-	frame := s.bytes()
-	v, sent := w.tab.Outbound(parse(w.T, w.flow, frame, false), int64(w.now), &r)
+	v, sent, r, frame := w.outbound(s)
 	w.expect(what, v, verdict)
 	w.expect(what+": sent", sent, want != nil)
 	if want == nil {
@@ -273,8 +272,7 @@ func (w *world) stale() {
 
 // answer announces a and holds the answer against the SVM's last SYN.
 func (w *world) answer(what string, l *life, a bpfmodel.Record, due bool) {
-	var r bpfmodel.Record
-	v, sent := w.tab.Announce(&a, int64(w.now), &r)
+	v, sent, r := w.announce(&a)
 	w.expect(what+": answered", sent, due)
 	if !sent {
 		w.expect(what, v, bpfmodel.RecordIn)
@@ -452,6 +450,9 @@ func (w *world) sweep() {
 	if w.tab.Sweep(int64(w.now)+2, 1, 1) != before {
 		w.Fatalf("not swept after it")
 	}
+	if w.duel != nil {
+		w.duel.k.empty(w.T, w.duel.k.LsConn)
+	}
 	for _, l := range []*life{w.cur, w.old} {
 		if l != nil {
 			l.gone = l.established
@@ -468,7 +469,7 @@ func (w *world) checkpoint() {
 		*w.cur = life{open: w.cur.open, pvm: w.cur.pvm, svm: w.cur.pvm, cli: w.cur.cli}
 	}
 	w.old = nil
-	w.tab.Reset()
+	w.reset()
 }
 
 func conns(tab *bpfmodel.Table) map[bpfmodel.Tuple]rewriter.Conn {

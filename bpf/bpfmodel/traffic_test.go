@@ -24,7 +24,9 @@ func (d *duel) tcpOptions() []byte {
 	number := func(label string) uint32 { return edge().Draw(d.T, label) }
 	ts := func() []byte { return tsOpt(number("tsval"), number("tsecr")) }
 	mss, fill := []byte{2, 4, 5, 180}, []byte{1, 1, 1}
-	switch rapid.IntRange(0, 5).Draw(d.T, "options") {
+	switch rapid.IntRange(0, 6).Draw(d.T, "options") {
+	case 6: // MPTCP's, which a SYN loses
+		return slices.Concat(mss, fill[:rapid.IntRange(0, 3).Draw(d.T, "fill")], []byte{30, 4, 0, byte(number("key"))}, ts())
 	case 0:
 		return nil
 	case 1:
@@ -36,7 +38,7 @@ func (d *duel) tcpOptions() []byte {
 	case 4:
 		return slices.Concat(fill[:rapid.IntRange(0, 3).Draw(d.T, "fill")], ts())
 	}
-	return rapid.SliceOfN(rapid.OneOf(rapid.SampledFrom([]byte{0, 1, 5, 8, 10}), rapid.Byte()), 0, 40).Draw(d.T, "rubbish")
+	return rapid.SliceOfN(rapid.OneOf(rapid.SampledFrom([]byte{0, 1, 3, 4, 5, 8, 10, 30}), rapid.Byte()), 0, 40).Draw(d.T, "rubbish")
 }
 
 // segment draws one between the guest (the SVM) and the remote.
@@ -107,6 +109,37 @@ func (d *duel) other(toGuest bool) []byte {
 	return slices.Concat(frame[:etherHeader+40], chain, tcp)
 }
 
+// framed is the frame of s. Where the flow is of a VLAN, or now and then, it has a tag in its
+// bytes, PROG_TEST_RUN having none beside them, and now and then a second one, or IPv6 extension
+// headers.
+func (d *duel) framed(s seg) []byte {
+	b := s.bytes()
+	if s.flow.v6 && rapid.IntRange(0, 4).Draw(d.T, "extensions") == 0 {
+		next, n := rapid.SampledFrom([]byte{0, 60, 44}).Draw(d.T, "extension"), 8
+		if next != 44 {
+			n *= rapid.IntRange(1, 3).Draw(d.T, "length")
+		}
+		ext := make([]byte, n) // PadN options; a fragment header of a whole packet
+		if ext[0] = b[etherHeader+6]; next != 44 {
+			ext[1], ext[2], ext[3] = byte(n/8-1), 1, byte(n-4)
+		}
+		b[etherHeader+6] = next
+		be.PutUint16(b[etherHeader+4:], be.Uint16(b[etherHeader+4:])+uint16(n))
+		b = slices.Insert(b, etherHeader+40, ext...)
+	}
+	tag := func(id uint16) {
+		b = slices.Insert(b, 12, be.AppendUint16([]byte{0x81, 0}, id|uint16(rapid.IntRange(0, 15).Draw(d.T, "priority"))<<12)...)
+	}
+	id := s.flow.tci & 0xfff
+	if rapid.IntRange(0, 9).Draw(d.T, "inner tag") == 0 {
+		tag(rapid.SampledFrom([]uint16{0, 7}).Draw(d.T, "inner"))
+		tag(id)
+	} else if id != 0 || rapid.IntRange(0, 9).Draw(d.T, "priority tag") == 0 {
+		tag(id)
+	}
+	return b
+}
+
 // damaged spoils a frame now and then.
 func (d *duel) damaged(frame []byte) []byte {
 	switch rapid.IntRange(0, 19).Draw(d.T, "damage") {
@@ -145,13 +178,13 @@ func (d *duel) open() {
 	}
 	if announced := rapid.Bool().Draw(d.T, "announced first"); announced {
 		d.announceSyn(f, flags)
-		d.outbound(d.guestSyn(f, flags, d.svm).bytes())
+		d.outbound(d.framed(d.guestSyn(f, flags, d.svm)))
 	} else {
-		d.outbound(d.guestSyn(f, flags, d.svm).bytes())
+		d.outbound(d.framed(d.guestSyn(f, flags, d.svm)))
 		d.announceSyn(f, flags)
 	}
 	ack := rapid.SampledFrom(d.pvm).Draw(d.T, "acked") + 1
-	d.inbound(seg{flow: f, toGuest: true, seq: d.cli[0] + 1, ack: ack, flags: answer, opts: d.tcpOptions()}.bytes())
+	d.inbound(d.framed(seg{flow: f, toGuest: true, seq: d.cli[0] + 1, ack: ack, flags: answer, opts: d.tcpOptions()}))
 }
 
 // icmpError: an error for the guest, or of it, that quotes a segment which went the

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/lockstep-ft/lockstep/control/config"
 )
@@ -72,7 +73,7 @@ func Open(c *config.Config, node string) (Arbiter, error) {
 
 // checkSwap refuses an entry that cannot follow old.
 func checkSwap(old, next Entry) error {
-	if next.Term != old.Term+1 || next.Speaker == "" {
+	if next.Term != old.Term+1 || next.Term == 0 || next.Speaker == "" {
 		return fmt.Errorf("arbiter: %q cannot follow %q: the fencing term must grow by one, and a node must be named", next, old)
 	}
 	return nil
@@ -106,7 +107,8 @@ func decode(b []byte) (r Entry, err error) {
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&r); err != nil || d.More() || (r.Term == 0) != (r.Speaker == "") {
+	err = d.Decode(&r)
+	if _, more := d.Token(); err != nil || more != io.EOF || (r.Term == 0) != (r.Speaker == "") {
 		return Entry{}, fmt.Errorf("%q is no arbiter entry", b)
 	}
 	return r, nil

@@ -77,7 +77,7 @@ func (e *execArbiter) run(ctx context.Context, args ...string) (Entry, error) {
 	stdout, stderr, err := program.Output(ctx, e.command[0], append(e.command[1:len(e.command):len(e.command)], args...)...)
 	var r Entry
 	if err == nil {
-		r, err = parseAnswer(stdout[max(0, len(stdout)-maxEntry):])
+		r, err = parseAnswer(stdout)
 	} else if errors.Is(err, program.ErrGivenUp) {
 		err = fmt.Errorf("no answer in time, killed: %w", err)
 	}
@@ -92,10 +92,10 @@ func (e *execArbiter) run(ctx context.Context, args ...string) (Entry, error) {
 
 // parseAnswer takes one line "TERM SPEAKER", or "0".
 func parseAnswer(s string) (r Entry, err error) {
-	bad := fmt.Errorf(`it printed %q, where the entry in force was expected, as "TERM SPEAKER" or "0"`, s)
+	bad := fmt.Errorf(`it printed %q, where the entry in force was expected, as "TERM SPEAKER" or "0"`, s[max(0, len(s)-maxEntry):])
 	line, rest, _ := strings.Cut(s, "\n")
 	words := strings.Fields(line)
-	if rest != "" || len(words) == 0 || len(words) > 2 {
+	if len(s) > maxEntry || rest != "" || len(words) == 0 || len(words) > 2 {
 		return Entry{}, bad
 	}
 	if r.Term, err = strconv.ParseUint(words[0], 10, 64); err != nil || (r.Term == 0) != (len(words) == 1) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -35,6 +36,10 @@ type file struct {
 // keptEntries is how many files are kept: for people to read, and so that an NFS
 // client whose listing is out of date still finds the file it names.
 const keptEntries = 64
+
+// maxNumber is above all that changes of the entry come to, and far enough from the end of
+// uint64 to be added to.
+const maxNumber = 1 << 63
 
 func openFile(vm, node string, a *config.Arbiter) (*file, error) {
 	return &file{dir: a.Path, vm: vm, node: node, timeout: a.Timeout, busy: make(chan struct{}, 1)}, nil
@@ -202,7 +207,7 @@ func (f *file) numbers() (all []uint64, err error) {
 	entries, err := os.ReadDir(f.dir)
 	for _, e := range entries {
 		if s, ok := strings.CutPrefix(e.Name(), f.vm+"."); ok {
-			if n, err := strconv.ParseUint(s, 10, 64); err == nil {
+			if n, err := strconv.ParseUint(s, 10, 64); err == nil && f.name(n) == filepath.Join(f.dir, e.Name()) {
 				all = append(all, n)
 			}
 		}
@@ -223,7 +228,15 @@ func (f *file) newest() (Entry, uint64, error) {
 	if number == 0 {
 		return Entry{}, 0, nil
 	}
-	b, err := os.ReadFile(f.name(number))
+	if number > maxNumber {
+		return Entry{}, 0, fmt.Errorf("%s is none that lockstep made: no entry can follow it; remove it", f.name(number))
+	}
+	in, err := os.Open(f.name(number))
+	if err != nil {
+		return Entry{}, 0, err
+	}
+	defer in.Close()
+	b, err := io.ReadAll(io.LimitReader(in, maxEntry+1))
 	if err != nil {
 		return Entry{}, 0, err
 	}

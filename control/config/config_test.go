@@ -444,7 +444,31 @@ func TestNode(t *testing.T) {
 	}
 }
 
-// Whatever the file holds, it is accepted or refused with a place in it.
+// derived makes what the commands make of a config.
+func derived(t *testing.T, c *Config, data []byte) {
+	t.Helper()
+	again, err := Parse("elsewhere.yaml", data)
+	if err != nil || again.Hash() != c.Hash() {
+		t.Errorf("read once more, under another name, it is %v, or another config", err)
+	}
+	for i := range c.Nodes {
+		self, other, err := c.Node(c.Nodes[i].Name)
+		if err != nil || self == other || len(self.NICs) == 0 || len(self.NICs) != len(other.NICs) {
+			t.Fatalf("node %q: %v, %v, %v", c.Nodes[i].Name, self, other, err)
+		}
+		_, _ = c.Incoming(self), c.Socket(self.Name)
+		_, _, _ = c.TLS.Files(self.Name)
+		if c.QEMU == nil {
+			continue
+		}
+		if spec := c.Guest(self); len(spec.NICs) != len(self.NICs) || spec.QMP == "" {
+			t.Errorf("guest %+v of %+v", spec, self)
+		}
+	}
+}
+
+// Whatever the file holds, it is accepted, and then describes a pair, or refused with a place
+// in it.
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(example))
 	f.Add([]byte(short))
@@ -460,7 +484,7 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("config %v, error %v", c, err)
 		}
 		if err == nil {
-			c.Hash()
+			derived(t, c, data)
 			return
 		}
 		es := Errors(nil)

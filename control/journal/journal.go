@@ -250,8 +250,11 @@ func Read(dir, vm, node string, n int) ([]Event, error) {
 		d.UseNumber()
 		var e Event
 		// A line without a line feed may be just being written.
-		if !bytes.HasSuffix(line, []byte("\n")) || d.Decode(&e) != nil || d.More() || e.Kind == "" {
+		if !bytes.HasSuffix(line, []byte("\n")) || d.Decode(&e) != nil || e.Kind == "" {
 			continue
+		}
+		if _, err := d.Token(); err != io.EOF {
+			continue // two lines' halves
 		}
 		events = append(events, e)
 	}

@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
@@ -71,30 +73,50 @@ func TestMessagesFit(t *testing.T) {
 	}
 }
 
-// FuzzMessage: no line brings the reader down.
+// FuzzMessage: no line brings the reader down, a message comes the same however its bytes are
+// cut into packets, and what was read can be sent on.
 func FuzzMessage(f *testing.F) {
-	f.Add([]byte(`{"type":"hello","hello":{"version":1,"nics":["02:00:00:00:00:01"]}}`))
-	f.Add([]byte(`{"type":"session","session":{"digest":"AAAA"}}`))
-	f.Add([]byte("{\"type\":\"ping\"}\nnull\n"))
+	for _, m := range []Message{Hello{}, Edges{NIC: 1, Edges: make([]datapath.Edge, 2)}, Overlays{All: []api.OverlayStatus{{Dir: "/o"}}, Cause: "full"}} {
+		b, err := json.Marshal(encode(m))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(append(b, '\n'))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		l := New(&bytesConn{Reader: bytes.NewReader(b)}, Timing{Silence: time.Hour, Ping: time.Hour})
-		for {
-			m, err := l.Read(time.Hour)
-			if err != nil {
-				return
-			}
+		whole, err := readAll(bytes.NewReader(b))
+		pieces, again := readAll(iotest.OneByteReader(bytes.NewReader(b)))
+		if !reflect.DeepEqual(whole, pieces) || fmt.Sprint(err) != fmt.Sprint(again) {
+			t.Fatalf("at once %v, %v, byte by byte %v, %v", whole, err, pieces, again)
+		}
+		for _, m := range whole {
 			if h, ok := m.(Hello); ok {
 				_ = CheckPeer(Party{Version: Version, VM: "web1", Node: "beta", Role: "secondary"}, h.Party, "beta", "secondary")
 			}
-			_ = fmt.Sprint(m)
+			w := encode(m)
+			if got, err := w.decode(); err != nil || !same(m, got) {
+				t.Errorf("%#v becomes %#v, %v", m, got, err)
+			}
 		}
 	})
+}
+
+// readAll reads messages until one makes no sense.
+func readAll(r io.Reader) (ms []Message, err error) {
+	l := New(&bytesConn{Reader: r}, Timing{Silence: time.Hour, Ping: time.Hour})
+	for {
+		m, err := l.Read(time.Hour)
+		if err != nil {
+			return ms, err
+		}
+		ms = append(ms, m)
+	}
 }
 
 // bytesConn is a connection that brings bytes and has no deadlines.
 type bytesConn struct {
 	net.Conn
-	*bytes.Reader
+	io.Reader
 }
 
 func (c *bytesConn) Read(b []byte) (int, error)      { return c.Reader.Read(b) }

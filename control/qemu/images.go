@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -184,23 +185,9 @@ func compareExports(ctx context.Context, d *Disk, size int64, object string, own
 	if err != nil {
 		return fmt.Errorf("qemu-img: %w", err)
 	}
-	// "    (12.50/100%)\r" again and again, then "Content mismatch at offset 512!\n" if so.
-	different := int64(-1)
-	lines := bufio.NewScanner(out)
-	lines.Split(scanReturns)
-	for lines.Scan() {
-		word := strings.TrimSpace(lines.Text())
-		if percent, ok := strings.CutPrefix(word, "("); ok {
-			percent, _, _ = strings.Cut(percent, "/")
-			if p, err := strconv.ParseFloat(percent, 64); err == nil {
-				progress(Progress{What: d.ID, Compare: true, Done: int64(p / 100 * float64(size)), Total: size})
-			}
-		} else if at, ok := strings.CutPrefix(word, "Content mismatch at offset "); ok {
-			if n, err := strconv.ParseInt(strings.TrimSuffix(at, "!"), 10, 64); err == nil {
-				different = n
-			}
-		}
-	}
+	different := mismatch(out, func(share float64) {
+		progress(Progress{What: d.ID, Compare: true, Done: int64(share * float64(size)), Total: size})
+	})
 	err = cmd.Wait()
 	switch code := cmd.ProcessState.ExitCode(); {
 	case ctx.Err() != nil:
@@ -211,6 +198,29 @@ func compareExports(ctx context.Context, d *Disk, size int64, object string, own
 		return fmt.Errorf("disk %s: comparing the images: qemu-img: %w: %s", d.ID, err, strings.Join(strings.Fields(complaint.String()), " "))
 	}
 	return nil
+}
+
+// mismatch reads what `qemu-img compare -p` prints: "    (12.50/100%)\r" again and again, then
+// "Content mismatch at offset 512!\n" if so. It returns that offset; -1: none. share, from 0 to
+// 1, is how much was compared.
+func mismatch(out io.Reader, compared func(share float64)) (offset int64) {
+	offset = -1
+	lines := bufio.NewScanner(out)
+	lines.Split(scanReturns)
+	for lines.Scan() {
+		word := strings.TrimSpace(lines.Text())
+		if percent, ok := strings.CutPrefix(word, "("); ok {
+			percent, _, _ = strings.Cut(percent, "/")
+			if p, err := strconv.ParseFloat(percent, 64); err == nil && p >= 0 && p <= 100 {
+				compared(p / 100)
+			}
+		} else if at, ok := strings.CutPrefix(word, "Content mismatch at offset "); ok {
+			if n, err := strconv.ParseInt(strings.TrimSuffix(at, "!"), 10, 64); err == nil && n >= 0 {
+				offset = n
+			}
+		}
+	}
+	return offset
 }
 
 // scanReturns is a [bufio.SplitFunc] for line feeds and carriage returns.

@@ -91,6 +91,9 @@ func (s *Store) decode(b []byte) (State, error) {
 	if err := d.Decode(&c); err != nil || c.Version != version {
 		return State{}, fmt.Errorf("the file is of another version (%d, not %d)", c.Version, version)
 	}
+	if _, err := d.Token(); err != io.EOF {
+		return State{}, errors.New("the file is damaged")
+	}
 	if c.VM != s.vm || c.Node != s.node {
 		return State{}, fmt.Errorf("the file is of guest %s on node %s", c.VM, c.Node)
 	}

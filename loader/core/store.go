@@ -43,14 +43,14 @@ func (f *Store) add(id compare.Slot, m frameMeta) bool {
 func (f *Store) whole(id compare.Slot) (frame []byte, m frameMeta, ok bool) {
 	m, ok = f.meta[id]
 	frame = f.frame(id)
-	return frame, m, ok && len(frame) >= EthLen
+	return frame, m, ok && len(frame) >= EthLen && (m.gso == 0 || int(m.l3) < len(frame))
 }
 
 // part are the headers before TCP's of the segment in the slot, and bytes [from, to) of
 // its payload.
 func (f *Store) part(id compare.Slot, from, to uint32) (headers, payload []byte, m frameMeta, ok bool) {
 	m = f.meta[id]
-	if m.l4 == 0 || from > to || to > m.paylen {
+	if m.l4 == 0 || m.l4 > m.pay || from > to || to > m.paylen {
 		return nil, nil, m, false
 	}
 	data := f.data(id)
