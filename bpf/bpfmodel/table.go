@@ -98,6 +98,10 @@ func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return maps.All(t.conn) }
 // Halves are the connections without one, the latest used first.
 func (t *Table) Halves() iter.Seq2[Tuple, Half] { return t.half.All() }
 
+// Inherited are the connections that came with a checkpoint and that the SVM has sent on
+// since, with the highest ack of the remote; 0: none received.
+func (t *Table) Inherited() iter.Seq2[Tuple, uint32] { return t.inher.All() }
+
 // Inbound translates a mirrored segment for the SVM, in place.
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	key, h := s.Tuple, s.TCP()

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernel
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"github.com/dchest/siphash"
+
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader/core"
+)
+
+// duel puts the same frames through the programs and the model.
+type duel struct {
+	*traffic
+	t       *testing.T
+	seed    uint64
+	primary bool
+	k       *programs
+	n       *NIC
+	out     outputs
+	counts  [bpf.LockstepLsReasonLS_R_MAX]uint64
+	session datapath.Session
+	peerNo  map[uint16]uint64
+	held    [2][]uint32 // slots of the kernel and of the model
+	what    string
+}
+
+const duelKeyGen, duelEpoch = 7, 9
+
+func newDuel(t *testing.T, k *programs, role datapath.Role, seed uint64, mptcp bool) *duel {
+	d := &duel{
+		traffic: newTraffic(rand.New(rand.NewPCG(seed, 1))), t: t, seed: seed, primary: role == datapath.RolePrimary, k: k,
+		peerNo: make(map[uint16]uint64),
+	}
+	take := func(to *[][]byte) func([]byte) { return func(b []byte) { *to = append(*to, b) } }
+	d.n = New(Host{
+		Now: func() int64 { return 1000 }, ToWire: take(&d.out.wire), ToGuest: take(&d.out.guest), ToPeer: take(&d.out.peer),
+		Rand: rand.New(rand.NewPCG(seed, 2)),
+	}, Options{
+		Role: role, MAC: duelMAC, Slots: duelSlots, LargeSlots: duelLarge, RingBytes: duelRing, Connections: duelConns, Rules: duelRules, MPTCP: mptcp,
+	})
+	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{byte(seed)}))
+	must(t, err)
+	d.session = datapath.Session{
+		Term: duelKeyGen, Epoch: duelEpoch, PeerMAC: []byte{2, 0x50, 0, 0, 0, 1}, TxKey: [2]uint64{1, seed}, RxKey: [2]uint64{3, seed}, Digest: *keys,
+	}
+	must(t, d.n.InstallSession(d.session))
+	d.n.m.conf.LeaseUntil = math.MaxUint64
+	k.forget()
+	d.mode(d.usual())
+	return d
+}
+
+func (d *duel) usual() datapath.Mode {
+	if d.primary {
+		return datapath.ModeHold
+	}
+	return datapath.ModeRun
+}
+
+func (d *duel) fatalf(format string, args ...any) {
+	d.t.Helper()
+	d.t.Fatalf("seed %d, %s: %s", d.seed, d.what, fmt.Sprintf(format, args...))
+}
+
+// settle gives the kernel the model's settings and keys.
+func (d *duel) settle() {
+	must(d.t, d.k.LsConf.Put(uint32(0), &d.n.m.conf))
+	for i := range uint32(2) {
+		must(d.t, d.k.LsKeys.Put(i, &d.n.m.keys.of[i]))
+	}
+}
+
+func (d *duel) mode(m datapath.Mode) {
+	must(d.t, d.n.SetMode(m))
+	d.settle()
+}
+
+// both has f done by the programs and by the model, and compares.
+func (d *duel) both(what string, frame []byte, kernel func(b []byte), model func(b []byte)) {
+	d.t.Helper()
+	d.what = fmt.Sprintf("%s, mode %d, frame\n% x\n", what, d.n.m.conf.Mode, frame)
+	kernel(bytes.Clone(frame))
+	model(bytes.Clone(frame))
+	var names []string
+	for i, n := range d.n.m.stats {
+		for ; d.counts[i] < n; d.counts[i]++ {
+			names = append(names, bpf.ReasonName(i))
+		}
+	}
+	if got := d.k.moved(); !slices.Equal(got, names) {
+		d.fatalf("kernel counted %v, model %v", got, names)
+	}
+	for _, c := range []struct {
+		name string
+		k, m *[][]byte
+	}{{"to the wire", &d.k.out.wire, &d.out.wire}, {"to the guest", &d.k.out.guest, &d.out.guest}, {"to the peer", &d.k.out.peer, &d.out.peer}} {
+		if !slices.EqualFunc(*c.k, *c.m, bytes.Equal) {
+			d.fatalf("%s:\nkernel %s\nmodel  %s", c.name, hex(*c.k), hex(*c.m))
+		}
+		*c.k, *c.m = nil, nil
+	}
+	var conf bpf.LockstepLsConf
+	must(d.t, d.k.LsConf.Lookup(uint32(0), &conf))
+	if m := &d.n.m.conf; conf.LeaseUntil != m.LeaseUntil || (conf.Echoed == 0) != (m.Echoed == 0) {
+		d.fatalf("lease until %d, echoed %d; model %d, %d", conf.LeaseUntil, conf.Echoed, m.LeaseUntil, m.Echoed)
+	}
+}
+
+func hex(frames [][]byte) string {
+	var b strings.Builder
+	for _, f := range frames {
+		fmt.Fprintf(&b, "\n  % x", f)
+	}
+	return b.String()
+}
+
+// read compares what is in both rings.
+func (d *duel) read() {
+	d.t.Helper()
+	raw := d.k.events()
+	for i, r := range raw {
+		e := d.n.m.ring.next()
+		if e == nil {
+			d.fatalf("%d events, model %d", len(raw), i)
+		}
+		if le.Uint32(r) == uint32(bpf.LockstepLsEvTypeLS_EV_REC) {
+			var got bpf.LockstepLsEvRec
+			copy(core.BytesOf(&got), r)
+			want := *e.record()
+			if len(r) != e.len || got.At == 0 {
+				d.fatalf("event %d has %d bytes at %d, model %d", i, len(r), got.At, e.len)
+			}
+			got.At, want.At = 0, 0
+			clear(got.Rec.Bound[got.Rec.Nsum:])
+			if got != want {
+				d.fatalf("event %d:\nkernel %+v\nmodel  %+v", i, got, want)
+			}
+			continue
+		}
+		var got bpf.LockstepLsEv
+		copy(core.BytesOf(&got), r)
+		want := *e.frame()
+		if got.At == 0 {
+			d.fatalf("event %d without time", i)
+		}
+		clear(got.Hdr[got.HdrLen:])
+		slots := [2]uint32{got.Slot, want.Slot}
+		got.At, want.At, got.Slot, want.Slot = 0, 0, 0, 0
+		if got != want {
+			d.fatalf("event %d:\nkernel %+v\nmodel  %+v", i, got, want)
+		}
+		none := uint32(compare.NoSlot)
+		if (slots[0] == none) != (slots[1] == none) {
+			d.fatalf("event %d: slot %#x, model %#x", i, slots[0], slots[1])
+		}
+		if slots[0] == none {
+			continue
+		}
+		if k, m := frameOf(d.k.slots, slots[0]), frameOf(d.n.m.slots, slots[1]); !bytes.Equal(k, m) {
+			d.fatalf("event %d: kept\nkernel % x\nmodel  % x", i, k, m)
+		}
+		d.held[0], d.held[1] = append(d.held[0], slots[0]), append(d.held[1], slots[1])
+	}
+	if !d.n.m.ring.empty() && d.n.m.ring.next() != nil {
+		d.fatalf("the model has more than %d events", len(raw))
+	}
+}
+
+func (d *duel) free() {
+	for i, s := range []core.Slots{d.k.slots, d.n.m.slots} {
+		for _, slot := range d.held[i] {
+			freeSlot(s, slot)
+		}
+		d.held[i] = nil
+	}
+}
+
+// tables compares the maps.
+func (d *duel) tables() {
+	d.t.Helper()
+	for _, c := range []struct {
+		name string
+		m    func() map[bpf.LockstepLsTuple]any
+		want func() map[bpf.LockstepLsTuple]any
+	}{
+		{"ls_conn", func() map[bpf.LockstepLsTuple]any { return dump[bpf.LockstepLsConn](d, d.k.LsConn) }, func() map[bpf.LockstepLsTuple]any { return conns(d.n.m.table.Conns()) }},
+		{"ls_edge", func() map[bpf.LockstepLsTuple]any { return dump[bpf.LockstepLsConn](d, d.k.LsEdge) }, func() map[bpf.LockstepLsTuple]any { return conns(d.n.m.table.Edges()) }},
+		{"ls_half", func() map[bpf.LockstepLsTuple]any { return dump[bpf.LockstepLsHalf](d, d.k.LsHalf) }, d.halves},
+		{"ls_inherited", func() map[bpf.LockstepLsTuple]any { return dump[bpf.LockstepLsInh](d, d.k.LsInherited) }, d.inherited},
+		{"ls_cli", func() map[bpf.LockstepLsTuple]any { return dump[bpf.LockstepLsCli](d, d.k.LsCli) }, d.remotes},
+	} {
+		got, want := c.m(), c.want()
+		for key, v := range got {
+			if want[key] != v {
+				d.fatalf("%s of %+v:\nkernel %+v\nmodel  %+v", c.name, key, v, want[key])
+			}
+		}
+		if len(got) != len(want) {
+			d.fatalf("%s has %d entries, model %d", c.name, len(got), len(want))
+		}
+	}
+}
+
+func (d *duel) step() {
+	m := d.n.m
+	isns, known := d.pvm, d.pvm
+	if !d.primary {
+		isns = d.svm
+	}
+	if d.n.m.conf.Mode == uint32(datapath.ModeSolo) && d.IntN(2) == 0 {
+		isns = d.svm
+	}
+	switch d.IntN(20) {
+	case 0, 1, 2, 3, 4, 5:
+		gso := uint16(0)
+		f := d.frame(false, isns, known)
+		if f[12] != 0x81 && len(f) > 1000 && d.IntN(2) == 0 {
+			gso = uint16(100 + d.IntN(300))
+		}
+		if gso > 0 && !whole(f) {
+			gso = 0
+		}
+		d.both("from the guest", f, func(b []byte) { d.k.fromGuest(d.primary, b, gso, unmarked) }, func(b []byte) { m.fromGuest(b, gso, unmarked) })
+	case 6, 7, 8:
+		d.both("to the guest", d.frame(true, isns, known), func(b []byte) { d.k.toGuest(d.primary, b, 0, unmarked) }, func(b []byte) { m.toGuest(b, 0, unmarked) })
+	case 9:
+		from := pick(d.Rand, released, mirrored)
+		d.both(fmt.Sprintf("marked %d", from), d.frame(from == mirrored, isns, known),
+			func(b []byte) { d.k.toGuest(d.primary, b, 0, from) }, func(b []byte) { m.toGuest(b, 0, from) })
+	case 10, 11, 12:
+		d.fromPeer("a frame of the peer", d.frame(true, isns, known))
+	case 13, 14, 15:
+		d.fromPeer("a record of the peer", d.record())
+	case 16:
+		d.read()
+		d.free()
+	case 17:
+		d.setting()
+	case 18:
+		if d.primary {
+			return
+		}
+		d.open()
+	case 19:
+		d.read()
+		d.tables()
+	}
+}
+
+// whole: is it a plain large segment or datagram of IPv4, which can be cut?
+func whole(b []byte) bool {
+	return b[12] == 8 && b[13] == 0 && (b[23] == 6 || b[23] == 17) && be.Uint16(b[20:])&0x3fff == 0 && len(b) == 14+int(be.Uint16(b[16:])) && new(bpfmodel.Segment).Parse(b, false) != bpfmodel.ClassMalformed
+}
+
+func (d *duel) fromPeer(what string, b []byte) {
+	d.both(what, b, func(b []byte) { d.k.fromPeer(d.primary, b) }, d.n.FromPeer)
+}
+
+// setting changes what the daemon can change.
+func (d *duel) setting() {
+	m := d.n.m
+	m.conf.LeaseUntil = pick[uint64](d.Rand, math.MaxUint64, math.MaxUint64, 0)
+	m.conf.OldUntil = pick[uint64](d.Rand, math.MaxUint64, 0)
+	m.conf.Epoch = duelEpoch + uint32(d.IntN(2))
+	modes := []datapath.Mode{datapath.ModeShut, datapath.ModeHold, datapath.ModeSolo, datapath.ModeHold, datapath.ModeHold}
+	if !d.primary {
+		modes = []datapath.Mode{datapath.ModeShut, datapath.ModeRun, datapath.ModePark, datapath.ModeSolo, datapath.ModeQuiet, datapath.ModeRun, datapath.ModeRun}
+	}
+	switch d.IntN(10) {
+	case 0:
+		d.session.Term++
+		d.session.Rotated = d.IntN(2) == 0
+		d.session.TxKey[0]++
+		must(d.t, d.n.InstallSession(d.session))
+		m.conf.OldUntil = pick[uint64](d.Rand, math.MaxUint64, 0)
+		clear(d.peerNo)
+	case 1:
+		d.tables()
+		must(d.t, d.n.ResetOffsets())
+		for _, m := range []tupleMap{d.k.LsConn, d.k.LsHalf, d.k.LsInherited} {
+			for _, key := range keysOf(d.t, d.k.LsHalf) {
+				_ = m.Delete(&key)
+			}
+		}
+		for _, key := range keysOf(d.t, d.k.LsConn) {
+			must(d.t, d.k.LsConn.Delete(&key))
+		}
+		for _, key := range keysOf(d.t, d.k.LsInherited) {
+			must(d.t, d.k.LsInherited.Delete(&key))
+		}
+	case 2:
+		e := datapath.Edge{Tuple: core.FromTuple(ptr(pick(d.Rand, d.flows...).tuple())), Seq: d.edge(), TS: d.edge()}
+		must(d.t, d.n.AddEdges([]datapath.Edge{e}))
+		d.put(d.k.LsEdge, m.table.Edges())
+	case 3:
+		if !d.primary {
+			must(d.t, d.n.TakeOver(1<<24))
+			d.put(d.k.LsConn, m.table.Conns())
+		}
+	}
+	d.mode(pick(d.Rand, modes...))
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// record is one of the peer's, which may be wrong in any way.
+func (d *duel) record() []byte {
+	f := pick(d.Rand, d.flows...)
+	r := bpf.LockstepLsRec{Version: version, Dir: dirP2S, KeyGen: d.session.Term, Epoch: duelEpoch + uint32(d.IntN(3)), T: f.tuple(), Stream: streamUser}
+	r.Type = uint8(pick(d.Rand, bpf.LockstepLsRecTypeLS_REC_ANNOUNCE, bpf.LockstepLsRecTypeLS_REC_ANNOUNCE, bpf.LockstepLsRecTypeLS_REC_ASK,
+		bpf.LockstepLsRecTypeLS_REC_NACK, bpf.LockstepLsRecTypeLS_REC_NACK, bpf.LockstepLsRecTypeLS_REC_ECHO, bpf.LockstepLsRecTypeLS_REC_MARK))
+	if d.primary {
+		r.Dir, r.Stream = dirS2P, pick[uint16](d.Rand, 0, 0, 1, streamUser, 2000)
+		r.Type = uint8(pick(d.Rand, bpf.LockstepLsRecTypeLS_REC_DATA, bpf.LockstepLsRecTypeLS_REC_DATA, bpf.LockstepLsRecTypeLS_REC_ANSWER,
+			bpf.LockstepLsRecTypeLS_REC_DGRAM, bpf.LockstepLsRecTypeLS_REC_NEIGH, bpf.LockstepLsRecTypeLS_REC_ECHO))
+	}
+	s := d.segment(false, d.pvm, d.pvm)
+	r.Seq, r.Inc, r.End, r.Ack, r.Win, r.TcpFlags = s.seq, s.seq, s.seq+1, s.ack, s.win, s.flags
+	r.Optlen = uint8(copy(r.Opts[:], s.opts))
+	r.Sum = [2]uint64{d.Uint64(), d.Uint64()}
+	switch bpf.LockstepLsRecType(r.Type) {
+	case bpf.LockstepLsRecTypeLS_REC_NACK:
+		r.Stride = pick(d.Rand, 0, 0, streamAll, 5)
+		r.Sum[0] = uint64(d.IntN(int(d.n.m.streamNo) + 2))
+		r.Sum[1] = r.Sum[0] + uint64(d.IntN(6))
+	case bpf.LockstepLsRecTypeLS_REC_ANNOUNCE:
+		r.TcpFlags = pick[uint8](d.Rand, syn, syn|ack)
+		r.Ack = pick(d.Rand, d.cli...) + 1
+	case bpf.LockstepLsRecTypeLS_REC_DATA:
+		if d.IntN(4) == 0 {
+			r.Nsum = uint16(1 + d.IntN(int(boundMax)))
+			for i := range r.Bound[:r.Nsum] {
+				r.Bound[i] = [2]uint64{d.Uint64(), d.Uint64()}
+			}
+		}
+	}
+	no := d.peerNo[r.Stream] + 1
+	switch d.IntN(10) {
+	case 0:
+		no += uint64(1 + d.IntN(4))
+	case 1:
+		no -= min(no, uint64(d.IntN(5)))
+	case 2:
+		no += uint64(d.IntN(3000))
+	case 3:
+		r.Flags = recRetx
+		no -= min(no, uint64(d.IntN(5)))
+	}
+	d.peerNo[r.Stream] = max(d.peerNo[r.Stream], no)
+	r.StreamNo = no
+	r.Len = uint16(recBase + int(r.Nsum)*boundLen)
+	key := d.session.RxKey
+	switch d.IntN(40) {
+	case 0:
+		r.Version++
+	case 1:
+		r.Type = uint8(d.IntN(12))
+	case 2:
+		r.Dir ^= 1
+	case 3:
+		r.KeyGen--
+	case 4:
+		key[0]++
+	case 5:
+		r.Len += 8
+	}
+	b := slices.Clone(core.BytesOf(&r)[:min(int(r.Len), int(unsafe.Sizeof(r)))])
+	le.PutUint64(b, siphash.Hash(key[0], key[1], b[8:]))
+	off := 18 + 2*d.IntN(100)
+	frame := make([]byte, off, off+len(b))
+	copy(frame, d.n.m.conf.OwnMac[:])
+	copy(frame[6:], d.n.m.conf.PeerMac[:])
+	be.PutUint16(frame[12:], ethertype)
+	le.PutUint16(frame[14:], magic)
+	le.PutUint16(frame[16:], uint16(off))
+	for i := range frame[18:] {
+		frame[18+i] = byte(d.Uint32())
+	}
+	frame = append(frame, b...)
+	switch d.IntN(40) {
+	case 0:
+		frame[14]++
+	case 1:
+		le.PutUint16(frame[16:], uint16(d.IntN(400)))
+	case 2:
+		frame = frame[:off+d.IntN(len(b))]
+	}
+	return append(frame, make([]byte, max(0, 60-len(frame)))...)
+}
+
+// open goes through a handshake that is likely to succeed, on S.
+func (d *duel) open() {
+	if d.n.m.conf.Mode != uint32(datapath.ModeRun) {
+		return
+	}
+	f, cli := pick(d.Rand, d.flows...), pick(d.Rand, d.cli...)
+	flags, answer := uint8(syn|ack), uint8(ack)
+	s := seg{seq: pick(d.Rand, d.svm...), ack: cli + 1, opts: tsOpt(d.near(d.stamps), 7)}
+	if d.IntN(3) == 0 {
+		flags, answer, s.ack = syn, syn|ack, 0
+	}
+	s.flags = flags
+	a := s
+	a.seq, a.opts = pick(d.Rand, d.pvm...), tsOpt(d.near(d.stamps), 7)
+	out := func() {
+		d.both("handshake", f.tcp(false, s), func(b []byte) { d.k.fromGuest(false, b, 0, unmarked) }, func(b []byte) { d.n.FromGuest(b, 0) })
+	}
+	if d.IntN(2) == 0 {
+		out()
+		defer func() {
+			d.fromPeer("handshake", f.tcp(true, seg{seq: cli + 1, ack: a.seq + 1, flags: answer, opts: tsOpt(1, d.near(d.stamps))}))
+		}()
+	}
+	d.peerNo[streamUser]++
+	r := bpf.LockstepLsRec{
+		Version: version, Type: uint8(bpf.LockstepLsRecTypeLS_REC_ANNOUNCE), Dir: dirP2S, Len: uint16(recBase), Stream: streamUser, StreamNo: d.peerNo[streamUser],
+		KeyGen: d.session.Term, Epoch: d.n.m.conf.Epoch, T: f.tuple(), Inc: a.seq, Seq: a.seq, End: a.seq + 1, Ack: a.ack, TcpFlags: a.flags,
+	}
+	r.Optlen = uint8(copy(r.Opts[:], a.opts))
+	b := slices.Clone(core.BytesOf(&r)[:recBase])
+	le.PutUint64(b, siphash.Hash(d.session.RxKey[0], d.session.RxKey[1], b[8:]))
+	frame := append(slices.Concat(d.n.m.conf.OwnMac[:], d.n.m.conf.PeerMac[:], []byte{0x88, 0xb5, 0x4c, 0x53, 54, 0}, make([]byte, 36)), b...)
+	d.fromPeer("announcement", frame)
+	out()
+}
+
+// The model does what the programs do. DUEL_SEED repeats one sequence.
+func TestDuel(t *testing.T) {
+	first, sequences := uint64(1), 150
+	if s := os.Getenv("LOCKSTEP_DUEL_SEED"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		must(t, err)
+		first, sequences = n, 1
+	}
+	for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
+		for _, mptcp := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s,mptcp=%v", role, mptcp), func(t *testing.T) {
+				k := loadPrograms(t, mptcp)
+				for i := range sequences {
+					d := newDuel(t, k, role, first+uint64(i), mptcp)
+					for range 120 {
+						d.step()
+					}
+					d.read()
+					d.tables()
+				}
+			})
+		}
+	}
+}
