@@ -148,7 +148,7 @@ type traffic struct {
 
 func newTraffic(r *rand.Rand) *traffic {
 	t := &traffic{Rand: r}
-	for i := range 3 {
+	for i := range 5 {
 		f := flow{v6: r.IntN(2) == 0, guest: 1, rem: byte(2 + r.IntN(3)), gport: uint16(80 + i), rport: uint16(4000 + i), ext: r.IntN(4) == 0}
 		for range r.IntN(5) - 2 {
 			f.vlans = append(f.vlans, uint16(1+r.IntN(3)))
@@ -227,7 +227,9 @@ func (t *traffic) segment(toGuest bool, isns, known []uint32) seg {
 // other is a frame that is not a plain TCP segment.
 func (t *traffic) other(toGuest bool, isns, known []uint32) []byte {
 	f := pick(t.Rand, t.flows...)
-	switch t.IntN(9) {
+	switch t.IntN(11) {
+	case 7, 8:
+		return t.chained(toGuest, isns, known)
 	case 0:
 		f.gport, f.rport = pick[uint16](t.Rand, 53, 123, 9), pick[uint16](t.Rand, 5353, 7)
 		return f.udp(toGuest, t.bytes(t.IntN(2500)))
@@ -256,6 +258,31 @@ func (t *traffic) other(toGuest bool, isns, known []uint32) []byte {
 		return f.ip(toGuest, 58-57*b2i(!f.v6), append([]byte{pick[byte](t.Rand, 8, 0, 128, 129), 0, 0, 0}, t.bytes(40)...))
 	}
 	return t.icmpError(toGuest, isns, known)
+}
+
+// chained is a segment behind IPv6 extension headers.
+func (t *traffic) chained(toGuest bool, isns, known []uint32) []byte {
+	f := pick(t.Rand, t.flows...)
+	f.v6, f.ext, f.vlans = true, false, nil
+	b := f.tcp(toGuest, t.segment(toGuest, isns, known))
+	next := b[20]
+	var chain []byte
+	for range 1 + t.IntN(3) + 8*(t.IntN(9)/8) {
+		kind := pick[byte](t.Rand, 0, 60, 60, 43, 44, 44)
+		ext := []byte{next, 0, 0, 0, 0, 0, 0, 0}
+		switch {
+		case kind == 44 && t.IntN(3) == 0:
+			be.PutUint16(ext[2:], 8*uint16(t.IntN(4))|uint16(t.IntN(2)))
+		case kind != 44 && t.IntN(6) == 0:
+			ext[1] = byte(t.IntN(20))
+			ext = append(ext, make([]byte, 8*int(ext[1]))...)
+		}
+		next, chain = kind, append(ext, chain...)
+	}
+	b[20] = next
+	b = slices.Insert(b, 54, chain...)
+	be.PutUint16(b[18:], uint16(len(b)-54))
+	return b
 }
 
 func b2i(b bool) byte {

@@ -36,7 +36,7 @@ const (
 
 	// As few slots as a search looks at before it goes on at random.
 	duelSlots, duelLarge = 16, 8
-	duelConns, duelRing  = 4, 1 << 15
+	duelConns, duelRing  = 3, 1 << 13
 )
 
 // outputs are the frames that one side gave out.
@@ -162,7 +162,6 @@ func (p *programs) fromGuest(primary bool, b []byte, gso uint16, from mark) {
 	default:
 		p.Fatalf("verdict %d", int32(verdict))
 	}
-	p.clones()
 }
 
 func (p *programs) toGuest(primary bool, b []byte, gso uint16, from mark) {
@@ -171,7 +170,9 @@ func (p *programs) toGuest(primary bool, b []byte, gso uint16, from mark) {
 		prog = p.LsMirror
 	}
 	verdict, out, m := p.run(prog, b, gso, marks[from])
-	p.clones()
+	if primary && from == unmarked {
+		p.clones()
+	}
 	switch verdict {
 	case next:
 		if m != 0 {
@@ -195,7 +196,9 @@ func (p *programs) fromPeer(primary bool, b []byte) {
 		prog = p.LsDigestRx
 	}
 	verdict, out, m := p.run(prog, b, 0, 0)
-	p.clones()
+	if !primary {
+		p.clones()
+	}
 	switch {
 	case verdict == drop:
 	case verdict != redirect:

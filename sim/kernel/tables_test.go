@@ -12,8 +12,6 @@ import (
 	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
-type tupleMap = *ebpf.Map
-
 // dump is a map of the kernel's without the times in it, which all have to be there.
 func dump[V any](d *duel, m *ebpf.Map) map[bpf.LockstepLsTuple]any {
 	d.t.Helper()
