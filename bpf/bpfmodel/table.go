@@ -125,12 +125,12 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	}
 	off := half.Offset()
 	if half.acked(h) {
+		delete(t.edge, key) // of an earlier connection
 		if len(t.conn) >= t.max {
 			return ConnFull
 		}
 		half.State |= rewriter.Done
 		t.conn[key] = half.conn(h.Ack())
-		delete(t.edge, key) // of an earlier connection
 		t.touch(key, h, false, now)
 	}
 	s.toSVM(off)

@@ -4,12 +4,11 @@ package kernel
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"unsafe"
@@ -224,6 +223,7 @@ func (d *duel) tables() {
 func (d *duel) step() {
 	m := d.n.m
 	isns, known := d.pvm, d.pvm
+	d.errors = m.conf.Mode == uint32(datapath.ModeSolo)
 	if !d.primary {
 		isns = d.svm
 	}
@@ -258,7 +258,7 @@ func (d *duel) step() {
 	case 13, 14, 15:
 		d.fromPeer("a record of the peer", d.record())
 	case 16:
-		if d.IntN(3) > 0 {
+		if d.IntN(6) > 0 {
 			return
 		}
 		d.read()
@@ -447,20 +447,20 @@ func (d *duel) open() {
 	out()
 }
 
-// The model does what the programs do. DUEL_SEED repeats one sequence.
+// The sequences of TestDuel: -duel.seed and -duel.sequences=1 repeat one.
+var (
+	firstSeed = flag.Uint64("duel.seed", 1, "of the first sequence")
+	sequences = flag.Int("duel.sequences", 60, "for each role and setting")
+)
+
+// The model does what the programs do.
 func TestDuel(t *testing.T) {
-	first, sequences := uint64(1), 50
-	if s := os.Getenv("LOCKSTEP_DUEL_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 10, 64)
-		must(t, err)
-		first, sequences = n, 1
-	}
 	for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
 		for _, mptcp := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s,mptcp=%v", role, mptcp), func(t *testing.T) {
 				k := loadPrograms(t, mptcp)
-				for i := range sequences {
-					d := newDuel(t, k, role, first+uint64(i), mptcp)
+				for i := range *sequences {
+					d := newDuel(t, k, role, *firstSeed+uint64(i), mptcp)
 					for range 200 {
 						d.step()
 					}

@@ -144,6 +144,7 @@ type traffic struct {
 	flows         []flow
 	pvm, svm, cli []uint32 // ISNs
 	stamps        []uint32
+	errors        bool // more of ICMP's
 }
 
 func newTraffic(r *rand.Rand) *traffic {
@@ -316,7 +317,9 @@ func (t *traffic) icmpError(toGuest bool, isns, known []uint32) []byte {
 // frame is any of them, spoiled now and then. PROG_TEST_RUN wants an IP header whole.
 func (t *traffic) frame(toGuest bool, isns, known []uint32) []byte {
 	var b []byte
-	if t.IntN(4) > 0 {
+	if t.errors && t.IntN(3) == 0 {
+		b = t.icmpError(toGuest, isns, known)
+	} else if t.IntN(4) > 0 {
 		b = pick(t.Rand, t.flows...).tcp(toGuest, t.segment(toGuest, isns, known))
 	} else {
 		b = t.other(toGuest, isns, known)
