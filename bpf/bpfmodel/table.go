@@ -12,7 +12,6 @@ package bpfmodel
 
 import (
 	"iter"
-	"maps"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/rewriter"
@@ -51,6 +50,9 @@ const (
 // Table holds the connections of one guest NIC.
 type Table struct {
 	MPTCP bool // its option stays in SYNs
+
+	// Rules that are off, as LS_MUTATE_R9, LS_MUTATE_QUOTE and LS_MUTATE_EDGE have it.
+	Unannounced, Unquoted, Unedged bool
 
 	conn  map[Tuple]Conn
 	half  *LRU[Half]
@@ -92,8 +94,8 @@ func sweep(conns map[Tuple]Conn, now int64, linger, idle time.Duration) (removed
 	return removed
 }
 
-// Conns are the connections with an offset.
-func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return maps.All(t.conn) }
+// Conns are the connections with an offset, in the order of their tuples.
+func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return ordered(t.conn) }
 
 // Halves are the connections without one, the latest used first.
 func (t *Table) Halves() iter.Seq2[Tuple, Half] { return t.half.All() }
@@ -162,6 +164,10 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		t.inher.Delete(key)
 		half = t.half.Make(key)
 		half.learnSVM(h, now)
+		if t.Unannounced {
+			half.State |= rewriter.HasPVM
+			half.ISNPVM, half.UsedPVM, half.UsedSVM = h.Seq(), h.Seq(), h.Seq()
+		}
 		half.pair()
 	} else if half == nil {
 		r.inherit(key, s)
@@ -226,7 +232,7 @@ func (t *Table) strip(s *Segment) {
 // Announce takes in the announcement of the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
 // the SVM's is known too, *r is the SVM's, for P, however often P asks (R9).
 func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool) {
-	if c, ok := t.conn[a.Tuple]; t.guess || ok && c.Inc == a.Seq {
+	if c, ok := t.conn[a.Tuple]; t.guess || t.Unannounced || ok && c.Inc == a.Seq {
 		return RecordIn, false
 	}
 	h := t.half.Make(a.Tuple)

@@ -41,7 +41,7 @@ type duel struct {
 
 const duelKeyGen, duelEpoch = 7, 9
 
-func newDuel(t *testing.T, k *programs, role datapath.Role, seed uint64, mptcp bool) *duel {
+func newDuel(t *testing.T, k *programs, role datapath.Role, seed uint64) *duel {
 	d := &duel{
 		traffic: newTraffic(rand.New(rand.NewPCG(seed, 1))), t: t, seed: seed, primary: role == datapath.RolePrimary, k: k,
 		peerNo: make(map[uint16]uint64),
@@ -51,11 +51,10 @@ func newDuel(t *testing.T, k *programs, role datapath.Role, seed uint64, mptcp b
 		Now: func() int64 { return 1000 }, ToWire: take(&d.out.wire), ToGuest: take(&d.out.guest), ToPeer: take(&d.out.peer),
 		Rand: rand.New(rand.NewPCG(seed, 2)),
 	}, Options{
-		Role: role, MAC: duelMAC, Slots: duelSlots, LargeSlots: duelLarge, RingBytes: duelRing, Connections: duelConns, Rules: duelRules, MPTCP: mptcp,
+		Role: role, MAC: duelMAC, Slots: duelSlots, LargeSlots: duelLarge, RingBytes: duelRing, Connections: duelConns, Rules: duelRules, MPTCP: k.mptcp, Mutation: k.mutation,
 	})
 	// The kernel's LRU maps do not evict exactly, so they are larger than what comes.
-	d.n.m.table = bpfmodel.New(duelConns, 4096, 4096)
-	d.n.m.table.MPTCP = mptcp
+	d.n.m.setTable(bpfmodel.New(duelConns, 4096, 4096))
 	d.n.m.cli = bpfmodel.NewLRU[bpf.LockstepLsCli](4096)
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{byte(seed)}))
 	must(t, err)
@@ -459,14 +458,26 @@ var (
 	sequences = flag.Int("duel.sequences", 60, "for each role and setting")
 )
 
-// The model does what the programs do.
+// The model does what the programs do, with MPTCP's option kept as well, and with rules
+// switched off.
 func TestDuel(t *testing.T) {
-	for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
-		for _, mptcp := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s,mptcp=%v", role, mptcp), func(t *testing.T) {
-				k := loadPrograms(t, mptcp)
-				for i := range *sequences {
-					d := newDuel(t, k, role, *firstSeed+uint64(i), mptcp)
+	const (
+		some = bpf.LockstepLsMutationLS_MUTATE_R9 | bpf.LockstepLsMutationLS_MUTATE_R20 | bpf.LockstepLsMutationLS_MUTATE_TAG |
+			bpf.LockstepLsMutationLS_MUTATE_MODE | bpf.LockstepLsMutationLS_MUTATE_FLOOD
+		others = bpf.LockstepLsMutationLS_MUTATE_R6 | bpf.LockstepLsMutationLS_MUTATE_REPLAY | bpf.LockstepLsMutationLS_MUTATE_EDGE |
+			bpf.LockstepLsMutationLS_MUTATE_QUOTE
+	)
+	for _, c := range []struct {
+		name     string
+		mptcp    bool
+		mutation bpf.LockstepLsMutation
+		part     int // of the sequences
+	}{{"plain", false, 0, 1}, {"MPTCP", true, 0, 4}, {"some mutations", false, some, 4}, {"other mutations", false, others, 4}} {
+		for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
+			t.Run(fmt.Sprintf("%s, %s", role, c.name), func(t *testing.T) {
+				k := loadPrograms(t, c.mptcp, c.mutation)
+				for i := range max(*sequences/c.part, 1) {
+					d := newDuel(t, k, role, *firstSeed+uint64(i))
 					for range 200 {
 						d.step()
 					}

@@ -274,6 +274,9 @@ func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
 
 // TakeOver implements [datapath.NIC].
 func (n *NIC) TakeOver(guard uint32) error {
+	if n.m.off(bpf.LockstepLsMutationLS_MUTATE_GUARD) {
+		guard = 0
+	}
 	if !n.m.table.TakeOver(guard, n.Now()) {
 		return errors.New("take over connections: the table is full")
 	}
@@ -311,6 +314,14 @@ func (n *NIC) SetTap(up bool) error {
 
 // MAC implements [datapath.NIC].
 func (n *NIC) MAC() net.HardwareAddr { return n.gate.MAC() }
+
+// Conf is what the programs go by now.
+func (n *NIC) Conf() bpf.LockstepLsConf { return n.m.conf }
+
+// Pinned is what a daemon that starts finds before it decides who it is.
+func (n *NIC) Pinned() datapath.Pinned {
+	return datapath.Pinned{Role: n.m.opts.Role, Mode: datapath.Mode(n.m.conf.Mode)}
+}
 
 // Count is how many frames were counted under a reason.
 func (n *NIC) Count(why bpf.LockstepLsReason) uint64 { return n.m.stats[why] }

@@ -51,16 +51,19 @@ type programs struct {
 	counts []uint64
 	out    outputs
 	slots  core.Slots
+
+	mptcp    bool
+	mutation bpf.LockstepLsMutation
 }
 
 // loadPrograms loads them into a namespace of the test's own, on one CPU.
-func loadPrograms(t *testing.T, mptcp bool) *programs {
+func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation) *programs {
 	t.Helper()
 	lt.NewNetns(t)
 	one := new(unix.CPUSet)
 	one.Set(0)
 	must(t, unix.SchedSetaffinity(0, one))
-	p := &programs{T: t}
+	p := &programs{T: t, mptcp: mptcp, mutation: mutation}
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "lspeer", MTU: 9000}, PeerName: "lsfar"}))
 	index := make(map[string]int)
 	for _, name := range []string{"lo", "lspeer", "lsfar"} {
@@ -90,7 +93,7 @@ func loadPrograms(t *testing.T, mptcp bool) *programs {
 	}
 	for name, v := range map[string]uint32{
 		"ls_tap": uint32(index["lo"]), "ls_peer": uint32(index["lspeer"]), "ls_mark_rel": markRel, "ls_mark_in": markIn,
-		"ls_nslots": duelSlots, "ls_ngslots": duelLarge, "ls_nrules": uint32(len(duelRules)), "ls_mptcp": map[bool]uint32{true: 1}[mptcp],
+		"ls_nslots": duelSlots, "ls_ngslots": duelLarge, "ls_nrules": uint32(len(duelRules)), "ls_mptcp": map[bool]uint32{true: 1}[mptcp], "ls_mutate": uint32(mutation),
 	} {
 		must(t, spec.Variables[name].Set(v))
 	}
