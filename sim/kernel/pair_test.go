@@ -278,3 +278,37 @@ func TestRotation(t *testing.T) {
 	r.run()
 	r.wantReceived("ONETWO")
 }
+
+// Large frames: the guests cut their streams in different places, and the client receives
+// segments.
+func TestLargeFrames(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	data := make([]byte, 50_000)
+	for i := range data {
+		data[i] = byte(i * i >> 3)
+	}
+	const gso, large = 1400, 16_000
+	for i, s := range []*side{r.p, r.s} {
+		for rest := data; len(rest) > 0; {
+			n := min(large-3000*i, len(rest))
+			s.n.FromGuest(s.guest.data(rest[:n]), gso)
+			rest = rest[n:]
+		}
+	}
+	segments := 0
+	r.client.seen = func(n int) {
+		segments++
+		if n > gso {
+			t.Errorf("a segment of %d bytes", n)
+		}
+	}
+	r.pass(100 * rigMS)
+	if string(r.client.got) != string(data) {
+		t.Errorf("the client received %d bytes, want %d, the same", len(r.client.got), len(data))
+	}
+	if segments < len(data)/gso || len(r.p.wanted) > 0 {
+		t.Errorf("%d segments, checkpoints wanted: %v", segments, r.p.wanted)
+	}
+	r.wantFree()
+}
