@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package bpfmodel is the model of the kernel's TCP rewriter: what ls_sec_in,
-// ls_sec_out and ls_sec_gate do to segments on the secondary host. It is pure,
-// and what the kernel does is tested against it.
+// ls_sec_out and ls_sec_gate do to segments on the secondary host, and what all programs
+// do on a host that took over (R22). It is pure, and what the kernel does is tested against
+// it, here and in sim/kernel.
 //
 // The guests choose their own ISNs and timestamps. The remote only ever sees the
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
