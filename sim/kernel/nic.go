@@ -318,11 +318,6 @@ func (n *NIC) MAC() net.HardwareAddr { return n.gate.MAC() }
 // Conf is what the programs go by now.
 func (n *NIC) Conf() bpf.LockstepLsConf { return n.m.conf }
 
-// Pinned is what a daemon that starts finds before it decides who it is.
-func (n *NIC) Pinned() datapath.Pinned {
-	return datapath.Pinned{Role: n.m.opts.Role, Mode: datapath.Mode(n.m.conf.Mode)}
-}
-
 // Count is how many frames were counted under a reason.
 func (n *NIC) Count(why bpf.LockstepLsReason) uint64 { return n.m.stats[why] }
 
