@@ -455,7 +455,7 @@ func (d *duel) open() {
 // The sequences of TestDuel: -duel.seed and -duel.sequences=1 repeat one.
 var (
 	firstSeed = flag.Uint64("duel.seed", 1, "of the first sequence")
-	sequences = flag.Int("duel.sequences", 60, "for each role and setting")
+	sequences = flag.Int("duel.sequences", 40, "for each role and setting")
 )
 
 // The model does what the programs do, with MPTCP's option kept as well, and with rules
