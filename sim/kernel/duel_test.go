@@ -26,17 +26,18 @@ import (
 // duel puts the same frames through the programs and the model.
 type duel struct {
 	*traffic
-	t       *testing.T
-	seed    uint64
-	primary bool
-	k       *programs
-	n       *NIC
-	out     outputs
-	counts  [bpf.LockstepLsReasonLS_R_MAX]uint64
-	session datapath.Session
-	peerNo  map[uint16]uint64
-	held    [2][]uint32 // slots of the kernel and of the model
-	what    string
+	t        *testing.T
+	seed     uint64
+	primary  bool
+	k        *programs
+	n        *NIC
+	out      outputs
+	counts   [bpf.LockstepLsReasonLS_R_MAX]uint64
+	session  datapath.Session
+	peerNo   map[uint16]uint64 // highest number by stream
+	peerLast uint64
+	held     [2][]uint32 // slots of the kernel and of the model
+	what     string
 }
 
 const duelKeyGen, duelEpoch = 7, 9
@@ -51,7 +52,7 @@ func newDuel(t *testing.T, k *programs, role datapath.Role, seed uint64) *duel {
 		Now: func() int64 { return 1000 }, ToWire: take(&d.out.wire), ToGuest: take(&d.out.guest), ToPeer: take(&d.out.peer),
 		Rand: rand.New(rand.NewPCG(seed, 2)),
 	}, Options{
-		Role: role, MAC: duelMAC, Slots: duelSlots, LargeSlots: duelLarge, RingBytes: duelRing, Connections: duelConns, Rules: duelRules, MPTCP: k.mptcp, Mutation: k.mutation,
+		Role: role, MAC: duelMAC, Slots: duelSlots, LargeSlots: duelLarge, RingBytes: k.ringBytes, Connections: duelConns, Rules: duelRules, MPTCP: k.mptcp, Mutation: k.mutation,
 	})
 	// The kernel's LRU maps do not evict exactly, so they are larger than what comes.
 	d.n.m.setTable(bpfmodel.New(duelConns, 4096, 4096))
@@ -77,7 +78,7 @@ func (d *duel) usual() datapath.Mode {
 
 func (d *duel) fatalf(format string, args ...any) {
 	d.t.Helper()
-	d.t.Fatalf("seed %d, %s: %s", d.seed, d.what, fmt.Sprintf(format, args...))
+	d.t.Fatalf("seed %d, %s, %s: %s", d.seed, d.n.m.opts.Role, d.what, fmt.Sprintf(format, args...))
 }
 
 // settle gives the kernel the model's settings and keys.
@@ -363,7 +364,12 @@ func (d *duel) record() []byte {
 		}
 	}
 	no := d.peerNo[r.Stream] + 1
-	switch d.IntN(10) {
+	switch d.IntN(12) {
+	case 4:
+		no -= min(no, 900+uint64(d.IntN(200)))
+	case 5, 6:
+		no = d.peerLast
+		r.Flags = pick[uint8](d.Rand, 0, recRetx)
 	case 0:
 		no += uint64(1 + d.IntN(4))
 	case 1:
@@ -375,7 +381,7 @@ func (d *duel) record() []byte {
 		no -= min(no, uint64(d.IntN(5)))
 	}
 	d.peerNo[r.Stream] = max(d.peerNo[r.Stream], no)
-	r.StreamNo = no
+	r.StreamNo, d.peerLast = no, no
 	r.Len = uint16(recBase + int(r.Nsum)*boundLen)
 	key := d.session.RxKey
 	switch d.IntN(40) {
@@ -461,22 +467,20 @@ var (
 // The model does what the programs do, with MPTCP's option kept as well, and with rules
 // switched off.
 func TestDuel(t *testing.T) {
-	const (
-		some = bpf.LockstepLsMutationLS_MUTATE_R9 | bpf.LockstepLsMutationLS_MUTATE_R20 | bpf.LockstepLsMutationLS_MUTATE_TAG |
-			bpf.LockstepLsMutationLS_MUTATE_MODE | bpf.LockstepLsMutationLS_MUTATE_FLOOD
-		others = bpf.LockstepLsMutationLS_MUTATE_R6 | bpf.LockstepLsMutationLS_MUTATE_REPLAY | bpf.LockstepLsMutationLS_MUTATE_EDGE |
-			bpf.LockstepLsMutationLS_MUTATE_QUOTE
-	)
+	const mutations = bpf.LockstepLsMutationLS_MUTATE_R9 | bpf.LockstepLsMutationLS_MUTATE_R6 | bpf.LockstepLsMutationLS_MUTATE_R20 |
+		bpf.LockstepLsMutationLS_MUTATE_TAG | bpf.LockstepLsMutationLS_MUTATE_REPLAY | bpf.LockstepLsMutationLS_MUTATE_MODE |
+		bpf.LockstepLsMutationLS_MUTATE_FLOOD | bpf.LockstepLsMutationLS_MUTATE_EDGE | bpf.LockstepLsMutationLS_MUTATE_QUOTE
 	for _, c := range []struct {
 		name     string
 		mptcp    bool
 		mutation bpf.LockstepLsMutation
+		ring     int // bytes: the larger one is seldom full before the slots are taken
 		part     int // of the sequences
-	}{{"plain", false, 0, 1}, {"MPTCP", true, 0, 4}, {"some mutations", false, some, 4}, {"other mutations", false, others, 4}} {
-		for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
-			t.Run(fmt.Sprintf("%s, %s", role, c.name), func(t *testing.T) {
-				k := loadPrograms(t, c.mptcp, c.mutation)
-				for i := range max(*sequences/c.part, 1) {
+	}{{"plain", false, 0, 1 << 13, 1}, {"MPTCP", true, 0, 1 << 15, 1}, {"mutations", false, mutations, 1 << 15, 4}} {
+		t.Run(c.name, func(t *testing.T) {
+			k := loadPrograms(t, c.mptcp, c.mutation, c.ring)
+			for i := range max(*sequences/c.part, 1) {
+				for _, role := range []datapath.Role{datapath.RolePrimary, datapath.RoleSecondary} {
 					d := newDuel(t, k, role, *firstSeed+uint64(i))
 					for range 200 {
 						d.step()
@@ -484,7 +488,7 @@ func TestDuel(t *testing.T) {
 					d.read()
 					d.tables()
 				}
-			})
-		}
+			}
+		})
 	}
 }

@@ -182,7 +182,7 @@ func (t *traffic) bytes(n int) []byte {
 }
 
 func (t *traffic) options() (o []byte) {
-	ts := func() []byte { return tsOpt(t.near(t.stamps), t.near(t.stamps)) }
+	ts := func() []byte { return tsOpt(t.near(t.stamps), pick(t.Rand, t.near(t.stamps), t.stamps[0])) }
 	switch t.IntN(8) {
 	case 0:
 	case 1:
@@ -244,6 +244,12 @@ func (t *traffic) other(toGuest bool, isns, known []uint32) []byte {
 		return b
 	case 3: // ARP
 		src, dst, _, _ := f.ends(toGuest)
+		switch t.IntN(5) {
+		case 0: // a probe
+			src = [16]byte{}
+		case 1: // an announcement
+			src = dst
+		}
 		b := append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 2, 8, 6, 0, 1, 8, 0, 6, 4, 0, byte(1 + t.IntN(2)), 2, 0, 0, 0, 0, 2}, src[12:]...)
 		b = append(append(b, 0, 0, 0, 0, 0, 0), dst[12:]...)
 		return append(b, make([]byte, 20)...)

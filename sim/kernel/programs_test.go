@@ -36,7 +36,7 @@ const (
 
 	// As few slots as a search looks at before it goes on at random.
 	duelSlots, duelLarge = 16, 8
-	duelConns, duelRing  = 3, 1 << 13
+	duelConns            = 3
 )
 
 // outputs are the frames that one side gave out.
@@ -52,18 +52,19 @@ type programs struct {
 	out    outputs
 	slots  core.Slots
 
-	mptcp    bool
-	mutation bpf.LockstepLsMutation
+	mptcp     bool
+	mutation  bpf.LockstepLsMutation
+	ringBytes int
 }
 
 // loadPrograms loads them into a namespace of the test's own, on one CPU.
-func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation) *programs {
+func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation, ring int) *programs {
 	t.Helper()
 	lt.NewNetns(t)
 	one := new(unix.CPUSet)
 	one.Set(0)
 	must(t, unix.SchedSetaffinity(0, one))
-	p := &programs{T: t, mptcp: mptcp, mutation: mutation}
+	p := &programs{T: t, mptcp: mptcp, mutation: mutation, ringBytes: ring}
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "lspeer", MTU: 9000}, PeerName: "lsfar"}))
 	index := make(map[string]int)
 	for _, name := range []string{"lo", "lspeer", "lsfar"} {
@@ -86,7 +87,7 @@ func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation) *pr
 	must(t, err)
 	cpus := uint32(ebpf.MustPossibleCPU())
 	for name, n := range map[string]uint32{
-		"ls_slots": duelSlots, "ls_gslots": duelLarge, "ls_conn": duelConns, "ls_edge": duelConns, "ls_ring": duelRing,
+		"ls_slots": duelSlots, "ls_gslots": duelLarge, "ls_conn": duelConns, "ls_edge": duelConns, "ls_ring": uint32(ring),
 		"ls_lane": cpus, "ls_sent": cpus * uint32(keptMax),
 	} {
 		spec.Maps[name].MaxEntries = n
