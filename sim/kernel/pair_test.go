@@ -3,7 +3,7 @@
 package kernel
 
 import (
-	"math"
+	"log/slog"
 	"slices"
 	"testing"
 	"time"
@@ -11,6 +11,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
@@ -49,8 +50,8 @@ func TestPair(t *testing.T) {
 			t.Errorf("offset %+v, want %#x", o, want)
 		}
 	}))
-	if known != 1 || len(r.p.wanted) != 0 {
-		t.Errorf("%d offsets, checkpoints wanted: %v", known, r.p.wanted)
+	if known != 1 || len(r.wanted) != 0 {
+		t.Errorf("%d offsets, checkpoints wanted: %v", known, r.wanted)
 	}
 }
 
@@ -109,47 +110,46 @@ func TestCheckpointParks(t *testing.T) {
 	r := newRig(t)
 	r.open()
 	r.send("one")
-	r.p.step(compare.Event{Kind: compare.EvFreeze})
-	must(t, r.s.n.SetMode(datapath.ModePark))
+	must(t, r.p.loop.Freeze())
+	must(t, r.s.loop.Park())
 	r.send("two") // the PVM answers, before its STOP
 	r.wantReceived("ONE")
 	if n := r.s.n.Slots(); n == 0 {
 		t.Error("nothing is parked")
 	}
 	r.now += 10 * rigMS
+	stop := r.now
+	must(t, r.p.n.SetEpoch(2))
 	must(t, r.p.n.MarkStop())
 	r.run()
-	commit := r.now
 	r.now += 10 * rigMS
 	loaded := *r.p.guest
 	loaded.sent, loaded.got = slices.Clone(loaded.sent), slices.Clone(loaded.got)
 	*r.s.guest = loaded
 	must(t, r.s.n.SetEpoch(2))
-	must(t, r.s.n.ResetOffsets())
-	r.s.step(compare.Event{Kind: compare.EvReset, Epoch: 2})
-	must(t, r.s.n.SetMode(datapath.ModeRun))
-	r.s.step(compare.Event{Kind: compare.EvUnpark})
-	must(t, r.p.n.SetEpoch(2))
-	r.p.step(compare.Event{Kind: compare.EvCommit, Epoch: 2, At: commit})
+	must(t, r.s.loop.Reset(2))
+	must(t, r.s.loop.Unpark())
+	inside, err := r.p.loop.Commit(2, (stop+r.now)/2, stop, r.now)
+	must(t, err)
+	if inside {
+		t.Error("a frame was captured in the pause")
+	}
 	r.run()
 	r.wantReceived("ONETWO")
 	r.send("three")
 	r.pass(50 * rigMS)
 	r.wantReceived("ONETWOTHREE")
-	if n := r.s.n.Count(bpf.LockstepLsReasonLS_R_parked); n == 0 || len(r.p.wanted) != 0 {
-		t.Errorf("%d frames were parked, checkpoints wanted: %v", n, r.p.wanted)
+	if n := r.s.n.Count(bpf.LockstepLsReasonLS_R_parked); n == 0 || len(r.wanted) != 0 {
+		t.Errorf("%d frames were parked, checkpoints wanted: %v", n, r.wanted)
 	}
 	r.wantFree()
 }
 
 // takeOver: P is dead, and S transmits.
 func (r *rig) takeOver(guard uint32) {
-	must(r, r.s.n.SetMode(datapath.ModeQuiet))
-	must(r, r.p.n.SetMode(datapath.ModeShut))
-	must(r, r.s.n.TakeOver(guard))
-	must(r, r.s.n.SetLeaseUntil(math.MaxInt64))
-	must(r, r.s.n.SetMode(datapath.ModeSolo))
-	r.s.step(compare.Event{Kind: compare.EvTakeOver})
+	must(r, r.s.loop.Quiet())
+	must(r, r.p.loop.Shut())
+	must(r, r.s.loop.TakeOver(guard))
 	r.run()
 }
 
@@ -187,8 +187,8 @@ func TestTakeOver(t *testing.T) {
 		t.Errorf("edges %+v", edges)
 	}
 	r.s.n = n
-	r.s.core = compare.NewPrimary(compare.Config{}, &r.session.Digest)
-	r.s.step(compare.Event{Kind: compare.EvSolo})
+	r.s.loop = nicloop.NewPrimary(0, n, slog.New(slog.DiscardHandler), nil, compare.Config{}, r.session.Digest)
+	must(t, r.s.loop.Solo())
 	r.send("four")
 	r.wantReceived("ONETWOTHREEFOUR")
 	if _, ok := n.Acked(edges[0].Tuple); !ok {
@@ -217,11 +217,9 @@ func TestReopen(t *testing.T) {
 		t.Fatalf("recovered %+v", found)
 	}
 	r.wantFree()
-	r.p.core = compare.NewPrimary(compare.Config{Epoch: found.Epoch, KeepYoung: true}, &found.Digest)
-	for _, f := range found.Remotes {
-		r.p.step(compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: f.Tuple, Seq: f.Ack, Slot: compare.NoSlot}})
-	}
-	must(t, r.p.n.SetMode(found.Mode))
+	r.primary(found.Epoch)
+	r.p.loop.Restore(time.Hour)
+	must(t, r.p.loop.RestoreMode())
 	for _, s := range []*side{r.p, r.s} { // the guests repeat what was lost
 		s.n.FromGuest(s.guest.again(), 0)
 	}
@@ -307,8 +305,8 @@ func TestLargeFrames(t *testing.T) {
 	if string(r.client.got) != string(data) {
 		t.Errorf("the client received %d bytes, want %d, the same", len(r.client.got), len(data))
 	}
-	if segments < len(data)/gso || len(r.p.wanted) > 0 {
-		t.Errorf("%d segments, checkpoints wanted: %v", segments, r.p.wanted)
+	if segments < len(data)/gso || len(r.wanted) > 0 {
+		t.Errorf("%d segments, checkpoints wanted: %v", segments, r.wanted)
 	}
 	r.wantFree()
 }

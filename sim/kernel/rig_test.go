@@ -4,6 +4,7 @@ package kernel
 
 import (
 	"bytes"
+	"log/slog"
 	"math"
 	"math/rand/v2"
 	"testing"
@@ -12,67 +13,14 @@ import (
 	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 )
 
-// side is one host: its NIC, its core, driven as control's loop does, and its guest.
+// side is one host: its NIC, the daemon's loop, and its guest.
 type side struct {
-	n    *NIC
-	core interface {
-		Step(now int64, ev *compare.Event, out []compare.Effect) []compare.Effect
-		NextDeadline() int64
-	}
-	guest  *endpoint
-	clock  func() int64
-	evs    []compare.Event
-	effs   []compare.Effect
-	wanted []compare.Reason // of checkpoints
-}
-
-func (s *side) step(ev compare.Event) {
-	s.effs = s.core.Step(s.clock(), &ev, s.effs)
-	s.apply()
-}
-
-func (s *side) apply() {
-	for len(s.effs) > 0 {
-		var acked []compare.Event
-		for i := range s.effs {
-			switch e := &s.effs[i]; e.Op {
-			case compare.OpCheckpoint:
-				s.wanted = append(s.wanted, e.Reason)
-			case compare.OpAdopt:
-				if ack, ok := s.n.Acked(e.Tuple); ok {
-					acked = append(acked, compare.Event{Kind: compare.EvAdopt, Seg: compare.Segment{Tuple: e.Tuple, Seq: ack, Slot: compare.NoSlot}})
-				}
-			}
-		}
-		if err := s.n.Apply(s.effs); err != nil {
-			panic(err)
-		}
-		s.effs = s.effs[:0]
-		for i := range acked {
-			s.effs = s.core.Step(s.clock(), &acked[i], s.effs)
-		}
-	}
-}
-
-// poll does one turn of the loop and reports whether there was anything to do.
-func (s *side) poll() bool {
-	evs, err := s.n.Poll(time.Hour, s.evs[:0])
-	if err != nil {
-		panic(err)
-	}
-	s.evs = evs
-	for i := range evs {
-		s.effs = s.core.Step(s.clock(), &evs[i], s.effs)
-	}
-	due := s.core.NextDeadline() <= s.clock()
-	if due {
-		s.effs = s.core.Step(s.clock(), &compare.Event{Kind: compare.EvTick}, s.effs)
-	}
-	busy := len(s.effs) > 0
-	s.apply()
-	return busy || due || len(evs) > 0
+	n     *NIC
+	loop  *nicloop.Loop
+	guest *endpoint
 }
 
 // rig is a pair with a client, and what is under way between them.
@@ -84,6 +32,7 @@ type rig struct {
 	queue   []func()            // deliveries, in order
 	lose    func(b []byte) bool // on the peer link
 	session datapath.Session    // P's view
+	wanted  []string            // checkpoints, by their reasons
 }
 
 var rigFlow = flow{guest: 1, rem: 2, gport: 80, rport: 4000}
@@ -118,23 +67,29 @@ func newRig(t testing.TB) *rig {
 			},
 		}
 	}
-	r.p = &side{clock: clock, guest: &endpoint{flow: rigFlow, isn: 0xfffffff0, stamp: 5000, clock: clock}}
-	r.s = &side{clock: clock, guest: &endpoint{flow: rigFlow, isn: 0x500, stamp: 0xfffffff0, clock: clock}}
+	r.p = &side{guest: &endpoint{flow: rigFlow, isn: 0xfffffff0, stamp: 5000, clock: clock}}
+	r.s = &side{guest: &endpoint{flow: rigFlow, isn: 0x500, stamp: 0xfffffff0, clock: clock}}
 	r.p.n = New(host(r.p, func() *NIC { return r.s.n }), Options{Role: datapath.RolePrimary, MAC: []byte{2, 0, 0, 0, 1, 1}})
 	r.s.n = New(host(r.s, func() *NIC { return r.p.n }), Options{Role: datapath.RoleSecondary, MAC: []byte{2, 0, 0, 0, 1, 2}})
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte{3}))
 	must(t, err)
 	r.session = datapath.Session{Term: 1, Epoch: 1, PeerMAC: r.s.n.MAC(), TxKey: [2]uint64{1, 2}, RxKey: [2]uint64{3, 4}, Digest: *keys}
-	must(t, r.p.n.InstallSession(r.session))
 	other := r.session
 	other.PeerMAC, other.TxKey, other.RxKey = r.p.n.MAC(), r.session.RxKey, r.session.TxKey
-	must(t, r.s.n.InstallSession(other))
-	r.p.core = compare.NewPrimary(compare.Config{Epoch: 1, KeepYoung: true}, keys)
-	r.s.core = compare.NewSecondary(compare.SecondaryConfig{}, keys)
+	r.primary(1)
+	r.s.loop = nicloop.NewSecondary(0, r.s.n, slog.New(slog.DiscardHandler), compare.SecondaryConfig{}, *keys)
+	must(t, r.p.loop.Install(r.session))
+	must(t, r.s.loop.Install(other))
+	must(t, r.p.loop.SetMode(datapath.ModeHold))
 	must(t, r.p.n.SetLeaseUntil(math.MaxInt64))
-	must(t, r.p.n.SetMode(datapath.ModeHold))
-	must(t, r.s.n.SetMode(datapath.ModeRun))
+	must(t, r.s.loop.SetMode(datapath.ModeRun))
 	return r
+}
+
+// primary makes P's loop.
+func (r *rig) primary(epoch uint32) {
+	want := func(q nicloop.Request) { r.wanted = append(r.wanted, q.Reason) }
+	r.p.loop = nicloop.NewPrimary(0, r.p.n, slog.New(slog.DiscardHandler), want, compare.Config{Epoch: epoch, KeepYoung: true}, r.session.Digest)
 }
 
 // wire: the bridge has a frame for the guest that transmits.
@@ -155,19 +110,20 @@ func (r *rig) run() {
 			r.queue = r.queue[1:]
 			f()
 		}
-		busy = r.p.poll() || busy
-		busy = r.s.poll() || busy
+		for _, s := range []*side{r.p, r.s} {
+			if !s.n.closed && (s.n.Pending() || s.loop.Deadline() <= r.now) {
+				must(r, s.loop.Turn(0))
+				busy = true
+			}
+		}
 	}
 }
 
-// pass lets time pass, the cores' deadlines being met.
+// pass lets time pass, the loops' deadlines being met.
 func (r *rig) pass(d int64) {
-	end := r.now + d
-	for {
-		at := min(r.p.core.NextDeadline(), r.s.core.NextDeadline(), end)
-		r.now = max(r.now, at)
-		r.run()
-		if r.now >= end {
+	for end := r.now + d; ; {
+		r.now = max(r.now, min(r.p.loop.Deadline(), r.s.loop.Deadline(), end))
+		if r.run(); r.now >= end {
 			return
 		}
 	}
