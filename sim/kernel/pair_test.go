@@ -227,6 +227,24 @@ func TestReopen(t *testing.T) {
 	r.wantReceived("ONETWO")
 }
 
+// A tap that is down lets nothing through, and what is released then is lost.
+func TestTapDown(t *testing.T) {
+	r := newRig(t)
+	r.open()
+	must(t, r.p.n.SetTap(false))
+	r.send("one")
+	r.p.n.FromGuest(r.p.guest.data([]byte("X")), 0)
+	if used := r.p.n.Slots(); used != 0 || len(r.p.guest.got) > 0 {
+		t.Errorf("%d slots taken, the guest received %q", used, r.p.guest.got)
+	}
+	must(t, r.p.n.Apply([]compare.Effect{{Op: compare.OpNeigh, Tuple: compare.Tuple{Guest: r.p.guest.flow.addr(1)}}}))
+	counters, err := r.p.n.Counters()
+	must(t, err)
+	if counters["release_lost"] != 1 {
+		t.Errorf("%d released frames are lost, want 1", counters["release_lost"])
+	}
+}
+
 // R20: nothing leaves without echoes.
 func TestLease(t *testing.T) {
 	r := newRig(t)
