@@ -71,6 +71,8 @@ func mayImport(from, to string, test bool) bool {
 		return true
 	case from == "sim/kernel": // what the simulator puts in the kernel's place
 		return to == "compare" || to == "rewriter" || under(to, "bpf") || to == "control/datapath" || to == "loader/core"
+	case under(from, "sim"):
+		return true
 	case isTestKit(to):
 		return false
 	case under(to, "bpf"):

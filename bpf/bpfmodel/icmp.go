@@ -188,6 +188,7 @@ func (e *ICMPError) toPVM(off rewriter.Offset) {
 func (t *Table) Error(e *ICMPError, toGuest, alone bool) {
 	c, ok := t.conn[e.tuple]
 	switch {
+	case t.Unquoted:
 	case ok && alone:
 		e.pass(&c, t.edgeOf(e.tuple), toGuest)
 	case ok:

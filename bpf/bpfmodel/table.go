@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package bpfmodel is the model of the kernel's TCP rewriter: what ls_sec_in,
-// ls_sec_out and ls_sec_gate do to segments on the secondary host. It is pure,
-// and what the kernel does is tested against it.
+// ls_sec_out and ls_sec_gate do to segments on the secondary host, and what all programs
+// do on a host that took over (R22). It is pure, and what the kernel does is tested against
+// it, here and in sim/kernel.
 //
 // The guests choose their own ISNs and timestamps. The remote only ever sees the
 // PVM's, so on S what the remote acknowledges is translated on the way in, and
@@ -12,7 +13,6 @@ package bpfmodel
 
 import (
 	"iter"
-	"maps"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/rewriter"
@@ -51,6 +51,9 @@ const (
 // Table holds the connections of one guest NIC.
 type Table struct {
 	MPTCP bool // its option stays in SYNs
+
+	// Rules that are off, as LS_MUTATE_R9, LS_MUTATE_QUOTE and LS_MUTATE_EDGE have it.
+	Unannounced, Unquoted, Unedged bool
 
 	conn  map[Tuple]Conn
 	half  *LRU[Half]
@@ -92,11 +95,15 @@ func sweep(conns map[Tuple]Conn, now int64, linger, idle time.Duration) (removed
 	return removed
 }
 
-// Conns are the connections with an offset.
-func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return maps.All(t.conn) }
+// Conns are the connections with an offset, in the order of their tuples.
+func (t *Table) Conns() iter.Seq2[Tuple, Conn] { return ordered(t.conn) }
 
 // Halves are the connections without one, the latest used first.
 func (t *Table) Halves() iter.Seq2[Tuple, Half] { return t.half.All() }
+
+// Inherited are the connections that came with a checkpoint and that the SVM has sent on
+// since, with the highest ack of the remote; 0: none received.
+func (t *Table) Inherited() iter.Seq2[Tuple, uint32] { return t.inher.All() }
 
 // Inbound translates a mirrored segment for the SVM, in place.
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
@@ -118,12 +125,12 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	}
 	off := half.Offset()
 	if half.acked(h) {
+		delete(t.edge, key) // of an earlier connection
 		if len(t.conn) >= t.max {
 			return ConnFull
 		}
 		half.State |= rewriter.Done
 		t.conn[key] = half.conn(h.Ack())
-		delete(t.edge, key) // of an earlier connection
 		t.touch(key, h, false, now)
 	}
 	s.toSVM(off)
@@ -155,6 +162,10 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		t.inher.Delete(key)
 		half = t.half.Make(key)
 		half.learnSVM(h, now)
+		if t.Unannounced {
+			half.State |= rewriter.HasPVM
+			half.ISNPVM, half.UsedPVM, half.UsedSVM = h.Seq(), h.Seq(), h.Seq()
+		}
 		half.pair()
 	} else if half == nil || half.State&rewriter.HasSVM == 0 && !t.guess {
 		r.inherit(key, s)
@@ -219,7 +230,7 @@ func (t *Table) strip(s *Segment) {
 // Announce takes in the announcement of the PVM's SYN or SYN|ACK: a.Seq is its ISN. When
 // the SVM's is known too, *r is the SVM's, for P, however often P asks (R9).
 func (t *Table) Announce(a *Record, now int64, r *Record) (v Verdict, sent bool) {
-	if c, ok := t.conn[a.Tuple]; t.guess || ok && c.Inc == a.Seq {
+	if c, ok := t.conn[a.Tuple]; t.guess || t.Unannounced || ok && c.Inc == a.Seq {
 		return RecordIn, false
 	}
 	h := t.half.Make(a.Tuple)

@@ -40,7 +40,7 @@ func (t *Table) Alone(s *Segment, toGuest, again bool, now int64) {
 
 // EdgeIn translates a segment for P's guest, in place, before anything else uses it.
 func (t *Table) EdgeIn(s *Segment, now int64) {
-	if c, ok := t.edge[s.Tuple]; ok {
+	if c, ok := t.edge[s.Tuple]; ok && !t.Unedged {
 		s.enter(&c, rewriter.Offset{}, now)
 		t.edge[s.Tuple] = c
 	}
@@ -50,7 +50,7 @@ func (t *Table) EdgeIn(s *Segment, now int64) {
 func (t *Table) EdgeOut(s *Segment, now int64) {
 	c, ok := t.edge[s.Tuple]
 	switch {
-	case !ok:
+	case !ok || t.Unedged:
 	case s.TCP().Flags()&SYN != 0:
 		delete(t.edge, s.Tuple) // another connection
 	default:
@@ -61,12 +61,15 @@ func (t *Table) EdgeOut(s *Segment, now int64) {
 
 // EdgeError does the same for an ICMP error.
 func (t *Table) EdgeError(e *ICMPError, toGuest bool) {
-	if c, ok := t.edge[e.tuple]; ok {
+	if c, ok := t.edge[e.tuple]; ok && !t.Unquoted && !t.Unedged {
 		e.pass(&c, rewriter.Offset{}, toGuest)
 	}
 }
 
 func (t *Table) edgeOf(key Tuple) rewriter.Offset {
+	if t.Unedged {
+		return rewriter.Offset{}
+	}
 	c := t.edge[key]
 	return c.Offset()
 }
@@ -157,7 +160,8 @@ func (t *Table) Edges() iter.Seq2[Tuple, Conn] { return ordered(t.edge) }
 func (t *Table) Promoted() iter.Seq2[Tuple, Conn] {
 	return func(yield func(Tuple, Conn) bool) {
 		for key, c := range ordered(t.conn) {
-			if !yield(key, c.Behind(t.edgeOf(key))) {
+			edge := t.edge[key]
+			if !yield(key, c.Behind(edge.Offset())) {
 				return
 			}
 		}

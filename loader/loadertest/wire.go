@@ -46,7 +46,7 @@ func openWire(t testing.TB, ns, device string, sent bool) *Wire {
 		t.Fatalf("packet socket: %v", err)
 	}
 	receive(t, w.fd, sent, func(frame, oob []byte) {
-		f := withTag(bytes.Clone(frame), oob)
+		f := WithTag(bytes.Clone(frame), oob)
 		w.mu.Lock()
 		w.frames = append(w.frames, f)
 		w.mu.Unlock()
@@ -106,8 +106,8 @@ func receive(t testing.TB, fd int, sent bool, f func(frame, oob []byte), last fu
 	})
 }
 
-// withTag puts back a VLAN tag that the kernel reported beside the frame.
-func withTag(frame, oob []byte) []byte {
+// WithTag puts back a VLAN tag that the kernel reported beside the frame.
+func WithTag(frame, oob []byte) []byte {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil || len(frame) < 12 {
 		return frame

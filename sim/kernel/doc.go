@@ -19,5 +19,6 @@
 //     They are cut when they leave for the bridge. Behind IPv6 extension headers they are not.
 //   - Tables evict the entry least lately used, exactly.
 //   - The peer link takes every frame, and the tap delivers at once. XDP is left out.
-//   - Of the mutations R9, GUARD, QUOTE and DRAIN do nothing.
+//   - The mutation GUARD takes the guard when it is set, and DRAIN changes nothing: no frame
+//     for a guest is large.
 package kernel

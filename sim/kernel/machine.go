@@ -34,7 +34,7 @@ type Options struct {
 	HalfOpen          int              // 16384
 	Rules             []bpf.LockstepLsRule
 	MPTCP             bool
-	Mutation          bpf.LockstepLsMutation // a rule that is off; not R9, GUARD, QUOTE and DRAIN
+	Mutation          bpf.LockstepLsMutation // rules that are off
 }
 
 // mark says where a frame at the tap's egress comes from.
@@ -95,11 +95,18 @@ func newMachine(h Host, o Options) *machine {
 		peerLink: peerLink{host: h, opts: o, windows: make(map[uint16]*window)},
 		ring:     ring{size: o.RingBytes},
 		slots:    core.Slots{Small: aligned(o.Slots * core.SlotSize), Large: aligned(o.LargeSlots * core.LargeSize)},
-		table:    bpfmodel.New(o.Connections, o.HalfOpen, o.Connections),
 		cli:      bpfmodel.NewLRU[bpf.LockstepLsCli](o.Connections),
 	}
-	m.table.MPTCP = o.MPTCP
+	m.setTable(bpfmodel.New(o.Connections, o.HalfOpen, o.Connections))
 	return m
+}
+
+// setTable has t follow the options.
+func (m *machine) setTable(t *bpfmodel.Table) {
+	m.table = t
+	t.MPTCP = m.opts.MPTCP
+	t.Unannounced, t.Unquoted = m.off(bpf.LockstepLsMutationLS_MUTATE_R9), m.off(bpf.LockstepLsMutationLS_MUTATE_QUOTE)
+	t.Unedged = m.off(bpf.LockstepLsMutationLS_MUTATE_EDGE)
 }
 
 func (m *machine) mode() bpf.LockstepLsMode { return bpf.LockstepLsMode(m.conf.Mode) }

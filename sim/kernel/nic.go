@@ -31,8 +31,7 @@ type NIC struct {
 	// the guest's tap.
 	Intruder string
 	OnTap    bool
-	// TapDown: SetTap has set the tap down, and no frame passes it. Who calls FromGuest and
-	// FromWire heeds it.
+	// TapDown: SetTap has set the tap down, and no frame passes it.
 	TapDown bool
 
 	m         *machine
@@ -63,7 +62,13 @@ func open(m *machine) *NIC {
 		t.Signer.Dir, toTap = bpf.LockstepLsDirLS_DIR_S2P, mirrored
 	}
 	tap := func(from mark) *outlet {
-		return &outlet{lost: &n.lost.tap, send: func(b []byte, gso uint16) { m.toGuest(b, gso, from) }}
+		return &outlet{lost: &n.lost.tap, send: func(b []byte, gso uint16) {
+			if n.TapDown {
+				n.lost.tap++
+				return
+			}
+			m.toGuest(b, gso, from)
+		}}
 	}
 	t.ToTap, t.Retransmit, t.ToGuest = tap(toTap), tap(released), tap(mirrored)
 	t.ToPeer = &outlet{lost: &n.lost.peer, send: func(b []byte, _ uint16) { m.host.ToPeer(b) }}
@@ -125,10 +130,18 @@ func (n *NIC) successor(m *machine) *NIC {
 
 // FromGuest: the guest transmitted a frame, which gso (0: none) asks to have cut into
 // segments of so many bytes. The frame is the NIC's from now on, as in the next two.
-func (n *NIC) FromGuest(frame []byte, gso uint16) { n.m.fromGuest(frame, gso, unmarked) }
+func (n *NIC) FromGuest(frame []byte, gso uint16) {
+	if !n.TapDown {
+		n.m.fromGuest(frame, gso, unmarked)
+	}
+}
 
 // FromWire: the bridge has a frame for the guest.
-func (n *NIC) FromWire(frame []byte) { n.m.toGuest(frame, 0, unmarked) }
+func (n *NIC) FromWire(frame []byte) {
+	if !n.TapDown {
+		n.m.toGuest(frame, 0, unmarked)
+	}
+}
 
 // FromPeer: the peer link delivered a frame.
 func (n *NIC) FromPeer(frame []byte) { n.m.fromPeer(frame) }
@@ -274,6 +287,9 @@ func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
 
 // TakeOver implements [datapath.NIC].
 func (n *NIC) TakeOver(guard uint32) error {
+	if n.m.off(bpf.LockstepLsMutationLS_MUTATE_GUARD) {
+		guard = 0
+	}
 	if !n.m.table.TakeOver(guard, n.Now()) {
 		return errors.New("take over connections: the table is full")
 	}
@@ -311,6 +327,9 @@ func (n *NIC) SetTap(up bool) error {
 
 // MAC implements [datapath.NIC].
 func (n *NIC) MAC() net.HardwareAddr { return n.gate.MAC() }
+
+// Conf is what the programs go by now.
+func (n *NIC) Conf() bpf.LockstepLsConf { return n.m.conf }
 
 // Count is how many frames were counted under a reason.
 func (n *NIC) Count(why bpf.LockstepLsReason) uint64 { return n.m.stats[why] }

@@ -96,7 +96,7 @@ func (m *machine) priLeave(b []byte, gso uint16, why bpf.LockstepLsReason) {
 		m.count(bpf.LockstepLsReasonLS_R_muted)
 		return
 	}
-	if m.edged() {
+	if m.conf.Edges != 0 {
 		switch p := &m.p; p.Parse(b, false) {
 		case bpfmodel.ClassTCP:
 			m.table.EdgeOut(p, m.host.Now())
@@ -108,11 +108,6 @@ func (m *machine) priLeave(b []byte, gso uint16, why bpf.LockstepLsReason) {
 	}
 	m.count(why)
 	m.leave(b, gso)
-}
-
-// edged: may connections have been taken over?
-func (m *machine) edged() bool {
-	return m.conf.Edges != 0 && !m.off(bpf.LockstepLsMutationLS_MUTATE_EDGE)
 }
 
 // mirror is bpf/mirror.bpf.c: frames that the guest is about to receive.
@@ -130,7 +125,7 @@ func (m *machine) mirror(b []byte, from mark) {
 	}
 	p := &m.p
 	class := p.Parse(b, true)
-	if m.edged() {
+	if m.conf.Edges != 0 {
 		if class == bpfmodel.ClassTCP {
 			m.table.EdgeIn(p, m.host.Now())
 		} else if class == bpfmodel.ClassDatagram && m.quote.Find(p, true) {
