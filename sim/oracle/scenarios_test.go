@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package oracle
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"maps"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/datadriven"
+
+	"github.com/lockstep-ft/lockstep/bench/lab"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
+)
+
+// Scenarios live in testdata/scenarios; -rewrite writes what happens now into them. Each is a file
+// that begins with why it is there, and, where the engines differ, with a line
+// "# Difference: " and the heading in docs/DIFFERENCES.md.
+//
+//	engines SETTINGS       other ones than "patient": see settings; the first command, if any
+//	run                    a step per line; what comes of it is below, by the step's number
+//
+// Steps:
+//
+//	P|S|C PACKET           the PVM, the SVM or the client sends: see parsePacket. The SVM's numbers are its own
+//	open [conn=n] [opts]   a client opens a connection: SYN, both guests' SYN|ACK, ACK. Nothing is
+//	                       printed when just the PVM's SYN|ACK leaves
+//	checkpoint             one that nothing asked for
+//	wait                   longer than the engines' timeouts, or, where these are long, than all else
+//	reuse higher|lower     the connection's next incarnation, by the PVM's initial sequence number
+//	isn pvm=n svm=n        other initial sequence numbers
+//	show svm               from here on print what reaches the SVM, too
+//	flood n                the SVM sends a datagram on each of n flows
+//
+// "out" is what reaches the client, "svm" what reaches the SVM, "checkpoint" means that one was asked
+// for; it is made at once.
+
+// setting is how both engines are set.
+type setting struct {
+	qemu, lockstep string
+	wait           time.Duration
+}
+
+var settings = map[string]setting{
+	"patient":   {",compare_timeout=600000,expired_scan_cycle=600000", "timeout: 10m", 30 * time.Millisecond},
+	"impatient": {",compare_timeout=300,expired_scan_cycle=50", "timeout: 300ms", time.Second},
+	"narrow":    {",compare_timeout=600000,expired_scan_cycle=600000,max_queue_size=4", "timeout: 10m, slots: 256", 30 * time.Millisecond},
+	"full":      {",compare_timeout=600000,expired_scan_cycle=600000", "timeout: 10m", 30 * time.Millisecond},
+}
+
+// engines are both, set alike.
+type engines struct {
+	setting
+	colo *colo
+	pair *pair
+	each map[string]engine
+}
+
+var build = sync.OnceValues(func() (string, error) {
+	bin := filepath.Join(buildDir, "lockstep")
+	out, err := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", bin, "github.com/lockstep-ft/lockstep/cmd/lockstep").CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("build lockstep: %w: %s", err, out)
+	}
+	return bin, err
+})
+
+// start starts both engines, which end with the test.
+func start(t *testing.T, s setting) *engines {
+	t.Helper()
+	lt.NeedRoot(t)
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		lt.Missing(t, "%v: install QEMU", err)
+	}
+	bin, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns, err := lab.NewNS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(ns.Close)
+	e := &engines{setting: s}
+	if e.colo, err = newColo(t.Context(), ns, t.TempDir(), s.qemu); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.colo.close)
+	if e.pair, err = newPair(context.WithoutCancel(t.Context()), bin, t.TempDir(), s.lockstep); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := e.pair.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	e.each = map[string]engine{"qemu": e.colo, "lockstep": e.pair}
+	return e
+}
+
+var names = []string{"qemu", "lockstep"}
+
+// scenario is one in an engine's run.
+type scenario struct {
+	engine
+	*world
+	wait    time.Duration
+	showSVM bool
+}
+
+// do carries out a step and returns what came of it. It waits for want.
+func (s *scenario) do(step string, want []string) (got []string, err error) {
+	silent, err := s.send(step)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", step, err)
+	}
+	for deadline := time.Now().Add(3 * time.Second); ; {
+		if err := s.settle(); err != nil {
+			return nil, fmt.Errorf("%s: %w", step, err)
+		}
+		got = append(got, s.texts()...)
+		if silent != nil && slices.Equal(got, silent) {
+			got = nil
+		}
+		if !rewriting() && (slices.Equal(got, want) || time.Now().After(deadline)) {
+			return got, nil
+		}
+		if rewriting() && time.Now().After(deadline.Add(-2950*time.Millisecond)) {
+			return got, nil
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func rewriting() bool { return flag.Lookup("rewrite").Value.String() == "true" }
+
+// send does what a step says. silent is what comes of it that is not worth a line.
+func (s *scenario) send(step string) (silent []string, err error) {
+	words := tokens.FindAllString(step, -1)
+	switch words[0] {
+	case "P", "S", "C":
+		p, err := parsePacket(who(words[0][0]), words[1:])
+		if err != nil {
+			return nil, err
+		}
+		return nil, s.engine.send(p.from, p.frame(s.world))
+	case "open":
+		return s.open(words[1:])
+	case "checkpoint":
+		return nil, s.checkpoint()
+	case "wait":
+		time.Sleep(s.wait)
+		return nil, nil
+	case "reuse":
+		s.reuse(1, words[1] == "lower")
+		return nil, nil
+	case "isn":
+		n := s.of(1)
+		_, err := fmt.Sscanf(step, "isn pvm=%d svm=%d", &n.pvm, &n.svm)
+		return nil, err
+	case "show":
+		s.showSVM = true
+		return nil, nil
+	case "flood":
+		return nil, s.flood(words[1])
+	}
+	return nil, fmt.Errorf("there is no step %q", words[0])
+}
+
+// open opens a connection with the same options in all SYNs.
+func (s *scenario) open(opts []string) (silent []string, err error) {
+	for i, x := range []struct {
+		from who
+		line string
+	}{{client, "S ack=0"}, {pvm, "SA seq=0"}, {svm, "SA seq=0"}, {client, "A seq=1"}} {
+		words := strings.Fields(x.line)
+		for _, o := range opts {
+			conn := strings.HasPrefix(o, "conn=")
+			if o == "ts" {
+				o = "ts=" + []string{"1", "1/1", "1/1", "2/1"}[i]
+			} else if i == 3 && !conn {
+				continue
+			}
+			words = append(words, o)
+		}
+		p, err := parsePacket(x.from, words)
+		if err == nil {
+			err = s.engine.send(x.from, p.frame(s.world))
+		}
+		if err == nil {
+			err = s.settle()
+		}
+		if err != nil {
+			return nil, err
+		}
+		if x.from == pvm {
+			silent = []string{"out " + text(p.frame(s.world), client, s.world)}
+		}
+	}
+	if s.showSVM {
+		return nil, nil
+	}
+	return silent, nil
+}
+
+func (s *scenario) flood(count string) error {
+	var n int
+	if _, err := fmt.Sscan(count, &n); err != nil {
+		return err
+	}
+	for i := range n {
+		p := &packet{from: svm, kind: "ip", proto: 17, ttl: defaultTTL, payload: []byte{byte(i >> 8), byte(i), 0, 8, 0, 9, 0, 0, 'f'}}
+		if err := s.engine.send(svm, p.frame(s.world)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// texts are what has happened: between checkpoints what left, then what the SVM received.
+func (s *scenario) texts() (all []string) {
+	var toSVM []string
+	for _, e := range s.take() {
+		switch e.to {
+		case client:
+			all = append(all, "out "+text(e.frame, client, s.world))
+		case svm:
+			if s.showSVM {
+				toSVM = append(toSVM, "svm "+text(e.frame, svm, s.world))
+			}
+		default:
+			all = append(append(all, toSVM...), "checkpoint")
+			toSVM = nil
+			s.checkpointed()
+		}
+	}
+	all = append(all, toSVM...)
+	// Two requests for the same reason may come to one checkpoint or to two.
+	return slices.CompactFunc(all, func(a, b string) bool { return a == "checkpoint" && b == a })
+}
+
+// expected are the lines of a command's outcome for an engine and a step.
+func expected(outcome, name string, step int) (lines []string) {
+	for l := range strings.Lines(outcome) {
+		for _, who := range []string{"both", name} {
+			if rest, ok := strings.CutPrefix(l, fmt.Sprintf("%s %d: ", who, step)); ok {
+				lines = append(lines, strings.TrimSpace(rest))
+			}
+		}
+	}
+	return lines
+}
+
+// outcome is how a step's outcome is printed.
+func outcome(step int, got map[string][]string) string {
+	var b strings.Builder
+	if slices.Equal(got["qemu"], got["lockstep"]) {
+		got = map[string][]string{"both": got["qemu"]}
+	}
+	for _, name := range []string{"both", "qemu", "lockstep"} {
+		for _, l := range got[name] {
+			fmt.Fprintf(&b, "%s %d: %s\n", name, step, l)
+		}
+	}
+	return b.String()
+}
+
+// run plays a scenario on both engines.
+func (e *engines) run(t *testing.T, file string, base uint16) {
+	runs := make(map[string]*scenario)
+	for name, engine := range e.each {
+		runs[name] = &scenario{engine: engine, world: newWorld(base), wait: e.wait}
+	}
+	defer func() {
+		for name, s := range runs {
+			if t.Failed() && name == "lockstep" {
+				st, err := e.pair.status()
+				t.Logf("causes: %+v, dropped: %v, %v", st.Causes, st.Dropped, err)
+			}
+			// Nothing is left for the next scenario.
+			if err := s.checkpoint(); err != nil {
+				t.Error(err)
+			}
+			s.take()
+		}
+	}()
+	datadriven.RunTest(t, file, func(t *testing.T, d *datadriven.TestData) string {
+		switch d.Cmd {
+		case "engines":
+			return ""
+		case "run":
+		default:
+			d.Fatalf(t, "there is no command %q", d.Cmd)
+		}
+		var b strings.Builder
+		step := 0
+		for line := range strings.Lines(d.Input) {
+			step++
+			got := make(map[string][]string)
+			for _, name := range names {
+				var err error
+				if got[name], err = runs[name].do(strings.TrimSpace(line), expected(d.Expected, name, step)); err != nil {
+					d.Fatalf(t, "%s: %v", name, err)
+				}
+			}
+			b.WriteString(outcome(step, got))
+		}
+		if b.Len() == 0 {
+			return "nothing\n"
+		}
+		return b.String()
+	})
+}
+
+func scenarios(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob("testdata/scenarios/*")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scenarios: %v", err)
+	}
+	return files
+}
+
+// TestScenarios plays every scenario on both engines.
+func TestScenarios(t *testing.T) {
+	by := make(map[string][]string)
+	for _, f := range scenarios(t) {
+		s := settingOf(t, f)
+		by[s] = append(by[s], f)
+	}
+	for _, name := range slices.Sorted(maps.Keys(by)) {
+		t.Run(name, func(t *testing.T) {
+			set, ok := settings[name]
+			if !ok {
+				t.Fatalf("there are no settings %q, which %v want", name, by[name])
+			}
+			e := start(t, set)
+			for i, f := range by[name] {
+				t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) { e.run(t, f, uint16(1000+16*i)) })
+			}
+		})
+	}
+}
