@@ -186,23 +186,24 @@ func (c *colo) settle() error {
 			return err
 		}
 		// What it says of a difference it has said before it lets the marker out.
-		asked := false
-		for {
-			f, err := c.dev["notify"].Receive(time.Millisecond)
-			if err != nil {
-				return err
-			}
-			if f == nil {
-				break
-			}
-			asked = asked || string(f) == "DO_CHECKPOINT"
-		}
-		if !asked {
-			return nil
+		asked, err := c.asked()
+		if err != nil || !asked {
+			return err
 		}
 		if err := c.checkpoint(); err != nil {
 			return err
 		}
+	}
+}
+
+// asked reports whether colo-compare has asked for a checkpoint.
+func (c *colo) asked() (asked bool, err error) {
+	for {
+		f, err := c.dev["notify"].Receive(time.Millisecond)
+		if f == nil || err != nil {
+			return asked, err
+		}
+		asked = asked || string(f) == "DO_CHECKPOINT"
 	}
 }
 
@@ -223,7 +224,8 @@ func (c *colo) checkpoint() error {
 	if err := c.mon.Execute("xen-colo-do-checkpoint", nil, nil); err != nil {
 		return err
 	}
-	return c.mustPass()
+	_, err := c.asked() // what it has asked for since is done
+	return errors.Join(err, c.mustPass())
 }
 
 func (c *colo) take() []event {
