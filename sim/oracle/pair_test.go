@@ -154,7 +154,25 @@ func (p *pair) logs() (all string) {
 	return all
 }
 
+// running reports whether somebody may send: a guest that stands still does not.
+func (p *pair) running(from who) bool {
+	switch from {
+	case pvm:
+		return p.qemus.Primary.Running()
+	case svm:
+		return p.qemus.Secondary.Running()
+	}
+	return true
+}
+
 func (p *pair) send(from who, frame []byte) error {
+	if err := p.until("the guest stands still", func() (bool, error) { return p.running(from), nil }); err != nil {
+		return err
+	}
+	return p.write(from, frame)
+}
+
+func (p *pair) write(from who, frame []byte) error {
 	for {
 		_, err := unix.Write(int(p.taps[from].Fd()), frame)
 		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
@@ -213,7 +231,7 @@ func (p *pair) barrier() error {
 		to   who
 	}{{true, svm, client}, {false, client, svm}} {
 		p.markers++
-		m := marker(way.from, p.markers)
+		m := marker(way.from, markerPort, p.markers)
 		if way.once {
 			if err := p.send(pvm, m); err != nil {
 				return err
@@ -221,11 +239,12 @@ func (p *pair) barrier() error {
 		}
 		var again time.Time
 		err := p.until("nothing passes lockstep any more", func() (bool, error) {
-			if bytes.Equal(p.passed[way.to], m) || time.Now().Before(again) {
-				return bytes.Equal(p.passed[way.to], m), nil
+			passed := bytes.Equal(p.passed[way.to], m)
+			if passed || time.Now().Before(again) || !p.running(way.from) {
+				return passed, nil
 			}
 			again = time.Now().Add(50 * time.Millisecond)
-			return false, p.send(way.from, m)
+			return false, p.write(way.from, m)
 		})
 		if err != nil {
 			return err

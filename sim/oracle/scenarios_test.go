@@ -8,7 +8,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"maps"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -46,25 +45,27 @@ import (
 // "out" is what reaches the client, "svm" what reaches the SVM, "checkpoint" means that one was asked
 // for; it is made at once.
 
-// setting is how both engines are set.
+// setting is how the engines are set.
 type setting struct {
 	qemu, lockstep string
 	wait           time.Duration
 }
 
-var settings = map[string]setting{
-	"patient":   {",compare_timeout=600000,expired_scan_cycle=600000", "timeout: 10m", 30 * time.Millisecond},
-	"impatient": {",compare_timeout=400,expired_scan_cycle=50", "timeout: 400ms", 900 * time.Millisecond},
-	"narrow":    {",compare_timeout=600000,expired_scan_cycle=600000,max_queue_size=4", "timeout: 10m, slots: 256", 30 * time.Millisecond},
-	"full":      {",compare_timeout=600000,expired_scan_cycle=600000", "timeout: 10m", 30 * time.Millisecond},
-}
+// Long enough for the steps before a "wait" on a machine that is busy with other things.
+const impatience = time.Second
 
-// engines are both, set alike.
-type engines struct {
-	setting
-	colo *colo
-	pair *pair
-	each map[string]engine
+var (
+	patientQEMU, patientPair     = ",compare_timeout=600000,expired_scan_cycle=600000", "timeout: 10m"
+	impatientQEMU, impatientPair = fmt.Sprintf(",compare_timeout=%d,expired_scan_cycle=50", impatience.Milliseconds()), fmt.Sprintf("timeout: %v", impatience)
+)
+
+const settled = 30 * time.Millisecond
+
+var settings = map[string]setting{
+	"patient":   {patientQEMU, patientPair, settled},
+	"impatient": {impatientQEMU, impatientPair, impatience * 13 / 10},
+	"narrow":    {patientQEMU + ",max_queue_size=4", patientPair, settled},
+	"full":      {patientQEMU, patientPair, settled}, // whose QEMU has had its day
 }
 
 var build = sync.OnceValues(func() (string, error) {
@@ -76,37 +77,50 @@ var build = sync.OnceValues(func() (string, error) {
 	return bin, err
 })
 
-// start starts both engines, which end with the test.
-func start(t *testing.T, s setting) *engines {
+// needs says what is missing here.
+func needs(t *testing.T) {
 	t.Helper()
 	lt.NeedRoot(t)
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		lt.Missing(t, "%v: install QEMU", err)
 	}
+}
+
+// startPair starts a pair, which ends with the test.
+func startPair(t *testing.T, settings string) *pair {
+	t.Helper()
+	needs(t)
 	bin, err := build()
 	if err != nil {
 		t.Fatal(err)
 	}
+	p, err := newPair(context.WithoutCancel(t.Context()), bin, t.TempDir(), settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return p
+}
+
+// startColo starts a QEMU, which ends with the test.
+func startColo(t *testing.T, settings string) *colo {
+	t.Helper()
+	needs(t)
 	ns, err := lab.NewNS()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(ns.Close)
-	e := &engines{setting: s}
-	if e.colo, err = newColo(t.Context(), ns, t.TempDir(), s.qemu); err != nil {
+	c, err := newColo(t.Context(), ns, t.TempDir(), settings)
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(e.colo.close)
-	if e.pair, err = newPair(context.WithoutCancel(t.Context()), bin, t.TempDir(), s.lockstep); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := e.pair.close(); err != nil {
-			t.Error(err)
-		}
-	})
-	e.each = map[string]engine{"qemu": e.colo, "lockstep": e.pair}
-	return e
+	t.Cleanup(c.close)
+	return c
 }
 
 var names = []string{"qemu", "lockstep"}
@@ -237,8 +251,11 @@ func sameBut(frame, sent []byte) bool {
 		return false
 	}
 	transport := 34
-	if frame[12] == 0x86 {
-		transport = 54
+	if frame[12] == 0x81 { // a VLAN tag
+		transport += 4
+	}
+	if frame[transport-22] == 0x86 { // IPv6
+		transport += 20
 	}
 	a, b := bytes.Clone(frame), bytes.Clone(sent)
 	for _, f := range [][]byte{a, b} {
@@ -304,18 +321,14 @@ func outcome(step int, qemu, lockstep []string) string {
 }
 
 // run plays a scenario on both engines.
-func (e *engines) run(t *testing.T, file string, base uint16) {
-	runs := make(map[string]*scenario)
-	for name, engine := range e.each {
-		runs[name] = &scenario{engine: engine, world: newWorld(base), wait: e.wait}
-	}
+func run(t *testing.T, file string, c *colo, p *pair, base uint16, wait time.Duration) {
+	runs := []*scenario{{engine: c, world: newWorld(base), wait: wait}, {engine: p, world: newWorld(base), wait: wait}}
 	defer func() {
-		for name, s := range runs {
-			if t.Failed() && name == "lockstep" {
-				st, err := e.pair.status()
-				t.Logf("causes: %+v, dropped: %v, %v", st.Causes, st.Dropped, err)
-			}
-			// Nothing is left for the next scenario.
+		if t.Failed() {
+			st, err := p.status()
+			t.Logf("causes: %+v, dropped: %v, %v", st.Causes, st.Dropped, err)
+		}
+		for _, s := range runs { // nothing is left for the next scenario
 			if err := s.checkpoint(); err != nil {
 				t.Error(err)
 			}
@@ -337,7 +350,7 @@ func (e *engines) run(t *testing.T, file string, base uint16) {
 			got, errs := make([][]string, len(names)), make([]error, len(names))
 			var both sync.WaitGroup
 			for i, name := range names {
-				both.Go(func() { got[i], errs[i] = runs[name].do(strings.TrimSpace(line), expected(d.Expected, name, step)) })
+				both.Go(func() { got[i], errs[i] = runs[i].do(strings.TrimSpace(line), expected(d.Expected, name, step)) })
 			}
 			both.Wait()
 			if err := errors.Join(errs...); err != nil {
@@ -361,22 +374,30 @@ func scenarios(t *testing.T) []string {
 	return files
 }
 
-// TestScenarios plays every scenario on both engines.
+// TestScenarios plays every scenario on both engines. Scenarios share the pair and the QEMU of
+// their settings; each has connections of its own.
 func TestScenarios(t *testing.T) {
-	by := make(map[string][]string)
+	files := make(map[string][]string) // by settings
 	for _, f := range scenarios(t) {
 		s := settingOf(t, f)
-		by[s] = append(by[s], f)
+		if _, ok := settings[s]; !ok {
+			t.Fatalf("%s wants the settings %q, which there are not", f, s)
+		}
+		files[s] = append(files[s], f)
 	}
-	for _, name := range slices.Sorted(maps.Keys(by)) {
-		t.Run(name, func(t *testing.T) {
-			set, ok := settings[name]
-			if !ok {
-				t.Fatalf("there are no settings %q, which %v want", name, by[name])
-			}
-			e := start(t, set)
-			for i, f := range by[name] {
-				t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) { e.run(t, f, uint16(1000+16*i)) })
+	for pairs, group := range map[string][]string{patientPair: {"patient", "narrow", "full"}, impatientPair: {"impatient"}} {
+		t.Run(group[0], func(t *testing.T) {
+			t.Parallel() // one of them mostly waits
+			p := startPair(t, pairs)
+			base := uint16(1000)
+			for _, name := range group {
+				t.Run(name, func(t *testing.T) {
+					c := startColo(t, settings[name].qemu)
+					for _, f := range files[name] {
+						base += 16
+						t.Run(strings.TrimSuffix(filepath.Base(f), ".txt"), func(t *testing.T) { run(t, f, c, p, base, settings[name].wait) })
+					}
+				})
 			}
 		})
 	}
