@@ -10,11 +10,31 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 )
 
-// maxChardevFrame is what QEMU takes for one frame (NET_BUFSIZE).
-const maxChardevFrame = 4096 + 65536
+// MaxFrame is what QEMU's filters and colo-compare take for one frame, in bytes (NET_BUFSIZE).
+const MaxFrame = 4096 + 65536
+
+// DialQEMU connects to a Unix socket on which a QEMU listens, or will within 10 s. printed is
+// what that QEMU had to say, for the error.
+func DialQEMU(ctx context.Context, path string, printed func() string) (net.Conn, error) {
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			return conn, nil
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("QEMU does not listen on its socket %s: %w; it printed: %s", filepath.Base(path), err, printed())
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
 
 // Chardev is a connection to a socket of a QEMU on which colo-compare and the filters
 // take and give frames, without virtio-net headers.
@@ -23,24 +43,13 @@ type Chardev struct {
 	buf  []byte // received, the beginning of a frame first
 }
 
-// DialChardev connects to a Unix socket of p, within 10 s.
-func DialChardev(ctx context.Context, p *Process, path string) (*Chardev, error) {
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		conn, err := net.Dial("unix", path)
-		if err == nil {
-			return &Chardev{conn: conn}, nil
-		}
-		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("QEMU does not listen: %w; it printed: %s", err, p.Log())
-		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-p.Ended():
-			return nil, fmt.Errorf("QEMU has ended: %s", p.Log())
-		case <-time.After(10 * time.Millisecond):
-		}
+// DialChardev is [DialQEMU] for frames.
+func DialChardev(ctx context.Context, path string, printed func() string) (*Chardev, error) {
+	conn, err := DialQEMU(ctx, path, printed)
+	if err != nil {
+		return nil, err
 	}
+	return &Chardev{conn: conn}, nil
 }
 
 // Close ends the connection.
@@ -66,7 +75,7 @@ func (c *Chardev) Receive(wait time.Duration) ([]byte, error) {
 	for {
 		if len(c.buf) >= 4 {
 			n := int(binary.BigEndian.Uint32(c.buf))
-			if n > maxChardevFrame {
+			if n > MaxFrame {
 				return nil, fmt.Errorf("QEMU announces a frame of %d bytes", n)
 			}
 			if len(c.buf) >= 4+n {

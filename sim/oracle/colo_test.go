@@ -82,7 +82,7 @@ func newColo(ctx context.Context, ns *lab.NS, dir, settings string) (*colo, erro
 		return nil, err
 	}
 	for _, name := range chardevs {
-		if c.dev[name], err = lab.DialChardev(ctx, c.proc, filepath.Join(dir, name)); err != nil {
+		if c.dev[name], err = lab.DialChardev(ctx, filepath.Join(dir, name), c.proc.Log); err != nil {
 			c.close()
 			return nil, err
 		}
