@@ -81,5 +81,6 @@ func startColo(t *testing.T, settings string) *colo {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.close)
+	t.Logf("QEMU %s", c.mon.Version())
 	return c
 }
