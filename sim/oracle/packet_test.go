@@ -42,6 +42,7 @@ type packet struct {
 	ttl, tos      byte
 	padding       int
 	wrongChecksum bool
+	ipOptions     bool
 }
 
 // option is a TCP option by its name in scripts, with its numbers.
@@ -149,6 +150,8 @@ func (p *packet) set(word string) error {
 		p.typ = uint16(n)
 	case "padding":
 		p.padding = int(n)
+	case "ipoptions":
+		p.ipOptions = true
 	case "wrongchecksum":
 		p.wrongChecksum = true
 	case "mss", "ws", "sackok", "ts", "sack":
@@ -239,11 +242,16 @@ func (p *packet) ip(src, dst []byte, proto byte, body []byte) []byte {
 		h := []byte{0x60, 0, 0, 0, byte(len(body) >> 8), byte(len(body)), proto, p.ttl}
 		return append(append(append(h, src...), dst...), body...)
 	}
-	h := []byte{0x45, p.tos}
-	for _, v := range []uint16{uint16(20 + len(body)), p.id, p.frag} {
+	h := []byte{0x45, p.tos, 0, 0}
+	for _, v := range []uint16{p.id, p.frag} {
 		h = binary.BigEndian.AppendUint16(h, v)
 	}
 	h = append(append(append(h, p.ttl, proto, 0, 0), src...), dst...)
+	if p.ipOptions {
+		h = append(h, 1, 1, 1, 0)
+		h[0]++
+	}
+	binary.BigEndian.PutUint16(h[2:], uint16(len(h)+len(body)))
 	binary.BigEndian.PutUint16(h[10:], ^onesSum(h))
 	return append(h, body...)
 }

@@ -148,6 +148,8 @@ func sameBut(frame, sent []byte) bool {
 	}
 	if frame[transport-22] == 0x86 { // IPv6
 		transport += 20
+	} else {
+		transport += int(frame[transport-20]&15*4) - 20
 	}
 	a, b := bytes.Clone(frame), bytes.Clone(sent)
 	for _, f := range [][]byte{a, b} {

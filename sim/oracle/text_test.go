@@ -45,7 +45,11 @@ func text(f []byte, to who, w *world) string {
 				tags += fmt.Sprintf(" %s=%d", x.name, x.is)
 			}
 		}
-		proto, b = b[9], b[20:binary.BigEndian.Uint16(b[2:])]
+		head := b[0] & 15 * 4
+		if head > 20 {
+			tags += " ipoptions"
+		}
+		proto, b = b[9], b[head:binary.BigEndian.Uint16(b[2:])]
 		if strings.Contains(tags, "offset") && !strings.Contains(tags, "offset=0") {
 			return fmt.Sprintf("fragment%s %s", tags, payloadText(b, 0))
 		}
