@@ -79,7 +79,7 @@ func (s *scenario) play(step string, want []string) (silent []string, err error)
 		return nil, nil
 	case "isn":
 		n := s.of(1)
-		_, err := fmt.Sscanf(step, "isn pvm=%d svm=%d", &n.pvm, &n.svm)
+		_, err := fmt.Sscanf(step, "isn pvm=%d svm=%d client=%d", &n.pvm, &n.svm, &n.client)
 		return nil, err
 	case "show":
 		s.showSVM = true

@@ -32,7 +32,8 @@ import (
 //	checkpoint             one that nothing asked for
 //	wait                   longer than the engines' timeouts, or, where these are long, than all else
 //	reuse higher|lower     the connection's next incarnation, by the PVM's initial sequence number
-//	isn pvm=n svm=n        other initial sequence numbers
+//	isn pvm=n svm=n client=n
+//	                       other initial sequence numbers
 //	show svm               from here on print what reaches the SVM of what the client sends in a step;
 //	                       not what lockstep mirrors again (R6)
 //	flood n                the SVM sends a datagram on each of n flows
