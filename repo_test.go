@@ -64,7 +64,8 @@ func mayImport(from, to string, test bool) bool {
 	case under(to, "cmd"):
 		return under(from, "cmd")
 	case under(to, "bench"):
-		return under(from, "bench") || from == "cmd/lockstep" // the command bench
+	case under(to, "bench"):
+		return under(from, "bench") || from == "sim/oracle" || from == "cmd/lockstep" // the command bench
 	case under(to, "sim"):
 		return under(from, "sim")
 	case test || under(from, "bench") || isTestKit(from):

@@ -218,6 +218,23 @@ func TestLateSegments(t *testing.T) {
 	k.wantConn(f, nil)
 }
 
+// The PVM's SYN|ACK alone is known: P announced it again after a checkpoint. What an SVM
+// transmits that is through with the handshake has an offset of 0.
+func TestInheritedHalf(t *testing.T) {
+	k := newKit(t)
+	k.setMode(run)
+	for _, f := range flows {
+		k.announce(f, pvmSynAck, 0, nil)
+		s := seg{seq: isnPVM + 1, ack: isnCli, flags: ack, opts: timestamps(tsSVM, tsCli), payload: []byte("going on")}
+		k.svmSends(f, s, s, 0, s.seq-1<<30, "record_out")
+		in := seg{seq: isnCli, ack: isnPVM + 5, flags: ack, opts: timestamps(tsCli, tsSVM)}
+		k.svmReceives(f, in, in)
+		k.svmSends(f, s, s, 0, isnPVM+5, "record_out")
+		s = seg{seq: isnPVM + 1, flags: rst}
+		k.svmSends(f, s, s, 0, isnPVM+5, "record_out")
+	}
+}
+
 // Nothing known of a connection: it came with a checkpoint, and both guests number it alike.
 func TestInherited(t *testing.T) {
 	k := newKit(t)

@@ -14,13 +14,11 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/lockstep-ft/lockstep/bench/lab"
 )
 
-const (
-	prefixLen = 8 // a frame's length and that of its virtio-net header, big endian
-	// What colo-compare takes for one frame (NET_BUFSIZE).
-	maxFrame = 4096 + 65536
-)
+const prefixLen = 8 // a frame's length and that of its virtio-net header, big endian
 
 // colo is a QEMU without a guest that holds a colo-compare. Frames come and go through
 // three Unix sockets.
@@ -41,7 +39,7 @@ type colo struct {
 }
 
 func newColo(ctx context.Context, qemu, dir string) (*colo, error) {
-	c := &colo{ctx: ctx, qemu: qemu, dir: dir, buf: make([]byte, 4*maxFrame)}
+	c := &colo{ctx: ctx, qemu: qemu, dir: dir, buf: make([]byte, 4*lab.MaxFrame)}
 	if err := c.start(); err != nil {
 		return nil, errors.Join(err, c.close())
 	}
@@ -95,22 +93,8 @@ func (c *colo) ready() error {
 	return fmt.Errorf("colo-compare releases nothing; QEMU printed: %s", c.printed())
 }
 
-// dial waits until QEMU listens.
 func (c *colo) dial(name string) (net.Conn, error) {
-	for deadline := time.Now().Add(patience); ; {
-		conn, err := net.Dial("unix", filepath.Join(c.dir, name))
-		if err == nil {
-			return conn, nil
-		}
-		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("QEMU does not listen on its socket %s: %w; it printed: %s", name, err, c.printed())
-		}
-		select {
-		case <-c.ctx.Done():
-			return nil, c.ctx.Err()
-		case <-time.After(grain):
-		}
-	}
+	return lab.DialQEMU(c.ctx, filepath.Join(c.dir, name), c.printed)
 }
 
 // printed is what QEMU had to say, once it has ended.
@@ -197,7 +181,7 @@ func (c *colo) take(visit func([]byte)) error {
 	for c.to-c.from >= prefixLen {
 		size := int(binary.BigEndian.Uint32(c.buf[c.from:]))
 		skip := int(binary.BigEndian.Uint32(c.buf[c.from+4:]))
-		if size > maxFrame || skip > size {
+		if size > lab.MaxFrame || skip > size {
 			return fmt.Errorf("%w: colo-compare announces a frame of %d bytes, %d of them a virtio-net header", errStuck, size, skip)
 		}
 		if c.to-c.from < prefixLen+size {

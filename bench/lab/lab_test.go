@@ -4,9 +4,11 @@ package lab
 
 import (
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -92,5 +94,50 @@ func TestProcess(t *testing.T) {
 	}
 	if _, err := UsageOf(p.PID()); !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("the usage of a process that has ended: %v", err)
+	}
+}
+
+// TestChardev: frames come whole, however the socket cuts them, and none is no error.
+func TestChardev(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := DialChardev(t.Context(), path, func() string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	qemu, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer qemu.Close()
+	none := func() {
+		t.Helper()
+		if f, err := c.Receive(time.Millisecond); err != nil || f != nil {
+			t.Errorf("%q, %v, though half of a frame came", f, err)
+		}
+	}
+	for _, part := range []string{"\x00\x00", "\x00\x03on", "e\x00\x00\x00\x03two\x00\x00\x00\x05thr"} {
+		none()
+		if _, err := qemu.Write([]byte(part)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []string{"one", "two"} {
+		if f, err := c.Receive(time.Minute); err != nil || string(f) != want {
+			t.Errorf("%q, %v; want %q", f, err, want)
+		}
+	}
+	none()
+	if err := c.Send([]byte("four")); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 8)
+	if _, err := io.ReadFull(qemu, got); err != nil || string(got) != "\x00\x00\x00\x04four" {
+		t.Errorf("QEMU got %q, %v", got, err)
 	}
 }

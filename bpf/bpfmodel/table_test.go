@@ -209,6 +209,34 @@ func TestCheckpointInHandshake(t *testing.T) {
 	}
 }
 
+// P announces after a checkpoint what it holds for half open. The SVM may be through with the
+// handshake: it transmits no SYN any more, and its offset is 0.
+func TestCheckpointBehindHandshake(t *testing.T) {
+	b := newBench(t, 1, 1)
+	b.accept()
+	b.tab.Reset()
+	if v, r := b.announce(syn|ackF, isnPVM, isnCli+1); v != bpfmodel.RecordIn || r != nil {
+		t.Fatalf("announcement: %s %+v", v, r)
+	}
+	v, h := b.in(ackF, isnPVM+1)
+	b.want("ack", v, bpfmodel.Delivered, h.Ack(), isnPVM+1)
+	for range 2 {
+		v, r := b.out(ackF, isnPVM+1, isnCli+1)
+		if v != bpfmodel.RecordOut || !r.Inherited || r.Inc != 0 || r.Seq != isnPVM+1 {
+			t.Fatalf("segment: %s %+v", v, r)
+		}
+		b.in(ackF, isnPVM+1)
+	}
+	_, r := b.out(ackF, isnPVM+1, isnCli+1)
+	b.want("the remote's ack", bpfmodel.RecordOut, bpfmodel.RecordOut, r.CliAck, isnPVM+1)
+	if v, r := b.out(rst, isnPVM+1, 0); v != bpfmodel.RecordOut || !r.Inherited || r.Seq != isnPVM+1 {
+		t.Errorf("RST: %s %+v", v, r)
+	}
+	// The ACK of the handshake was lost on the way to both.
+	v, r = b.out(syn|ackF, isnPVM, isnCli+1)
+	b.want("SYN|ACK", v, bpfmodel.RecordOut, r.Inc, isnPVM)
+}
+
 // A tuple used again: no number of the first connection reaches the second.
 func TestTupleReuse(t *testing.T) {
 	var nextPVM, nextSVM, nextCli uint32 = 0x900, 0xf0000000, isnCli + 0x10000

@@ -317,6 +317,13 @@ func (s *Server) Stop() { s.setRunning(false, "STOP") }
 // Resume resumes the guest and sends RESUME.
 func (s *Server) Resume() { s.setRunning(true, "RESUME") }
 
+// Running reports whether the guest runs: one that does not transmits nothing.
+func (s *Server) Running() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.running
+}
+
 func (s *Server) setRunning(running bool, event string) {
 	s.mu.Lock()
 	is := s.running
