@@ -21,6 +21,8 @@ var (
 	seeds    = flag.Uint64("seeds", 1000, "how many seeds TestSeeds runs")
 	from     = flag.Uint64("from", 0, "the first of them")
 	mutation = flag.String("mutation", "", "the rule that is off in TestSeeds")
+	mutants  = flag.Uint64("mutants", 0, "how many seeds TestMutations runs at most for each mutation; 0: as many as were needed once, and some")
+	noshrink = flag.Bool("noshrink", false, "a scenario that fails is left as it is")
 	tell     = flag.Bool("tell", false, "a run that fails shows its log")
 )
 
@@ -58,6 +60,10 @@ func sweep(first, n uint64, mutation string, each func(Result)) (seed uint64, fa
 // report shows a fault with the short scenario that it shrinks to.
 func report(t *testing.T, seed uint64, f *Fault) {
 	t.Helper()
+	if *noshrink {
+		t.Errorf("seed %d: %v", seed, f)
+		return
+	}
 	short := Shrink(Generate(seed), *mutation, f.Kind, 400)
 	t.Errorf("seed %d: %v\nIt shrinks to (put it into testdata/NAME.txt):\n%s", seed, f, short)
 	if r := Run(short, *mutation, true); r.Fault != nil {
@@ -157,4 +163,27 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	compare.Assertions = true
 	os.Exit(m.Run())
+}
+
+// TestMutations: without a rule some seed is wrong. The number is how many seeds were needed.
+func TestMutations(t *testing.T) {
+	for _, m := range []struct {
+		rule string
+		runs uint64
+	}{
+		{"R1", 10}, {"R2", 100}, {"R3", 10}, {"R4", 50}, {"R14", 300}, {"R15", 500}, {"R21 claim", 20},
+	} {
+		t.Run(m.rule, func(t *testing.T) {
+			n := m.runs + m.runs/4
+			if *mutants != 0 {
+				n = *mutants
+			}
+			seed, fault := sweep(0, n, m.rule, nil)
+			if fault == nil {
+				t.Errorf("%d seeds have not noticed it", n)
+				return
+			}
+			t.Logf("seed %d: %.200s", seed, fault)
+		})
+	}
 }
