@@ -104,7 +104,12 @@ func (g *guest) serve(now int64, random func() uint32) {
 		c := g.conns[id]
 		for !c.closed {
 			if len(c.out) > 0 {
-				c.out = c.out[g.stack.Write(now, id, c.out):]
+				// Each guest's scheduler interrupts its service somewhere else.
+				some := len(c.out)
+				if random()%16 == 0 {
+					some = 1 + int(random())%some
+				}
+				c.out = c.out[g.stack.Write(now, id, c.out[:some]):]
 			}
 			if len(c.out) > 0 || c.waiting {
 				break
@@ -127,6 +132,16 @@ func (g *guest) serve(now int64, random func() uint32) {
 		}
 		return gone
 	})
+}
+
+// interrupted reports whether the service has something to write for which there is room.
+func (g *guest) interrupted() bool {
+	for _, id := range g.order {
+		if c := g.conns[id]; len(c.out) > 0 && g.stack.Room(id) > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // request takes one request out of what has come, if it is there.

@@ -114,7 +114,7 @@ func (q *qemu) runGuest() {
 	if at := g.wakeAt(); at != math.MaxInt64 {
 		q.wake(max(at-q.h.clock(), 0) + q.soon())
 	}
-	if len(q.input) > 0 {
+	if len(q.input) > 0 || g.interrupted() {
 		q.wake(q.soon())
 	}
 }

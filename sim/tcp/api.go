@@ -67,10 +67,19 @@ func (s *Stack) Write(now int64, id ID, b []byte) int {
 		return 0
 	}
 	s.now, s.stale = now, true
-	n := min(len(b), max(s.cfg.SndBuf-(len(c.snd.buf)-c.snd.off), 0))
+	n := min(len(b), s.Room(id))
 	c.snd.append(b[:n])
 	c.snd.output(now)
 	return n
+}
+
+// Room is how many bytes Write would take.
+func (s *Stack) Room(id ID) int {
+	c := s.conns[id]
+	if c.state == Closed || c.state == TimeWait || c.snd.closed {
+		return 0
+	}
+	return max(s.cfg.SndBuf-(len(c.snd.buf)-c.snd.off), 0)
 }
 
 // WriteUrgent is Write with the urgent pointer behind the last byte (MSG_OOB).
