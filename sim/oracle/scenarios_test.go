@@ -161,6 +161,7 @@ func scenarios(t *testing.T) []string {
 // TestScenarios plays every scenario on both engines. Scenarios share the pair and the QEMU of
 // their settings; each has connections of its own.
 func TestScenarios(t *testing.T) {
+	t.Parallel()
 	files := make(map[string][]string) // by settings
 	for _, f := range scenarios(t) {
 		s := settingOf(t, f)

@@ -142,6 +142,7 @@ func TestSchedules(t *testing.T) {
 	if *schedules > 6000 {
 		t.Fatal("the ports of the client are enough for 6000 schedules")
 	}
+	t.Parallel() // some of the scenarios mostly wait
 	p, c := startPair(t, patientPair), startColo(t, patientQEMU)
 	// QEMU's proxy acknowledges what the secondary has not received, and is not asked.
 	for i := range max(1, *schedules/4) {
