@@ -141,3 +141,22 @@ func TestChardev(t *testing.T) {
 		t.Errorf("QEMU got %q, %v", got, err)
 	}
 }
+
+// TestPairThatFails: what was made for a pair that does not come up is taken away again.
+func TestPairThatFails(t *testing.T) {
+	lt.NeedRoot(t)
+	n, err := NewNS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	dir := t.TempDir()
+	const text = "vm: x\nnodes:\n  alpha: {control: \"127.0.0.1:1\", nics: [{tap: a, peer: {device: pa}}]}\n  beta: {control: \"127.0.0.2:1\", nics: [{tap: b, peer: {device: pb}}]}\n" + PairConfig
+	if _, err := StartPair(t.Context(), dir, "/bin/false", text, n, n); err == nil || !strings.Contains(err.Error(), "it ended") {
+		t.Errorf("daemons that end at once: %v", err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("a bpffs is left behind (%v)", err)
+	}
+}

@@ -37,7 +37,7 @@ func mirroringAlone(w *world) (*proxy, error) {
 		return nil, fmt.Errorf("load the baseline's programs: %w", err)
 	}
 	closers := []func() error{objs.Close}
-	p := &proxy{stop: func() error { return undo(closers) }}
+	p := &proxy{stop: func() error { return lab.Undo(closers) }}
 	for _, a := range []struct {
 		prog   *ebpf.Program
 		ns     *lab.NS

@@ -56,7 +56,7 @@ func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.
 		}
 		return nil
 	})
-	err = eventually(ctx, 10*time.Second, p, func() error {
+	err = lab.Eventually(ctx, 10*time.Second, p, func() error {
 		conn, err := net.Dial("unix", monitor)
 		if err != nil {
 			return err
@@ -74,7 +74,7 @@ func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.
 	return p, nil
 }
 
-func (c *chain) stop() error { return undo(c.closers) }
+func (c *chain) stop() error { return lab.Undo(c.closers) }
 
 func (c *chain) socket(name string) string { return filepath.Join(c.w.dir, name) }
 

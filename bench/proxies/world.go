@@ -44,14 +44,6 @@ type place struct {
 	device string
 }
 
-// undo calls the functions, the last one first.
-func undo(closers []func() error) (err error) {
-	for _, f := range slices.Backward(closers) {
-		err = errors.Join(err, f())
-	}
-	return err
-}
-
 // newWorld makes a world. With taps each guest's device is a tap that a QEMU reads from,
 // and P's bridge has one too; otherwise the guests' devices are joined with the hosts'.
 func newWorld(taps bool) (w *world, err error) {
@@ -133,7 +125,7 @@ func (w *world) tap(f **os.File, ns *lab.NS, name string) (err error) {
 	return err
 }
 
-func (w *world) close() error { return undo(w.closers) }
+func (w *world) close() error { return lab.Undo(w.closers) }
 
 // act starts this program in another role and waits until it is ready.
 func act(ns *lab.NS, role string, args ...string) (p *lab.Process, in io.WriteCloser, out *bufio.Reader, err error) {
@@ -233,28 +225,6 @@ type proxy struct {
 type frames struct {
 	held     uint64 // those that were held
 	released uint64 // frames that left: a frame that was cut counts as more than one
-}
-
-// eventually waits until f has no error.
-func eventually(ctx context.Context, limit time.Duration, p *lab.Process, f func() error) error {
-	deadline, tick := time.NewTimer(limit), time.NewTicker(20*time.Millisecond)
-	defer deadline.Stop()
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-p.Ended():
-			return fmt.Errorf("it ended: %w; its log:\n%s", err, p.Log())
-		case <-deadline.C:
-			return fmt.Errorf("not within %v: %w; its log:\n%s", limit, err, p.Log())
-		}
-	}
 }
 
 // short is the beginning of a text, on one line.
