@@ -96,4 +96,4 @@ func Run(ctx context.Context, o lab.Options, names []string, version string, pro
 
 // Act runs one of the roles in which the benchmark starts its own program: the program's main calls it
 // with what follows "bench act".
-func Act(in io.Reader, out io.Writer, args []string) error { return proxies.Act(in, out, args) }
+func Act(in io.Reader, out io.Writer, args []string) error { return lab.Act(in, out, args) }

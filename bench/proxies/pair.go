@@ -15,12 +15,12 @@ nodes:
 ` + lab.PairConfig
 
 // lockstepPair runs two daemons.
-func lockstepPair(ctx context.Context, w *world, bin string) (*proxy, error) {
-	pair, err := lab.StartPair(ctx, w.dir, bin, pairYAML, w.hostP, w.hostS)
+func lockstepPair(ctx context.Context, w *lab.World, bin string) (*Proxy, error) {
+	pair, err := lab.StartPair(ctx, w.Dir, bin, pairYAML, w.HostP, w.HostS)
 	if err != nil {
 		return nil, err
 	}
-	return &proxy{onP: pair.P, onS: pair.S, stop: pair.Stop, frames: func() (frames, error) {
+	return &Proxy{OnP: pair.P, OnS: pair.S, Stop: pair.Stop, frames: func() (frames, error) {
 		s, err := pair.Status(context.Background(), "alpha")
 		return frames{held: s.Counters["held"], released: s.ReleasedPackets}, err
 	}}, nil

@@ -28,13 +28,16 @@ const (
 	Fetch   Do = 'f' // connect, the guest sends FetchSize bytes, close, one after the other
 	Sink    Do = 'k' // the guest receives, and sends one byte at the end
 	UDP     Do = 'u' // datagrams that the guest sends back, several under way
+	Hold    Do = 'h' // connect, one exchange; the connection stays for the jobs that follow
+	Pick    Do = 'p' // exchanges on held connections, each on one that is chosen at random
+	Drop    Do = 'd' // reset all held connections
 )
 
 // Job is one measurement.
 type Job struct {
 	Do    Do
-	Conns int           // connections at the same time; UDP: datagrams under way
-	N     int           // Echo, Connect, Fetch, UDP: exchanges; Source, Sink: bytes; of all connections together
+	Conns int           // connections at the same time; UDP: datagrams under way; Hold: being opened; Pick: exchanges under way
+	N     int           // Echo, Connect, Fetch, UDP, Pick: exchanges; Hold: connections; Source, Sink: bytes; of all connections together
 	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
 	Stall time.Duration // the job has stalled when there was no progress for so long
 	Limit time.Duration // the job ends then, with what is done
@@ -49,10 +52,10 @@ type Result struct {
 	Stalled string        // why it ended early, as "no progress for 5s"
 }
 
-const (
-	port  = 7000
-	chunk = 1 << 17 // bytes of a bulk read or write
-)
+// Port is where the service listens; where there are more, each further one has the next.
+const Port = 7000
+
+const chunk = 1 << 17 // bytes of a bulk read or write
 
 // Message is the size of requests, responses, datagrams and small writes in bytes.
 const Message = 100
