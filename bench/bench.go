@@ -16,6 +16,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bench/lab"
 	"github.com/lockstep-ft/lockstep/bench/proxies"
 	"github.com/lockstep-ft/lockstep/bench/report"
+	"github.com/lockstep-ft/lockstep/bench/scale"
 )
 
 // parts are the benchmark's parts by name, in the order in which they run.
@@ -28,6 +29,7 @@ var parts = []part{
 			done++
 		})
 	}},
+	{name: "D", only: true, run: scale.Part},
 }
 
 type part struct {

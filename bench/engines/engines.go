@@ -114,7 +114,7 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 	return report.Part{
 		Name: "B", Title: "compare engines alone",
 		Variants: []string{ColoCompare, Lockstep},
-		Cases:    b.table.cases,
+		Cases:    b.table.Cases,
 		Notes:    b.notes(),
 	}, nil
 }

@@ -32,6 +32,7 @@ type Pair struct {
 
 	bin, file string
 	config    *config.Config
+	abandoned bool
 	closers   []func() error
 }
 
@@ -87,12 +88,22 @@ func (p *Pair) run(ns *NS, node, role string) (*Process, error) {
 		return nil, err
 	}
 	p.closers = append(p.closers, func() error {
-		err := d.Stop()
-		_, unload := ns.Output(p.bin, "unload", "-c", p.file, "--node", node)
-		return errors.Join(err, unload)
+		unload := []string{"unload", "-c", p.file, "--node", node}
+		var stopped error
+		if p.abandoned {
+			d.Kill()
+			unload = append(unload, "--force")
+		} else {
+			stopped = d.Stop()
+		}
+		_, err := ns.Output(p.bin, unload...)
+		return errors.Join(stopped, err)
 	})
 	return d, nil
 }
+
+// Abandon has Stop kill the daemons and take away what they left by force, as after a takeover.
+func (p *Pair) Abandon() { p.abandoned = true }
 
 // Stop ends the daemons and takes what they left out of the kernel.
 func (p *Pair) Stop() error {
@@ -105,8 +116,11 @@ func (p *Pair) Stop() error {
 func (p *Pair) Status(ctx context.Context, node string) (api.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return api.FetchStatus(ctx, p.config.Socket(node))
+	return api.FetchStatus(ctx, p.Socket(node))
 }
+
+// Socket is that of a node's daemon.
+func (p *Pair) Socket(node string) string { return p.config.Socket(node) }
 
 func (p *Pair) replicates(ctx context.Context, node string) error {
 	s, err := p.Status(ctx, node)

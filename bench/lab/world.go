@@ -18,6 +18,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bench/workload"
 )
 
+// Addresses.
 var (
 	GuestIP, ClientIP   = net.IPv4(10, 77, 0, 2), net.IPv4(10, 77, 0, 1)
 	guestMAC, clientMAC = net.HardwareAddr{2, 0, 0, 0, 0x77, 2}, net.HardwareAddr{2, 0, 0, 0, 0x77, 1}
@@ -34,13 +35,41 @@ type World struct {
 
 	Services [2][]*Process // of the PVM, the SVM, by lane
 	Clients  []*Worker     // by lane
-	closers  []func() error
+
+	number  int // among those on the same hosts, from 0 on
+	closers []func() error
+}
+
+// name is that of a device on the hosts: those of further worlds there have a number.
+func (w *World) name(device string) string {
+	if w.number == 0 {
+		return device
+	}
+	return device + strconv.Itoa(w.number)
+}
+
+// PairConfig is the beginning of a config for a pair between this world's guests: vm and nodes, with their
+// QEMUs' sockets if these are not "".
+func (w *World) PairConfig(qmpP, qmpS string) string {
+	node := func(name, address, tap, peer, qmp string) string {
+		if qmp != "" {
+			qmp = ", qmp: " + qmp
+		}
+		return fmt.Sprintf("  %s: {control: \"%s:%d\", nics: [{tap: %s, peer: {device: %s}}]%s}\n", name, address, 7700+w.number, w.name(tap), w.name(peer), qmp)
+	}
+	return "vm: " + w.name("bench") + "\nnodes:\n" + node("alpha", "192.0.2.1", "tapP", "peerP", qmpP) + node("beta", "192.0.2.2", "tapS", "peerS", qmpS)
 }
 
 // NewWorld makes a world. With taps each guest's device is a tap that a QEMU reads from,
 // and P's bridge has one too; otherwise the guests' devices are joined with the hosts'.
-func NewWorld(taps bool) (w *World, err error) {
-	w = new(World)
+func NewWorld(taps bool) (*World, error) { return newWorld(taps, 0, nil) }
+
+// Beside makes a world with a client, guests, bridges and a peer link of its own on the hosts of this one.
+// number is from 1 on. It is closed before this one.
+func (w *World) Beside(number int) (*World, error) { return newWorld(false, number, w) }
+
+func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
+	w = &World{number: number}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.Close())
@@ -51,7 +80,13 @@ func NewWorld(taps bool) (w *World, err error) {
 		return w, fmt.Errorf("make a folder: %w", err)
 	}
 	w.closers = append(w.closers, func() error { return os.RemoveAll(w.Dir) })
-	for _, ns := range []**NS{&w.Client, &w.HostP, &w.HostS, &w.PVM, &w.SVM} {
+	own := []**NS{&w.Client, &w.PVM, &w.SVM}
+	if hosts == nil {
+		own = append(own, &w.HostP, &w.HostS)
+	} else {
+		w.HostP, w.HostS = hosts.HostP, hosts.HostS
+	}
+	for _, ns := range own {
 		if *ns, err = NewNS(); err != nil {
 			return w, err
 		}
@@ -60,22 +95,27 @@ func NewWorld(taps bool) (w *World, err error) {
 			return nil
 		})
 	}
+	br := w.name("br0")
 	steps := []func() error{
-		func() error { return w.HostP.Bridge("br0") },
-		func() error { return w.HostS.Bridge("br0") },
-		func() error { return w.HostP.Veth("vc", w.Client, "eth0") },
-		func() error { return w.HostP.Enslave("vc", "br0") },
-		func() error { return w.HostP.Veth("ctl", w.HostS, "ctl") },
-		func() error { return w.HostP.Veth("peerP", w.HostS, "peerS") },
-		func() error { return w.HostP.Addr("ctl", net.IPv4(192, 0, 2, 1)) },
-		func() error { return w.HostS.Addr("ctl", net.IPv4(192, 0, 2, 2)) },
+		func() error { return w.HostP.Bridge(br) },
+		func() error { return w.HostS.Bridge(br) },
+		func() error { return w.HostP.Veth(w.name("vc"), w.Client, "eth0") },
+		func() error { return w.HostP.Enslave(w.name("vc"), br) },
+		func() error { return w.HostP.Veth(w.name("peerP"), w.HostS, w.name("peerS")) },
 		func() error { return w.Client.MAC("eth0", clientMAC) },
 		func() error { return w.Client.Addr("eth0", ClientIP) },
+	}
+	if hosts == nil {
+		steps = append(steps,
+			func() error { return w.HostP.Veth("ctl", w.HostS, "ctl") },
+			func() error { return w.HostP.Addr("ctl", net.IPv4(192, 0, 2, 1)) },
+			func() error { return w.HostS.Addr("ctl", net.IPv4(192, 0, 2, 2)) },
+		)
 	}
 	if taps {
 		steps = append(steps,
 			func() error { return w.tap(&w.TapO, w.HostP, "tapO") },
-			func() error { return w.HostP.Enslave("tapO", "br0") },
+			func() error { return w.HostP.Enslave("tapO", br) },
 			func() error { return w.tap(&w.TapP, w.PVM, "eth0") },
 			func() error { return w.tap(&w.TapS, w.SVM, "eth0") },
 			func() error { return w.HostP.Addr("peerP", PeerP) },
@@ -88,10 +128,10 @@ func NewWorld(taps bool) (w *World, err error) {
 		)
 	} else {
 		steps = append(steps,
-			func() error { return w.HostP.Veth("tapP", w.PVM, "eth0") },
-			func() error { return w.HostP.Enslave("tapP", "br0") },
-			func() error { return w.HostS.Veth("tapS", w.SVM, "eth0") },
-			func() error { return w.HostS.Enslave("tapS", "br0") },
+			func() error { return w.HostP.Veth(w.name("tapP"), w.PVM, "eth0") },
+			func() error { return w.HostP.Enslave(w.name("tapP"), br) },
+			func() error { return w.HostS.Veth(w.name("tapS"), w.SVM, "eth0") },
+			func() error { return w.HostS.Enslave(w.name("tapS"), br) },
 		)
 	}
 	for _, guest := range []**NS{&w.PVM, &w.SVM} {

@@ -52,6 +52,10 @@ func (c *client) hold(h *holder) error {
 			if err != nil {
 				return err
 			}
+			// However it ends, it is gone at once: as many more, half closed, would disturb what follows.
+			if err := reset(fd); err != nil {
+				return err
+			}
 			h.conns[fd], asked[fd] = &exchange{began: time.Now()}, false
 		}
 		if under == 0 {

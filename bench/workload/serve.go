@@ -143,8 +143,11 @@ func (s *server) serve(fd int) error {
 		}
 		c.do, c.size = Do(c.head[0]), int(binary.BigEndian.Uint32(c.head[1:]))
 		c.bytes = int(binary.BigEndian.Uint64(c.head[5:]))
-		if c.do == Source {
+		switch c.do {
+		case Source:
 			return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
+		case Hold: // as the client has it
+			return reset(fd)
 		}
 		return nil
 	case c.do == Sink:

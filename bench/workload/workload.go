@@ -141,8 +141,13 @@ func tcp() (int, error) {
 	return fd, nil
 }
 
-// abort closes a connection with a reset, so that nothing of it is sent later.
+// reset has a connection end with a reset, so that nothing of it is sent later.
+func reset(fd int) error {
+	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+}
+
+// abort closes a connection with a reset.
 func abort(fd int) {
-	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	_ = reset(fd) // or it is closed as any other
 	unix.Close(fd)
 }
