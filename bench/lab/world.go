@@ -104,6 +104,7 @@ func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
 		func() error { return w.HostP.Veth(w.name("peerP"), w.HostS, w.name("peerS")) },
 		func() error { return w.Client.MAC("eth0", clientMAC) },
 		func() error { return w.Client.Addr("eth0", ClientIP) },
+		func() error { return w.Client.Sysctl("net/ipv4/ip_local_port_range", "1024 65535") }, // or it searches long
 	}
 	if hosts == nil {
 		steps = append(steps,

@@ -5,10 +5,8 @@ package proxies
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -172,17 +170,6 @@ func (c *chain) listen() error {
 		return fmt.Errorf("connect to colo-compare: %w", err)
 	}
 	c.closers = append(c.closers, conn.Close)
-	go func() {
-		var length [4]byte
-		for {
-			if _, err := io.ReadFull(conn, length[:]); err != nil {
-				return // closed
-			}
-			if _, err := io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(length[:]))); err != nil {
-				return
-			}
-			c.checkpoints.Add(1)
-		}
-	}()
+	go lab.CountRequests(conn, &c.checkpoints)
 	return nil
 }

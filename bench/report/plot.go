@@ -67,6 +67,7 @@ func (t *table) against(g *group) *chart {
 		}
 		return out.Bottom - (out.Bottom-out.Top)*share
 	}
+	var legend []swatch
 	for _, v := range t.part.Variants {
 		var points []string
 		for _, r := range g.rows {
@@ -76,6 +77,9 @@ func (t *table) against(g *group) *chart {
 			}
 			d := dot{x(r.At), y(s.Median()), t.colour(v), v + ", " + r.Name + ": " + number(s.Median()) + " " + unit}
 			out.Dots, points = append(out.Dots, d), append(points, fmt.Sprintf("%.1f,%.1f", d.X, d.Y))
+		}
+		if len(points) > 0 {
+			legend = append(legend, swatch{t.colour(v), v})
 		}
 		if len(points) > 1 {
 			out.Lines = append(out.Lines, line{t.colour(v), strings.Join(points, " ")})
@@ -97,7 +101,7 @@ func (t *table) against(g *group) *chart {
 		out.YTicks = append(out.YTicks, axisTick{y(v), number(v)})
 	}
 	title := strings.TrimSuffix(g.name+", "+unit, ", ") + ", " + direction(g.rows[0].Less)
-	return &chart{Title: title, Width: width, Height: 330, Legend: t.legend(), Plot: out}
+	return &chart{Title: title, Width: width, Height: 330, Legend: legend, Plot: out}
 }
 
 // nines is how many nines the axis of shares shows.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 
 // perProcess bounds the connections of one process: the limit on open files cannot always be raised, and
 // is 20 000 here and there.
-const perProcess = 17_500
+const perProcess = 12_500
 
 // opening is how many connections are being opened at a time.
 const opening = 16
@@ -30,10 +31,11 @@ type variant struct {
 	// start starts it; there is to be room for n connections.
 	start func(ctx context.Context, w *lab.World, n int) (*proxies.Proxy, *pair, error)
 	world *lab.World
-	full  string // what it did with more connections than it carries; "": it carries all so far
+	full  int    // connections that it did not carry; 0: it carries all so far
+	why   string // what it did then
 }
 
-func (b *bench) variants() []*variant {
+func (b *bench) proxies() []*variant {
 	vs := []*variant{
 		{name: alone, start: func(_ context.Context, w *lab.World, _ int) (*proxies.Proxy, *pair, error) {
 			p, err := proxies.MirroringAlone(w)
@@ -59,7 +61,7 @@ func room(n int) int { return max(64, n+n/4) }
 
 // connections measures what an exchange costs while others are open.
 func (b *bench) connections(ctx context.Context) (err error) {
-	vs := b.variants()
+	vs := b.proxies()
 	defer func() {
 		for _, v := range vs {
 			if v.world != nil {
@@ -76,8 +78,8 @@ func (b *bench) connections(ctx context.Context) (err error) {
 		for round := range b.rounds {
 			for _, v := range vs {
 				b.progress(fmt.Sprintf("%s connections, round %d of %d: %s", count(n), round+1, b.rounds, v.name))
-				if v.full != "" {
-					b.notCarried(v, n, v.full)
+				if v.full > 0 && n > v.full {
+					b.notCarried(v, n, "not tried, because of what it did with fewer: "+v.why)
 					continue
 				}
 				if err := b.held(ctx, v, n); err != nil {
@@ -95,6 +97,7 @@ var measured = []struct {
 	more        bool // is better
 }{
 	opened:        {"connections opened, 16 at a time", "1/s", true},
+	hung:          {"connections that hung while they were opened", "", false},
 	p50:           {"exchange on one of them, chosen at random: p50", "µs", false},
 	p99:           {"exchange on one of them, chosen at random: p99", "µs", false},
 	cpu:           {"CPU of an exchange, all parties", "µs", false},
@@ -107,6 +110,7 @@ var measured = []struct {
 	mapsP:         {"kernel memory of the maps on P", "MB", false},
 	mapsS:         {"kernel memory of the maps on S", "MB", false},
 	frozen:        {"checkpoint, without QEMU's part: nothing leaves for", "ms", false},
+	confirm:       {"checkpoint: of that from the guests' going on until the commit", "ms", false},
 	tablesOfS:     {"checkpoint: S's tables while the SVM stands still", "ms", false},
 	takeover:      {"planned takeover, without QEMU's part", "ms", false},
 	measuredCount: {},
@@ -114,6 +118,7 @@ var measured = []struct {
 
 const (
 	opened = iota
+	hung
 	p50
 	p99
 	cpu
@@ -126,6 +131,7 @@ const (
 	mapsP
 	mapsS
 	frozen
+	confirm
 	tablesOfS
 	takeover
 	measuredCount
@@ -164,13 +170,11 @@ func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
 	if err != nil {
 		return err
 	}
-	if r.Done < n {
-		why, err := b.stalled(ctx, h, r, n)
-		v.full = why
-		b.notCarried(v, n, why)
-		return err
+	if r.Done+r.Lost < n {
+		return b.stalled(ctx, v, h, r, n, n)
 	}
-	b.add(v, opened, n, float64(n)/r.Wall.Seconds())
+	b.add(v, opened, n, float64(r.Done)/r.Wall.Seconds())
+	b.add(v, hung, n, float64(r.Lost))
 	if err := b.atRest(ctx, v, h, n); err != nil {
 		return err
 	}
@@ -180,10 +184,7 @@ func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
 			return err
 		}
 		if r.Done < x.exchanges {
-			why, err := b.stalled(ctx, h, r, x.exchanges)
-			v.full = why
-			b.notCarried(v, n, why)
-			return err
+			return b.stalled(ctx, v, h, r, x.exchanges, n)
 		}
 		each := func(d time.Duration) float64 { return float64(d) / 1e3 / float64(r.Done) }
 		if x.under == 1 {
@@ -197,7 +198,7 @@ func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
 		}
 	}
 	if p == nil {
-		for _, what := range []int{frozen, tablesOfS, takeover} {
+		for _, what := range []int{frozen, confirm, tablesOfS, takeover} {
 			b.cases.Instead(connectionsCase(what, n), v.name, "there is no guest that could be copied or take over")
 		}
 		_, err = h.do(ctx, workload.Job{Do: workload.Drop})
@@ -264,7 +265,7 @@ func (b *bench) events(ctx context.Context, v *variant, p *pair, n int) error {
 	if err != nil {
 		return err
 	}
-	for what, phase := range map[int]string{frozen: "frozen", tablesOfS: "tables"} {
+	for what, phase := range map[int]string{frozen: "frozen", confirm: "confirm", tablesOfS: "tables"} {
 		if after[phase].Count == before[phase].Count {
 			b.cases.Instead(connectionsCase(what, n), v.name, "its status does not show this part of the checkpoint")
 			continue
@@ -291,23 +292,31 @@ func (p *pair) phases(ctx context.Context) (map[string]api.Histogram, error) {
 	if err != nil {
 		return nil, err
 	}
-	return map[string]api.Histogram{"frozen": onP.CheckpointPhases["frozen"], "tables": onS.CheckpointPhases["tables"]}, nil
+	all := maps.Clone(onP.CheckpointPhases)
+	all["tables"] = onS.CheckpointPhases["tables"]
+	return all, nil
 }
 
-// stalled says what became of connections that a variant did not carry, and of those that it had carried.
-func (b *bench) stalled(ctx context.Context, h *holding, r *outcome, n int) (why string, err error) {
-	why = fmt.Sprintf("%s after %s of %s", r.Stalled, count(r.Done), count(n))
-	if r.Stalled == "" {
-		why = fmt.Sprintf("%s of %s in %v", count(r.Done), count(n), r.Wall.Round(time.Millisecond))
+// stalled notes that a variant did not carry n connections, what it did of so many exchanges or connections, and
+// what became of those that it had carried.
+func (b *bench) stalled(ctx context.Context, v *variant, h *holding, r *outcome, of, n int) error {
+	why := fmt.Sprintf("%s of %s in %v", count(r.Done), count(of), r.Wall.Round(time.Millisecond))
+	if r.Stalled != "" {
+		why = fmt.Sprintf("%s after %s of %s", r.Stalled, count(r.Done), count(of))
+	}
+	if r.Lost > 0 {
+		why += fmt.Sprintf(", %d more given up", r.Lost)
 	}
 	if h.proxy.Trouble != nil {
 		why += "; " + h.proxy.Trouble()
 	}
 	after, err := h.do(ctx, workload.Job{Do: workload.Pick, Conns: 1, N: 1000, Size: workload.Message, Stall: 3 * time.Second, Limit: 20 * time.Second})
 	if err != nil {
-		return why, err
+		return err
 	}
-	return fmt.Sprintf("%s; then %d of 1000 exchanges on the connections that stood", why, after.Done), nil
+	v.full, v.why = n, fmt.Sprintf("%s; then %d of 1000 exchanges on the connections that stood", why, after.Done)
+	b.notCarried(v, n, v.why)
+	return nil
 }
 
 // holding is a world with its clients' connections.
@@ -338,6 +347,7 @@ func (h *holding) do(ctx context.Context, j workload.Job) (*outcome, error) {
 			return nil, err
 		}
 		out.Done += r.Done
+		out.Lost += r.Lost
 		out.Wall += r.Wall
 		out.Took = append(out.Took, r.Took...)
 		if out.Stalled = r.Stalled; out.Stalled != "" {

@@ -26,7 +26,7 @@ const (
 type plan struct {
 	rounds int
 	counts []int         // of connections
-	tables []int         // entries of lockstep's tables
+	sizes  []int         // of lockstep's tables
 	qemu   []int         // connections through colo-compare alone
 	pairs  []int         // on a host
 	idle   time.Duration // for which nothing is asked of the connections
@@ -36,10 +36,10 @@ type plan struct {
 
 func newPlan(o lab.Options) plan {
 	if o.Quick {
-		return plan{rounds: o.Rounds, counts: []int{10, 100}, tables: []int{10, 100}, qemu: []int{10, 100}, pairs: []int{1, 2},
+		return plan{rounds: o.Rounds, counts: []int{10, 100}, sizes: []int{10, 100}, qemu: []int{10, 100}, pairs: []int{1, 2},
 			idle: 200 * time.Millisecond, single: 100, many: 500}
 	}
-	return plan{rounds: o.Rounds, counts: []int{10, 100, 1000, 10_000, 17_000, 100_000}, tables: []int{10, 100, 1000, 10_000, 100_000, 1_000_000},
+	return plan{rounds: o.Rounds, counts: []int{10, 100, 1000, 10_000, 17_000, 100_000}, sizes: []int{10, 100, 1000, 10_000, 100_000, 1_000_000},
 		qemu: []int{10, 100, 1000, 10_000, 16_000, 16_384, 16_385, 17_000, 20_000}, pairs: []int{1, 2, 4},
 		idle: 2 * time.Second, single: 5000, many: 50_000}
 }
@@ -48,6 +48,7 @@ func newPlan(o lab.Options) plan {
 type bench struct {
 	plan
 	o        lab.Options
+	variants []string
 	cases    report.Collector
 	progress func(what string)
 }
@@ -60,6 +61,10 @@ type section struct {
 
 var sections = []section{
 	{"connections", (*bench).connections},
+	{"tables", (*bench).tables},
+	{"colo-compare", (*bench).colo},
+	{"limits", (*bench).limits},
+	{"pairs", (*bench).pairsOnHosts},
 }
 
 // Part measures.
@@ -70,10 +75,11 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 		progress(done, 0, "part D, "+what)
 		done++
 	}
-	part = report.Part{Name: "D", Title: "scale", Variants: []string{alone, chain, lockstep}}
+	b.variants = []string{alone, chain, lockstep}
 	if o.QEMU == "" {
-		part.Variants = []string{alone, lockstep}
+		b.variants = []string{alone, lockstep}
 	}
+	part = report.Part{Name: "D", Title: "scale", Variants: b.variants}
 	measured := false
 	for _, s := range sections {
 		if !strings.Contains(s.name, o.Only) {
@@ -94,6 +100,16 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 // figure is one of what there are n of, as connections.
 func figure(group, unit string, less bool, n int, of string) report.Case {
 	return report.Case{Group: group, Name: count(n) + " " + of, Unit: unit, Less: less, At: float64(n)}
+}
+
+// alone adds a figure that only lockstep has.
+func (b *bench) alone(of report.Case, value float64, others string) {
+	b.cases.Add(of, lockstep, value)
+	for _, v := range b.variants {
+		if v != lockstep {
+			b.cases.Instead(of, v, others)
+		}
+	}
 }
 
 // count has the digits in groups of three.

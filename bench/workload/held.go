@@ -35,19 +35,23 @@ func (h *holder) drop() {
 	clear(h.conns)
 }
 
-// hold opens connections, some at a time. Each counts when its first response is there.
+// hold opens connections, some at a time. Each counts when its first response is there; one that never comes is
+// given up together with all that are being opened when there is no progress any more, which may happen some times.
 func (c *client) hold(h *holder) error {
 	c.poller = h.poller
 	first := append(head(c.job, 0), c.pattern[:c.job.Size]...)
 	asked, under := make(map[int]bool), 0 // asked: its request was sent
-	defer func() {
-		for fd := range asked { // it has stalled
+	giveUp := func() {
+		for fd := range asked {
 			abort(fd)
 			delete(h.conns, fd)
 		}
-	}()
-	for c.result.Done < c.job.N {
-		for ; under < c.job.Conns && c.result.Done+under < c.job.N && !c.late(); under++ {
+		clear(asked)
+		under = 0
+	}
+	defer giveUp()
+	for stalls := 0; c.result.Done+c.result.Lost < c.job.N; {
+		for ; under < c.job.Conns && c.result.Done+c.result.Lost+under < c.job.N && !c.late(); under++ {
 			fd, err := c.dial(unix.EPOLLOUT)
 			if err != nil {
 				return err
@@ -62,6 +66,12 @@ func (c *client) hold(h *holder) error {
 			return nil // it is late
 		}
 		ready, err := c.next()
+		if errors.Is(err, errStalled) && stalls < mostStalls {
+			stalls++
+			c.result.Lost += under
+			giveUp()
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -97,6 +107,9 @@ func (c *client) hold(h *holder) error {
 	}
 	return nil
 }
+
+// mostStalls is how often hold may be without progress.
+const mostStalls = 5
 
 // errBroken: nothing was asked of the connection, so what came is its end.
 var errBroken = unix.ECONNRESET

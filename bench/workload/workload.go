@@ -46,7 +46,7 @@ type Job struct {
 // Result is what came of a job.
 type Result struct {
 	Done    int           // as Job.N
-	Lost    int           // datagrams
+	Lost    int           // datagrams; Hold: connections that were given up
 	Wall    time.Duration // from the first request to the last response
 	Took    []int64       // ns of each exchange
 	Stalled string        // why it ended early, as "no progress for 5s"
