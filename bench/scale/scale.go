@@ -64,6 +64,7 @@ var sections = []section{
 	{"tables", (*bench).tables},
 	{"colo-compare", (*bench).colo},
 	{"limits", (*bench).limits},
+	{"ring", (*bench).ring},
 	{"pairs", (*bench).pairsOnHosts},
 }
 
