@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netns"
 
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -158,5 +159,31 @@ func TestPairThatFails(t *testing.T) {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil || strings.Contains(string(mounts), dir) {
 		t.Errorf("a bpffs is left behind (%v)", err)
+	}
+}
+
+// TestMapMemory: what a map takes is counted once, however often it is open.
+func TestMapMemory(t *testing.T) {
+	lt.NeedRoot(t)
+	before, err := MapMemory(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 1 << 10, MaxEntries: 1 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	again, err := m.Clone()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	after, err := MapMemory(os.Getpid())
+	if more := after - before; err != nil || more < 1<<20 || more > 3<<19 {
+		t.Errorf("a map of 1 MiB takes %d bytes (%v)", more, err)
+	}
+	if own, err := Resident(os.Getpid()); err != nil || own < 1<<20 {
+		t.Errorf("this process has %d bytes (%v)", own, err)
 	}
 }

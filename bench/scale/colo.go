@@ -28,9 +28,8 @@ func (b *bench) colo(ctx context.Context) error {
 				less        bool
 				value       float64
 			}{
-				{"16 at a time: first frames that it did not release", "", true, float64(n - m.Opened)},
-				{"16 at a time: further frames that it did not release", "%", true, 100 * float64(m.Asked-m.Carried) / float64(m.Asked)},
-				{"16 at a time: checkpoints that it asked for", "", true, float64(m.Requests)},
+				{"held frames that it lost when one more connection came", "%", true, 100 * float64(m.Held-m.Survived) / float64(m.Held)},
+				{"checkpoints that it asked for", "", true, float64(m.Requests)},
 				{"CPU of a further frame", "µs", true, float64(m.Each) / 1e3},
 			} {
 				at := figure(group+f.group, f.unit, f.less, n, "connections")

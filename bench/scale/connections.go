@@ -31,8 +31,9 @@ type variant struct {
 	// start starts it; there is to be room for n connections.
 	start func(ctx context.Context, w *lab.World, n int) (*proxies.Proxy, *pair, error)
 	world *lab.World
-	full  int    // connections that it did not carry; 0: it carries all so far
-	why   string // what it did then
+	full  int                 // connections that it could not open; 0: it could so far
+	why   string              // what it did then
+	added [measuredCount]bool // the figures of this round
 }
 
 func (b *bench) proxies() []*variant {
@@ -78,6 +79,7 @@ func (b *bench) connections(ctx context.Context) (err error) {
 		for round := range b.rounds {
 			for _, v := range vs {
 				b.progress(fmt.Sprintf("%s connections, round %d of %d: %s", count(n), round+1, b.rounds, v.name))
+				v.added = [measuredCount]bool{}
 				if v.full > 0 && n > v.full {
 					b.notCarried(v, n, "not tried, because of what it did with fewer: "+v.why)
 					continue
@@ -143,13 +145,16 @@ func connectionsCase(what, n int) report.Case {
 }
 
 func (b *bench) add(v *variant, what, n int, value float64) {
+	v.added[what] = true
 	b.cases.Add(connectionsCase(what, n), v.name, value)
 }
 
-// notCarried notes that a variant has no figures at n connections.
+// notCarried notes why a variant has no more figures at n connections in this round.
 func (b *bench) notCarried(v *variant, n int, why string) {
 	for what := range measuredCount {
-		b.cases.Instead(connectionsCase(what, n), v.name, why)
+		if !v.added[what] {
+			b.cases.Instead(connectionsCase(what, n), v.name, why)
+		}
 	}
 }
 
@@ -314,8 +319,11 @@ func (b *bench) stalled(ctx context.Context, v *variant, h *holding, r *outcome,
 	if err != nil {
 		return err
 	}
-	v.full, v.why = n, fmt.Sprintf("%s; then %d of 1000 exchanges on the connections that stood", why, after.Done)
-	b.notCarried(v, n, v.why)
+	why = fmt.Sprintf("%s; then %d of 1000 exchanges on the connections that stood", why, after.Done)
+	if !v.added[opened] {
+		v.full, v.why = n, why
+	}
+	b.notCarried(v, n, why)
 	return nil
 }
 

@@ -26,7 +26,7 @@ func (b *bench) limits(ctx context.Context) (err error) {
 	if b.o.Quick {
 		bulk, slots, gso = 4<<20, []int{16, 16_384}, []int{1, 1024}
 	}
-	job := workload.Job{Size: workload.Message, Stall: 5 * time.Second, Limit: 30 * time.Second}
+	job := workload.Job{Size: workload.Message, Stall: 5 * time.Second, Limit: 8 * time.Second}
 	for _, l := range []struct {
 		group, of, setting string
 		sizes              []int
@@ -60,6 +60,13 @@ func (b *bench) limits(ctx context.Context) (err error) {
 				const others = "it has no slots"
 				b.alone(at(l.rate, l.unit, false), l.amount(r.Done)/r.Wall.Seconds(), others)
 				b.alone(at("arrived", "%", false), 100*float64(r.Done)/float64(j.N), others)
+				if r.Done < j.N {
+					what := r.Stalled
+					if what == "" {
+						what = "so far within " + j.Limit.String()
+					}
+					b.cases.Instead(at("arrived", "%", false), lockstep, what)
+				}
 				b.alone(at("frames dropped for want of a slot, of "+l.perName, "", true), float64(lost)*l.per/float64(max(1, r.Done)), others)
 			}
 		}

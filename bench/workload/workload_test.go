@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -104,5 +105,23 @@ func TestStalled(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "a connection broke") {
 		t.Errorf("the client says %q, want that the connection was refused", out.String())
+	}
+}
+
+// TestHoldGivesUp: connections on which nothing comes back are counted, and do not keep the others.
+func TestHoldGivesUp(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0") // it accepts, and answers nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var out bytes.Buffer
+	job := `{"Do":104,"Conns":3,"N":7,"Size":100,"Stall":50000000,"Limit":5000000000}`
+	if err := Client(l.Addr().String(), strings.NewReader(job), &out); err != nil {
+		t.Fatal(err)
+	}
+	var got Result
+	if _, text, _ := strings.Cut(out.String(), "done\n"); json.Unmarshal([]byte(text), &got) != nil || got.Done != 0 || got.Lost != 7 || got.Stalled != "" {
+		t.Errorf("the client says %q, want that all 7 were given up", out.String())
 	}
 }
