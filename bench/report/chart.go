@@ -101,6 +101,9 @@ func (t *table) charts(g *group) (out []chart) {
 	if c := t.against(g); c != nil {
 		return []chart{*c}
 	}
+	if t.nothing(g) {
+		return nil
+	}
 	plain := slices.DeleteFunc(slices.Clone(g.rows), func(r row) bool { return r.Stack })
 	stacked := slices.DeleteFunc(slices.Clone(g.rows), func(r row) bool { return !r.Stack })
 	for _, r := range g.rows {
@@ -112,6 +115,16 @@ func (t *table) charts(g *group) (out []chart) {
 		return append(out, t.stack(g.name, stacked)) // what does not add up is in the table
 	}
 	return append(out, t.bars(g.name, plain))
+}
+
+// nothing: all figures of a group that would be drawn as lines are 0, or there are none.
+func (t *table) nothing(g *group) bool {
+	return !slices.ContainsFunc(g.rows, func(r row) bool {
+		return r.At <= 0 || slices.ContainsFunc(t.part.Variants, func(v string) bool {
+			s := r.Series[v]
+			return len(s.Rounds) > 0 && s.Median() != 0
+		})
+	})
 }
 
 func (t *table) legend() (out []swatch) {

@@ -33,6 +33,21 @@ func decades(lo, hi float64) (out []float64) {
 	return out
 }
 
+// steps are some round values from 0 to most.
+func steps(most float64) (out []float64) {
+	unit := math.Pow(10, math.Floor(math.Log10(most)))
+	for _, part := range []float64{1, 0.5, 0.2} {
+		if most >= 3*part*unit {
+			unit *= part
+			break
+		}
+	}
+	for i := 0.0; i*unit <= most && len(out) < 10; i++ {
+		out = append(out, i*unit)
+	}
+	return out
+}
+
 // against is a chart of the cases that say at what they were measured, as connections: that on a
 // logarithmic scale to the right, and the figure upwards, on one too if it grows a hundredfold. nil if
 // the group's cases do not say, or there are not two of them with figures.
@@ -52,7 +67,8 @@ func (t *table) against(g *group) *chart {
 		return nil
 	}
 	unit := g.rows[0].Unit
-	out := newPlot(strings.TrimLeft(g.rows[0].Name, "0123456789 \u00a0")) // "connections"
+	of := strings.TrimLeft(g.rows[0].Name, "0123456789 \u00a0") // "connections"
+	out := newPlot(of)
 	lo, hi := slices.Min(at), slices.Max(at)
 	x := func(v float64) float64 { return out.Left + (out.Right-out.Left)*math.Log(v/lo)/math.Log(hi/lo) }
 	least, most := slices.Min(figures), slices.Max(figures)
@@ -87,10 +103,10 @@ func (t *table) against(g *group) *chart {
 	}
 	for _, r := range g.rows {
 		if r.At >= lo && r.At <= hi {
-			out.xTick(axisTick{x(r.At), number(r.At)})
+			out.xTick(axisTick{x(r.At), strings.TrimSpace(strings.TrimSuffix(r.Name, of))})
 		}
 	}
-	ticks := []float64{0, most / 4, most / 2, 3 * most / 4, most}
+	ticks := steps(most)
 	if logarithmic {
 		ticks = nil
 		for v := least; v < 1.5*most; v *= 10 {

@@ -213,3 +213,14 @@ func TestNumber(t *testing.T) {
 		}
 	}
 }
+
+// TestSteps: an axis has a few round values, whatever the largest figure is.
+func TestSteps(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		most := rapid.Float64Range(1e-9, 1e12).Draw(t, "most")
+		got := steps(most)
+		if len(got) < 3 || len(got) > 10 || got[0] != 0 || got[len(got)-1] > most || got[len(got)-1] < most/2 {
+			t.Fatalf("%v of %v", got, most)
+		}
+	})
+}
