@@ -229,7 +229,7 @@ func (v *variant) carry(ctx context.Context, j workload.Job) (r *run, stalled st
 		r, err = v.do(ctx, j)
 	}
 	if err != nil {
-		if died := v.died(); died != "" && ctx.Err() == nil {
+		if died := v.proxy.Died(); v.taps && died != "" && ctx.Err() == nil {
 			return nil, died, nil
 		}
 		return nil, "", err
@@ -241,21 +241,6 @@ func (v *variant) carry(ctx context.Context, j workload.Job) (r *run, stalled st
 		}
 	}
 	return r, stalled, nil
-}
-
-// died says that a QEMU has ended by itself, which is a result. "" if none has.
-func (v *variant) died() string {
-	for _, p := range []*lab.Process{v.proxy.OnP, v.proxy.OnS} {
-		if !v.taps || p == nil {
-			continue
-		}
-		select {
-		case <-p.Ended():
-			return "QEMU ended: " + short(p.Log())
-		default:
-		}
-	}
-	return ""
 }
 
 // amount is what was done of a job, in words.

@@ -22,6 +22,21 @@ type Proxy struct {
 	Stop     func() error
 }
 
+// Died says that one of the processes, a QEMU, has ended by itself, which is a result. "" if none has.
+func (p *Proxy) Died() string {
+	for _, q := range []*lab.Process{p.OnP, p.OnS} {
+		if q == nil {
+			continue
+		}
+		select {
+		case <-q.Ended():
+			return "QEMU ended: " + short(q.Log())
+		default:
+		}
+	}
+	return ""
+}
+
 // frames are lockstep's counters of the PVM's frames.
 type frames struct {
 	held     uint64 // those that were held

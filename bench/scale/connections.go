@@ -84,7 +84,11 @@ func (b *bench) connections(ctx context.Context) (err error) {
 					b.notCarried(v, n, "not tried, because of what it did with fewer: "+v.why)
 					continue
 				}
-				if err := b.held(ctx, v, n); err != nil {
+				err := b.open(ctx, v, n, func(h *holding, p *pair, r *outcome) error { return b.held(ctx, v, n, h, p, r) })
+				if err == nil && v.name == lockstep {
+					err = b.takenOver(ctx, v, n)
+				}
+				if err != nil {
 					return fmt.Errorf("%s, %s connections: %w", v.name, count(n), err)
 				}
 			}
@@ -93,31 +97,7 @@ func (b *bench) connections(ctx context.Context) (err error) {
 	return nil
 }
 
-// measured are the figures of the connections, by what they are called below.
-var measured = []struct {
-	group, unit string
-	more        bool // is better
-}{
-	opened:        {"connections opened, 16 at a time", "1/s", true},
-	hung:          {"connections that hung while they were opened", "", false},
-	p50:           {"exchange on one of them, chosen at random: p50", "µs", false},
-	p99:           {"exchange on one of them, chosen at random: p99", "µs", false},
-	cpu:           {"CPU of an exchange, all parties", "µs", false},
-	cpuProxies:    {"CPU of an exchange, the proxies", "µs", false},
-	rate:          {"exchanges, 64 under way", "1/s", true},
-	rateCPU:       {"CPU of an exchange with 64 under way, the proxies", "µs", false},
-	idle:          {"CPU of the proxies while nothing is sent", "ms/s", false},
-	residentP:     {"memory of the proxy on P", "MB", false},
-	residentS:     {"memory of the proxy on S", "MB", false},
-	mapsP:         {"kernel memory of the maps on P", "MB", false},
-	mapsS:         {"kernel memory of the maps on S", "MB", false},
-	frozen:        {"checkpoint, without QEMU's part: nothing leaves for", "ms", false},
-	confirm:       {"checkpoint: of that from the guests' going on until the commit", "ms", false},
-	tablesOfS:     {"checkpoint: S's tables while the SVM stands still", "ms", false},
-	takeover:      {"planned takeover, without QEMU's part", "ms", false},
-	measuredCount: {},
-}
-
+// Figures, which measured describes.
 const (
 	opened = iota
 	hung
@@ -139,6 +119,30 @@ const (
 	measuredCount
 )
 
+// measured are the groups of the figures.
+var measured = [measuredCount]struct {
+	group, unit string
+	more        bool // is better
+}{
+	opened:     {"connections opened, 16 at a time", "1/s", true},
+	hung:       {"connections that hung while they were opened", "", false},
+	p50:        {"exchange on one of them, chosen at random: p50", "µs", false},
+	p99:        {"exchange on one of them, chosen at random: p99", "µs", false},
+	cpu:        {"CPU of an exchange, all parties", "µs", false},
+	cpuProxies: {"CPU of an exchange, the proxies", "µs", false},
+	rate:       {"exchanges, 64 under way", "1/s", true},
+	rateCPU:    {"CPU of an exchange with 64 under way, the proxies", "µs", false},
+	idle:       {"CPU of the proxies while nothing is sent", "ms/s", false},
+	residentP:  {"memory of the proxy on P", "MB", false},
+	residentS:  {"memory of the proxy on S", "MB", false},
+	mapsP:      {"kernel memory of the maps on P", "MB", false},
+	mapsS:      {"kernel memory of the maps on S", "MB", false},
+	frozen:     {"checkpoint, without QEMU's part: nothing leaves for", "ms", false},
+	confirm:    {"checkpoint: of that from the guests' going on until the commit", "ms", false},
+	tablesOfS:  {"checkpoint: S's tables while the SVM stands still", "ms", false},
+	takeover:   {"planned takeover, without QEMU's part", "ms", false},
+}
+
 func connectionsCase(what, n int) report.Case {
 	m := measured[what]
 	return figure(m.group, m.unit, !m.more, n, "connections")
@@ -151,15 +155,15 @@ func (b *bench) add(v *variant, what, n int, value float64) {
 
 // notCarried notes why a variant has no more figures at n connections in this round.
 func (b *bench) notCarried(v *variant, n int, why string) {
-	for what := range measuredCount {
+	for what := range measured {
 		if !v.added[what] {
 			b.cases.Instead(connectionsCase(what, n), v.name, why)
 		}
 	}
 }
 
-// held opens connections through a proxy that was started anew, and measures.
-func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
+// open opens connections through a proxy that was started anew, and has f go on from there.
+func (b *bench) open(ctx context.Context, v *variant, n int, f func(*holding, *pair, *outcome) error) (err error) {
 	w := v.world
 	if err := w.Start((n + perProcess - 1) / perProcess); err != nil {
 		return err
@@ -170,11 +174,24 @@ func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, proxy.Stop()) }()
+	if v.taps {
+		defer func() {
+			if died := proxy.Died(); err != nil && died != "" && ctx.Err() == nil {
+				b.notCarried(v, n, died)
+				err = nil
+			}
+		}()
+	}
 	h := &holding{w: w, proxy: proxy}
 	r, err := h.do(ctx, workload.Job{Do: workload.Hold, Conns: opening, N: n, Size: workload.Message, Stall: 5 * time.Second, Limit: 3 * time.Minute})
 	if err != nil {
 		return err
 	}
+	return f(h, p, r)
+}
+
+// held measures what connections that stand cost.
+func (b *bench) held(ctx context.Context, v *variant, n int, h *holding, p *pair, r *outcome) (err error) {
 	if r.Done+r.Lost < n {
 		return b.stalled(ctx, v, h, r, n, n)
 	}
@@ -209,7 +226,7 @@ func (b *bench) held(ctx context.Context, v *variant, n int) (err error) {
 		_, err = h.do(ctx, workload.Job{Do: workload.Drop})
 		return err
 	}
-	return b.events(ctx, v, p, n)
+	return b.checkpoint(ctx, v, p, n)
 }
 
 // atRest measures what the connections cost while nothing is sent, and what memory they take.
@@ -256,9 +273,9 @@ func (b *bench) atRest(ctx context.Context, v *variant, h *holding, n int) error
 	return nil
 }
 
-// events has the pair go through a checkpoint and then through a takeover, after which its guests go on
-// with other connections than the client's.
-func (b *bench) events(ctx context.Context, v *variant, p *pair, n int) error {
+// checkpoint has the pair go through a checkpoint, after which its guests, of which nothing was copied, go on with
+// other connections than the client's.
+func (b *bench) checkpoint(ctx context.Context, v *variant, p *pair, n int) error {
 	before, err := p.phases(ctx)
 	if err != nil {
 		return err
@@ -271,20 +288,29 @@ func (b *bench) events(ctx context.Context, v *variant, p *pair, n int) error {
 		return err
 	}
 	for what, phase := range map[int]string{frozen: "frozen", confirm: "confirm", tablesOfS: "tables"} {
-		if after[phase].Count == before[phase].Count {
-			b.cases.Instead(connectionsCase(what, n), v.name, "its status does not show this part of the checkpoint")
-			continue
+		done := after[phase].Count - before[phase].Count
+		if done == 0 {
+			return fmt.Errorf("the status does not show %q of the checkpoint", phase)
 		}
-		took := (after[phase].Seconds - before[phase].Seconds) / float64(after[phase].Count-before[phase].Count)
-		b.add(v, what, n, took*1e3)
+		b.add(v, what, n, (after[phase].Seconds-before[phase].Seconds)/float64(done)*1e3)
 	}
-	p.Abandon() // its primary ends, and its secondary has connections that lockstep would not give up
-	done, err := api.OrderFailover(ctx, p.Socket("beta"), false)
-	if err != nil {
-		return fmt.Errorf("order a takeover: %w", err)
-	}
-	b.add(v, takeover, n, done.Seconds*1e3)
 	return nil
+}
+
+// takenOver has the secondary of a new pair take over.
+func (b *bench) takenOver(ctx context.Context, v *variant, n int) error {
+	return b.open(ctx, v, n, func(h *holding, p *pair, r *outcome) error {
+		if r.Done < n {
+			return fmt.Errorf("only %d connections stand", r.Done)
+		}
+		p.Abandon() // its primary ends, and its secondary has connections that lockstep would not give up
+		done, err := api.OrderFailover(ctx, p.Socket("beta"), false)
+		if err != nil {
+			return fmt.Errorf("order a takeover: %w", err)
+		}
+		b.add(v, takeover, n, done.Seconds*1e3)
+		return nil
+	})
 }
 
 // phases are those of the checkpoints on both hosts.
