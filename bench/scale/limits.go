@@ -50,7 +50,7 @@ func (b *bench) limits(ctx context.Context) (err error) {
 				if j.Size == 0 {
 					j.Size = job.Size
 				}
-				r, lost, err := b.limited(ctx, w, fmt.Sprintf(l.setting, size), j)
+				r, lost, asked, err := b.limited(ctx, w, fmt.Sprintf(l.setting, size), j)
 				if err != nil {
 					return fmt.Errorf("%s, %d slots: %w", l.group, size, err)
 				}
@@ -60,6 +60,7 @@ func (b *bench) limits(ctx context.Context) (err error) {
 				const others = "it has no slots"
 				b.alone(at(l.rate, l.unit, false), l.amount(r.Done)/r.Wall.Seconds(), others)
 				b.alone(at("arrived", "%", false), 100*float64(r.Done)/float64(j.N), others)
+				b.alone(at("checkpoints that it asked for", "", true), float64(asked), others)
 				if r.Done < j.N {
 					what := r.Stalled
 					if what == "" {
@@ -74,30 +75,33 @@ func (b *bench) limits(ctx context.Context) (err error) {
 	return nil
 }
 
-// limited does a job through a pair with these settings. lost is what its primary dropped meanwhile.
-func (b *bench) limited(ctx context.Context, w *lab.World, settings string, j workload.Job) (r workload.Result, lost uint64, err error) {
+// limited does a job through a pair with these settings. lost are the frames that its primary dropped meanwhile, asked
+// the checkpoints that it asked for.
+func (b *bench) limited(ctx context.Context, w *lab.World, settings string, j workload.Job) (r workload.Result, lost, asked uint64, err error) {
 	if err := w.Start(1); err != nil {
-		return r, 0, err
+		return r, 0, 0, err
 	}
 	defer func() { err = errors.Join(err, w.Stop()) }()
-	p, err := startPair(ctx, w, b.o.Lockstep, settings)
+	p, err := startPlain(ctx, w, b.o.Lockstep, settings)
 	if err != nil {
-		return r, 0, err
+		return r, 0, 0, err
 	}
 	defer func() { err = errors.Join(err, p.Stop()) }()
 	before, err := p.Status(ctx, "alpha")
 	if err != nil {
-		return r, 0, err
+		return r, 0, 0, err
 	}
 	if r, err = w.Clients[0].Do(ctx, &j, func() {}); err != nil {
-		return r, 0, err
+		return r, 0, 0, err
 	}
 	after, err := p.Status(ctx, "alpha")
 	if err != nil {
-		return r, 0, err
+		return r, 0, 0, err
 	}
 	for _, reason := range []string{"no_slot", compare.ReasonNoRoom.String()} {
 		lost += after.Dropped[reason] - before.Dropped[reason]
 	}
-	return r, lost, nil
+	if n := len(after.Causes); n > 0 {
+	}
+	return r, lost, after.CheckpointsRequested - before.CheckpointsRequested, nil
 }

@@ -20,6 +20,16 @@ type pair struct {
 	qemu *qmptest.Pair
 }
 
+// startPlain starts a pair without QEMUs: the checkpoints that it asks for are counted, and not made. settings are
+// lines of its config.
+func startPlain(ctx context.Context, w *lab.World, bin, settings string) (*lab.Pair, error) {
+	dir, err := os.MkdirTemp(w.Dir, "p")
+	if err != nil {
+		return nil, fmt.Errorf("make a folder: %w", err)
+	}
+	return lab.StartPair(ctx, dir, bin, w.PairConfig("", "")+settings+"\n"+lab.PairConfig, w.HostP, w.HostS)
+}
+
 // startPair starts a pair. settings are lines of its config.
 func startPair(ctx context.Context, w *lab.World, bin, settings string) (_ *pair, err error) {
 	p := new(pair)

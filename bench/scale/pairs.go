@@ -57,7 +57,7 @@ func (b *bench) sideBySide(ctx context.Context, worlds []*lab.World) (err error)
 			return err
 		}
 		defer func() { err = errors.Join(err, w.Stop()) }()
-		p, err := startPair(ctx, w, b.o.Lockstep, "compare: {timeout: 10s}")
+		p, err := startPlain(ctx, w, b.o.Lockstep, "compare: {timeout: 10s}")
 		if err != nil {
 			return err
 		}

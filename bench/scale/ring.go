@@ -58,7 +58,7 @@ func (b *bench) flooded(ctx context.Context, w *lab.World, n int) (err error) {
 	if b.o.Quick {
 		slots = 1 << 14
 	}
-	p, err := startPair(ctx, w, b.o.Lockstep, fmt.Sprintf("compare: {timeout: 10s, slots: %d, max_connections: 262144}\n%s", slots, patient))
+	p, err := startPlain(ctx, w, b.o.Lockstep, fmt.Sprintf("compare: {timeout: 10s, slots: %d, max_connections: 262144}\n%s", slots, patient))
 	if err != nil {
 		return err
 	}
