@@ -31,7 +31,7 @@ type variant struct {
 	// start starts it; there is to be room for n connections.
 	start func(ctx context.Context, w *lab.World, n int) (*proxies.Proxy, *pair, error)
 	world *lab.World
-	full  int                 // connections that it could not open; 0: it could so far
+	full  int                 // connections that it could not open, or that were dead then; 0: none so far
 	why   string              // what it did then
 	added [measuredCount]bool // the figures of this round
 }
@@ -346,7 +346,7 @@ func (b *bench) stalled(ctx context.Context, v *variant, h *holding, r *outcome,
 		return err
 	}
 	why = fmt.Sprintf("%s; then %d of 1000 exchanges on the connections that stood", why, after.Done)
-	if !v.added[opened] {
+	if !v.added[opened] || r.Done == 0 {
 		v.full, v.why = n, why
 	}
 	b.notCarried(v, n, why)

@@ -17,36 +17,35 @@ import (
 
 // pairsOnHosts measures what more than one pair on the same two hosts reach together. Each has its own guests, taps,
 // bridges, peer link, daemons and client.
-func (b *bench) pairsOnHosts(ctx context.Context) (err error) {
-	var worlds []*lab.World
-	defer func() {
-		for len(worlds) > 0 { // the hosts are those of the first
-			last := len(worlds) - 1
-			err = errors.Join(err, worlds[last].Close())
-			worlds = worlds[:last]
-		}
-	}()
+func (b *bench) pairsOnHosts(ctx context.Context) error {
 	for _, n := range b.pairs {
-		for len(worlds) < n {
-			w, err := (*lab.World)(nil), error(nil)
-			if len(worlds) == 0 {
-				w, err = lab.NewWorld(false)
-			} else {
-				w, err = worlds[0].Beside(len(worlds))
-			}
-			if err != nil {
-				return fmt.Errorf("make the namespaces of pair %d: %w", len(worlds)+1, err)
-			}
-			worlds = append(worlds, w)
-		}
 		for round := range b.rounds {
 			b.progress(fmt.Sprintf("%d pairs, round %d of %d", n, round+1, b.rounds))
-			if err := b.sideBySide(ctx, worlds[:n]); err != nil {
+			if err := b.onHosts(ctx, n); err != nil {
 				return fmt.Errorf("%d pairs: %w", n, err)
 			}
 		}
 	}
 	return nil
+}
+
+// onHosts makes n pairs' worlds, and measures.
+func (b *bench) onHosts(ctx context.Context, n int) (err error) {
+	first, err := lab.NewWorld(false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, first.Close()) }()
+	worlds := []*lab.World{first}
+	for len(worlds) < n {
+		w, e := first.Beside(len(worlds))
+		if e != nil {
+			return fmt.Errorf("make the namespaces of pair %d: %w", len(worlds)+1, e)
+		}
+		defer func() { err = errors.Join(err, w.Close()) }()
+		worlds = append(worlds, w)
+	}
+	return b.sideBySide(ctx, worlds)
 }
 
 // sideBySide has a pair in each world, and their clients busy at the same time.

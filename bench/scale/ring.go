@@ -28,20 +28,15 @@ const (
 // ring measures what happens to the ring while nobody reads it: the primary's daemon is stopped, SYNs come of
 // more connections than it has room for, and 64 connections that are open go on. There are slots enough, or
 // these would be gone first.
-func (b *bench) ring(ctx context.Context) (err error) {
-	w, err := lab.NewWorld(false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, w.Close()) }()
+func (b *bench) ring(ctx context.Context) error {
 	floods := []int{10_000, 60_000, 240_000}
 	if b.o.Quick {
 		floods = []int{1000}
 	}
 	for _, n := range floods {
-		for round := range b.rounds {
-			b.progress(fmt.Sprintf("%s SYNs while nobody reads the ring, round %d of %d", count(n), round+1, b.rounds))
-			if err := b.flooded(ctx, w, n); err != nil {
+		for round := range b.fewRounds() {
+			b.progress(fmt.Sprintf("%s SYNs while nobody reads the ring, round %d of %d", count(n), round+1, b.fewRounds()))
+			if err := b.flooded(ctx, n); err != nil {
 				return fmt.Errorf("%s SYNs while nobody reads the ring: %w", count(n), err)
 			}
 		}
@@ -49,7 +44,12 @@ func (b *bench) ring(ctx context.Context) (err error) {
 	return nil
 }
 
-func (b *bench) flooded(ctx context.Context, w *lab.World, n int) (err error) {
+func (b *bench) flooded(ctx context.Context, n int) (err error) {
+	w, err := lab.NewWorld(false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
 	if err := w.Start(1); err != nil {
 		return err
 	}

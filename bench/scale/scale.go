@@ -44,6 +44,9 @@ func newPlan(o lab.Options) plan {
 		idle: 2 * time.Second, single: 5000, many: 50_000}
 }
 
+// fewRounds is for what shows how something is, and not how fast.
+func (p *plan) fewRounds() int { return min(p.rounds, 3) }
+
 // bench is one run of the part.
 type bench struct {
 	plan

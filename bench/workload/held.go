@@ -109,7 +109,7 @@ func (c *client) hold(h *holder) error {
 }
 
 // mostStalls is how often hold may be without progress.
-const mostStalls = 5
+const mostStalls = 3
 
 // errBroken: nothing was asked of the connection, so what came is its end.
 var errBroken = unix.ECONNRESET

@@ -116,12 +116,12 @@ func TestHoldGivesUp(t *testing.T) {
 	}
 	defer l.Close()
 	var out bytes.Buffer
-	job := `{"Do":104,"Conns":3,"N":7,"Size":100,"Stall":50000000,"Limit":5000000000}`
+	job := `{"Do":104,"Conns":3,"N":8,"Size":100,"Stall":50000000,"Limit":5000000000}`
 	if err := Client(l.Addr().String(), strings.NewReader(job), &out); err != nil {
 		t.Fatal(err)
 	}
 	var got Result
-	if _, text, _ := strings.Cut(out.String(), "done\n"); json.Unmarshal([]byte(text), &got) != nil || got.Done != 0 || got.Lost != 7 || got.Stalled != "" {
-		t.Errorf("the client says %q, want that all 7 were given up", out.String())
+	if _, text, _ := strings.Cut(out.String(), "done\n"); json.Unmarshal([]byte(text), &got) != nil || got.Done != 0 || got.Lost != 8 || got.Stalled != "" {
+		t.Errorf("the client says %q, want that all 8 were given up", out.String())
 	}
 }
