@@ -16,6 +16,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bench/lab"
 	"github.com/lockstep-ft/lockstep/bench/proxies"
 	"github.com/lockstep-ft/lockstep/bench/report"
+	"github.com/lockstep-ft/lockstep/bench/scale"
 )
 
 // parts are the benchmark's parts by name, in the order in which they run.
@@ -28,6 +29,7 @@ var parts = []part{
 			done++
 		})
 	}},
+	{name: "D", only: true, run: scale.Part},
 }
 
 type part struct {
@@ -96,4 +98,4 @@ func Run(ctx context.Context, o lab.Options, names []string, version string, pro
 
 // Act runs one of the roles in which the benchmark starts its own program: the program's main calls it
 // with what follows "bench act".
-func Act(in io.Reader, out io.Writer, args []string) error { return proxies.Act(in, out, args) }
+func Act(in io.Reader, out io.Writer, args []string) error { return lab.Act(in, out, args) }

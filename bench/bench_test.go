@@ -37,7 +37,7 @@ func TestQuick(t *testing.T) {
 	if o.QEMU, err = exec.LookPath("qemu-system-x86_64"); err != nil {
 		lt.Missing(t, "needs QEMU: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	last := 0
 	r, err := Run(ctx, o, nil, "test", func(done, total int, what string) {

@@ -229,6 +229,12 @@ func TestReplication(t *testing.T) {
 	if err != nil || len(flows) != 1 || flows[0].Offset == nil || *flows[0].Offset != 77 || flows[0].State != "open" {
 		t.Errorf("flows on S: %+v, %v", flows, err)
 	}
+	s.path.mu.Lock()
+	s.path.offsets[testTuple] = datapath.Offset{Seq: 77, State: "open", Last: s.path.Now() + int64(time.Hour)} // a frame since the list was begun
+	s.path.mu.Unlock()
+	if flows, err = api.FetchFlows(t.Context(), s.opt.StatusSocket); err != nil || len(flows) != 1 || flows[0].Age != 0 {
+		t.Errorf("flows on S: %+v, %v, want an age of 0", flows, err)
+	}
 	if st := s.replicating(); st.Connections != 1 {
 		t.Errorf("S has %d connections, want 1", st.Connections)
 	}

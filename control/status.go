@@ -154,7 +154,7 @@ func nicFlows(n *nicloop.Loop) ([]api.Flow, error) {
 		now := n.DP.Now()
 		err := n.DP.Offsets(func(t compare.Tuple, o datapath.Offset) {
 			f := describe(n, &t)
-			f.State, f.Offset, f.Age = o.State, &o.Seq, time.Duration(now-o.Last).Seconds()
+			f.State, f.Offset, f.Age = o.State, &o.Seq, time.Duration(max(0, now-o.Last)).Seconds() // a frame may have come since
 			out = append(out, f)
 		})
 		return out, err

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,6 +33,9 @@ type colo struct {
 	out   net.Conn
 	ports ports
 
+	notify   net.Conn
+	requests atomic.Uint64 // checkpoints that it has asked for
+
 	prefixes [][prefixLen]byte // feed's
 	vec      net.Buffers
 	buf      []byte // take's; what is in it lies in [from, to)
@@ -48,14 +52,14 @@ func newColo(ctx context.Context, qemu, dir string) (*colo, error) {
 
 func (c *colo) start() error {
 	args := []string{"-machine", "none", "-nodefaults", "-display", "none", "-object", "iothread,id=loop"}
-	for _, n := range []string{"primary", "secondary", "out"} {
+	for _, n := range []string{"primary", "secondary", "out", "notify"} {
 		path := filepath.Join(c.dir, n)
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 		args = append(args, "-chardev", "socket,server=on,wait=off,id="+n+",path="+path)
 	}
-	args = append(args, "-object", "colo-compare,id=compare,primary_in=primary,secondary_in=secondary,outdev=out,iothread=loop,vnet_hdr_support=on")
+	args = append(args, "-object", "colo-compare,id=compare,primary_in=primary,secondary_in=secondary,outdev=out,notify_dev=notify,iothread=loop,vnet_hdr_support=on")
 	c.log.Reset()
 	c.cmd = exec.CommandContext(c.ctx, c.qemu, args...)
 	c.cmd.Stdout, c.cmd.Stderr = &c.log, &c.log
@@ -74,6 +78,10 @@ func (c *colo) start() error {
 	if c.in[svm], err = c.dial("secondary"); err != nil {
 		return err
 	}
+	if c.notify, err = c.dial("notify"); err != nil {
+		return err
+	}
+	go lab.CountRequests(c.notify, &c.requests)
 	return c.ready()
 }
 
@@ -117,7 +125,7 @@ func (c *colo) stop() error {
 }
 
 func (c *colo) close() error {
-	for _, conn := range []net.Conn{c.out, c.in[pvm], c.in[svm]} {
+	for _, conn := range []net.Conn{c.out, c.in[pvm], c.in[svm], c.notify} {
 		if conn != nil {
 			conn.Close() // nothing is under way any more
 		}

@@ -74,14 +74,14 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 		return report.Part{}, err
 	}
 	b := &bench{plan: o.plan(), progress: progress, table: newTable()}
-	err = apart(func() (err error) {
+	err = apart(func(ns *lab.NS) (err error) {
 		b.streams = synthetic()
 		recorded, err := record()
 		if err != nil {
 			return err
 		}
 		b.streams = append(b.streams, newStream("recorded transfer", recorded, window/8))
-		l, err := newLockstep(ctx, o.Lockstep, dir)
+		l, err := newLockstep(ctx, ns, o.Lockstep, dir)
 		if err != nil {
 			return fmt.Errorf("lockstep: %w", err)
 		}
@@ -92,7 +92,7 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 		}
 		defer func() { err = errors.Join(err, c.close()) }()
 		b.engines = []variant{{ColoCompare, c}, {Lockstep, l}}
-		err = apart(func() (err error) { // its devices have the names of lockstep's
+		err = apart(func(*lab.NS) (err error) { // its devices have the names of lockstep's
 			f, err := newFloor()
 			if err != nil {
 				return fmt.Errorf("taps without lockstep: %w", err)
@@ -114,7 +114,7 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 	return report.Part{
 		Name: "B", Title: "compare engines alone",
 		Variants: []string{ColoCompare, Lockstep},
-		Cases:    b.table.cases,
+		Cases:    b.table.Cases,
 		Notes:    b.notes(),
 	}, nil
 }
@@ -122,13 +122,13 @@ func Run(ctx context.Context, o Options, progress func(string)) (report.Part, er
 // apart runs f in a network namespace of its own, which is gone with everything in it
 // when f and the processes that it started have ended, or when this process has. f must
 // make what belongs there itself: other goroutines are elsewhere.
-func apart(f func() error) error {
+func apart(f func(*lab.NS) error) error {
 	ns, err := lab.NewNS()
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	return ns.Do(f)
+	return ns.Do(func() error { return f(ns) })
 }
 
 type variant struct {

@@ -130,10 +130,10 @@ func TestInstead(t *testing.T) {
 	if f.renewed != 1 {
 		t.Errorf("the engine was renewed %d times after it got stuck", f.renewed)
 	}
-	if len(b.table.cases) != len(saturation) {
-		t.Errorf("%d cases, want %d", len(b.table.cases), len(saturation))
+	if len(b.table.Cases) != len(saturation) {
+		t.Errorf("%d cases, want %d", len(b.table.Cases), len(saturation))
 	}
-	for _, c := range b.table.cases {
+	for _, c := range b.table.Cases {
 		if s := c.Series["fake"]; len(s.Rounds) != 0 || !strings.HasPrefix(s.Instead, "released 100 of ") {
 			t.Errorf("%s: %v, %q", c.Name, s.Rounds, s.Instead)
 		}

@@ -3,58 +3,46 @@
 package engines
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
-	"github.com/lockstep-ft/lockstep/control/api"
-	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/bench/lab"
 )
 
 // aheadBy is how far the SVM's sequence numbers are ahead of the PVM's.
 const aheadBy = 0x1234567
 
-// pairYAML is the pair's config. A heartbeat that comes late on a busy machine is no
-// reason to end the measurement.
+// A heartbeat that comes late on a busy machine is no reason to end the measurement.
 const pairYAML = `vm: engines
 nodes:
   alpha: {control: "127.0.0.1:7700", nics: [{tap: tapP, peer: {device: peerP}}]}
   beta:  {control: "127.0.0.2:7700", nics: [{tap: tapS, peer: {device: peerS}}]}
-tls: {insecure: true}
 heartbeat: {interval: 50ms, timeout: 10s, lease: 5s}
-pin_dir: bpf/lockstep
-run_dir: run
-`
+` + lab.PairConfig
 
 // lockstep is a pair of daemons in one network namespace. The guests' taps and a third
 // one in the PVM's bridge, the client, are held by this process as a QEMU would hold them.
 type lockstep struct {
-	tap     [2]*tap // of the guests
-	client  *tap
-	daemons []*daemon
-	progs   []*ebpf.Program
-	pins    string // a bpffs; "": not mounted yet
-	skew    uint32 // of the SVM's sequence numbers
-	ports   ports
-	buf     []byte // take's
+	tap    [2]*tap // of the guests
+	client *tap
+	pair   *lab.Pair // nil: none
+	progs  []*ebpf.Program
+	skew   uint32 // of the SVM's sequence numbers
+	ports  ports
+	buf    []byte // take's
 }
 
-// newLockstep starts the pair in the calling thread's network namespace, which [apart] has
-// made. dir is for its files.
-func newLockstep(ctx context.Context, binary, dir string) (_ *lockstep, err error) {
+// newLockstep starts the pair in ns, which is the calling thread's network namespace. dir is for its files.
+func newLockstep(ctx context.Context, ns *lab.NS, binary, dir string) (_ *lockstep, err error) {
 	l := &lockstep{skew: aheadBy, buf: make([]byte, maxTap)}
 	defer func() {
 		if err != nil {
@@ -64,33 +52,8 @@ func newLockstep(ctx context.Context, binary, dir string) (_ *lockstep, err erro
 	if err := l.devices(); err != nil {
 		return nil, err
 	}
-	pins, file := filepath.Join(dir, "bpf"), filepath.Join(dir, "pair.yaml")
-	if err := os.Mkdir(pins, 0o700); err != nil {
+	if l.pair, err = lab.StartPair(ctx, dir, binary, pairYAML, ns, ns); err != nil {
 		return nil, err
-	}
-	// Not in a mount namespace of its own: a daemon refuses a bpffs that init does not see.
-	if err := unix.Mount("bpf", pins, "bpf", 0, "mode=0700"); err != nil {
-		return nil, fmt.Errorf("mount a bpffs: %w", err)
-	}
-	l.pins = pins
-	if err := os.WriteFile(file, []byte(pairYAML), 0o600); err != nil {
-		return nil, err
-	}
-	c, err := config.Load(file)
-	if err != nil {
-		return nil, err
-	}
-	for _, d := range [][2]string{{"alpha", "primary"}, {"beta", "secondary"}} {
-		started, err := startDaemon(ctx, binary, file, d[0], d[1], c.Socket(d[0]))
-		if err != nil {
-			return nil, err
-		}
-		l.daemons = append(l.daemons, started)
-	}
-	for _, d := range l.daemons {
-		if err := d.replicating(ctx); err != nil {
-			return nil, err
-		}
 	}
 	return l, l.findPrograms()
 }
@@ -111,6 +74,8 @@ func newFloor() (*floor, error) {
 // feed sends the PVM's frames second, because they leave at once, and nothing is to
 // leave before both guests have sent it.
 func (f *floor) feed(g guest, frames []frame) error { return f.lockstep.feed(svm-g, frames) }
+
+func (f *floor) cpu() (time.Duration, error) { return 0, nil }
 
 // devices makes the taps, the bridge and the peer link.
 func (l *lockstep) devices() (err error) {
@@ -177,12 +142,10 @@ func (l *lockstep) findPrograms() error {
 	return nil
 }
 
-// close ends the daemons and takes away their pins. The devices go with the namespace.
+// close ends the pair, after its guests: as long as one has its tap, lockstep is not unloaded. The other
+// devices go with the namespace.
 func (l *lockstep) close() error {
 	var errs []error
-	for _, d := range l.daemons {
-		errs = append(errs, d.stop())
-	}
 	for _, p := range l.progs {
 		errs = append(errs, p.Close())
 	}
@@ -191,8 +154,8 @@ func (l *lockstep) close() error {
 			errs = append(errs, t.file.Close())
 		}
 	}
-	if l.pins != "" {
-		errs = append(errs, unix.Unmount(l.pins, unix.MNT_DETACH))
+	if l.pair != nil {
+		errs = append(errs, l.pair.Stop())
 	}
 	return errors.Join(errs...)
 }
@@ -243,10 +206,10 @@ func (l *lockstep) take(visit func([]byte)) error {
 }
 
 func (l *lockstep) cpu() (sum time.Duration, err error) {
-	for _, d := range l.daemons {
-		ran, err := cpuOf(d.cmd.Process.Pid)
+	for _, d := range []*lab.Process{l.pair.P, l.pair.S} {
+		ran, err := cpuOf(d.PID())
 		if err != nil {
-			return 0, fmt.Errorf("daemon of %s: %w; its log: %s", d.node, err, d.log.String())
+			return 0, fmt.Errorf("%w; its log: %s", err, d.Log())
 		}
 		sum += ran
 	}
@@ -267,10 +230,10 @@ func (l *lockstep) programs() (sum time.Duration, err error) {
 // lost names what the kernel programs had no room for; "": nothing.
 func (l *lockstep) lost(ctx context.Context) (string, error) {
 	var all []string
-	for _, d := range l.daemons {
-		s, err := api.FetchStatus(ctx, d.socket)
+	for _, node := range []string{"alpha", "beta"} {
+		s, err := l.pair.Status(ctx, node)
 		if err != nil {
-			return "", fmt.Errorf("status of %s: %w", d.node, err)
+			return "", fmt.Errorf("status of %s: %w", node, err)
 		}
 		for _, name := range []string{"no_slot", "no_ring", "copy_lost", "conn_full"} {
 			if n := s.Counters[name]; n > 0 {
@@ -279,54 +242,4 @@ func (l *lockstep) lost(ctx context.Context) (string, error) {
 		}
 	}
 	return strings.Join(all, ", "), nil
-}
-
-// daemon is a running `lockstep run`.
-type daemon struct {
-	node, socket string
-	cmd          *exec.Cmd
-	log          bytes.Buffer // to be read when it has ended
-}
-
-func startDaemon(ctx context.Context, binary, config, node, role, socket string) (*daemon, error) {
-	d := &daemon{node: node, socket: socket, cmd: exec.CommandContext(ctx, binary, "run", "-c", config, "--node", node, "--role", role)}
-	d.cmd.Stderr = &d.log
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := d.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start the daemon of %s: %w", node, err)
-	}
-	return d, nil
-}
-
-// replicating waits until the daemon is.
-func (d *daemon) replicating(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*patience)
-	defer cancel()
-	for {
-		s, err := api.FetchStatus(ctx, d.socket)
-		if err == nil && s.State == "replicating" {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			stopped := d.stop()
-			return fmt.Errorf("the daemon of %s does not replicate (state %q): %w; its log: %s", d.node, s.State, errors.Join(err, stopped, ctx.Err()), d.log.String())
-		case <-time.After(grain):
-		}
-	}
-}
-
-func (d *daemon) stop() error {
-	if d.cmd.ProcessState != nil {
-		return nil // it has been
-	}
-	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("stop the daemon of %s: %w", d.node, err)
-	}
-	kill := time.AfterFunc(patience, func() { _ = d.cmd.Process.Kill() }) // Wait tells
-	defer kill.Stop()
-	if err := d.cmd.Wait(); err != nil {
-		return fmt.Errorf("the daemon of %s: %w; its log: %s", d.node, err, d.log.String())
-	}
-	return nil
 }

@@ -231,3 +231,11 @@ func (f *flow) frame(s *stream, buf []byte) frame {
 	f.next += uint32(len(p.payload))
 	return frame{h, p.payload}
 }
+
+// SYN is a client's from port to a port of the guest, from the virtio-net header on, with a checksum for the device.
+func SYN(port, to uint16, seq uint32) []byte {
+	s := segment{fromClient: true, port: port, seq: seq, flags: flagSYN, opts: []byte{optMSS, 4, mss >> 8, mss & 0xff}}
+	h := s.head()
+	binary.BigEndian.PutUint16(h[tcpAt+2:], to)
+	return h
+}

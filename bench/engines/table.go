@@ -55,39 +55,22 @@ func quantile(sorted []int64, share float64) float64 {
 	return float64(sorted[max(0, i)])
 }
 
-// table collects the cases, in the order in which they first come.
+// table collects the cases.
 type table struct {
-	cases []report.Case
-	index map[[2]string]int      // by group and name
-	all   map[[3]string]*[]int64 // latencies by group, name and variant, of all rounds
+	report.Collector
+	all map[[3]string]*[]int64 // latencies by group, name and variant, of all rounds
 }
 
-func newTable() *table {
-	return &table{index: make(map[[2]string]int), all: make(map[[3]string]*[]int64)}
-}
-
-// change has f change a variant's series.
-func (t *table) change(group, name, unit string, less bool, variant string, f func(*report.Series)) {
-	key := [2]string{group, name}
-	i, ok := t.index[key]
-	if !ok {
-		i = len(t.cases)
-		t.index[key] = i
-		t.cases = append(t.cases, report.Case{Group: group, Name: name, Unit: unit, Less: less, Series: make(map[string]report.Series)})
-	}
-	s := t.cases[i].Series[variant]
-	f(&s)
-	t.cases[i].Series[variant] = s
-}
+func newTable() *table { return &table{all: make(map[[3]string]*[]int64)} }
 
 // add adds a round's figure.
 func (t *table) add(group, name, unit string, less bool, variant string, v float64) {
-	t.change(group, name, unit, less, variant, func(s *report.Series) { s.Rounds = append(s.Rounds, v) })
+	t.Add(report.Case{Group: group, Name: name, Unit: unit, Less: less}, variant, v)
 }
 
 // instead notes what a variant did in a round without a figure.
 func (t *table) instead(group, name, unit string, less bool, variant, what string) {
-	t.change(group, name, unit, less, variant, func(s *report.Series) { s.Instead = what })
+	t.Instead(report.Case{Group: group, Name: name, Unit: unit, Less: less}, variant, what)
 }
 
 // latencies adds a round's latencies, ns, to a case's distribution.
@@ -105,16 +88,13 @@ func (t *table) latencies(group, name, variant string, ns []int64) {
 // group together.
 func (t *table) finish() {
 	for key, all := range t.all {
-		i := t.index[[2]string{key[0], key[1]}]
-		s := t.cases[i].Series[key[2]]
-		s.CDF = cdf(*all)
-		t.cases[i].Series[key[2]] = s
+		t.Change(report.Case{Group: key[0], Name: key[1]}, key[2], func(s *report.Series) { s.CDF = cdf(*all) })
 	}
 	first := make(map[string]int) // case of a group
-	for i, c := range slices.Backward(t.cases) {
+	for i, c := range slices.Backward(t.Cases) {
 		first[c.Group] = i
 	}
-	slices.SortStableFunc(t.cases, func(a, b report.Case) int { return first[a.Group] - first[b.Group] })
+	slices.SortStableFunc(t.Cases, func(a, b report.Case) int { return first[a.Group] - first[b.Group] })
 }
 
 // cdf is a distribution as steps in µs: percent by percent, and finer towards the end,

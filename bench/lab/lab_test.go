@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netns"
 
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -139,5 +140,50 @@ func TestChardev(t *testing.T) {
 	got := make([]byte, 8)
 	if _, err := io.ReadFull(qemu, got); err != nil || string(got) != "\x00\x00\x00\x04four" {
 		t.Errorf("QEMU got %q, %v", got, err)
+	}
+}
+
+// TestPairThatFails: what was made for a pair that does not come up is taken away again.
+func TestPairThatFails(t *testing.T) {
+	lt.NeedRoot(t)
+	n, err := NewNS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	dir := t.TempDir()
+	const text = "vm: x\nnodes:\n  alpha: {control: \"127.0.0.1:1\", nics: [{tap: a, peer: {device: pa}}]}\n  beta: {control: \"127.0.0.2:1\", nics: [{tap: b, peer: {device: pb}}]}\n" + PairConfig
+	if _, err := StartPair(t.Context(), dir, "/bin/false", text, n, n); err == nil || !strings.Contains(err.Error(), "it ended") {
+		t.Errorf("daemons that end at once: %v", err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("a bpffs is left behind (%v)", err)
+	}
+}
+
+// TestMapMemory: what a map takes is counted once, however often it is open.
+func TestMapMemory(t *testing.T) {
+	lt.NeedRoot(t)
+	before, err := MapMemory(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 1 << 10, MaxEntries: 1 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	again, err := m.Clone()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	after, err := MapMemory(os.Getpid())
+	if more := after - before; err != nil || more < 1<<20 || more > 3<<19 {
+		t.Errorf("a map of 1 MiB takes %d bytes (%v)", more, err)
+	}
+	if own, err := Resident(os.Getpid()); err != nil || own < 1<<20 {
+		t.Errorf("this process has %d bytes (%v)", own, err)
 	}
 }

@@ -13,10 +13,10 @@ import (
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -strip llvm-strip-19 -go-package proxies -target bpfel -output-stem baseline baseline baseline.bpf.c -- -std=gnu11 -O2 -g -Wall -Werror -mcpu=v3 -idirafter /usr/include/x86_64-linux-gnu -idirafter /usr/include/aarch64-linux-gnu
 
-// mirroringAlone is the floor: both guests work, nothing is held or compared.
-func mirroringAlone(w *world) (*proxy, error) {
+// MirroringAlone is the floor: both guests work, nothing is held or compared.
+func MirroringAlone(w *lab.World) (*Proxy, error) {
 	// The client goes by the PVM's window. What does not fit into the SVM's is lost to it for good.
-	if err := w.svm.Sysctl("net/ipv4/tcp_rmem", "4096 67108864 67108864"); err != nil {
+	if err := w.SVM.Sysctl("net/ipv4/tcp_rmem", "4096 67108864 67108864"); err != nil {
 		return nil, err
 	}
 	var objs baselineObjects
@@ -24,7 +24,7 @@ func mirroringAlone(w *world) (*proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the baseline's programs: %w", err)
 	}
-	for name, at := range map[string]place{baselineVarPeerP: {w.hostP, "peerP"}, baselineVarTapS: {w.hostS, "tapS"}} {
+	for name, at := range map[string]place{baselineVarPeerP: {w.HostP, "peerP"}, baselineVarTapS: {w.HostS, "tapS"}} {
 		dev, err := at.ns.Device(at.device)
 		if err != nil {
 			return nil, err
@@ -37,17 +37,17 @@ func mirroringAlone(w *world) (*proxy, error) {
 		return nil, fmt.Errorf("load the baseline's programs: %w", err)
 	}
 	closers := []func() error{objs.Close}
-	p := &proxy{stop: func() error { return undo(closers) }}
+	p := &Proxy{Stop: func() error { return lab.Undo(closers) }}
 	for _, a := range []struct {
 		prog   *ebpf.Program
 		ns     *lab.NS
 		device string
 		attach ebpf.AttachType
 	}{
-		{objs.BaseMirror, w.hostP, "tapP", ebpf.AttachTCXEgress},
-		{objs.BasePriOut, w.hostP, "tapP", ebpf.AttachTCXIngress},
-		{objs.BaseSecIn, w.hostS, "peerS", ebpf.AttachTCXIngress},
-		{objs.BaseSecOut, w.hostS, "tapS", ebpf.AttachTCXIngress},
+		{objs.BaseMirror, w.HostP, "tapP", ebpf.AttachTCXEgress},
+		{objs.BasePriOut, w.HostP, "tapP", ebpf.AttachTCXIngress},
+		{objs.BaseSecIn, w.HostS, "peerS", ebpf.AttachTCXIngress},
+		{objs.BaseSecOut, w.HostS, "tapS", ebpf.AttachTCXIngress},
 	} {
 		err := a.ns.Do(func() error {
 			dev, err := a.ns.Device(a.device)
@@ -62,7 +62,7 @@ func mirroringAlone(w *world) (*proxy, error) {
 			return nil
 		})
 		if err != nil {
-			_ = p.stop()
+			_ = p.Stop()
 			return nil, err
 		}
 	}

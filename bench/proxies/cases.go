@@ -187,7 +187,7 @@ func frameSizes(group string) []figure {
 func waits(group string, of func(*run) float64) []figure {
 	return []figure{
 		{Case: report.Case{Group: group, Name: "wake-ups of the proxies", Less: true}, of: func(v *variant, r *run) (float64, string) {
-			if v.proxy.onP == nil {
+			if v.proxy.OnP == nil {
 				return 0, "has no process of its own"
 			}
 			return float64(r.waits) / of(r), ""

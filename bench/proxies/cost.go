@@ -47,7 +47,7 @@ type run struct {
 func (v *variant) read() (c counters, err error) {
 	c.cpu = make(map[string]time.Duration)
 	for party, p := range map[string]*lab.Process{
-		"client": v.world.worker.Process, "PVM": v.world.services[0], "SVM": v.world.services[1], "proxy on P": v.proxy.onP, "proxy on S": v.proxy.onS,
+		"client": v.world.Clients[0].Process, "PVM": v.world.Services[0][0], "SVM": v.world.Services[1][0], "proxy on P": v.proxy.OnP, "proxy on S": v.proxy.OnS,
 	} {
 		if p == nil {
 			continue
@@ -72,9 +72,9 @@ func (v *variant) read() (c counters, err error) {
 		return c, err
 	}
 	for at, to := range map[place][2]*uint64{
-		{v.world.hostP, "peerP"}: {&c.toS, new(uint64)},
-		{v.world.hostS, "peerS"}: {&c.toP, new(uint64)},
-		{v.world.hostP, "vc"}:    {&c.rx, &c.packets}, // what it transmits the client receives
+		{v.world.HostP, "peerP"}: {&c.toS, new(uint64)},
+		{v.world.HostS, "peerS"}: {&c.toP, new(uint64)},
+		{v.world.HostP, "vc"}:    {&c.rx, &c.packets}, // what it transmits the client receives
 	} {
 		dev, err := at.ns.Device(at.device)
 		if err != nil {
@@ -87,7 +87,7 @@ func (v *variant) read() (c counters, err error) {
 			return c, err
 		}
 	}
-	for _, at := range []place{{v.world.hostP, "tapP"}, {v.world.hostP, "peerP"}, {v.world.hostS, "tapS"}, {v.world.hostS, "peerS"}} {
+	for _, at := range []place{{v.world.HostP, "tapP"}, {v.world.HostP, "peerP"}, {v.world.HostS, "tapS"}, {v.world.HostS, "peerS"}} {
 		if v.taps {
 			break // there are no programs
 		}

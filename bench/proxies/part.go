@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"time"
 
@@ -21,41 +20,35 @@ import (
 	"github.com/lockstep-ft/lockstep/bench/workload"
 )
 
-// Roles of this program, which its main gives to Act.
-const (
-	service = "service"
-	client  = "client"
-)
-
 // variant is what is compared.
 type variant struct {
 	name     string
 	taps     bool // its guests' devices are taps that a QEMU reads; no kernel programs
 	alone    bool // no second guest
-	start    func(context.Context, *world) (*proxy, error)
+	start    func(context.Context, *lab.World) (*Proxy, error)
 	softirqs []int
 
-	world *world
-	proxy *proxy
+	world *lab.World
+	proxy *Proxy
 }
 
 func variants(o lab.Options) []*variant {
 	vs := []*variant{
-		{name: "mirroring alone", start: func(_ context.Context, w *world) (*proxy, error) { return mirroringAlone(w) }},
-		{name: "QEMU's chain", taps: true, start: func(ctx context.Context, w *world) (*proxy, error) { return qemuChain(ctx, w, o.QEMU) }},
-		{name: "lockstep", start: func(ctx context.Context, w *world) (*proxy, error) { return lockstepPair(ctx, w, o.Lockstep) }},
-		{name: "QEMU, no proxy", taps: true, alone: true, start: func(ctx context.Context, w *world) (*proxy, error) { return qemuAlone(ctx, w, o.QEMU) }},
+		{name: "mirroring alone", start: func(_ context.Context, w *lab.World) (*Proxy, error) { return MirroringAlone(w) }},
+		{name: "QEMU's chain", taps: true, start: func(ctx context.Context, w *lab.World) (*Proxy, error) { return QEMUChain(ctx, w, o.QEMU) }},
+		{name: "lockstep", start: func(ctx context.Context, w *lab.World) (*Proxy, error) { return lockstepPair(ctx, w, o.Lockstep) }},
+		{name: "QEMU, no proxy", taps: true, alone: true, start: func(ctx context.Context, w *lab.World) (*Proxy, error) { return qemuAlone(ctx, w, o.QEMU) }},
 	}
 	return slices.DeleteFunc(vs, func(v *variant) bool { return v.taps && o.QEMU == "" })
 }
 
 // begin starts everything anew.
 func (v *variant) begin(ctx context.Context) (err error) {
-	if err = v.world.start(); err == nil {
+	if err = v.world.Start(1); err == nil {
 		v.proxy, err = v.start(ctx, v.world)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("start %s: %w", v.name, err), v.world.stop())
+		return errors.Join(fmt.Errorf("start %s: %w", v.name, err), v.world.Stop())
 	}
 	return nil
 }
@@ -63,13 +56,13 @@ func (v *variant) begin(ctx context.Context) (err error) {
 func (v *variant) end() error {
 	var err error
 	if v.proxy != nil {
-		err = v.proxy.stop()
+		err = v.proxy.Stop()
 		v.proxy = nil
 	}
 	if err != nil {
 		err = fmt.Errorf("stop %s: %w", v.name, err)
 	}
-	return errors.Join(err, v.world.stop())
+	return errors.Join(err, v.world.Stop())
 }
 
 // do does a job and reads what it has cost.
@@ -81,7 +74,7 @@ func (v *variant) do(ctx context.Context, j workload.Job) (*run, error) {
 	var after counters
 	var fail error
 	r := &run{job: &j}
-	r.result, err = v.world.worker.do(ctx, &j, func() { after, fail = v.read() })
+	r.result, err = v.world.Clients[0].Do(ctx, &j, func() { after, fail = v.read() })
 	if err = errors.Join(err, fail); err != nil {
 		return nil, fmt.Errorf("%s: %w", v.name, err)
 	}
@@ -140,7 +133,7 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 	defer func() {
 		for _, v := range vs {
 			if v.world != nil {
-				err = errors.Join(err, v.end(), v.world.close())
+				err = errors.Join(err, v.end(), v.world.Close())
 			}
 		}
 	}()
@@ -148,7 +141,7 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 	for _, v := range vs {
 		part.Variants = append(part.Variants, v.name)
 		v.softirqs = softirqs
-		if v.world, err = newWorld(v.taps); err != nil {
+		if v.world, err = lab.NewWorld(v.taps); err != nil {
 			return part, fmt.Errorf("make the namespaces of %s: %w", v.name, err)
 		}
 	}
@@ -236,33 +229,18 @@ func (v *variant) carry(ctx context.Context, j workload.Job) (r *run, stalled st
 		r, err = v.do(ctx, j)
 	}
 	if err != nil {
-		if died := v.died(); died != "" && ctx.Err() == nil {
+		if died := v.proxy.Died(); v.taps && died != "" && ctx.Err() == nil {
 			return nil, died, nil
 		}
 		return nil, "", err
 	}
 	if s := r.result.Stalled; s != "" {
 		stalled = fmt.Sprintf("%s after %s in %v", s, amount(r), r.result.Wall.Round(time.Millisecond))
-		if v.proxy.trouble != nil {
-			stalled += "; " + v.proxy.trouble()
+		if v.proxy.Trouble != nil {
+			stalled += "; " + v.proxy.Trouble()
 		}
 	}
 	return r, stalled, nil
-}
-
-// died says that a QEMU has ended by itself, which is a result. "" if none has.
-func (v *variant) died() string {
-	for _, p := range []*lab.Process{v.proxy.onP, v.proxy.onS} {
-		if !v.taps || p == nil {
-			continue
-		}
-		select {
-		case <-p.Ended():
-			return "QEMU ended: " + short(p.Log())
-		default:
-		}
-	}
-	return ""
 }
 
 // amount is what was done of a job, in words.
@@ -308,15 +286,4 @@ func notes(o lab.Options) []string {
 			"through QEMU bulk transfers are an eighth as long")
 	}
 	return ns
-}
-
-// Act runs one of the roles in which this program starts itself; the arguments are those after "bench act".
-func Act(in io.Reader, out io.Writer, args []string) error {
-	switch {
-	case len(args) == 1 && args[0] == service:
-		return workload.Serve(out)
-	case len(args) == 2 && args[0] == client:
-		return workload.Client(args[1], in, out)
-	}
-	return fmt.Errorf("there is no role %q", args)
 }

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) < 3 || os.Args[1] != "bench" || os.Args[2] != "act" {
 		os.Exit(m.Run())
 	}
-	if err := Act(os.Stdin, os.Stdout, os.Args[3:]); err != nil {
+	if err := lab.Act(os.Stdin, os.Stdout, os.Args[3:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -36,11 +36,11 @@ func TestQEMUThatDies(t *testing.T) {
 	o := lab.Options{Quick: true, QEMU: qemu, Only: "datagrams"}
 	vs := variants(o)
 	v := vs[len(vs)-1]
-	if v.world, err = newWorld(v.taps); err != nil {
+	if v.world, err = lab.NewWorld(v.taps); err != nil {
 		t.Fatal(err)
 	}
 	defer func() {
-		if err := errors.Join(v.end(), v.world.close()); err != nil {
+		if err := errors.Join(v.end(), v.world.Close()); err != nil {
 			t.Error(err)
 		}
 	}()
@@ -51,7 +51,7 @@ func TestQEMUThatDies(t *testing.T) {
 	if r, stalled, err := v.carry(t.Context(), job); err != nil || stalled != "" || r.result.Done != job.N {
 		t.Fatalf("with QEMU: %+v, %q, %v", r, stalled, err)
 	}
-	v.proxy.onP.Kill()
+	v.proxy.OnP.Kill()
 	if _, stalled, err := v.carry(t.Context(), job); err != nil || !strings.Contains(stalled, "QEMU ended") {
 		t.Errorf("without QEMU: %q, %v", stalled, err)
 	}

@@ -5,10 +5,8 @@ package proxies
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -32,7 +30,7 @@ const mirrorPort, comparePort = "9003", "9004"
 
 // chain is QEMU's processes.
 type chain struct {
-	w           *world
+	w           *lab.World
 	qemu        string
 	closers     []func() error
 	checkpoints atomic.Uint64 // that colo-compare has asked for
@@ -40,7 +38,7 @@ type chain struct {
 
 // start starts a QEMU and waits for its monitor. The files are its descriptors from 3 on.
 func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.File, args ...string) (*lab.Process, error) {
-	monitor := filepath.Join(c.w.dir, name+".qmp")
+	monitor := filepath.Join(c.w.Dir, name+".qmp")
 	args = append([]string{"-machine", "none", "-nodefaults", "-display", "none", "-accel", "tcg", "-name", name,
 		"-qmp", "unix:" + monitor + ",server=on,wait=off"}, args...)
 	cmd := exec.Command(c.qemu, args...)
@@ -56,7 +54,7 @@ func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.
 		}
 		return nil
 	})
-	err = eventually(ctx, 10*time.Second, p, func() error {
+	err = lab.Eventually(ctx, 10*time.Second, p, func() error {
 		conn, err := net.Dial("unix", monitor)
 		if err != nil {
 			return err
@@ -74,9 +72,9 @@ func (c *chain) start(ctx context.Context, ns *lab.NS, name string, files []*os.
 	return p, nil
 }
 
-func (c *chain) stop() error { return undo(c.closers) }
+func (c *chain) stop() error { return lab.Undo(c.closers) }
 
-func (c *chain) socket(name string) string { return filepath.Join(c.w.dir, name) }
+func (c *chain) socket(name string) string { return filepath.Join(c.w.Dir, name) }
 
 // tapArgs are P's two taps, joined.
 var tapArgs = []string{
@@ -86,25 +84,25 @@ var tapArgs = []string{
 
 // qemuAlone passes frames between client and PVM through a QEMU without filters: what
 // the chain's way through QEMU costs by itself.
-func qemuAlone(ctx context.Context, w *world, qemu string) (*proxy, error) {
+func qemuAlone(ctx context.Context, w *lab.World, qemu string) (*Proxy, error) {
 	c := &chain{w: w, qemu: qemu}
-	p, err := c.start(ctx, w.hostP, "P", []*os.File{w.tapO, w.tapP}, tapArgs...)
+	p, err := c.start(ctx, w.HostP, "P", []*os.File{w.TapO, w.TapP}, tapArgs...)
 	if err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
-	return &proxy{onP: p, stop: c.stop}, nil
+	return &Proxy{OnP: p, Stop: c.stop}, nil
 }
 
-// qemuChain is QEMU's proxy as its documentation sets it up (docs/colo-proxy.txt): filter-mirror,
+// QEMUChain is QEMU's proxy as its documentation sets it up (docs/colo-proxy.txt): filter-mirror,
 // redirectors and colo-compare on P, redirectors and filter-rewriter on S. The sockets between
 // the hosts send at once.
-func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
+func QEMUChain(ctx context.Context, w *lab.World, qemu string) (*Proxy, error) {
 	c := &chain{w: w, qemu: qemu}
 	server := func(id, at string) []string {
 		return []string{"-chardev", "socket,id=" + id + "," + at + ",server=on,wait=off"}
 	}
 	client := func(id, at string) []string { return []string{"-chardev", "socket,id=" + id + "," + at} }
-	tcp := func(port string) string { return "host=" + peerP.String() + ",port=" + port + ",nodelay=on" }
+	tcp := func(port string) string { return "host=" + lab.PeerP.String() + ",port=" + port + ",nodelay=on" }
 	unix := func(name string) string { return "path=" + c.socket(name) }
 	var args []string
 	for _, a := range [][]string{
@@ -123,10 +121,10 @@ func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
 	} {
 		args = append(args, a...)
 	}
-	p := &proxy{stop: c.stop}
-	p.trouble = func() string { return c.trouble(p.onP.Log()) }
+	p := &Proxy{Stop: c.stop}
+	p.Trouble = func() string { return c.trouble(p.OnP.Log()) }
 	var err error
-	if p.onP, err = c.start(ctx, w.hostP, "P", []*os.File{w.tapO, w.tapP}, args...); err != nil {
+	if p.OnP, err = c.start(ctx, w.HostP, "P", []*os.File{w.TapO, w.TapP}, args...); err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
 	if err := c.listen(); err != nil {
@@ -147,7 +145,7 @@ func qemuChain(ctx context.Context, w *world, qemu string) (*proxy, error) {
 	} {
 		args = append(args, a...)
 	}
-	if p.onS, err = c.start(ctx, w.hostS, "S", []*os.File{w.tapS}, args...); err != nil {
+	if p.OnS, err = c.start(ctx, w.HostS, "S", []*os.File{w.TapS}, args...); err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
 	return p, nil
@@ -172,17 +170,6 @@ func (c *chain) listen() error {
 		return fmt.Errorf("connect to colo-compare: %w", err)
 	}
 	c.closers = append(c.closers, conn.Close)
-	go func() {
-		var length [4]byte
-		for {
-			if _, err := io.ReadFull(conn, length[:]); err != nil {
-				return // closed
-			}
-			if _, err := io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(length[:]))); err != nil {
-				return
-			}
-			c.checkpoints.Add(1)
-		}
-	}()
+	go lab.CountRequests(conn, &c.checkpoints)
 	return nil
 }

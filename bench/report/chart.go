@@ -4,7 +4,6 @@ package report
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -24,7 +23,7 @@ type chart struct {
 	Width, Height float64
 	Legend        []swatch
 	Bars          []bars
-	CDF           *cdf
+	Plot          *plot
 }
 
 // swatch explains a colour; its classes are those of the page's style.
@@ -52,16 +51,22 @@ type segment struct {
 	Class, Title string
 }
 
-// cdf is a chart of latencies on logarithmic scales: to the right the latency, upwards the share of
-// slower ones.
-type cdf struct {
+// plot is a chart of lines.
+type plot struct {
 	Left, Right, Top, Bottom float64
+	Under                    string // what the horizontal axis shows
 	Lines                    []line
+	Dots                     []dot
 	XTicks, YTicks           []axisTick
 }
 
 type line struct {
 	Class, Points string
+}
+
+type dot struct {
+	X, Y         float64
+	Class, Title string
 }
 
 type axisTick struct {
@@ -93,17 +98,33 @@ func (t *table) colour(variant string) string {
 
 // charts are those of a group.
 func (t *table) charts(g *group) (out []chart) {
+	if c := t.against(g); c != nil {
+		return []chart{*c}
+	}
+	if t.nothing(g) {
+		return nil
+	}
 	plain := slices.DeleteFunc(slices.Clone(g.rows), func(r row) bool { return r.Stack })
 	stacked := slices.DeleteFunc(slices.Clone(g.rows), func(r row) bool { return !r.Stack })
 	for _, r := range g.rows {
 		if c := t.cdf(r.Case); c != nil {
-			out = append(out, chart{Title: g.name + ": latency", Width: width, Height: 330, Legend: t.legend(), CDF: c})
+			out = append(out, chart{Title: g.name + ": latency", Width: width, Height: 330, Legend: t.legend(), Plot: c})
 		}
 	}
 	if len(stacked) > 0 {
 		return append(out, t.stack(g.name, stacked)) // what does not add up is in the table
 	}
 	return append(out, t.bars(g.name, plain))
+}
+
+// nothing: all figures of a group that would be drawn as lines are 0, or there are none.
+func (t *table) nothing(g *group) bool {
+	return !slices.ContainsFunc(g.rows, func(r row) bool {
+		return r.At <= 0 || slices.ContainsFunc(t.part.Variants, func(v string) bool {
+			s := r.Series[v]
+			return len(s.Rounds) > 0 && s.Median() != 0
+		})
+	})
 }
 
 func (t *table) legend() (out []swatch) {
@@ -202,64 +223,4 @@ func (t *table) stack(name string, rows []row) chart {
 	}
 	c.Bars, c.Width, c.Height = []bars{b}, width, y
 	return c
-}
-
-// nines is how many nines the axis of shares shows.
-const nines = 3.3
-
-// cdf is nil without latencies.
-func (t *table) cdf(c *Case) *cdf {
-	lo, hi := math.Inf(1), 0.0
-	for _, s := range c.Series {
-		for _, p := range s.CDF {
-			if p[0] > 0 && p[1] <= 0.9995 {
-				lo, hi = min(lo, p[0]), max(hi, p[0])
-			}
-		}
-	}
-	if hi == 0 {
-		return nil
-	}
-	if hi < 2*lo {
-		hi = 2 * lo
-	}
-	out := &cdf{Left: 60, Right: width - 45, Top: 10, Bottom: 290}
-	x := func(v float64) float64 {
-		return out.Left + (out.Right-out.Left)*math.Log(min(hi, max(lo, v))/lo)/math.Log(hi/lo)
-	}
-	y := func(share float64) float64 {
-		up := -math.Log10(max(1-share, 1e-9))
-		return out.Bottom - (out.Bottom-out.Top)*min(up, nines)/nines
-	}
-	for _, v := range t.part.Variants {
-		var b strings.Builder
-		for _, p := range c.Series[v].CDF {
-			if p[1] <= 0.9995 {
-				fmt.Fprintf(&b, "%.1f,%.1f ", x(p[0]), y(p[1]))
-			}
-		}
-		if b.Len() > 0 {
-			out.Lines = append(out.Lines, line{t.colour(v), strings.TrimSpace(b.String())})
-		}
-	}
-	for decade := math.Floor(math.Log10(lo)); decade <= math.Log10(hi); decade++ {
-		for _, m := range []float64{1, 2, 5} {
-			v := m * math.Pow(10, decade)
-			if v < lo || v > hi {
-				continue
-			}
-			tick := axisTick{x(v), number(v) + " " + c.Unit}
-			n := len(out.XTicks)
-			if tick.left() >= 0 && tick.right() <= width && (n == 0 || tick.left() > out.XTicks[n-1].right()) {
-				out.XTicks = append(out.XTicks, tick)
-			}
-		}
-	}
-	for _, share := range []struct {
-		share float64
-		text  string
-	}{{0, "0 %"}, {0.5, "50 %"}, {0.9, "90 %"}, {0.99, "99 %"}, {0.999, "99.9 %"}} {
-		out.YTicks = append(out.YTicks, axisTick{y(share.share), share.text})
-	}
-	return out
 }

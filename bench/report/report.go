@@ -37,11 +37,12 @@ type Part struct {
 
 // Case is one measure of all variants.
 type Case struct {
-	Group  string            `json:"group"` // cases that belong together: "request/response, 1 connection"
-	Name   string            `json:"name"`  // "p50"
-	Unit   string            `json:"unit"`  // "µs", "Gbit/s", "1/s", "B", ""
-	Less   bool              `json:"less"`  // less is better
-	Stack  bool              `json:"stack"` // adds up with the others of its group that do
+	Group  string            `json:"group"`        // cases that belong together: "request/response, 1 connection"
+	Name   string            `json:"name"`         // "p50"
+	Unit   string            `json:"unit"`         // "µs", "Gbit/s", "1/s", "B", ""
+	Less   bool              `json:"less"`         // less is better
+	Stack  bool              `json:"stack"`        // adds up with the others of its group that do
+	At     float64           `json:"at,omitempty"` // of what it was measured against, as connections; a group of such cases is drawn as lines
 	Series map[string]Series `json:"series"`
 }
 

@@ -37,6 +37,8 @@ func sample() *Report {
 			{Group: "latency", Name: "exchanges", Unit: "1/s", Series: map[string]Series{"floor": one(80_000), "peer's": {Instead: "stalled"}, "lockstep": one(40_000)}},
 			{Group: "CPU", Name: "guest", Unit: "µs", Less: true, Stack: true, Series: map[string]Series{"floor": one(5), "peer's": one(0), "lockstep": one(6)}},
 			{Group: "CPU", Name: "proxy", Unit: "µs", Less: true, Stack: true, Series: map[string]Series{"floor": {}, "peer's": one(12), "lockstep": one(3)}},
+			{Group: "memory", Name: "10 connections", At: 10, Unit: "MB", Less: true, Series: map[string]Series{"lockstep": one(3), "floor": {Instead: "stalled"}}},
+			{Group: "memory", Name: "1000 connections", At: 1000, Unit: "MB", Less: true, Series: map[string]Series{"lockstep": one(900)}},
 			{Group: "frames", Name: "cut", Unit: "%", Series: map[string]Series{"lockstep": one(0)}},
 		}}},
 	}
@@ -84,8 +86,8 @@ func TestPageStandsAlone(t *testing.T) {
 		t.Errorf("the page refers to something outside: %q", m)
 	}
 	drawings := regexp.MustCompile(`(?s)<svg.*?</svg>`).FindAllString(page, -1)
-	if len(drawings) != 4 { // latencies, the bars of two groups, a stack
-		t.Errorf("%d drawings, want 4", len(drawings))
+	if len(drawings) != 5 { // latencies, the bars of two groups, a stack, what grows with the connections
+		t.Errorf("%d drawings, want 5", len(drawings))
 	}
 	for _, d := range drawings {
 		for dec := xml.NewDecoder(strings.NewReader(d)); ; {
@@ -113,12 +115,16 @@ func TestPageStandsAlone(t *testing.T) {
 func TestDrawingsStayInside(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		p := &Part{Variants: []string{"a", "b", subject}}
+		at := rapid.Bool().Draw(t, "at")
 		for i := range rapid.IntRange(1, 4).Draw(t, "cases") {
 			c := Case{Group: "g", Name: fmt.Sprint(i), Stack: rapid.Bool().Draw(t, "stack"), Series: make(map[string]Series)}
 			for _, v := range p.Variants {
 				c.Series[v] = Series{Rounds: rapid.SliceOfN(rapid.Float64Range(0, 1e12), 0, 3).Draw(t, "rounds")}
 			}
 			c.Series["a"] = Series{CDF: CDF(rapid.SliceOfN(rapid.Float64Range(1, 1e9), 0, 50).Draw(t, "latencies"))}
+			if at {
+				c.At = rapid.Float64Range(1, 1e7).Draw(t, "connections")
+			}
 			p.Cases = append(p.Cases, c)
 		}
 		table := newTable(p)
@@ -140,10 +146,20 @@ func TestDrawingsStayInside(t *testing.T) {
 						}
 					}
 				}
-				if c.CDF != nil {
-					for i, x := range c.CDF.XTicks {
-						if x.At < c.CDF.Left || x.At > c.CDF.Right+0.01 || x.left() < 0 || x.right() > width || i > 0 && x.left() < c.CDF.XTicks[i-1].right() {
-							t.Fatalf("ticks %v", c.CDF.XTicks)
+				if p := c.Plot; p != nil {
+					for i, x := range p.XTicks {
+						if x.At < p.Left-0.01 || x.At > p.Right+0.01 || x.left() < 0 || x.right() > width || i > 0 && x.left() < p.XTicks[i-1].right() {
+							t.Fatalf("ticks %v", p.XTicks)
+						}
+					}
+					for _, y := range p.YTicks {
+						if !(y.At > p.Top-0.01 && y.At < p.Bottom+0.01) {
+							t.Fatalf("ticks %v", p.YTicks)
+						}
+					}
+					for _, d := range p.Dots {
+						if !(d.X > p.Left-0.01 && d.X < p.Right+0.01 && d.Y > p.Top-0.01 && d.Y < p.Bottom+0.01) {
+							t.Fatalf("dot %+v", d)
 						}
 					}
 				}
@@ -196,4 +212,15 @@ func TestNumber(t *testing.T) {
 			t.Errorf("%v is shown as %q, want %q", v, got, want)
 		}
 	}
+}
+
+// TestSteps: an axis has a few round values, whatever the largest figure is.
+func TestSteps(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		most := rapid.Float64Range(1e-9, 1e12).Draw(t, "most")
+		got := steps(most)
+		if len(got) < 3 || len(got) > 10 || got[0] != 0 || got[len(got)-1] > most || got[len(got)-1] < most/2 {
+			t.Fatalf("%v of %v", got, most)
+		}
+	})
 }

@@ -10,7 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,13 +28,17 @@ type client struct {
 }
 
 // Client reads jobs from in, each as JSON, and does them with the service at the address, an IPv4
-// one. Of each it writes "done\n" at once when it has ended, so that what it has cost can be read,
+// one with its port. Of each it writes "done\n" at once when it has ended, so that what it has cost can be read,
 // and then its Result as JSON on a line.
 func Client(address string, in io.Reader, out io.Writer) error {
 	process()
-	ip := net.ParseIP(address).To4()
-	if ip == nil {
-		return fmt.Errorf("%q is no IPv4 address", address)
+	at, err := netip.ParseAddrPort(address)
+	if err != nil || !at.Addr().Is4() {
+		return fmt.Errorf("%q is no IPv4 address with a port: %w", address, err)
+	}
+	h, err := newHolder()
+	if err != nil {
+		return err
 	}
 	jobs, w := json.NewDecoder(in), bufio.NewWriter(out)
 	p := pattern()
@@ -48,7 +52,7 @@ func Client(address string, in io.Reader, out io.Writer) error {
 		} else if err != nil {
 			return fmt.Errorf("read a job: %w", err)
 		}
-		r, err := do(&j, ip, p)
+		r, err := do(&j, at, p, h)
 		if err != nil {
 			return fmt.Errorf("job %c: %w", j.Do, err)
 		}
@@ -68,13 +72,13 @@ func Client(address string, in io.Reader, out io.Writer) error {
 // errStalled: what came of the job until then counts.
 var errStalled = errors.New("no progress")
 
-func do(j *Job, ip net.IP, pattern []byte) (*Result, error) {
+func do(j *Job, at netip.AddrPort, pattern []byte, h *holder) (*Result, error) {
 	p, err := newPoller()
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(p.fd)
-	c := &client{poller: p, job: j, to: &unix.SockaddrInet4{Port: port, Addr: [4]byte(ip)}, pattern: pattern, buf: make([]byte, chunk)}
+	c := &client{poller: p, job: j, to: &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}, pattern: pattern, buf: make([]byte, chunk)}
 	if j.Do != Source && j.Do != Sink && j.Do != UDP {
 		c.result.Took = make([]int64, 0, j.N)
 	}
@@ -93,6 +97,12 @@ func do(j *Job, ip net.IP, pattern []byte) (*Result, error) {
 		err = c.sink()
 	case UDP:
 		err = c.udp()
+	case Hold:
+		err = c.hold(h)
+	case Pick:
+		err = c.pick(h)
+	case Drop:
+		h.drop()
 	default:
 		return nil, fmt.Errorf("there is no such job")
 	}

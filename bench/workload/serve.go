@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// idle is how long nothing may happen until the service gives up what connections it has:
-// they are left over from a job that ended early.
+// idle is how long nothing may happen until the service gives up what connections it has but
+// those of Hold: they are left over from a job that ended early.
 const idle = 10 * time.Second
 
 // fair is how many writes or datagrams one socket gets until it is the next one's turn.
@@ -36,8 +36,8 @@ type conn struct {
 	done  int
 }
 
-// Serve runs the service until it fails. It writes "ready\n" once it can be reached.
-func Serve(out io.Writer) error {
+// Serve runs the service on a port until it fails. It writes "ready\n" once it can be reached.
+func Serve(port int, out io.Writer) error {
 	process()
 	p, err := newPoller()
 	if err != nil {
@@ -67,10 +67,12 @@ func Serve(out io.Writer) error {
 			return err
 		}
 		if len(ready) == 0 {
-			for fd := range s.conns {
-				abort(fd)
+			for fd, c := range s.conns {
+				if c.do != Hold {
+					abort(fd)
+					delete(s.conns, fd)
+				}
 			}
-			clear(s.conns)
 		}
 		for _, e := range ready {
 			switch fd := int(e.Fd); fd {
@@ -141,8 +143,11 @@ func (s *server) serve(fd int) error {
 		}
 		c.do, c.size = Do(c.head[0]), int(binary.BigEndian.Uint32(c.head[1:]))
 		c.bytes = int(binary.BigEndian.Uint64(c.head[5:]))
-		if c.do == Source {
+		switch c.do {
+		case Source:
 			return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
+		case Hold: // as the client has it
+			return reset(fd)
 		}
 		return nil
 	case c.do == Sink:

@@ -28,13 +28,16 @@ const (
 	Fetch   Do = 'f' // connect, the guest sends FetchSize bytes, close, one after the other
 	Sink    Do = 'k' // the guest receives, and sends one byte at the end
 	UDP     Do = 'u' // datagrams that the guest sends back, several under way
+	Hold    Do = 'h' // connect, one exchange; the connection stays for the jobs that follow
+	Pick    Do = 'p' // exchanges on held connections, each on one that is chosen at random
+	Drop    Do = 'd' // reset all held connections
 )
 
 // Job is one measurement.
 type Job struct {
 	Do    Do
-	Conns int           // connections at the same time; UDP: datagrams under way
-	N     int           // Echo, Connect, Fetch, UDP: exchanges; Source, Sink: bytes; of all connections together
+	Conns int           // connections at the same time; UDP: datagrams under way; Hold: being opened; Pick: exchanges under way
+	N     int           // Echo, Connect, Fetch, UDP, Pick: exchanges; Hold: connections; Source, Sink: bytes; of all connections together
 	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
 	Stall time.Duration // the job has stalled when there was no progress for so long
 	Limit time.Duration // the job ends then, with what is done
@@ -43,16 +46,16 @@ type Job struct {
 // Result is what came of a job.
 type Result struct {
 	Done    int           // as Job.N
-	Lost    int           // datagrams
+	Lost    int           // datagrams; Hold: connections that were given up
 	Wall    time.Duration // from the first request to the last response
 	Took    []int64       // ns of each exchange
 	Stalled string        // why it ended early, as "no progress for 5s"
 }
 
-const (
-	port  = 7000
-	chunk = 1 << 17 // bytes of a bulk read or write
-)
+// Port is where the service listens; where there are more, each further one has the next.
+const Port = 7000
+
+const chunk = 1 << 17 // bytes of a bulk read or write
 
 // Message is the size of requests, responses, datagrams and small writes in bytes.
 const Message = 100
@@ -138,8 +141,13 @@ func tcp() (int, error) {
 	return fd, nil
 }
 
-// abort closes a connection with a reset, so that nothing of it is sent later.
+// reset has a connection end with a reset, so that nothing of it is sent later.
+func reset(fd int) error {
+	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+}
+
+// abort closes a connection with a reset.
 func abort(fd int) {
-	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	_ = reset(fd) // or it is closed as any other
 	unix.Close(fd)
 }

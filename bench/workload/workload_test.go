@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -17,7 +18,7 @@ import (
 // The test binary is also the service, because that never ends.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == "serve" {
-		if err := Serve(os.Stdout); err != nil {
+		if err := Serve(Port, os.Stdout); err != nil {
 			panic(err)
 		}
 	}
@@ -56,6 +57,11 @@ func TestJobs(t *testing.T) {
 		{Do: Sink, N: 1<<20 + 7},
 		{Do: Fetch, N: 3, Size: chunk},
 		{Do: UDP, Conns: 16, N: 500},
+		{Do: Hold, Conns: 4, N: 30},
+		{Do: Pick, Conns: 8, N: 100},
+		{Do: Hold, Conns: 1, N: 5},
+		{Do: Pick, Conns: 64, N: 100}, // more than there are
+		{Do: Drop},
 	}
 	for i := range jobs {
 		j := &jobs[i]
@@ -67,7 +73,7 @@ func TestJobs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := Client("127.0.0.1", &in, &results); err != nil {
+	if err := Client("127.0.0.1:7000", &in, &results); err != nil {
 		t.Fatal(err)
 	}
 	r := bufio.NewReader(&results)
@@ -81,10 +87,10 @@ func TestJobs(t *testing.T) {
 		if line != "done\n" || err != nil || json.Unmarshal([]byte(text), &got) != nil {
 			t.Fatalf("job %c: %q %q, %v", j.Do, line, text, err)
 		}
-		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 {
+		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 && j.Do != Drop {
 			t.Errorf("job %c: %d of %d in %v, stalled: %q", j.Do, got.Done, j.N, got.Wall, got.Stalled)
 		}
-		if latencies := j.Do == Echo || j.Do == Connect || j.Do == Fetch; latencies && len(got.Took) != j.N {
+		if latencies := j.Do == Echo || j.Do == Connect || j.Do == Fetch || j.Do == Hold || j.Do == Pick; latencies && len(got.Took) != j.N {
 			t.Errorf("job %c: %d latencies of %d", j.Do, len(got.Took), j.N)
 		}
 	}
@@ -94,10 +100,28 @@ func TestJobs(t *testing.T) {
 func TestStalled(t *testing.T) {
 	var out bytes.Buffer
 	job := `{"Do":101,"Conns":1,"N":1,"Size":100,"Stall":50000000,"Limit":1000000000}`
-	if err := Client("127.0.0.2", io.MultiReader(strings.NewReader(job)), &out); err != nil {
+	if err := Client("127.0.0.2:7000", io.MultiReader(strings.NewReader(job)), &out); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(out.String(), "a connection broke") {
 		t.Errorf("the client says %q, want that the connection was refused", out.String())
+	}
+}
+
+// TestHoldGivesUp: connections on which nothing comes back are counted, and do not keep the others.
+func TestHoldGivesUp(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0") // it accepts, and answers nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var out bytes.Buffer
+	job := `{"Do":104,"Conns":3,"N":8,"Size":100,"Stall":50000000,"Limit":5000000000}`
+	if err := Client(l.Addr().String(), strings.NewReader(job), &out); err != nil {
+		t.Fatal(err)
+	}
+	var got Result
+	if _, text, _ := strings.Cut(out.String(), "done\n"); json.Unmarshal([]byte(text), &got) != nil || got.Done != 0 || got.Lost != 8 || got.Stalled != "" {
+		t.Errorf("the client says %q, want that all 8 were given up", out.String())
 	}
 }

@@ -78,7 +78,9 @@ func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config
 // primary, one that has no primary any more starts again with a new QEMU.
 func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) (err error) {
 	for {
-		if rs.begin, err = decide(ctx, e, o, rs); err != nil {
+		if rs.begin, err = decide(ctx, e, o, rs); ctx.Err() != nil {
+			return nil // it was told to end, whatever it has just asked
+		} else if err != nil {
 			return err
 		}
 		now := o

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control"
 	"github.com/lockstep-ft/lockstep/control/arbiter"
@@ -72,5 +73,21 @@ func TestRunLife(t *testing.T) {
 	ended := "ended: " + control.ErrFenced.Error()
 	if want := []string{"started", ended, "started", ended}; !slices.Equal(daemon, want) {
 		t.Errorf("daemon events %q, want %q", daemon, want)
+	}
+}
+
+// A daemon that is stopped while it asks the arbiter has done what it was told.
+func TestStoppedBeforeARole(t *testing.T) {
+	c := newCLI(t)
+	missing := filepath.Join(t.TempDir(), "not-mounted")
+	c.write(t, "stopped.yaml", pairYAML+"arbiter: {type: file, path: "+missing+"}\nstate_dir: state\n")
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if code, _, stderr := c.run(ctx, "run -c @/stopped.yaml --node alpha --role primary"); code != exitOK || !strings.Contains(stderr, "the arbiter does not answer") {
+		t.Errorf("exit %d, want 0:\n%s", code, stderr)
+	}
+	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
+	if err != nil || len(events) == 0 || events[len(events)-1].Cause != "ended: on request" {
+		t.Errorf("the journal has %+v (%v)", events, err)
 	}
 }
