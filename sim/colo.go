@@ -140,7 +140,7 @@ func (s *qemu) load(no int) {
 
 // replicate is control/qemu's Replicate: the disks are copied if resync, then the memory.
 func (q *qemu) replicate(to *qemu, resync bool, gaveUp func() bool, done func(error)) {
-	if to == nil || !to.alive || to.state != "inmigrate" || q.w.cut.qemu > 0 || !to.h.alive {
+	if q.guest == nil || to == nil || !to.alive || to.state != "inmigrate" || q.w.cut.qemu > 0 || !to.h.alive {
 		done(errors.New("the secondary's QEMU cannot be reached"))
 		return
 	}
