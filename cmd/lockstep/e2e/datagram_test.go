@@ -241,7 +241,7 @@ func ping(p *pair, host string, size, count int) {
 // serveDNS runs dnsmasq in a guest.
 func serveDNS(p *pair, ns string) {
 	p.t.Helper()
-	p.program(ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
+	p.begin(ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
 		"--log-facility=-", "--host-record=web1.test,192.0.2.7,2001:db8::7", "--txt-record=web1.test,"+strings.Repeat("long ", 40))
 	p.listens(ns, "53")
 }

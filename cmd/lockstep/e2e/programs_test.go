@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
+	"os/exec"
 	"strings"
 	"syscall"
 	"time"
@@ -13,27 +15,60 @@ import (
 
 // Programs that people use, in guests that are namespaces, and at the client.
 
-// clientLimit ends a client's program that hangs, in seconds.
-const clientLimit = "300"
+// programLimit bounds the wait for a program's end.
+const programLimit = 5 * time.Minute
 
-// program starts a program in a namespace, which ends with the test, and its children with it.
-// When the test has failed it shows what they wrote.
-func (p *pair) program(ns, name string, args ...string) {
+// program is one that a test started.
+type program struct {
+	cmd       *exec.Cmd
+	out, errs bytes.Buffer
+	ended     bool
+}
+
+// begin starts a program in a namespace. At the latest it ends with the test, and its children
+// with it. When the test has failed what it wrote is shown.
+func (p *pair) begin(ns, name string, args ...string) *program {
 	p.t.Helper()
-	var log bytes.Buffer
-	cmd := lt.Command(ns, name, args...)
-	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	r := &program{cmd: lt.Command(ns, name, args...)}
+	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.errs
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := r.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // fails when they have ended
-		cmd.Wait()
-		if p.t.Failed() {
-			p.t.Logf("%s in %s:\n%s", name, ns, log.String())
+		if !r.ended {
+			r.kill()
+			r.end()
+		}
+		if p.t.Failed() && r.errs.Len() > 0 {
+			p.t.Logf("%s in %s:\n%s", name, ns, r.errs.String())
 		}
 	})
+	return r
+}
+
+func (r *program) kill() { syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL) }
+
+// end waits for the program's end and returns what it printed.
+func (r *program) end() (string, error) {
+	limit := time.AfterFunc(programLimit, r.kill)
+	defer limit.Stop()
+	err := r.cmd.Wait()
+	r.ended = true
+	if err != nil {
+		err = fmt.Errorf("%s: %w\n%s%s", strings.Join(r.cmd.Args[2:], " "), err, r.out.String(), r.errs.String())
+	}
+	return r.out.String(), err
+}
+
+// client runs a program at the client and returns what it prints.
+func (p *pair) client(name string, args ...string) string {
+	p.t.Helper()
+	out, err := p.begin(p.Client, name, args...).end()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return out
 }
 
 // listens waits until something in a namespace takes connections or datagrams at a port.
@@ -53,20 +88,8 @@ func (p *pair) both(serve func(p *pair, ns string)) {
 	}
 }
 
-// client runs a program at the client and returns what it prints.
-func (p *pair) client(name string, args ...string) string {
-	p.t.Helper()
-	var out, errs bytes.Buffer
-	cmd := lt.Command(p.Client, "timeout", append([]string{clientLimit, name}, args...)...)
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
-		p.t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out.String(), errs.String())
-	}
-	return out.String()
-}
-
 func serveRedis(p *pair, ns string) {
 	p.t.Helper()
-	p.program(ns, "redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
+	p.begin(ns, "redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
 	p.listens(ns, portRedis)
 }

@@ -47,15 +47,40 @@ func times(t *testing.T) int {
 	return n
 }
 
+// patient does not take a guest that waits for a CPU, or a handshake whose first segments were lost,
+// for a divergence.
+const patient = "compare: {timeout: 10s}"
+
 // TestSuites: the tools are content with what comes through lockstep, and find what
 // they find with mirroring alone; servers that answer alike cost no checkpoint.
 func TestSuites(t *testing.T) {
 	alone := newMirror(t, lt.Veth)
-	p := newPair(t, lt.Veth, "", "", "")
+	p := newPair(t, lt.Veth, "", "", patient)
 	for _, s := range suites(t, times(t)) {
 		t.Run(s.name, func(t *testing.T) { s.compare(t, alone, p) })
 	}
 	p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 })
+}
+
+// TestSuitesMutation: one byte of a file that differs between the guests is seen: it asks for
+// checkpoints, and the tool is not content.
+func TestSuitesMutation(t *testing.T) {
+	p := newPair(t, lt.Veth, "", "", patient)
+	p.both(serveNginx)
+	f, err := os.OpenFile(filepath.Join(nginxDir(p, p.SVM), "www", "1k"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("!"), 500); err != nil {
+		t.Fatal(err)
+	}
+	if out := p.client("wrk", "-t", "1", "-c", "8", "-d", "2s", "--timeout", "1s", urlNginx+"/1k"); !wrkComplains(out) {
+		t.Errorf("wrk got the guests' different answers:\n%s", out)
+	}
+	if s := p.status("alpha"); s.CheckpointsRequested == 0 {
+		t.Error("no checkpoint was asked for")
+	}
 }
 
 // compare runs a suite with mirroring alone and through lockstep.

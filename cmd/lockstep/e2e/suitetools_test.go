@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -23,19 +24,28 @@ const (
 	portMemcached = "11211"
 	portDNS       = "53"
 	portSockperf  = "11111"
+
+	urlNginx = "http://" + lt.Guest4 + ":" + portNginx
 )
 
 // suites are the tools, each n times as long as in `make test`.
 func suites(t *testing.T, n int) []suite {
 	t.Helper()
+	// Those that take no second and more; all sections take half a minute.
+	sections := strings.Fields("generic http2/3 http2/5.3 http2/5.4 http2/5.5 http2/6.2 http2/6.3 http2/6.5 http2/6.7 http2/6.8 http2/6.9 http2/6.10 http2/7")
+	if n > 1 {
+		sections = nil
+	}
 	return []suite{
 		{"redis-benchmark", serveRedis, func(p *pair) found { return redisBenchmark(p, n) }},
 		{"wrk", serveNginx, func(p *pair) found { return wrk(p, n) }},
 		{"h2load", serveNginx, func(p *pair) found { return h2load(p, n) }},
+		{"h2spec", serveNginx, func(p *pair) found { return h2spec(p, sections...) }},
 		{"memcslap", serveMemcached, func(p *pair) found { return memcslap(p, n) }},
 		{"dnsperf/udp", serveNSD, func(p *pair) found { return dnsperf(p, "udp", n) }},
 		{"dnsperf/tcp", serveNSD, func(p *pair) found { return dnsperf(p, "tcp", n) }},
 		{"sockperf/fragments", serveSockperf, func(p *pair) found { return sockperf(p, n, "-m", "8000") }},
+		{"udpgso_bench", onePort, func(p *pair) found { return udpgso(p, n) }},
 		{"sockperf/tcp", serveSockperf, func(p *pair) found { return sockperf(p, n, "--tcp", "-m", "8000", "-r", "7900") }},
 	}
 }
@@ -65,14 +75,13 @@ func redisBenchmark(p *pair, n int) found {
 		n     int
 		tests string
 	}{
-		{"8", 500 * n, "ping,set,get,mset"},
-		{"1", 200 * n, "incr,lpush,rpush,lpop,rpop,sadd,hset,spop,zadd,zpopmin,lrange_100"},
+		{"8", 2000 * n, "ping,set,get,mset"},
+		{"1", 500 * n, "incr,lpush,rpush,lpop,rpop,sadd,hset,spop,zadd,zpopmin,lrange_100"},
 	} {
 		out := p.client("redis-benchmark", "-h", lt.Guest4, "-p", portRedis, "-P", "16", "-c", x.conns, "-n", strconv.Itoa(x.n), "-t", x.tests, "--csv")
 		if strings.Contains(out, "rror") {
 			p.t.Errorf("redis-benchmark:\n%s", out)
 		}
-		p.t.Log(out)
 		requests += x.n * (strings.Count(out, "\n") - 1)
 	}
 	return found{rate: float64(requests) / time.Since(begun).Seconds(), unit: "requests/s"}
@@ -82,7 +91,7 @@ func redisBenchmark(p *pair, n int) found {
 // have no Date, which would differ when the second changes between the guests' answers.
 func serveNginx(p *pair, ns string) {
 	p.t.Helper()
-	dir := filepath.Join(p.t.TempDir(), ns)
+	dir := nginxDir(p, ns)
 	www := filepath.Join(dir, "www")
 	if err := os.MkdirAll(www, 0o755); err != nil {
 		p.t.Fatal(err)
@@ -123,21 +132,29 @@ http {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	p.program(ns, "nginx", "-p", dir, "-e", "stderr", "-c", conf)
+	p.begin(ns, "nginx", "-p", dir, "-e", "stderr", "-c", conf)
 	p.listens(ns, portNginxH2)
 }
+
+// nginxDir is the folder of a guest's nginx, with what it serves in www.
+func nginxDir(p *pair, ns string) string { return filepath.Join(p.Dir, "nginx-"+ns) }
 
 func wrk(p *pair, n int) found {
 	p.t.Helper()
 	var rate float64
-	for _, url := range []string{"http://" + lt.Guest4 + ":" + portNginx + "/1k", "http://[" + lt.Guest6 + "]:" + portNginx + "/100k"} {
+	for _, url := range []string{urlNginx + "/1k", "http://[" + lt.Guest6 + "]:" + portNginx + "/100k"} {
 		out := p.client("wrk", "-t", "1", "-c", "8", "-d", strconv.Itoa(n)+"s", "--timeout", "10s", url)
-		if strings.Contains(out, "errors") || strings.Contains(out, "Non-2xx") {
+		if wrkComplains(out) {
 			p.t.Errorf("wrk:\n%s", out)
 		}
 		rate += p.number(out, `Requests/sec: +([\d.]+)`)
 	}
 	return found{rate: rate, unit: "requests/s"}
+}
+
+// wrkComplains reports whether wrk got no answer, or one that it did not expect.
+func wrkComplains(out string) bool {
+	return strings.Contains(out, "errors") || strings.Contains(out, "Non-2xx") || strings.Contains(out, " 0 requests in")
 }
 
 func h2load(p *pair, n int) found {
@@ -153,22 +170,47 @@ func h2load(p *pair, n int) found {
 func serveMemcached(p *pair, ns string) {
 	p.t.Helper()
 	// Without CAS, whose numbers count the requests of all connections.
-	p.program(ns, "memcached", "-u", "root", "-l", "0.0.0.0", "-p", portMemcached, "-t", "2", "-C")
+	p.begin(ns, "memcached", "-u", "root", "-l", "0.0.0.0", "-p", portMemcached, "-t", "2", "-C")
 	p.listens(ns, portMemcached)
 }
 
 func memcslap(p *pair, n int) found {
 	p.t.Helper()
-	var requests float64
+	const conns = 4
+	var requests int
 	begun := time.Now()
 	for _, test := range []string{"set", "get", "mget"} {
-		for _, binary := range []string{"--verbose", "--binary"} {
-			out := p.client("memcslap", "--servers="+lt.Guest4+":"+portMemcached, "--concurrency=4", "--execute-number="+strconv.Itoa(100*n), "--flush", "--test="+test, binary)
-			p.t.Log(out)
+		for _, protocol := range []string{"--non-blocking", "--binary"} {
+			out := p.client("memcslap", "--verbose", "--servers="+lt.Guest4+":"+portMemcached, "--concurrency="+strconv.Itoa(conns), "--execute-number="+strconv.Itoa(100*n), "--test="+test, protocol)
+			if want := fmt.Sprintf(" %d keys by", 100*n*conns); !strings.Contains(out, want) {
+				p.t.Errorf("memcslap, want%s:\n%s", want, out)
+			}
+			requests += 100 * n * conns
 		}
-		requests += 800 * float64(n)
 	}
-	return found{rate: requests / time.Since(begun).Seconds(), unit: "requests/s"}
+	return found{rate: float64(requests) / time.Since(begun).Seconds(), unit: "requests/s"}
+}
+
+// h2spec: a client that breaks the rules of HTTP/2 in every way that it knows.
+func h2spec(p *pair, sections ...string) found {
+	p.t.Helper()
+	tool, err := exec.Command("go", "tool", "-n", "h2spec").Output()
+	if err != nil {
+		p.t.Fatalf("build h2spec: %v", err)
+	}
+	begun := time.Now()
+	out, err := p.begin(p.Client, strings.TrimSpace(string(tool)), append([]string{"-h", lt.Guest4, "-p", portNginxH2, "-P", "/1k", "-o", "1"}, sections...)...).end()
+	took := time.Since(begun)
+	var report []string
+	for line := range strings.Lines(out) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "✔") || strings.HasPrefix(line, "×") || strings.Contains(line, " tests, ") {
+			report = append(report, line)
+		}
+	}
+	if passed := strings.Count(out, "✔"); passed < 20 {
+		p.t.Errorf("h2spec: %d cases passed, %v", passed, err)
+	}
+	return found{rate: float64(len(report)) / took.Seconds(), unit: "cases/s", report: strings.Join(report, "\n")}
 }
 
 // serveNSD serves a zone with short and long answers.
@@ -203,7 +245,7 @@ zone:
 			p.t.Fatal(err)
 		}
 	}
-	p.program(ns, "nsd", "-d", "-c", filepath.Join(dir, "nsd.conf"))
+	p.begin(ns, "nsd", "-d", "-c", filepath.Join(dir, "nsd.conf"))
 	p.listens(ns, portDNS)
 }
 
@@ -230,7 +272,7 @@ func dnsperf(p *pair, mode string, n int) found {
 func serveSockperf(p *pair, ns string) {
 	p.t.Helper()
 	for _, protocol := range [][]string{nil, {"--tcp"}} {
-		p.program(ns, "sockperf", append([]string{"server", "-i", lt.Guest4, "-p", portSockperf}, protocol...)...)
+		p.begin(ns, "sockperf", append([]string{"server", "-i", lt.Guest4, "-p", portSockperf}, protocol...)...)
 	}
 	p.listens(ns, portSockperf)
 }

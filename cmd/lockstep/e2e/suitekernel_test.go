@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/control/api"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
+)
+
+// Linux's own selftests.
+
+// selftest is one of those that `make deps` compiles.
+func selftest(t *testing.T, name string) string {
+	t.Helper()
+	path, err := filepath.Abs(filepath.Join("..", "..", "..", "bin", "selftests", name))
+	if err == nil {
+		_, err = os.Stat(path)
+	}
+	if err != nil {
+		lt.Missing(t, "%v: run make deps", err)
+	}
+	return path
+}
+
+// judged are the guests that have to be right: what is lost on the way to the SVM is lost to it
+// for good with mirroring alone.
+func (p *pair) judged() []string {
+	if p.procs["alpha"] == nil {
+		return []string{p.PVM}
+	}
+	return []string{p.PVM, p.SVM}
+}
+
+// TestSuitesLoss: mptcp_connect with plain TCP in each of its modes, both ways at once, over
+// a peer link that loses 1 % in either direction.
+func TestSuitesLoss(t *testing.T) {
+	s := suite{
+		name: "mptcp_connect", serve: func(*pair, string) {},
+		load: func(p *pair) found { return mptcpConnect(p, times(t)) },
+	}
+	alone := newMirror(t, lt.Impaired)
+	p := newPair(t, lt.Impaired, "", "", patient)
+	for _, p := range []*pair{alone, p} {
+		p.Impair.Set(t, lt.P2S, lt.Rates{Loss: 10}, 1)
+		p.Impair.Set(t, lt.S2P, lt.Rates{Loss: 10}, 1)
+	}
+	s.compare(t, alone, p)
+	for dir, name := range map[lt.Direction]string{lt.P2S: "to the secondary", lt.S2P: "to the primary"} {
+		if c := p.Impair.Counts(t, dir); c.Lost == 0 {
+			t.Errorf("of %d frames %s none was lost", c.Seen, name)
+		} else {
+			t.Logf("%d of %d frames %s were lost", c.Lost, c.Seen, name)
+		}
+	}
+	p.await("alpha", func(s *api.Status) bool { return s.Connections == 0 })
+}
+
+// mptcpConnect: either end sends a file of a random size, in pieces of random sizes, and
+// receives the other's.
+func mptcpConnect(p *pair, n int) found {
+	p.t.Helper()
+	tool := selftest(p.t, "mptcp_connect")
+	dir := p.t.TempDir()
+	total, took, port := 0, time.Duration(0), 10000
+	for round := range 3 * n {
+		for _, family := range families {
+			for _, mode := range []string{"poll", "mmap", "sendfile"} {
+				port++
+				sent := make(map[string]string) // by sender
+				for i, who := range []string{"guest", "client"} {
+					b := make([]byte, 1+rand.IntN(2<<20))
+					(&pattern{pos: uint64(i) << 40}).Read(b)
+					if err := os.WriteFile(filepath.Join(dir, who), b, 0o600); err != nil {
+						p.t.Fatal(err)
+					}
+					sent[who] = string(b)
+					total += len(b)
+				}
+				args := func(who string) []string {
+					return []string{"-t", "60", "-p", strconv.Itoa(port), "-s", "TCP", "-m", mode, "-i", filepath.Join(dir, who)}
+				}
+				guests := make(map[string]*program)
+				p.both(func(p *pair, ns string) {
+					guests[ns] = p.begin(ns, tool, append(args("guest"), "-l", map[string]string{"v4": "0.0.0.0", "v6": "::"}[family.name])...)
+					p.listens(ns, strconv.Itoa(port))
+				})
+				what := fmt.Sprintf("round %d, %s, %s, %d bytes to the guest, %d to the client", round, family.name, mode, len(sent["client"]), len(sent["guest"]))
+				begun := time.Now()
+				got := p.client(tool, append(args("client"), family.host)...)
+				took += time.Since(begun)
+				if got != sent["guest"] {
+					p.t.Errorf("%s: the client received %d bytes, and not those that the guests sent", what, len(got))
+				}
+				for _, ns := range p.judged() {
+					if got, err := guests[ns].end(); err != nil || got != sent["client"] {
+						p.t.Errorf("%s: %s received %d bytes, and not those that the client sent, %v", what, ns, len(got), err)
+					}
+				}
+				if p.t.Failed() {
+					p.t.Fatal(what)
+				}
+			}
+		}
+	}
+	return found{rate: float64(total) / 1e6 / took.Seconds(), unit: "MB/s"}
+}
+
+// Each burst of udpgso_bench's: large frames that the kernel or the NIC cuts. All that comes in a
+// round fits into a socket's buffer, so that no datagram has a reason to get lost.
+const (
+	gsoBursts   = 2  // of either IP version
+	gsoSegments = 20 // datagrams in each
+	portGSO     = "8000"
+)
+
+// onePort has both guests send from the same port.
+func onePort(p *pair, ns string) {
+	p.t.Helper()
+	lt.Run(p.t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40000")
+}
+
+// udpgso: bursts from the client to the guests, and from both guests to the client.
+func udpgso(p *pair, n int) found {
+	p.t.Helper()
+	receive := func(ns string) *program {
+		r := p.begin(ns, selftest(p.t, "udpgso_bench_rx"), "-p", portGSO, "-v", "-C", "20000", "-R", "2000", "-n", strconv.Itoa(2*gsoBursts*gsoSegments))
+		p.listens(ns, portGSO)
+		return r
+	}
+	var took time.Duration
+	datagrams := 0
+	send := func(to map[string]string, from ...string) {
+		p.t.Helper()
+		begun := time.Now()
+		for _, family := range families {
+			size := map[string]int{"v4": mtu - headers4, "v6": mtu - headers6}[family.name]
+			var senders []*program
+			for _, ns := range from {
+				senders = append(senders, p.begin(ns, selftest(p.t, "udpgso_bench_tx"), "-"+family.name[1:], "-D", to[family.name], "-p", portGSO,
+					"-M", strconv.Itoa(gsoBursts), "-s", strconv.Itoa(gsoSegments*size), "-S", strconv.Itoa(size)))
+			}
+			for _, s := range senders {
+				if _, err := s.end(); err != nil {
+					p.t.Error(err)
+				}
+			}
+			datagrams += gsoBursts * gsoSegments
+		}
+		took += time.Since(begun)
+	}
+	for range n {
+		var receivers []*program
+		for _, ns := range append(p.judged(), p.Client) {
+			receivers = append(receivers, receive(ns))
+		}
+		send(map[string]string{"v4": lt.Guest4, "v6": lt.Guest6}, p.Client)
+		send(map[string]string{"v4": lt.Client4, "v6": lt.Client6}, p.PVM, p.SVM)
+		for _, r := range receivers {
+			if _, err := r.end(); err != nil { // it counts the datagrams and looks at each byte
+				p.t.Error(err)
+			}
+		}
+	}
+	return found{rate: float64(datagrams) / took.Seconds(), unit: "datagrams/s"}
+}
