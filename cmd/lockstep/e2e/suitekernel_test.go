@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -70,9 +71,9 @@ func mptcpConnect(p *pair, n int) found {
 	tool := selftest(p.t, "mptcp_connect")
 	dir := p.t.TempDir()
 	total, took, port := 0, time.Duration(0), 10000
-	for round := range 3 * n {
+	for round := range 2 * n {
 		for _, family := range families {
-			for _, mode := range []string{"poll", "mmap", "sendfile"} {
+			for _, mode := range []string{"-m poll", "-m mmap", "-m sendfile", "-P saveWithPeek", "-P saveAfterPeek"} {
 				port++
 				sent := make(map[string]string) // by sender
 				for i, who := range []string{"guest", "client"} {
@@ -85,7 +86,7 @@ func mptcpConnect(p *pair, n int) found {
 					total += len(b)
 				}
 				args := func(who string) []string {
-					return []string{"-t", "60", "-p", strconv.Itoa(port), "-s", "TCP", "-m", mode, "-i", filepath.Join(dir, who)}
+					return append(strings.Fields(mode), "-t", "60", "-p", strconv.Itoa(port), "-s", "TCP", "-i", filepath.Join(dir, who))
 				}
 				guests := make(map[string]*program)
 				p.both(func(p *pair, ns string) {
