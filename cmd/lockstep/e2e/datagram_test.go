@@ -241,9 +241,9 @@ func ping(p *pair, host string, size, count int) {
 // serveDNS runs dnsmasq in a guest.
 func serveDNS(p *pair, ns string) {
 	p.t.Helper()
-	p.begin(ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
+	begin(p, ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
 		"--log-facility=-", "--host-record=web1.test,192.0.2.7,2001:db8::7", "--txt-record=web1.test,"+strings.Repeat("long ", 40))
-	p.listens(ns, "53")
+	listens(p, ns, "53")
 }
 
 // connectIn connects from a namespace; nil when it cannot.

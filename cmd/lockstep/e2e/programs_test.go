@@ -27,7 +27,7 @@ type program struct {
 
 // begin starts a program in a namespace. At the latest it ends with the test, and its children
 // with it. When the test has failed what it wrote is shown.
-func (p *pair) begin(ns, name string, args ...string) *program {
+func begin(p *pair, ns, name string, args ...string) *program {
 	p.t.Helper()
 	r := &program{cmd: lt.Command(ns, name, args...)}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.errs
@@ -62,9 +62,9 @@ func (r *program) end() (string, error) {
 }
 
 // client runs a program at the client and returns what it prints.
-func (p *pair) client(name string, args ...string) string {
+func client(p *pair, name string, args ...string) string {
 	p.t.Helper()
-	out, err := p.begin(p.Client, name, args...).end()
+	out, err := begin(p, p.Client, name, args...).end()
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -72,7 +72,7 @@ func (p *pair) client(name string, args ...string) string {
 }
 
 // listens waits until something in a namespace takes connections or datagrams at a port.
-func (p *pair) listens(ns, port string) {
+func listens(p *pair, ns, port string) {
 	p.t.Helper()
 	lt.Eventually(p.t, 10*time.Second, func() (bool, string) {
 		out, err := lt.Command(ns, "ss", "-Hlntu", "sport = :"+port).CombinedOutput()
@@ -81,7 +81,7 @@ func (p *pair) listens(ns, port string) {
 }
 
 // both has something done in both guests.
-func (p *pair) both(serve func(p *pair, ns string)) {
+func both(p *pair, serve func(p *pair, ns string)) {
 	p.t.Helper()
 	for _, ns := range []string{p.PVM, p.SVM} {
 		serve(p, ns)
@@ -90,6 +90,6 @@ func (p *pair) both(serve func(p *pair, ns string)) {
 
 func serveRedis(p *pair, ns string) {
 	p.t.Helper()
-	p.begin(ns, "redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
-	p.listens(ns, portRedis)
+	begin(p, ns, "redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
+	listens(p, ns, portRedis)
 }

@@ -45,21 +45,21 @@ func serveHTTP(c *net.TCPConn) {
 // client: curl and redis.
 func TestServices(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
-	p.both(serveRedis)
+	both(p, serveRedis)
 	t.Run("curl", func(t *testing.T) {
 		want := sha256.New()
 		io.Copy(want, io.LimitReader(&pattern{}, httpBody))
 		for _, host := range []string{lt.Guest4, "[" + lt.Guest6 + "]"} {
 			file := filepath.Join(t.TempDir(), "body")
-			p.with(t).client("curl", "-sS", "--max-time", "60", "-o", file, "http://"+host+":"+portHTTP+"/")
-			if got := p.with(t).client("sha256sum", file); !strings.HasPrefix(got, fmt.Sprintf("%x", want.Sum(nil))) {
+			client(p.with(t), "curl", "-sS", "--max-time", "60", "-o", file, "http://"+host+":"+portHTTP+"/")
+			if got := client(p.with(t), "sha256sum", file); !strings.HasPrefix(got, fmt.Sprintf("%x", want.Sum(nil))) {
 				t.Errorf("%s: the body is not what both guests sent: %s", host, got)
 			}
 		}
 	})
 	t.Run("redis", func(t *testing.T) {
 		redis := func(args ...string) string {
-			return strings.TrimSpace(p.with(t).client("redis-cli", append([]string{"-h", lt.Guest4}, args...)...))
+			return strings.TrimSpace(client(p.with(t), "redis-cli", append([]string{"-h", lt.Guest4}, args...)...))
 		}
 		for _, x := range []struct{ command, want string }{
 			{"ping", "PONG"}, {"set key value", "OK"}, {"get key", "value"}, {"incr n", "1"}, {"incr n", "2"},

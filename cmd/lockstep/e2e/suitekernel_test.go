@@ -33,7 +33,7 @@ func selftest(t *testing.T, name string) string {
 
 // judged are the guests that have to be right: what is lost on the way to the SVM is lost to it
 // for good with mirroring alone.
-func (p *pair) judged() []string {
+func judged(p *pair) []string {
 	if p.procs["alpha"] == nil {
 		return []string{p.PVM}
 	}
@@ -89,18 +89,18 @@ func mptcpConnect(p *pair, n int) found {
 					return append(strings.Fields(mode), "-t", "60", "-p", strconv.Itoa(port), "-s", "TCP", "-i", filepath.Join(dir, who))
 				}
 				guests := make(map[string]*program)
-				p.both(func(p *pair, ns string) {
-					guests[ns] = p.begin(ns, tool, append(args("guest"), "-l", map[string]string{"v4": "0.0.0.0", "v6": "::"}[family.name])...)
-					p.listens(ns, strconv.Itoa(port))
+				both(p, func(p *pair, ns string) {
+					guests[ns] = begin(p, ns, tool, append(args("guest"), "-l", map[string]string{"v4": "0.0.0.0", "v6": "::"}[family.name])...)
+					listens(p, ns, strconv.Itoa(port))
 				})
 				what := fmt.Sprintf("round %d, %s, %s, %d bytes to the guest, %d to the client", round, family.name, mode, len(sent["client"]), len(sent["guest"]))
 				begun := time.Now()
-				got := p.client(tool, append(args("client"), family.host)...)
+				got := client(p, tool, append(args("client"), family.host)...)
 				took += time.Since(begun)
 				if got != sent["guest"] {
 					p.t.Errorf("%s: the client received %d bytes, and not those that the guests sent", what, len(got))
 				}
-				for _, ns := range p.judged() {
+				for _, ns := range judged(p) {
 					if got, err := guests[ns].end(); err != nil || got != sent["client"] {
 						p.t.Errorf("%s: %s received %d bytes, and not those that the client sent, %v", what, ns, len(got), err)
 					}
@@ -132,8 +132,8 @@ func onePort(p *pair, ns string) {
 func udpgso(p *pair, n int) found {
 	p.t.Helper()
 	receive := func(ns string) *program {
-		r := p.begin(ns, selftest(p.t, "udpgso_bench_rx"), "-p", portGSO, "-v", "-C", "20000", "-R", "2000", "-n", strconv.Itoa(2*gsoBursts*gsoSegments))
-		p.listens(ns, portGSO)
+		r := begin(p, ns, selftest(p.t, "udpgso_bench_rx"), "-p", portGSO, "-v", "-C", "20000", "-R", "2000", "-n", strconv.Itoa(2*gsoBursts*gsoSegments))
+		listens(p, ns, portGSO)
 		return r
 	}
 	var took time.Duration
@@ -145,7 +145,7 @@ func udpgso(p *pair, n int) found {
 			size := map[string]int{"v4": mtu - headers4, "v6": mtu - headers6}[family.name]
 			var senders []*program
 			for _, ns := range from {
-				senders = append(senders, p.begin(ns, selftest(p.t, "udpgso_bench_tx"), "-"+family.name[1:], "-D", to[family.name], "-p", portGSO,
+				senders = append(senders, begin(p, ns, selftest(p.t, "udpgso_bench_tx"), "-"+family.name[1:], "-D", to[family.name], "-p", portGSO,
 					"-M", strconv.Itoa(gsoBursts), "-s", strconv.Itoa(gsoSegments*size), "-S", strconv.Itoa(size)))
 			}
 			for _, s := range senders {
@@ -159,7 +159,7 @@ func udpgso(p *pair, n int) found {
 	}
 	for range n {
 		var receivers []*program
-		for _, ns := range append(p.judged(), p.Client) {
+		for _, ns := range append(judged(p), p.Client) {
 			receivers = append(receivers, receive(ns))
 		}
 		send(map[string]string{"v4": lt.Guest4, "v6": lt.Guest6}, p.Client)

@@ -66,7 +66,7 @@ func TestSuites(t *testing.T) {
 // checkpoints, and the tool is not content.
 func TestSuitesMutation(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", patient)
-	p.both(serveNginx)
+	both(p, serveNginx)
 	f, err := os.OpenFile(filepath.Join(nginxDir(p, p.SVM), "www", "1k"), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +75,7 @@ func TestSuitesMutation(t *testing.T) {
 	if _, err := f.WriteAt([]byte("!"), 500); err != nil {
 		t.Fatal(err)
 	}
-	if out := p.client("wrk", "-t", "1", "-c", "8", "-d", "2s", "--timeout", "1s", urlNginx+"/1k"); !wrkComplains(out) {
+	if out := client(p, "wrk", "-t", "1", "-c", "8", "-d", "2s", "--timeout", "1s", urlNginx+"/1k"); !wrkComplains(out) {
 		t.Errorf("wrk got the guests' different answers:\n%s", out)
 	}
 	if s := p.status("alpha"); s.CheckpointsRequested == 0 {
@@ -89,12 +89,12 @@ func (s *suite) compare(t *testing.T, alone, p *pair) {
 	before := p.status("alpha").CheckpointsRequested
 	t.Run("mirroring alone", func(t *testing.T) {
 		alone := alone.with(t)
-		alone.both(s.serve)
+		both(alone, s.serve)
 		floor = s.load(alone)
 	})
 	t.Run("lockstep", func(t *testing.T) {
 		p := p.with(t)
-		p.both(s.serve)
+		both(p, s.serve)
 		got = s.load(p)
 		after := p.await("alpha", func(s *api.Status) bool { return s.HeldPackets == 0 })
 		if n := after.CheckpointsRequested - before; n != 0 {

@@ -51,7 +51,7 @@ func suites(t *testing.T, n int) []suite {
 }
 
 // number is the figure that a tool prints where the pattern's group is.
-func (p *pair) number(text, pattern string) float64 {
+func number(p *pair, text, pattern string) float64 {
 	p.t.Helper()
 	m := regexp.MustCompile(pattern).FindStringSubmatch(text)
 	if m == nil {
@@ -78,7 +78,7 @@ func redisBenchmark(p *pair, n int) found {
 		{"8", 2000 * n, "ping,set,get,mset"},
 		{"1", 500 * n, "incr,lpush,rpush,lpop,rpop,sadd,hset,spop,zadd,zpopmin,lrange_100"},
 	} {
-		out := p.client("redis-benchmark", "-h", lt.Guest4, "-p", portRedis, "-P", "16", "-c", x.conns, "-n", strconv.Itoa(x.n), "-t", x.tests, "--csv")
+		out := client(p, "redis-benchmark", "-h", lt.Guest4, "-p", portRedis, "-P", "16", "-c", x.conns, "-n", strconv.Itoa(x.n), "-t", x.tests, "--csv")
 		if strings.Contains(out, "rror") {
 			p.t.Errorf("redis-benchmark:\n%s", out)
 		}
@@ -132,8 +132,8 @@ http {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	p.begin(ns, "nginx", "-p", dir, "-e", "stderr", "-c", conf)
-	p.listens(ns, portNginxH2)
+	begin(p, ns, "nginx", "-p", dir, "-e", "stderr", "-c", conf)
+	listens(p, ns, portNginxH2)
 }
 
 // nginxDir is the folder of a guest's nginx, with what it serves in www.
@@ -143,11 +143,11 @@ func wrk(p *pair, n int) found {
 	p.t.Helper()
 	var rate float64
 	for _, url := range []string{urlNginx + "/1k", "http://[" + lt.Guest6 + "]:" + portNginx + "/100k"} {
-		out := p.client("wrk", "-t", "1", "-c", "8", "-d", strconv.Itoa(n)+"s", "--timeout", "10s", url)
+		out := client(p, "wrk", "-t", "1", "-c", "8", "-d", strconv.Itoa(n)+"s", "--timeout", "10s", url)
 		if wrkComplains(out) {
 			p.t.Errorf("wrk:\n%s", out)
 		}
-		rate += p.number(out, `Requests/sec: +([\d.]+)`)
+		rate += number(p, out, `Requests/sec: +([\d.]+)`)
 	}
 	return found{rate: rate, unit: "requests/s"}
 }
@@ -160,18 +160,18 @@ func wrkComplains(out string) bool {
 func h2load(p *pair, n int) found {
 	p.t.Helper()
 	total := 500 * n
-	out := p.client("h2load", "-n", strconv.Itoa(total), "-c", "4", "-m", "8", "http://"+lt.Guest4+":"+portNginxH2+"/1k")
+	out := client(p, "h2load", "-n", strconv.Itoa(total), "-c", "4", "-m", "8", "http://"+lt.Guest4+":"+portNginxH2+"/1k")
 	if want := fmt.Sprintf("%[1]d done, %[1]d succeeded, 0 failed, 0 errored", total); !strings.Contains(out, want) || !strings.Contains(out, fmt.Sprintf("status codes: %d 2xx", total)) {
 		p.t.Errorf("h2load, want %s:\n%s", want, out)
 	}
-	return found{rate: p.number(out, `finished in .*, ([\d.]+) req/s`), unit: "requests/s"}
+	return found{rate: number(p, out, `finished in .*, ([\d.]+) req/s`), unit: "requests/s"}
 }
 
 func serveMemcached(p *pair, ns string) {
 	p.t.Helper()
 	// Without CAS, whose numbers count the requests of all connections.
-	p.begin(ns, "memcached", "-u", "root", "-l", "0.0.0.0", "-p", portMemcached, "-t", "2", "-C")
-	p.listens(ns, portMemcached)
+	begin(p, ns, "memcached", "-u", "root", "-l", "0.0.0.0", "-p", portMemcached, "-t", "2", "-C")
+	listens(p, ns, portMemcached)
 }
 
 func memcslap(p *pair, n int) found {
@@ -181,7 +181,7 @@ func memcslap(p *pair, n int) found {
 	begun := time.Now()
 	for _, test := range []string{"set", "get", "mget"} {
 		for _, protocol := range []string{"--non-blocking", "--binary"} {
-			out := p.client("memcslap", "--verbose", "--servers="+lt.Guest4+":"+portMemcached, "--concurrency="+strconv.Itoa(conns), "--execute-number="+strconv.Itoa(100*n), "--test="+test, protocol)
+			out := client(p, "memcslap", "--verbose", "--servers="+lt.Guest4+":"+portMemcached, "--concurrency="+strconv.Itoa(conns), "--execute-number="+strconv.Itoa(100*n), "--test="+test, protocol)
 			if want := fmt.Sprintf(" %d keys by", 100*n*conns); !strings.Contains(out, want) {
 				p.t.Errorf("memcslap, want%s:\n%s", want, out)
 			}
@@ -199,7 +199,7 @@ func h2spec(p *pair, sections ...string) found {
 		p.t.Fatalf("build h2spec: %v", err)
 	}
 	begun := time.Now()
-	out, err := p.begin(p.Client, strings.TrimSpace(string(tool)), append([]string{"-h", lt.Guest4, "-p", portNginxH2, "-P", "/1k", "-o", "1"}, sections...)...).end()
+	out, err := begin(p, p.Client, strings.TrimSpace(string(tool)), append([]string{"-h", lt.Guest4, "-p", portNginxH2, "-P", "/1k", "-o", "1"}, sections...)...).end()
 	took := time.Since(begun)
 	var report []string
 	for line := range strings.Lines(out) {
@@ -245,8 +245,8 @@ zone:
 			p.t.Fatal(err)
 		}
 	}
-	p.begin(ns, "nsd", "-d", "-c", filepath.Join(dir, "nsd.conf"))
-	p.listens(ns, portDNS)
+	begin(p, ns, "nsd", "-d", "-c", filepath.Join(dir, "nsd.conf"))
+	listens(p, ns, portDNS)
 }
 
 func dnsperf(p *pair, mode string, n int) found {
@@ -261,27 +261,27 @@ func dnsperf(p *pair, mode string, n int) found {
 	if err := os.WriteFile(file, []byte(queries.String()), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	out := p.client("dnsperf", "-s", lt.Guest4, "-m", mode, "-d", file, "-n", strconv.Itoa(10*n), "-c", "4", "-q", "16")
+	out := client(p, "dnsperf", "-s", lt.Guest4, "-m", mode, "-d", file, "-n", strconv.Itoa(10*n), "-c", "4", "-q", "16")
 	if total := 51 * 3 * 10 * n; !strings.Contains(out, fmt.Sprintf("Queries completed:    %d ", total)) ||
 		!strings.Contains(out, fmt.Sprintf("NOERROR %d ", total*50/51)) || !strings.Contains(out, fmt.Sprintf("NXDOMAIN %d ", total/51)) {
 		p.t.Errorf("dnsperf, want %d queries completed:\n%s", total, out)
 	}
-	return found{rate: p.number(out, `Queries per second: +([\d.]+)`), unit: "queries/s"}
+	return found{rate: number(p, out, `Queries per second: +([\d.]+)`), unit: "queries/s"}
 }
 
 func serveSockperf(p *pair, ns string) {
 	p.t.Helper()
 	for _, protocol := range [][]string{nil, {"--tcp"}} {
-		p.begin(ns, "sockperf", append([]string{"server", "-i", lt.Guest4, "-p", portSockperf}, protocol...)...)
+		begin(p, ns, "sockperf", append([]string{"server", "-i", lt.Guest4, "-p", portSockperf}, protocol...)...)
 	}
-	p.listens(ns, portSockperf)
+	listens(p, ns, portSockperf)
 }
 
 func sockperf(p *pair, n int, args ...string) found {
 	p.t.Helper()
-	out := p.client("sockperf", append([]string{"ping-pong", "-i", lt.Guest4, "-p", portSockperf, "-t", strconv.Itoa(n), "--data-integrity"}, args...)...)
+	out := client(p, "sockperf", append([]string{"ping-pong", "-i", lt.Guest4, "-p", portSockperf, "-t", strconv.Itoa(n), "--data-integrity"}, args...)...)
 	if want := "# dropped messages = 0; # duplicated messages = 0; # out-of-order messages = 0"; !strings.Contains(out, want) {
 		p.t.Errorf("sockperf, want %s:\n%s", want, out)
 	}
-	return found{rate: p.number(out, `\[Valid Duration\].*ReceivedMessages=(\d+)`) / p.number(out, `\[Valid Duration\] RunTime=([\d.]+) sec`), unit: "exchanges/s"}
+	return found{rate: number(p, out, `\[Valid Duration\].*ReceivedMessages=(\d+)`) / number(p, out, `\[Valid Duration\] RunTime=([\d.]+) sec`), unit: "exchanges/s"}
 }
