@@ -101,6 +101,9 @@ func (s *suite) compare(t *testing.T, alone, p *pair) {
 			t.Errorf("%d checkpoints requested: %+v", n, after.Causes)
 		}
 	})
+	if t.Failed() {
+		return
+	}
 	if got.report != floor.report {
 		t.Errorf("through lockstep:\n%s\nwith mirroring alone:\n%s", got.report, floor.report)
 	}

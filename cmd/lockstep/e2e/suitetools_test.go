@@ -24,7 +24,8 @@ const (
 	portNginxH2   = "8082"
 	portMemcached = "11211"
 	portDNS       = "53"
-	portSockperf  = "11111"
+	portPing      = "11111" // sockperf's, UDP
+	portPingTCP   = "11112"
 
 	urlNginx = "http://" + lt.Guest4 + ":" + portNginx
 )
@@ -45,9 +46,9 @@ func suites(t *testing.T, n int) []suite {
 		{"memcslap", serveMemcached, func(p *pair) found { return memcslap(p, n) }},
 		{"dnsperf/udp", serveNSD, func(p *pair) found { return dnsperf(p, "udp", n) }},
 		{"dnsperf/tcp", serveNSD, func(p *pair) found { return dnsperf(p, "tcp", n) }},
-		{"sockperf/fragments", serveSockperf, func(p *pair) found { return sockperf(p, n, "-m", "8000") }},
+		{"sockperf/fragments", serveSockperf, func(p *pair) found { return sockperf(p, n, "-p", portPing, "-m", "8000") }},
+		{"sockperf/tcp", serveSockperf, func(p *pair) found { return sockperf(p, n, "-p", portPingTCP, "--tcp", "-m", "8000", "-r", "7900") }},
 		{"udpgso_bench", onePort, func(p *pair) found { return udpgso(p, n) }},
-		{"sockperf/tcp", serveSockperf, func(p *pair) found { return sockperf(p, n, "--tcp", "-m", "8000", "-r", "7900") }},
 	}
 }
 
@@ -278,15 +279,15 @@ func dnsperf(p *pair, mode string, n int) found {
 
 func serveSockperf(p *pair, ns string) {
 	p.t.Helper()
-	for _, protocol := range [][]string{nil, {"--tcp"}} {
-		begin(p, ns, "sockperf", append([]string{"server", "-i", lt.Guest4, "-p", portSockperf}, protocol...)...)
-	}
-	listens(p, ns, portSockperf)
+	begin(p, ns, "sockperf", "server", "-i", lt.Guest4, "-p", portPing)
+	begin(p, ns, "sockperf", "server", "-i", lt.Guest4, "-p", portPingTCP, "--tcp")
+	listens(p, ns, portPing)
+	listens(p, ns, portPingTCP)
 }
 
 func sockperf(p *pair, n int, args ...string) found {
 	p.t.Helper()
-	out := client(p, "sockperf", append([]string{"ping-pong", "-i", lt.Guest4, "-p", portSockperf, "-t", strconv.Itoa(n), "--data-integrity"}, args...)...)
+	out := client(p, "sockperf", append([]string{"ping-pong", "-i", lt.Guest4, "-t", strconv.Itoa(n), "--data-integrity"}, args...)...)
 	if want := "# dropped messages = 0; # duplicated messages = 0; # out-of-order messages = 0"; !strings.Contains(out, want) {
 		p.t.Errorf("sockperf, want %s:\n%s", want, out)
 	}
