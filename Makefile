@@ -12,7 +12,7 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
 	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
-	memcached libmemcached-tools nsd dnsperf sockperf \
+	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	gcc libc6-dev
 
 # Committed output of bpf2go, and the C it comes from.

@@ -31,7 +31,7 @@ func begin(p *pair, ns, name string, args ...string) *program {
 	p.t.Helper()
 	r := &program{cmd: lt.Command(ns, name, args...)}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.errs
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := r.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
