@@ -11,6 +11,8 @@ CLANG_MAJOR := 19
 PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
 	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client \
+	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
+	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	gcc libc6-dev
 
 # Committed output of bpf2go, and the C it comes from.
@@ -32,6 +34,7 @@ build: ## static bin/lockstep, with Go alone
 deps: ## install what the tests and their guests need (Debian, as root)
 	@.ci/deps $(PACKAGES)
 	@.ci/guest bin/guest
+	@.ci/selftests bin/selftests
 
 .PHONY: generate
 generate: ## rebuild the BPF objects and their Go views

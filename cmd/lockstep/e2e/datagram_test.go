@@ -135,7 +135,7 @@ func TestDatagrams(t *testing.T) {
 				c.WriteTo(req, from)
 			}
 		})
-		serveDNS(p, guest, ns)
+		serveDNS(p, ns)
 	}
 	seen := lt.OpenWire(t, p.Client, "eth0")
 	for _, x := range families {
@@ -239,30 +239,11 @@ func ping(p *pair, host string, size, count int) {
 }
 
 // serveDNS runs dnsmasq in a guest.
-func serveDNS(p *pair, guest, ns string) {
+func serveDNS(p *pair, ns string) {
 	p.t.Helper()
-	var log bytes.Buffer
-	cmd := lt.Command(ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
+	begin(p, ns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--pid-file", "--no-resolv", "--no-hosts", "--local=/test/",
 		"--log-facility=-", "--host-record=web1.test,192.0.2.7,2001:db8::7", "--txt-record=web1.test,"+strings.Repeat("long ", 40))
-	cmd.Stdout, cmd.Stderr = &log, &log
-	if err := cmd.Start(); err != nil {
-		p.t.Fatal(err)
-	}
-	p.t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if p.t.Failed() {
-			p.t.Logf("dnsmasq of the %s:\n%s", guest, log.String())
-		}
-	})
-	lt.Eventually(p.t, 10*time.Second, func() (bool, string) {
-		c := p.connectIn(ns, "tcp", net.JoinHostPort(lt.Guest4, "53"))
-		if c == nil {
-			return false, "dnsmasq does not listen"
-		}
-		c.Close()
-		return true, ""
-	})
+	listens(p, ns, "53")
 }
 
 // connectIn connects from a namespace; nil when it cannot.

@@ -5,15 +5,12 @@ package e2e
 import (
 	"bytes"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"net"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -48,49 +45,21 @@ func serveHTTP(c *net.TCPConn) {
 // client: curl and redis.
 func TestServices(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
-	for _, guest := range []string{p.PVM, p.SVM} {
-		start := func(name string, args ...string) {
-			cmd := lt.Command(guest, name, args...)
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				cmd.Process.Kill()
-				cmd.Wait()
-			})
-		}
-		start("redis-server", "--port", portRedis, "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no", "--dir", p.Dir)
-		lt.Eventually(t, 10*time.Second, func() (bool, string) {
-			out, err := lt.Command(guest, "redis-cli", "-p", portRedis, "ping").CombinedOutput()
-			return err == nil && strings.TrimSpace(string(out)) == "PONG", string(out)
-		})
-	}
-	client := func(t *testing.T, name string, args ...string) string {
-		t.Helper()
-		cmd := lt.Command(p.Client, name, args...)
-		out, err := cmd.Output()
-		if err != nil {
-			if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-				t.Fatalf("%s: %v\n%s%s", name, err, out, exit.Stderr)
-			}
-			t.Fatalf("%s: %v", name, err)
-		}
-		return string(out)
-	}
+	both(p, serveRedis)
 	t.Run("curl", func(t *testing.T) {
 		want := sha256.New()
 		io.Copy(want, io.LimitReader(&pattern{}, httpBody))
 		for _, host := range []string{lt.Guest4, "[" + lt.Guest6 + "]"} {
 			file := filepath.Join(t.TempDir(), "body")
-			client(t, "curl", "-sS", "--max-time", "60", "-o", file, "http://"+host+":"+portHTTP+"/")
-			if got := client(t, "sha256sum", file); !strings.HasPrefix(got, fmt.Sprintf("%x", want.Sum(nil))) {
+			client(p.with(t), "curl", "-sS", "--max-time", "60", "-o", file, "http://"+host+":"+portHTTP+"/")
+			if got := client(p.with(t), "sha256sum", file); !strings.HasPrefix(got, fmt.Sprintf("%x", want.Sum(nil))) {
 				t.Errorf("%s: the body is not what both guests sent: %s", host, got)
 			}
 		}
 	})
 	t.Run("redis", func(t *testing.T) {
 		redis := func(args ...string) string {
-			return strings.TrimSpace(client(t, "redis-cli", append([]string{"-h", lt.Guest4}, args...)...))
+			return strings.TrimSpace(client(p.with(t), "redis-cli", append([]string{"-h", lt.Guest4}, args...)...))
 		}
 		for _, x := range []struct{ command, want string }{
 			{"ping", "PONG"}, {"set key value", "OK"}, {"get key", "value"}, {"incr n", "1"}, {"incr n", "2"},
