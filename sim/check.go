@@ -18,8 +18,9 @@ type check struct {
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
 	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
 	answers   int
-	frames    int // that left
-	compared  int // of those, the ones that another guest had to have sent
+	waited    int64 // for them, in sum
+	frames    int   // that left
+	compared  int   // of those, the ones that another guest had to have sent
 }
 
 // wire is a connection as clients have seen it.

@@ -42,6 +42,7 @@ type asking struct {
 	lost  bool // the guest that it was with is gone
 	broke bool // the other end reset it, or it timed out
 	wrote uint32
+	sent  []int64 // when each request was
 }
 
 func newClient(w *world) *client {
@@ -160,6 +161,7 @@ func (c *client) work(a *asking) {
 			break
 		}
 		a.next++
+		a.sent = append(a.sent, w.now)
 		switch r.Kind {
 		case 'E', 'P':
 			a.out = fmt.Appendf(a.out, "%c %d\n", r.Kind, r.N)
@@ -229,6 +231,8 @@ func (c *client) answers(a *asking) {
 			}
 		}
 		a.in = slices.Delete(a.in, 0, n)
+		w.check.waited += w.now - a.sent[0]
+		a.sent = a.sent[1:]
 		a.reply++
 		w.check.answers++
 	}

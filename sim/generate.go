@@ -71,7 +71,9 @@ func drawConn(r *rand.Rand, key int) Conn {
 	if r.IntN(4) == 0 {
 		c.Pipelined = 1 + r.IntN(8)
 	}
-	size := func() int64 { return []int64{1, 100, 1460, 5000, 40000}[r.IntN(5)] + r.Int64N(100) }
+	size := func() int64 {
+		return []int64{1, 100, 1460, 5000, 40000, 1, 100, 1460, 5000, 40000, 400000}[r.IntN(11)] + r.Int64N(100)
+	}
 	for range 2 + r.IntN(14) {
 		switch r.IntN(12) {
 		case 0, 1:

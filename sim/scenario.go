@@ -87,11 +87,12 @@ type Result struct {
 	Reached  map[string]int // states and events, and how often
 	Events   int
 	Answers  int
-	Frames   int      // that left
-	Compared int      // of those, the ones that the SVM had to have sent
-	Lost     bool     // the guest was, and another one was booted
-	Idle     bool     // nobody serves at the end
-	Log      []string // what happened, if it was asked for
+	Waited   time.Duration // for them, in sum
+	Frames   int           // that left
+	Compared int           // of those, the ones that the SVM had to have sent
+	Lost     bool          // the guest was, and another one was booted
+	Idle     bool          // nobody serves at the end
+	Log      []string      // what happened, if it was asked for
 }
 
 // Run runs a scenario. log: the fault has what led to it.
@@ -127,7 +128,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	if w.fault == nil {
 		w.quiet()
 	}
-	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
+	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Waited: time.Duration(w.check.waited), Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
 	if w.fault != nil {
 		r.Fault = w.fault.(*Fault)
 	}

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
 )
@@ -78,9 +79,10 @@ func report(t *testing.T, seed uint64, f *Fault) {
 // is in testdata/reached: a simulator that never gets anywhere finds nothing.
 func TestSeeds(t *testing.T) {
 	reached := map[string]int{}
-	events, answers, frames, compared, lost, idle := 0, 0, 0, 0, 0, 0
+	events, answers, frames, compared, lost, idle, waited := 0, 0, 0, 0, 0, 0, time.Duration(0)
 	seed, fault := sweep(*from, *seeds, *mutation, func(r Result) {
 		events, answers, frames, compared = events+r.Events, answers+r.Answers, frames+r.Frames, compared+r.Compared
+		waited += r.Waited
 		if r.Lost {
 			lost++
 		}
@@ -94,8 +96,8 @@ func TestSeeds(t *testing.T) {
 	if fault != nil {
 		report(t, seed, fault)
 	}
-	t.Logf("%d seeds: %d events, %d answers, %d frames left, %d of them held against the SVM; in %d the guest was lost, in %d nobody served at the end",
-		*seeds, events, answers, frames, compared, lost, idle)
+	t.Logf("%d seeds: %d events, %d answers after %v in sum, %d frames left, %d of them held against the SVM; in %d the guest was lost, in %d nobody served at the end",
+		*seeds, events, answers, waited, frames, compared, lost, idle)
 	for _, k := range slices.Sorted(maps.Keys(reached)) {
 		t.Logf("%9d %s", reached[k], k)
 	}
@@ -189,6 +191,39 @@ func TestMutations(t *testing.T) {
 				return
 			}
 			t.Logf("seed %d: %.200s", seed, fault)
+		})
+	}
+}
+
+// calm is a scenario in which nothing goes wrong but loss, and what is given.
+func calm(seed uint64, actions ...Action) *Scenario {
+	sc := Generate(seed)
+	sc.Actions, sc.RefuseCheckpoint, sc.Period = actions, 0, 300*ms
+	sc.PeerLoss, sc.PeerReorder = 15, 10
+	for i := range sc.Conns {
+		sc.Conns[i].Requests = slices.DeleteFunc(sc.Conns[i].Requests, func(r Request) bool { return r.Kind == 'T' })
+	}
+	return sc
+}
+
+// TestCosts: rules without which nothing is wrong, but clients wait longer, by virtual time.
+func TestCosts(t *testing.T) {
+	for _, c := range []struct {
+		rule    string
+		actions []Action
+	}{
+		{"R5", nil}, {"R6", nil}, {"R17", nil},
+		{"R22", []Action{{At: 3 * s, Kind: "kill-qemu"}}},
+	} {
+		t.Run(c.rule, func(t *testing.T) {
+			var with, without time.Duration
+			for seed := range uint64(60) {
+				with += Run(calm(seed, c.actions...), "", false).Waited
+				without += Run(calm(seed, c.actions...), c.rule, false).Waited
+			}
+			if t.Logf("%v with the rule, %v without", with, without); without < with+with/200 {
+				t.Error("nobody waits longer without it")
+			}
 		})
 	}
 }
