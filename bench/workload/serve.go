@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -178,7 +179,10 @@ func (s *server) begin(fd int, c *conn) error {
 		return s.get(fd, c, c.head)
 	case Dirty:
 		s.dirty.Store(int64(c.bytes))
-		s.dirtier.Do(func() { go s.write() })
+		s.dirtier.Do(func() {
+			runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0))) // this thread waits without Go's knowledge
+			go s.write()
+		})
 		_, err := unix.Write(fd, s.pattern[:1])
 		return err
 	}

@@ -155,7 +155,8 @@ exec sleep 1000000
 // build writes the initramfs, a cpio archive. It is not compressed, because an emulated
 // CPU takes longer to unpack than to read.
 func build(path, parts string, g Guest) error {
-	if err := static(g.Service); err != nil {
+	svc, err := service(g.Service)
+	if err != nil {
 		return err
 	}
 	var env, args strings.Builder
@@ -170,7 +171,8 @@ func build(path, parts string, g Guest) error {
 		c.dir(dir)
 	}
 	c.file("init", 0o755, fmt.Appendf(nil, initScript, strings.Join(modules, " "), env.String(), args.String()))
-	files := map[string]string{"bin/busybox": filepath.Join(parts, "busybox"), "svc": g.Service}
+	c.file("svc", 0o755, svc)
+	files := map[string]string{"bin/busybox": filepath.Join(parts, "busybox")}
 	for _, m := range modules {
 		files["mods/"+m+".ko"] = filepath.Join(parts, m+".ko")
 	}
@@ -194,20 +196,28 @@ func build(path, parts string, g Guest) error {
 // quote is a word of a shell's.
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// static returns an error for a binary that is linked dynamically: the guest has no
-// libraries.
-func static(path string) error {
+// service is a static binary without what is not loaded, like debugging information: it would
+// take the guest's memory.
+func service(path string) ([]byte, error) {
 	f, err := elf.Open(path)
 	if err != nil {
-		return fmt.Errorf("service: %w", err)
+		return nil, fmt.Errorf("service: %w", err)
 	}
 	defer f.Close()
+	end := uint64(0)
 	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			return fmt.Errorf("service %s is linked dynamically, and the guest has no libraries: build it with CGO_ENABLED=0", path)
+		switch p.Type {
+		case elf.PT_INTERP:
+			return nil, fmt.Errorf("service %s is linked dynamically, and the guest has no libraries: build it with CGO_ENABLED=0", path)
+		case elf.PT_LOAD:
+			end = max(end, p.Off+p.Filesz)
 		}
 	}
-	return nil
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return b[:min(end, uint64(len(b)))], nil
 }
 
 // cpio makes an archive in the "newc" format, which the kernel unpacks.
