@@ -201,7 +201,7 @@ func pauses(o lab.Options, way string) []step {
 			}
 			slices.Sort(paused)
 			slices.Sort(kept)
-			put(p50, quantile(paused, 0.5), paused)
+			put(p50, quantile(paused, 0.5), nil)
 			put(p99, quantile(paused, 0.99), nil)
 			if quantile(kept, 1) > 0 {
 				put(held, quantile(kept, 0.5), nil)
@@ -237,7 +237,7 @@ func targeted(o lab.Options) step {
 			return fmt.Sprintf("no checkpoint in %v", watch), nil
 		}
 		slices.Sort(paused)
-		put(p50, quantile(paused, 0.5), paused)
+		put(p50, quantile(paused, 0.5), nil)
 		put(p99, quantile(paused, 0.99), nil)
 		put(rate, float64(len(paused))/watch.Seconds(), nil)
 		return p.dirty(ctx, 0)

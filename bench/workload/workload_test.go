@@ -168,7 +168,7 @@ func TestDiffer(t *testing.T) {
 		return string(answer)
 	}
 	ask(2)
-	if ask(differs) == ask(differs) {
+	if first := ask(differs); first == ask(differs) {
 		t.Error("two answers are the same")
 	}
 }
