@@ -79,7 +79,7 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 		}
 	}
 	if total == 0 {
-		return part, lab.ErrNoMatch
+		return part, fmt.Errorf("%q: %w", o.Only, lab.ErrNoMatch)
 	}
 	g, err := newGuest(o)
 	if err != nil {
