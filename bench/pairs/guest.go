@@ -53,11 +53,19 @@ func newGuest(o lab.Options) (g *guest, err error) {
 	if err != nil {
 		return g, err
 	}
-	script := fmt.Sprintf("#!/bin/sh\n%s exec '%s' \"$@\"\n", preload, strings.ReplaceAll(o.QEMU, "'", `'\''`))
-	if err := os.WriteFile(g.qemu, []byte(script), 0o700); err != nil {
+	if err := os.WriteFile(g.qemu, []byte(script(o.QEMU, preload, os.Getpid())), 0o700); err != nil {
 		return g, fmt.Errorf("make a script: %w", err)
 	}
 	return g, nil
+}
+
+// script starts QEMU with an environment variable. A QEMU that lockstep started outlives its daemon, but not
+// the benchmark, the process owner, however that ends.
+func script(qemu, env string, owner int) string {
+	return fmt.Sprintf(`#!/bin/sh
+(while kill -0 $$; do kill -0 %d || kill -9 $$; sleep 1; done) </dev/null >/dev/null 2>&1 &
+%s exec '%s' "$@"
+`, owner, env, strings.ReplaceAll(qemu, "'", `'\''`))
 }
 
 func (g *guest) close() error { return os.RemoveAll(g.dir) }

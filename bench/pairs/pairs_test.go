@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/bench/lab"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -91,5 +93,40 @@ func TestThatDoesNotStart(t *testing.T) {
 	cancel()
 	if err := s.turn(ended, g, func(string) {}, rs); !errors.Is(err, context.Canceled) {
 		t.Errorf("when the run ends: %v", err)
+	}
+}
+
+// TestNoQEMUIsLeft: a QEMU ends when the benchmark has been killed, and not before.
+func TestNoQEMUIsLeft(t *testing.T) {
+	owner, err := os.StartProcess("/bin/sleep", []string{"sleep", "1000"}, &os.ProcAttr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "qemu")
+	if err := os.WriteFile(file, []byte(script("/bin/sleep", "LANG=C", owner.Pid)), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	qemu := exec.Command(file, "1000")
+	if err := qemu.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- qemu.Wait() }()
+	select {
+	case err := <-ended:
+		t.Errorf("it ended before its owner: %v", err)
+	case <-time.After(1500 * time.Millisecond): // it is looked at once a second
+	}
+	if err := owner.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := owner.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("it outlives its owner")
+		_ = qemu.Process.Kill()
 	}
 }

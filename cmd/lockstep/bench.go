@@ -34,7 +34,7 @@ func newBench(e env) *cobra.Command {
 		Use:   "bench",
 		Short: "Measure lockstep against QEMU's proxy and against mirroring alone",
 		Long: "bench measures lockstep, QEMU's chain of filters and mirroring alone in turns, on this machine, in network\n" +
-			"namespaces of its own, and prints medians and ratios. It needs root and a machine that does nothing else.",
+			"namespaces of its own, and real pairs under emulation, and prints medians and ratios. It needs root and a machine that does nothing else.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			for _, p := range parts {
