@@ -49,7 +49,7 @@ func (p *part) cannot(o *lab.Options) error {
 	case p.qemu && o.QEMU == "":
 		return fmt.Errorf("part %s compares with QEMU, which is left out", p.name)
 	case p.guest && o.Guest == "":
-		return fmt.Errorf("part %s boots real guests, whose kernel is not here: make deps gets it; --guest names its folder", p.name)
+		return fmt.Errorf("part %s boots real guests, which takes a kernel and a C compiler: make deps gets them; --guest names the kernel's folder", p.name)
 	case !p.only && o.Only != "":
 		return fmt.Errorf("part %s runs as a whole or not at all", p.name)
 	}

@@ -38,12 +38,14 @@ type Guest struct {
 	Files map[string]string
 }
 
-// Missing returns an error if dir is not a folder into which `make deps` has put kernel and modules.
+// Missing returns an error if dir is not a folder into which `make deps` has put kernel and modules, or
+// [Preload] has no compiler.
 func Missing(dir string) error {
 	if _, err := os.Stat(filepath.Join(dir, "ready")); err != nil {
 		return fmt.Errorf("no guest kernel in %s: run make deps (%w)", dir, err)
 	}
-	return nil
+	_, err := compiler()
+	return err
 }
 
 // Kernel is the kernel in such a folder, for QEMU's -kernel.
@@ -98,21 +100,25 @@ var bql []byte
 // Preload returns the environment variable "LD_PRELOAD=…" that a primary's QEMU needs
 // under TCG. It builds the library, in dir.
 func Preload(dir string) (env string, err error) {
-	// clang-19 comes with headers and a linker, and is what the tests have.
-	compiler := ""
-	for _, c := range []string{"clang-19", "cc", "gcc", "clang"} {
-		if compiler, err = exec.LookPath(c); err == nil {
-			break
-		}
-	}
+	cc, err := compiler()
 	if err != nil {
-		return "", fmt.Errorf("QEMU under TCG needs a library that no C compiler is here for; install one: %w", err)
+		return "", err
 	}
 	source, library := filepath.Join(dir, "bql.c"), filepath.Join(dir, "bql.so")
 	if err := os.WriteFile(source, bql, 0o600); err != nil {
 		return "", err
 	}
-	return "LD_PRELOAD=" + library, run(compiler, "-O2", "-Wall", "-Werror", "-fPIC", "-shared", "-o", library, source)
+	return "LD_PRELOAD=" + library, run(cc, "-O2", "-Wall", "-Werror", "-fPIC", "-shared", "-o", library, source)
+}
+
+// compiler is a C compiler with headers and a linker.
+func compiler() (path string, err error) {
+	for _, c := range []string{"clang-19", "cc", "gcc", "clang"} { // the first is what make deps installs
+		if path, err = exec.LookPath(c); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("QEMU under TCG needs a library that no C compiler is here for: run make deps (%w)", err)
 }
 
 func run(name string, args ...string) error {
