@@ -229,6 +229,7 @@ func targeted(o lab.Options) step {
 		if err := sleep(ctx, settle); err != nil {
 			return "", err
 		}
+		began := time.Now()
 		paused, err := p.periodic(ctx, watch)
 		if err != nil {
 			return "", err
@@ -239,7 +240,7 @@ func targeted(o lab.Options) step {
 		slices.Sort(paused)
 		put(p50, quantile(paused, 0.5), nil)
 		put(p99, quantile(paused, 0.99), nil)
-		put(rate, float64(len(paused))/watch.Seconds(), nil)
+		put(rate, float64(len(paused))/time.Since(began).Seconds(), nil)
 		return p.dirty(ctx, 0)
 	}}
 }
