@@ -6,6 +6,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bench/engines"
 	"github.com/lockstep-ft/lockstep/bench/lab"
+	"github.com/lockstep-ft/lockstep/bench/pairs"
 	"github.com/lockstep-ft/lockstep/bench/proxies"
 	"github.com/lockstep-ft/lockstep/bench/report"
 	"github.com/lockstep-ft/lockstep/bench/scale"
@@ -29,14 +31,16 @@ var parts = []part{
 			done++
 		})
 	}},
+	{name: "C", qemu: true, only: true, guest: true, run: pairs.Part},
 	{name: "D", only: true, run: scale.Part},
 }
 
 type part struct {
-	name string
-	qemu bool // measures nothing without QEMU
-	only bool // knows lab.Options.Only
-	run  func(context.Context, lab.Options, lab.Progress) (report.Part, error)
+	name  string
+	qemu  bool // measures nothing without QEMU
+	guest bool // measures nothing without a real guest
+	only  bool // knows lab.Options.Only
+	run   func(context.Context, lab.Options, lab.Progress) (report.Part, error)
 }
 
 // cannot says why the part cannot be run with these options.
@@ -44,6 +48,8 @@ func (p *part) cannot(o *lab.Options) error {
 	switch {
 	case p.qemu && o.QEMU == "":
 		return fmt.Errorf("part %s compares with QEMU, which is left out", p.name)
+	case p.guest && o.Guest == "":
+		return fmt.Errorf("part %s boots real guests, which takes a kernel and a C compiler: make deps gets them; --guest names the kernel's folder", p.name)
 	case !p.only && o.Only != "":
 		return fmt.Errorf("part %s runs as a whole or not at all", p.name)
 	}
@@ -85,10 +91,16 @@ func Run(ctx context.Context, o lab.Options, names []string, version string, pro
 			n.sample()
 			progress(done, total, what)
 		})
+		if errors.Is(err, lab.ErrNoMatch) && !named {
+			continue
+		}
 		if err != nil {
 			return r, fmt.Errorf("part %s: %w", p.name, err)
 		}
 		r.Parts = append(r.Parts, part)
+	}
+	if len(r.Parts) == 0 {
+		return r, fmt.Errorf("%q: %w", o.Only, lab.ErrNoMatch)
 	}
 	n.sample()
 	r.Machine.Noise = n.spread()

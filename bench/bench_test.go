@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/lockstep-ft/lockstep/bench/lab"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
@@ -31,7 +32,7 @@ func TestMain(m *testing.M) {
 // what it did instead. Nothing is asserted about the figures.
 func TestQuick(t *testing.T) {
 	lt.NeedRoot(t)
-	o := lab.Options{Rounds: 1, Quick: true, Lockstep: filepath.Join(t.TempDir(), "lockstep")}
+	o := lab.Options{Rounds: 1, Quick: true, Lockstep: filepath.Join(t.TempDir(), "lockstep"), Guest: qemutest.Dir(t)}
 	lt.Run(t, "go", "build", "-o", o.Lockstep, "github.com/lockstep-ft/lockstep/cmd/lockstep")
 	var err error
 	if o.QEMU, err = exec.LookPath("qemu-system-x86_64"); err != nil {
@@ -69,11 +70,19 @@ func TestQuick(t *testing.T) {
 		if len(p.Cases) == 0 || !slices.Contains(p.Variants, "lockstep") {
 			t.Errorf("part %s has %d cases of %q", p.Name, len(p.Cases), p.Variants)
 		}
-		// Of what lockstep has in part A nothing may stall.
+		// Of what lockstep has in part A nothing may stall. Emulated guests on a machine with other work now and then
+		// do not come up, or lose each other: that some of part C is not carried is logged.
+		missing := 0
 		for _, c := range p.Cases {
-			if s := c.Series["lockstep"]; p.Name == "A" && len(s.Rounds) == 0 {
+			if s := c.Series["lockstep"]; len(s.Rounds) == 0 && p.Name == "A" {
 				t.Errorf("lockstep did not carry %s, %s: %s", c.Group, c.Name, s.Instead)
+			} else if len(s.Rounds) == 0 && p.Name == "C" {
+				t.Logf("lockstep did not carry %s, %s: %s", c.Group, c.Name, s.Instead)
+				missing++
 			}
+		}
+		if 2*missing > len(p.Cases) {
+			t.Errorf("lockstep did not carry %d of %d cases of part %s", missing, len(p.Cases), p.Name)
 		}
 	}
 }
@@ -89,5 +98,11 @@ func TestMistakes(t *testing.T) {
 	}
 	if _, err := Run(t.Context(), lab.Options{Rounds: 1}, []string{"B"}, "test", none); err == nil {
 		t.Error("part B is run without QEMU")
+	}
+	if _, err := Run(t.Context(), lab.Options{Rounds: 1, QEMU: "/bin/false"}, []string{"C"}, "test", none); err == nil {
+		t.Error("part C is run without a guest")
+	}
+	if _, err := Run(t.Context(), lab.Options{Rounds: 1, Only: "nothing of this name"}, nil, "test", none); err == nil {
+		t.Error("nothing is run")
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -69,6 +70,12 @@ func (p *Process) Log() string {
 	p.log.mu.Lock()
 	defer p.log.mu.Unlock()
 	return p.log.b.String()
+}
+
+// Short is the beginning of a text, on one line.
+func Short(s string) string {
+	s = strings.Join(strings.Fields(s), " ")
+	return s[:min(len(s), 300)]
 }
 
 // PID is its number.

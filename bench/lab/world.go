@@ -21,7 +21,9 @@ import (
 // Addresses.
 var (
 	GuestIP, ClientIP   = net.IPv4(10, 77, 0, 2), net.IPv4(10, 77, 0, 1)
-	guestMAC, clientMAC = net.HardwareAddr{2, 0, 0, 0, 0x77, 2}, net.HardwareAddr{2, 0, 0, 0, 0x77, 1}
+	GuestMAC, clientMAC = net.HardwareAddr{2, 0, 0, 0, 0x77, 2}, net.HardwareAddr{2, 0, 0, 0, 0x77, 1}
+	// Where the two hosts reach each other.
+	ControlP, ControlS = net.IPv4(192, 0, 2, 1), net.IPv4(192, 0, 2, 2)
 	// Of the link that carries what the two proxies tell each other.
 	PeerP, PeerS = net.IPv4(198, 51, 100, 1), net.IPv4(198, 51, 100, 2)
 )
@@ -62,13 +64,16 @@ func (w *World) PairConfig(qmpP, qmpS string) string {
 
 // NewWorld makes a world. With taps each guest's device is a tap that a QEMU reads from,
 // and P's bridge has one too; otherwise the guests' devices are joined with the hosts'.
-func NewWorld(taps bool) (*World, error) { return newWorld(taps, 0, nil) }
+func NewWorld(taps bool) (*World, error) { return newWorld(taps, true, 0, nil) }
+
+// NewHosts makes a world without guests, for QEMUs that have some.
+func NewHosts() (*World, error) { return newWorld(false, false, 0, nil) }
 
 // Beside makes a world with a client, guests, bridges and a peer link of its own on the hosts of this one.
 // number is from 1 on. It is closed before this one.
-func (w *World) Beside(number int) (*World, error) { return newWorld(false, number, w) }
+func (w *World) Beside(number int) (*World, error) { return newWorld(false, true, number, w) }
 
-func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
+func newWorld(taps, guests bool, number int, hosts *World) (w *World, err error) {
 	w = &World{number: number}
 	defer func() {
 		if err != nil {
@@ -80,7 +85,12 @@ func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
 		return w, fmt.Errorf("make a folder: %w", err)
 	}
 	w.closers = append(w.closers, func() error { return os.RemoveAll(w.Dir) })
-	own := []**NS{&w.Client, &w.PVM, &w.SVM}
+	own := []**NS{&w.Client}
+	var guestsNS []**NS
+	if guests {
+		guestsNS = []**NS{&w.PVM, &w.SVM}
+		own = append(own, guestsNS...)
+	}
 	if hosts == nil {
 		own = append(own, &w.HostP, &w.HostS)
 	} else {
@@ -109,11 +119,13 @@ func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
 	if hosts == nil {
 		steps = append(steps,
 			func() error { return w.HostP.Veth("ctl", w.HostS, "ctl") },
-			func() error { return w.HostP.Addr("ctl", net.IPv4(192, 0, 2, 1)) },
-			func() error { return w.HostS.Addr("ctl", net.IPv4(192, 0, 2, 2)) },
+			func() error { return w.HostP.Addr("ctl", ControlP) },
+			func() error { return w.HostS.Addr("ctl", ControlS) },
 		)
 	}
-	if taps {
+	switch {
+	case !guests:
+	case taps:
 		steps = append(steps,
 			func() error { return w.tap(&w.TapO, w.HostP, "tapO") },
 			func() error { return w.HostP.Enslave("tapO", br) },
@@ -127,7 +139,7 @@ func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
 			func() error { return w.PVM.Sysctl("net/ipv4/tcp_timestamps", "0") },
 			func() error { return w.SVM.Sysctl("net/ipv4/tcp_timestamps", "0") },
 		)
-	} else {
+	default:
 		steps = append(steps,
 			func() error { return w.HostP.Veth(w.name("tapP"), w.PVM, "eth0") },
 			func() error { return w.HostP.Enslave(w.name("tapP"), br) },
@@ -135,15 +147,15 @@ func newWorld(taps bool, number int, hosts *World) (w *World, err error) {
 			func() error { return w.HostS.Enslave(w.name("tapS"), br) },
 		)
 	}
-	for _, guest := range []**NS{&w.PVM, &w.SVM} {
+	for _, guest := range guestsNS {
 		steps = append(steps,
-			func() error { return (*guest).MAC("eth0", guestMAC) },
+			func() error { return (*guest).MAC("eth0", GuestMAC) },
 			func() error { return (*guest).Addr("eth0", GuestIP) },
 			// A real pair shares neighbour entries by its checkpoints.
 			func() error { return (*guest).Neighbour("eth0", ClientIP, clientMAC) },
 		)
 	}
-	steps = append(steps, func() error { return w.Client.Neighbour("eth0", GuestIP, guestMAC) })
+	steps = append(steps, func() error { return w.Client.Neighbour("eth0", GuestIP, GuestMAC) })
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return w, err
@@ -186,16 +198,16 @@ func act(ns *NS, role string, args ...string) (p *Process, in io.WriteCloser, ou
 	return p, in, out, nil
 }
 
-// Roles of this program, which its main gives to [Act].
+// Roles of this program, which its main gives to [Act]. The service's argument is its port.
 const (
-	service = "service"
+	Service = "service"
 	client  = "client"
 )
 
 // Act runs one of the roles in which this program starts itself; the arguments are those after "bench act".
 func Act(in io.Reader, out io.Writer, args []string) error {
 	switch {
-	case len(args) == 2 && args[0] == service:
+	case len(args) == 2 && args[0] == Service:
 		port, err := strconv.Atoi(args[1])
 		if err != nil {
 			return fmt.Errorf("the port of the service: %w", err)
@@ -213,19 +225,26 @@ func (w *World) Start(lanes int) error {
 	for lane := range lanes {
 		port := strconv.Itoa(workload.Port + lane)
 		for i, ns := range []*NS{w.PVM, w.SVM} {
-			s, _, _, err := act(ns, service, port)
+			s, _, _, err := act(ns, Service, port)
 			if err != nil {
 				return errors.Join(err, w.Stop())
 			}
 			w.Services[i] = append(w.Services[i], s)
 		}
-		p, in, out, err := act(w.Client, client, net.JoinHostPort(GuestIP.String(), port))
-		if err != nil {
+		if err := w.StartClient(workload.Port + lane); err != nil {
 			return errors.Join(err, w.Stop())
 		}
-		w.Clients = append(w.Clients, &Worker{p, in, out})
 	}
 	return nil
+}
+
+// StartClient starts a further client, of the guest's service on a port. Stop ends it.
+func (w *World) StartClient(port int) error {
+	p, in, out, err := act(w.Client, client, net.JoinHostPort(GuestIP.String(), strconv.Itoa(port)))
+	if err == nil {
+		w.Clients = append(w.Clients, &Worker{p, in, out})
+	}
+	return err
 }
 
 // Stop ends what Start has started.

@@ -123,7 +123,7 @@ func (rs *results) add(i int, f *figure, v *variant, r *run, stalled string) {
 // Part measures.
 func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part report.Part, err error) {
 	if len(measures(o, false)) == 0 {
-		return part, fmt.Errorf("no measurement has %q in its name", o.Only)
+		return part, fmt.Errorf("%q: %w", o.Only, lab.ErrNoMatch)
 	}
 	vs := variants(o)
 	softirqs, err := softirqThreads()

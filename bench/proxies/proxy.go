@@ -3,8 +3,6 @@
 package proxies
 
 import (
-	"strings"
-
 	"github.com/lockstep-ft/lockstep/bench/lab"
 )
 
@@ -30,7 +28,7 @@ func (p *Proxy) Died() string {
 		}
 		select {
 		case <-q.Ended():
-			return "QEMU ended: " + short(q.Log())
+			return "QEMU ended: " + lab.Short(q.Log())
 		default:
 		}
 	}
@@ -41,10 +39,4 @@ func (p *Proxy) Died() string {
 type frames struct {
 	held     uint64 // those that were held
 	released uint64 // frames that left: a frame that was cut counts as more than one
-}
-
-// short is the beginning of a text, on one line.
-func short(s string) string {
-	s = strings.Join(strings.Fields(s), " ")
-	return s[:min(len(s), 300)]
 }

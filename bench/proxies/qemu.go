@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -24,9 +25,6 @@ import (
 // in a namespace of its own, which QEMU reads from as it would from a NIC: a hub joins it to
 // the tap in P's bridge, or on S to the filters. A hub forwards without vnet headers, so
 // the kernel cuts and checksums every segment before QEMU sees it.
-
-// Ports of the link between the hosts.
-const mirrorPort, comparePort = "9003", "9004"
 
 // chain is QEMU's processes.
 type chain struct {
@@ -93,34 +91,11 @@ func qemuAlone(ctx context.Context, w *lab.World, qemu string) (*Proxy, error) {
 	return &Proxy{OnP: p, Stop: c.stop}, nil
 }
 
-// QEMUChain is QEMU's proxy as its documentation sets it up (docs/colo-proxy.txt): filter-mirror,
-// redirectors and colo-compare on P, redirectors and filter-rewriter on S. The sockets between
-// the hosts send at once.
+// QEMUChain is QEMU's proxy.
 func QEMUChain(ctx context.Context, w *lab.World, qemu string) (*Proxy, error) {
 	c := &chain{w: w, qemu: qemu}
-	server := func(id, at string) []string {
-		return []string{"-chardev", "socket,id=" + id + "," + at + ",server=on,wait=off"}
-	}
-	client := func(id, at string) []string { return []string{"-chardev", "socket,id=" + id + "," + at} }
-	tcp := func(port string) string { return "host=" + lab.PeerP.String() + ",port=" + port + ",nodelay=on" }
-	unix := func(name string) string { return "path=" + c.socket(name) }
-	var args []string
-	for _, a := range [][]string{
-		tapArgs,
-		server("mirror0", tcp(mirrorPort)), server("compare1", tcp(comparePort)),
-		server("compare0", unix("compare")), client("compare0-0", unix("compare")),
-		server("compare_out", unix("out")), client("compare_out0", unix("out")),
-		server("notify", unix("notify")),
-		{
-			"-object", "filter-mirror,id=m0,netdev=o,queue=tx,outdev=mirror0",
-			"-object", "filter-redirector,id=redire0,netdev=o,queue=rx,indev=compare_out",
-			"-object", "filter-redirector,id=redire1,netdev=o,queue=rx,outdev=compare0",
-			"-object", "iothread,id=iothread1",
-			"-object", "colo-compare,id=comp0,primary_in=compare0-0,secondary_in=compare1,outdev=compare_out0,iothread=iothread1,notify_dev=notify",
-		},
-	} {
-		args = append(args, a...)
-	}
+	filters := lab.Filters{Netdev: "o", Host: lab.PeerP, Dir: w.Dir, Compare: ",notify_dev=notify"}
+	args := slices.Concat(tapArgs, []string{"-chardev", "socket,id=notify,server=on,wait=off,path=" + c.socket("notify")}, filters.Primary())
 	p := &Proxy{Stop: c.stop}
 	p.Trouble = func() string { return c.trouble(p.OnP.Log()) }
 	var err error
@@ -130,21 +105,11 @@ func QEMUChain(ctx context.Context, w *lab.World, qemu string) (*Proxy, error) {
 	if err := c.listen(); err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
-	args = nil
-	for _, a := range [][]string{
-		// The port n0 stands for a tap of which the guest's NIC, here n1 with what is behind it, is
-		// the peer. The port n3 goes nowhere: without it hub 0 forwards nothing.
-		{"-netdev", "hubport,id=n0,hubid=0", "-netdev", "hubport,id=n1,hubid=1,netdev=n0", "-netdev", "tap,id=g,fd=3",
-			"-netdev", "hubport,id=n2,hubid=1,netdev=g", "-netdev", "hubport,id=n3,hubid=0"},
-		client("red0", tcp(mirrorPort)), client("red1", tcp(comparePort)),
-		{
-			"-object", "filter-redirector,id=f1,netdev=n0,queue=tx,indev=red0",
-			"-object", "filter-redirector,id=f2,netdev=n0,queue=rx,outdev=red1",
-			"-object", "filter-rewriter,id=rew0,netdev=n0,queue=all",
-		},
-	} {
-		args = append(args, a...)
-	}
+	// The port n0 stands for a tap of which the guest's NIC, here n1 with what is behind it, is
+	// the peer. The port n3 goes nowhere: without it hub 0 forwards nothing.
+	filters.Netdev = "n0"
+	args = append([]string{"-netdev", "hubport,id=n0,hubid=0", "-netdev", "hubport,id=n1,hubid=1,netdev=n0", "-netdev", "tap,id=g,fd=3",
+		"-netdev", "hubport,id=n2,hubid=1,netdev=g", "-netdev", "hubport,id=n3,hubid=0"}, filters.Secondary()...)
 	if p.OnS, err = c.start(ctx, w.HostS, "S", []*os.File{w.TapS}, args...); err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
@@ -156,7 +121,7 @@ func (c *chain) trouble(log string) string {
 	text := "colo-compare had asked for " + strconv.FormatUint(c.checkpoints.Load(), 10) + " checkpoints by then"
 	for line := range strings.Lines(log) {
 		if !strings.Contains(line, "with no nics") { // which is so
-			return text + "; QEMU says: " + short(line)
+			return text + "; QEMU says: " + lab.Short(line)
 		}
 	}
 	return text

@@ -95,7 +95,7 @@ func Part(ctx context.Context, o lab.Options, progress lab.Progress) (part repor
 		}
 	}
 	if !measured {
-		return part, fmt.Errorf("no measurement has %q in its name", o.Only)
+		return part, fmt.Errorf("%q: %w", o.Only, lab.ErrNoMatch)
 	}
 	part.Cases, part.Notes = b.cases.Cases, notes
 	return part, nil

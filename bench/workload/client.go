@@ -84,10 +84,10 @@ func do(j *Job, at netip.AddrPort, pattern []byte, h *holder) (*Result, error) {
 	}
 	c.began = time.Now()
 	switch j.Do {
-	case Echo:
+	case Echo, Differ:
 		err = c.echo()
-	case Connect, Fetch:
-		one := map[Do]func() error{Connect: c.connectOnce, Fetch: c.fetch}[j.Do]
+	case Connect, Fetch, HTTP:
+		one := map[Do]func() error{Connect: c.connectOnce, Fetch: c.fetch, HTTP: c.fetch}[j.Do]
 		for err == nil && c.result.Done < j.N && !c.late() {
 			err = one()
 		}
@@ -95,6 +95,8 @@ func do(j *Job, at netip.AddrPort, pattern []byte, h *holder) (*Result, error) {
 		err = c.source(j.N, &c.result.Done)
 	case Sink:
 		err = c.sink()
+	case Dirty:
+		err = c.dirty()
 	case UDP:
 		err = c.udp()
 	case Hold:
@@ -162,7 +164,11 @@ func (c *client) open(bytes int) (int, error) {
 		return -1, err
 	}
 	if err = c.connected(fd); err == nil {
-		_, err = unix.Write(fd, head(c.job, bytes))
+		first := head(c.job, bytes)
+		if c.job.Do == HTTP {
+			first = fmt.Appendf(nil, get, bytes)
+		}
+		_, err = unix.Write(fd, first)
 	}
 	if err != nil {
 		abort(fd)
@@ -173,8 +179,9 @@ func (c *client) open(bytes int) (int, error) {
 
 // exchange is one that is under way.
 type exchange struct {
-	got   int
-	began time.Time
+	got     int
+	differs bool
+	began   time.Time
 }
 
 // receive reads what has come of a response. done: all of it has.
@@ -187,7 +194,7 @@ func (c *client) receive(fd int, x *exchange) (done bool, err error) {
 		return false, err
 	case n == 0:
 		return false, io.EOF
-	case !bytes.Equal(c.buf[:n], c.pattern[x.got:x.got+n]):
+	case !x.differs && !bytes.Equal(c.buf[:n], c.pattern[x.got:x.got+n]):
 		return false, errors.New("the response is not the request")
 	}
 	if x.got += n; x.got < c.job.Size {
@@ -216,9 +223,19 @@ func (c *client) echo() (err error) {
 		}
 		conns[fd] = new(exchange)
 	}
+	marked := bytes.Clone(c.pattern[:c.job.Size])
+	marked[0] = differs
+	share := 0
 	request := func(fd int) error {
-		*conns[fd] = exchange{began: time.Now()}
-		_, err := unix.Write(fd, c.pattern[:c.job.Size])
+		text := c.pattern[:c.job.Size]
+		share += c.job.Share // evenly spread
+		x := exchange{differs: share >= 100, began: time.Now()}
+		if x.differs {
+			share -= 100
+			text = marked
+		}
+		*conns[fd] = x
+		_, err := unix.Write(fd, text)
 		return err
 	}
 	c.began = time.Now()
@@ -280,7 +297,11 @@ func (c *client) source(bytes int, done *int) error {
 	if err != nil {
 		return err
 	}
-	for left := bytes; left > 0; {
+	left := bytes
+	if c.job.Do == HTTP {
+		left += len(page(bytes))
+	}
+	for left > 0 {
 		if c.late() {
 			abort(fd)
 			return nil
@@ -305,6 +326,23 @@ func (c *client) source(bytes int, done *int) error {
 		abort(fd)
 		return err
 	}
+	return unix.Close(fd)
+}
+
+// dirty returns when the guest has heard it.
+func (c *client) dirty() error {
+	fd, err := c.open(c.job.N)
+	if err != nil {
+		return err
+	}
+	if _, err = c.next(); err == nil {
+		_, err = unix.Read(fd, c.buf)
+	}
+	if err != nil {
+		abort(fd)
+		return err
+	}
+	c.result.Done = c.job.N
 	return unix.Close(fd)
 }
 

@@ -3,10 +3,14 @@
 package workload
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +29,8 @@ type server struct {
 	listener, datagrams int
 	conns               map[int]*conn // by descriptor
 	pattern, buf        []byte
+	dirty               atomic.Int64 // bytes a second
+	dirtier             sync.Once
 }
 
 // conn is a connection of the service.
@@ -34,6 +40,8 @@ type conn struct {
 	size  int // of writes
 	bytes int // to transfer
 	done  int
+
+	request []byte // as much as has come, where it is looked at
 }
 
 // Serve runs the service on a port until it fails. It writes "ready\n" once it can be reached.
@@ -141,15 +149,11 @@ func (s *server) serve(fd int) error {
 		if c.head = append(c.head, want[:n]...); len(c.head) < headLen {
 			return nil
 		}
-		c.do, c.size = Do(c.head[0]), int(binary.BigEndian.Uint32(c.head[1:]))
-		c.bytes = int(binary.BigEndian.Uint64(c.head[5:]))
-		switch c.do {
-		case Source:
-			return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
-		case Hold: // as the client has it
-			return reset(fd)
-		}
-		return nil
+		return s.begin(fd, c)
+	case c.do == HTTP:
+		return s.get(fd, c, want[:n])
+	case c.do == Differ:
+		return s.differ(fd, c, want[:n])
 	case c.do == Sink:
 		if c.done += n; c.done < c.bytes {
 			return nil
@@ -160,6 +164,76 @@ func (s *server) serve(fd int) error {
 	// The client waits for what it has sent to come back, so there is room for it.
 	_, err = unix.Write(fd, want[:n])
 	return err
+}
+
+// begin does what a whole head asks for.
+func (s *server) begin(fd int, c *conn) error {
+	c.do, c.size = Do(c.head[0]), int(binary.BigEndian.Uint32(c.head[1:]))
+	c.bytes = int(binary.BigEndian.Uint64(c.head[5:]))
+	switch c.do {
+	case Source:
+		return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
+	case Hold: // as the client has it
+		return reset(fd)
+	case HTTP:
+		return s.get(fd, c, c.head)
+	case Dirty:
+		s.dirty.Store(int64(c.bytes))
+		s.dirtier.Do(func() {
+			runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0))) // this thread waits without Go's knowledge
+			go s.write()
+		})
+		_, err := unix.Write(fd, s.pattern[:1])
+		return err
+	}
+	return nil
+}
+
+// get takes what has come of a request for a page, and sends the page once all has.
+func (s *server) get(fd int, c *conn, text []byte) error {
+	if c.request = append(c.request, text...); !bytes.HasSuffix(c.request, []byte("\r\n\r\n")) {
+		return nil
+	}
+	if _, err := fmt.Sscanf(string(c.request), "GET /%d ", &c.bytes); err != nil {
+		return fmt.Errorf("request %q: %w", c.request, err)
+	}
+	c.do, c.size = Source, chunk
+	if _, err := unix.Write(fd, page(c.bytes)); err != nil {
+		return err
+	}
+	return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
+}
+
+// differ answers whole requests.
+func (s *server) differ(fd int, c *conn, text []byte) error {
+	c.request = append(c.request, text...)
+	for len(c.request) >= c.size {
+		answer := c.request[:c.size]
+		if answer[0] == differs {
+			binary.BigEndian.PutUint64(answer[clockAt:], uint64(time.Now().UnixNano()))
+		}
+		if _, err := unix.Write(fd, answer); err != nil {
+			return err
+		}
+		c.request = append(c.request[:0], c.request[c.size:]...) // makes no garbage
+	}
+	return nil
+}
+
+// write writes to the guest's memory for as long as the service lives.
+func (s *server) write() {
+	const often = 10 * time.Millisecond
+	memory := make([]byte, dirtied)
+	at, owed := 0, 0.0
+	for last := time.Now(); ; time.Sleep(often) {
+		now := time.Now()
+		// A guest that stood still, or was slow, has nothing to catch up with.
+		owed += float64(s.dirty.Load()) * min(now.Sub(last), 10*often).Seconds()
+		for last = now; owed >= pageSize; owed -= pageSize {
+			memory[at]++
+			at = (at + pageSize) % dirtied
+		}
+	}
 }
 
 // send sends as much as there is room for.

@@ -31,14 +31,18 @@ const (
 	Hold    Do = 'h' // connect, one exchange; the connection stays for the jobs that follow
 	Pick    Do = 'p' // exchanges on held connections, each on one that is chosen at random
 	Drop    Do = 'd' // reset all held connections
+	HTTP    Do = 'G' // as Fetch, by GET
+	Differ  Do = 'x' // as Echo, but some of the responses are no other guest's
+	Dirty   Do = 'm' // from now on the guest writes to N bytes of its memory a second, page by page
 )
 
 // Job is one measurement.
 type Job struct {
 	Do    Do
 	Conns int           // connections at the same time; UDP: datagrams under way; Hold: being opened; Pick: exchanges under way
-	N     int           // Echo, Connect, Fetch, UDP, Pick: exchanges; Hold: connections; Source, Sink: bytes; of all connections together
+	N     int           // Echo, Connect, Fetch, HTTP, Differ, UDP, Pick: exchanges; Hold: connections; Source, Sink: bytes; of all connections together
 	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
+	Share int           // Differ: percent of the exchanges
 	Stall time.Duration // the job has stalled when there was no progress for so long
 	Limit time.Duration // the job ends then, with what is done
 }
@@ -60,7 +64,7 @@ const chunk = 1 << 17 // bytes of a bulk read or write
 // Message is the size of requests, responses, datagrams and small writes in bytes.
 const Message = 100
 
-// FetchSize is how many bytes the guest sends in each exchange of [Fetch].
+// FetchSize is how many bytes the guest sends in each exchange of [Fetch] and [HTTP].
 const FetchSize = 1 << 20
 
 // The client begins a connection with a head: the job, the size of writes, bytes to transfer.
@@ -74,6 +78,26 @@ func head(j *Job, bytes int) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{byte(what)}, uint32(j.Size))
 	return binary.BigEndian.AppendUint64(b, uint64(bytes))
 }
+
+// get is a request for a page of so many bytes.
+const get = "GET /%d HTTP/1.0\r\n\r\n"
+
+// page is what comes before a page of so many bytes: no date, which would differ between the guests.
+func page(bytes int) []byte {
+	return fmt.Appendf(nil, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n", bytes)
+}
+
+// A request that begins so has a response with the guest's clock in it: eight bytes from clockAt on.
+const (
+	differs = 1
+	clockAt = 8
+)
+
+// Memory that the guest writes to, in bytes: less than a small guest has.
+const (
+	dirtied  = 32 << 20
+	pageSize = 4096
+)
 
 // pattern is two chunks, so that a chunk can begin anywhere in the first.
 func pattern() []byte {

@@ -8,8 +8,10 @@ import (
 	"encoding/json"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,8 +27,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestJobs: each kind of job does all that it is asked for.
-func TestJobs(t *testing.T) {
+// serve runs the service until the test ends.
+func serve(t *testing.T) {
+	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -40,13 +43,18 @@ func TestJobs(t *testing.T) {
 	if err := service.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	t.Cleanup(func() {
 		_ = service.Process.Kill()
 		_ = service.Wait()
-	}()
+	})
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
 		t.Fatalf("service: %q, %v", line, err)
 	}
+}
+
+// TestJobs: each kind of job does all that it is asked for.
+func TestJobs(t *testing.T) {
+	serve(t)
 	var in, results bytes.Buffer
 	jobs := []Job{
 		{Do: Echo, Conns: 1, N: 50},
@@ -62,6 +70,11 @@ func TestJobs(t *testing.T) {
 		{Do: Hold, Conns: 1, N: 5},
 		{Do: Pick, Conns: 64, N: 100}, // more than there are
 		{Do: Drop},
+		{Do: HTTP, N: 3},
+		{Do: Differ, Conns: 1, N: 50},
+		{Do: Differ, Conns: 4, N: 200, Share: 10},
+		{Do: Dirty, N: 20 << 20},
+		{Do: Echo, Conns: 1, N: 50},
 	}
 	for i := range jobs {
 		j := &jobs[i]
@@ -90,7 +103,7 @@ func TestJobs(t *testing.T) {
 		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 && j.Do != Drop {
 			t.Errorf("job %c: %d of %d in %v, stalled: %q", j.Do, got.Done, j.N, got.Wall, got.Stalled)
 		}
-		if latencies := j.Do == Echo || j.Do == Connect || j.Do == Fetch || j.Do == Hold || j.Do == Pick; latencies && len(got.Took) != j.N {
+		if latencies := slices.Contains([]Do{Echo, Connect, Fetch, HTTP, Differ, Hold, Pick}, j.Do); latencies && len(got.Took) != j.N {
 			t.Errorf("job %c: %d latencies of %d", j.Do, len(got.Took), j.N)
 		}
 	}
@@ -123,5 +136,52 @@ func TestHoldGivesUp(t *testing.T) {
 	var got Result
 	if _, text, _ := strings.Cut(out.String(), "done\n"); json.Unmarshal([]byte(text), &got) != nil || got.Done != 0 || got.Lost != 8 || got.Stalled != "" {
 		t.Errorf("the client says %q, want that all 8 were given up", out.String())
+	}
+}
+
+// TestDiffer: the responses that are asked for so are never the same, and the others are the requests.
+func TestDiffer(t *testing.T) {
+	serve(t)
+	c, err := net.Dial("tcp", "127.0.0.1:7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(head(&Job{Do: Differ, Size: Message}, 0)); err != nil {
+		t.Fatal(err)
+	}
+	ask := func(first byte) string {
+		request := bytes.Repeat([]byte{first}, Message)
+		answer := make([]byte, Message)
+		if _, err := c.Write(request); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, answer); err != nil {
+			t.Fatal(err)
+		}
+		if (first == differs) == bytes.Equal(request, answer) {
+			t.Errorf("the answer to %q is %q", request, answer)
+		}
+		return string(answer)
+	}
+	ask(2)
+	if first := ask(differs); first == ask(differs) {
+		t.Error("two answers are the same")
+	}
+}
+
+// TestHTTP: what a browser gets.
+func TestHTTP(t *testing.T) {
+	serve(t)
+	r, err := http.Get("http://127.0.0.1:7000/123456")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	if body, err := io.ReadAll(r.Body); err != nil || !bytes.Equal(body, pattern()[:123456]) || r.Header.Get("Date") != "" {
+		t.Errorf("%v: %d bytes, %v", r.Header, len(body), err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/lockstep-ft/lockstep/bench"
 	"github.com/lockstep-ft/lockstep/bench/lab"
 	"github.com/lockstep-ft/lockstep/bench/report"
+	"github.com/lockstep-ft/lockstep/control/qemu/guestimage"
 )
 
 // noQEMU as --qemu leaves QEMU out.
@@ -32,7 +34,7 @@ func newBench(e env) *cobra.Command {
 		Use:   "bench",
 		Short: "Measure lockstep against QEMU's proxy and against mirroring alone",
 		Long: "bench measures lockstep, QEMU's chain of filters and mirroring alone in turns, on this machine, in network\n" +
-			"namespaces of its own, and prints medians and ratios. It needs root and a machine that does nothing else.",
+			"namespaces of its own, and real pairs under emulation, and prints medians and ratios. It needs root and a machine that does nothing else.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			for _, p := range parts {
@@ -53,6 +55,13 @@ func newBench(e env) *cobra.Command {
 					return fmt.Errorf("look up this program: %w", err)
 				}
 			}
+			if o.Guest == "" {
+				if beside := filepath.Join(filepath.Dir(o.Lockstep), "guest"); guestimage.Missing(beside) == nil {
+					o.Guest = beside
+				}
+			} else if err := guestimage.Missing(o.Guest); err != nil {
+				return err
+			}
 			progress, done := benchProgress(e.stderr)
 			r, err := bench.Run(cmd.Context(), o, parts, versionString(), progress)
 			done()
@@ -66,9 +75,10 @@ func newBench(e env) *cobra.Command {
 	f.StringSliceVar(&parts, "parts", nil, "which parts to run, of "+strings.Join(bench.Parts(), ",")+" (default all)")
 	f.IntVar(&o.Rounds, "rounds", 5, "how often to measure each case; the median counts")
 	f.BoolVar(&o.Quick, "quick", false, "small counts, to see that it works; the figures mean nothing")
-	f.StringVar(&o.Only, "only", "", "of part A's measurements run only those whose names have this in them, as \"bulk\"")
+	f.StringVar(&o.Only, "only", "", "of the measurements of parts A and C run only those whose names have this in them, as \"bulk\"")
 	f.StringVar(&o.QEMU, "qemu", "qemu-system-x86_64", "the QEMU to compare with, or "+noQEMU)
 	f.StringVar(&o.Lockstep, "lockstep", "", "the lockstep binary to measure (default this one)")
+	f.StringVar(&o.Guest, "guest", "", "the folder with a guest's kernel, as make deps makes it (default guest, beside the lockstep binary)")
 	f.StringVar(&jsonFile, "json", "", "write the report to this file, as JSON")
 	f.StringVar(&htmlFile, "html", "", "write the report to this file, as a page with charts")
 	cmd.AddCommand(&cobra.Command{

@@ -40,6 +40,7 @@ type Primary struct {
 	failures  int
 	lastDone  int64
 	period    int64
+	pauses    pauses
 
 	stage     pStage
 	cause     string // of the attempt
@@ -380,20 +381,41 @@ func (c *Primary) commit() {
 	c.lastDone = c.now
 }
 
-// maxShare: the period that adapt chooses is at least so many times the pause. One that
-// does not come of what the guest wrote is not made shorter by more checkpoints.
+// maxShare: the period that adapt chooses is at least so many times the part of the pause that
+// does not come of what the guest wrote: more checkpoints do not make it shorter.
 const maxShare = 10
 
 // adapt has the period follow the pause that just was. What the guest writes between
 // two checkpoints is what a pause is for: half the time, half the pause.
 func (c *Primary) adapt(pause int64) {
-	if c.cfg.TargetPause == 0 || c.period == 0 || pause <= 0 {
+	if c.cfg.TargetPause == 0 || c.period == 0 || pause <= 0 || c.lastDone == 0 { // or nobody knows for how long it has written
 		return
 	}
-	since := float64(c.now - c.lastDone) // the checkpoint may have come before the period's end
-	wanted := since * float64(c.cfg.TargetPause) / float64(pause)
+	since := c.now - c.lastDone // the checkpoint may have come before the period's end
+	c.pauses.add(since, pause)
+	wanted := float64(since) * float64(c.cfg.TargetPause) / float64(pause)
 	next := int64(min((float64(c.period)+wanted)/2, float64(c.cfg.Period))) // half way: one pause is a noisy measure
-	c.period = min(max(next, c.cfg.MinInterval, maxShare*pause), c.cfg.Period)
+	c.period = min(max(next, c.cfg.MinInterval, maxShare*c.pauses.fixed), c.cfg.Period)
+}
+
+// pauses are what adapt knows of them.
+type pauses struct {
+	since, pause int64 // of the one before: time that the guest had to write, and the pause then
+	fixed        int64 // the part of a pause that does not come of what the guest wrote, as far as it is known
+}
+
+// add takes one in. Two pauses after different times lie on a line, which begins at the fixed part. Without
+// a second time what was known loses weight, until the period changes and shows it anew.
+func (p *pauses) add(since, pause int64) {
+	if apart := since - p.since; p.since == 0 || abs(apart) <= since/10 {
+		p.fixed -= p.fixed / 8
+	} else {
+		rate := max(0, float64(pause-p.pause)/float64(apart))
+		now := max(0, pause-int64(rate*float64(since)))
+		p.fixed += (now - p.fixed) / 2 // as a pause is a noisy measure
+	}
+	p.fixed = min(p.fixed, pause)
+	p.since, p.pause = since, pause
 }
 
 func abs(x int64) int64 { return max(x, -x) }

@@ -1,105 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package qemutest makes real guests for tests: a kernel and an initramfs that
-// boot a static binary as the guest's service, disks, and what QEMU needs to
-// run COLO under TCG, where no KVM is. Production needs none of that:
-//
-//   - [Preload]: without it the primary deadlocks, or sleeps forever, at a checkpoint
-//     (testdata/bql.c).
-//   - [Memory]: with a RAM that is a multiple of 256 KiB dirty pages are lost.
-//   - The migration goes over a unix socket: over TCP each checkpoint waits 40 ms
-//     and more for a delayed ACK.
+// Package qemutest makes real guests for tests, with package guestimage. The migration goes over
+// a unix socket where a QEMU is driven without lockstep: over TCP each checkpoint waits 40 ms
+// and more for a delayed ACK.
 package qemutest
 
 import (
-	"debug/elf"
 	"errors"
-	"fmt"
 	"io/fs"
-	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/lockstep-ft/lockstep/control/qemu/guestimage"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
-// Memory is the size of a guest's RAM in bytes: enough to boot the image and run a Go
-// service, and no multiple of 256 KiB.
-const Memory = 131056 << 10
+// Memory is the size of a guest's RAM in bytes.
+const Memory = guestimage.Memory
 
 // Guest is what an image has besides kernel and busybox.
-type Guest struct {
-	// Service is a static binary, run as /svc. What it prints goes to the serial
-	// console ttyS0; its standard input never ends.
-	Service string
-	// Env is the service's environment, "NAME=value".
-	Env []string
-	// Files are further files: paths in the guest → paths here.
-	Files map[string]string
-}
+type Guest = guestimage.Guest
 
-// Image makes the files for QEMU's -kernel and -initrd; [Append] makes the -append. The
-// guest loads the virtio modules, gives its NICs their addresses, mounts the first
-// disk at /disk if that has an ext4 file system (a disk without one is there
-// as /dev/vda all the same), prints "guest up" and runs the service.
+// Image makes the files for QEMU's -kernel and -initrd.
 //
 // Where `make deps` has not put the kernel, the test is skipped, or fails with
 // LOCKSTEP_REQUIRE_ALL=1.
 func Image(t testing.TB, g Guest) (kernel, initrd string) {
 	t.Helper()
-	parts := parts(t)
+	dir := Dir(t)
 	initrd = filepath.Join(t.TempDir(), "initrd")
-	if err := build(initrd, parts, g); err != nil {
-		t.Fatalf("guest image: %v", err)
+	if err := guestimage.Build(initrd, dir, g); err != nil {
+		t.Fatal(err)
 	}
-	return filepath.Join(parts, "vmlinuz"), initrd
+	return guestimage.Kernel(dir), initrd
 }
 
-// Append makes the kernel command line. nics are the guest's addresses, NIC by NIC, each
-// in the form "10.77.0.2/24,fd77::2/64". more is appended; "gw=ADDRESS" in it gives a
-// default route.
-func Append(nics []string, more ...string) string {
-	// The kernel passes parameters it does not know to init, as environment variables.
-	line := []string{"console=ttyS0", "quiet", "panic=-1", "rdinit=/init"}
-	for i, addrs := range nics {
-		line = append(line, fmt.Sprintf("eth%d=%s", i, addrs))
-	}
-	return strings.Join(append(line, more...), " ")
-}
+// Append makes the kernel command line.
+func Append(nics []string, more ...string) string { return guestimage.Append(nics, more...) }
 
 // Disk makes a qcow2 image of size bytes. With ext4 it has a file system, which the guest
 // mounts.
 func Disk(t testing.TB, path string, size int64, ext4 bool) {
 	t.Helper()
-	if !ext4 {
-		run(t, "qemu-img", "create", "-q", "-f", "qcow2", path, fmt.Sprint(size))
-		return
-	}
-	raw := path + ".raw"
-	if err := os.WriteFile(raw, nil, 0o600); err != nil {
+	if err := guestimage.Disk(path, size, ext4); err != nil {
 		t.Fatal(err)
 	}
-	defer os.Remove(raw)
-	if err := os.Truncate(raw, size); err != nil {
-		t.Fatal(err)
-	}
-	run(t, "mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=0", raw)
-	run(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
 }
 
 // Preload returns the environment variable "LD_PRELOAD=…" that a primary's QEMU needs
 // under TCG. It builds the library.
 func Preload(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "bql.so")
-	// Headers and linker come with the package clang-19.
-	run(t, "clang-19", "-O2", "-Wall", "-Werror", "-fPIC", "-shared", "-o", path, filepath.Join(root(t), "control/qemu/qemutest/testdata/bql.c"))
-	return "LD_PRELOAD=" + path
+	env, err := guestimage.Preload(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return env
 }
 
 // Await returns when the log of a serial console contains text.
@@ -126,23 +85,17 @@ func Await(t testing.TB, log, text string) {
 	}
 }
 
-func run(t testing.TB, name string, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("%s %s: %v; make deps installs what is missing\n%s", name, strings.Join(args, " "), err, out)
-	}
-}
-
-// root is the repository's folder, which is above the one that a test runs in.
-func root(t testing.TB) string {
+// Dir is the folder into which `make deps` puts kernel and modules.
+func Dir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The repository's folder is above the one that a test runs in.
 	for {
 		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return dir
+			break
 		}
 		up := filepath.Dir(dir)
 		if up == dir {
@@ -150,142 +103,9 @@ func root(t testing.TB) string {
 		}
 		dir = up
 	}
-}
-
-// parts is the folder into which `make deps` puts kernel and modules.
-func parts(t testing.TB) string {
-	t.Helper()
-	dir := filepath.Join(root(t), "bin", "guest")
-	if _, err := os.Stat(filepath.Join(dir, "ready")); err != nil {
-		lt.Missing(t, "no guest kernel in bin/guest: run make deps")
+	dir = filepath.Join(dir, "bin", "guest")
+	if err := guestimage.Missing(dir); err != nil {
+		lt.Missing(t, "%v", err)
 	}
 	return dir
-}
-
-// modules are in the order in which they can be loaded.
-var modules = []string{
-	"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
-	"failover", "net_failover", "virtio_net", "virtio_blk",
-}
-
-// initScript is the guest's init. A NIC without an address is only set up.
-const initScript = `#!/bin/busybox sh
-/bin/busybox --install -s /bin
-mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev
-for m in %s; do insmod /mods/$m.ko; done
-cd /proc/sys/net/ipv6/conf
-echo 0 > default/accept_dad; echo 0 > default/router_solicitations; echo 0 > default/accept_ra
-cd /
-ip link set lo up
-for n in 0 1 2 3 4 5 6 7; do
-	[ -e /sys/class/net/eth$n ] || break
-	echo 0 > /proc/sys/net/ipv6/conf/eth$n/accept_dad
-	eval "addrs=\$eth$n"
-	for a in $(echo $addrs | tr , ' '); do ip addr add $a dev eth$n; done
-	ip link set eth$n up
-done
-[ -z "$gw" ] || ip route add default via $gw
-[ ! -e /dev/vda ] || mount -t ext4 /dev/vda /disk 2>/dev/null
-echo guest up
-env -i PATH=/bin %s/svc < /dev/console > /dev/console 2>&1
-echo "guest: the service ended: $?"
-exec sleep 1000000
-`
-
-// build writes the initramfs, a cpio archive. It is not compressed, because an emulated
-// CPU takes longer to unpack than to read.
-func build(path, parts string, g Guest) error {
-	if err := static(g.Service); err != nil {
-		return err
-	}
-	var env strings.Builder
-	for _, e := range g.Env {
-		env.WriteString("'" + strings.ReplaceAll(e, "'", `'\''`) + "' ")
-	}
-	var c cpio
-	for _, dir := range []string{"bin", "dev", "disk", "etc", "mods", "proc", "sys", "tmp"} {
-		c.dir(dir)
-	}
-	c.file("init", 0o755, fmt.Appendf(nil, initScript, strings.Join(modules, " "), env.String()))
-	files := map[string]string{"bin/busybox": filepath.Join(parts, "busybox"), "svc": g.Service}
-	for _, m := range modules {
-		files["mods/"+m+".ko"] = filepath.Join(parts, m+".ko")
-	}
-	for to, from := range g.Files {
-		files[strings.TrimPrefix(filepath.Clean("/"+to), "/")] = from
-	}
-	for _, to := range slices.Sorted(maps.Keys(files)) {
-		b, err := os.ReadFile(files[to])
-		if err != nil {
-			return err
-		}
-		info, err := os.Stat(files[to])
-		if err != nil {
-			return err
-		}
-		c.file(to, uint32(info.Mode().Perm()), b)
-	}
-	return os.WriteFile(path, c.end(), 0o600)
-}
-
-// static returns an error for a binary that is linked dynamically: the guest has no
-// libraries.
-func static(path string) error {
-	f, err := elf.Open(path)
-	if err != nil {
-		return fmt.Errorf("service: %w", err)
-	}
-	defer f.Close()
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			return fmt.Errorf("service %s is linked dynamically, and the guest has no libraries: build it with CGO_ENABLED=0", path)
-		}
-	}
-	return nil
-}
-
-// cpio makes an archive in the "newc" format, which the kernel unpacks.
-type cpio struct {
-	b    []byte
-	made map[string]bool // folders
-	n    int
-}
-
-func (c *cpio) entry(name string, mode uint32, data []byte) {
-	c.n++
-	// Inode, mode, uid, gid, links, mtime, size, device, rdev, name's length, checksum.
-	c.b = fmt.Appendf(c.b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x",
-		c.n, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
-	c.b = append(append(c.b, name...), 0)
-	c.pad()
-	c.b = append(c.b, data...)
-	c.pad()
-}
-
-func (c *cpio) pad() {
-	for len(c.b)%4 != 0 {
-		c.b = append(c.b, 0)
-	}
-}
-
-func (c *cpio) dir(name string) {
-	if name == "." || c.made[name] {
-		return
-	}
-	c.dir(filepath.Dir(name))
-	if c.made == nil {
-		c.made = make(map[string]bool)
-	}
-	c.made[name] = true
-	c.entry(name, 0o040755, nil)
-}
-
-func (c *cpio) file(name string, perm uint32, data []byte) {
-	c.dir(filepath.Dir(name))
-	c.entry(name, 0o100000|perm, data)
-}
-
-func (c *cpio) end() []byte {
-	c.entry("TRAILER!!!", 0, nil)
-	return c.b
 }
