@@ -89,7 +89,7 @@ bench-smoke: build ## as root, a minute: latency, throughput and CPU against mir
 	@bin/lockstep bench --parts A --qemu none --rounds 3
 
 .PHONY: soak
-soak: deps ## as root, about an hour: 100 000 connections held open, real pairs through many failovers, each QEMU
+soak: deps ## as root, an hour and a half: 100 000 connections held open, real pairs through many failovers, clients' histories, each QEMU
 	@.ci/soak
 
 .PHONY: clean

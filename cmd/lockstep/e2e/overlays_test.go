@@ -18,10 +18,13 @@ import (
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
-// smallOverlays gives beta's overlays a file system of so many MiB.
-func (p *livingPair) smallOverlays(mib int) (dir string) {
+// overlays is where a node's overlays are.
+func (p *livingPair) overlays(node string) string { return filepath.Join(p.Dir, "overlays-"+node) }
+
+// smallOverlays gives a node's overlays a file system of so many MiB.
+func (p *livingPair) smallOverlays(node string, mib int) (dir string) {
 	p.t.Helper()
-	dir = filepath.Join(p.Dir, "overlays-beta")
+	dir = p.overlays(node)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		p.t.Fatal(err)
 	}
@@ -60,7 +63,7 @@ func fillUp(t *testing.T, dir string) (ballast string) {
 // hosts report why.
 func TestOverlays(t *testing.T) {
 	p := newLivingPair(t, 1, "checkpoint: {period: 2m}")
-	dir := p.smallOverlays(32)
+	dir := p.smallOverlays("beta", 32)
 	ballast := fillUp(t, dir)
 	p.run("beta", "secondary")
 	said := func(node, why string) {
