@@ -235,7 +235,7 @@ func (h *host) start(begin failover.Begin) {
 	} else {
 		d.pair.s = begin.Secondary(life, h.name, h.clock())
 		d.checks.s = checkpoint.NewSecondary(cfg)
-		d.loop = nicloop.NewSecondary(0, h.nic, log, compare.SecondaryConfig{}, d.keys)
+		d.loop = nicloop.NewSecondary(0, h.nic, log, h.w.sc.copies(), d.keys)
 		if d.recovered {
 			d.checks.s.Step(0, checkpoint.Event{Kind: checkpoint.EvRecovered, OK: h.nic.Recovered().Mode == datapath.ModeRun})
 		}

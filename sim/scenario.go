@@ -68,11 +68,19 @@ func (sc *Scenario) stack() tcp.Config {
 }
 
 func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Options {
-	return kernel.Options{Role: role, Slots: sc.Slots, MAC: mac}
+	return kernel.Options{Role: role, Slots: sc.Slots, LargeSlots: largeSlots, MAC: mac}
 }
 
+// copies is as cmd/lockstep derives it.
+func (sc *Scenario) copies() compare.SecondaryConfig {
+	return compare.SecondaryConfig{MaxCopies: sc.Slots / 2, MaxLarge: largeSlots / 2}
+}
+
+// largeSlots are for frames that no usual slot holds.
+const largeSlots = 48
+
 func (sc *Scenario) compare() compare.Config {
-	return compare.Config{Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots}
+	return compare.Config{Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots, LargeSlots: largeSlots}
 }
 
 // healed is when everything that was broken is mended, and end when everything has to be over.

@@ -212,7 +212,7 @@ func TestCosts(t *testing.T) {
 		rule    string
 		actions []Action
 	}{
-		{"R5", nil}, {"R6", nil}, {"R17", nil},
+		{"R5", nil}, {"R17", nil},
 		{"R22", []Action{{At: 3 * s, Kind: "kill-qemu"}}},
 	} {
 		t.Run(c.rule, func(t *testing.T) {

@@ -102,7 +102,5 @@ func (b *bench) limited(ctx context.Context, settings string, j workload.Job) (r
 	for _, reason := range []string{"no_slot", compare.ReasonNoRoom.String()} {
 		lost += after.Dropped[reason] - before.Dropped[reason]
 	}
-	if n := len(after.Causes); n > 0 {
-	}
 	return r, lost, after.CheckpointsRequested - before.CheckpointsRequested, nil
 }
