@@ -39,8 +39,9 @@ type asking struct {
 	in    []byte
 	shut  bool
 	ended bool
-	lost  bool // the guest that it was with is gone
-	broke bool // the other end reset it, or it timed out
+	lost  bool  // the guest that it was with is gone
+	broke bool  // the other end reset it, or it timed out
+	moved int64 // when it last read, or wrote
 	wrote uint32
 	sent  []int64 // when each request was
 }
@@ -126,6 +127,9 @@ func (c *client) work(a *asking) {
 	for {
 		n, eof := c.stack.Read(w.now, a.id, buf[:])
 		a.in = append(a.in, buf[:n]...)
+		if n > 0 {
+			a.moved = w.now
+		}
 		c.answers(a)
 		if n > 0 {
 			continue
@@ -176,7 +180,10 @@ func (c *client) work(a *asking) {
 		}
 	}
 	if len(a.out) > 0 {
-		a.out = a.out[c.stack.Write(w.now, a.id, a.out):]
+		n := c.stack.Write(w.now, a.id, a.out)
+		if a.out = a.out[n:]; n > 0 {
+			a.moved = w.now
+		}
 	}
 	if a.reply == len(a.plan.Requests) && !a.shut {
 		a.shut = true

@@ -174,14 +174,14 @@ func TestMutations(t *testing.T) {
 		rule string
 		runs uint64
 	}{
-		{"R1", 2}, {"R2", 1}, {"R3", 2}, {"R4", 10}, {"R14", 85}, {"R15", 3}, {"R18", 49}, {"R21 claim", 24}, {"R22 ended", 179}, {"R24", 7},
+		{"R1", 2}, {"R2", 1}, {"R3", 2}, {"R4", 10}, {"R14", 85}, {"R15", 15}, {"R18", 49}, {"R21 claim", 24}, {"R22 ended", 486}, {"R24", 7},
 		{"R13 late", 10000}, {"R14 events", 10000}, {"R15 stop", 10000}, {"R21 wait", 10000}, {"R21 living", 10000}, {"R21 dismissed", 1859},
 		{"R26 uncovered", 10000}, {"R26 lease", 10000}, {"R26 entry", 10000},
 	} {
 		n := m.runs + m.runs/4
 		if *mutants != 0 {
 			n = *mutants
-		} else if n > 500 {
+		} else if n > 1000 {
 			continue
 		}
 		t.Run(m.rule, func(t *testing.T) {
