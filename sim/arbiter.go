@@ -17,14 +17,13 @@ const (
 
 // arbiter is the entry and the ways to it.
 type arbiter struct {
-	w       *world
-	entry   realarbiter.Entry
-	cut     [2]int   // hosts that cannot reach it; how many reasons there are
-	out     int      // it answers nobody
-	lose    [2]int   // so many answers are lost
-	late    [2]int   // so many changes take effect late
-	fences  [2]int   // grows with each Settle: a change from before is void
-	waiting []func() // questions that wait for it
+	w      *world
+	entry  realarbiter.Entry
+	cut    [2]int // hosts that cannot reach it; how many reasons there are
+	out    int    // it answers nobody
+	lose   [2]int // so many answers are lost
+	late   [2]int // so many changes take effect late
+	fences [2]int // grows with each Settle: a change from before is void
 }
 
 // reachable: questions of the host arrive, and answers too.

@@ -105,35 +105,35 @@ func (q *qemu) transaction() {
 }
 
 // load: S becomes the copy that it has received, and says so to P.
-func (s *qemu) load(no int) {
-	if !s.works() || s.received == nil {
-		if s.alive && s.received != nil {
-			s.w.after(2*ms, func() { s.load(no) })
+func (q *qemu) load(no int) {
+	if !q.works() || q.received == nil {
+		if q.alive && q.received != nil {
+			q.w.after(2*ms, func() { q.load(no) })
 		}
 		return
 	}
-	s.guest, s.received = s.received, nil
-	s.guest.since = s.h.clock()
-	s.h.disk.checkpoint()
-	s.input = nil
-	s.w.reach("checkpoint loaded")
-	s.toPeer(s.w.between(rndQEMU+s.h.id, 50*us, 400*us), func(q *qemu) {
-		if q.attempt != no {
+	q.guest, q.received = q.received, nil
+	q.guest.since = q.h.clock()
+	q.h.disk.checkpoint()
+	q.input = nil
+	q.w.reach("checkpoint loaded")
+	q.toPeer(q.w.between(rndQEMU+q.h.id, 50*us, 400*us), func(p *qemu) {
+		if p.attempt != no {
 			return
 		}
-		q.attempt = 0
-		q.w.after(q.w.between(rndQEMU+q.h.id, 10*us, 500*us), func() {
-			if q.state == "colo" {
-				q.state = "paused"
-				q.resume()
+		p.attempt = 0
+		p.w.after(p.w.between(rndQEMU+p.h.id, 10*us, 500*us), func() {
+			if p.state == "colo" {
+				p.state = "paused"
+				p.resume()
 			}
-			q.transaction()
+			p.transaction()
 		})
 	})
-	s.w.after(s.w.between(rndQEMU+s.h.id, 10*us, 600*us), func() {
-		if s.state == "colo" {
-			s.state = "paused"
-			s.resume()
+	q.w.after(q.w.between(rndQEMU+q.h.id, 10*us, 600*us), func() {
+		if q.state == "colo" {
+			q.state = "paused"
+			q.resume()
 		}
 	})
 }

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -296,11 +295,6 @@ func (g *guest) note(p *packet) {
 	v.fin = v.fin || p.fin()
 }
 
-// forget drops what was said on connections that ended long ago.
-func (g *guest) forget(keep map[flow]bool) {
-	maps.DeleteFunc(g.said, func(f flow, _ *said) bool { return !keep[f] })
-}
-
 func after(a, b uint32) bool { return int32(a-b) > 0 }
 
 // packet is a TCP segment as it is on the wire.
@@ -311,7 +305,6 @@ type packet struct {
 	flags            byte
 	win              uint16
 	opts, payload    []byte
-	fromGuest        bool
 }
 
 // parse takes an Ethernet frame with IPv4 and TCP apart; false: it is something else.

@@ -38,7 +38,6 @@ type qemu struct {
 	wakeNo uint64 // the newest wake-up of the guest that is planned
 	input  [][]byte
 	io     bool // a step of the disk is planned
-	events []func(*monitor)
 }
 
 var errQMP = errors.New("no QMP connection")

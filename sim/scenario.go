@@ -109,7 +109,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	defer func() {
 		if p := recover(); p != nil {
 			w.failf("panic", "%v\n%s", p, debug.Stack())
-			r.Fault, r.Log, r.Reached = w.fault.(*Fault), w.lines, w.reached
+			r.Fault, r.Log, r.Reached = w.fault, w.lines, w.reached
 		}
 	}()
 	w.logging, w.mutation = log, mutation
@@ -137,9 +137,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 		w.quiet()
 	}
 	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Waited: time.Duration(w.check.waited), Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
-	if w.fault != nil {
-		r.Fault = w.fault.(*Fault)
-	}
+	r.Fault = w.fault
 	return r
 }
 

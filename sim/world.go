@@ -27,7 +27,6 @@ type world struct {
 	steps    int
 
 	hosts   [2]*host
-	link    *session // the control link; nil: none
 	arbiter *arbiter
 	client  *client
 	port    int // the switch's idea of where the guest is
@@ -43,7 +42,7 @@ type world struct {
 	guestLost bool           // and another one was booted: its connections end
 	mutation  string         // a rule that is switched off
 	reached   map[string]int // states and events, for coverage
-	fault     error          // the first thing that was wrong
+	fault     *Fault         // the first thing that was wrong
 	logging   bool
 	lines     []string // of the log, newest last
 	streams   [16]*rand.Rand
