@@ -140,7 +140,7 @@ func (p *poller) watch(op, fd int, events uint32) error {
 
 // wait returns what is ready, or nothing after the timeout.
 func (p *poller) wait(timeout time.Duration) ([]unix.EpollEvent, error) {
-	for {
+	for end := time.Now().Add(timeout); ; timeout = max(time.Until(end), 0) { // signals, as the Go runtime's, are no progress
 		n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.fd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), uintptr(timeout.Milliseconds()), 0, 0)
 		switch errno {
 		case 0:
