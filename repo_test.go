@@ -357,3 +357,20 @@ func TestRules(t *testing.T) {
 	checkWay(texts, "From the config file to a map", t.Errorf)
 	checkPaths(texts, t.Errorf)
 }
+
+// TestMutate: only tests, and the simulator that they drive, switch rules off.
+func TestMutate(t *testing.T) {
+	for file, f := range goFiles(t) {
+		if strings.HasSuffix(file, "_test.go") || path.Dir(file) == "sim" {
+			continue
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			if call, ok := n.(*ast.CallExpr); ok {
+				if s, ok := call.Fun.(*ast.SelectorExpr); ok && s.Sel.Name == "Mutate" {
+					t.Errorf("%s switches a rule off", file)
+				}
+			}
+			return true
+		})
+	}
+}

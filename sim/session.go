@@ -177,7 +177,7 @@ func (d *daemon) offer(l *session, h peerlink.Hello, to *daemon) {
 	ses.Pair = d.pair.p.State() == failover.PrimaryPair || d.pair.p.State() == failover.PrimaryStart && d.h.monitor != nil && d.qmp.colo == "primary"
 	ses.Doubt = !d.peerWhole || d.checks.p.InDoubt()
 	ses.Digest, _ = binary.Append(nil, binary.LittleEndian, d.loop.Keys)
-	d.install(ses.Sign, false)
+	d.install(d.loop.Keys, ses.Sign, false)
 	l.watch(d)
 	l.ping(d)
 	// It is the first message, so S has no link yet.
@@ -203,8 +203,8 @@ func (w *world) seed() []byte {
 }
 
 // install gives the NIC the session of the present key generation and epoch.
-func (d *daemon) install(sign []byte, rotated bool) {
-	ses := datapath.Session{Term: d.keyGen, Epoch: d.epoch, Digest: *d.loop.Keys, Rotated: rotated, PeerMAC: d.h.other().mac()}
+func (d *daemon) install(digest *compare.Keys, sign []byte, rotated bool) {
+	ses := datapath.Session{Term: d.keyGen, Epoch: d.epoch, Digest: *digest, Rotated: rotated, PeerMAC: d.h.other().mac()}
 	ses.TxKey, ses.RxKey = peerlink.SignKeys([peerlink.SeedLen]byte(sign))
 	if !d.isPrimary() {
 		ses.TxKey, ses.RxKey = ses.RxKey, ses.TxKey
@@ -226,9 +226,7 @@ func (d *daemon) joined(l *session, ses peerlink.Session, colo bool) {
 		d.fail(err)
 	}
 	d.keyGen, d.epoch = ses.Term, ses.Epoch
-	s := datapath.Session{Term: d.keyGen, Epoch: d.epoch, Digest: keys, PeerMAC: d.h.other().mac()}
-	s.RxKey, s.TxKey = peerlink.SignKeys([peerlink.SeedLen]byte(ses.Sign))
-	d.fail(d.loop.Install(s))
+	d.install(&keys, ses.Sign, false)
 	d.link = l
 	l.heard[1] = d.w.now
 	l.watch(d)
@@ -323,7 +321,7 @@ func (d *daemon) fromPrimary(m peerlink.Message) {
 		d.checks.step(checkpoint.Event{Kind: checkpoint.EvAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
 	case peerlink.Rekey:
 		d.keyGen = m.Term
-		d.install(m.Sign, true)
+		d.install(d.loop.Keys, m.Sign, true)
 		d.send(peerlink.OK{})
 	case peerlink.Ping:
 	default:
@@ -339,6 +337,6 @@ func (d *daemon) rotate() {
 	d.w.reach("keys rotated")
 	d.keyGen++
 	sign := d.w.seed()
-	d.install(sign, true)
+	d.install(d.loop.Keys, sign, true)
 	d.send(peerlink.Rekey{Term: d.keyGen, Sign: sign})
 }
