@@ -48,6 +48,9 @@ func steps(most float64) (out []float64) {
 	return out
 }
 
+// maxDecades is how many powers of ten a logarithmic axis of figures shows.
+const maxDecades = 12
+
 // against is a chart of the cases that say at what they were measured, as connections: that on a
 // logarithmic scale to the right, and the figure upwards, on one too if it grows a hundredfold. nil if
 // the group's cases do not say, or there are not two of them with figures.
@@ -74,12 +77,14 @@ func (t *table) against(g *group) *chart {
 	least, most := slices.Min(figures), slices.Max(figures)
 	logarithmic := least > 0 && most > 100*least
 	if logarithmic {
-		least, most = math.Pow(10, math.Floor(math.Log10(least))), math.Pow(10, math.Ceil(math.Log10(most)))
+		// What is less by more than maxDecades lies at the bottom: the quotient of any two figures is finite.
+		bottom, top := math.Floor(math.Log10(least)), math.Ceil(math.Log10(most))
+		least, most = math.Pow(10, max(bottom, top-maxDecades)), math.Pow(10, top)
 	}
 	y := func(v float64) float64 {
 		share := v / most
 		if logarithmic {
-			share = math.Log(v/least) / math.Log(most/least)
+			share = math.Log(max(v, least)/least) / math.Log(most/least)
 		}
 		return out.Bottom - (out.Bottom-out.Top)*share
 	}
