@@ -3,7 +3,6 @@
 package sim
 
 import (
-	"bytes"
 	"fmt"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
@@ -147,11 +146,11 @@ func (w *world) released(h *host, p *packet, v *wire) {
 		return // a keep-alive, or nothing but an acknowledgment
 	}
 	to := from + len(p.payload)
-	if to > len(theirs.data) || !bytes.Equal(theirs.data[from:to], p.payload) {
-		w.failf("release", "%s releases %v, bytes %d to %d, and the SVM has sent %d, or others", h.name, *p, from, to, len(theirs.data))
+	if !theirs.data.holds(from, p.payload) {
+		w.failf("release", "%s releases %v, bytes %d to %d, and the SVM has sent %d, or others", h.name, *p, from, to, theirs.data.len)
 		return
 	}
-	if p.fin() && (!theirs.fin || to != len(theirs.data)) {
+	if p.fin() && (!theirs.fin || to != theirs.data.len) {
 		w.failf("release", "%s releases %v, and the SVM has not closed there", h.name, *p)
 	}
 }

@@ -19,11 +19,11 @@ var (
 
 // client is everybody outside the pair: one stack with many connections.
 type client struct {
-	w     *world
-	stack *tcp.Stack
-	conns []*asking
-	no    uint64
-	last  [2]int64 // when the newest frame arrives at the switch, and at the client
+	w      *world
+	stack  *tcp.Stack
+	conns  []*asking
+	wakeUp alarm
+	last   [2]int64 // when the newest frame arrives at the switch, and at the client
 }
 
 // asking is a connection and what is asked on it, one after the other.
@@ -48,6 +48,7 @@ type asking struct {
 
 func newClient(w *world) *client {
 	c := &client{w: w}
+	c.wakeUp.do = c.goOn
 	cfg := w.sc.stack()
 	cfg.MAC, cfg.PeerMAC = [6]byte{2, 0, 0, 0, 0, 2}, [6]byte{2, 0, 0, 0, 0, 1}
 	cfg.Addr, cfg.Secret = clientAddr, w.rnd(rndClient).Uint64()
@@ -70,7 +71,6 @@ func (c *client) receive(frame []byte) {
 	if w.chance(rndNet, sc.NetLoss) {
 		return
 	}
-	frame = append([]byte(nil), frame...)
 	w.after(c.delay(1), func() {
 		c.stack.Input(w.now, frame)
 		c.goOn()
@@ -110,14 +110,11 @@ func (c *client) goOn() {
 			next = min(next, a.rest)
 		}
 	}
-	c.no++
-	if no := c.no; next != math.MaxInt64 {
-		w.after(max(next-w.now, 1*us), func() {
-			if no == c.no {
-				c.goOn()
-			}
-		})
+	if next == math.MaxInt64 {
+		w.unset(&c.wakeUp)
+		return
 	}
+	w.set(&c.wakeUp, max(next-w.now, 1*us))
 }
 
 // work goes on with one connection.

@@ -56,9 +56,9 @@ type daemon struct {
 	ended    end
 
 	loop    *nicloop.Loop
-	turnNo  uint64
-	turnAt  int64
-	tickNo  uint64
+	turning alarm
+	turnAt  int64 // when that is
+	tickAt  alarm
 	started bool
 
 	checks checkpoints
@@ -82,6 +82,7 @@ type daemon struct {
 func (h *host) newDaemon(role datapath.Role) *daemon {
 	d := &daemon{w: h.w, h: h, role: role, alive: true}
 	d.checks.d, d.pair.d, d.repl.d, d.qmp.d = d, d, d, d
+	d.turning.do, d.tickAt.do = d.turn, func() { d.do(d.tick) }
 	h.daemon = d
 	return d
 }
@@ -137,20 +138,16 @@ func (d *daemon) settle() {
 	} else {
 		next = min(d.checks.s.NextDeadline(), d.pair.s.NextDeadline())
 	}
-	d.tickNo++
 	if next == math.MaxInt64 {
+		d.w.unset(&d.tickAt)
 		return
 	}
-	no := d.tickNo
-	d.w.after(max(d.h.until(next), 1*us), func() {
-		if no != d.tickNo {
-			return
-		}
-		d.do(func() {
-			d.checks.step(checkpoint.Event{Kind: checkpoint.EvTick})
-			d.pair.step(failover.Event{Kind: failover.EvTick})
-		})
-	})
+	d.w.set(&d.tickAt, max(d.h.until(next), 1*us))
+}
+
+func (d *daemon) tick() {
+	d.checks.step(checkpoint.Event{Kind: checkpoint.EvTick})
+	d.pair.step(failover.Event{Kind: failover.EvTick})
 }
 
 // turnWithin has the NIC's loop turn within delay.
@@ -159,14 +156,8 @@ func (d *daemon) turnWithin(delay int64) {
 	if !d.alive || d.loop == nil || d.turnAt > d.w.now && d.turnAt <= at {
 		return
 	}
-	d.turnNo++
-	no := d.turnNo
 	d.turnAt = at
-	d.w.after(delay, func() {
-		if no == d.turnNo {
-			d.turn()
-		}
-	})
+	d.w.set(&d.turning, delay)
 }
 
 func (d *daemon) turn() {
@@ -205,6 +196,7 @@ func (h *host) start(begin failover.Begin) {
 	default:
 		nic, err := h.nic.Promote()
 		d.fail(err)
+		h.dropNIC()
 		h.nic = nic
 	}
 	keys, err := compare.NewKeys(rand.NewChaCha8([32]byte(d.w.seed())))

@@ -187,7 +187,7 @@ func (g *guest) request(now int64, id tcp.ID, c *serving, random func() uint32) 
 	case 'P':
 		c.body, c.echo = number(1), false
 	case 'G':
-		c.out = append(c.out, pattern(number(1))...)
+		c.out = pattern(number(1)) // what was there before has been written
 	case 'S':
 		c.waiting = true
 		g.pending = append(g.pending, diskRequest{conn: id, write: true, key: uint32(number(1)), value: uint32(number(2))})
@@ -219,14 +219,16 @@ func (g *guest) answered(r diskRequest, value uint32) {
 	}
 }
 
-// pattern is n bytes, the same on both guests.
-func pattern(n int) []byte {
-	b := make([]byte, n)
+// pattern is n bytes, the same on both guests. They are not to be written to.
+func pattern(n int) []byte { return patterns[:n:n] }
+
+var patterns = func() []byte {
+	b := make([]byte, 1<<20) // nobody asks for more
 	for i := range b {
 		b[i] = byte(i*7 + i>>8)
 	}
 	return b
-}
+}()
 
 // flow names a connection of the guest's by the remote's port and address, and its own port.
 type flow struct {
@@ -239,7 +241,7 @@ type flow struct {
 type said struct {
 	isn       uint32
 	syn       bool
-	data      []byte // from the first byte on
+	data      stream
 	fin       bool
 	rst       bool
 	ack, edge uint32
@@ -247,11 +249,9 @@ type said struct {
 	scale     uint8
 }
 
-// clone shares the data: both append to copies of their own.
 func (v *said) clone() *said {
 	c := *v
-	c.data = v.data[:len(v.data):len(v.data)]
-	v.data = c.data
+	c.data = v.data.clone()
 	return &c
 }
 
@@ -286,11 +286,11 @@ func (g *guest) note(p *packet) {
 	if p.syn() {
 		start = 0
 	}
-	if start < 0 || start > len(v.data) { // a keep-alive, or behind what was never seen
+	if start < 0 || start > v.data.len { // a keep-alive, or behind what was never seen
 		return
 	}
-	if end := start + len(p.payload); end > len(v.data) {
-		v.data = append(v.data, p.payload[len(v.data)-start:]...)
+	if end := start + len(p.payload); end > v.data.len {
+		v.data.append(p.payload[v.data.len-start:])
 	}
 	v.fin = v.fin || p.fin()
 }

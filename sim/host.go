@@ -4,6 +4,7 @@ package sim
 
 import (
 	"math"
+	"slices"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -51,6 +52,7 @@ func (h *host) works() bool { return h.alive && !h.isFrozen() }
 
 // newNIC makes the kernel's tables anew.
 func (h *host) newNIC(role datapath.Role) {
+	h.dropNIC()
 	h.nic = kernel.New(kernel.Host{
 		Now:     h.clock,
 		ToGuest: func(f []byte) { h.toGuest(f) },
@@ -58,6 +60,14 @@ func (h *host) newNIC(role datapath.Role) {
 		ToPeer:  func(f []byte) { h.toPeer(f) },
 		Rand:    h.w.rnd(rndKeys),
 	}, h.w.sc.kernel(role, h.mac()))
+}
+
+// dropNIC: the tables are gone.
+func (h *host) dropNIC() {
+	if h.nic != nil {
+		h.nic.Release()
+		h.nic = nil
+	}
 }
 
 // pinned is what a daemon finds.
@@ -111,12 +121,14 @@ func (h *host) toPeer(frame []byte) {
 	if w.cut.peer > 0 || w.chance(rndPeer, sc.PeerLoss) {
 		return
 	}
-	frame = append([]byte(nil), frame...)
 	times := 1
 	if w.chance(rndPeer, sc.PeerDup) {
 		times = 2
 	}
-	for range times {
+	for i := range times {
+		if i > 0 {
+			frame = slices.Clone(frame) // the first one is the other host's
+		}
 		d := w.between(rndPeer, 15*us, 60*us)
 		if w.chance(rndPeer, sc.PeerReorder) {
 			d += w.between(rndPeer, 50*us, 3*ms)
@@ -162,6 +174,7 @@ func (h *host) startQEMU(waits bool) {
 		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new
+	q.wakeUp.do = q.runGuest
 	h.qemu = q
 	w.logf("%v starts, %s", q, q.state)
 }
@@ -178,7 +191,8 @@ func (h *host) lose() {
 	if h.daemon != nil {
 		h.daemon.kill(false)
 	}
-	h.nic, h.monitor = nil, nil // nothing that was pinned is there after a boot
+	h.dropNIC() // nothing that was pinned is there after a boot
+	h.monitor = nil
 	h.reasons = 0
 	h.w.logf("host %s is lost", h.name)
 }

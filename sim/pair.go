@@ -37,10 +37,10 @@ func (p *pair) step(ev failover.Event) {
 		var fxs []failover.Effect
 		if d.isPrimary() {
 			fxs = d.pair.p.Step(d.h.clock(), ev)
-			d.w.reach("P " + [...]string{"start", "solo", "sync", "pair", "claim", "fenced", "off"}[d.pair.p.State()])
+			d.w.reach([...]string{"P start", "P solo", "P sync", "P pair", "P claim", "P fenced", "P off"}[d.pair.p.State()])
 		} else {
 			fxs = d.pair.s.Step(d.h.clock(), ev)
-			d.w.reach("S " + [...]string{"wait", "pair", "claim", "lease", "load", "qemu", "solo", "fenced", "off"}[d.pair.s.State()])
+			d.w.reach([...]string{"S wait", "S pair", "S claim", "S lease", "S load", "S qemu", "S solo", "S fenced", "S off"}[d.pair.s.State()])
 		}
 		for _, fx := range slices.Clone(fxs) {
 			if d.ended == endNone {

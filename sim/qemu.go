@@ -35,7 +35,7 @@ type qemu struct {
 	received *guest // S: all of a checkpoint has come
 	given    bool   // S: x-colo-lost-heartbeat
 
-	wakeNo uint64 // the newest wake-up of the guest that is planned
+	wakeUp alarm
 	input  [][]byte
 	io     bool // a step of the disk is planned
 }
@@ -51,13 +51,7 @@ func (q *qemu) String() string { return fmt.Sprintf("qemu %d on %s", q.id, q.h.n
 
 // wake has the guest run within d, if it runs.
 func (q *qemu) wake(d int64) {
-	q.wakeNo++
-	no := q.wakeNo
-	q.w.after(d, func() {
-		if no == q.wakeNo {
-			q.runGuest()
-		}
-	})
+	q.w.set(&q.wakeUp, d)
 }
 
 // soon is the time until a guest's CPU gets to something.

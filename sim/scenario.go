@@ -138,6 +138,9 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	}
 	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Waited: time.Duration(w.check.waited), Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
 	r.Fault = w.fault
+	for _, h := range w.hosts {
+		h.dropNIC()
+	}
 	return r
 }
 

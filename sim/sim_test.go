@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -164,6 +165,7 @@ func TestSame(t *testing.T) {
 func TestMain(m *testing.M) {
 	flag.Parse()
 	compare.Assertions = true
+	debug.SetGCPercent(400) // a run allocates much, and keeps little
 	os.Exit(m.Run())
 }
 

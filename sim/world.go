@@ -3,7 +3,6 @@
 package sim
 
 import (
-	"container/heap"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -84,39 +83,30 @@ func (w *world) between(stream int, lo, hi int64) int64 {
 // chance is true in n of 1000.
 func (w *world) chance(stream, n int) bool { return n > 0 && w.rnd(stream).IntN(1000) < n }
 
-// event is something due.
-type event struct {
-	at int64
-	no uint64 // of two at one time the one that was made first
-	do func()
-}
-
-type queue []event
-
-func (q queue) Len() int { return len(q) }
-func (q queue) Less(i, j int) bool {
-	return q[i].at < q[j].at || q[i].at == q[j].at && q[i].no < q[j].no
-}
-func (q queue) Swap(i, j int) { q[i], q[j] = q[j], q[i] }
-func (q *queue) Push(x any)   { *q = append(*q, x.(event)) }
-func (q *queue) Pop() any {
-	old := *q
-	e := old[len(old)-1]
-	old[len(old)-1] = event{}
-	*q = old[:len(old)-1]
-	return e
-}
-
 // after has do be done when d has passed.
-func (w *world) after(d int64, do func()) {
+func (w *world) after(d int64, do func()) { w.push(d, do, nil) }
+
+func (w *world) push(d int64, do func(), a *alarm) {
 	w.made++
-	heap.Push(&w.queue, event{w.now + max(d, 0), w.made, do})
+	w.queue.push(event{w.now + max(d, 0), w.made, do, a})
+}
+
+// set has the alarm go off when d has passed, and not when it was set for before.
+func (w *world) set(a *alarm, d int64) {
+	w.unset(a)
+	w.push(d, a.do, a)
+}
+
+func (w *world) unset(a *alarm) {
+	if a.set {
+		w.queue.remove(a.place)
+	}
 }
 
 // run lets time pass up to until, or to the first fault.
 func (w *world) run(until int64) {
 	for w.fault == nil && len(w.queue) > 0 && w.queue[0].at <= until {
-		e := heap.Pop(&w.queue).(event)
+		e := w.queue.remove(0)
 		w.now = e.at
 		e.do()
 		if w.steps++; w.steps > maxSteps {

@@ -87,6 +87,18 @@ func (n *NIC) Reopen() *NIC {
 	return next
 }
 
+// Release is the end of the tables. Others have their memory from now on, and nobody may use
+// the NIC.
+func (n *NIC) Release() {
+	n.m.slots.FreeAll()
+	spare.Lock()
+	defer spare.Unlock()
+	for _, mem := range [][]byte{n.m.slots.Small, n.m.slots.Large} {
+		spare.of[len(mem)] = append(spare.of[len(mem)], mem)
+	}
+	n.m = nil
+}
+
 // Promote is the NIC of the primary that a secondary becomes which took over: its
 // translations become edges of new tables, and its guest goes on transmitting (R22). This
 // NIC is dead then.

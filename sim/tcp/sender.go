@@ -65,7 +65,7 @@ type sendBuffer struct {
 
 // append takes what was written.
 func (s *sendBuffer) append(b []byte) {
-	if s.off > 0 && len(s.buf)+len(b) > cap(s.buf) {
+	if s.off > len(s.buf)/2 && len(s.buf)+len(b) > cap(s.buf) {
 		n := copy(s.buf, s.buf[s.off:])
 		s.buf, s.off = s.buf[:n], 0
 	}
