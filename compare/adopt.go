@@ -45,6 +45,6 @@ func (c *conn) acked(una uint32) {
 	}
 	c.sameBytes(c.svm.rebase(una))
 	c.low, c.released = una, maxSeq(c.released, una)
-	c.cutAt = 0
+	c.cuts = 0
 	c.moved()
 }

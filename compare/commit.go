@@ -157,7 +157,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 	c.diverged, c.why = false, ReasonNone
 	c.syn.forgetSVM()
 	c.svm.extent, c.svmRST, c.openOnSVM = extent{}, svmReset{}, false
-	c.cutAt, c.query, c.stall.running = 0, backoff{}, false
+	c.cuts, c.query, c.stall.running = 0, backoff{}, false
 	c.asks.stop()
 	if fresh {
 		c.svm.begin(c.inc.isn)
@@ -219,7 +219,7 @@ func (p *Primary) goSolo() {
 		p.datagrams.remove(f)
 	}
 	for _, c := range cs {
-		c.sendGrownACK()
+		c.sendGrownACK(false)
 		p.conns.remove(c, ReasonExpired)
 	}
 	p.next = nil

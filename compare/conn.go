@@ -38,7 +38,7 @@ type conn struct {
 
 	// Timers; 0: off.
 	stall    stallClock
-	cutAt    int64
+	cuts     cutClock
 	cutting  bool // it is time to
 	asks     askClock
 	query    backoff // R6

@@ -77,6 +77,15 @@ type heldQueue struct {
 func (q *heldQueue) len() int      { return q.pieces.len() }
 func (q *heldQueue) view() []piece { return q.pieces.view() }
 
+// partly reports whether the front of the first piece has left, up to released.
+func (q *heldQueue) partly(released uint32) bool {
+	if q.len() == 0 {
+		return false
+	}
+	h := q.first()
+	return !h.syn && h.start != h.base && h.start == released
+}
+
 // first is the piece that leaves first; there is one.
 func (q *heldQueue) first() *piece { return &q.pieces.view()[0] }
 

@@ -241,7 +241,7 @@ func (p *Primary) pump(c *conn) (alive bool) {
 			p.conns.remove(c, ReasonReset)
 			return false
 		}
-		c.sendGrownACK()
+		c.sendGrownACK(c.dataDue())
 	}
 	p.wait(c)
 	return c.heapIdx >= 0

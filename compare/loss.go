@@ -80,6 +80,33 @@ func (c *conn) remirror() {
 	c.emit(OpRemirror, &c.tuple)
 }
 
+// probe has the guest that has acknowledged less acknowledge what it has received, which it
+// may be delaying: it is sent the last byte that it acknowledged again (RFC 9293, 3.10.7.4).
+func (t *sender) probe() {
+	op, a := OpProbeSVM, &t.acks
+	at := a.svm.ack
+	if after(at, a.pvm.ack) {
+		op, at = OpProbePVM, a.pvm.ack
+	}
+	t.stats.Probes++
+	t.emit(op, &t.tuple).Seq = at - 1
+}
+
+// watchLag has the guest probed that has acknowledged less than the other one for CutDelay, while
+// they are out of step: what both have sent has left, and it ends in the middle of a segment of
+// one of them. That guest may wait for an ACK of its segment, the other one delay its own, and the
+// remote wait for one of what it has sent (Nagle's algorithm at both ends).
+func (t *sender) watchLag(outOfStep bool) {
+	a := &t.acks
+	low := minSeq(a.pvm.ack, a.svm.ack)
+	switch {
+	case !outOfStep || a.pvm.ack == a.svm.ack || !a.may(ACK) || t.frozen || t.syn.waiting || t.sealed || t.off(mutR6):
+		t.lag = backoff{}
+	case t.lag == (backoff{}) || low != t.lagAt:
+		t.lag, t.lagAt = backoff{at: t.now + int64(t.cfg.CutDelay)}, low
+	}
+}
+
 // sackAsked is how many times S is asked about a hole in the SVM's stream before the SVM
 // is made to retransmit it.
 const sackAsked = 3

@@ -95,9 +95,9 @@ func (c *conn) matchData(i *int) bool {
 	case c.cutting:
 		return c.matchAt(&held[*i], c.svm.compared, c.svm.sum, front)
 	case held[*i].gso > 0:
-		c.cutLater(min(cutSoon, c.cfg.CutDelay))
+		c.cuts.later(c.now, min(cutSoon, c.cfg.CutDelay))
 	default:
-		c.cutLater(c.cfg.CutDelay)
+		c.cuts.later(c.now, c.cfg.cutDelay(&c.svm.extent, front.pos))
 	}
 	return false
 }
@@ -204,6 +204,9 @@ func (c *conn) svmData(s *Segment) bool {
 	}
 	if s.Len > 0 || s.Flags&FIN != 0 {
 		c.svm.extent.reach(end)
+	}
+	if s.Len > 0 && s.Flags&PSH != 0 {
+		c.svm.extent.pushed = mark{true, end}
 	}
 	c.bounds = c.bounds[:0]
 	for _, b := range s.Bounds {

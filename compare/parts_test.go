@@ -318,13 +318,13 @@ func TestClocks(t *testing.T) {
 	}
 
 	var a askClock
-	a.start(0, false)
-	a.start(1, true)
+	a.start(0, askAgain)
+	a.start(1, askDelay)
 	if want := 1 + int64(askDelay); a.at != want {
 		t.Errorf("the first question at %d, want %d", a.at, want)
 	}
 	a.again(100)
-	a.start(101, true)
+	a.start(101, askDelay)
 	if want := 100 + int64(askAgain); a.at != want || a.n != 1 {
 		t.Errorf("question %d at %d, want %d", a.n, a.at, want)
 	}

@@ -91,6 +91,7 @@ type Stats struct {
 	Records                   uint64 // digest records of the SVM
 	Asks, Announces           uint64
 	Queries, Remirrors        uint64 // R6
+	Probes                    uint64 // R6: of a guest that may be delaying its ACK
 	Adopted                   uint64 // connections met in mid-stream
 	Evicted                   uint64 // half-open connections that made room (R11)
 	// CommitWait is how long the output that the last commit released had waited for the

@@ -130,7 +130,7 @@ func (c *conn) release() {
 		if !after(h.end, c.svm.compared) {
 			c.send(h, h.end, true)
 			c.held.left()
-			c.cutAt = 0
+			c.cuts = 0
 			continue
 		}
 		switch to := c.svm.compared; {
@@ -144,7 +144,11 @@ func (c *conn) release() {
 				}
 			}
 			if after(c.svm.compared, h.start) {
-				c.cutLater(c.cfg.CutDelay)
+				delay := c.cfg.CutDelay
+				if h.gso == 0 {
+					delay = c.cfg.cutDelay(&c.svm.extent, c.svm.compared)
+				}
+				c.cuts.later(c.now, delay)
 			}
 		}
 		return
@@ -156,16 +160,31 @@ func (c *conn) release() {
 // rule, or only after the remote has received the front.
 const cutSoon = 100 * time.Microsecond
 
-// cutLater sets the time to cut the first held frame (R5), unless it is set.
-func (c *conn) cutLater(delay time.Duration) {
-	if c.cutAt == 0 {
-		c.cutAt = c.now + int64(delay)
+// atOnce is the delay of what is done as soon as the events that have come are taken in.
+const atOnce = time.Nanosecond
+
+// cutDelay is how long a frame waits for a common boundary until it is cut at pos, up to which
+// the SVM's records reach.
+func (cfg *Config) cutDelay(svm *extent, pos uint32) time.Duration {
+	if svm.pauses(pos) {
+		return atOnce
+	}
+	return cfg.CutDelay
+}
+
+// cutClock is when the first held frame is cut (R5); 0: never.
+type cutClock int64
+
+// later sets the time, unless it is earlier.
+func (k *cutClock) later(now int64, delay time.Duration) {
+	if at := now + int64(delay); *k == 0 || at < int64(*k) {
+		*k = cutClock(at)
 	}
 }
 
 // cut verifies and sends what can be of the first held frame (R5).
 func (c *conn) cut() {
-	c.cutAt = 0
+	c.cuts = 0
 	if c.diverged || c.held.len() == 0 {
 		return
 	}
@@ -183,21 +202,25 @@ func (c *conn) cut() {
 			c.sendFront(h, c.svm.compared)
 		}
 	}
-	c.sendGrownACK()
+	c.sendGrownACK(c.dataDue())
 	c.retime()
 }
 
 func (c *conn) sendFront(h *piece, to uint32) {
 	c.send(h, to, false)
 	h.start = to
-	c.cutAt = 0
+	c.cuts = 0
 }
+
+// dataDue reports whether what is held leaves soon: the SVM has sent it too.
+func (c *conn) dataDue() bool { return c.held.len() > 0 && c.svm.ahead() }
 
 // pureACK takes an ACK of the PVM that nothing else is in.
 func (c *conn) pureACK(s *Segment, grew bool) {
 	if s.Slot != NoSlot {
 		c.drop(s.Slot, ReasonDuplicate)
 	}
+	c.pureUpTo = mark{true, s.Ack}
 	if c.floating && c.svm.points.len() == 0 && (!c.established || after(s.Seq, c.svm.compared)) {
 		c.svm.expect(s.Seq)
 		c.released = s.Seq

@@ -68,8 +68,8 @@ func (x *transcript) effect(e *Effect) string {
 		fmt.Fprintf(&b, "deliver%s", slot)
 	case OpNeigh:
 		fmt.Fprintf(&b, "who has %v, for %v at %x", netip.AddrFrom16(e.Tuple.Remote).Unmap(), netip.AddrFrom16(e.Tuple.Guest).Unmap(), e.Opts[:e.OptLen])
-	case OpRemirror, OpSACK:
-		b.WriteString(map[Op]string{OpRemirror: "remirror", OpSACK: "sack"}[e.Op])
+	case OpRemirror, OpSACK, OpProbeSVM, OpProbePVM:
+		b.WriteString(map[Op]string{OpRemirror: "remirror", OpSACK: "sack", OpProbeSVM: "probe svm", OpProbePVM: "probe pvm"}[e.Op])
 		for _, k := range sackBlocks(nil, e.Opts[:e.OptLen]) {
 			fmt.Fprintf(&b, " %d<%d-%d", e.Seq, k.left, k.right)
 		}

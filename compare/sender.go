@@ -25,8 +25,12 @@ type sender struct {
 	released uint32 // highest position sent, a FIN included
 	tsSent   uint32 // highest TSval sent
 	tsKnown  bool
-	accECN   bool // AE was seen: with CWR and ECE it is a counter
-	sealed   bool // by a digest over the header: frames leave as they are
+	accECN   bool    // AE was seen: with CWR and ECE it is a counter
+	pureUpTo mark    // what the PVM's newest pure ACK acknowledges
+	ackAt    int64   // when a grown ACK has waited long enough for data; 0: none waits
+	lag      backoff // of the guest that has acknowledged less (R6)
+	lagAt    uint32  // what both had when it began
+	sealed   bool    // by a digest over the header: frames leave as they are
 }
 
 // look notes what a segment of the PVM shows of how its frames have to be treated.
@@ -206,12 +210,25 @@ func (t *sender) sendACK(seq uint32) {
 	e.OptLen, e.Opts = o.n, o.b
 }
 
-// sendGrownACK sends the template when what may be acknowledged has grown (R2).
-func (t *sender) sendGrownACK() {
+// sendGrownACK sends the template when what may be acknowledged has grown (R2). Where due says that
+// data will leave soon, an ACK that the PVM has sent with data alone waits CutDelay for it: by
+// itself it would have the remote send what it has been collecting (Nagle's algorithm) before
+// the data comes, and then neither end would acknowledge the other's before its timer for
+// delayed ACKs.
+func (t *sender) sendGrownACK(due bool) {
 	if t.syn.waiting || !t.acks.may(ACK) || !t.tmpl.ok {
 		return
 	}
-	if _, grown := t.acks.minimum(ACK, t.off(mutR2)); grown {
+	m, grown := t.acks.minimum(ACK, t.off(mutR2))
+	if grown && due && !(t.pureUpTo.ok && !after(m.ack, t.pureUpTo.pos)) {
+		if t.ackAt == 0 {
+			t.ackAt = t.now + int64(t.cfg.CutDelay)
+		}
+		if t.now < t.ackAt {
+			return
+		}
+	}
+	if t.ackAt = 0; grown {
 		t.sendACK(t.released)
 	}
 }

@@ -52,9 +52,10 @@ type stream struct {
 
 // extent is how far a guest has got with its stream.
 type extent struct {
-	known bool   // end holds
-	end   uint32 // highest end of its data
-	fin   mark
+	known  bool   // end holds
+	end    uint32 // highest end of its data
+	pushed mark   // where its newest segment with PSH ends
+	fin    mark
 }
 
 // reach notes that the guest has transmitted data up to end.
@@ -73,6 +74,10 @@ func (x *extent) close(pos uint32) bool {
 
 // reopen forgets the FIN, which was dropped.
 func (x *extent) reopen() { x.fin = mark{} }
+
+// pauses reports whether the guest had no more to send at pos. What it writes next may wait for the
+// remote to acknowledge that (Nagle's algorithm, RFC 9293, 3.7.4).
+func (x *extent) pauses(pos uint32) bool { return x.pushed.is(pos) && !x.beyond(pos) }
 
 // beyond reports whether the guest has transmitted data beyond pos.
 func (x *extent) beyond(pos uint32) bool { return x.known && after(x.end, pos) }

@@ -94,17 +94,12 @@ type askClock struct {
 
 func (k *askClock) stop() { *k = askClock{} }
 
-// start sets the time of the first question, unless it was asked. soon: what resolves it
-// is known to be just behind.
-func (k *askClock) start(now int64, soon bool) {
+// start sets the time of the first question, unless it was asked.
+func (k *askClock) start(now int64, delay time.Duration) {
 	if k.n > 0 {
 		return
 	}
-	d := askAgain
-	if soon {
-		d = askDelay
-	}
-	if at := now + int64(d); k.at == 0 || at < k.at {
+	if at := now + int64(delay); k.at == 0 || at < k.at {
 		k.at = at
 	}
 }
@@ -142,7 +137,7 @@ func (c *conn) deadline() int64 {
 		return math.MaxInt64
 	}
 	d := c.endOfLife()
-	for _, at := range [...]int64{c.cutAt, c.asks.at, c.syn.due, c.query.at} {
+	for _, at := range [...]int64{int64(c.cuts), c.ackAt, c.lag.at, c.asks.at, c.syn.due, c.query.at} {
 		if at != 0 {
 			d = min(d, at)
 		}
@@ -180,11 +175,17 @@ func (p *Primary) fire(c *conn) {
 		if due(c.syn.due) {
 			c.announce()
 		}
-		if due(c.cutAt) {
+		if due(int64(c.cuts)) {
 			c.cut()
+		}
+		if due(c.ackAt) {
+			c.sendGrownACK(c.dataDue())
 		}
 		if due(c.asks.at) {
 			c.ask()
+		}
+		if c.lag.due(p.now) {
+			c.probe()
 		}
 		if c.query.due(p.now) && c.stuck() {
 			c.unstick()
@@ -227,10 +228,10 @@ func (p *Primary) expire(c *conn) {
 }
 
 // askEnd reports whether something is held at the compared point that the SVM's
-// records do not resolve, and up to where to ask. soon: they reach beyond it.
-func (c *conn) askEnd() (end uint32, soon, ok bool) {
+// records do not resolve, up to where to ask, and how long to wait for what may resolve it.
+func (c *conn) askEnd() (end uint32, delay time.Duration, ok bool) {
 	if c.syn.waiting || c.diverged || c.frozen {
-		return 0, false, false
+		return 0, 0, false
 	}
 	for i := range c.held.view() {
 		h := &c.held.view()[i]
@@ -240,14 +241,21 @@ func (c *conn) askEnd() (end uint32, soon, ok bool) {
 		if after(h.start, c.svm.compared) {
 			break
 		}
-		known, any := c.svm.end()
-		soon = any && after(known, end)
+		switch known, any := c.svm.end(); {
+		case !any || !after(known, end):
+			delay = askAgain
+		case h.flags&PSH != 0 && !c.pvm.beyond(end):
+			// The records reach beyond it, and the PVM has sent all it had (see cutDelay).
+			delay = atOnce
+		default:
+			delay = askDelay
+		}
 		if c.svm.ahead() {
 			end = minSeq(end, c.svm.extent.end)
 		}
-		return end, soon, true
+		return end, delay, true
 	}
-	return 0, false, false
+	return 0, 0, false
 }
 
 // ask asks S for a sum (R5). That repairs the loss of a digest record too. Where records
@@ -275,15 +283,16 @@ func (p *Primary) wait(c *conn) {
 // retime updates the timers; the caller looks at them next.
 func (c *conn) retime() {
 	c.stall.run(c.unmatched(), c.now)
+	c.watchLag(!c.diverged && (c.held.partly(c.released) || c.held.len() == 0 && c.svm.ahead()))
 	if c.stuck() {
 		c.query.run(c.now)
 	} else {
 		c.query = backoff{}
 	}
-	if _, soon, ok := c.askEnd(); !ok {
+	if _, delay, ok := c.askEnd(); !ok {
 		c.asks.stop()
 	} else {
-		c.asks.start(c.now, soon)
+		c.asks.start(c.now, delay)
 	}
 }
 

@@ -249,6 +249,7 @@ func TestMutations(t *testing.T) {
 		{mutR5, "r5_cut"},
 		{mutR6, "r6_loss"},
 		{mutR6, "r6_hole"},
+		{mutR6, "r6_probe"},
 		{mutRoom, "slots"},
 		{mutR7, "r7_time"},
 		{mutR8, "r8_incarnations"},

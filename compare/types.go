@@ -207,6 +207,10 @@ const (
 	// OpSACK: send the PVM the header of the remote's newest segment again, with the SACK
 	// option in Opts, if the remote has acknowledged Seq (P, R6).
 	OpSACK
+	// OpProbeSVM, OpProbePVM: send S for the SVM, or the PVM, the header of the remote's newest
+	// segment with sequence number Seq and a byte that the guest has acknowledged (P, R6).
+	OpProbeSVM
+	OpProbePVM
 )
 
 // Reason is why a frame was dropped or a checkpoint is needed.

@@ -93,7 +93,7 @@ func TestNeighbourRequest(t *testing.T) {
 
 // The remote's newest ACK reaches the SVM again, without its payload, or the PVM, which
 // alone it goes to then. With SACK blocks it is three of them, once the remote has got all
-// that stands before.
+// that stands before. A probe has a byte that the guest has acknowledged in it.
 func TestRepeatedACK(t *testing.T) {
 	h := newHosts(t)
 	client, svm, pvm := newWire(t, "client"), newWire(t, "guestS"), newWire(t, "guestP")
@@ -116,10 +116,13 @@ func TestRepeatedACK(t *testing.T) {
 		{"to the PVM, tagged", false, 5, compare.OpSACK, ts, sack, append(bytes.Clone(ts), sack...)},
 		{"to the PVM, IPv6", true, 0, compare.OpSACK, ts, sack, append(bytes.Clone(ts), sack...)},
 		{"without a timestamp", false, 7, compare.OpSACK, nil, sack, sack},
+		{"a probe of the SVM", false, 5, compare.OpProbeSVM, unsacked, nil, unsacked},
+		{"a probe of the PVM", false, 0, compare.OpProbePVM, ts, nil, ts},
+		{"a probe of the PVM, IPv6", true, 0, compare.OpProbePVM, ts, nil, ts},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			to := svm
-			if tc.op == compare.OpSACK {
+			if tc.op == compare.OpSACK || tc.op == compare.OpProbePVM {
 				to = pvm
 			}
 			came := segment(tc.v6, tc.tci, 100, compare.ACK|compare.PSH, tc.came, randomBytes(50))
@@ -138,12 +141,18 @@ func TestRepeatedACK(t *testing.T) {
 				apply(t, h.p, e) // the remote has acknowledged something else than 0
 				e.Seq, times = segmentAck, core.DupThresh
 			}
+			seq, payload := uint32(150), []byte(nil)
+			if tc.op == compare.OpProbeSVM || tc.op == compare.OpProbePVM {
+				seq, payload = 149, []byte{0}
+				e.Seq = seq
+			}
 			apply(t, h.p, e)
-			want := segment(tc.v6, tc.tci, 150, compare.ACK, tc.want, nil)
+			want := segment(tc.v6, tc.tci, seq, compare.ACK, tc.want, payload)
+			checksum := len(want) - len(payload) - len(tc.want) - 4
 			for range times {
 				got := to.recv()
 				if len(got) == len(want) { // its checksum is still partial here
-					copy(got[len(got)-len(tc.want)-4:], want[len(want)-len(tc.want)-4:][:2])
+					copy(got[checksum:], want[checksum:checksum+2])
 				}
 				if !bytes.Equal(got, want) {
 					t.Errorf("got % x, want % x", got, want)
@@ -161,7 +170,7 @@ func TestRepeatedACK(t *testing.T) {
 			t.Errorf("the %s got % x beside", name, got)
 		}
 	}
-	counts(t, h.p, "sacked", 4*core.DupThresh)
+	counts(t, h.p, "sacked", 4*core.DupThresh+2)
 }
 
 // Records that P has not are sent again when it asks for the newest: they come

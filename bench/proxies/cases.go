@@ -71,6 +71,13 @@ func measures(o lab.Options, slow bool) []measure {
 	one, many := "request/response, 1 connection", "request/response, 64 connections"
 	conns, small, fetch := "new connections: connect, exchange, close", "small packets", "transfers of 1 MiB to the client, a connection each"
 	out, in := "guest to client", "client to guest"
+	// Short requests with several of them under way. Each response is a write of its own, which the
+	// guests' TCP puts together as the remote's ACKs come: seldom both in the same way.
+	pipelined := func(name string, under, piece int, nagle bool) measure {
+		j := job(workload.Pipeline, 1, n(500, 20_000), 32)
+		j.Under, j.Nagle, j.Piece = under, nagle, piece
+		return measure{"pipelined, " + name, j, []figure{rate("pipelined requests, 1 connection, service without TCP_NODELAY", name)}}
+	}
 	all := []measure{
 		{one, job(workload.Echo, 1, n(200, 10_000), workload.Message), slices.Concat(
 			latencies(one), []figure{rate(one, "exchanges")}, cpu("CPU per exchange, 1 connection", through), peerLink("peer link, per exchange", through), waits("wake-ups, per exchange, 1 connection", through))},
@@ -89,6 +96,13 @@ func measures(o lab.Options, slow bool) []measure {
 			{Case: report.Case{Group: small, Name: "TCP, guest to client, writes of 100 B", Unit: perSecond}, of: func(_ *variant, r *run) (float64, string) {
 				return through(r) / workload.Message / r.result.Wall.Seconds(), ""
 			}}}},
+		pipelined("1 under way", 1, 0, false),
+		pipelined("3 under way", 3, 0, false),
+		pipelined("10 under way", 10, 0, false),
+		pipelined("50 under way", 50, 0, false),
+		pipelined("10 under way, client without TCP_NODELAY", 10, 0, true),
+		pipelined("50 under way, client without TCP_NODELAY", 50, 0, true),
+		pipelined("10 under way, writes of 1 byte", 10, 1, false),
 		{"datagrams", job(workload.UDP, 32, n(200, 50_000), workload.Message), []figure{
 			rate(small, "UDP, 100 B there and back, 32 under way"),
 			{Case: report.Case{Group: small, Name: "UDP, lost", Unit: percent, Less: true}, of: func(_ *variant, r *run) (float64, string) {

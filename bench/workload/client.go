@@ -95,6 +95,8 @@ func do(j *Job, at netip.AddrPort, pattern []byte, h *holder) (*Result, error) {
 		err = c.source(j.N, &c.result.Done)
 	case Sink:
 		err = c.sink()
+	case Pipeline:
+		err = c.pipeline()
 	case Dirty:
 		err = c.dirty()
 	case UDP:

@@ -154,6 +154,8 @@ func (s *server) serve(fd int) error {
 		return s.get(fd, c, want[:n])
 	case c.do == Differ:
 		return s.differ(fd, c, want[:n])
+	case c.do == Pipeline:
+		return s.answer(fd, c, n)
 	case c.do == Sink:
 		if c.done += n; c.done < c.bytes {
 			return nil
@@ -175,6 +177,8 @@ func (s *server) begin(fd int, c *conn) error {
 		return s.watch(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN|unix.EPOLLOUT)
 	case Hold: // as the client has it
 		return reset(fd)
+	case Pipeline:
+		return delay(fd)
 	case HTTP:
 		return s.get(fd, c, c.head)
 	case Dirty:

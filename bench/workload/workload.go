@@ -33,7 +33,10 @@ const (
 	Drop    Do = 'd' // reset all held connections
 	HTTP    Do = 'G' // as Fetch, by GET
 	Differ  Do = 'x' // as Echo, but some of the responses are no other guest's
-	Dirty   Do = 'm' // from now on the guest writes to N bytes of its memory a second, page by page
+	// Pipeline: several requests under way on each connection, each of which the guest answers by
+	// writes of its own, a response of AnswerSize bytes, without TCP_NODELAY.
+	Pipeline Do = 'q'
+	Dirty    Do = 'm' // from now on the guest writes to N bytes of its memory a second, page by page
 )
 
 // Job is one measurement.
@@ -43,6 +46,9 @@ type Job struct {
 	N     int           // Echo, Connect, Fetch, HTTP, Differ, UDP, Pick: exchanges; Hold: connections; Source, Sink: bytes; of all connections together
 	Size  int           // bytes of a request and response, of a datagram, of each of the guest's writes
 	Share int           // Differ: percent of the exchanges
+	Under int           // Pipeline: requests under way on each connection
+	Nagle bool          // Pipeline: the client has no TCP_NODELAY either
+	Piece int           // Pipeline: bytes of each of the guest's writes; 0: a response is one
 	Stall time.Duration // the job has stalled when there was no progress for so long
 	Limit time.Duration // the job ends then, with what is done
 }
@@ -66,6 +72,9 @@ const Message = 100
 
 // FetchSize is how many bytes the guest sends in each exchange of [Fetch] and [HTTP].
 const FetchSize = 1 << 20
+
+// AnswerSize is the size of a response of [Pipeline] in bytes.
+const AnswerSize = 96
 
 // The client begins a connection with a head: the job, the size of writes, bytes to transfer.
 const headLen = 1 + 4 + 8
@@ -164,6 +173,9 @@ func tcp() (int, error) {
 	}
 	return fd, nil
 }
+
+// delay has a socket wait with small writes as Nagle's algorithm does.
+func delay(fd int) error { return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 0) }
 
 // reset has a connection end with a reset, so that nothing of it is sent later.
 func reset(fd int) error {

@@ -73,6 +73,8 @@ func TestJobs(t *testing.T) {
 		{Do: HTTP, N: 3},
 		{Do: Differ, Conns: 1, N: 50},
 		{Do: Differ, Conns: 4, N: 200, Share: 10},
+		{Do: Pipeline, Conns: 1, N: 100, Under: 10, Size: 32},
+		{Do: Pipeline, Conns: 3, N: 100, Under: 5, Size: 32, Piece: 7, Nagle: true},
 		{Do: Dirty, N: 20 << 20},
 		{Do: Echo, Conns: 1, N: 50},
 	}
@@ -103,7 +105,7 @@ func TestJobs(t *testing.T) {
 		if got.Done != j.N || got.Stalled != "" || got.Wall <= 0 && j.Do != Drop {
 			t.Errorf("job %c: %d of %d in %v, stalled: %q", j.Do, got.Done, j.N, got.Wall, got.Stalled)
 		}
-		if latencies := slices.Contains([]Do{Echo, Connect, Fetch, HTTP, Differ, Hold, Pick}, j.Do); latencies && len(got.Took) != j.N {
+		if latencies := slices.Contains([]Do{Echo, Connect, Fetch, HTTP, Differ, Hold, Pick, Pipeline}, j.Do); latencies && len(got.Took) != j.N {
 			t.Errorf("job %c: %d latencies of %d", j.Do, len(got.Took), j.N)
 		}
 	}

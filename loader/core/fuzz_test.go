@@ -112,7 +112,7 @@ func effects(s *compare.Segment) []compare.Effect {
 	e := compare.Effect{Tuple: s.Tuple, Slot: s.Slot, Seq: s.Seq, Ack: s.Ack, Win: s.Win, Urg: s.Urg, Flags: s.Flags}
 	e.OptLen, e.HdrLen = uint8(copy(e.Opts[:], s.Opts)), uint8(copy(e.Header[:], s.Header))
 	var all []compare.Effect
-	for op := compare.OpSend; op <= compare.OpSACK; op++ {
+	for op := compare.OpSend; op <= compare.OpProbePVM; op++ {
 		if e.Op = op; op != compare.OpFree && op != compare.OpForward && op != compare.OpReplay && op != compare.OpDeliver {
 			all = append(all, e)
 		}

@@ -59,9 +59,9 @@ func (t *Transmitter) Apply(effs []compare.Effect) {
 			t.deliver(t.Retransmit, e.Slot)
 		case compare.OpNeigh:
 			t.ToTap.Queue(NeighRequest(t.head(), e), nil)
-		case compare.OpRemirror:
+		case compare.OpRemirror, compare.OpProbeSVM:
 			t.repeatACK(t.ToPeer, e)
-		case compare.OpSACK:
+		case compare.OpSACK, compare.OpProbePVM:
 			t.repeatACK(t.ToGuest, e)
 		case compare.OpQuery:
 			t.ToPeer.Queue(t.Signer.nackAll(t.head()), nil)
@@ -136,6 +136,9 @@ func (t *Transmitter) deliver(to Outlet, s compare.Slot) {
 // DupThresh is how many duplicate ACKs make a sender retransmit (RFC 5681, 3.2).
 const DupThresh = 3
 
+// probe is what a probe has in the place of a byte that the guest has received.
+var probe [1]byte
+
 // repeatACK sends the remote's newest segment, without its payload, to S or to the PVM
 // again (R6). With a SACK option it is to make the guest retransmit what the remote has
 // not received: it is sent DupThresh times, and only if the remote has all before that.
@@ -150,7 +153,10 @@ func (t *Transmitter) repeatACK(to Outlet, e *compare.Effect) {
 	}
 	flags := compare.Flags(binary.BigEndian.Uint16(c.Hdr[l4+tcpFlagsOff:])&flagsMask) &^ (compare.FIN | compare.SYN | compare.PSH | compare.URG)
 	ack := compare.Effect{Seq: c.Seq, Ack: c.Ack, Win: c.Win, Flags: flags}
-	opts, times := c.Hdr[l4+TCPLen:end], 1
+	opts, times, payload := c.Hdr[l4+TCPLen:end], 1, []byte(nil)
+	if e.Op == compare.OpProbeSVM || e.Op == compare.OpProbePVM {
+		ack.Seq, payload = e.Seq, probe[:]
+	}
 	if e.OptLen > 0 {
 		if c.Ack != e.Seq {
 			return
@@ -162,9 +168,9 @@ func (t *Transmitter) repeatACK(to Outlet, e *compare.Effect) {
 	if c.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_8021AD) != 0 {
 		tpid = ethQinQ
 	}
-	if head, ok := BuildHeader(t.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, 0, 0); ok {
+	if head, ok := BuildHeader(t.head(), c.Hdr[:l4], c.Hdr[l4:l4+4], &ack, tpid, c.Tci, len(payload), 0); ok {
 		for range times {
-			to.Queue(head, nil)
+			to.Queue(head, payload)
 		}
 	}
 }
