@@ -46,6 +46,8 @@ __u64 skewed; /* segments changed */
 __u64 unskewed;
 __u64 wrapping; /* connections whose skewed ISN is just below 2^32 */
 __u32 behind;	/* ticks that the guest's clock has lost */
+__u32 wrap_seq; /* new connections: positions before the ISN's stream wraps; 0: any */
+__u32 wrap_ts;	/* ticks before its timestamps do */
 
 struct seg {
 	__u32 l4, words;
@@ -105,6 +107,12 @@ static __always_inline int is(const struct seg *s, __u32 i, __u32 word)
 	return i < s->words && bpf_ntohl(s->old[i]) == word;
 }
 
+/* The timestamps of a SYN stand behind the MSS, with or without SACK-permitted. */
+static __always_inline int syn_ts(const struct seg *s)
+{
+	return is(s, OPTS + 1, 0x0402080a) || is(s, OPTS + 1, 0x0101080a);
+}
+
 static __always_inline void store(struct __sk_buff *skb, struct seg *s)
 {
 	__u32 n = s->words * 4;
@@ -135,6 +143,10 @@ SEC("tcx/egress") int skew_out(struct __sk_buff *skb)
 			fresh.seq = -(bpf_get_prandom_u32() % 100000) - fresh.isn;
 			__sync_fetch_and_add(&wrapping, 1);
 		}
+		if (wrap_seq)
+			fresh.seq = -wrap_seq - fresh.isn;
+		if (wrap_ts && syn_ts(&s))
+			fresh.ts = behind - wrap_ts - bpf_ntohl(s.old[OPTS + 2]);
 		bpf_map_update_elem(&skews, &s.k, &fresh, BPF_ANY);
 		w = &fresh;
 	}
@@ -143,7 +155,7 @@ SEC("tcx/egress") int skew_out(struct __sk_buff *skb)
 	add(&s.new[SEQ], w->seq);
 	if (is(&s, OPTS, 0x0101080a))
 		add(&s.new[OPTS + 1], w->ts - behind);
-	else if (flags & F_SYN && is(&s, OPTS + 1, 0x0402080a))
+	else if (flags & F_SYN && syn_ts(&s))
 		add(&s.new[OPTS + 2], w->ts - behind);
 	store(skb, &s);
 	__sync_fetch_and_add(&skewed, 1);
@@ -215,7 +227,7 @@ SEC("tcx/ingress") int skew_in(struct __sk_buff *skb)
 			add(&s.new[OPTS + 2], behind - w->ts);
 		sack(&s, -w->seq, OPTS + 3);
 	} else {
-		if (is(&s, OPTS + 1, 0x0402080a) && s.old[OPTS + 3])
+		if (bpf_ntohl(s.old[FLAGS]) & F_SYN && syn_ts(&s) && s.old[OPTS + 3])
 			add(&s.new[OPTS + 3], behind - w->ts);
 		sack(&s, -w->seq, OPTS);
 	}

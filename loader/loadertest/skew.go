@@ -35,6 +35,39 @@ func (s *Skew) LoseTime(t testing.TB, ticks uint32) {
 	}
 }
 
+// Wrap has connections made from now on begin so many positions below 2^32, and their
+// timestamps so many ticks; 0: anywhere.
+func (s *Skew) Wrap(t testing.TB, positions, ticks uint32) {
+	t.Helper()
+	for v, n := range map[*ebpf.Variable]uint32{s.objs.WrapSeq: positions, s.objs.WrapTs: ticks} {
+		if err := v.Set(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Copy gives connections the numbers that they have in the other guest, as a checkpoint
+// would: Linux's timestamps are a function of the addresses and the time, and both guests
+// run on one kernel.
+func (s *Skew) Copy(t testing.TB, of *Skew) {
+	t.Helper()
+	var k skewKey
+	var from, to skewSkew
+	all := of.objs.Skews.Iterate()
+	for all.Next(&k, &from) {
+		if err := s.objs.Skews.Lookup(&k, &to); err != nil {
+			continue // it has no such connection
+		}
+		to.Seq, to.Ts = from.Isn+from.Seq-to.Isn, from.Ts
+		if err := s.objs.Skews.Put(&k, &to); err != nil {
+			t.Errorf("copy the numbers of a connection: %v", err)
+		}
+	}
+	if err := all.Err(); err != nil {
+		t.Errorf("copy the numbers of connections: %v", err)
+	}
+}
+
 // AddSkew attaches the skew to a device of namespace ns.
 func AddSkew(t testing.TB, ns, device string) *Skew {
 	t.Helper()

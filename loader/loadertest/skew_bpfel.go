@@ -36,6 +36,8 @@ const (
 	skewVarBehind   = "behind"
 	skewVarSkewed   = "skewed"
 	skewVarUnskewed = "unskewed"
+	skewVarWrapSeq  = "wrap_seq"
+	skewVarWrapTs   = "wrap_ts"
 	skewVarWrapping = "wrapping"
 )
 
@@ -99,6 +101,8 @@ type skewVariableSpecs struct {
 	Behind   *ebpf.VariableSpec `ebpf:"behind"`
 	Skewed   *ebpf.VariableSpec `ebpf:"skewed"`
 	Unskewed *ebpf.VariableSpec `ebpf:"unskewed"`
+	WrapSeq  *ebpf.VariableSpec `ebpf:"wrap_seq"`
+	WrapTs   *ebpf.VariableSpec `ebpf:"wrap_ts"`
 	Wrapping *ebpf.VariableSpec `ebpf:"wrapping"`
 }
 
@@ -138,6 +142,8 @@ type skewVariables struct {
 	Behind   *ebpf.Variable `ebpf:"behind"`
 	Skewed   *ebpf.Variable `ebpf:"skewed"`
 	Unskewed *ebpf.Variable `ebpf:"unskewed"`
+	WrapSeq  *ebpf.Variable `ebpf:"wrap_seq"`
+	WrapTs   *ebpf.Variable `ebpf:"wrap_ts"`
 	Wrapping *ebpf.Variable `ebpf:"wrapping"`
 }
 

@@ -57,6 +57,7 @@ const (
 	Impaired              // devices peerP, peerS with a namespace between them
 	Jumbo                 // as Veth; every device takes 9000 bytes
 	Reachable             // as Veth; the client reaches both hosts
+	JumboReachable        // as both
 )
 
 var worlds atomic.Int32
@@ -80,7 +81,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	w.ip(t, w.HostP, "addr add 192.0.2.1/24 dev ctl")
 	w.ip(t, w.HostS, "addr add 192.0.2.2/24 dev ctl")
 	switch peer {
-	case Veth, Jumbo, Reachable:
+	case Veth, Jumbo, Reachable, JumboReachable:
 		link("peerP", w.HostP, "peerS", w.HostS)
 	case Impaired:
 		w.Mid = w.id + "m"
@@ -115,7 +116,7 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	for _, a := range append([]string{Client6}, ClientAddrs4...) {
 		w.ip(t, w.SVM, "neigh replace "+a+" lladdr "+ClientMAC+" dev eth0 nud permanent")
 	}
-	if peer == Jumbo {
+	if peer == Jumbo || peer == JumboReachable {
 		for ns, devices := range map[string]string{
 			w.Client: "eth0", w.HostP: "vc tapP peerP br0", w.HostS: "tapS peerS br0", w.PVM: "eth0", w.SVM: "eth0",
 		} {
@@ -126,10 +127,14 @@ func NewWorld(t testing.TB, peer Peer) *World {
 	}
 	w.pins(t)
 	w.Skew = AddSkew(t, w.SVM, "eth0")
-	if peer == Reachable {
+	if peer == Reachable || peer == JumboReachable {
 		link("toS", w.HostP, "toP", w.HostS)
 		w.ip(t, w.HostP, "link set toS master br0")
 		w.ip(t, w.HostS, "link set toP master br0")
+	}
+	if peer == JumboReachable {
+		w.ip(t, w.HostP, "link set toS mtu 9000")
+		w.ip(t, w.HostS, "link set toP mtu 9000")
 	}
 	return w
 }

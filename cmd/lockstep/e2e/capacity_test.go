@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -168,7 +167,7 @@ func TestFullSlots(t *testing.T) {
 				conns[i] = p.mustDial(outage.host, portCut)
 			}
 			p.await("beta", func(s *api.Status) bool { return s.Connections == len(conns) })
-			before, timers := noRoom(p.status("alpha")), timeouts(p, "pvm")
+			before, timers := noRoom(p.status("alpha")), netCount(t, p.PVM, "TCPTimeouts")
 			outage.begin()
 			defer outage.end() // when the test fails before
 			for _, c := range conns {
@@ -180,10 +179,10 @@ func TestFullSlots(t *testing.T) {
 				if most := slots*2048 + gsoSlots*69632; s.HeldBytes > most || s.HeldPackets > slots+gsoSlots {
 					t.Fatalf("%d packets, %d bytes held, more than all slots (%d)", s.HeldPackets, s.HeldBytes, most)
 				}
-				return noRoom(s) > before && timeouts(p, "pvm") >= timers+len(conns)
+				return noRoom(s) > before && netCount(t, p.PVM, "TCPTimeouts") >= timers+len(conns)
 			})
 			t.Logf("slots full: %d packets, %d bytes held, %d dropped", s.HeldPackets, s.HeldBytes, noRoom(s)-before)
-			timers = timeouts(p, "pvm")
+			timers = netCount(t, p.PVM, "TCPTimeouts")
 			begun := time.Now()
 			outage.end()
 			var readers sync.WaitGroup
@@ -196,7 +195,7 @@ func TestFullSlots(t *testing.T) {
 				})
 			}
 			readers.Wait()
-			timers = timeouts(p, "pvm") - timers
+			timers = netCount(t, p.PVM, "TCPTimeouts") - timers
 			t.Logf("all there after %v, in which the PVM's timers ran out %d times", time.Since(begun).Round(time.Millisecond), timers)
 			// Held frames have made each timer long: a few are a second, dozens a minute.
 			if most := 3 * len(conns); timers > most {
@@ -215,29 +214,6 @@ func TestFullSlots(t *testing.T) {
 		})
 	}
 	settle(p, &g, time.Minute)
-}
-
-// timeouts is how often a guest's TCP timers have run out.
-func timeouts(p *pair, guest string) int {
-	p.t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/netstat", p.procs[guest].Process.Pid))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	var names []string
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		if i := slices.Index(names, "TCPTimeouts"); i > 0 && f[0] == names[0] {
-			n, err := strconv.Atoi(f[i])
-			if err != nil {
-				p.t.Fatal(err)
-			}
-			return n
-		}
-		names = f
-	}
-	p.t.Fatalf("no TCPTimeouts in\n%s", b)
-	return 0
 }
 
 // syn is a SYN, or a segment with other flags, from an address that no host has.

@@ -379,6 +379,16 @@ func TestJumbo(t *testing.T) {
 	}
 }
 
+// setString sets an option of sockets.
+func setString(level, opt int, value string) sockopt {
+	return func(_, _ string, c syscall.RawConn) (err error) {
+		if cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), level, opt, value) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}
+}
+
 // TestIPOptions: IPv4 options and IPv6 extension headers in front of TCP and UDP,
 // from both ends.
 func TestIPOptions(t *testing.T) {
@@ -394,12 +404,7 @@ func TestIPOptions(t *testing.T) {
 		{"hop-by-hop", lt.Guest6, "6", unix.IPPROTO_IPV6, unix.IPV6_HOPOPTS, "\x00\x00\x01\x04\x00\x00\x00\x00"},
 		{"destination", lt.Guest6, "6", unix.IPPROTO_IPV6, unix.IPV6_DSTOPTS, "\x00\x00\x01\x04\x00\x00\x00\x00"},
 	} {
-		opt := func(_, _ string, c syscall.RawConn) (err error) {
-			if cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), x.level, x.opt, x.value) }); cerr != nil {
-				return cerr
-			}
-			return err
-		}
+		opt := setString(x.level, x.opt, x.value)
 		port++
 		service := strconv.Itoa(port)
 		for _, ns := range []string{p.PVM, p.SVM} {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"io"
 	"net"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,31 +31,27 @@ func (p *pair) listen(ns, network, port string, opt sockopt, f func(*net.TCPConn
 	go acceptAll(l, f)
 }
 
-// tcpStat is a counter of a namespace's /proc/net/snmp, section Tcp.
-func tcpStat(t *testing.T, ns, name string) string {
+// netCount is a counter of a namespace's /proc/net/snmp and netstat.
+func netCount(t *testing.T, ns, name string) int {
 	t.Helper()
-	out, err := lt.Command(ns, "cat", "/proc/self/net/snmp").Output()
+	out, err := lt.Command(ns, "cat", "/proc/self/net/snmp", "/proc/self/net/netstat").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
 	var names []string
 	for line := range strings.Lines(string(out)) {
 		fields := strings.Fields(line)
-		if fields[0] != "Tcp:" {
-			continue
-		}
-		if names == nil {
-			names = fields
-			continue
-		}
-		for i := range names {
-			if names[i] == name {
-				return fields[i]
+		if i := slices.Index(names, name); i > 0 && fields[0] == names[0] {
+			n, err := strconv.Atoi(fields[i])
+			if err != nil {
+				t.Fatal(err)
 			}
+			return n
 		}
+		names = fields
 	}
 	t.Fatalf("no counter %s", name)
-	return ""
+	return 0
 }
 
 // TestServerFirst: the server greets first, and the ACK that ends the handshake
@@ -76,7 +74,7 @@ func TestServerFirst(t *testing.T) {
 			t.Run(x.name+"/"+family, func(t *testing.T) {
 				p := p.with(t)
 				const flags = 0x17 // FIN, SYN, RST, ACK
-				before, repeats := p.Impair.Counts(t, lt.P2S).Filtered, tcpStat(t, p.SVM, "RetransSegs")
+				before, repeats := p.Impair.Counts(t, lt.P2S).Filtered, netCount(t, p.SVM, "RetransSegs")
 				p.Impair.Drop(t, lt.P2S, lt.Filter{TCPMask: flags, TCPFlags: 0x10, Pure: true}, 1)
 				begun := time.Now()
 				c := p.mustDial(host, x.port)
@@ -89,8 +87,8 @@ func TestServerFirst(t *testing.T) {
 				if n := p.Impair.Counts(t, lt.P2S).Filtered - before; n != 1 {
 					t.Errorf("%d ACKs were lost, want the handshake's", n)
 				}
-				if now := tcpStat(t, p.SVM, "RetransSegs"); now != repeats {
-					t.Errorf("the SVM had to repeat itself: %s segments, before %s", now, repeats)
+				if now := netCount(t, p.SVM, "RetransSegs"); now != repeats {
+					t.Errorf("the SVM had to repeat itself: %d segments, before %d", now, repeats)
 				}
 				for i := range 100 {
 					if err := echo(c, i); err != nil {

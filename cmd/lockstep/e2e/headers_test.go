@@ -368,17 +368,72 @@ func causes(s *api.Status) map[string]bool {
 func serveIn(p *pair, network, port string, control sockopt, f func(*net.TCPConn)) {
 	p.t.Helper()
 	for _, guest := range []string{p.PVM, p.SVM} {
-		lt.In(p.t, guest, func() {
-			l := net.ListenConfig{Control: control}
-			l.SetMultipathTCP(false) // which knows neither signatures nor urgent data
-			s, err := l.Listen(context.Background(), network, ":"+port)
-			if err != nil {
-				p.t.Fatal(err)
-			}
-			p.t.Cleanup(func() { s.Close() })
-			go acceptAll(s, f)
-		})
+		p.listenPlain(guest, network, port, control, f)
 	}
+}
+
+// listenPlain is listen without MPTCP, which knows neither signatures nor urgent data.
+func (p *pair) listenPlain(guest, network, port string, control sockopt, f func(*net.TCPConn)) {
+	p.t.Helper()
+	lt.In(p.t, guest, func() {
+		l := net.ListenConfig{Control: control}
+		l.SetMultipathTCP(false)
+		s, err := l.Listen(context.Background(), network, ":"+port)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { s.Close() })
+		go acceptAll(s, f)
+	})
+}
+
+// sendUrgent sends a line with an urgent byte in it.
+func sendUrgent(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprint(c, "before"); err != nil {
+		return err
+	}
+	if e := raw.Write(func(fd uintptr) bool {
+		err = unix.Sendto(int(fd), []byte("at once!"), unix.MSG_OOB, nil)
+		return err == nil || !errors.Is(err, unix.EAGAIN)
+	}); e != nil || err != nil {
+		return errors.Join(e, err)
+	}
+	_, err = fmt.Fprint(c, "behind\n")
+	return err
+}
+
+// readUrgent reads what sendUrgent sent.
+func readUrgent(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// Before what stands around it: who has read on does not get it any more.
+	var urgent [8]byte
+	n := 0
+	if e := raw.Control(func(fd uintptr) {
+		if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}, 5000); err == nil {
+			n, _, err = unix.Recvfrom(int(fd), urgent[:], unix.MSG_OOB)
+		}
+	}); e != nil || err != nil {
+		return fmt.Errorf("the urgent byte: %w", errors.Join(e, err))
+	}
+	if got := string(urgent[:n]); got != "!" {
+		return fmt.Errorf("%q urgent", got)
+	}
+	const want = "beforeat oncebehind\n"
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return fmt.Errorf("around the urgent byte: %w", err)
+	}
+	if string(got) != want {
+		return fmt.Errorf("%q in band", got)
+	}
+	return nil
 }
 
 // TestUrgentByte: the client's kernel takes the byte for urgent that the guest meant, and
@@ -386,42 +441,18 @@ func serveIn(p *pair, network, port string, control sockopt, f func(*net.TCPConn
 func TestUrgentByte(t *testing.T) {
 	p := newPair(t, lt.Veth, "", "", "")
 	serveIn(p, "tcp", "7180", nil, func(c *net.TCPConn) {
-		raw, err := c.SyscallConn()
-		if err != nil {
-			return
-		}
 		for r := bufio.NewScanner(c); r.Scan(); {
-			fmt.Fprint(c, "before")
-			if err := raw.Write(func(fd uintptr) bool { return unix.Sendto(int(fd), []byte("at once!"), unix.MSG_OOB, nil) == nil }); err != nil {
+			if err := sendUrgent(c); err != nil {
 				return
 			}
-			fmt.Fprint(c, "behind\n")
 		}
 	})
 	for _, guest := range []string{lt.Guest4, lt.Guest6} {
 		c := p.mustDial(guest, "7180")
-		raw, err := c.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		in := bufio.NewReader(c)
 		for i := range 20 {
 			fmt.Fprintln(c, "go on")
-			// Before what stands around it: who has read on does not get it any more.
-			var urgent [8]byte
-			n := 0
-			if e := raw.Control(func(fd uintptr) {
-				if _, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}, 5000); err == nil {
-					n, _, err = unix.Recvfrom(int(fd), urgent[:], unix.MSG_OOB)
-				}
-			}); e != nil {
-				t.Fatal(e)
-			}
-			if err != nil || string(urgent[:n]) != "!" {
-				t.Fatalf("%s, %d: %q urgent, %v", guest, i, urgent[:max(n, 0)], err)
-			}
-			if line, err := in.ReadString('\n'); err != nil || line != "beforeat oncebehind\n" {
-				t.Fatalf("%s, %d: %q in band, %v", guest, i, line, err)
+			if err := readUrgent(c); err != nil {
+				t.Fatalf("%s, %d: %v", guest, i, err)
 			}
 		}
 	}

@@ -14,7 +14,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -200,21 +199,21 @@ func TestUpgradeCheck(t *testing.T) {
 // foreign attaches another program to the primary's tap.
 func (p *pair) foreign(where link.Anchor, verdict int32) link.Link {
 	p.t.Helper()
-	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: "foreign", Type: ebpf.SchedCLS, License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, verdict), asm.Return()},
-	})
+	return p.attach(p.HostP, "tapP", ebpf.AttachTCXIngress, where, asm.Mov.Imm(asm.R0, verdict), asm.Return())
+}
+
+// attach attaches a program of these instructions to a device of namespace ns.
+func (p *pair) attach(ns, device string, at ebpf.AttachType, where link.Anchor, instructions ...asm.Instruction) link.Link {
+	p.t.Helper()
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.SchedCLS, License: "GPL", Instructions: instructions})
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	defer prog.Close()
 	var l link.Link
-	lt.In(p.t, p.HostP, func() {
-		tap, err := netlink.LinkByName("tapP")
-		if err == nil {
-			l, err = link.AttachTCX(link.TCXOptions{Interface: tap.Attrs().Index, Program: prog, Attach: ebpf.AttachTCXIngress, Anchor: where})
-		}
-		if err != nil {
+	index := lt.Index(p.t, ns, device)
+	lt.In(p.t, ns, func() {
+		if l, err = link.AttachTCX(link.TCXOptions{Interface: index, Program: prog, Attach: at, Anchor: where}); err != nil {
 			p.t.Fatal(err)
 		}
 	})

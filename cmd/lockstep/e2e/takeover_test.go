@@ -27,9 +27,15 @@ import (
 // coveredPair is a pair that may fail over.
 func coveredPair(t *testing.T, without loader.Mutation, settings ...string) (*pair, *qmptest.Pair) {
 	t.Helper()
+	return coveredPairOn(t, without, lt.Reachable, settings...)
+}
+
+// coveredPairOn has a network on which the client reaches both hosts.
+func coveredPairOn(t *testing.T, without loader.Mutation, peer lt.Peer, settings ...string) (*pair, *qmptest.Pair) {
+	t.Helper()
 	q := qemuPair(t)
 	dir := t.TempDir()
-	p := newPairWithout(t, without, lt.Reachable, q.Primary.Path(), q.Secondary.Path(),
+	p := newPairWithout(t, without, peer, q.Primary.Path(), q.Secondary.Path(),
 		fmt.Sprintf("compare: {timeout: 300ms}\nstate_dir: %s\narbiter: {type: file, path: %s}\n%s", filepath.Join(dir, "state"), dir, strings.Join(settings, "\n")))
 	announces(p, q.Secondary)
 	for _, node := range []string{"alpha", "beta"} {
