@@ -368,12 +368,12 @@ func causes(s *api.Status) map[string]bool {
 func serveIn(p *pair, network, port string, control sockopt, f func(*net.TCPConn)) {
 	p.t.Helper()
 	for _, guest := range []string{p.PVM, p.SVM} {
-		p.listenPlain(guest, network, port, control, f)
+		listenPlain(p, guest, network, port, control, f)
 	}
 }
 
 // listenPlain is listen without MPTCP, which knows neither signatures nor urgent data.
-func (p *pair) listenPlain(guest, network, port string, control sockopt, f func(*net.TCPConn)) {
+func listenPlain(p *pair, guest, network, port string, control sockopt, f func(*net.TCPConn)) {
 	p.t.Helper()
 	lt.In(p.t, guest, func() {
 		l := net.ListenConfig{Control: control}

@@ -199,11 +199,11 @@ func TestUpgradeCheck(t *testing.T) {
 // foreign attaches another program to the primary's tap.
 func (p *pair) foreign(where link.Anchor, verdict int32) link.Link {
 	p.t.Helper()
-	return p.attach(p.HostP, "tapP", ebpf.AttachTCXIngress, where, asm.Mov.Imm(asm.R0, verdict), asm.Return())
+	return attach(p, p.HostP, "tapP", ebpf.AttachTCXIngress, where, asm.Mov.Imm(asm.R0, verdict), asm.Return())
 }
 
 // attach attaches a program of these instructions to a device of namespace ns.
-func (p *pair) attach(ns, device string, at ebpf.AttachType, where link.Anchor, instructions ...asm.Instruction) link.Link {
+func attach(p *pair, ns, device string, at ebpf.AttachType, where link.Anchor, instructions ...asm.Instruction) link.Link {
 	p.t.Helper()
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "foreign", Type: ebpf.SchedCLS, License: "GPL", Instructions: instructions})
 	if err != nil {

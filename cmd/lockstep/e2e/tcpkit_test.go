@@ -33,12 +33,12 @@ type door struct {
 	came [2]sync.Map // in the PVM, in the SVM: connections by the remote's address
 }
 
-// open opens a port of both guests until the test ends.
-func (p *pair) open(network, port string, opt sockopt) *door {
+// openDoor opens a port of both guests until the test ends.
+func openDoor(p *pair, network, port string, opt sockopt) *door {
 	p.t.Helper()
 	d := &door{port: port}
 	for i, guest := range []string{p.PVM, p.SVM} {
-		p.listenPlain(guest, network, port, opt, func(c *net.TCPConn) {
+		listenPlain(p, guest, network, port, opt, func(c *net.TCPConn) {
 			d.came[i].Store(c.RemoteAddr().String(), c)
 			<-p.t.Context().Done()
 		})
@@ -56,7 +56,6 @@ type line struct {
 
 	under func(*testing.T) error // what a takeover finds under way, while nothing reaches the client; nil: data, both ways
 	after func(*testing.T) error // and what becomes of it
-	later []<-chan error
 }
 
 // newLine has the guests' ends of c.
@@ -242,7 +241,7 @@ func setInts(opts ...[3]int) sockopt {
 }
 
 // dialBy connects to a door with options, from a port unless it is 0.
-func (p *pair) dialBy(d *door, host string, from int, opt sockopt) *net.TCPConn {
+func dialBy(p *pair, d *door, host string, from int, opt sockopt) *net.TCPConn {
 	p.t.Helper()
 	var c net.Conn
 	lt.In(p.t, p.Client, func() {
@@ -281,19 +280,19 @@ const (
 )
 
 // cut drops all that the client sends, or gets, until the function that it returns is called.
-func (p *pair) cut(what ebpf.AttachType) (mend func()) {
+func cut(p *pair, what ebpf.AttachType) (mend func()) {
 	p.t.Helper()
 	const drop = 2
-	l := p.attach(p.Client, "eth0", what, link.Head(), asm.Mov.Imm(asm.R0, drop), asm.Return())
+	l := attach(p, p.Client, "eth0", what, link.Head(), asm.Mov.Imm(asm.R0, drop), asm.Return())
 	return func() { l.Close() }
 }
 
 // congest has a router report congestion on all that leaves a device (CE), until the
 // function that it returns is called.
-func (p *pair) congest(ns, device string) (mend func()) {
+func congest(p *pair, ns, device string) (mend func()) {
 	p.t.Helper()
 	const next = -1
-	l := p.attach(ns, device, ebpf.AttachTCXEgress, link.Head(), asm.FnSkbEcnSetCe.Call(), asm.Mov.Imm(asm.R0, next), asm.Return())
+	l := attach(p, ns, device, ebpf.AttachTCXEgress, link.Head(), asm.FnSkbEcnSetCe.Call(), asm.Mov.Imm(asm.R0, next), asm.Return())
 	return func() { l.Close() }
 }
 
