@@ -14,7 +14,7 @@ type Config struct {
 	CutDelay time.Duration // R5; 1 ms
 
 	MaxConnections int           // 65536
-	Linger         time.Duration // what a closed connection is kept for; 2 s
+	Linger         time.Duration // what a connection is kept for that is closed, or of which nothing is compared; 2 s
 	MaxHalfOpen    int           // connections that are not established; 16384
 	HalfOpen       time.Duration // what a connection may take to open; 60 s
 	Idle           time.Duration // 2 h

@@ -145,12 +145,14 @@ func (c *conn) deadline() int64 {
 	return min(d, c.stall.deadline(c.cfg.Timeout))
 }
 
-// endOfLife is when c is forgotten unless something happens to it.
+// endOfLife is when c is forgotten unless something happens to it. One of which nothing
+// is compared, met in mid-stream, begins afresh with whatever comes next; it may be no more
+// than the ACK with which TIME_WAIT answers a late FIN.
 func (c *conn) endOfLife() int64 {
 	switch {
 	case !c.pvmSeen:
 		return c.born + int64(c.cfg.Timeout)
-	case !c.diverged && (c.clientRST || c.closed()):
+	case !c.diverged && (c.clientRST || c.closed() || c.floating && !c.unmatched()):
 		return c.last + int64(c.cfg.Linger)
 	case !c.diverged && c.syn.seen && !c.established:
 		return c.born + int64(c.cfg.HalfOpen)
