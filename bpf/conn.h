@@ -167,6 +167,29 @@ static __always_inline int half_is_acked(const struct ls_half *h, const struct l
 	return acked > 0 && acked <= LS_ACK_SPAN;
 }
 
+/*
+ * What is added to the timestamp that the remote's segment echoes, in a handshake. A guest
+ * takes no echo of a later time than that of its last SYN or SYN|ACK (Linux 6.18; in
+ * SYN-SENT it answers with a RST). The PVM's second one may be later than the SVM's by the
+ * ticks that their timers differ by.
+ */
+static __always_inline __u32 half_echo(struct ls_scratch *sc, const struct ls_half *h,
+				       const struct ls_offset *o)
+{
+	const __u32 both = LS_CONN_PTS | LS_CONN_STS;
+	const struct ls_delta none = {};
+	struct ls_walk *w;
+	__u32 newest;
+
+	if ((h->state & both) != both || !find_ts(sc, h->opts, h->optlen, &newest))
+		return o->ts_off;
+	__builtin_memcpy(sc->tcp, sc->p.tcp, sizeof(sc->tcp));
+	w = opts_walk(sc, sc->p.optlen, &none);
+	if (!w->has_ts || !seq_after(w->tsecr + o->ts_off, newest))
+		return o->ts_off;
+	return newest - w->tsecr;
+}
+
 /* May ls_edge have entries? Spares the look-ups where nothing was taken over. */
 static __always_inline int has_edges(const struct ls_conf *conf)
 {

@@ -209,6 +209,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 	struct ls_offset o;
 	struct ls_conn *conn;
 	struct ls_half *h;
+	__u32 echo;
 
 	conn = bpf_map_lookup_elem(&ls_conn, &p->t);
 	if (!conn) {
@@ -218,6 +219,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 			return LS_R_delivered;
 		}
 		half_offset(h, &o);
+		echo = half_echo(sc, h, &o);
 		if (half_is_acked(h, p, &o)) {
 			conn = half_promote(h, p, &o);
 			if (!conn)
@@ -225,11 +227,12 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 		}
 	} else {
 		conn_offset(conn, &o);
+		echo = o.ts_off;
 	}
 	if (conn)
 		conn_touch(conn, p, 0, bpf_ktime_get_boot_ns());
 	d.ack = o.off;
-	d.tsecr = o.ts_off;
+	d.tsecr = echo;
 	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;
 }
 

@@ -82,6 +82,17 @@ func (h *Half) acked(tcp TCP) bool {
 	return tcp.Ack()-h.ISNPVM-1 < ackSpan
 }
 
+// echo is what is added to the timestamp that the remote's segment echoes: no guest takes
+// an echo of a later time than that of its newest SYN or SYN|ACK.
+func (h *Half) echo(tcp TCP, off uint32) uint32 {
+	newest, ok := Options(h.Opts[:h.OptLen]).tsVal()
+	ecr, has := tcp.Options().tsEcr()
+	if !h.Timestamps() || !ok || !has || !after(ecr+off, newest) {
+		return off
+	}
+	return newest - ecr
+}
+
 // conn is the connection that h becomes when the remote acks.
 func (h *Half) conn(ack uint32) Conn {
 	c := h.Conn()

@@ -417,6 +417,9 @@ func (w *world) remoteSends() {
 	if s.flags&ackF != 0 {
 		if echoed != 0 {
 			echoed += l.tsOff()
+			if !l.kept() && l.pvm.hasTS && l.svm.hasTS && int32(echoed-l.keptTS) > 0 {
+				echoed = l.keptTS // in a handshake, none of a later time
+			}
 		}
 		want.opts = join(layout, opts(l.svm.isn, echoed)...)
 	} else {

@@ -124,6 +124,7 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 		return Delivered
 	}
 	off := half.Offset()
+	off.TS = half.echo(h, off.TS)
 	if half.acked(h) {
 		delete(t.edge, key) // of an earlier connection
 		if len(t.conn) >= t.max {
