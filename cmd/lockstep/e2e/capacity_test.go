@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -15,8 +14,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/control/api"
@@ -218,25 +215,8 @@ func TestFullSlots(t *testing.T) {
 
 // syn is a SYN, or a segment with other flags, from an address that no host has.
 func syn(from netip.AddrPort, seq uint32, flags byte) []byte {
-	tcp := make([]byte, 24)
-	binary.BigEndian.PutUint16(tcp, from.Port())
 	port, _ := strconv.Atoi(portEcho)
-	binary.BigEndian.PutUint16(tcp[2:], uint16(port))
-	binary.BigEndian.PutUint32(tcp[4:], seq)
-	tcp[12], tcp[13] = 6<<4, flags
-	binary.BigEndian.PutUint16(tcp[14:], 64240)
-	copy(tcp[20:], []byte{2, 4, 1460 >> 8, 1460 & 0xff}) // MSS
-	src, dst := from.Addr().AsSlice(), netip.MustParseAddr(lt.Guest4).AsSlice()
-	pseudo := append(append(append([]byte{}, src...), dst...), 0, unix.IPPROTO_TCP, 0, byte(len(tcp)))
-	binary.BigEndian.PutUint16(tcp[16:], ^uint16(ones(ones(0, pseudo), tcp)))
-	ip := ip4(unix.IPPROTO_TCP, 0, 0, tcp)
-	copy(ip[12:], src)
-	copy(ip[16:], dst)
-	ip[10], ip[11] = 0, 0
-	binary.BigEndian.PutUint16(ip[10:], ^uint16(ones(0, ip[:20])))
-	f := eth(unix.ETH_P_IP, ip)
-	copy(f, append(append([]byte{}, f[6:12]...), f[:6]...)) // towards the guest
-	return f
+	return toGuest4(from, uint16(port), seq, 0, flags, []byte{2, 4, 1460 >> 8, 1460 & 0xff}, nil) // MSS
 }
 
 // flood sends n SYNs from as many addresses and ports, none of which answers.
@@ -256,12 +236,6 @@ func floodable(p *pair) *lt.Wire {
 	}
 	return lt.OpenWire(p.t, p.Client, "eth0")
 }
-
-const (
-	flagSYN = 2
-	flagRST = 4
-	flagACK = 16
-)
 
 // TestHalfOpenFlood: tens of thousands of SYNs that are never completed cost other
 // half-open connections only: not the table, not those that are open.

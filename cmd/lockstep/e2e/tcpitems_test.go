@@ -189,44 +189,25 @@ func closeAtOnce(t *testing.T, k *tcpKit) *line {
 // other: nobody listens.
 func openAtOnce(t *testing.T, k *tcpKit) *line {
 	const clients, guests = 46000, 46001
-	dialTo := func(ns, host string, from, to int) <-chan *net.TCPConn {
-		done := make(chan *net.TCPConn, 1)
-		go func() {
-			defer close(done)
-			var err error
-			var c net.Conn
-			lt.In(t, ns, func() {
-				d := net.Dialer{Timeout: 10 * time.Second, LocalAddr: &net.TCPAddr{Port: from}, KeepAlive: -1}
-				c, err = d.Dial("tcp4", net.JoinHostPort(host, fmt.Sprint(to)))
-			})
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			done <- c.(*net.TCPConn)
-		}()
-		return done
-	}
 	mend := cut(k.pair, clientGets)
-	ends := []<-chan *net.TCPConn{dialTo(k.PVM, lt.Client4, guests, clients), dialTo(k.SVM, lt.Client4, guests, clients)}
+	remote, guest := fmt.Sprintf("%s:%d", lt.Client4, clients), fmt.Sprintf("%s:%d", lt.Guest4, guests)
+	ends := []<-chan dialed{dialOut(t.Context(), t, k.PVM, guests, remote, nil), dialOut(t.Context(), t, k.SVM, guests, remote, nil)}
 	for _, guest := range k.guestNamespaces() {
 		awaitState(t, guest, clients, synSent)
 	}
-	client := dialTo(k.Client, lt.Guest4, clients, guests)
+	ends = append(ends, dialOut(t.Context(), t, k.Client, clients, guest, nil))
 	for _, guest := range k.guestNamespaces() {
 		awaitState(t, guest, clients, synReceived) // that had sent a SYN
 	}
 	mend()
-	l := &line{t: t, c: <-client}
+	l := &line{t: t}
 	for _, end := range ends {
-		l.guests = append(l.guests, <-end)
+		d := <-end
+		must(t, d.err)
+		k.t.Cleanup(func() { d.c.Close() })
+		l.guests, l.c = append(l.guests, d.c), d.c
 	}
-	if t.Failed() {
-		t.FailNow()
-	}
-	for _, c := range l.ends() {
-		k.t.Cleanup(func() { c.Close() })
-	}
+	l.guests = l.guests[:2]
 	l.deadlines(time.Minute)
 	l.under, l.after = l.bothWays, l.arrive
 	must(t, l.exchange())

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -58,19 +59,28 @@ type line struct {
 	after func(*testing.T) error // and what becomes of it
 }
 
+// accept gives the guests' ends of a connection from a remote, or the SVM's alone.
+func (d *door) accept(t *testing.T, remote string, alone bool) (guests []*net.TCPConn) {
+	t.Helper()
+	for i := range d.came {
+		if alone && i == 0 {
+			continue
+		}
+		lt.Eventually(t, 10*time.Second, func() (bool, string) {
+			end, ok := d.came[i].LoadAndDelete(remote)
+			if ok {
+				guests = append(guests, end.(*net.TCPConn))
+			}
+			return ok, fmt.Sprintf("guest %d did not accept the connection from %s", i, remote)
+		})
+	}
+	return guests
+}
+
 // newLine has the guests' ends of c.
 func newLine(t *testing.T, d *door, c *net.TCPConn) *line {
 	t.Helper()
-	l := &line{t: t, c: c}
-	for i := range d.came {
-		lt.Eventually(t, 10*time.Second, func() (bool, string) {
-			end, ok := d.came[i].LoadAndDelete(c.LocalAddr().String())
-			if ok {
-				l.guests = append(l.guests, end.(*net.TCPConn))
-			}
-			return ok, fmt.Sprintf("guest %d did not accept the connection from %s", i, c.LocalAddr())
-		})
-	}
+	l := &line{t: t, c: c, guests: d.accept(t, c.LocalAddr().String(), false)}
 	l.deadlines(time.Minute)
 	l.under, l.after = l.bothWays, l.arrive
 	return l
@@ -79,18 +89,18 @@ func newLine(t *testing.T, d *door, c *net.TCPConn) *line {
 func (l *line) ends() []*net.TCPConn { return append([]*net.TCPConn{l.c}, l.guests...) }
 
 func (l *line) deadlines(limit time.Duration) {
-	for _, c := range l.ends() {
-		if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
-			l.t.Fatal(err)
-		}
-	}
+	l.t.Helper()
+	must(l.t, atOnce(l.ends(), func(c *net.TCPConn) error { return c.SetDeadline(time.Now().Add(limit)) }))
 }
 
 // inGuests does f in both guests at once.
-func (l *line) inGuests(f func(*net.TCPConn) error) error {
+func (l *line) inGuests(f func(*net.TCPConn) error) error { return atOnce(l.guests, f) }
+
+// atOnce does f with all ends at once.
+func atOnce(ends []*net.TCPConn, f func(*net.TCPConn) error) error {
 	var done []<-chan error
-	for _, g := range l.guests {
-		done = append(done, beside(func() error { return f(g) }))
+	for _, end := range ends {
+		done = append(done, beside(func() error { return f(end) }))
 	}
 	return ended(done...)
 }
@@ -223,6 +233,28 @@ func (l *line) each(right func(*unix.TCPInfo) bool) error {
 		}
 	}
 	return nil
+}
+
+// dialed is what came of a connection that a guest makes.
+type dialed struct {
+	c   *net.TCPConn
+	err error
+}
+
+// dialOut connects from a port of namespace ns.
+func dialOut(ctx context.Context, t *testing.T, ns string, from int, to string, opt sockopt) <-chan dialed {
+	done := make(chan dialed, 1)
+	go func() {
+		var c net.Conn
+		var err error
+		lt.In(t, ns, func() {
+			d := net.Dialer{Timeout: 20 * time.Second, LocalAddr: &net.TCPAddr{Port: from}, KeepAlive: -1, Control: opt}
+			c, err = d.DialContext(ctx, "tcp4", to)
+		})
+		tc, _ := c.(*net.TCPConn)
+		done <- dialed{tc, err}
+	}()
+	return done
 }
 
 // setInts sets options of sockets.
