@@ -71,9 +71,11 @@ func (r *rawPeer) segment(seq uint32, flags byte, payload []byte) []byte {
 	if flags&flagSYN != 0 {
 		opts = []byte{2, 4, 1460 >> 8, 1460 & 0xff}
 	}
-	opts = append(opts, 1, 1, 8, 10)
-	opts = binary.BigEndian.AppendUint32(opts, uint32(time.Since(r.began).Milliseconds())+1)
-	opts = binary.BigEndian.AppendUint32(opts, r.echo)
+	if flags&flagRST == 0 { // which has none, like that of a kernel that has no socket for what comes
+		opts = append(opts, 1, 1, 8, 10)
+		opts = binary.BigEndian.AppendUint32(opts, uint32(time.Since(r.began).Milliseconds())+1)
+		opts = binary.BigEndian.AppendUint32(opts, r.echo)
+	}
 	ack := r.ack
 	if flags&flagACK == 0 {
 		ack = 0

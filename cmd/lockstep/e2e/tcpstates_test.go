@@ -248,8 +248,8 @@ func (s *stateLine) guestsReset(state string) {
 		s.t.Errorf("the RST has the sequence number %d, want %d", s.rst, s.ack)
 	}
 	if state == synReceived {
-		s.ack -= 1000
-		s.clientResets(state)
+		s.ack -= 1000 // and the handshake goes on
+		s.goOn(state)
 	}
 }
 
@@ -323,7 +323,6 @@ func TestTCPStates(t *testing.T) {
 		}
 	}, false)
 	gone("alpha", "beta")
-	defer func() { for _, n := range []string{"TSEcrRejected","PAWSEstab","TCPACKSkippedSynRecv"} { t.Log(n, netCount(t, p.PVM, n), netCount(t, p.SVM, n)) } }()
 	round("a takeover", func() {
 		q.Primary.Close()
 		p.await("beta", func(s *api.Status) bool { return s.Role == "primary" && s.State == "solo" })
