@@ -59,14 +59,16 @@ type line struct {
 	after func(*testing.T) error // and what becomes of it
 }
 
-// accept gives the guests' ends of a connection from a remote, or the SVM's alone.
-func (d *door) accept(t *testing.T, remote string, alone bool) (guests []*net.TCPConn) {
+// accept gives the guests' ends of a connection from a remote, or the SVM's alone. meanwhile
+// is what the remote does while it waits.
+func (d *door) accept(t *testing.T, remote string, alone bool, meanwhile func()) (guests []*net.TCPConn) {
 	t.Helper()
 	for i := range d.came {
 		if alone && i == 0 {
 			continue
 		}
 		lt.Eventually(t, 10*time.Second, func() (bool, string) {
+			meanwhile()
 			end, ok := d.came[i].LoadAndDelete(remote)
 			if ok {
 				guests = append(guests, end.(*net.TCPConn))
@@ -80,7 +82,7 @@ func (d *door) accept(t *testing.T, remote string, alone bool) (guests []*net.TC
 // newLine has the guests' ends of c.
 func newLine(t *testing.T, d *door, c *net.TCPConn) *line {
 	t.Helper()
-	l := &line{t: t, c: c, guests: d.accept(t, c.LocalAddr().String(), false)}
+	l := &line{t: t, c: c, guests: d.accept(t, c.LocalAddr().String(), false, func() {})}
 	l.deadlines(time.Minute)
 	l.under, l.after = l.bothWays, l.arrive
 	return l

@@ -129,7 +129,7 @@ func (s *stateLine) guestsDial() {
 func (s *stateLine) accept() {
 	s.t.Helper()
 	if s.dials == nil {
-		s.guests = s.door.accept(s.t, s.addr.String(), s.alone)
+		s.guests = s.door.accept(s.t, s.addr.String(), s.alone, s.look)
 	}
 	for _, d := range s.dials {
 		end := <-d
