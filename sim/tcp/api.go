@@ -145,6 +145,25 @@ func (s *Stack) Abort(now int64, id ID) {
 	}
 }
 
+// Find returns the connection with this remote end and local port, if there is one that is not closed.
+func (s *Stack) Find(remote netip.AddrPort, localPort uint16) (ID, bool) {
+	c := s.byTuple[tuple{remote.Addr(), remote.Port(), localPort}]
+	if c == nil {
+		return 0, false
+	}
+	return c.id, true
+}
+
+// Open is how many connections are neither closed nor in TIME-WAIT.
+func (s *Stack) Open() (n int) {
+	for _, c := range s.live {
+		if c.state != TimeWait {
+			n++
+		}
+	}
+	return n
+}
+
 // State is that of a connection.
 func (s *Stack) State(id ID) State { return s.conns[id].state }
 

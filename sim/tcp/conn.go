@@ -78,7 +78,7 @@ func newConn(s *Stack, id ID, t tuple) *conn {
 		s: s, id: id, tuple: t, route: s.route(t.addr, protoTCP),
 		timestamps: !s.cfg.NoTimestamps, sack: !s.cfg.NoSACK, scaling: !s.cfg.NoScale,
 		noDelay: s.cfg.NoNagle, mss: s.cfg.MSS,
-		tsOffset: uint32(s.hash(t, 2)), ipID: uint16(s.rng.Uint64()),
+		tsOffset: s.tsOffset(t), ipID: uint16(s.rng.Uint64()),
 	}
 	c.bind()
 	c.timers.clear()

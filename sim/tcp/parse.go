@@ -29,8 +29,8 @@ type packet struct {
 	whole   []byte // from the IP header on
 }
 
-// parsePacket reads a frame. It refuses frames for others, fragments, extension headers,
-// and IP headers that are not whole.
+// parsePacket reads a frame. It refuses frames for others, fragments, extension headers
+// other than options, and IP headers that are not whole.
 func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 	if len(frame) < etherLen+ipv4Len || !bytes.Equal(frame[:6], s.cfg.MAC[:]) {
 		return false
@@ -62,9 +62,24 @@ func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 		}
 		p.proto, p.ce, p.whole, p.payload = ip[6], ip[1]>>4&ecnMask == ecnCE, ip[:total], ip[ipv6Len:total]
 		p.remote = netip.AddrFrom16([16]byte(ip[8:24]))
+		if !p.skipOptions() {
+			return false
+		}
 		p.pseudo = sum(ip[8:40], uint64(p.proto)+uint64(len(p.payload)))
 	default:
 		return false
+	}
+	return true
+}
+
+// skipOptions skips IPv6 hop-by-hop and destination options.
+func (p *packet) skipOptions() bool {
+	for p.proto == protoHopByHop || p.proto == protoDestOptions {
+		b := p.payload
+		if len(b) < extLen || len(b) < (int(b[1])+1)*8 {
+			return false
+		}
+		p.proto, p.payload = b[0], b[(int(b[1])+1)*8:]
 	}
 	return true
 }

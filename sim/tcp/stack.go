@@ -39,6 +39,11 @@ type Config struct {
 	UserTimeout time.Duration // how long data may be unacknowledged; 0: 15 retransmissions
 
 	Secret uint64 // ISN = hash(secret, tuple) + now/64 ns
+
+	// How many bytes, or ticks, are left before the numbers of a new connection wrap, at most; 0: any number.
+	SeqWrap, TSWrap uint32
+	// IPv6: each packet has a header with hop-by-hop or destination options, which are padding.
+	HopOptions, DestOptions bool
 }
 
 func (c *Config) defaults() {
@@ -245,7 +250,22 @@ func mix(x uint64) uint64 {
 }
 
 // isn is the initial sequence number of a connection, as RFC 6528 has it.
-func (s *Stack) isn(now int64, t tuple) uint32 { return uint32(s.hash(t, 1)) + uint32(now>>6) }
+func (s *Stack) isn(now int64, t tuple) uint32 {
+	isn := uint32(s.hash(t, 1)) + uint32(now>>6)
+	if w := s.cfg.SeqWrap; w > 0 {
+		return ^(isn % w)
+	}
+	return isn
+}
+
+// tsOffset is what a connection's timestamps are ahead of the clock.
+func (s *Stack) tsOffset(t tuple) uint32 {
+	offset := uint32(s.hash(t, 2))
+	if w := s.cfg.TSWrap; w > 0 {
+		return ^((offset + uint32(s.now>>6)) % w) - uint32(s.now/s.cfg.TickNS)
+	}
+	return offset
+}
 
 // add makes a connection.
 func (s *Stack) add(t tuple) *conn {
