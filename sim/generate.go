@@ -98,7 +98,9 @@ func drawConn(r *rand.Rand, key int) Conn {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		names = append(names, k)
+		if k != clientAborts { // a connection has to expect it
+			names = append(names, k)
+		}
 	}
 	slices.Sort(names)
 	return names
