@@ -125,6 +125,9 @@ func (w *world) released(h *host, p *packet, v *wire) {
 		w.failf("release", "%s releases %v, and the SVM knows nothing of the connection", h.name, *p)
 		return
 	}
+	if theirs.isn != v.isn {
+		w.reach("guests' ISNs differ")
+	}
 	if p.hasACK() {
 		shift := v.scale
 		if p.syn() {

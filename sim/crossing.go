@@ -66,6 +66,9 @@ func (w *world) observe(t *talk, p *packet, f flow, side int) {
 		switch {
 		case p.rst():
 			w.reach("RST of the " + who)
+			if a := w.client.at(f); side == 0 && p.hasACK() && a != nil && a.now().Kind == 'X' {
+				w.reach("reset by the guest in " + tcp.State(a.now().N).String())
+			}
 		case p.hasACK() && side == 1 && w.talkedFirst(f):
 			w.reach("simultaneous open")
 		}

@@ -64,6 +64,18 @@ type script struct {
 	port     uint16 // where the guest opens one to
 }
 
+// at is what a flow's connection is for; nil: for nothing any more.
+func (c *client) at(f flow) *asking {
+	for _, a := range c.conns {
+		if a.open {
+			if _, port := c.stack.Tuple(a.id); port == f.remotePort {
+				return a
+			}
+		}
+	}
+	return nil
+}
+
 // now is the request that is under way, 0 if none is.
 func (a *asking) now() (r Request) {
 	if a.reply < len(a.plan.Requests) {
@@ -208,8 +220,7 @@ func (c *client) ends(a *asking, state tcp.State) bool {
 		if state != tcp.Closed && state != tcp.TimeWait {
 			return true
 		}
-		c.w.reach("no reset, for the guest had closed before")
-		c.done(a)
+		c.done(a) // it was closed here before the RST came
 	case a.moving:
 		if r.Kind == 'N' && !a.shut {
 			c.shut(a)
@@ -226,7 +237,6 @@ func (c *client) expects(a *asking, err error) bool {
 		return false
 	}
 	c.done(a)
-	c.w.reach(fmt.Sprintf("reset by the guest in %v", tcp.State(r.N)))
 	return true
 }
 
