@@ -69,6 +69,11 @@ func (s *Stack) Write(now int64, id ID, b []byte) int {
 	s.now, s.stale = now, true
 	n := min(len(b), s.Room(id))
 	c.snd.append(b[:n])
+	if c.deferred && n > 0 {
+		c.deferred = false
+		c.sendSYN(now)
+		c.snd.arm(timerHandshake, now+c.snd.rto)
+	}
 	c.snd.output(now)
 	return n
 }

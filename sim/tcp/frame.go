@@ -181,6 +181,7 @@ type header struct {
 	seq, ack uint32
 	wnd, urg uint16
 	flags    uint8
+	ae       bool
 	tos      uint8
 	id       uint16
 }
@@ -194,6 +195,9 @@ func (s *Stack) transmit(r *route, local, remote uint16, h header, opts, data []
 	be.PutUint32(t[4:], h.seq)
 	be.PutUint32(t[8:], h.ack)
 	t[12], t[13] = uint8(head)<<2, h.flags
+	if h.ae {
+		t[12] |= 1
+	}
 	be.PutUint16(t[14:], h.wnd)
 	be.PutUint16(t[18:], h.urg)
 	copy(t[tcpLen:], opts)

@@ -23,7 +23,7 @@ const (
 type packet struct {
 	remote  netip.Addr
 	proto   uint8
-	ce      bool // congestion experienced
+	ce, ect bool // congestion experienced, ECN capable
 	payload []byte
 	pseudo  uint64 // sum of the pseudo header
 	whole   []byte // from the IP header on
@@ -50,6 +50,7 @@ func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 			return false
 		}
 		p.proto, p.ce, p.whole, p.payload = ip[9], ip[1]&ecnMask == ecnCE, ip[:total], ip[head:total]
+		p.ect = ip[1]&ecnMask != 0
 		p.remote = netip.AddrFrom4([4]byte(ip[12:16]))
 		p.pseudo = sum(ip[12:20], uint64(p.proto)+uint64(len(p.payload)))
 	case etherIPv6:
@@ -61,6 +62,7 @@ func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 			return false
 		}
 		p.proto, p.ce, p.whole, p.payload = ip[6], ip[1]>>4&ecnMask == ecnCE, ip[:total], ip[ipv6Len:total]
+		p.ect = ip[1]>>4&ecnMask != 0
 		p.remote = netip.AddrFrom16([16]byte(ip[8:24]))
 		if !p.skipOptions() {
 			return false
@@ -94,7 +96,8 @@ type segment struct {
 	end      uint32 // the sequence number behind it, SYN and FIN counted
 	wnd, urg uint16
 	flags    uint8
-	ce       bool
+	ae       bool
+	ce, ect  bool
 	data     []byte
 	options
 }
@@ -114,7 +117,7 @@ func (g *segment) parse(p *packet) bool {
 	g.from, g.to = be.Uint16(t), be.Uint16(t[2:])
 	g.seq, g.ack = be.Uint32(t[4:]), be.Uint32(t[8:])
 	g.flags, g.wnd, g.urg = t[13], be.Uint16(t[14:]), be.Uint16(t[18:])
-	g.ce, g.data = p.ce, t[head:]
+	g.ae, g.ce, g.ect, g.data = t[12]&1 != 0, p.ce, p.ect, t[head:]
 	g.end = g.seq + uint32(len(g.data))
 	if g.flags&syn != 0 {
 		g.end++

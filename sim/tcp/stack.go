@@ -4,6 +4,7 @@ package tcp
 
 import (
 	"cmp"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net/netip"
@@ -22,9 +23,12 @@ type Config struct {
 	NoSACK       bool
 	NoTimestamps bool
 	ECN          bool
-	RcvBuf       int // bytes, the largest window; 131072
-	SndBuf       int // bytes; 131072
-	Backlog      int // connections of a port that are not accepted yet, half-open ones too; 128
+	AccECN       bool // with ECN, and a peer that has it as well
+	SynCookies   bool // passive opens keep nothing before the handshake's last ACK
+	FastOpen     bool // data in SYNs, both ways
+	RcvBuf       int  // bytes, the largest window; 131072
+	SndBuf       int  // bytes; 131072
+	Backlog      int  // connections of a port that are not accepted yet, half-open ones too; 128
 
 	Autocork bool // hold data back while the connection's earlier frames wait for Take
 	NoNagle  bool // of new connections
@@ -87,6 +91,9 @@ type Stack struct {
 	slab  []byte
 	slabs int
 
+	cookieKey uint64                // of SYN cookies; 0: not drawn yet
+	cookies   map[netip.Addr][]byte // of peers, for fast open
+
 	datagrams []datagram
 	bad       int
 	ipID      uint16
@@ -109,6 +116,7 @@ func New(cfg Config, seed uint64) *Stack {
 	cfg.defaults()
 	s := &Stack{
 		cfg: cfg, is4: cfg.Addr.Is4(), addr16: cfg.Addr.As16(),
+		cookies: make(map[netip.Addr][]byte),
 		byTuple: make(map[tuple]*conn), ports: make(map[uint16]*listener),
 		due: never,
 	}
@@ -130,6 +138,7 @@ func (s *Stack) Clone() *Stack {
 	for port, l := range s.ports {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
 	}
+	n.cookies = maps.Clone(s.cookies) // a cookie does not change
 	n.conns = slices.Clone(s.conns)
 	room := make([]conn, len(s.live))
 	for i, c := range s.conns {
