@@ -118,7 +118,8 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 	case EvUnpark:
 		s.unpark()
 	case EvRemote:
-		if f := s.flows[ev.Seg.Tuple]; f != nil {
+		// Others are of a connection that had the same ports before.
+		if f := s.flows[ev.Seg.Tuple]; f != nil && f.inherited == ev.Seg.Inherited && (f.inherited || f.inc == ev.Seg.Inc) {
 			f.goesOn = true
 			s.acked(f, ev.Seg.ClientAck)
 		}
