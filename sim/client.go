@@ -236,7 +236,7 @@ func (c *client) answers(a *asking) {
 			if !bytes.Equal(got, want) {
 				w.failf("stream", "connection %d: other bytes in the answer to request %d", a.id, a.reply)
 			}
-		case 'P', 'Y', 'F':
+		case 'P', 'Y', 'F', 'O':
 			if string(got) != string(r.Kind)+"\n" {
 				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
 			}

@@ -97,6 +97,9 @@ func (w *world) observe(t *talk, p *packet, f flow, side int) {
 		if p.flags&64 != 0 {
 			w.reach("ECE of the " + who)
 		}
+		if p.ae && len(p.payload) > 0 {
+			w.reach("AccECN of the " + who)
+		}
 		if p.flags&128 != 0 {
 			w.reach("CWR of the " + who)
 		}

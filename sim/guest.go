@@ -314,6 +314,7 @@ type packet struct {
 	srcPort, dstPort uint16
 	seq, ack         uint32
 	flags, tos       byte
+	ae               bool // AccECN's third flag
 	win, urgent      uint16
 	opts, payload    []byte
 }
@@ -349,6 +350,7 @@ func parse(frame []byte) (p packet, ok bool) {
 	}
 	p.srcPort, p.dstPort = binary.BigEndian.Uint16(t), binary.BigEndian.Uint16(t[2:])
 	p.seq, p.ack = binary.BigEndian.Uint32(t[4:]), binary.BigEndian.Uint32(t[8:])
+	p.ae = t[12]&1 != 0
 	p.flags, p.win, p.urgent = t[13], binary.BigEndian.Uint16(t[14:]), binary.BigEndian.Uint16(t[18:])
 	p.opts, p.payload = t[20:off], t[off:]
 	return p, true

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"runtime"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
+
+var rounds = flag.Uint64("rounds", 1, "how often TestTCPFeatures runs each world, with another seed each time")
 
 // feature is something that TCP does, and worlds in which it is done.
 type feature struct {
@@ -49,6 +52,17 @@ var tcpFeatures = []feature{
 	{name: "ports again, closed by the client", script: "1 E100 N0 E100 N0 G3000", reached: []string{"ports again, client time-wait"}},
 	{name: "ports again, closed by the guest", script: "1 E100 N1 E100 N1 G3000", every: true, reached: []string{"ports again, client closed"}},
 	{name: "ECN", script: "1 G300000 P300000", tune: func(sc *Scenario) { sc.ECN, sc.Mark = 1, 30 }, reached: []string{"ECE of the guest", "ECE of the client", "CWR of the guest", "CWR of the client"}},
+	{name: "AccECN", script: "1 G300000 P300000", tune: func(sc *Scenario) { sc.ECN, sc.Mark = 2, 30 }, reached: []string{"AccECN of the guest", "AccECN of the client"}},
+	{name: "SYN cookies", script: "1 E100 G3000 N0 E100 N1 E3000", every: true, tune: func(sc *Scenario) { sc.SynCookies, sc.ECN = true, 1 }, reached: []string{"ports again, client closed"}},
+	{name: "SYN cookies without timestamps", script: "1 E100 G3000", every: true, tune: func(sc *Scenario) { sc.SynCookies, sc.NoTimestamps = true, true }},
+	{name: "fast open", script: "1 E100 N0 E3000 N1 E100", every: true, tune: func(sc *Scenario) { sc.FastOpen = true }, reached: []string{"data in a SYN of the client"}},
+	{name: "fast open by the guest", script: "1 E100 O0 E100 O0 E100 O1 E100", every: true, tune: func(sc *Scenario) { sc.FastOpen = true }, reached: []string{"data in a SYN of the guest"}},
+	{name: "older than the daemons", script: "1 E100 W1000 E3000 G9000 W1500 E100", every: true, daemons: true, reached: []string{"action kill-daemon", "takes over"}},
+	{name: "older than the pair", script: "1 E100 W1500 E3000 W2000 G9000 E100", tune: alone, reached: []string{"goes alone", "takes over"}},
+	{name: "two takeovers", script: "1 E100 G9000 W5500 E3000 W5000 E100", every: true, tune: func(sc *Scenario) {
+		sc.Actions = []Action{{At: 1300 * ms, Kind: "kill-qemu"}, {At: 7500 * ms, Kind: "kill-qemu", Host: 1}}
+		sc.SeqWrap, sc.TSWrap = 20000, 400
+	}, reached: []string{"takes over"}},
 	{name: "no timestamps", script: "1 E100 G100000 P100000", tune: func(sc *Scenario) { sc.NoTimestamps = true }},
 	{name: "no SACK", script: "1 E100 G100000 P100000", tune: func(sc *Scenario) { sc.NoSACK = true }},
 	{name: "no window scaling", script: "1 E100 G100000 P100000", tune: func(sc *Scenario) { sc.NoScale, sc.RcvBuf = true, 256<<10 }},
@@ -58,6 +72,12 @@ var tcpFeatures = []feature{
 	{name: "IPv6 extension headers", script: "1 E100 G100000 P100000", tune: func(sc *Scenario) { sc.IPv6, sc.HopOptions, sc.DestOptions, sc.MSS = true, true, true, 1424 }},
 	{name: "wraps", script: "1 E100 E300 G20000 P20000 W30 E100", every: true, tune: func(sc *Scenario) { sc.SeqWrap, sc.TSWrap = 20000, 400 },
 		reached: []string{"sequence numbers wrap, of the guest", "sequence numbers wrap, of the client", "timestamps wrap, of the client", "timestamps wrap, of the guest"}},
+}
+
+// alone: the secondary's host is lost, and the connection begins while the primary has no daemon.
+func alone(sc *Scenario) {
+	sc.Actions = []Action{{At: 400 * ms, Kind: "kill-host", Host: 1, For: 1 * s}, {At: 700 * ms, Kind: "kill-daemon", For: 600 * ms}}
+	sc.Healed = 1500 * ms
 }
 
 // resets: the guest resets the connection in a state.
@@ -119,12 +139,17 @@ func (f *feature) trouble(t *testing.T) (worlds []*Scenario) {
 	if f.every {
 		n = r.Crossed + 1
 	}
-	for i := range n {
+	for i := range n * int(*rounds) {
+		round := i / n
+		i %= n
 		behind := 1 + i*r.Crossed/n
 		for kind := range kinds {
-			sc := f.world(uint64(3*i + kind))
+			sc := f.world(uint64(1000*round + kinds*i + kind))
 			at := sc.Skew[0] % (500 * us) // before, while or after the guests work on it
 			first, then := "checkpoint", "kill-qemu"
+			if f.daemons {
+				first = "kill-daemon"
+			}
 			before := max(behind-int(sc.Skew[1]%4), 1)
 			switch later := sc.Skew[1] % (60 * ms); kind {
 			case 0:

@@ -16,7 +16,7 @@ import (
 var settings = []string{
 	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
 	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "Slots", "Skew", "Drift",
-	"IPv6", "HopOptions", "DestOptions", "ECN", "Mark", "Keepalive", "SeqWrap", "TSWrap", "Healed",
+	"IPv6", "HopOptions", "DestOptions", "SynCookies", "FastOpen", "ECN", "Mark", "Keepalive", "SeqWrap", "TSWrap", "Healed",
 }
 
 // String is the scenario as text, which [Parse] reads.

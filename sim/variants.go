@@ -14,14 +14,16 @@ import (
 type Variant struct {
 	IPv6                    bool
 	HopOptions, DestOptions bool // IPv6 extension headers
-	ECN                     int  // 1: RFC 3168
-	Mark                    int  // the network marks frames that can be marked, in 1/1000
+	SynCookies, FastOpen    bool
+	ECN                     int // 1: RFC 3168, 2: AccECN
+	Mark                    int // the network marks frames that can be marked, in 1/1000
 	Keepalive               int64
 	SeqWrap, TSWrap         int // numbers wrap so many bytes, or ticks, after a connection's beginning at most
 }
 
 func (v *Variant) config(c *tcp.Config) {
 	c.HopOptions, c.DestOptions, c.ECN = v.HopOptions, v.DestOptions, v.ECN > 0
+	c.AccECN, c.SynCookies, c.FastOpen = v.ECN > 1, v.SynCookies, v.FastOpen
 	c.Keepalive = duration(v.Keepalive)
 	c.SeqWrap, c.TSWrap = uint32(v.SeqWrap), uint32(v.TSWrap)
 }
@@ -184,6 +186,7 @@ func (c *client) move(a *asking) {
 			return
 		case state == tcp.TimeWait && a.dialAt <= w.now, state == tcp.Closed:
 			w.reach(fmt.Sprintf("ports again, client %v", state))
+			c.done(a)
 			c.goOnWith(a, c.stack.Dial(w.now, remote, port))
 		}
 		return
@@ -199,12 +202,11 @@ func (c *client) move(a *asking) {
 	if ok {
 		c.stack.Close(w.now, a.id)
 		w.reach("the guest opens a connection")
-		c.goOnWith(a, id)
+		c.goOnWith(a, id) // which the guest greets
 	}
 }
 
 func (c *client) goOnWith(a *asking, id tcp.ID) {
-	c.done(a)
 	a.id, a.in, a.shut, a.script = id, nil, false, script{}
 }
 
@@ -329,7 +331,7 @@ func (g *guest) variant(now int64, id tcp.ID, c *serving, kind byte, number func
 			port = 33000 + uint16(random()%20000)
 		}
 		id := g.stack.Dial(now, remote, port)
-		g.conns[id] = new(serving)
+		g.conns[id] = &serving{out: []byte("O\n")}
 		g.order = append(g.order, id)
 	}
 }

@@ -196,6 +196,10 @@ func (c *conn) inSynSent(now int64, g *segment) {
 		c.ecn = c.s.cfg.ECN && g.flags&(ece|cwr) == ece|cwr
 		c.state, c.simultaneous = SynReceived, true
 		c.sendSYN(now)
+		if c.deferred { // its own SYN has waited for data
+			c.deferred = false
+			c.snd.arm(timerHandshake, now+c.snd.rto)
+		}
 		return
 	}
 	c.ecn = c.s.cfg.ECN && g.flags&(ece|cwr) == ece
