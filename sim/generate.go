@@ -98,7 +98,7 @@ func drawConn(r *rand.Rand, key int) Conn {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		if k != clientAborts { // a connection has to expect it
+		if k != clientAborts && k != coveredDeath {
 			names = append(names, k)
 		}
 	}

@@ -60,7 +60,7 @@ var tcpFeatures = []feature{
 	{name: "older than the daemons", script: "1 E100 W1000 E3000 G9000 W1500 E100", every: true, daemons: true, reached: []string{"action kill-daemon", "takes over"}},
 	{name: "older than the pair", script: "1 E100 W1500 E3000 W2000 G9000 E100", tune: alone, reached: []string{"goes alone", "takes over"}},
 	{name: "two takeovers", script: "1 E100 G9000 W5500 E3000 W5000 E100", every: true, tune: func(sc *Scenario) {
-		sc.Actions = []Action{{At: 1300 * ms, Kind: "kill-qemu"}, {At: 7500 * ms, Kind: "kill-qemu", Host: 1}}
+		sc.Actions = []Action{{At: 4500 * ms, Kind: coveredDeath}}
 		sc.SeqWrap, sc.TSWrap = 20000, 400
 	}, reached: []string{"takes over"}},
 	{name: "no timestamps", script: "1 E100 G100000 P100000", tune: func(sc *Scenario) { sc.NoTimestamps = true }},
@@ -77,6 +77,7 @@ var tcpFeatures = []feature{
 // alone: the secondary's host is lost, and the connection begins while the primary has no daemon.
 func alone(sc *Scenario) {
 	sc.Actions = []Action{{At: 400 * ms, Kind: "kill-host", Host: 1, For: 1 * s}, {At: 700 * ms, Kind: "kill-daemon", For: 600 * ms}}
+	sc.Actions = append(sc.Actions, Action{At: 2 * s, Kind: coveredDeath})
 	sc.Healed = 1500 * ms
 }
 
@@ -146,7 +147,7 @@ func (f *feature) trouble(t *testing.T) (worlds []*Scenario) {
 		for kind := range kinds {
 			sc := f.world(uint64(1000*round + kinds*i + kind))
 			at := sc.Skew[0] % (500 * us) // before, while or after the guests work on it
-			first, then := "checkpoint", "kill-qemu"
+			first, then := "checkpoint", coveredDeath
 			if f.daemons {
 				first = "kill-daemon"
 			}

@@ -275,8 +275,20 @@ func (c *client) answered(a *asking, r *Request) {
 	}
 }
 
-// clientAborts is the action that resets a connection.
-const clientAborts = "client-aborts"
+// Actions that Generate does not draw: a client's connection is reset, which it has to expect; the QEMU that
+// serves dies, as soon as the other host can take over.
+const (
+	clientAborts = "client-aborts"
+	coveredDeath = "covered-death"
+)
+
+func (w *world) killCovered() {
+	if !w.covered() {
+		w.after(5*ms, w.killCovered)
+		return
+	}
+	w.begin(&Action{Kind: "kill-qemu", Host: w.check.speaker})
+}
 
 // abort has the client reset the first connection that it has.
 func (c *client) abort() {
