@@ -148,7 +148,7 @@ func TestEdge(t *testing.T) {
 	seq, ts := uint32(1000), uint32(5000) // the guest's
 	for family, f := range flows {
 		k.TB = t
-		k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS, Guard: guard, State: stInherited | stGuarded})
+		k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS, Guard: guard, IsnSvm: seq - 1, State: stInherited | stGuarded})
 		t.Run(family, func(t *testing.T) {
 			k.TB = t
 			raw := f.from(seg{seq: seq, ack: 6, flags: ack, opts: timestamps(ts, 1), payload: []byte("x")})
@@ -171,6 +171,9 @@ func TestEdge(t *testing.T) {
 			if got := k.slot(ev.Slot); !bytes.Equal(got, raw) {
 				t.Errorf("held\n% x, want\n% x", got, raw)
 			}
+			// The remote has not answered the handshake's last frame, so it is sent again.
+			again := f.from(seg{seq: seq - 1, ack: 9, flags: syn | ack, opts: withTS(ts, 1)})
+			k.turned(k.LsPriOut, markRel, again, f.from(seg{seq: seq - 1 - edge, ack: 9, flags: syn | ack, opts: withTS(ts-edgeTS+guard, 1)}), "released_out")
 			fresh := f.from(seg{seq: 77, ack: 9, flags: syn | ack, opts: withTS(5, 1)})
 			k.turned(k.LsPriOut, markRel, fresh, fresh, "released_out")
 			if k.edgeOf(f) != nil {
