@@ -25,6 +25,7 @@ type client struct {
 	stack  *tcp.Stack
 	conns  []*asking
 	wakeUp alarm
+	opened int      // connections by the guest
 	last   [2]int64 // when the newest frame arrives at the switch, and at the client
 }
 
@@ -169,7 +170,7 @@ func (c *client) work(a *asking) {
 		}
 		break
 	}
-	for a.next < len(a.plan.Requests) && a.rest <= w.now && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
+	for a.next < len(a.plan.Requests) && a.rest <= w.now && !a.moving && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
 		r := &a.plan.Requests[a.next]
 		if r.Kind == 'W' {
 			if a.reply < a.next {
@@ -206,8 +207,7 @@ func (c *client) work(a *asking) {
 		}
 	}
 	if a.reply == len(a.plan.Requests) && len(a.out) == 0 && !a.shut {
-		a.shut = true
-		c.stack.CloseWrite(w.now, a.id)
+		c.shut(a)
 	}
 }
 

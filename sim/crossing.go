@@ -62,6 +62,9 @@ func (w *world) cross(frame []byte, fromGuest bool) (arrives []byte, reset bool)
 func (w *world) observe(t *talk, p *packet, f flow, side int) {
 	who := sides[side]
 	own, other := &t.side[side], &t.side[1-side]
+	if side == 1 && p.syn() && p.option(3) == nil {
+		w.unscaled(f)
+	}
 	if p.syn() || p.rst() {
 		switch {
 		case p.rst():
@@ -116,6 +119,18 @@ func (w *world) observe(t *talk, p *packet, f flow, side int) {
 	}
 	if t.closes = t.closes || p.fin(); t.closes {
 		w.reach("closing: the guest in " + w.guestState(f))
+	}
+}
+
+// unscaled: the client does not scale windows, so the guest does not either, whatever its SYN has offered.
+func (w *world) unscaled(f flow) {
+	if v := w.check.flows[f]; v != nil {
+		v.scale = 0
+	}
+	for _, h := range w.hosts {
+		if q := h.qemu; q != nil && q.guest != nil && q.guest.said[f] != nil {
+			q.guest.said[f].scale = 0
+		}
 	}
 }
 

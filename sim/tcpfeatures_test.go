@@ -37,6 +37,7 @@ var tcpFeatures = []feature{
 	{name: "urgent data", script: "1 U1 U700 U3000 U40000", reached: []string{"urgent data of the guest", "urgent data of the client", "urgent data arrived"}},
 	{name: "half-close by the client", script: "3 E100 G200000 H0", reached: []string{"closing: the guest in close-wait"}},
 	{name: "half-close by the guest", script: "1 E100 F200000", reached: []string{"closing: the guest in fin-wait-2"}},
+	{name: "handshake", script: "1 W2500 E100", every: true, tune: func(sc *Scenario) { sc.NetDelay = 20 * ms }},
 	{name: "close by the client", script: "1 E100", every: true, reached: []string{"closing: the guest in last-ack"}},
 	{name: "close by the guest", script: "1 E100 Q-1", every: true, reached: []string{"closing: the guest in fin-wait-1", "closing: the guest in time-wait"}},
 	{name: "simultaneous close", script: "1 E100 Q2200", every: true, tune: func(sc *Scenario) { sc.NetDelay = 2 * ms }, reached: []string{"closing: the guest in closing"}},

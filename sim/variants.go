@@ -134,13 +134,14 @@ func (c *client) begin(a *asking, r *Request) (took, stop bool) {
 		}
 	case 'N':
 		a.moving = true
-		if r.N == 0 {
+		if r.N == 0 && c.stack.State(a.id) != tcp.SynSent { // else it would only be forgotten
 			c.shut(a)
 		} else {
 			a.out = append(a.out, "Q\n"...)
 		}
 	case 'O':
-		a.moving, a.port = true, uint16(30000+a.next)+uint16(w.rnd(rndClient).IntN(1000))*16
+		a.moving, a.port = true, 30000+uint16(c.opened)
+		c.opened++
 		c.stack.Listen(a.port)
 		a.out = fmt.Appendf(a.out, "O %d %d\n", a.port, r.N)
 		if r.N == 1 {
@@ -153,6 +154,9 @@ func (c *client) begin(a *asking, r *Request) (took, stop bool) {
 func (c *client) shut(a *asking) {
 	a.shut = true
 	c.stack.CloseWrite(c.w.now, a.id)
+	if c.stack.State(a.id) == tcp.Closed { // its SYN had waited for data
+		c.w.after(1*us, c.goOn)
+	}
 }
 
 // done: the request under way is over.
