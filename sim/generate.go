@@ -12,6 +12,13 @@ import (
 
 // Generate draws a scenario.
 func Generate(seed uint64) *Scenario {
+	sc := draw(seed)
+	drawVariant(sc)
+	return sc
+}
+
+// draw draws one in which TCP does only what is usual.
+func draw(seed uint64) *Scenario {
 	r := rand.New(rand.NewPCG(seed, 1<<40))
 	one := func(n int) bool { return r.IntN(n) == 0 }
 	sc := &Scenario{
@@ -50,7 +57,6 @@ func Generate(seed uint64) *Scenario {
 		at = min(at, 10*s)
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
-	drawVariant(sc)
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	return sc
 }
@@ -89,6 +95,9 @@ func drawScript(r *rand.Rand, sc *Scenario, c *Conn) {
 		}[r.IntN(5)]
 		if q.Kind == 'N' && (sc.NoTimestamps || sc.TSWrap > 0) {
 			continue // the ports of a connection in TIME-WAIT cannot be used again
+		}
+		if q.Kind == 'O' && sc.SynCookies {
+			q.N &^= 1 // a client that listens and dials at once forgets which of both it was
 		}
 		c.Requests = slices.Insert(c.Requests, r.IntN(len(c.Requests)+1), q)
 	}
