@@ -81,6 +81,9 @@ func drawVariant(sc *Scenario) {
 	}
 	if one(2) {
 		sc.Keepalive = 200*ms + r.Int64N(2*s)
+		if len(sc.Actions) > 0 {
+			sc.Keepalive += 2 * s // nine probes have to last longer than what is broken
+		}
 	}
 	for i := range sc.Conns {
 		drawScript(r, sc, &sc.Conns[i])

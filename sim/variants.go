@@ -118,6 +118,9 @@ func (c *client) begin(a *asking, r *Request) (took, stop bool) {
 	case 'Y', 'F':
 		a.out = fmt.Appendf(a.out, "%c %d\n", r.Kind, r.N)
 	case 'H':
+		if c.stack.State(a.id) == tcp.SynSent && c.stack.Unsent(a.id) > 0 { // that would be forgotten, too
+			return false, true
+		}
 		c.shut(a)
 	case 'Q':
 		a.out = append(a.out, "Q\n"...)
