@@ -117,7 +117,7 @@ func (g *guest) serve(now int64, random func() uint32) {
 				}
 				c.out = c.out[g.write(now, id, c, some):]
 			}
-			if len(c.out) > 0 || c.waiting || c.sleeps(now) {
+			if c.sleeps(now) || len(c.out) > 0 || c.waiting {
 				break
 			}
 			n, eof := g.stack.Read(now, id, buf[:])
