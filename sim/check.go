@@ -105,6 +105,9 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		v.acked, v.ack = true, p.ack
 	}
 	if ts, ok := p.timestamp(); ok {
+		if p.syn() && w.sc.SynCookies {
+			return // its low bits are options
+		}
 		if v.stamped && after(v.stamp, ts) {
 			w.failf("timestamp", "%s: %v has timestamp %d, and %d has left before", h.name, *p, ts, v.stamp)
 		}
