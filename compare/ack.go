@@ -5,7 +5,7 @@ package compare
 import "time"
 
 // side is what one side acknowledged: the highest ACK, the right edge of the
-// window, the newest raw window at that ACK, and the newest echo of the remote's
+// window, the newest raw window of unknown scale at that ACK, and the newest echo of the remote's
 // timestamps that came with it.
 type side struct {
 	ok, echoes bool
@@ -18,6 +18,9 @@ type side struct {
 // window, grew. An unknown scale counts as 0, which understates the edge.
 func (d *side) update(ack uint32, win uint16, scale int8, opts []byte) (ackGrew, grew bool) {
 	edge := ack + uint32(win)<<max(scale, 0)
+	if scale != scaleUnknown {
+		win >>= maxScale // a SYN's, which is not scaled: a window behind it may be, and is no larger then
+	}
 	switch {
 	case !d.ok:
 		*d = side{ok: true, ack: ack, edge: edge, win: win}
@@ -72,7 +75,10 @@ const (
 	maxMarks = 64
 )
 
-const scaleUnknown = -1
+const (
+	scaleUnknown = -1
+	maxScale     = 14 // RFC 7323
+)
 
 // ackState is what the guests acknowledged of the remote's stream, and what has been
 // transmitted of it (R2): never more than both guests have. All three only grow, but
@@ -216,6 +222,9 @@ func (a *ackState) transmit(f Flags, pvmAlone bool) (ack uint32, win uint16) {
 	}
 	a.sent = m
 	a.sent.edge = edge
+	if a.scaleOf(f) != scaleUnknown {
+		a.sent.win >>= maxScale
+	}
 	return m.ack, m.win
 }
 

@@ -138,7 +138,7 @@ func (p *Primary) svm(s *Segment) {
 		}
 	}
 	if s.Flags&RST != 0 {
-		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && c.accept(s) {
+		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && c.accept(s) && !refuses(s.Flags, s.Seq) {
 			r.same = true
 			c.svmRST = r
 		} else if s.Inherited {
@@ -206,7 +206,7 @@ func (p *Primary) answer(s *Segment) {
 	}
 }
 
-// client notes a SYN|ACK, FIN or RST of the remote.
+// client notes a SYN, FIN or RST of the remote.
 func (p *Primary) client(s *Segment) {
 	c := p.conns.byTuple[s.Tuple]
 	if c == nil {
@@ -216,8 +216,8 @@ func (p *Primary) client(s *Segment) {
 	switch {
 	case s.Flags&RST != 0:
 		c.clientRST = true
-	case s.Flags&(SYN|ACK) == SYN|ACK && c.syn.seen && c.acks.scale == scaleUnknown && len(s.Opts) > 0:
-		// The answer to an active open settles whether windows are scaled.
+	case s.Flags&SYN != 0 && c.syn.seen && c.acks.scale == scaleUnknown && len(s.Opts) > 0:
+		// The answer to an active open, or the SYN that crosses it, settles whether windows are scaled.
 		_, taken := wscale(s.Opts)
 		c.acks.scaleBy(c.syn.opts.bytes(), taken)
 	}

@@ -147,7 +147,7 @@ func (c *conn) matchRST() bool {
 	}
 	h, r := &c.held.rst, &c.svmRST
 	same := h.start == r.seq && (h.flags&ACK == 0 || h.ack == r.ack) && (h.flags^r.flags)&0xff == 0 // of a record P has no more
-	if !same && (!r.same || !c.pvmSeen) {
+	if !same && (!r.same || !c.pvmSeen || refuses(h.flags, h.start)) {
 		return false
 	}
 	// The remote believes a RST only at the very position it expects (RFC 5961).
@@ -161,13 +161,16 @@ func (c *conn) matchRST() bool {
 // none of the connection's, and the remote must not believe it.
 func (c *conn) releaseRST(atEnd bool) {
 	h := c.held.takeRST()
-	seq := h.start
-	if atEnd && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
+	seq, refuses := h.start, refuses(h.flags, h.start)
+	if atEnd && !refuses && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
 		seq = c.released
 	}
-	c.sendRST(&h, seq, c.pvmSeen)
+	c.sendRST(&h, seq, c.pvmSeen && !refuses)
 	c.rstSent = true
 }
+
+// refuses reports whether a RST answers a SYN that no connection is there for: it is of none, also if one has its ports.
+func refuses(f Flags, seq uint32) bool { return f&(RST|ACK) == RST|ACK && seq == 0 }
 
 // sameBytes takes in whether what became known of the SVM's stream agrees with what was.
 // An SVM that transmits other bytes at the same position is in doubt.

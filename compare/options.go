@@ -63,7 +63,7 @@ func tsOpt(b []byte) []byte {
 // wscale gives the window scale that a SYN's options offer (RFC 7323: at most 14).
 func wscale(b []byte) (scale uint8, ok bool) {
 	if o := findOpt(b, optWScale); len(o) == 3 {
-		return min(o[2], 14), true
+		return min(o[2], maxScale), true
 	}
 	return 0, false
 }

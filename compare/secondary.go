@@ -77,6 +77,7 @@ type frameCopy struct {
 	payload    []byte
 	slot       Slot
 	large      bool // of the slot
+	syn        bool
 	link       link[*frameCopy]
 }
 
@@ -118,17 +119,20 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 	case EvUnpark:
 		s.unpark()
 	case EvRemote:
-		if f := s.flows[ev.Seg.Tuple]; f != nil {
+		// Others are of a connection that had the same ports before.
+		if f := s.flows[ev.Seg.Tuple]; f != nil && f.inherited == ev.Seg.Inherited && (f.inherited || f.inc == ev.Seg.Inc) {
 			f.goesOn = true
 			s.acked(f, ev.Seg.ClientAck)
 		}
 	case EvTakeOver:
 		s.alone = true
 		for s.copies.first != nil { // in the order in which the SVM transmitted them
-			k := s.copies.first.of
-			if k.of.goesOn || s.off(mutEnded) {
+			switch k := s.copies.first.of; {
+			case k.syn:
+				s.free(k, ReasonVoid) // the tables would take it for a new connection's; the guest repeats it
+			case k.of.goesOn || s.off(mutEnded):
 				s.replay(s.remove(k))
-			} else {
+			default:
 				s.free(k, ReasonVoid) // the connection is over, and may be another one's by now
 			}
 		}
@@ -177,13 +181,16 @@ func (s *Secondary) keep(seg *Segment) {
 		f = nil
 	}
 	start := seg.PayloadStart()
-	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot, large: seg.Large}
+	k := &frameCopy{start: start, end: start + seg.Len, payload: seg.Payload, slot: seg.Slot, large: seg.Large, syn: seg.Flags&SYN != 0}
 	if f != nil {
 		s.acked(f, seg.ClientAck)
 		f = s.flows[seg.Tuple] // the last copy takes its flow along
 	}
 	switch {
 	case seg.Slot == NoSlot:
+		return
+	case s.alone && k.syn:
+		s.drop(seg.Slot, ReasonVoid) // as in a takeover
 		return
 	case seg.Len == 0 || int64(len(seg.Payload)) != int64(seg.Len):
 		s.drop(seg.Slot, ReasonMalformed)

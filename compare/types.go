@@ -150,7 +150,7 @@ const (
 	// what was parked, in order.
 	EvReset
 	EvUnpark
-	// EvRemote (S): the connection Seg.Tuple goes on at a takeover, and its remote has
+	// EvRemote (S): the connection Seg.Tuple, incarnation Seg.Inc or Seg.Inherited, goes on at a takeover, and its remote has
 	// acknowledged up to Seg.ClientAck; 0: that is not known.
 	EvRemote
 	// EvTakeOver (S), after EvRemote for each connection: what the SVM transmits leaves

@@ -78,7 +78,10 @@ func (c *conntrack) Sweep(linger, idle time.Duration) (int, error) {
 // Offsets implements [datapath.NIC].
 func (c *conntrack) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	if err := each(c.conns, func(k bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
-		yield(core.FromTuple(&k), datapath.Offset{Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, ClientAck: v.CliAck, Last: int64(v.Last), State: rewriter.State(v.State).String()})
+		state := rewriter.State(v.State)
+		yield(core.FromTuple(&k), datapath.Offset{
+			Seq: v.Off, TS: v.TsOff, Incarnation: v.Inc, Inherited: state&rewriter.Inherited != 0, ClientAck: v.CliAck, Last: int64(v.Last), State: state.String(),
+		})
 	}); err != nil {
 		return fmt.Errorf("list connections: %w", err)
 	}

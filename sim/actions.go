@@ -138,6 +138,8 @@ var actions = map[string]action{
 		ofDaemon(w, h, func(d *daemon) { d.unlink(d.link, false) })
 	}),
 	"start-primary":   once(true, func(_ *world, h *host) { h.startDaemon(datapath.RolePrimary) }),
+	clientAborts:      once(false, func(w *world, _ *host) { w.client.abort() }),
+	coveredDeath:      once(false, func(w *world, _ *host) { w.killCovered() }),
 	"start-secondary": once(false, func(_ *world, h *host) { h.startDaemon(datapath.RoleSecondary) }),
 }
 

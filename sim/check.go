@@ -105,6 +105,9 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		v.acked, v.ack = true, p.ack
 	}
 	if ts, ok := p.timestamp(); ok {
+		if p.syn() && w.sc.SynCookies {
+			return // its low bits are options
+		}
 		if v.stamped && after(v.stamp, ts) {
 			w.failf("timestamp", "%s: %v has timestamp %d, and %d has left before", h.name, *p, ts, v.stamp)
 		}
@@ -124,6 +127,9 @@ func (w *world) released(h *host, p *packet, v *wire) {
 	if theirs == nil {
 		w.failf("release", "%s releases %v, and the SVM knows nothing of the connection", h.name, *p)
 		return
+	}
+	if theirs.isn != v.isn {
+		w.reach("guests' ISNs differ")
 	}
 	if p.hasACK() {
 		shift := v.scale

@@ -13,8 +13,10 @@ import (
 )
 
 var (
-	guestAddr  = netip.AddrFrom4([4]byte{10, 0, 0, 1})
-	clientAddr = netip.AddrFrom4([4]byte{10, 0, 0, 2})
+	guestAddr   = netip.AddrFrom4([4]byte{10, 0, 0, 1})
+	clientAddr  = netip.AddrFrom4([4]byte{10, 0, 0, 2})
+	guestAddr6  = netip.MustParseAddr("fd00::1")
+	clientAddr6 = netip.MustParseAddr("fd00::2")
 )
 
 // client is everybody outside the pair: one stack with many connections.
@@ -23,6 +25,7 @@ type client struct {
 	stack  *tcp.Stack
 	conns  []*asking
 	wakeUp alarm
+	opened int      // connections by the guest
 	last   [2]int64 // when the newest frame arrives at the switch, and at the client
 }
 
@@ -44,6 +47,7 @@ type asking struct {
 	moved int64 // when it last read, or wrote
 	wrote uint32
 	sent  []int64 // when each request was
+	script
 }
 
 func newClient(w *world) *client {
@@ -51,14 +55,14 @@ func newClient(w *world) *client {
 	c.wakeUp.do = c.goOn
 	cfg := w.sc.stack()
 	cfg.MAC, cfg.PeerMAC = [6]byte{2, 0, 0, 0, 0, 2}, [6]byte{2, 0, 0, 0, 0, 1}
-	cfg.Addr, cfg.Secret = clientAddr, w.rnd(rndClient).Uint64()
+	cfg.Addr, cfg.Secret = w.sc.clientAddr(), w.rnd(rndClient).Uint64()
 	c.stack = tcp.New(cfg, w.rnd(rndClient).Uint64())
 	for i := range w.sc.Conns {
 		a := &asking{plan: &w.sc.Conns[i]}
 		c.conns = append(c.conns, a)
 		w.after(a.plan.At, func() {
 			a.begun, a.open = true, true
-			a.id = c.stack.Dial(w.now, netip.AddrPortFrom(guestAddr, servicePort), uint16(20000+i))
+			a.id = c.stack.Dial(w.now, netip.AddrPortFrom(w.sc.guestAddr(), servicePort), uint16(20000+i))
 			c.goOn()
 		})
 	}
@@ -68,6 +72,7 @@ func newClient(w *world) *client {
 // receive is a frame from the switch.
 func (c *client) receive(frame []byte) {
 	w, sc := c.w, c.w.sc
+	frame, _ = w.cross(frame, true)
 	if w.chance(rndNet, sc.NetLoss) {
 		return
 	}
@@ -102,12 +107,18 @@ func (c *client) goOn() {
 		if w.chance(rndNet, w.sc.NetLoss) {
 			continue
 		}
-		w.after(c.delay(0), func() { w.hosts[w.port].fromWire(f) })
+		f, reset := w.cross(f, false)
+		w.after(c.delay(0), func() {
+			if reset {
+				w.meets(f)
+			}
+			w.hosts[w.port].fromWire(f)
+		})
 	}
 	next := c.stack.NextDeadline()
 	for _, a := range c.conns {
-		if a.open && a.rest > w.now {
-			next = min(next, a.rest)
+		if a.open {
+			next = min(next, a.wakeAt(w.now))
 		}
 	}
 	if next == math.MaxInt64 {
@@ -121,7 +132,9 @@ func (c *client) goOn() {
 func (c *client) work(a *asking) {
 	w := c.w
 	var buf [4096]byte
-	for {
+	c.due(a)
+	for a.deaf <= w.now {
+		c.urgent(a)
 		n, eof := c.stack.Read(w.now, a.id, buf[:])
 		a.in = append(a.in, buf[:n]...)
 		if n > 0 {
@@ -134,14 +147,20 @@ func (c *client) work(a *asking) {
 		state := c.stack.State(a.id)
 		if err := c.stack.Err(a.id); err != nil {
 			a.open, a.ended, a.broke = false, true, true
-			w.reach("connection broken")
 			w.logf("client: connection %d: %v", a.id, err)
+			if c.expects(a, err) {
+				return
+			}
+			w.reach("connection broken")
 			if !a.lost {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return
 		}
 		if eof || state == tcp.Closed {
+			if c.ends(a, state) {
+				break
+			}
 			if a.reply < len(a.plan.Requests) {
 				w.failf("stream", "connection %d ended by the guest at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
@@ -151,7 +170,7 @@ func (c *client) work(a *asking) {
 		}
 		break
 	}
-	for a.next < len(a.plan.Requests) && a.rest <= w.now && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
+	for a.next < len(a.plan.Requests) && a.rest <= w.now && !a.moving && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
 		r := &a.plan.Requests[a.next]
 		if r.Kind == 'W' {
 			if a.reply < a.next {
@@ -160,6 +179,11 @@ func (c *client) work(a *asking) {
 			a.rest = w.now + r.N*ms
 			a.next, a.reply = a.next+1, a.reply+1
 			break
+		}
+		if took, stop := c.begin(a, r); stop {
+			break
+		} else if took {
+			continue
 		}
 		a.next++
 		a.sent = append(a.sent, w.now)
@@ -177,14 +201,13 @@ func (c *client) work(a *asking) {
 		}
 	}
 	if len(a.out) > 0 {
-		n := c.stack.Write(w.now, a.id, a.out)
+		n := c.write(a)
 		if a.out = a.out[n:]; n > 0 {
 			a.moved = w.now
 		}
 	}
-	if a.reply == len(a.plan.Requests) && !a.shut {
-		a.shut = true
-		c.stack.CloseWrite(w.now, a.id)
+	if a.reply == len(a.plan.Requests) && len(a.out) == 0 && !a.shut {
+		c.shut(a)
 	}
 }
 
@@ -197,7 +220,7 @@ func (c *client) answers(a *asking) {
 		n := 0
 		switch r.Kind {
 		case 'W':
-		case 'E', 'G':
+		case 'E', 'G', 'U':
 			if n = int(r.N); len(a.in) < n {
 				return
 			}
@@ -209,12 +232,12 @@ func (c *client) answers(a *asking) {
 		}
 		got := a.in[:n]
 		switch r.Kind {
-		case 'E', 'G':
+		case 'E', 'G', 'U':
 			if !bytes.Equal(got, want) {
 				w.failf("stream", "connection %d: other bytes in the answer to request %d", a.id, a.reply)
 			}
-		case 'P':
-			if string(got) != "P\n" {
+		case 'P', 'Y', 'F', 'O':
+			if string(got) != string(r.Kind)+"\n" {
 				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
 			}
 		case 'S', 'R':
@@ -234,6 +257,7 @@ func (c *client) answers(a *asking) {
 				w.failf("stream", "connection %d: answer %q to request %d", a.id, got, a.reply)
 			}
 		}
+		c.answered(a, r)
 		a.in = slices.Delete(a.in, 0, n)
 		w.check.waited += w.now - a.sent[0]
 		a.sent = a.sent[1:]

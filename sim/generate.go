@@ -6,10 +6,19 @@ import (
 	"cmp"
 	"math/rand/v2"
 	"slices"
+
+	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
 
 // Generate draws a scenario.
 func Generate(seed uint64) *Scenario {
+	sc := draw(seed)
+	drawVariant(sc)
+	return sc
+}
+
+// draw draws one in which TCP does only what is usual.
+func draw(seed uint64) *Scenario {
 	r := rand.New(rand.NewPCG(seed, 1<<40))
 	one := func(n int) bool { return r.IntN(n) == 0 }
 	sc := &Scenario{
@@ -50,6 +59,63 @@ func Generate(seed uint64) *Scenario {
 	}
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	return sc
+}
+
+// drawVariant has one scenario of four do unusual things with TCP. It has random numbers of its own, so that all
+// else is what it is without.
+func drawVariant(sc *Scenario) {
+	r := rand.New(rand.NewPCG(sc.Seed, 1<<41))
+	one := func(n int) bool { return r.IntN(n) == 0 }
+	if !one(4) {
+		return
+	}
+	if one(3) {
+		sc.IPv6, sc.HopOptions, sc.DestOptions = true, one(2), one(2)
+	}
+	sc.SynCookies, sc.FastOpen = one(4), one(4)
+	if sc.ECN = r.IntN(3); sc.ECN > 0 {
+		sc.Mark = r.IntN(40)
+	}
+	if one(3) && !sc.SynCookies { // which know nothing of a beginning
+		sc.SeqWrap, sc.TSWrap = 1+r.IntN(100000), 1+r.IntN(10000)
+	}
+	if one(2) {
+		sc.Keepalive = 200*ms + r.Int64N(2*s)
+		if len(sc.Actions) > 0 {
+			sc.Keepalive += 2 * s // nine probes have to last longer than what is broken
+		}
+	}
+	for i := range sc.Conns {
+		drawScript(r, sc, &sc.Conns[i])
+	}
+}
+
+// drawScript adds to a connection what is about the connection itself.
+func drawScript(r *rand.Rand, sc *Scenario, c *Conn) {
+	for range r.IntN(4) {
+		q := []Request{
+			{'U', 1 + r.Int64N(5000)}, {'Z', r.Int64N(1500)}, {'Y', r.Int64N(1500)}, {'O', r.Int64N(3)}, {'N', r.Int64N(2)},
+		}[r.IntN(5)]
+		if q.Kind == 'N' && (sc.NoTimestamps || sc.TSWrap > 0) {
+			continue // the ports of a connection in TIME-WAIT cannot be used again
+		}
+		if q.Kind == 'O' && sc.SynCookies {
+			q.N &^= 1 // a client that listens and dials at once forgets which of both it was
+		}
+		c.Requests = slices.Insert(c.Requests, r.IntN(len(c.Requests)+1), q)
+	}
+	switch r.IntN(6) {
+	case 0:
+		c.Requests = append(c.Requests, Request{'H', 0})
+	case 1:
+		c.Requests = append(c.Requests, Request{'F', 1 + r.Int64N(50000)})
+	case 2:
+		c.Requests = append(c.Requests, Request{'Q', r.Int64N(3*sc.NetDelay/us) - 1})
+	case 3:
+		if sc.Keepalive > 0 { // else nobody notices a RST that is lost
+			c.Requests = append(c.Requests, Request{'X', int64(tcp.Established) + r.Int64N(6)})
+		}
+	}
 }
 
 // drawCount draws how much goes wrong: mostly little, so that what is asked of a pair that met
@@ -98,7 +164,9 @@ func drawConn(r *rand.Rand, key int) Conn {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		names = append(names, k)
+		if k != clientAborts && k != coveredDeath {
+			names = append(names, k)
+		}
 	}
 	slices.Sort(names)
 	return names

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"net/netip"
 	"slices"
 	"strconv"
 
@@ -33,6 +34,7 @@ type serving struct {
 	waiting bool   // for the disk
 	eof     bool   // the client sends no more
 	closed  bool
+	ending
 }
 
 // diskRequest is one of the guest's.
@@ -82,6 +84,11 @@ func (g *guest) start(now int64) { g.since = now }
 // wakeAt is when the guest has something to do, on the host's clock; math.MaxInt64: never.
 func (g *guest) wakeAt() int64 {
 	d := g.stack.NextDeadline()
+	for _, id := range g.order {
+		if at := g.conns[id].sleep; at > 0 {
+			d = min(d, at)
+		}
+	}
 	if d == math.MaxInt64 {
 		return d
 	}
@@ -108,9 +115,9 @@ func (g *guest) serve(now int64, random func() uint32) {
 				if random()%16 == 0 {
 					some = 1 + int(random())%some
 				}
-				c.out = c.out[g.stack.Write(now, id, c.out[:some]):]
+				c.out = c.out[g.write(now, id, c, some):]
 			}
-			if len(c.out) > 0 || c.waiting {
+			if c.sleeps(now) || len(c.out) > 0 || c.waiting {
 				break
 			}
 			n, eof := g.stack.Read(now, id, buf[:])
@@ -119,7 +126,7 @@ func (g *guest) serve(now int64, random func() uint32) {
 				break
 			}
 		}
-		if c.eof && len(c.in) == 0 && len(c.out) == 0 && !c.waiting && !c.closed {
+		if g.end(now, id, c); c.eof && len(c.in) == 0 && len(c.out) == 0 && !c.waiting && !c.closed && c.abort == 0 {
 			c.closed = true
 			g.stack.Close(now, id)
 		}
@@ -152,6 +159,8 @@ func (g *guest) interrupted() bool {
 //	R k   the value of key k, from the disk
 //	T     a number that no two guests share
 //	Q     the end
+//
+// and what is in variants.go.
 func (g *guest) request(now int64, id tcp.ID, c *serving, random func() uint32) bool {
 	if c.body > 0 {
 		n := min(c.body, len(c.in))
@@ -159,7 +168,7 @@ func (g *guest) request(now int64, id tcp.ID, c *serving, random func() uint32) 
 			c.out = append(c.out, c.in[:n]...)
 		}
 		c.in = c.in[n:]
-		if c.body -= n; c.body == 0 && !c.echo {
+		if c.body -= n; c.body == 0 && !c.echo && !c.half {
 			c.out = append(c.out, "P\n"...)
 		}
 		return n > 0
@@ -199,6 +208,8 @@ func (g *guest) request(now int64, id tcp.ID, c *serving, random func() uint32) 
 	case 'Q':
 		c.closed = true
 		g.stack.Close(now, id)
+	default:
+		g.variant(now, id, c, word[0][0], number, random)
 	}
 	return true
 }
@@ -232,7 +243,7 @@ var patterns = func() []byte {
 
 // flow names a connection of the guest's by the remote's port and address, and its own port.
 type flow struct {
-	remote     [4]byte
+	remote     netip.Addr
 	remotePort uint16
 	guestPort  uint16
 }
@@ -299,34 +310,48 @@ func after(a, b uint32) bool { return int32(a-b) > 0 }
 
 // packet is a TCP segment as it is on the wire.
 type packet struct {
-	src, dst         [4]byte
+	src, dst         netip.Addr
 	srcPort, dstPort uint16
 	seq, ack         uint32
-	flags            byte
-	win              uint16
+	flags, tos       byte
+	ae               bool // AccECN's third flag
+	win, urgent      uint16
 	opts, payload    []byte
 }
 
-// parse takes an Ethernet frame with IPv4 and TCP apart; false: it is something else.
+// parse takes an Ethernet frame with IP and TCP apart; false: it is something else.
 func parse(frame []byte) (p packet, ok bool) {
-	if len(frame) < 54 || frame[12] != 8 || frame[13] != 0 || frame[23] != 6 {
+	var t []byte
+	switch {
+	case len(frame) >= 54 && frame[12] == 8 && frame[13] == 0 && frame[23] == 6:
+		ip := frame[14:]
+		total, hl := int(binary.BigEndian.Uint16(ip[2:])), int(ip[0]&15)*4
+		if total > len(ip) || total < hl+20 {
+			return p, false
+		}
+		p.src, p.dst, p.tos = netip.AddrFrom4([4]byte(ip[12:])), netip.AddrFrom4([4]byte(ip[16:])), ip[1]
+		t = ip[hl:total]
+	case len(frame) >= 74 && frame[12] == 0x86 && frame[13] == 0xdd:
+		ip := frame[14:]
+		p.src, p.dst, p.tos = netip.AddrFrom16([16]byte(ip[8:])), netip.AddrFrom16([16]byte(ip[24:])), ip[0]<<4|ip[1]>>4
+		next := ip[6]
+		for t = ip[40:]; next == 0 || next == 60; { // options
+			next, t = t[0], t[8*(1+int(t[1])):]
+		}
+		if next != 6 {
+			return p, false
+		}
+	default:
 		return p, false
 	}
-	ip := frame[14:]
-	total, hl := int(binary.BigEndian.Uint16(ip[2:])), int(ip[0]&15)*4
-	if total > len(ip) || total < hl+20 {
-		return p, false
-	}
-	t := ip[hl:total]
 	off := int(t[12]>>4) * 4
 	if off < 20 || off > len(t) {
 		return p, false
 	}
-	copy(p.src[:], ip[12:])
-	copy(p.dst[:], ip[16:])
 	p.srcPort, p.dstPort = binary.BigEndian.Uint16(t), binary.BigEndian.Uint16(t[2:])
 	p.seq, p.ack = binary.BigEndian.Uint32(t[4:]), binary.BigEndian.Uint32(t[8:])
-	p.flags, p.win = t[13], binary.BigEndian.Uint16(t[14:])
+	p.ae = t[12]&1 != 0
+	p.flags, p.win, p.urgent = t[13], binary.BigEndian.Uint16(t[14:]), binary.BigEndian.Uint16(t[18:])
 	p.opts, p.payload = t[20:off], t[off:]
 	return p, true
 }

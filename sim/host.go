@@ -157,7 +157,7 @@ func (h *host) turn() {
 func (w *world) guestConfig() tcp.Config {
 	c := w.sc.stack()
 	c.MAC, c.PeerMAC = [6]byte{2, 0, 0, 0, 0, 1}, [6]byte{2, 0, 0, 0, 0, 2}
-	c.Addr = guestAddr
+	c.Addr = w.sc.guestAddr()
 	c.Secret = w.rnd(rndQEMU).Uint64()
 	return c
 }

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"cmp"
 	"net"
 	"runtime/debug"
 	"slices"
@@ -34,6 +35,8 @@ type Scenario struct {
 	Slots                int
 	Skew                 [2]int64 // of the hosts' clocks
 	Drift                [2]int64 // in parts per million
+	Variant                       // of TCP
+	Healed               int64    // when everything that was broken is mended; 0: after 15 s
 
 	Conns   []Conn
 	Actions []Action
@@ -46,7 +49,7 @@ type Conn struct {
 	Requests  []Request
 }
 
-// Request is what a client asks for: see guest.request. 'W' is to wait, N ms.
+// Request is what a client asks for: see guest.request and variants.go. 'W' is to wait, N ms.
 type Request struct {
 	Kind byte
 	N    int64
@@ -54,17 +57,20 @@ type Request struct {
 
 // Action is something that happens to the world. What lasts, lasts For.
 type Action struct {
-	At   int64
-	Kind string // one of actions
-	Host int
-	For  int64
+	Behind int // so many frames between guest and clients, and At after that
+	At     int64
+	Kind   string // one of actions
+	Host   int
+	For    int64
 }
 
 func (sc *Scenario) stack() tcp.Config {
-	return tcp.Config{
+	c := tcp.Config{
 		MSS: sc.MSS, NoSACK: sc.NoSACK, NoTimestamps: sc.NoTimestamps, NoScale: sc.NoScale, Autocork: sc.Autocork,
 		RcvBuf: sc.RcvBuf, WindowScale: 7,
 	}
+	sc.Variant.config(&c)
+	return c
 }
 
 func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Options {
@@ -100,6 +106,8 @@ type Result struct {
 	Compared int           // of those, the ones that the SVM had to have sent
 	Lost     bool          // the guest was, and another one was booted
 	Idle     bool          // nobody serves at the end
+	Open     int           // connections that the guest has at the end, but for those in TIME-WAIT
+	Crossed  int           // frames between guest and clients
 	Log      []string      // what happened, if it was asked for
 }
 
@@ -112,7 +120,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 			r.Fault, r.Log, r.Reached = w.fault, w.lines, w.reached
 		}
 	}()
-	w.logging, w.mutation = log, mutation
+	w.logging, w.mutation, w.begin = log, mutation, w.act
 	w.check = check{flows: map[flow]*wire{}, confirmed: map[uint32]uint32{}}
 	w.arbiter = &arbiter{w: w}
 	for i := range w.hosts {
@@ -123,10 +131,13 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	w.hosts[1].boot(datapath.RoleSecondary, false)
 	for i := range sc.Actions {
 		a := &sc.Actions[i]
-		w.after(a.At, func() { w.act(a) })
+		if a.Behind == 0 {
+			w.after(a.At, func() { w.act(a) })
+		}
 	}
+	healed := cmp.Or(sc.Healed, int64(healed))
 	w.run(healed)
-	for t := int64(healed); w.fault == nil && t < finished; t += 1 * s {
+	for t := healed; w.fault == nil && t < finished; t += 1 * s {
 		w.mend()
 		w.run(t + 1*s)
 		if w.client.ended() && t > healed+3*s {
@@ -137,7 +148,10 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 		w.quiet()
 	}
 	r = Result{Reached: w.reached, Events: w.steps, Answers: w.check.answers, Waited: time.Duration(w.check.waited), Frames: w.check.frames, Compared: w.check.compared, Lost: w.guestLost, Idle: !w.serves(), Log: w.lines}
-	r.Fault = w.fault
+	r.Fault, r.Crossed = w.fault, w.crossed
+	if q := w.hosts[w.check.speaker].qemu; q != nil && q.guest != nil {
+		r.Open = q.guest.stack.Open()
+	}
 	for _, h := range w.hosts {
 		h.dropNIC()
 	}

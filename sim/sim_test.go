@@ -199,7 +199,7 @@ func TestMutations(t *testing.T) {
 
 // calm is a scenario in which nothing goes wrong but loss, and what is given.
 func calm(seed uint64, actions ...Action) *Scenario {
-	sc := Generate(seed)
+	sc := draw(seed)
 	sc.Actions, sc.RefuseCheckpoint, sc.Period = actions, 0, 300*ms
 	sc.PeerLoss, sc.PeerReorder = 15, 10
 	for i := range sc.Conns {

@@ -16,6 +16,7 @@ import (
 var settings = []string{
 	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
 	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "Slots", "Skew", "Drift",
+	"IPv6", "HopOptions", "DestOptions", "SynCookies", "FastOpen", "ECN", "Mark", "Keepalive", "SeqWrap", "TSWrap", "Healed",
 }
 
 // String is the scenario as text, which [Parse] reads.
@@ -35,6 +36,9 @@ func (sc *Scenario) String() string {
 		b.WriteByte('\n')
 	}
 	for _, a := range sc.Actions {
+		if a.Behind > 0 {
+			fmt.Fprintf(&b, "behind %d ", a.Behind)
+		}
 		fmt.Fprintf(&b, "at %v %s %s", time.Duration(a.At), a.Kind, names[a.Host])
 		if a.For != 0 {
 			fmt.Fprintf(&b, " for %v", time.Duration(a.For))
@@ -66,7 +70,15 @@ func (sc *Scenario) line(words []string) error {
 	case "conn":
 		return sc.conn(words)
 	case "at":
-		return sc.action(words)
+		return sc.action(words, 0)
+	case "behind":
+		if len(words) > 2 {
+			n, err := strconv.Atoi(words[1])
+			if err != nil {
+				return err
+			}
+			return sc.action(words[2:], n)
+		}
 	}
 	f := reflect.ValueOf(sc).Elem().FieldByName(words[0])
 	if !f.IsValid() {
@@ -133,15 +145,15 @@ func (sc *Scenario) conn(words []string) (err error) {
 	return nil
 }
 
-func (sc *Scenario) action(words []string) error {
+func (sc *Scenario) action(words []string, behind int) error {
 	if len(words) != 4 && (len(words) != 6 || words[4] != "for") {
-		return fmt.Errorf("an action is: at TIME KIND HOST, and perhaps: for TIME")
+		return fmt.Errorf("an action is: at TIME KIND HOST, and perhaps: for TIME; in front of it perhaps: behind FRAMES")
 	}
 	at, err := time.ParseDuration(words[1])
 	if err != nil {
 		return err
 	}
-	a := Action{At: int64(at), Kind: words[2]}
+	a := Action{Behind: behind, At: int64(at), Kind: words[2]}
 	if _, ok := actions[a.Kind]; !ok {
 		return fmt.Errorf("there is no action %q", a.Kind)
 	}

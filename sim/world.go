@@ -24,10 +24,13 @@ type world struct {
 	made     uint64 // events so far
 	attempts int    // checkpoints of COLO's so far
 	steps    int
+	begin    func(*Action)
+	crossed  int // frames between guest and clients so far
 
 	hosts   [2]*host
 	arbiter *arbiter
 	client  *client
+	talks   map[flow]*talk
 	port    int // the switch's idea of where the guest is
 	cut     struct{ peer, control, qemu int }
 
@@ -66,7 +69,7 @@ const (
 )
 
 func newWorld(sc *Scenario) *world {
-	w := &world{sc: sc, reached: make(map[string]int)}
+	w := &world{sc: sc, reached: make(map[string]int), talks: make(map[flow]*talk)}
 	for i := range w.streams {
 		w.streams[i] = rand.New(rand.NewPCG(sc.Seed, uint64(i)))
 	}

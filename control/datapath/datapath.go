@@ -159,6 +159,7 @@ type Offset struct {
 	Seq         uint32 // ISN_SVM - ISN_PVM
 	TS          uint32 // TSval_SVM - TSval_PVM
 	Incarnation uint32 // ISN_PVM
+	Inherited   bool   // a takeover made it, for a connection that came with a checkpoint: the fields above are 0
 	ClientAck   uint32 // highest ACK of the remote, PVM numbering; 0: not known
 	Last        int64  // boottime ns of the last frame
 	State       string // "open", "closing", "reset"

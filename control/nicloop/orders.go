@@ -192,7 +192,8 @@ func (n *Loop) TakeOver(guard uint32) error {
 		return err
 	}
 	if err := n.DP.Offsets(func(t compare.Tuple, o datapath.Offset) {
-		n.step(n.DP.Now(), &compare.Event{Kind: compare.EvRemote, Seg: compare.Segment{Tuple: t, ClientAck: o.ClientAck, Slot: compare.NoSlot}})
+		seg := compare.Segment{Tuple: t, Inc: o.Incarnation, Inherited: o.Inherited, ClientAck: o.ClientAck, Slot: compare.NoSlot}
+		n.step(n.DP.Now(), &compare.Event{Kind: compare.EvRemote, Seg: seg})
 	}); err != nil {
 		return err
 	}

@@ -263,7 +263,9 @@ func (n *NIC) ResetOffsets() error {
 // Offsets implements [datapath.NIC].
 func (n *NIC) Offsets(yield func(compare.Tuple, datapath.Offset)) error {
 	for key, c := range n.m.table.Conns() {
-		yield(key, datapath.Offset{Seq: c.Off, TS: c.TSOff, Incarnation: c.Inc, ClientAck: c.CliAck, Last: c.Last, State: c.State.String()})
+		yield(key, datapath.Offset{
+			Seq: c.Off, TS: c.TSOff, Incarnation: c.Inc, Inherited: c.State&rewriter.Inherited != 0, ClientAck: c.CliAck, Last: c.Last, State: c.State.String(),
+		})
 	}
 	return nil
 }

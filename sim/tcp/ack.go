@@ -37,7 +37,10 @@ func (s *sender) acks(now int64, g *segment) bool {
 		c.challenge(now) // of what was never sent
 		return false
 	}
-	info := ackInfo{priorUna: s.una, data: len(g.data) > 0, echo: c.ecn && g.has(ece) && !g.has(syn)}
+	info := ackInfo{priorUna: s.una, data: len(g.data) > 0, echo: c.ecn && !c.acc.on && g.has(ece) && !g.has(syn)}
+	if c.acc.on {
+		info.echo = c.acc.echo(g)
+	}
 	packets, flight := s.packets(), s.inFlight()
 	delivered := s.sacked
 	wnd := uint32(g.wnd)

@@ -69,6 +69,11 @@ func (s *Stack) Write(now int64, id ID, b []byte) int {
 	s.now, s.stale = now, true
 	n := min(len(b), s.Room(id))
 	c.snd.append(b[:n])
+	if c.deferred && n > 0 {
+		c.deferred = false
+		c.sendSYN(now)
+		c.snd.arm(timerHandshake, now+c.snd.rto)
+	}
 	c.snd.output(now)
 	return n
 }
@@ -143,6 +148,25 @@ func (s *Stack) Abort(now int64, id ID) {
 	default:
 		c.reset(now, ErrAborted)
 	}
+}
+
+// Find returns the connection with this remote end and local port, if there is one that is not closed.
+func (s *Stack) Find(remote netip.AddrPort, localPort uint16) (ID, bool) {
+	c := s.byTuple[tuple{remote.Addr(), remote.Port(), localPort}]
+	if c == nil {
+		return 0, false
+	}
+	return c.id, true
+}
+
+// Open is how many connections are neither closed nor in TIME-WAIT.
+func (s *Stack) Open() (n int) {
+	for _, c := range s.live {
+		if c.state != TimeWait {
+			n++
+		}
+	}
+	return n
 }
 
 // State is that of a connection.

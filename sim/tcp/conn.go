@@ -50,6 +50,10 @@ type conn struct {
 	simultaneous bool // both sent SYNs
 	orphan       bool // closed: nobody reads
 	noDelay      bool
+	cookie       bool // made of a SYN cookie
+	fast         bool // in use before the handshake is over
+	asksCookie   bool // the peer wants to have one for fast open
+	deferred     bool // the SYN waits for data
 
 	// What both agreed on.
 	timestamps, sack, scaling, ecn bool
@@ -65,6 +69,7 @@ type conn struct {
 	invalidAt     int64 // when an invalid segment was last answered
 	invalidAnswer bool
 
+	acc    accurate
 	snd    sender
 	rcv    receiver
 	timers timers
@@ -78,7 +83,7 @@ func newConn(s *Stack, id ID, t tuple) *conn {
 		s: s, id: id, tuple: t, route: s.route(t.addr, protoTCP),
 		timestamps: !s.cfg.NoTimestamps, sack: !s.cfg.NoSACK, scaling: !s.cfg.NoScale,
 		noDelay: s.cfg.NoNagle, mss: s.cfg.MSS,
-		tsOffset: uint32(s.hash(t, 2)), ipID: uint16(s.rng.Uint64()),
+		tsOffset: s.tsOffset(t), ipID: uint16(s.rng.Uint64()),
 	}
 	c.bind()
 	c.timers.clear()
@@ -167,18 +172,26 @@ func (c *conn) segment(now int64, seq uint32, flags uint8, data []byte) {
 		if c.sack && c.rcv.sacks > 0 || c.rcv.dup {
 			opts = c.rcv.appendBlocks(opts)
 		}
+		if c.acc.on && flags&rst == 0 && len(data) == 0 {
+			opts = c.acc.option(opts, false)
+		}
 	}
 	if c.ecn && flags&(syn|rst) == 0 {
-		if c.rcv.echoCE {
+		if c.acc.on {
+			c.acc.header(&h)
+		} else if c.rcv.echoCE {
 			h.flags |= ece
 		}
 		if len(data) > 0 && !before(seq, c.snd.sentOnce) {
 			h.tos = ecnECT0
-			if c.snd.reduced {
+			if c.snd.reduced && !c.acc.on {
 				h.flags |= cwr
 				c.snd.reduced = false
 			}
 		}
+	}
+	if flags&syn != 0 && c.s.cfg.AccECN {
+		h.ae = flags&(ack|ece) == ece // a SYN's
 	}
 	if c.snd.urgent {
 		c.snd.markUrgent(&h)

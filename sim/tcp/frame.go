@@ -14,6 +14,7 @@ const (
 	ipv6Len  = 40
 	tcpLen   = 20
 	udpLen   = 8
+	extLen   = 8 // of an IPv6 extension header without real options
 
 	etherIPv4 = 0x0800
 	etherIPv6 = 0x86dd
@@ -22,6 +23,8 @@ const (
 	protoTCP    = 6
 	protoUDP    = 17
 	protoICMPv6 = 58
+
+	protoHopByHop, protoDestOptions = 0, 60
 
 	ecnMask, ecnECT0, ecnCE = 3, 2, 3
 )
@@ -83,7 +86,7 @@ func fold(acc uint64) uint16 {
 
 // route is what all packets of one protocol to one address have in common.
 type route struct {
-	header  [etherLen + ipv6Len]byte
+	header  [etherLen + ipv6Len + 2*extLen]byte
 	n       int    // bytes of header
 	ipSum   uint64 // of the IPv4 header, without length, ID and TOS
 	pseudo  uint64 // of the pseudo header, without the length
@@ -116,6 +119,20 @@ func (s *Stack) route(remote netip.Addr, proto uint8) route {
 	copy(ip[8:], own[:])
 	copy(ip[24:], to[:])
 	r.pseudo = sum(ip[8:ipv6Len], uint64(proto))
+	next := &ip[6]
+	for _, ext := range [...]struct {
+		on   bool
+		kind uint8
+	}{{s.cfg.HopOptions, protoHopByHop}, {s.cfg.DestOptions, protoDestOptions}} {
+		if !ext.on {
+			continue
+		}
+		*next = ext.kind
+		h := r.header[r.n:]
+		h[0], h[2], h[3] = proto, 1, 4 // PadN
+		next = &h[0]
+		r.n += extLen
+	}
 	return r
 }
 
@@ -133,7 +150,7 @@ func (s *Stack) packet(r *route, n int, id uint16, tos uint8) (frame, payload []
 		be.PutUint16(ip[10:], fold(r.ipSum+total+uint64(id)+uint64(tos)))
 	} else {
 		be.PutUint16(ip, 0x6000|uint16(tos)<<4)
-		be.PutUint16(ip[4:], uint16(n))
+		be.PutUint16(ip[4:], uint16(r.n-etherLen-ipv6Len+n))
 	}
 	return frame, frame[r.n:]
 }
@@ -164,6 +181,7 @@ type header struct {
 	seq, ack uint32
 	wnd, urg uint16
 	flags    uint8
+	ae       bool
 	tos      uint8
 	id       uint16
 }
@@ -177,6 +195,9 @@ func (s *Stack) transmit(r *route, local, remote uint16, h header, opts, data []
 	be.PutUint32(t[4:], h.seq)
 	be.PutUint32(t[8:], h.ack)
 	t[12], t[13] = uint8(head)<<2, h.flags
+	if h.ae {
+		t[12] |= 1
+	}
 	be.PutUint16(t[14:], h.wnd)
 	be.PutUint16(t[18:], h.urg)
 	copy(t[tcpLen:], opts)

@@ -2,17 +2,27 @@
 
 package tcp
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // dial sends the first SYN.
 func (c *conn) dial(now int64, isn uint32) {
+	if c.dialFast(now, isn) {
+		return
+	}
+	c.prepare(now, isn)
+	c.sendSYN(now)
+	c.snd.arm(timerHandshake, now+c.snd.rto)
+}
+
+func (c *conn) prepare(now int64, isn uint32) {
 	c.state, c.iss = SynSent, isn
 	c.snd.start(isn)
 	c.snd.nxt++
 	c.snd.mss = defaultMSS
 	c.snd.stuckSince = now
-	c.sendSYN(now)
-	c.snd.arm(timerHandshake, now+c.snd.rto)
 }
 
 // sendSYN sends the SYN or SYN|ACK.
@@ -20,13 +30,16 @@ func (c *conn) sendSYN(now int64) {
 	flags := syn
 	if c.state == SynReceived {
 		flags |= ack
-		if c.ecn {
+		switch {
+		case c.acc.on:
+			flags |= cwr // the SYN could not be marked
+		case c.ecn:
 			flags |= ece
 		}
 	} else if c.s.cfg.ECN && c.snd.retries == 0 {
 		flags |= ece | cwr
 	}
-	c.segment(now, c.iss, flags, nil)
+	c.segment(now, c.iss, flags, c.fastSYN())
 	c.snd.lastSentAt = now
 }
 
@@ -76,6 +89,12 @@ func (c *conn) agree(now int64, g *segment) {
 // listen is a segment for which there is no connection.
 func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 	l := s.ports[g.to]
+	if l != nil && l.pending+len(l.ready) < s.cfg.Backlog {
+		if c := s.byCookie(now, remote, g); c != nil {
+			c.input(now, g)
+			return
+		}
+	}
 	if l == nil || g.has(ack) {
 		r := s.route(remote, protoTCP)
 		s.refuse(&r, g)
@@ -90,6 +109,10 @@ func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 		isn = old.snd.nxt + 65535 + 2
 		old.end(nil)
 	}
+	if s.cfg.SynCookies {
+		s.answerWithCookie(now, t, g)
+		return
+	}
 	c := s.add(t)
 	c.state, c.iss, c.listener = SynReceived, isn, true
 	l.pending++
@@ -97,14 +120,22 @@ func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 	c.snd.nxt++
 	c.agree(now, g)
 	c.ecn = s.cfg.ECN && g.flags&(ece|cwr) == ece|cwr
+	if c.ecn && s.cfg.AccECN && g.ae {
+		c.acc.begin()
+		c.acc.waits = true
+	}
+	c.acceptFast(now, g)
 	c.sendSYN(now)
 	c.snd.arm(timerHandshake, now+c.snd.rto)
+	if c.fast {
+		c.openFast()
+	}
 }
 
 // establish: the peer has acknowledged the SYN.
 func (c *conn) establish(now int64, g *segment) {
 	s := &c.snd
-	if s.retries == 0 {
+	if s.retries == 0 && !c.cookie {
 		s.sample(now-s.lastSentAt, c.s.cfg.MinRTO)
 	} else if c.timestamps && g.timestamps {
 		s.measure(now, g, &ackInfo{advanced: true})
@@ -116,7 +147,11 @@ func (c *conn) establish(now int64, g *segment) {
 	}
 	s.retries, s.backoff = 0, 0
 	s.disarm()
-	s.start(c.iss + 1)
+	if !c.fast {
+		s.taken(c.iss+1, c.fastTaken(g))
+	} else if s.packets() > 0 {
+		s.arm(timerRTO, now+s.rto)
+	}
 	s.maxWnd = max(s.maxWnd, s.wnd)
 	s.lastSentAt = now
 	if c.state == SynReceived {
@@ -143,7 +178,7 @@ func (c *conn) establish(now int64, g *segment) {
 // inSynSent is a segment for a connection in SYN-SENT.
 func (c *conn) inSynSent(now int64, g *segment) {
 	if g.has(ack) {
-		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt) ||
+		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt+uint32(len(c.snd.buf)-c.snd.off)) ||
 			c.timestamps && g.timestamps && g.tsEcr != 0 && after(g.tsEcr, c.tsNow(now)) {
 			c.s.refuse(&c.route, g)
 			return
@@ -161,9 +196,21 @@ func (c *conn) inSynSent(now int64, g *segment) {
 		c.ecn = c.s.cfg.ECN && g.flags&(ece|cwr) == ece|cwr
 		c.state, c.simultaneous = SynReceived, true
 		c.sendSYN(now)
+		if c.deferred { // its own SYN has waited for data
+			c.deferred = false
+			c.snd.arm(timerHandshake, now+c.snd.rto)
+		}
 		return
 	}
 	c.ecn = c.s.cfg.ECN && g.flags&(ece|cwr) == ece
+	if c.s.cfg.ECN && c.s.cfg.AccECN && (g.ae || g.flags&(ece|cwr) == cwr) {
+		c.ecn = true
+		c.acc.begin()
+		c.acc.first = true
+	}
+	if g.fastOpen && len(g.cookie) > 0 {
+		c.s.cookies[c.tuple.addr] = slices.Clone(g.cookie)
+	}
 	c.establish(now, g)
 	c.rcv.quicken(quickACKs)
 	c.sendACK(now)
@@ -182,7 +229,7 @@ func (c *conn) request(now int64, g *segment) bool {
 		}
 		return false
 	}
-	if g.has(ack) && g.ack != c.snd.nxt {
+	if g.has(ack) && !c.handshakeACK(g) {
 		c.s.refuse(&c.route, g)
 		return false
 	}

@@ -22,7 +22,7 @@ func (c *conn) input(now int64, g *segment) bool {
 		return false
 	}
 	if c.state == SynReceived {
-		if g.ack != c.snd.nxt {
+		if !c.handshakeACK(g) {
 			c.s.refuse(&c.route, g)
 			return false
 		}
@@ -45,6 +45,10 @@ func (c *conn) input(now int64, g *segment) bool {
 
 // congestion reads the ECN marks (RFC 3168).
 func (r *receiver) congestion(g *segment) {
+	if acc := &r.c.acc; acc.on {
+		acc.in(g)
+		return
+	}
 	if g.has(cwr) {
 		r.echoCE = false
 		r.quick = max(r.quick, 1)

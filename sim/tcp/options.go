@@ -10,6 +10,8 @@ const (
 	optPermitted = 4
 	optSACK      = 5
 	optTimestamp = 8
+	optFastOpen  = 34
+	optAccECN0   = 172
 
 	timestampLen = 12 // with the NOPs in front
 	maxScale     = 14
@@ -24,6 +26,8 @@ type options struct {
 	mss           int // 0: none
 	scale         int // -1: none
 	sackPermitted bool
+	fastOpen      bool
+	cookie        []byte // of fast open
 	blocks        [4]span
 	sacks         int // of blocks
 }
@@ -56,6 +60,8 @@ func (o *options) parse(b []byte, syn bool) {
 			o.scale = min(int(v[0]), maxScale)
 		case kind == optPermitted && syn && len(v) == 0:
 			o.sackPermitted = true
+		case kind == optFastOpen && syn && len(v) <= 16:
+			o.fastOpen, o.cookie = true, v
 		case kind == optTimestamp && len(v) == 8:
 			o.timestamps, o.tsVal, o.tsEcr = true, be.Uint32(v), be.Uint32(v[4:])
 		case kind == optSACK && !syn && len(v) >= 8 && len(v)%8 == 0 && len(v) <= 32:
@@ -96,6 +102,10 @@ func (c *conn) synOptions(b []byte, now int64) []byte {
 	}
 	if c.scaling {
 		b = append(b, optNOP, optScale, 3, c.rcv.scale)
+	}
+	b = c.fastOptions(b)
+	if c.acc.on && c.state == SynReceived {
+		b = c.acc.option(b, true)
 	}
 	return b
 }

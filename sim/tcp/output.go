@@ -40,7 +40,9 @@ func (s *sender) currentMSS() int {
 func (s *sender) windowEnd() uint32 { return s.una + s.wnd }
 
 // synchronized reports whether data may be sent.
-func (c *conn) synchronized() bool { return c.state >= Established && c.state != TimeWait }
+func (c *conn) synchronized() bool {
+	return c.state >= Established && c.state != TimeWait || c.state == SynReceived && c.fast
+}
 
 // output sends what may be sent for the first time, and arms the timer of a closed window.
 func (s *sender) output(now int64) {

@@ -23,14 +23,14 @@ const (
 type packet struct {
 	remote  netip.Addr
 	proto   uint8
-	ce      bool // congestion experienced
+	ce, ect bool // congestion experienced, ECN capable
 	payload []byte
 	pseudo  uint64 // sum of the pseudo header
 	whole   []byte // from the IP header on
 }
 
-// parsePacket reads a frame. It refuses frames for others, fragments, extension headers,
-// and IP headers that are not whole.
+// parsePacket reads a frame. It refuses frames for others, fragments, extension headers
+// other than options, and IP headers that are not whole.
 func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 	if len(frame) < etherLen+ipv4Len || !bytes.Equal(frame[:6], s.cfg.MAC[:]) {
 		return false
@@ -50,6 +50,7 @@ func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 			return false
 		}
 		p.proto, p.ce, p.whole, p.payload = ip[9], ip[1]&ecnMask == ecnCE, ip[:total], ip[head:total]
+		p.ect = ip[1]&ecnMask != 0
 		p.remote = netip.AddrFrom4([4]byte(ip[12:16]))
 		p.pseudo = sum(ip[12:20], uint64(p.proto)+uint64(len(p.payload)))
 	case etherIPv6:
@@ -61,10 +62,26 @@ func (s *Stack) parsePacket(frame []byte, p *packet) bool {
 			return false
 		}
 		p.proto, p.ce, p.whole, p.payload = ip[6], ip[1]>>4&ecnMask == ecnCE, ip[:total], ip[ipv6Len:total]
+		p.ect = ip[1]>>4&ecnMask != 0
 		p.remote = netip.AddrFrom16([16]byte(ip[8:24]))
+		if !p.skipOptions() {
+			return false
+		}
 		p.pseudo = sum(ip[8:40], uint64(p.proto)+uint64(len(p.payload)))
 	default:
 		return false
+	}
+	return true
+}
+
+// skipOptions skips IPv6 hop-by-hop and destination options.
+func (p *packet) skipOptions() bool {
+	for p.proto == protoHopByHop || p.proto == protoDestOptions {
+		b := p.payload
+		if len(b) < extLen || len(b) < (int(b[1])+1)*8 {
+			return false
+		}
+		p.proto, p.payload = b[0], b[(int(b[1])+1)*8:]
 	}
 	return true
 }
@@ -79,7 +96,8 @@ type segment struct {
 	end      uint32 // the sequence number behind it, SYN and FIN counted
 	wnd, urg uint16
 	flags    uint8
-	ce       bool
+	ae       bool
+	ce, ect  bool
 	data     []byte
 	options
 }
@@ -99,7 +117,7 @@ func (g *segment) parse(p *packet) bool {
 	g.from, g.to = be.Uint16(t), be.Uint16(t[2:])
 	g.seq, g.ack = be.Uint32(t[4:]), be.Uint32(t[8:])
 	g.flags, g.wnd, g.urg = t[13], be.Uint16(t[14:]), be.Uint16(t[18:])
-	g.ce, g.data = p.ce, t[head:]
+	g.ae, g.ce, g.ect, g.data = t[12]&1 != 0, p.ce, p.ect, t[head:]
 	g.end = g.seq + uint32(len(g.data))
 	if g.flags&syn != 0 {
 		g.end++

@@ -23,6 +23,10 @@ func randomConfig(r *rand.Rand) Config {
 	if one(3) {
 		c.WindowScale = uint8(r.IntN(15))
 	}
+	c.AccECN = one(2)
+	if one(4) {
+		c.SeqWrap, c.TSWrap = 1+r.Uint32N(50000), 1+r.Uint32N(2000)
+	}
 	return c
 }
 

@@ -42,6 +42,13 @@ func (s *sender) start(seq uint32) {
 	s.una, s.nxt, s.sentOnce, s.seq, s.smallEnd, s.fack, s.highSeq, s.pushed = seq, seq, seq, seq, seq, seq, seq, seq
 }
 
+// taken is start, and the peer has n bytes already.
+func (s *sender) taken(seq, n uint32) {
+	s.seq = seq
+	s.drop(seq + n)
+	s.start(seq + n)
+}
+
 // finAcked reports whether the peer has everything, the FIN too.
 func (s *sender) finAcked() bool { return s.finSent && s.una == s.nxt }
 

@@ -4,6 +4,7 @@ package tcp
 
 import (
 	"cmp"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net/netip"
@@ -22,9 +23,12 @@ type Config struct {
 	NoSACK       bool
 	NoTimestamps bool
 	ECN          bool
-	RcvBuf       int // bytes, the largest window; 131072
-	SndBuf       int // bytes; 131072
-	Backlog      int // connections of a port that are not accepted yet, half-open ones too; 128
+	AccECN       bool // with ECN, and a peer that has it as well
+	SynCookies   bool // passive opens keep nothing before the handshake's last ACK
+	FastOpen     bool // data in SYNs, both ways
+	RcvBuf       int  // bytes, the largest window; 131072
+	SndBuf       int  // bytes; 131072
+	Backlog      int  // connections of a port that are not accepted yet, half-open ones too; 128
 
 	Autocork bool // hold data back while the connection's earlier frames wait for Take
 	NoNagle  bool // of new connections
@@ -39,6 +43,11 @@ type Config struct {
 	UserTimeout time.Duration // how long data may be unacknowledged; 0: 15 retransmissions
 
 	Secret uint64 // ISN = hash(secret, tuple) + now/64 ns
+
+	// How many bytes, or ticks, are left before the numbers of a new connection wrap, at most; 0: any number.
+	SeqWrap, TSWrap uint32
+	// IPv6: each packet has a header with hop-by-hop or destination options, which are padding.
+	HopOptions, DestOptions bool
 }
 
 func (c *Config) defaults() {
@@ -82,6 +91,9 @@ type Stack struct {
 	slab  []byte
 	slabs int
 
+	cookieKey uint64                // of SYN cookies; 0: not drawn yet
+	cookies   map[netip.Addr][]byte // of peers, for fast open
+
 	datagrams []datagram
 	bad       int
 	ipID      uint16
@@ -104,6 +116,7 @@ func New(cfg Config, seed uint64) *Stack {
 	cfg.defaults()
 	s := &Stack{
 		cfg: cfg, is4: cfg.Addr.Is4(), addr16: cfg.Addr.As16(),
+		cookies: make(map[netip.Addr][]byte),
 		byTuple: make(map[tuple]*conn), ports: make(map[uint16]*listener),
 		due: never,
 	}
@@ -125,6 +138,7 @@ func (s *Stack) Clone() *Stack {
 	for port, l := range s.ports {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
 	}
+	n.cookies = maps.Clone(s.cookies) // a cookie does not change
 	n.conns = slices.Clone(s.conns)
 	room := make([]conn, len(s.live))
 	for i, c := range s.conns {
@@ -245,7 +259,22 @@ func mix(x uint64) uint64 {
 }
 
 // isn is the initial sequence number of a connection, as RFC 6528 has it.
-func (s *Stack) isn(now int64, t tuple) uint32 { return uint32(s.hash(t, 1)) + uint32(now>>6) }
+func (s *Stack) isn(now int64, t tuple) uint32 {
+	isn := uint32(s.hash(t, 1)) + uint32(now>>6)
+	if w := s.cfg.SeqWrap; w > 0 {
+		return ^(isn % w)
+	}
+	return isn
+}
+
+// tsOffset is what a connection's timestamps are ahead of the clock.
+func (s *Stack) tsOffset(t tuple) uint32 {
+	offset := uint32(s.hash(t, 2))
+	if w := s.cfg.TSWrap; w > 0 {
+		return ^((offset + uint32(s.now>>6)) % w) - uint32(s.now/s.cfg.TickNS)
+	}
+	return offset
+}
 
 // add makes a connection.
 func (s *Stack) add(t tuple) *conn {

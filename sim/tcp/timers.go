@@ -111,6 +111,9 @@ func (c *conn) expire(now int64) {
 	if t.at <= now {
 		kind := t.kind
 		c.snd.disarm()
+		if c.state == SynReceived && c.fast {
+			kind = timerHandshake // the peer takes nothing without the SYN|ACK
+		}
 		switch kind {
 		case timerHandshake:
 			c.repeatHandshake(now)
