@@ -162,7 +162,18 @@ func (w *world) act(a *Action) {
 		w.failf("scenario", "no action is called %q", a.Kind)
 		return
 	}
+	if w.now >= healed-s {
+		return // what it waited for came too late
+	}
+	if a.On != "" && k.lasts {
+		b := *a
+		b.For = min(a.For, healed-s-w.now)
+		a = &b
+	}
 	h := w.hosts[a.Host]
+	if k.fatal {
+		w.fatal++
+	}
 	w.logf("--- %s %s", a.Kind, h.name)
 	w.reach("action " + a.Kind)
 	if kills[a.Kind] {
@@ -175,7 +186,8 @@ func (w *world) act(a *Action) {
 
 // kills are the actions after which a guest may be lost. A pair that is covered survives one.
 var kills = map[string]bool{
-	"kill-qemu": true, "kill-host": true, "freeze-host": true, "freeze-qemu": true, "disk-fails": true, "failover-force": true, "stop-guest": true,
+	"kill-qemu": true, "kill-host": true, "freeze-host": true, "freeze-qemu": true, "disk-fails": true, "stop-guest": true,
+	"failover": true, "failover-force": true, // P goes on alone from then on
 }
 
 // covered reports whether there are two guests, each of which can do without the other.
@@ -193,16 +205,6 @@ func (w *world) lost() {
 	if w.kills == 0 || w.kills == 1 && w.saved {
 		w.failf("guest lost", "another guest runs, after %d deaths", w.kills)
 	}
-}
-
-// fatal counts the actions that may each cost a host.
-func (sc *Scenario) fatal() (n int) {
-	for _, a := range sc.Actions {
-		if actions[a.Kind].fatal {
-			n++
-		}
-	}
-	return n
 }
 
 // mend is what an operator does in the end: every host is on, and has a daemon. The one that

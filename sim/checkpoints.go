@@ -63,10 +63,12 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpThaw:
 		d.fail(l.Thaw())
 	case checkpoint.OpPrepare:
+		w.reach("prepare")
 		d.send(peerlink.Prepare{Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
 		d.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
+		w.reach("ask")
 		d.checks.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
 		d.fail(errors.Join(d.h.nic.SetEpoch(fx.Epoch), d.h.nic.MarkStop()))
@@ -91,6 +93,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpDrain:
 		d.checks.drain(fx.Epoch, 40)
 	case checkpoint.OpReady:
+		w.reach("ready")
 		d.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		d.epoch = fx.Epoch

@@ -49,6 +49,7 @@ func Generate(seed uint64) *Scenario {
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
+	sc.drawTheme()
 	return sc
 }
 

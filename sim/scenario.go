@@ -54,10 +54,12 @@ type Request struct {
 
 // Action is something that happens to the world. What lasts, lasts For.
 type Action struct {
-	At   int64
-	Kind string // one of actions
-	Host int
-	For  int64
+	At    int64
+	Kind  string // one of actions
+	Host  int
+	For   int64
+	On    string // if set, it happens when this is reached the first time after At (see world.reach), and
+	After int64  // so much later
 }
 
 func (sc *Scenario) stack() tcp.Config {
@@ -123,7 +125,13 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	w.hosts[1].boot(datapath.RoleSecondary, false)
 	for i := range sc.Actions {
 		a := &sc.Actions[i]
-		w.after(a.At, func() { w.act(a) })
+		w.after(a.At, func() {
+			if a.On == "" {
+				w.act(a)
+				return
+			}
+			w.armed = append(w.armed, armed{a.On, a.After, func() { w.act(a) }})
+		})
 	}
 	w.run(healed)
 	for t := int64(healed); w.fault == nil && t < finished; t += 1 * s {
@@ -165,8 +173,8 @@ func (w *world) quiet() {
 	}
 	if !w.serves() {
 		w.reach("nobody serves")
-		if n := w.sc.fatal(); n <= 1 {
-			w.failf("availability", "nobody serves, after %d faults that a pair has to survive", n)
+		if w.fatal <= 1 {
+			w.failf("availability", "nobody serves, after %d faults that a pair has to survive", w.fatal)
 		}
 		return
 	}

@@ -30,11 +30,13 @@ type world struct {
 	client  *client
 	port    int // the switch's idea of where the guest is
 	cut     struct{ peer, control, qemu int }
+	armed   []armed
 
 	check     check
 	qemus     int            // started so far
 	booted    bool           // a guest was, once
 	forced    bool           // an operator had an uncovered secondary take over
+	fatal     int            // actions so far that may each cost a host
 	kills     int            // actions that kill a guest, so far
 	saved     bool           // the pair was covered at the first
 	excused   bool           // connections may be stuck: see kill-daemon
@@ -45,6 +47,13 @@ type world struct {
 	logging   bool
 	lines     []string // of the log, newest last
 	streams   [16]*rand.Rand
+}
+
+// armed is an action that waits for something to be reached.
+type armed struct {
+	on    string
+	after int64
+	do    func()
 }
 
 // The streams of random numbers. Each thing has its own, so that leaving one out of a scenario
@@ -150,5 +159,14 @@ func (w *world) logf(format string, args ...any) {
 	w.lines = append(w.lines, fmt.Sprintf("%12.6f ", float64(w.now)/1e9)+fmt.Sprintf(format, args...))
 }
 
-// reach notes for coverage that something has happened.
-func (w *world) reach(what string) { w.reached[what]++ }
+// reach notes for coverage that something has happened, and does what waits for that.
+func (w *world) reach(what string) {
+	w.reached[what]++
+	w.armed = slices.DeleteFunc(w.armed, func(a armed) bool {
+		if a.on != what {
+			return false
+		}
+		w.after(a.after, a.do)
+		return true
+	})
+}
