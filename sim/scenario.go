@@ -123,15 +123,15 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	w.client = newClient(w)
 	w.hosts[0].boot(datapath.RolePrimary, false)
 	w.hosts[1].boot(datapath.RoleSecondary, false)
+	for i := range sc.Actions { // before those that they wait for
+		if a := &sc.Actions[i]; a.On != "" {
+			w.after(a.At, func() { w.armed = append(w.armed, armed{a.On, a.After, func() { w.act(a) }}) })
+		}
+	}
 	for i := range sc.Actions {
-		a := &sc.Actions[i]
-		w.after(a.At, func() {
-			if a.On == "" {
-				w.act(a)
-				return
-			}
-			w.armed = append(w.armed, armed{a.On, a.After, func() { w.act(a) }})
-		})
+		if a := &sc.Actions[i]; a.On == "" {
+			w.after(a.At, func() { w.act(a) })
+		}
 	}
 	w.run(healed)
 	for t := int64(healed); w.fault == nil && t < finished; t += 1 * s {

@@ -57,7 +57,7 @@ var themes = []theme{
 	// P goes on while S has been told to take over, with what its daemon has not looked at yet.
 	{steps: []step{{kind: "freeze-daemon", lasts: 200 * ms}, {kind: "drop-link", other: true, on: "action freeze-daemon", after: 100 * ms}, {kind: "failover", other: true, on: "link lost", after: 5 * ms}}},
 	// S is told to take over by force before a checkpoint covers it.
-	{steps: []step{{kind: "drop-link", on: "replicating", after: 60 * ms}, {kind: "failover-force", other: true, on: "link lost", after: 100 * ms}}},
+	{steps: []step{{kind: "cut-control", on: "replicating", after: 20 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 300 * ms}}},
 	// Likewise, while P transmits alone and has no daemon that could know.
 	{steps: []step{
 		{kind: "kill-qemu", other: true}, {kind: "kill-daemon", on: "resync", after: 600 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 500 * ms},
