@@ -110,12 +110,15 @@ var actions = map[string]action{
 	}},
 	"stop-guest": {true, true, func(w *world, h *host, a *Action) {
 		q := h.qemu
-		if q == nil || !q.works() || !q.running() || !q.drain() {
+		if q == nil || !q.works() || q.guest == nil || q.running() && !q.drain() {
 			return
 		}
-		q.halt("paused")
-		w.after(a.For, func() {
-			if q.works() && q.state == "paused" && !q.paused && q.attempt == 0 {
+		if q.running() {
+			q.unasked = true
+			q.halt("paused")
+		}
+		w.after(a.For, func() { // cont goes on with a guest that lockstep has paused, too
+			if q.works() && q.state == "paused" {
 				q.resume()
 			}
 		})

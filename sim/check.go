@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // check is what the checkers know.
@@ -14,6 +15,7 @@ type check struct {
 	alone     bool // it has won the arbiter, and nobody follows it
 	flows     map[flow]*wire
 	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
+	doubt     bool              // the PVM was stopped unasked since the last commit
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
 	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
 	answers   int
@@ -24,6 +26,7 @@ type check struct {
 
 // wire is a connection as clients have seen it.
 type wire struct {
+	end       uint32 // of what has left
 	isn       uint32
 	acked     bool
 	ack, edge uint32
@@ -35,7 +38,7 @@ type wire struct {
 
 // solo: a host transmits alone from now on.
 func (w *world) solo(h *host) {
-	w.check.speaker, w.check.alone = h.id, true
+	w.check.speaker, w.check.alone, w.check.doubt = h.id, true, false
 	for key, value := range w.check.confirmed {
 		if got := h.disk.read(key); got < value {
 			w.failf("disk", "%s serves, with %d for key %d, and %d was confirmed", h.name, got, key, value)
@@ -63,15 +66,32 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
 		return
 	}
+	end := p.seq + uint32(len(p.payload))
+	if p.syn() || p.fin() {
+		end++
+	}
+	if after(end, v.end) {
+		if w.check.doubt && h.pinned().Mode == datapath.ModeHold {
+			w.failf("doubt", "%s releases %v, which is new, and the PVM was stopped unasked since the last commit", h.name, p)
+		}
+		v.end = end
+	}
 	w.forward(h, &p, v)
 	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
 		w.released(h, &p, v)
+	}
+}
+
+// doubt: P's daemon knows that the PVM was stopped, and not for a checkpoint (R15).
+func (w *world) doubt(d *daemon) {
+	if d.isPrimary() && d.pair.p.State() == failover.PrimaryPair {
+		w.check.doubt = true
 	}
 }
 

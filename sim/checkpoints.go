@@ -75,6 +75,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpCOLO:
 		d.checks.askCOLO(fx.Epoch)
 	case checkpoint.OpCommit:
+		w.check.doubt = false
 		inside, err := l.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		d.fail(err)
 		d.epoch = fx.Epoch

@@ -75,7 +75,7 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
-		d.w.check.alone = false
+		d.w.check.alone, d.w.check.doubt = false, false
 		d.repl.helloCOLO = true
 		cc := d.w.sc.compare()
 		d.w.check.cores++

@@ -22,6 +22,7 @@ type qemu struct {
 	colo    string // "none", "primary", "secondary"
 	another bool   // it has booted a guest after there was one already, and that has not run yet
 	paused  bool   // lockstep's mark: stopped to ask for a checkpoint
+	unasked bool   // the stop under way is nobody's who asks for a checkpoint
 
 	peer     *qemu // COLO's other end, or the migration's
 	follower *qemu // P: whose guest is the SVM, or was
@@ -218,6 +219,7 @@ func (q *qemu) ioError(which string) {
 	secondarys := which == "replica"
 	q.emit(func(m *monitor) { m.d.qmp.diskFailed(secondarys) })
 	if q.state == "running" {
+		q.unasked = true
 		q.halt("io-error")
 	}
 }
@@ -266,9 +268,15 @@ func (q *qemu) emit(f func(*monitor)) {
 }
 
 func (q *qemu) emitState(event string) {
-	at := q.h.clock()
+	at, unasked := q.h.clock(), q.unasked
+	q.unasked = false
 	q.w.logf("%v: %s %s", q, event, q.state)
-	q.emit(func(m *monitor) { m.d.qmp.ran(event, at) })
+	q.emit(func(m *monitor) {
+		m.d.qmp.ran(event, at)
+		if unasked {
+			q.w.doubt(m.d)
+		}
+	})
 }
 
 // toPeer sends something over the migration's connection; what comes behind a cut waits for

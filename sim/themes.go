@@ -63,6 +63,8 @@ var themes = []theme{
 		{kind: "kill-qemu", other: true}, {kind: "kill-daemon", on: "resync", after: 600 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 500 * ms},
 		{kind: "failover-force", other: true, on: "action kill-daemon", after: 700 * ms},
 	}},
+	// A checkpoint is given up and made all the same; then P's host dies.
+	{steps: []step{{kind: "checkpoint"}, {kind: "drop-link", on: "ask", after: 500 * us}, {kind: "kill-host", on: "checkpoint loaded", after: 60 * ms, lasts: 3 * s}}},
 	// P's host dies after S's QEMU has lost P's.
 	{steps: []step{{kind: "migration-reset"}, {kind: "kill-host", on: "colo exit secondary", after: 600 * ms, lasts: 3 * s}}},
 }
