@@ -123,6 +123,18 @@ var actions = map[string]action{
 			}
 		})
 	}},
+	"cont-guest": once(false, func(_ *world, h *host) { // of lockstep's own pause, too
+		if q := h.qemu; q != nil && q.works() && q.state == "paused" {
+			q.resume()
+		}
+	}),
+	"power-off": once(false, func(w *world, h *host) { w.powerOff(h) }),
+	"start-guest": once(false, func(_ *world, h *host) { // lockstep start
+		if h.daemon == nil {
+			h.state.Off = false
+		}
+	}),
+	"arbiter-edit": once(true, func(w *world, h *host) { w.arbiter.edit(h) }),
 	"checkpoint": once(false, func(w *world, h *host) {
 		ofDaemon(w, h, func(d *daemon) {
 			if d.isPrimary() {
@@ -177,6 +189,7 @@ func (w *world) act(a *Action) {
 	if k.fatal {
 		w.fatal++
 	}
+	w.apart = w.apart || !clean[a.Kind]
 	w.logf("--- %s %s", a.Kind, h.name)
 	w.reach("action " + a.Kind)
 	if kills[a.Kind] {
@@ -191,7 +204,11 @@ func (w *world) act(a *Action) {
 var kills = map[string]bool{
 	"kill-qemu": true, "kill-host": true, "freeze-host": true, "freeze-qemu": true, "disk-fails": true, "stop-guest": true,
 	"failover": true, "failover-force": true, // P goes on alone from then on
+	"arbiter-edit": true,
 }
+
+// clean are the actions after which a host that counts as dead is.
+var clean = map[string]bool{"kill-host": true, "kill-qemu": true, "checkpoint": true, "rotate": true, "power-off": true, "start-guest": true}
 
 // covered reports whether there are two guests, each of which can do without the other.
 func (w *world) covered() bool {
@@ -204,6 +221,9 @@ func (w *world) lost() {
 	w.guestLost = true
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
+	}
+	if w.off {
+		return
 	}
 	if w.kills == 0 || w.kills == 1 && w.saved {
 		w.failf("guest lost", "another guest runs, after %d deaths", w.kills)
@@ -218,8 +238,9 @@ func (w *world) mend() {
 		if h.daemon != nil || !h.works() {
 			continue
 		}
+		h.state.Off = false
 		role := datapath.RoleSecondary
-		if w.arbiter.entry.Speaker == h.name {
+		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
 			role = datapath.RolePrimary
 		}
 		h.boot(role, false)

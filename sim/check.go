@@ -4,6 +4,7 @@ package sim
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
@@ -39,6 +40,15 @@ type wire struct {
 // solo: a host transmits alone from now on.
 func (w *world) solo(h *host) {
 	w.check.speaker, w.check.alone, w.check.doubt = h.id, true, false
+	h.replaced = 0
+	if w.off && w.fatal == 0 && !w.apart {
+		w.failf("power-off", "%s serves, and the guest powered off", h.name)
+	}
+	w.remembers(h)
+}
+
+// remembers: what clients were told to be on the disk is on this host's.
+func (w *world) remembers(h *host) {
 	for key, value := range w.check.confirmed {
 		if got := h.disk.read(key); got < value {
 			w.failf("disk", "%s serves, with %d for key %d, and %d was confirmed", h.name, got, key, value)
@@ -55,6 +65,9 @@ func (w *world) left(h *host, frame []byte) {
 	w.check.frames++
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
+	}
+	if h.replaced != 0 && w.now > h.replaced+1*s {
+		w.failf("fenced", "%s transmits %v, and has known for %v that the arbiter names another", h.name, p, time.Duration(w.now-h.replaced))
 	}
 	if h.id != w.check.speaker {
 		w.failf("two speakers", "%s transmits %v, and %s may", h.name, p, w.hosts[w.check.speaker].name)
@@ -86,6 +99,15 @@ func (w *world) left(h *host, frame []byte) {
 	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
 		w.released(h, &p, v)
 	}
+}
+
+// split: two hosts may have served. Without an arbiter, hosts that lost each other may both; and
+// an operator who changes the arbiter's entry takes that upon himself.
+func (w *world) split() bool { return w.edited || w.sc.Arbiter == arbiterNone && w.apart }
+
+// ofSplit are what is no fault then.
+var ofSplit = map[string]bool{
+	"two speakers": true, "guest lost": true, "connection": true, "stream": true, "disk": true, "ack": true, "window": true, "timestamp": true, "liveness": true, "availability": true,
 }
 
 // doubt: P's daemon knows that the PVM was stopped, and not for a checkpoint (R15).

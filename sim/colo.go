@@ -84,6 +84,8 @@ func (q *qemu) transaction() {
 		// S stops, whatever it does.
 		if s.guest != nil && s.state == "running" {
 			s.halt("colo")
+		} else if s.state == "shutdown" {
+			s.state = "colo"
 		}
 		s.received = nil
 		s.toPeer(r(100*us, 1*ms), func(q *qemu) {
@@ -277,7 +279,7 @@ func (q *qemu) secondaryFailover(done func(error)) {
 		}
 		q.colo, q.peer = "none", nil
 		q.h.disk.merge()
-		if q.state != "running" && q.state != "io-error" {
+		if q.state != "running" && q.state != "io-error" && q.state != "shutdown" {
 			q.state = "paused"
 			q.resume()
 		}

@@ -99,7 +99,9 @@ func drawConn(r *rand.Rand, key int) Conn {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		names = append(names, k)
+		if !themed[k] {
+			names = append(names, k)
+		}
 	}
 	slices.Sort(names)
 	return names

@@ -87,6 +87,11 @@ func (q *qemu) runGuest() {
 	if !q.works() {
 		return // whoever thaws it wakes it
 	}
+	if q.guest.leaves {
+		q.halt("shutdown")
+		q.emit(func(m *monitor) { m.d.qmp.guestOff() })
+		return
+	}
 	g, now := q.guest, q.guest.time(q.h.clock())
 	input := q.input
 	q.input = nil
@@ -241,9 +246,27 @@ func (q *qemu) drain() bool {
 	return q.complete()
 }
 
+// powerOff has the guest of this host power off, and the one that does the same.
+func (w *world) powerOff(h *host) {
+	q := h.qemu
+	if q == nil || h.id != w.check.speaker || !q.running() {
+		return
+	}
+	w.off = true
+	for _, a := range w.client.conns {
+		a.lost = true
+	}
+	for _, q := range []*qemu{q, q.follower} {
+		if q != nil && q.alive && q.guest != nil {
+			q.guest.leaves = true
+			q.wake(q.soon())
+		}
+	}
+}
+
 // resume has the guest run.
 func (q *qemu) resume() {
-	if !q.alive || q.state == "running" || q.guest == nil {
+	if !q.alive || q.state == "shutdown" || q.state == "running" || q.guest == nil {
 		return
 	}
 	if q.another {

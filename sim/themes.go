@@ -54,6 +54,14 @@ var themes = []theme{
 		kinds: []string{"failover", "failover-force", "drop-link", "cut-control", "kill-daemon", "nbd-reset", "migration-reset", "kill-qemu", "kill-host", "disk-fails"},
 		on:    []string{"session", "P sync", "resync", "replicating", "link lost"},
 	},
+	{ // the guest's own end
+		kinds: []string{"power-off", "power-off", "power-off", "start-guest", "start-primary", "start-secondary", "kill-host", "kill-qemu", "kill-daemon", "drop-link", "checkpoint", "failover"},
+		on:    []string{"ask", "checkpoint loaded", "commit", "covered", "replicating", "link lost", "powered off", "stays off", "S claim"},
+	},
+	{ // what an operator does to the arbiter's entry
+		kinds: []string{"arbiter-edit", "arbiter-edit", "kill-daemon", "kill-host", "kill-qemu", "cut-control", "cut-arbiter", "failover", "disk-fails"},
+		on:    []string{"covered", "commit", "replicating", "resync", "goes alone", "takes over", "S claim", "P claim", "link lost"},
+	},
 	// P goes on while S has been told to take over, with what its daemon has not looked at yet.
 	{steps: []step{{kind: "freeze-daemon", lasts: 200 * ms}, {kind: "drop-link", other: true, on: "action freeze-daemon", after: 100 * ms}, {kind: "failover", other: true, on: "link lost", after: 5 * ms}}},
 	// S is told to take over by force before a checkpoint covers it.
@@ -63,15 +71,23 @@ var themes = []theme{
 		{kind: "kill-qemu", other: true}, {kind: "kill-daemon", on: "resync", after: 600 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 500 * ms},
 		{kind: "failover-force", other: true, on: "action kill-daemon", after: 700 * ms},
 	}},
+	// An operator has a guest go on that is stopped for a checkpoint.
+	{steps: []step{{kind: "checkpoint"}, {kind: "cont-guest", on: "ask", after: 2 * ms}}},
 	// A checkpoint is given up and made all the same; then P's host dies.
 	{steps: []step{{kind: "checkpoint"}, {kind: "drop-link", on: "ask", after: 500 * us}, {kind: "kill-host", on: "checkpoint loaded", after: 60 * ms, lasts: 3 * s}}},
 	// P's host dies after S's QEMU has lost P's.
 	{steps: []step{{kind: "migration-reset"}, {kind: "kill-host", on: "colo exit secondary", after: 600 * ms, lasts: 3 * s}}},
 }
 
+// themed are the actions that only themes have: they excuse much of what else would be wrong.
+var themed = map[string]bool{"power-off": true, "start-guest": true, "arbiter-edit": true}
+
 // drawTheme has the scenario concentrate on something, or not.
 func (sc *Scenario) drawTheme() {
 	r := rand.New(rand.NewPCG(sc.Seed, 1<<41))
+	if r.IntN(16) == 0 {
+		sc.Arbiter = arbiterNone
+	}
 	if r.IntN(2) == 0 {
 		return
 	}

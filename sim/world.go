@@ -39,6 +39,9 @@ type world struct {
 	fatal     int            // actions so far that may each cost a host
 	kills     int            // actions that kill a guest, so far
 	saved     bool           // the pair was covered at the first
+	off       bool           // the guest powered off
+	apart     bool           // the hosts may have lost each other, and both live
+	edited    bool           // an operator has changed the arbiter's entry
 	excused   bool           // connections may be stuck: see kill-daemon
 	guestLost bool           // and another one was booted: its connections end
 	mutation  string         // a rule that is switched off
@@ -141,7 +144,7 @@ type Fault struct {
 func (f *Fault) Error() string { return fmt.Sprintf("%s at %v: %s", f.Kind, f.At, f.What) }
 
 func (w *world) failf(kind, format string, args ...any) {
-	if w.fault == nil {
+	if w.fault == nil && !(ofSplit[kind] && w.split()) {
 		w.fault = &Fault{Kind: kind, What: fmt.Sprintf(format, args...), At: time.Duration(w.now), Log: slices.Clone(w.lines)}
 	}
 }
