@@ -261,7 +261,7 @@ static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 	e = edge_of(conf, &sc->p.t);
 	if (!e)
 		return 0;
-	if (sc->p.flags & LS_SYN) { /* another connection */
+	if (sc->p.flags & LS_SYN && e->isn_svm != sc->p.seq) { /* another connection */
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		return 0;
 	}

@@ -51,7 +51,7 @@ func (t *Table) EdgeOut(s *Segment, now int64) {
 	c, ok := t.edge[s.Tuple]
 	switch {
 	case !ok || t.Unedged:
-	case s.TCP().Flags()&SYN != 0:
+	case s.TCP().Flags()&SYN != 0 && s.TCP().Seq() != c.ISNSVM:
 		delete(t.edge, s.Tuple) // another connection
 	default:
 		s.leave(&c, rewriter.Offset{}, false, now)
