@@ -5,6 +5,7 @@ package sim
 import (
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // action is one kind of thing that may happen.
@@ -213,6 +214,9 @@ var clean = map[string]bool{"kill-host": true, "kill-qemu": true, "checkpoint": 
 // covered reports whether there are two guests, each of which can do without the other.
 func (w *world) covered() bool {
 	p, s := w.hosts[w.check.speaker], w.hosts[1-w.check.speaker]
+	if d := p.daemon; w.check.alone || d != nil && d.pair.p != nil && d.pair.p.State() != failover.PrimaryPair {
+		return false // P goes on alone, or is about to
+	}
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }
 

@@ -58,6 +58,7 @@ var themes = []theme{
 		kinds: []string{"power-off", "power-off", "power-off", "start-guest", "start-primary", "start-secondary", "kill-host", "kill-qemu", "kill-daemon", "drop-link", "checkpoint", "failover"},
 		on:    []string{"ask", "checkpoint loaded", "commit", "covered", "replicating", "link lost", "powered off", "stays off", "S claim"},
 	},
+	{steps: []step{{kind: "power-off"}}},
 	{ // what an operator does to the arbiter's entry
 		kinds: []string{"arbiter-edit", "arbiter-edit", "kill-daemon", "kill-host", "kill-qemu", "cut-control", "cut-arbiter", "failover", "disk-fails"},
 		on:    []string{"covered", "commit", "replicating", "resync", "goes alone", "takes over", "S claim", "P claim", "link lost"},
