@@ -98,6 +98,7 @@ func (sc *Scenario) drawTheme() {
 		sc.Period = []int64{100 * ms, 300 * ms}[r.IntN(2)]
 	}
 	at := 300*ms + r.Int64N(6*s)
+	sc.Conns = append(sc.Conns, drawBusy(r, at))
 	draw := func(kind string, host int, on string, after, lasts int64) {
 		a := Action{At: at, Kind: kind, Host: host, On: on}
 		if after > 0 {
@@ -131,4 +132,13 @@ func (sc *Scenario) drawTheme() {
 		}
 	}
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
+}
+
+// drawBusy draws a connection on which something is under way at that time, mostly.
+func drawBusy(r *rand.Rand, at int64) Conn {
+	c := Conn{At: max(at-300*ms, 200*ms), Pipelined: 1 + r.IntN(4)}
+	for range 20 {
+		c.Requests = append(c.Requests, Request{"GE"[r.IntN(2)], 1 + r.Int64N(20000)}, Request{'S', 9}, Request{'W', 1 + r.Int64N(40)})
+	}
+	return c
 }
