@@ -8,17 +8,16 @@ import (
 	"slices"
 )
 
-// theme is what half of the scenarios concentrate on, since what goes wrong at random times
-// seldom meets what takes milliseconds.
+// theme is what a third of the scenarios concentrate on, since what goes wrong at random times
+// seldom meets what takes milliseconds. In another third all of a chain happens.
 type theme struct {
 	kinds  []string // of actions: some of these happen,
 	on     []string // when one of these is reached
-	steps  []step   // or all of these in this order
 	period bool     // there are many checkpoints
 }
 
 // step is an action of a chain: on P's host, or on the other one; when on is reached, "" standing
-// for a time at random; at most after later; for about lasts.
+// for the chain's beginning; at most after later; for about lasts.
 type step struct {
 	kind         string
 	other        bool
@@ -58,26 +57,33 @@ var themes = []theme{
 		kinds: []string{"power-off", "power-off", "power-off", "start-guest", "start-primary", "start-secondary", "kill-host", "kill-qemu", "kill-daemon", "drop-link", "checkpoint", "failover"},
 		on:    []string{"ask", "checkpoint loaded", "commit", "covered", "replicating", "link lost", "powered off", "stays off", "S claim"},
 	},
-	{steps: []step{{kind: "power-off"}}},
 	{ // what an operator does to the arbiter's entry
 		kinds: []string{"arbiter-edit", "arbiter-edit", "kill-daemon", "kill-host", "kill-qemu", "cut-control", "cut-arbiter", "failover", "disk-fails"},
 		on:    []string{"covered", "commit", "replicating", "resync", "goes alone", "takes over", "S claim", "P claim", "link lost"},
 	},
+}
+
+// chains are what one rule or another is there for.
+var chains = [][]step{
 	// P goes on while S has been told to take over, with what its daemon has not looked at yet.
-	{steps: []step{{kind: "freeze-daemon", lasts: 200 * ms}, {kind: "drop-link", other: true, on: "action freeze-daemon", after: 100 * ms}, {kind: "failover", other: true, on: "link lost", after: 5 * ms}}},
+	{{kind: "freeze-daemon", lasts: 200 * ms}, {kind: "drop-link", other: true, on: "action freeze-daemon", after: 100 * ms}, {kind: "failover", other: true, on: "link lost", after: 5 * ms}},
+	{{kind: "power-off"}},
+	{{kind: "stop-guest", lasts: 20 * ms}},
+	// S gets an answer late, and meanwhile P's host begins anew without a guest.
+	{{kind: "cut-arbiter", other: true, lasts: 4 * s}, {kind: "kill-daemon", lasts: 800 * ms}, {kind: "kill-qemu", on: "action kill-daemon", after: 400 * ms}},
 	// S is told to take over by force before a checkpoint covers it.
-	{steps: []step{{kind: "cut-control", on: "replicating", after: 20 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 300 * ms}}},
+	{{kind: "kill-qemu", other: true}, {kind: "cut-control", on: "replicating", after: 20 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 300 * ms}},
 	// Likewise, while P transmits alone and has no daemon that could know.
-	{steps: []step{
+	{
 		{kind: "kill-qemu", other: true}, {kind: "kill-daemon", on: "resync", after: 600 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 500 * ms},
 		{kind: "failover-force", other: true, on: "action kill-daemon", after: 700 * ms},
-	}},
+	},
 	// An operator has a guest go on that is stopped for a checkpoint.
-	{steps: []step{{kind: "checkpoint"}, {kind: "cont-guest", on: "ask", after: 2 * ms}}},
+	{{kind: "checkpoint"}, {kind: "cont-guest", on: "ask", after: 2 * ms}},
 	// A checkpoint is given up and made all the same; then P's host dies.
-	{steps: []step{{kind: "checkpoint"}, {kind: "drop-link", on: "ask", after: 500 * us}, {kind: "kill-host", on: "checkpoint loaded", after: 60 * ms, lasts: 3 * s}}},
+	{{kind: "checkpoint"}, {kind: "drop-link", on: "ask", after: 500 * us}, {kind: "kill-host", on: "checkpoint loaded", after: 60 * ms, lasts: 3 * s}},
 	// P's host dies after S's QEMU has lost P's.
-	{steps: []step{{kind: "migration-reset"}, {kind: "kill-host", on: "colo exit secondary", after: 600 * ms, lasts: 3 * s}}},
+	{{kind: "migration-reset"}, {kind: "kill-host", on: "colo exit secondary", after: 600 * ms, lasts: 3 * s}},
 }
 
 // themed are the actions that only themes have: they excuse much of what else would be wrong.
@@ -89,14 +95,11 @@ func (sc *Scenario) drawTheme() {
 	if r.IntN(16) == 0 {
 		sc.Arbiter = arbiterNone
 	}
-	if r.IntN(2) == 0 {
+	what := r.IntN(3)
+	if what == 0 {
 		return
 	}
-	t := &themes[r.IntN(len(themes))]
 	sc.Actions = sc.Actions[:min(len(sc.Actions), r.IntN(2))]
-	if t.period {
-		sc.Period = []int64{100 * ms, 300 * ms}[r.IntN(2)]
-	}
 	at := 300*ms + r.Int64N(6*s)
 	sc.Conns = append(sc.Conns, drawBusy(r, at))
 	draw := func(kind string, host int, on string, after, lasts int64) {
@@ -109,17 +112,20 @@ func (sc *Scenario) drawTheme() {
 		}
 		sc.Actions = append(sc.Actions, a)
 	}
-	if t.steps != nil {
+	if what == 1 {
 		p := r.IntN(8) / 7 // it is the first host mostly
-		for _, x := range t.steps {
+		for _, x := range chains[r.IntN(len(chains))] {
 			host := p
 			if x.other {
 				host = 1 - p
 			}
-			on := x.on
-			draw(x.kind, host, on, max(x.after, 1), max(x.lasts, 20*ms))
+			draw(x.kind, host, x.on, max(x.after, 1), max(x.lasts, 20*ms))
 		}
 	} else {
+		t := &themes[r.IntN(len(themes))]
+		if t.period {
+			sc.Period = []int64{100 * ms, 300 * ms}[r.IntN(2)]
+		}
 		for range 1 + r.IntN(4) {
 			on := ""
 			if r.IntN(5) > 0 {
