@@ -101,13 +101,22 @@ func (w *world) left(h *host, frame []byte) {
 	}
 }
 
+// replicas: while a secondary is covered, its image has every write that its primary's has (R24).
+func (w *world) replicas(h *host) {
+	for key, value := range h.disk.image {
+		if got := h.other().disk.image[key]; got != value {
+			w.failf("replica", "a checkpoint is committed, and key %d is %d on %s and %d on the secondary's", key, value, h.name, got)
+		}
+	}
+}
+
 // split: two hosts may have served. Without an arbiter, hosts that lost each other may both; and
 // an operator who changes the arbiter's entry takes that upon himself.
 func (w *world) split() bool { return w.edited || w.sc.Arbiter == arbiterNone && w.apart }
 
 // ofSplit are what is no fault then.
 var ofSplit = map[string]bool{
-	"two speakers": true, "guest lost": true, "connection": true, "stream": true, "disk": true, "ack": true, "window": true, "timestamp": true, "liveness": true, "availability": true,
+	"two speakers": true, "guest lost": true, "connection": true, "stream": true, "disk": true, "ack": true, "window": true, "timestamp": true, "liveness": true, "availability": true, "replica": true,
 }
 
 // doubt: P's daemon knows that the PVM was stopped, and not for a checkpoint (R15).

@@ -76,6 +76,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		d.checks.askCOLO(fx.Epoch)
 	case checkpoint.OpCommit:
 		w.check.doubt = false
+		w.replicas(d.h)
 		inside, err := l.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		d.fail(err)
 		d.epoch = fx.Epoch

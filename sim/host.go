@@ -179,6 +179,9 @@ func (h *host) startQEMU(waits bool) {
 		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new
+	if !waits {
+		w.remembers(h)
+	}
 	q.wakeUp.do = q.runGuest
 	h.qemu = q
 	w.logf("%v starts, %s", q, q.state)

@@ -144,6 +144,9 @@ func (sc *Scenario) drawTheme() {
 func drawBusy(r *rand.Rand, at int64) Conn {
 	c := Conn{At: max(at-300*ms, 200*ms), Pipelined: 1 + r.IntN(4)}
 	for range 20 {
+		if r.IntN(6) == 0 {
+			c.Requests = append(c.Requests, Request{'T', 0})
+		}
 		c.Requests = append(c.Requests, Request{"GE"[r.IntN(2)], 1 + r.Int64N(20000)}, Request{'S', 9}, Request{'W', 1 + r.Int64N(40)})
 	}
 	return c
