@@ -76,7 +76,9 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		d.checks.askCOLO(fx.Epoch)
 	case checkpoint.OpCommit:
 		w.check.doubt = false
-		w.replicas(d.h)
+		if d.h.id == w.check.speaker && !w.check.alone { // else it has slept, and nobody goes by it
+			w.replicas(d.h)
+		}
 		inside, err := l.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		d.fail(err)
 		d.epoch = fx.Epoch

@@ -68,6 +68,7 @@ var chains = [][]step{
 	// P goes on while S has been told to take over, with what its daemon has not looked at yet.
 	{{kind: "freeze-daemon", lasts: 200 * ms}, {kind: "drop-link", other: true, on: "action freeze-daemon", after: 100 * ms}, {kind: "failover", other: true, on: "link lost", after: 5 * ms}},
 	{{kind: "power-off"}},
+	{{kind: "disk-fails", lasts: 2 * s}},
 	{{kind: "stop-guest", lasts: 20 * ms}},
 	// S gets an answer late, and meanwhile P's host begins anew without a guest.
 	{{kind: "cut-arbiter", other: true, lasts: 4 * s}, {kind: "kill-daemon", lasts: 800 * ms}, {kind: "kill-qemu", on: "action kill-daemon", after: 400 * ms}},
