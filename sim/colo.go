@@ -137,6 +137,9 @@ func (q *qemu) load(no int) {
 			q.state = "paused"
 			q.resume()
 		}
+		if !q.linked {
+			q.lost()
+		}
 	})
 }
 
@@ -255,6 +258,16 @@ func (q *qemu) primaryFailover(done func(error)) {
 		q.retry()
 		done(nil)
 	})
+}
+
+// leave is control/qemu's LeavePrimary: a checkpoint that has come whole is loaded all the same.
+func (q *qemu) leave() {
+	if q.received == nil {
+		q.unlink()
+		return
+	}
+	q.linked = false
+	q.linkGen++
 }
 
 // secondaryFailover is control/qemu's SecondaryFailover: a checkpoint that has come whole is

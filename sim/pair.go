@@ -229,11 +229,16 @@ func (p *pair) askAwake() {
 		return
 	}
 	m.run(qmpTimeout, func(q *qemu, answer func(error)) {
+		q.leave()
 		running = q.state == "running"
 		answer(nil)
 	}, func(err error) {
-		if err == nil && running {
+		switch {
+		case err != nil:
+		case running:
 			d.pair.step(failover.Event{Kind: failover.EvRuns})
+		default:
+			d.pair.step(failover.Event{Kind: failover.EvStands})
 		}
 	})
 }

@@ -308,7 +308,7 @@ func (q *qemu) toPeer(d int64, f func(peer *qemu)) {
 	gen := q.linkGen
 	q.w.after(d, func() {
 		switch {
-		case !q.linked || gen != q.linkGen || q.peer == nil:
+		case !q.linked || gen != q.linkGen || q.peer == nil || !q.peer.linked && q.peer.alive:
 		case q.w.cut.qemu > 0 || !q.peer.h.alive || !q.peer.works():
 			if q.peer.alive || !q.peer.h.alive { // frozen, or nobody says that it is dead
 				q.toPeer(5*ms, f)
