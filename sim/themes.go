@@ -73,14 +73,14 @@ var chains = [][]step{
 	// S gets an answer late, and meanwhile P's host begins anew without a guest.
 	{{kind: "cut-arbiter", other: true, lasts: 4 * s}, {kind: "kill-daemon", lasts: 800 * ms}, {kind: "kill-qemu", on: "action kill-daemon", after: 400 * ms}},
 	// S is told to take over by force before a checkpoint covers it.
-	{{kind: "kill-qemu", other: true}, {kind: "cut-control", on: "replicating", after: 20 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 300 * ms}},
+	{{kind: "kill-qemu", other: true}, {kind: "cut-control", on: "replicating", after: 20 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "action cut-control", after: 1 * s}},
 	// Likewise, while P transmits alone and has no daemon that could know.
 	{
 		{kind: "kill-qemu", other: true}, {kind: "kill-daemon", on: "resync", after: 600 * ms, lasts: 2 * s}, {kind: "failover-force", other: true, on: "link lost", after: 500 * ms},
 		{kind: "failover-force", other: true, on: "action kill-daemon", after: 700 * ms},
 	},
 	// An operator has a guest go on that is stopped for a checkpoint.
-	{{kind: "checkpoint"}, {kind: "cont-guest", on: "ask", after: 2 * ms}},
+	{{kind: "cont-guest", on: "ask", after: 1500 * us}},
 	// A checkpoint is given up and made all the same; then P's host dies.
 	{{kind: "checkpoint"}, {kind: "drop-link", on: "ask", after: 500 * us}, {kind: "kill-host", on: "checkpoint loaded", after: 60 * ms, lasts: 3 * s}},
 	// P's host dies after S's QEMU has lost P's.
