@@ -171,11 +171,15 @@ func TestEdge(t *testing.T) {
 			if got := k.slot(ev.Slot); !bytes.Equal(got, raw) {
 				t.Errorf("held\n% x, want\n% x", got, raw)
 			}
-			// A handshake that was not over.
-			isn := uint32(isnSVM)
-			k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS, Guard: guard, IsnSvm: isn})
-			k.turned(k.LsPriOut, markRel, f.from(seg{seq: isn, ack: 9, flags: syn | ack, opts: withTS(ts, 1)}),
-				f.from(seg{seq: isn - edge, ack: 9, flags: syn | ack, opts: withTS(ts-edgeTS+guard, 1)}), "released_out")
+			// The handshake may not be over when the host takes over.
+			k.putEdge(f, bpf.LockstepLsConn{Off: edge, TsOff: edgeTS, Guard: guard, IsnSvm: seq, State: stGuarded})
+			repeated := seg{seq: seq, ack: 6, flags: syn | ack, opts: withTS(ts, 1)}
+			moved := repeated
+			moved.seq, moved.opts = seq-edge, withTS(ts-edgeTS+guard, 1)
+			k.turned(k.LsPriOut, markRel, f.from(repeated), f.from(moved), "released_out")
+			if k.edgeOf(f) == nil {
+				t.Error("a SYN|ACK that is repeated has no edge any more")
+			}
 			fresh := f.from(seg{seq: 77, ack: 9, flags: syn | ack, opts: withTS(5, 1)})
 			k.turned(k.LsPriOut, markRel, fresh, fresh, "released_out")
 			if k.edgeOf(f) != nil {

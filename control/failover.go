@@ -325,15 +325,20 @@ func (fo *failoverPart) fenced() {
 	})
 }
 
-// askAwake finds out whether the SVM runs: then nothing is being loaded.
+// askAwake finds out whether the SVM runs: then nothing is being loaded. A QEMU that stands still
+// itself may hold a checkpoint that it has not loaded yet, so nobody goes on before it answers.
 func (fo *failoverPart) askAwake() {
 	running := false
 	fo.d.qmp.procedure("ask for the guest's state", func(_ context.Context, m *qmp.Monitor) (err error) {
-		running, _, err = m.Status()
+		running, err = qemu.LeavePrimary(m)
 		return err
 	}, func(err error) {
-		if err == nil && running {
+		switch {
+		case err != nil:
+		case running:
 			fo.step(failover.Event{Kind: failover.EvRuns})
+		default:
+			fo.step(failover.Event{Kind: failover.EvStands})
 		}
 	})
 }

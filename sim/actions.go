@@ -5,6 +5,7 @@ package sim
 import (
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // action is one kind of thing that may happen.
@@ -110,16 +111,31 @@ var actions = map[string]action{
 	}},
 	"stop-guest": {true, true, func(w *world, h *host, a *Action) {
 		q := h.qemu
-		if q == nil || !q.works() || !q.running() || !q.drain() {
+		if q == nil || !q.works() || q.guest == nil || q.running() && !q.drain() {
 			return
 		}
-		q.halt("paused")
-		w.after(a.For, func() {
-			if q.works() && q.state == "paused" && !q.paused && q.attempt == 0 {
+		if q.running() {
+			q.unasked = true
+			q.halt("paused")
+		}
+		w.after(a.For, func() { // cont goes on with a guest that lockstep has paused, too
+			if q.works() && q.state == "paused" {
 				q.resume()
 			}
 		})
 	}},
+	"cont-guest": once(false, func(_ *world, h *host) { // of lockstep's own pause, too
+		if q := h.qemu; q != nil && q.works() && q.state == "paused" {
+			q.resume()
+		}
+	}),
+	"power-off": once(false, func(w *world, h *host) { w.powerOff(h) }),
+	"start-guest": once(false, func(_ *world, h *host) { // lockstep start
+		if h.daemon == nil {
+			h.state.Off = false
+		}
+	}),
+	"arbiter-edit": once(true, func(w *world, h *host) { w.arbiter.edit(h) }),
 	"checkpoint": once(false, func(w *world, h *host) {
 		ofDaemon(w, h, func(d *daemon) {
 			if d.isPrimary() {
@@ -164,7 +180,19 @@ func (w *world) act(a *Action) {
 		w.failf("scenario", "no action is called %q", a.Kind)
 		return
 	}
+	if w.now >= healed-s {
+		return // what it waited for came too late
+	}
+	if a.On != "" && k.lasts {
+		b := *a
+		b.For = min(a.For, healed-s-w.now)
+		a = &b
+	}
 	h := w.hosts[a.Host]
+	if k.fatal {
+		w.fatal++
+	}
+	w.apart = w.apart || !clean[a.Kind]
 	w.logf("--- %s %s", a.Kind, h.name)
 	w.reach("action " + a.Kind)
 	if kills[a.Kind] {
@@ -177,12 +205,20 @@ func (w *world) act(a *Action) {
 
 // kills are the actions after which a guest may be lost. A pair that is covered survives one.
 var kills = map[string]bool{
-	"kill-qemu": true, "kill-host": true, "freeze-host": true, "freeze-qemu": true, "disk-fails": true, "failover-force": true, "stop-guest": true,
+	"kill-qemu": true, "kill-host": true, "freeze-host": true, "freeze-qemu": true, "disk-fails": true, "stop-guest": true,
+	"failover": true, "failover-force": true, // P goes on alone from then on
+	"arbiter-edit": true,
 }
+
+// clean are the actions after which a host that counts as dead is.
+var clean = map[string]bool{"kill-host": true, "kill-qemu": true, "checkpoint": true, "rotate": true, "power-off": true, "start-guest": true}
 
 // covered reports whether there are two guests, each of which can do without the other.
 func (w *world) covered() bool {
 	p, s := w.hosts[w.check.speaker], w.hosts[1-w.check.speaker]
+	if d := p.daemon; w.check.alone || d != nil && d.pair.p != nil && d.pair.p.State() != failover.PrimaryPair {
+		return false // P goes on alone, or is about to
+	}
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }
 
@@ -192,19 +228,12 @@ func (w *world) lost() {
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
 	}
+	if w.off {
+		return
+	}
 	if w.kills == 0 || w.kills == 1 && w.saved {
 		w.failf("guest lost", "another guest runs, after %d deaths", w.kills)
 	}
-}
-
-// fatal counts the actions that may each cost a host.
-func (sc *Scenario) fatal() (n int) {
-	for _, a := range sc.Actions {
-		if actions[a.Kind].fatal {
-			n++
-		}
-	}
-	return n
 }
 
 // mend is what an operator does in the end: every host is on, and has a daemon. The one that
@@ -215,8 +244,9 @@ func (w *world) mend() {
 		if h.daemon != nil || !h.works() {
 			continue
 		}
+		h.state.Off = false
 		role := datapath.RoleSecondary
-		if w.arbiter.entry.Speaker == h.name {
+		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
 			role = datapath.RolePrimary
 		}
 		h.boot(role, false)

@@ -4,8 +4,10 @@ package sim
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
 )
 
 // check is what the checkers know.
@@ -14,6 +16,7 @@ type check struct {
 	alone     bool // it has won the arbiter, and nobody follows it
 	flows     map[flow]*wire
 	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
+	doubt     bool              // the PVM was stopped unasked since the last commit
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
 	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
 	answers   int
@@ -24,6 +27,7 @@ type check struct {
 
 // wire is a connection as clients have seen it.
 type wire struct {
+	end       uint32 // of what has left
 	isn       uint32
 	acked     bool
 	ack, edge uint32
@@ -35,7 +39,16 @@ type wire struct {
 
 // solo: a host transmits alone from now on.
 func (w *world) solo(h *host) {
-	w.check.speaker, w.check.alone = h.id, true
+	w.check.speaker, w.check.alone, w.check.doubt = h.id, true, false
+	h.replaced = 0
+	if w.off && w.fatal == 0 && !w.apart {
+		w.failf("power-off", "%s serves, and the guest powered off", h.name)
+	}
+	w.remembers(h)
+}
+
+// remembers: what clients were told to be on the disk is on this host's.
+func (w *world) remembers(h *host) {
 	for key, value := range w.check.confirmed {
 		if got := h.disk.read(key); got < value {
 			w.failf("disk", "%s serves, with %d for key %d, and %d was confirmed", h.name, got, key, value)
@@ -53,6 +66,9 @@ func (w *world) left(h *host, frame []byte) {
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
 	}
+	if h.replaced != 0 && w.now > h.replaced+1*s {
+		w.failf("fenced", "%s transmits %v, and has known for %v that the arbiter names another", h.name, p, time.Duration(w.now-h.replaced))
+	}
 	if h.id != w.check.speaker {
 		w.failf("two speakers", "%s transmits %v, and %s may", h.name, p, w.hosts[w.check.speaker].name)
 		return
@@ -63,15 +79,50 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
 		return
 	}
+	end := p.seq + uint32(len(p.payload))
+	if p.syn() || p.fin() {
+		end++
+	}
+	if after(end, v.end) {
+		if w.check.doubt && h.pinned().Mode == datapath.ModeHold {
+			w.failf("doubt", "%s releases %v, which is new, and the PVM was stopped unasked since the last commit", h.name, p)
+		}
+		v.end = end
+	}
 	w.forward(h, &p, v)
 	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
 		w.released(h, &p, v)
+	}
+}
+
+// replicas: while a secondary is covered, its image has every write that its primary's has (R24).
+func (w *world) replicas(h *host) {
+	for key, value := range h.disk.image {
+		if got := h.other().disk.image[key]; got != value {
+			w.failf("replica", "a checkpoint is committed, and key %d is %d on %s and %d on the secondary's", key, value, h.name, got)
+		}
+	}
+}
+
+// split: two hosts may have served. Without an arbiter, hosts that lost each other may both; and
+// an operator who changes the arbiter's entry takes that upon himself.
+func (w *world) split() bool { return w.edited || w.sc.Arbiter == arbiterNone && w.apart }
+
+// ofSplit are what is no fault then.
+var ofSplit = map[string]bool{
+	"two speakers": true, "guest lost": true, "connection": true, "stream": true, "disk": true, "ack": true, "window": true, "timestamp": true, "liveness": true, "availability": true, "replica": true,
+}
+
+// doubt: P's daemon knows that the PVM was stopped, and not for a checkpoint (R15).
+func (w *world) doubt(d *daemon) {
+	if d.isPrimary() && d.pair.p.State() == failover.PrimaryPair {
+		w.check.doubt = true
 	}
 }
 

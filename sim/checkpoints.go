@@ -63,16 +63,22 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpThaw:
 		d.fail(l.Thaw())
 	case checkpoint.OpPrepare:
+		w.reach("prepare")
 		d.send(peerlink.Prepare{Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
 		d.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
+		w.reach("ask")
 		d.checks.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
 		d.fail(errors.Join(d.h.nic.SetEpoch(fx.Epoch), d.h.nic.MarkStop()))
 	case checkpoint.OpCOLO:
 		d.checks.askCOLO(fx.Epoch)
 	case checkpoint.OpCommit:
+		w.check.doubt = false
+		if d.h.id == w.check.speaker && !w.check.alone { // else it has slept, and nobody goes by it
+			w.replicas(d.h)
+		}
 		inside, err := l.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		d.fail(err)
 		d.epoch = fx.Epoch
@@ -91,6 +97,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpDrain:
 		d.checks.drain(fx.Epoch, 40)
 	case checkpoint.OpReady:
+		w.reach("ready")
 		d.send(peerlink.Ready{Epoch: fx.Epoch})
 	case checkpoint.OpBegin:
 		d.epoch = fx.Epoch

@@ -84,6 +84,8 @@ func (q *qemu) transaction() {
 		// S stops, whatever it does.
 		if s.guest != nil && s.state == "running" {
 			s.halt("colo")
+		} else if s.state == "shutdown" {
+			s.state = "colo"
 		}
 		s.received = nil
 		s.toPeer(r(100*us, 1*ms), func(q *qemu) {
@@ -134,6 +136,9 @@ func (q *qemu) load(no int) {
 		if q.state == "colo" {
 			q.state = "paused"
 			q.resume()
+		}
+		if !q.linked {
+			q.lost()
 		}
 	})
 }
@@ -255,6 +260,16 @@ func (q *qemu) primaryFailover(done func(error)) {
 	})
 }
 
+// leave is control/qemu's LeavePrimary: a checkpoint that has come whole is loaded all the same.
+func (q *qemu) leave() {
+	if q.received == nil {
+		q.unlink()
+		return
+	}
+	q.linked = false
+	q.linkGen++
+}
+
 // secondaryFailover is control/qemu's SecondaryFailover: a checkpoint that has come whole is
 // loaded, one that has not is dropped.
 func (q *qemu) secondaryFailover(done func(error)) {
@@ -277,7 +292,7 @@ func (q *qemu) secondaryFailover(done func(error)) {
 		}
 		q.colo, q.peer = "none", nil
 		q.h.disk.merge()
-		if q.state != "running" && q.state != "io-error" {
+		if q.state != "running" && q.state != "io-error" && q.state != "shutdown" {
 			q.state = "paused"
 			q.resume()
 		}

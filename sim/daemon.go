@@ -185,6 +185,7 @@ func (d *daemon) fail(err error) {
 // start begins a role: what control.New and Run do.
 func (h *host) start(begin failover.Begin) {
 	d := h.newDaemon(begin.Role)
+	h.replaced = 0
 	d.begin, d.qmp.hadQEMU, d.qmp.colo = begin, begin.HasGuest(), "none"
 	d.w.reach("role " + string(begin.Role))
 	d.w.logf("%s: daemon begins as %s, %+v", h.name, d.role, begin)
@@ -301,6 +302,9 @@ func (d *daemon) kill(hostLives bool) {
 	}
 	d.alive = false
 	d.w.logf("%s: daemon ends", d.h.name)
+	if d.ended != endPromoted && d.ended != endAfresh {
+		d.w.arbiter.own[d.h.id] = realarbiter.Entry{} // so does its process
+	}
 	if d.link != nil {
 		d.link.drop(d, hostLives)
 	}
@@ -334,6 +338,10 @@ func (d *daemon) endRole() {
 // boot is `lockstep run`: it asks the arbiter, and begins the role that comes of it (R19).
 // afresh: what is found belongs to an SVM that was given up.
 func (h *host) boot(role datapath.Role, afresh bool) {
+	if h.state.Off {
+		h.w.reach("stays off")
+		return
+	}
 	b := h.newDaemon(role)
 	var ask func()
 	ask = func() {

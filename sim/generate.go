@@ -58,6 +58,7 @@ func draw(seed uint64) *Scenario {
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
+	sc.drawTheme()
 	return sc
 }
 
@@ -164,7 +165,7 @@ func drawConn(r *rand.Rand, key int) Conn {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		if k != clientAborts && k != coveredDeath {
+		if !themed[k] && k != clientAborts && k != coveredDeath {
 			names = append(names, k)
 		}
 	}

@@ -21,6 +21,7 @@ type guest struct {
 	order   []tcp.ID      // of conns
 	pending []diskRequest // the disk's: not answered yet
 	said    map[flow]*said
+	leaves  bool // it powers off
 
 	clock, since int64 // the guest's clock was clock when the host's was since; it stands still while the guest does
 }
@@ -58,7 +59,7 @@ func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
 func (g *guest) clone() *guest {
 	c := &guest{
 		stack: g.stack.Clone(), conns: make(map[tcp.ID]*serving, len(g.conns)), order: slices.Clone(g.order),
-		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), clock: g.clock, since: g.since,
+		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), leaves: g.leaves, clock: g.clock, since: g.since,
 	}
 	for id, v := range g.conns {
 		n := *v

@@ -34,6 +34,8 @@ type host struct {
 	disk    *disk
 	state   state.State // on disk
 	replies int64       // when the last frame to the peer arrives
+
+	replaced int64 // when its daemon learnt that the arbiter names the other host; 0: it did not
 }
 
 var names = [2]string{"alpha", "beta"}
@@ -165,6 +167,9 @@ func (w *world) guestConfig() tcp.Config {
 // startQEMU starts a QEMU: one that boots a guest, or one that waits for a migration.
 func (h *host) startQEMU(waits bool) {
 	w := h.w
+	if !waits && h.state.Off {
+		w.failf("power-off", "%s boots the guest, which powered off", h.name)
+	}
 	w.qemus++
 	q := &qemu{w: w, h: h, id: w.qemus, alive: true, state: "prelaunch", colo: "none"}
 	if waits {
@@ -174,6 +179,9 @@ func (h *host) startQEMU(waits bool) {
 		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new
+	if !waits {
+		w.remembers(h)
+	}
 	q.wakeUp.do = q.runGuest
 	h.qemu = q
 	w.logf("%v starts, %s", q, q.state)

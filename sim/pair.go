@@ -68,14 +68,25 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpFenced:
 		d.pair.fenced()
 	case failover.OpPoweredOff:
-		d.send(peerlink.PoweredOff{})
+		if d.isPrimary() {
+			d.send(peerlink.PoweredOff{})
+			d.remember(func(st *state.State) { st.Off = true })
+		}
+		d.w.reach("powered off")
+		if m := d.h.monitor; m != nil {
+			m.run(qmpTimeout, func(q *qemu, answer func(error)) { q.die() }, func(error) { d.ended = endOff })
+			break
+		}
 		d.ended = endOff
 	case failover.OpYield:
 		d.send(peerlink.Yield{})
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
-		d.w.check.alone = false
+		d.w.check.alone, d.w.check.doubt = false, false
+		if d.w.split() {
+			d.w.check.speaker = d.h.id
+		}
 		d.repl.helloCOLO = true
 		cc := d.w.sc.compare()
 		d.w.check.cores++
@@ -155,7 +166,10 @@ func (p *pair) claim(term uint64) {
 func (p *pair) readEntry() {
 	d := p.d
 	d.w.arbiter.ask(d.h, func() bool { return false }, func(ok bool) {
-		if now := d.w.arbiter.entry; ok {
+		if now := d.w.arbiter.of(d.h); ok {
+			if now.Term > d.pair.p.Term() && now.Speaker != d.h.name && d.pair.p.State() != failover.PrimaryClaim {
+				d.h.replaced = d.w.now
+			}
 			d.pair.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == d.h.name})
 		}
 	})
@@ -215,11 +229,16 @@ func (p *pair) askAwake() {
 		return
 	}
 	m.run(qmpTimeout, func(q *qemu, answer func(error)) {
+		q.leave()
 		running = q.state == "running"
 		answer(nil)
 	}, func(err error) {
-		if err == nil && running {
+		switch {
+		case err != nil:
+		case running:
 			d.pair.step(failover.Event{Kind: failover.EvRuns})
+		default:
+			d.pair.step(failover.Event{Kind: failover.EvStands})
 		}
 	})
 }

@@ -22,6 +22,7 @@ type qemu struct {
 	colo    string // "none", "primary", "secondary"
 	another bool   // it has booted a guest after there was one already, and that has not run yet
 	paused  bool   // lockstep's mark: stopped to ask for a checkpoint
+	unasked bool   // the stop under way is nobody's who asks for a checkpoint
 
 	peer     *qemu // COLO's other end, or the migration's
 	follower *qemu // P: whose guest is the SVM, or was
@@ -85,6 +86,11 @@ func (q *qemu) runGuest() {
 	}
 	if !q.works() {
 		return // whoever thaws it wakes it
+	}
+	if q.guest.leaves {
+		q.halt("shutdown")
+		q.emit(func(m *monitor) { m.d.qmp.guestOff() })
+		return
 	}
 	g, now := q.guest, q.guest.time(q.h.clock())
 	input := q.input
@@ -218,6 +224,7 @@ func (q *qemu) ioError(which string) {
 	secondarys := which == "replica"
 	q.emit(func(m *monitor) { m.d.qmp.diskFailed(secondarys) })
 	if q.state == "running" {
+		q.unasked = true
 		q.halt("io-error")
 	}
 }
@@ -239,9 +246,27 @@ func (q *qemu) drain() bool {
 	return q.complete()
 }
 
+// powerOff has the guest of this host power off, and the one that does the same.
+func (w *world) powerOff(h *host) {
+	q := h.qemu
+	if q == nil || h.id != w.check.speaker || !q.running() {
+		return
+	}
+	w.off = true
+	for _, a := range w.client.conns {
+		a.lost = true
+	}
+	for _, q := range []*qemu{q, q.follower} {
+		if q != nil && q.alive && q.guest != nil {
+			q.guest.leaves = true
+			q.wake(q.soon())
+		}
+	}
+}
+
 // resume has the guest run.
 func (q *qemu) resume() {
-	if !q.alive || q.state == "running" || q.guest == nil {
+	if !q.alive || q.state == "shutdown" || q.state == "running" || q.guest == nil {
 		return
 	}
 	if q.another {
@@ -266,9 +291,15 @@ func (q *qemu) emit(f func(*monitor)) {
 }
 
 func (q *qemu) emitState(event string) {
-	at := q.h.clock()
+	at, unasked := q.h.clock(), q.unasked
+	q.unasked = false
 	q.w.logf("%v: %s %s", q, event, q.state)
-	q.emit(func(m *monitor) { m.d.qmp.ran(event, at) })
+	q.emit(func(m *monitor) {
+		m.d.qmp.ran(event, at)
+		if unasked {
+			q.w.doubt(m.d)
+		}
+	})
 }
 
 // toPeer sends something over the migration's connection; what comes behind a cut waits for
@@ -277,7 +308,7 @@ func (q *qemu) toPeer(d int64, f func(peer *qemu)) {
 	gen := q.linkGen
 	q.w.after(d, func() {
 		switch {
-		case !q.linked || gen != q.linkGen || q.peer == nil:
+		case !q.linked || gen != q.linkGen || q.peer == nil || !q.peer.linked && q.peer.alive:
 		case q.w.cut.qemu > 0 || !q.peer.h.alive || !q.peer.works():
 			if q.peer.alive || !q.peer.h.alive { // frozen, or nobody says that it is dead
 				q.toPeer(5*ms, f)

@@ -24,7 +24,9 @@ type replicator struct {
 func (r *replicator) begin() {
 	d := r.d
 	m := d.h.monitor
-	resync := d.h.state.Replicated
+	// At the first start a guest that runs already is refused: its images are not the other host's.
+	// The operator sets first_start: copy.
+	resync := d.h.state.Replicated || d.h.qemu != nil && d.h.qemu.running()
 	d.remember(func(st *state.State) { st.Replicated = true })
 	peer := d.link
 	gaveUp := new(bool)

@@ -62,6 +62,8 @@ type Action struct {
 	Kind   string // one of actions
 	Host   int
 	For    int64
+	On     string // if set, it happens when this is reached the first time after At (see world.reach), and
+	After  int64  // so much later
 }
 
 func (sc *Scenario) stack() tcp.Config {
@@ -129,9 +131,13 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	w.client = newClient(w)
 	w.hosts[0].boot(datapath.RolePrimary, false)
 	w.hosts[1].boot(datapath.RoleSecondary, false)
+	for i := range sc.Actions { // before those that they wait for
+		if a := &sc.Actions[i]; a.On != "" {
+			w.after(a.At, func() { w.armed = append(w.armed, armed{a.On, a.After, func() { w.act(a) }}) })
+		}
+	}
 	for i := range sc.Actions {
-		a := &sc.Actions[i]
-		if a.Behind == 0 {
+		if a := &sc.Actions[i]; a.Behind == 0 && a.On == "" {
 			w.after(a.At, func() { w.act(a) })
 		}
 	}
@@ -179,8 +185,8 @@ func (w *world) quiet() {
 	}
 	if !w.serves() {
 		w.reach("nobody serves")
-		if n := w.sc.fatal(); n <= 1 {
-			w.failf("availability", "nobody serves, after %d faults that a pair has to survive", n)
+		if w.fatal <= 1 {
+			w.failf("availability", "nobody serves, after %d faults that a pair has to survive", w.fatal)
 		}
 		return
 	}

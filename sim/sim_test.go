@@ -208,13 +208,21 @@ func calm(seed uint64, actions ...Action) *Scenario {
 	return sc
 }
 
+// restarts are P's daemon's, again and again.
+var restarts = func() (as []Action) {
+	for at := 1 * s; at < 8*s; at += 700 * ms {
+		as = append(as, Action{At: at, Kind: "kill-daemon", For: 50 * ms})
+	}
+	return as
+}()
+
 // TestCosts: rules without which nothing is wrong, but clients wait longer, by virtual time.
 func TestCosts(t *testing.T) {
 	for _, c := range []struct {
 		rule    string
 		actions []Action
 	}{
-		{"R5", nil}, {"R17", nil},
+		{"R5", nil}, {"R17", nil}, {"R23", restarts},
 		{"R22", []Action{{At: 3 * s, Kind: "kill-qemu"}}},
 	} {
 		t.Run(c.rule, func(t *testing.T) {

@@ -43,6 +43,12 @@ func (sc *Scenario) String() string {
 		if a.For != 0 {
 			fmt.Fprintf(&b, " for %v", time.Duration(a.For))
 		}
+		if a.After != 0 {
+			fmt.Fprintf(&b, " after %v", time.Duration(a.After))
+		}
+		if a.On != "" {
+			fmt.Fprintf(&b, " on %s", a.On)
+		}
 		b.WriteByte('\n')
 	}
 	return b.String()
@@ -146,8 +152,8 @@ func (sc *Scenario) conn(words []string) (err error) {
 }
 
 func (sc *Scenario) action(words []string, behind int) error {
-	if len(words) != 4 && (len(words) != 6 || words[4] != "for") {
-		return fmt.Errorf("an action is: at TIME KIND HOST, and perhaps: for TIME; in front of it perhaps: behind FRAMES")
+	if len(words) < 4 {
+		return fmt.Errorf("an action is: at TIME KIND HOST, and perhaps: for TIME, after TIME, on WHAT IS REACHED; in front of it perhaps: behind FRAMES")
 	}
 	at, err := time.ParseDuration(words[1])
 	if err != nil {
@@ -164,12 +170,26 @@ func (sc *Scenario) action(words []string, behind int) error {
 	default:
 		return fmt.Errorf("there is no host %q", words[3])
 	}
-	if len(words) == 6 {
-		d, err := time.ParseDuration(words[5])
+	for rest := words[4:]; len(rest) > 0; rest = rest[2:] {
+		if len(rest) == 1 {
+			return fmt.Errorf("nothing follows %q", rest[0])
+		}
+		if rest[0] == "on" {
+			a.On = strings.Join(rest[1:], " ")
+			break
+		}
+		d, err := time.ParseDuration(rest[1])
 		if err != nil {
 			return err
 		}
-		a.For = int64(d)
+		switch rest[0] {
+		case "for":
+			a.For = int64(d)
+		case "after":
+			a.After = int64(d)
+		default:
+			return fmt.Errorf("an action has no %q", rest[0])
+		}
 	}
 	sc.Actions = append(sc.Actions, a)
 	return nil

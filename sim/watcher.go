@@ -172,6 +172,9 @@ func (x *watcher) diskFailed(secondarys bool) {
 // guestState makes up for an event that was missed.
 func (x *watcher) guestState(state string) {
 	d := x.d
+	if state == "shutdown" {
+		d.qmp.guestOff()
+	}
 	if state != "io-error" {
 		return
 	}
@@ -184,5 +187,13 @@ func (x *watcher) guestState(state string) {
 			q.retry()
 			answer(nil)
 		}, func(error) {})
+	}
+}
+
+// guestOff: the guest powered off. Of the SVM that counts when the PVM has done so, too, or is
+// gone.
+func (x *watcher) guestOff() {
+	if d := x.d; d.isPrimary() {
+		d.pair.step(failover.Event{Kind: failover.EvPoweredOff})
 	}
 }

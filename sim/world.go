@@ -33,13 +33,18 @@ type world struct {
 	talks   map[flow]*talk
 	port    int // the switch's idea of where the guest is
 	cut     struct{ peer, control, qemu int }
+	armed   []armed
 
 	check     check
 	qemus     int            // started so far
 	booted    bool           // a guest was, once
 	forced    bool           // an operator had an uncovered secondary take over
+	fatal     int            // actions so far that may each cost a host
 	kills     int            // actions that kill a guest, so far
 	saved     bool           // the pair was covered at the first
+	off       bool           // the guest powered off
+	apart     bool           // the hosts may have lost each other, and both live
+	edited    bool           // an operator has changed the arbiter's entry
 	excused   bool           // connections may be stuck: see kill-daemon
 	guestLost bool           // and another one was booted: its connections end
 	mutation  string         // a rule that is switched off
@@ -48,6 +53,13 @@ type world struct {
 	logging   bool
 	lines     []string // of the log, newest last
 	streams   [16]*rand.Rand
+}
+
+// armed is an action that waits for something to be reached.
+type armed struct {
+	on    string
+	after int64
+	do    func()
 }
 
 // The streams of random numbers. Each thing has its own, so that leaving one out of a scenario
@@ -135,7 +147,7 @@ type Fault struct {
 func (f *Fault) Error() string { return fmt.Sprintf("%s at %v: %s", f.Kind, f.At, f.What) }
 
 func (w *world) failf(kind, format string, args ...any) {
-	if w.fault == nil {
+	if w.fault == nil && !(ofSplit[kind] && w.split()) {
 		w.fault = &Fault{Kind: kind, What: fmt.Sprintf(format, args...), At: time.Duration(w.now), Log: slices.Clone(w.lines)}
 	}
 }
@@ -153,5 +165,14 @@ func (w *world) logf(format string, args ...any) {
 	w.lines = append(w.lines, fmt.Sprintf("%12.6f ", float64(w.now)/1e9)+fmt.Sprintf(format, args...))
 }
 
-// reach notes for coverage that something has happened.
-func (w *world) reach(what string) { w.reached[what]++ }
+// reach notes for coverage that something has happened, and does what waits for that.
+func (w *world) reach(what string) {
+	w.reached[what]++
+	w.armed = slices.DeleteFunc(w.armed, func(a armed) bool {
+		if a.on != what {
+			return false
+		}
+		w.after(a.after, a.do)
+		return true
+	})
+}

@@ -45,6 +45,7 @@ const (
 
 	EvCovered // S: P confirmed the first commit (R18)
 	EvRuns    // S: the SVM goes on, or QEMU knows that P is gone; nothing is being loaded
+	EvStands  // S: QEMU answers, cut off from P's, and the SVM stands still: a checkpoint may be being loaded
 	EvQEMU    // S: answer to OpQEMU
 )
 
@@ -92,7 +93,8 @@ type Config struct {
 	timeout int64 // a peer that sends nothing for so long counts as dead
 	lease   int64 // T of R20
 	Rejoin  int64 // for a daemon that ended on a living host to come back
-	settle  int64 // S: for a checkpoint to show whether it was loaded
+	settle  int64 // S: for a checkpoint to show whether it was loaded, from when QEMU answers on
+	answer  int64 // S: for QEMU to answer, before it is ordered to take over all the same
 	Doubt   int64 // P: that no checkpoint ends, before S is given up
 	order   int64 // S: how long an operator's order to take over holds
 
@@ -110,7 +112,7 @@ type Config struct {
 func DefaultConfig(timeout, lease, rejoin time.Duration) Config {
 	return Config{
 		timeout: int64(timeout), lease: int64(lease),
-		Rejoin: int64(max(rejoin, timeout)), settle: int64(50 * time.Millisecond),
+		Rejoin: int64(max(rejoin, timeout)), settle: int64(50 * time.Millisecond), answer: int64(5 * time.Second),
 		Doubt: int64(10 * time.Second), order: int64(OrderTimeout),
 	}
 }

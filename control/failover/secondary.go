@@ -27,6 +27,7 @@ type Secondary struct {
 	exited  int64 // when this side's QEMU lost P's; 0: it did not
 	shut    bool  // P reported that its gate is shut
 	awake   bool
+	stands  bool // QEMU has answered that it is not
 	loadBy  int64
 	paired  int64 // when P's term was learnt
 	ordered int64 // until then an operator's order to take over holds
@@ -140,6 +141,11 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 		l.exited, l.awake = now, true
 	case EvRuns:
 		l.awake = true
+	case EvStands:
+		l.stands = true
+		if l.state == SecondaryLoad {
+			l.loadBy = min(l.loadBy, now+l.cfg.settle)
+		}
 	case EvQEMUDead:
 		l.fence()
 	case EvClaimed:
@@ -173,7 +179,10 @@ func (l *Secondary) advance(now int64) {
 		l.takeOver()
 	}
 	if l.state == SecondaryLease && now >= l.leaseEnd() {
-		l.state, l.loadBy = SecondaryLoad, now+l.cfg.settle
+		l.state, l.loadBy = SecondaryLoad, now+l.cfg.answer
+		if l.stands {
+			l.loadBy = now + l.cfg.settle
+		}
 	}
 	if l.state == SecondaryLoad && (l.awake || now >= l.loadBy) {
 		l.state = SecondaryQEMU
@@ -188,9 +197,9 @@ func (l *Secondary) MayTakeOver(echoed int64, force bool) bool {
 	return l.covered || force && (max(l.echoed, echoed) > l.paired || l.cfg.noR26Lease)
 }
 
-// takeOver is R21 (i) and (ii). awake is found out anew by whoever carries out OpQuiet.
+// takeOver is R21 (i) and (ii). awake and stands are found out anew by whoever carries out OpQuiet.
 func (l *Secondary) takeOver() {
-	l.state, l.awake = SecondaryClaim, l.exited != 0
+	l.state, l.awake, l.stands = SecondaryClaim, l.exited != 0, false
 	l.emit(OpQuiet)
 	l.emit(OpClaim)
 }

@@ -66,3 +66,40 @@ func TestDismissedClaim(t *testing.T) {
 		t.Errorf("the mutation goes unnoticed: %v", ops)
 	}
 }
+
+// A QEMU that stands still may have a checkpoint that it has not loaded yet. It is ordered to take
+// over once it answers and has had time to show that, or when it has not answered for long.
+func TestSlowLoad(t *testing.T) {
+	const ms = int64(time.Millisecond)
+	ordered := func(evs map[int64]Event) int64 {
+		l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
+		l.Step(0, Event{Kind: EvLinkUp, Term: 7})
+		l.Step(1*ms, Event{Kind: EvPeerDead})
+		l.Step(2*ms, Event{Kind: EvClaimed, OK: true, Term: 8})
+		for at := 3 * ms; at < 10000*ms; at += ms {
+			ev, ok := evs[at/ms]
+			if !ok {
+				ev = Event{Kind: EvTick}
+			}
+			for _, e := range l.Step(at, ev) {
+				if e.Op == OpQEMU {
+					return at / ms
+				}
+			}
+		}
+		return 0
+	}
+	for _, c := range []struct {
+		name string
+		evs  map[int64]Event
+		want int64
+	}{
+		{"loaded", map[int64]Event{900: {Kind: EvStands}, 930: {Kind: EvRuns}}, 930},
+		{"nothing to load", map[int64]Event{900: {Kind: EvStands}}, 950},
+		{"no answer", nil, 5002},
+	} {
+		if got := ordered(c.evs); got != c.want {
+			t.Errorf("%s: QEMU is ordered to take over after %d ms, want %d", c.name, got, c.want)
+		}
+	}
+}

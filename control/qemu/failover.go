@@ -38,6 +38,15 @@ func PrimaryFailover(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 	return errors.Join(err, detach(m, disks), lostHeartbeat(ctx, m, "primary"), Retry(m))
 }
 
+// LeavePrimary ends what a secondary receives of its primary, and reports whether its guest runs.
+// A checkpoint that has come whole is loaded all the same.
+func LeavePrimary(m *qmp.Monitor) (running bool, err error) {
+	// A QEMU that reads a checkpoint from a host which does not answer runs no command.
+	cutErr := cut(m, nil)
+	running, _, err = m.Status()
+	return running, errors.Join(err, cutErr)
+}
+
 // SecondaryFailover has a secondary take over from its primary. It returns when COLO is
 // off and the guest runs, or is stopped for a reason of its own. A secondary whose guest
 // is not in COLO yet cannot take over, and its QEMU may end.
