@@ -120,7 +120,7 @@ func (w *world) excuses(kind string) bool {
 	switch kind {
 	case "connection", "stream", "disk", "ack", "window", "timestamp", "liveness":
 		return w.forced || w.split()
-	case "two speakers", "guest lost", "availability", "replica":
+	case "two speakers", "guest lost", "availability", "replica", "release":
 		return w.split()
 	}
 	return false
