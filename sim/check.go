@@ -120,8 +120,10 @@ func (w *world) excuses(kind string) bool {
 	switch kind {
 	case "connection", "stream", "disk", "ack", "window", "timestamp", "liveness":
 		return w.forced || w.split()
-	case "two speakers", "guest lost", "availability", "replica", "release":
+	case "two speakers", "guest lost", "availability", "replica":
 		return w.split()
+	case "release":
+		return w.edited
 	}
 	return false
 }
