@@ -197,7 +197,7 @@ func (w *world) act(a *Action) {
 	w.reach("action " + a.Kind)
 	if kills[a.Kind] {
 		if w.kills++; w.kills == 1 {
-			w.saved = w.covered()
+			w.saved = w.covered(h)
 		}
 	}
 	k.do(w, h, a)
@@ -213,11 +213,14 @@ var kills = map[string]bool{
 // clean are the actions after which a host that counts as dead is.
 var clean = map[string]bool{"kill-host": true, "kill-qemu": true, "checkpoint": true, "rotate": true, "power-off": true, "start-guest": true}
 
-// covered reports whether there are two guests, each of which can do without the other.
-func (w *world) covered() bool {
+// covered reports whether there are two guests, of which the other host's can do without h's.
+func (w *world) covered(h *host) bool {
 	p, s := w.hosts[w.check.speaker], w.hosts[1-w.check.speaker]
 	if d := p.daemon; w.check.alone || d != nil && d.pair.p != nil && d.pair.p.State() != failover.PrimaryPair {
 		return false // P goes on alone, or is about to
+	}
+	if d := s.daemon; h == s && d != nil && d.pair.s != nil && d.pair.s.State() != failover.SecondaryPair {
+		return false // S is taking over: P is stopped, or will be
 	}
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }

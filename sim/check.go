@@ -114,9 +114,18 @@ func (w *world) replicas(h *host) {
 // an operator who changes the arbiter's entry takes that upon himself.
 func (w *world) split() bool { return w.edited || w.sc.Arbiter == arbiterNone && w.apart }
 
-// ofSplit are what is no fault then.
-var ofSplit = map[string]bool{
-	"two speakers": true, "guest lost": true, "connection": true, "stream": true, "disk": true, "ack": true, "window": true, "timestamp": true, "liveness": true, "availability": true, "replica": true,
+// excuses reports whether a fault of that kind is none: two hosts may have served, or an operator
+// has, by force, had a secondary take over that did not know all that clients did.
+func (w *world) excuses(kind string) bool {
+	switch kind {
+	case "connection", "stream", "disk", "ack", "window", "timestamp", "liveness":
+		return w.forced || w.split()
+	case "two speakers", "guest lost", "availability", "replica":
+		return w.split()
+	case "release":
+		return w.edited
+	}
+	return false
 }
 
 // doubt: P's daemon knows that the PVM was stopped, and not for a checkpoint (R15).

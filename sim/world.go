@@ -147,7 +147,7 @@ type Fault struct {
 func (f *Fault) Error() string { return fmt.Sprintf("%s at %v: %s", f.Kind, f.At, f.What) }
 
 func (w *world) failf(kind, format string, args ...any) {
-	if w.fault == nil && !(ofSplit[kind] && w.split()) {
+	if w.fault == nil && !w.excuses(kind) {
 		w.fault = &Fault{Kind: kind, What: fmt.Sprintf(format, args...), At: time.Duration(w.now), Log: slices.Clone(w.lines)}
 	}
 }
