@@ -190,6 +190,10 @@ func (w *world) lost() {
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
 	}
+	for _, q := range w.client.questioners {
+		q.count = 0
+	}
+	clear(w.check.datagrams)
 	if w.kills == 0 || w.kills == 1 && w.saved {
 		w.failf("guest lost", "another guest runs, after %d deaths", w.kills)
 	}

@@ -4,8 +4,6 @@ package sim
 
 import (
 	"fmt"
-
-	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
 // check is what the checkers know.
@@ -15,6 +13,7 @@ type check struct {
 	flows     map[flow]*wire
 	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
+	datagrams datagramCounts    // that clients have seen
 	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
 	answers   int
 	waited    int64 // for them, in sum
@@ -36,6 +35,9 @@ type wire struct {
 // solo: a host transmits alone from now on.
 func (w *world) solo(h *host) {
 	w.check.speaker, w.check.alone = h.id, true
+	if h.qemu != nil && h.qemu.guest != nil {
+		w.rebaseDatagrams(h.qemu.guest)
+	}
 	for key, value := range w.check.confirmed {
 		if got := h.disk.read(key); got < value {
 			w.failf("disk", "%s serves, with %d for key %d, and %d was confirmed", h.name, got, key, value)
@@ -47,6 +49,7 @@ func (w *world) solo(h *host) {
 func (w *world) left(h *host, frame []byte) {
 	p, ok := parse(frame)
 	if !ok {
+		w.leftDatagram(h, frame)
 		return
 	}
 	w.check.frames++
@@ -70,7 +73,7 @@ func (w *world) left(h *host, frame []byte) {
 		return
 	}
 	w.forward(h, &p, v)
-	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
+	if w.compares(h) {
 		w.released(h, &p, v)
 	}
 }

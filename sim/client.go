@@ -19,11 +19,12 @@ var (
 
 // client is everybody outside the pair: one stack with many connections.
 type client struct {
-	w      *world
-	stack  *tcp.Stack
-	conns  []*asking
-	wakeUp alarm
-	last   [2]int64 // when the newest frame arrives at the switch, and at the client
+	w           *world
+	stack       *tcp.Stack
+	conns       []*asking
+	questioners []*questioner
+	wakeUp      alarm
+	last        [2]int64 // when the newest frame arrives at the switch, and at the client
 }
 
 // asking is a connection and what is asked on it, one after the other.
@@ -62,6 +63,9 @@ func newClient(w *world) *client {
 			c.goOn()
 		})
 	}
+	for i := range w.sc.Exchanges {
+		c.question(i)
+	}
 	return c
 }
 
@@ -98,13 +102,16 @@ func (c *client) goOn() {
 			c.work(a)
 		}
 	}
+	for _, q := range c.questioners {
+		c.ask(q)
+	}
 	for _, f := range c.stack.Take() {
 		if w.chance(rndNet, w.sc.NetLoss) {
 			continue
 		}
 		w.after(c.delay(0), func() { w.hosts[w.port].fromWire(f) })
 	}
-	next := c.stack.NextDeadline()
+	next := c.nextQuestion(c.stack.NextDeadline())
 	for _, a := range c.conns {
 		if a.open && a.rest > w.now {
 			next = min(next, a.rest)
@@ -244,5 +251,6 @@ func (c *client) answers(a *asking) {
 
 // ended reports whether every connection is over.
 func (c *client) ended() bool {
-	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost })
+	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost }) &&
+		!slices.ContainsFunc(c.questioners, func(q *questioner) bool { return !q.ended })
 }

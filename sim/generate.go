@@ -48,6 +48,7 @@ func Generate(seed uint64) *Scenario {
 		at = min(at, 10*s)
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
+	drawDatagrams(rand.New(rand.NewPCG(seed, 1<<41)), sc)
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	return sc
 }
@@ -93,6 +94,18 @@ func drawConn(r *rand.Rand, key int) Conn {
 		}
 	}
 	return c
+}
+
+func drawDatagrams(r *rand.Rand, sc *Scenario) {
+	if r.IntN(4) == 0 {
+		sc.Announce = []int64{30 * ms, 200 * ms, 1 * s}[r.IntN(3)]
+	}
+	for range max(r.IntN(6)-2, 0) {
+		sc.Exchanges = append(sc.Exchanges, Exchange{
+			At: 100*ms + r.Int64N(8*s), Kind: "UCI"[r.IntN(3)], Times: 1 + r.IntN(60),
+			Pause: []int64{0, 10 * ms, 100 * ms}[r.IntN(3)], Size: []int{0, 40, 512, 1400}[r.IntN(4)],
+		})
+	}
 }
 
 // kinds are the actions' names, sorted.

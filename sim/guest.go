@@ -20,6 +20,9 @@ type guest struct {
 	order   []tcp.ID      // of conns
 	pending []diskRequest // the disk's: not answered yet
 	said    map[flow]*said
+	talk    talk
+
+	announces int64 // how often it announces itself; 0: never
 
 	clock, since int64 // the guest's clock was clock when the host's was since; it stands still while the guest does
 }
@@ -46,8 +49,11 @@ type diskRequest struct {
 
 const servicePort = 80
 
-func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
-	g := &guest{stack: tcp.New(cfg, seed), conns: make(map[tcp.ID]*serving), said: make(map[flow]*said), since: hostClock}
+func newGuest(cfg tcp.Config, seed uint64, announces, hostClock int64) *guest {
+	g := &guest{
+		stack: tcp.New(cfg, seed), conns: make(map[tcp.ID]*serving), said: make(map[flow]*said), talk: newTalk(),
+		announces: announces, since: hostClock,
+	}
 	g.stack.Listen(servicePort)
 	return g
 }
@@ -56,7 +62,7 @@ func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
 func (g *guest) clone() *guest {
 	c := &guest{
 		stack: g.stack.Clone(), conns: make(map[tcp.ID]*serving, len(g.conns)), order: slices.Clone(g.order),
-		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), clock: g.clock, since: g.since,
+		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), talk: g.talk.clone(), announces: g.announces, clock: g.clock, since: g.since,
 	}
 	for id, v := range g.conns {
 		n := *v
@@ -82,6 +88,9 @@ func (g *guest) start(now int64) { g.since = now }
 // wakeAt is when the guest has something to do, on the host's clock; math.MaxInt64: never.
 func (g *guest) wakeAt() int64 {
 	d := g.stack.NextDeadline()
+	if g.announces > 0 {
+		d = min(d, g.talk.announceAt)
+	}
 	if d == math.MaxInt64 {
 		return d
 	}
@@ -98,6 +107,7 @@ func (g *guest) serve(now int64, random func() uint32) {
 		g.conns[id] = new(serving)
 		g.order = append(g.order, id)
 	}
+	g.answerDatagrams(now)
 	var buf [4096]byte
 	for _, id := range g.order {
 		c := g.conns[id]

@@ -171,7 +171,7 @@ func (h *host) startQEMU(waits bool) {
 		q.state = "inmigrate"
 	} else {
 		q.another, w.booted = w.booted, true
-		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
+		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), w.sc.Announce, h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new
 	q.wakeUp.do = q.runGuest

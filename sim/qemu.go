@@ -90,6 +90,7 @@ func (q *qemu) runGuest() {
 	input := q.input
 	q.input = nil
 	for _, f := range input {
+		q.hears(f)
 		g.stack.Input(now, f)
 	}
 	g.stack.Tick(now)
@@ -100,6 +101,8 @@ func (q *qemu) runGuest() {
 			if q.w.logging {
 				q.w.logf("%v: sends %v", q, p)
 			}
+		} else if id, ok := datagram(f); ok {
+			g.talk.sent[id]++
 		}
 		q.h.fromGuest(f)
 	}

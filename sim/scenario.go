@@ -35,8 +35,11 @@ type Scenario struct {
 	Skew                 [2]int64 // of the hosts' clocks
 	Drift                [2]int64 // in parts per million
 
-	Conns   []Conn
-	Actions []Action
+	Announce int64 // how often a guest announces itself by multicast; 0: never
+
+	Conns     []Conn
+	Exchanges []Exchange
+	Actions   []Action
 }
 
 // Conn is a client's connection.
@@ -113,7 +116,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 		}
 	}()
 	w.logging, w.mutation = log, mutation
-	w.check = check{flows: map[flow]*wire{}, confirmed: map[uint32]uint32{}}
+	w.check = check{flows: map[flow]*wire{}, datagrams: datagramCounts{}, confirmed: map[uint32]uint32{}}
 	w.arbiter = &arbiter{w: w}
 	for i := range w.hosts {
 		w.hosts[i] = &host{w: w, id: i, name: names[i], alive: true, disk: newDisk(), offset: 1000*s + sc.Skew[i], rate: 1 + float64(sc.Drift[i])/1e6}
@@ -176,6 +179,11 @@ func (w *world) quiet() {
 				w.failf("liveness", "connection %d is stuck at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
 		}
+		for _, q := range w.client.questioners {
+			if !q.ended && w.now-q.asked > 20*s {
+				w.failf("liveness", "exchange %d has had no answer to question %d since %v", q.port, q.no, time.Duration(q.asked))
+			}
+		}
 		return
 	}
 	if n := w.reached["wanted: timeout"]; n > 0 && w.sc.agree() {
@@ -183,7 +191,7 @@ func (w *world) quiet() {
 	}
 	w.run(w.now + 3*s)
 	d := w.hosts[w.check.speaker].daemon
-	if active := slices.ContainsFunc(w.client.conns, func(a *asking) bool { return !a.ended }); !active && w.fault == nil && d != nil && d.loop != nil && d.loop.Primary != nil {
+	if active := slices.ContainsFunc(w.client.conns, func(a *asking) bool { return !a.ended }); !active && w.sc.Announce == 0 && w.fault == nil && d != nil && d.loop != nil && d.loop.Primary != nil {
 		if held := d.loop.Primary.Stats().HeldPackets; held > 0 {
 			w.failf("liveness", "%d frames are held, and nobody has sent anything for seconds", held)
 		}

@@ -32,6 +32,14 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 		for i := len(best.Conns) - 1; i >= 0; i-- {
 			again = try(func(c *Scenario) { c.Conns = slices.Delete(c.Conns, i, i+1) }) || again
 		}
+		for i := len(best.Exchanges) - 1; i >= 0; i-- {
+			again = try(func(c *Scenario) { c.Exchanges = slices.Delete(c.Exchanges, i, i+1) }) || again
+		}
+		for i := range best.Exchanges {
+			if n := best.Exchanges[i].Times; n > 1 {
+				again = try(func(c *Scenario) { c.Exchanges[i].Times = n / 2 }) || again
+			}
+		}
 		for i := range best.Conns {
 			for j := len(best.Conns[i].Requests) - 1; j >= 0; j-- {
 				again = try(func(c *Scenario) { c.Conns[i].Requests = slices.Delete(c.Conns[i].Requests, j, j+1) }) || again
@@ -46,6 +54,7 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 			func(c *Scenario) { c.NoSACK, c.NoScale, c.Autocork = false, false, false },
 			func(c *Scenario) { c.NoTimestamps = false },
 			func(c *Scenario) { c.Period = 0 },
+			func(c *Scenario) { c.Announce = 0 },
 			func(c *Scenario) { c.Slots = 512 },
 			func(c *Scenario) { c.Arbiter = arbiterEtcd },
 		} {
@@ -60,7 +69,7 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 
 func (sc *Scenario) clone() *Scenario {
 	c := *sc
-	c.Actions, c.Conns = slices.Clone(sc.Actions), slices.Clone(sc.Conns)
+	c.Actions, c.Conns, c.Exchanges = slices.Clone(sc.Actions), slices.Clone(sc.Conns), slices.Clone(sc.Exchanges)
 	for i := range c.Conns {
 		c.Conns[i].Requests = slices.Clone(c.Conns[i].Requests)
 	}

@@ -83,6 +83,7 @@ type Stack struct {
 	slabs int
 
 	datagrams []datagram
+	pongs     [][]byte // ICMP echo replies, from the identifier on
 	bad       int
 	ipID      uint16
 }
@@ -120,7 +121,7 @@ func (s *Stack) Clone() *Stack {
 	n := *s
 	n.slab, n.slabs, n.taken = nil, 0, nil
 	n.out = slices.Clone(s.out) // frames do not change
-	n.datagrams = slices.Clone(s.datagrams)
+	n.datagrams, n.pongs = slices.Clone(s.datagrams), slices.Clone(s.pongs)
 	n.ports = make(map[uint16]*listener, len(s.ports))
 	for port, l := range s.ports {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
