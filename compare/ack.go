@@ -43,6 +43,12 @@ func (d *side) echoed(ack, echo uint32, fresh bool) {
 	}
 }
 
+// outside reports whether seq of the remote lies outside of the window that was offered to it.
+// scaled: the scale is known, so that the edge is not understated.
+func (d *side) outside(seq uint32, scaled bool) bool {
+	return d.ok && (before(seq, d.ack) || scaled && after(seq, d.edge))
+}
+
 // merge brings d up to o, where that acknowledged more.
 func (d *side) merge(o side) {
 	switch {
