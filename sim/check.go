@@ -4,6 +4,9 @@ package sim
 
 import (
 	"fmt"
+	"time"
+
+	"github.com/lockstep-ft/lockstep/compare"
 )
 
 // check is what the checkers know.
@@ -24,6 +27,9 @@ type check struct {
 // wire is a connection as clients have seen it.
 type wire struct {
 	isn       uint32
+	opened    uint32 // what its SYN|ACK acknowledges
+	end       uint32 // how far its stream has got
+	moved     int64  // and when it got there
 	acked     bool
 	ack, edge uint32
 	stamped   bool
@@ -53,6 +59,7 @@ func (w *world) left(h *host, frame []byte) {
 		return
 	}
 	w.check.frames++
+	w.bounded(h)
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
 	}
@@ -66,7 +73,7 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, opened: p.ack, end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
@@ -75,6 +82,34 @@ func (w *world) left(h *host, frame []byte) {
 	w.forward(h, &p, v)
 	if w.compares(h) {
 		w.released(h, &p, v)
+	}
+}
+
+// bounded: a flood of SYNs takes no more room than it may (R11).
+func (w *world) bounded(h *host) {
+	if d := h.daemon; d != nil && d.loop != nil && d.loop.Primary != nil {
+		if n := d.loop.Primary.Stats().Connections; n > maxHalfOpen+len(w.sc.Conns) {
+			w.failf("bounds", "%s knows %d connections, of which %d are clients'", h.name, n, len(w.sc.Conns))
+		}
+	}
+}
+
+// evicted reports whether P may have lost sight of a connection that goes on (R11).
+func (h *host) evicted() bool {
+	d := h.daemon
+	return d != nil && d.loop != nil && d.loop.Primary != nil && d.loop.Primary.Stats().Evicted > 0
+}
+
+// wanted: P asks for a checkpoint. A connection on which both guests make progress needs none (R7).
+func (w *world) wanted(h *host, flow, why string) {
+	w.reach("wanted: " + why)
+	if why != compare.ReasonTimeout.String() || h.id != w.check.speaker {
+		return
+	}
+	for f, v := range w.check.flows {
+		if ago := time.Duration(w.now - v.moved); f.String() == flow && ago < w.sc.compare().Timeout/2 {
+			w.failf("checkpoints", "%s asks for one because of %s, where something has left %v ago", h.name, flow, ago)
+		}
 	}
 }
 
@@ -89,6 +124,9 @@ func (h *host) said(p *packet) string {
 
 // forward: nothing goes back.
 func (w *world) forward(h *host, p *packet, v *wire) {
+	if end := p.end(); after(end, v.end) {
+		v.end, v.moved = end, w.now
+	}
 	if p.hasACK() && !w.check.replays {
 		shift := v.scale
 		if p.syn() {
@@ -99,7 +137,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		switch {
 		case v.acked && after(v.ack, p.ack):
 			w.failf("ack", "%s: %v, and %d was acknowledged before", h.name, *p, v.ack)
-		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores:
+		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores && !h.evicted():
 			w.failf("window", "%s: %v, and the window reached to %d before; the guest's own: %s", h.name, *p, v.edge, h.said(p))
 		}
 		if !v.acked || after(edge, v.edge) {
@@ -123,7 +161,7 @@ func (w *world) released(h *host, p *packet, v *wire) {
 		return
 	}
 	w.check.compared++
-	theirs := svm.guest.said[p.flow()]
+	theirs := svm.guest.said[p.flow()].of(v.opened)
 	if theirs == nil {
 		w.failf("release", "%s releases %v, and the SVM knows nothing of the connection", h.name, *p)
 		return

@@ -48,7 +48,7 @@ func Generate(seed uint64) *Scenario {
 		at = min(at, 10*s)
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
-	drawDatagrams(rand.New(rand.NewPCG(seed, 1<<41)), sc)
+	drawMore(rand.New(rand.NewPCG(seed, 1<<41)), sc)
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	return sc
 }
@@ -96,7 +96,8 @@ func drawConn(r *rand.Rand, key int) Conn {
 	return c
 }
 
-func drawDatagrams(r *rand.Rand, sc *Scenario) {
+// drawMore draws what came to the world later, from numbers of its own.
+func drawMore(r *rand.Rand, sc *Scenario) {
 	if r.IntN(4) == 0 {
 		sc.Announce = []int64{30 * ms, 200 * ms, 1 * s}[r.IntN(3)]
 	}
@@ -105,6 +106,25 @@ func drawDatagrams(r *rand.Rand, sc *Scenario) {
 			At: 100*ms + r.Int64N(8*s), Kind: "UCI"[r.IntN(3)], Times: 1 + r.IntN(60),
 			Pause: []int64{0, 10 * ms, 100 * ms}[r.IntN(3)], Size: []int{0, 40, 512, 1400}[r.IntN(4)],
 		})
+	}
+	if r.IntN(3) == 0 {
+		sc.Slow[r.IntN(2)] = []int64{100 * us, 1 * ms, 5 * ms}[r.IntN(3)]
+	}
+	sc.RandomISN = r.IntN(3) == 0
+	for i := range sc.Conns {
+		if c := &sc.Conns[i]; r.IntN(3) == 0 {
+			at := 1 + r.IntN(len(c.Requests))
+			c.Requests = slices.Insert(c.Requests, at, Request{'X', []int64{0, 100, 1000, 5000, 50000}[r.IntN(5)]})
+		}
+	}
+	if r.IntN(8) == 0 {
+		sc.Floods = append(sc.Floods, Flood{At: 100*ms + r.Int64N(8*s), SYNs: 10 + r.IntN(300)})
+	}
+	if len(sc.Actions) == 0 { // then nothing goes wrong but loss, and the guests agree
+		for i := range sc.Conns {
+			c := &sc.Conns[i]
+			c.Requests = slices.DeleteFunc(c.Requests, func(r Request) bool { return r.Kind == 'T' })
+		}
 	}
 }
 

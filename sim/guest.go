@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"net/netip"
 	"slices"
 	"strconv"
 
@@ -247,16 +248,31 @@ type flow struct {
 	guestPort  uint16
 }
 
+// String is as compare names it.
+func (f flow) String() string {
+	return fmt.Sprintf("%v:%d>%v:%d", guestAddr, f.guestPort, netip.AddrFrom4(f.remote), f.remotePort)
+}
+
 // said is what a guest has sent on one incarnation of a connection, whatever became of it.
 type said struct {
 	isn       uint32
 	syn       bool
+	opened    uint32 // what its SYN|ACK acknowledges: which of the client's connections it is
 	data      stream
 	fin       bool
 	rst       bool
 	ack, edge uint32
 	acked     bool
 	scale     uint8
+	before    *said // on the incarnation before, which the other guest may be at still
+}
+
+// of is what was sent on the incarnation that a SYN|ACK began which acknowledges opened; nil: nothing.
+func (v *said) of(opened uint32) *said {
+	for v != nil && v.opened != opened {
+		v = v.before
+	}
+	return v
 }
 
 func (v *said) clone() *said {
@@ -270,9 +286,9 @@ func (g *guest) note(p *packet) {
 	f := p.flow()
 	v := g.said[f]
 	if v == nil || p.syn() && v.isn != p.seq {
-		v = &said{isn: p.seq - 1}
+		v = &said{isn: p.seq - 1, before: v}
 		if p.syn() {
-			v.isn, v.syn, v.scale = p.seq, true, p.scale()
+			v.isn, v.syn, v.opened, v.scale = p.seq, true, p.ack, p.scale()
 		}
 		g.said[f] = v
 	}
@@ -339,6 +355,11 @@ func parse(frame []byte) (p packet, ok bool) {
 	p.flags, p.win = t[13], binary.BigEndian.Uint16(t[14:])
 	p.opts, p.payload = t[20:off], t[off:]
 	return p, true
+}
+
+// end is the position behind it.
+func (p *packet) end() uint32 {
+	return p.seq + uint32(len(p.payload)) + uint32(p.flags&1) + uint32(p.flags>>1&1)
 }
 
 func (p *packet) fin() bool    { return p.flags&1 != 0 }

@@ -60,6 +60,9 @@ func (q *qemu) soon() int64 {
 	if q.w.chance(rndGuest+q.h.id, 5) {
 		d += q.w.between(rndGuest+q.h.id, 1*ms, 15*ms) // the host was busy
 	}
+	if slow := q.w.sc.Slow[q.h.id]; slow > 0 {
+		d += q.w.between(rndGuest+q.h.id, 0, 2*slow)
+	}
 	return d
 }
 
@@ -88,7 +91,10 @@ func (q *qemu) runGuest() {
 	}
 	g, now := q.guest, q.guest.time(q.h.clock())
 	input := q.input
-	q.input = nil
+	if q.w.sc.Slow[q.h.id] > 0 {
+		input = input[:min(len(input), 1)]
+	}
+	q.input = q.input[len(input):]
 	for _, f := range input {
 		q.hears(f)
 		g.stack.Input(now, f)
@@ -249,7 +255,7 @@ func (q *qemu) resume() {
 	}
 	if q.another {
 		q.another = false
-		q.w.lost()
+		q.w.lost(q.h)
 	}
 	q.state = "running"
 	q.guest.start(q.h.clock())

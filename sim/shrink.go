@@ -32,6 +32,9 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 		for i := len(best.Conns) - 1; i >= 0; i-- {
 			again = try(func(c *Scenario) { c.Conns = slices.Delete(c.Conns, i, i+1) }) || again
 		}
+		for i := len(best.Floods) - 1; i >= 0; i-- {
+			again = try(func(c *Scenario) { c.Floods = slices.Delete(c.Floods, i, i+1) }) || again
+		}
 		for i := len(best.Exchanges) - 1; i >= 0; i-- {
 			again = try(func(c *Scenario) { c.Exchanges = slices.Delete(c.Exchanges, i, i+1) }) || again
 		}
@@ -55,6 +58,8 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 			func(c *Scenario) { c.NoTimestamps = false },
 			func(c *Scenario) { c.Period = 0 },
 			func(c *Scenario) { c.Announce = 0 },
+			func(c *Scenario) { c.Slow = [2]int64{} },
+			func(c *Scenario) { c.RandomISN = false },
 			func(c *Scenario) { c.Slots = 512 },
 			func(c *Scenario) { c.Arbiter = arbiterEtcd },
 		} {
@@ -70,6 +75,7 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 func (sc *Scenario) clone() *Scenario {
 	c := *sc
 	c.Actions, c.Conns, c.Exchanges = slices.Clone(sc.Actions), slices.Clone(sc.Conns), slices.Clone(sc.Exchanges)
+	c.Floods = slices.Clone(sc.Floods)
 	for i := range c.Conns {
 		c.Conns[i].Requests = slices.Clone(c.Conns[i].Requests)
 	}

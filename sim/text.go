@@ -16,7 +16,7 @@ import (
 // settings are the scenario's fields that have a line of their own, by the line's first word.
 var settings = []string{
 	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
-	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "Announce", "Slots", "Skew", "Drift",
+	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "RandomISN", "Slow", "Announce", "Slots", "Skew", "Drift",
 }
 
 // String is the scenario as text, which [Parse] reads.
@@ -34,6 +34,9 @@ func (sc *Scenario) String() string {
 			fmt.Fprintf(&b, " %c%d", r.Kind, r.N)
 		}
 		b.WriteByte('\n')
+	}
+	for _, f := range sc.Floods {
+		fmt.Fprintf(&b, "flood %v %d\n", time.Duration(f.At), f.SYNs)
 	}
 	for _, x := range sc.Exchanges {
 		fmt.Fprintf(&b, "ask %v %c %d %v %d\n", time.Duration(x.At), x.Kind, x.Times, time.Duration(x.Pause), x.Size)
@@ -69,6 +72,8 @@ func (sc *Scenario) line(words []string) error {
 	switch words[0] {
 	case "conn":
 		return sc.conn(words)
+	case "flood":
+		return sc.flood(words)
 	case "ask":
 		return sc.exchange(words)
 	case "at":
@@ -137,6 +142,16 @@ func (sc *Scenario) conn(words []string) (err error) {
 	}
 	sc.Conns = append(sc.Conns, c)
 	return nil
+}
+
+func (sc *Scenario) flood(words []string) error {
+	if len(words) != 3 {
+		return fmt.Errorf("a flood is: flood TIME SYNS")
+	}
+	at, err1 := time.ParseDuration(words[1])
+	n, err2 := strconv.Atoi(words[2])
+	sc.Floods = append(sc.Floods, Flood{int64(at), n})
+	return errors.Join(err1, err2)
 }
 
 func (sc *Scenario) exchange(words []string) error {

@@ -38,7 +38,8 @@ type Config struct {
 	Keepalive   time.Duration // idle time until the first probe; 0: none
 	UserTimeout time.Duration // how long data may be unacknowledged; 0: 15 retransmissions
 
-	Secret uint64 // ISN = hash(secret, tuple) + now/64 ns
+	Secret    uint64 // ISN = hash(secret, tuple) + now/64 ns
+	RandomISN bool   // instead, as OpenBSD has it
 }
 
 func (c *Config) defaults() {
@@ -245,8 +246,13 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// isn is the initial sequence number of a connection, as RFC 6528 has it.
-func (s *Stack) isn(now int64, t tuple) uint32 { return uint32(s.hash(t, 1)) + uint32(now>>6) }
+// isn is the initial sequence number of a connection, as RFC 6528 has it, or at random.
+func (s *Stack) isn(now int64, t tuple) uint32 {
+	if s.cfg.RandomISN {
+		return uint32(s.rng.Uint64())
+	}
+	return uint32(s.hash(t, 1)) + uint32(now>>6)
+}
 
 // add makes a connection.
 func (s *Stack) add(t tuple) *conn {
