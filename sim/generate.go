@@ -120,6 +120,7 @@ func drawMore(r *rand.Rand, sc *Scenario) {
 	if r.IntN(8) == 0 {
 		sc.Floods = append(sc.Floods, Flood{At: 100*ms + r.Int64N(8*s), SYNs: 10 + r.IntN(300)})
 	}
+	sc.GSO = r.IntN(3) == 0
 	if len(sc.Actions) == 0 { // then nothing goes wrong but loss, and the guests agree
 		for i := range sc.Conns {
 			c := &sc.Conns[i]

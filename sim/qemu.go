@@ -101,7 +101,8 @@ func (q *qemu) runGuest() {
 	}
 	g.stack.Tick(now)
 	g.serve(now, func() uint32 { return q.w.rnd(rndGuest + q.h.id).Uint32() })
-	for _, f := range g.stack.Take() {
+	frames := g.stack.Take()
+	for _, f := range frames {
 		if p, ok := parse(f); ok {
 			g.note(&p)
 			if q.w.logging {
@@ -110,8 +111,8 @@ func (q *qemu) runGuest() {
 		} else if id, ok := datagram(f); ok {
 			g.talk.sent[id]++
 		}
-		q.h.fromGuest(f)
 	}
+	q.h.fromGuest(frames)
 	q.submit()
 	if at := g.wakeAt(); at != math.MaxInt64 {
 		q.wake(max(at-q.h.clock(), 0) + q.soon())

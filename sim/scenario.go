@@ -33,6 +33,7 @@ type Scenario struct {
 	NoScale, Autocork    bool
 	RcvBuf               int
 	RandomISN            bool
+	GSO                  bool     // guests leave segmentation to their device
 	Slow                 [2]int64 // what a guest's CPU takes for a frame that comes in, on the average
 	Slots                int
 	Skew                 [2]int64 // of the hosts' clocks

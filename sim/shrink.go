@@ -60,6 +60,7 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 			func(c *Scenario) { c.Announce = 0 },
 			func(c *Scenario) { c.Slow = [2]int64{} },
 			func(c *Scenario) { c.RandomISN = false },
+			func(c *Scenario) { c.GSO = false },
 			func(c *Scenario) { c.Slots = 512 },
 			func(c *Scenario) { c.Arbiter = arbiterEtcd },
 		} {

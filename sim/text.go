@@ -16,7 +16,7 @@ import (
 // settings are the scenario's fields that have a line of their own, by the line's first word.
 var settings = []string{
 	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
-	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "RandomISN", "Slow", "Announce", "Slots", "Skew", "Drift",
+	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "RandomISN", "GSO", "Slow", "Announce", "Slots", "Skew", "Drift",
 }
 
 // String is the scenario as text, which [Parse] reads.
