@@ -184,12 +184,9 @@ func (w *world) covered() bool {
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }
 
-// lost: another guest runs, on h, which may transmit if the arbiter names it.
-func (w *world) lost(h *host) {
+// lost: another guest runs.
+func (w *world) lost() {
 	w.guestLost = true
-	if w.arbiter.entry.Speaker == h.name {
-		w.check.speaker = h.id
-	}
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
 	}

@@ -52,6 +52,15 @@ func (w *world) solo(h *host) {
 	}
 }
 
+// paired: a host has a secondary from now on. It may be one that the arbiter named for a takeover
+// which its guest did not live to see.
+func (w *world) paired(h *host) {
+	w.check.alone = false
+	if w.arbiter.entry.Speaker == h.name {
+		w.check.speaker = h.id
+	}
+}
+
 // left looks at a frame that leaves a host.
 func (w *world) left(h *host, frame []byte) {
 	p, ok := parse(frame)

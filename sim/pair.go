@@ -75,7 +75,7 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
-		d.w.check.alone = false
+		d.w.paired(d.h)
 		d.repl.helloCOLO = true
 		cc := d.w.sc.compare()
 		d.w.check.cores++

@@ -256,7 +256,7 @@ func (q *qemu) resume() {
 	}
 	if q.another {
 		q.another = false
-		q.w.lost(q.h)
+		q.w.lost()
 	}
 	q.state = "running"
 	q.guest.start(q.h.clock())
