@@ -15,6 +15,7 @@ type check struct {
 	speaker   int  // the host that may transmit
 	alone     bool // it has won the arbiter, and nobody follows it
 	flows     map[flow]*wire
+	stalls    int               // checkpoints that a connection needed to go on
 	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
 	datagrams datagramCounts    // that clients have seen
@@ -118,6 +119,9 @@ func (w *world) wanted(h *host, flow, why string) {
 		return
 	}
 	for f, v := range w.check.flows {
+		if f.String() == flow {
+			w.check.stalls++
+		}
 		if ago := time.Duration(w.now - v.moved); f.String() == flow && ago < w.sc.compare().Timeout/2 {
 			w.failf("checkpoints", "%s asks for one because of %s, where something has left %v ago", h.name, flow, ago)
 		}
