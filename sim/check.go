@@ -59,6 +59,7 @@ func (w *world) paired(h *host) {
 	w.check.alone = false
 	if w.arbiter.entry.Speaker == h.name {
 		w.check.speaker = h.id
+		w.port = h.id // its guest's ARP shows the switch where it is
 	}
 }
 
