@@ -170,6 +170,17 @@ func (a *ackState) svmBehind() bool {
 	return a.pvm.ok && (!a.svm.ok || after(a.pvm.ack, a.svm.ack))
 }
 
+// refuses reports whether neither guest takes a RST of the remote at seq (RFC 9293, 3.10.7.4): it is
+// of the connection that used the ports before. syn is the connection's.
+func (a *ackState) refuses(seq uint32, syn *handshake) bool {
+	pvm, svm, scaled := a.pvm, a.svm, a.scale != scaleUnknown
+	if !svm.ok && syn.seen && syn.flags&ACK != 0 { // it has yet to answer the same SYN
+		svm = pvm
+		svm.ack = syn.ack
+	}
+	return pvm.outside(seq, scaled) && svm.outside(seq, scaled)
+}
+
 // may reports whether a frame with flags f may leave: one that acknowledges may once
 // both guests have acknowledged anything.
 func (a *ackState) may(f Flags) bool { return f&ACK == 0 || a.pvm.ok && a.svm.ok }

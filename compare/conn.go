@@ -85,17 +85,6 @@ func (c *conn) accept(s *Segment) bool {
 	return true
 }
 
-// refuses reports whether neither guest takes a RST of the remote at seq (RFC 9293, 3.10.7.4): it is
-// of the connection that used the ports before.
-func (c *conn) refuses(seq uint32) bool {
-	pvm, svm, scaled := c.acks.pvm, c.acks.svm, c.acks.scale != scaleUnknown
-	if !svm.ok && c.syn.seen && c.syn.flags&ACK != 0 { // it has yet to answer the same SYN
-		svm = pvm
-		svm.ack = c.syn.ack
-	}
-	return pvm.outside(seq, scaled) && svm.outside(seq, scaled)
-}
-
 // closed reports whether both sides are through with c.
 func (c *conn) closed() bool {
 	return c.rstSent ||

@@ -70,7 +70,7 @@ const (
 )
 
 // icmpIn answers echo requests, and keeps answers for ReceivePong.
-func (s *Stack) icmpIn(p *packet) {
+func icmpIn(s *Stack, p *packet) {
 	m := p.payload
 	pseudo, request, reply := uint64(0), uint8(echoRequest), uint8(echoReply)
 	if p.proto == protoICMPv6 {
@@ -85,14 +85,14 @@ func (s *Stack) icmpIn(p *packet) {
 	}
 	switch {
 	case m[0] == request:
-		s.echo(p.remote, reply, m[4:])
+		sendEcho(s, p.remote, reply, m[4:])
 	case len(s.pongs) < maxDatagrams:
 		s.pongs = append(s.pongs, slices.Clone(m[4:]))
 	}
 }
 
-// echo sends an echo request or reply with what stands behind its checksum.
-func (s *Stack) echo(remote netip.Addr, typ uint8, rest []byte) {
+// sendEcho sends an echo request or reply with what stands behind its checksum.
+func sendEcho(s *Stack, remote netip.Addr, typ uint8, rest []byte) {
 	proto := uint8(protoICMP)
 	if !s.is4 {
 		proto = protoICMPv6
@@ -117,7 +117,7 @@ func (s *Stack) Ping(now int64, remote netip.Addr, id, seq uint16, data []byte) 
 	if !s.is4 {
 		typ = echoRequest6
 	}
-	s.echo(remote, typ, slices.Concat(be.AppendUint16(be.AppendUint16(nil, id), seq), data))
+	sendEcho(s, remote, typ, slices.Concat(be.AppendUint16(be.AppendUint16(nil, id), seq), data))
 }
 
 // ReceivePong returns the next echo reply that came in for an identifier.

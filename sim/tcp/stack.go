@@ -162,7 +162,7 @@ func (s *Stack) Input(now int64, frame []byte) {
 		s.udpIn(&p)
 		return
 	case protoICMP, protoICMPv6:
-		s.icmpIn(&p)
+		icmpIn(s, &p)
 		return
 	case protoTCP:
 	default:
