@@ -235,6 +235,20 @@ func TestInheritedHalf(t *testing.T) {
 	}
 }
 
+// While input is parked nothing is answered: the SVM that sent the SYN becomes the PVM's copy, in
+// an epoch that may have begun already, and P would take its SYN for the copy's.
+func TestAnnouncedWhileParked(t *testing.T) {
+	k := newKit(t)
+	for _, f := range flows {
+		k.setMode(run)
+		k.check(k.LsSecOut, f.from(svmSynAck), drop, "pending")
+		k.setMode(park)
+		k.announce(f, pvmSynAck, 0, nil)
+		k.setMode(run) // no checkpoint was made
+		k.announce(f, pvmSynAck, isnPVM, &svmSynAckP)
+	}
+}
+
 // Nothing known of a connection: it came with a checkpoint, and both guests number it alike.
 func TestInherited(t *testing.T) {
 	k := newKit(t)

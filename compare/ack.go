@@ -46,6 +46,12 @@ func (d *side) echoed(ack, echo uint32, fresh bool) {
 	}
 }
 
+// outside reports whether seq of the remote lies outside of the window that was offered to it.
+// scaled: the scale is known, so that the edge is not understated.
+func (d *side) outside(seq uint32, scaled bool) bool {
+	return d.ok && (before(seq, d.ack) || scaled && after(seq, d.edge))
+}
+
 // merge brings d up to o, where that acknowledged more.
 func (d *side) merge(o side) {
 	switch {
@@ -168,6 +174,17 @@ func (a *ackState) trustPVM() { a.svm = a.pvm }
 // svmBehind reports whether the SVM has acknowledged less than the PVM.
 func (a *ackState) svmBehind() bool {
 	return a.pvm.ok && (!a.svm.ok || after(a.pvm.ack, a.svm.ack))
+}
+
+// refuses reports whether neither guest takes a RST of the remote at seq (RFC 9293, 3.10.7.4): it is
+// of the connection that used the ports before. syn is the connection's.
+func (a *ackState) refuses(seq uint32, syn *handshake) bool {
+	pvm, svm, scaled := a.pvm, a.svm, a.scale != scaleUnknown
+	if !svm.ok && syn.seen && syn.flags&ACK != 0 { // it has yet to answer the same SYN
+		svm = pvm
+		svm.ack = syn.ack
+	}
+	return pvm.outside(seq, scaled) && svm.outside(seq, scaled)
 }
 
 // may reports whether a frame with flags f may leave: one that acknowledges may once

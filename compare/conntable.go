@@ -16,6 +16,8 @@ type connTable struct {
 	byTuple map[Tuple]*conn
 	half    list[*conn] // with a SYN of the PVM, and not established
 	spare   []*conn
+
+	evictedAt int64 // when a half-open connection last made room, if ever
 }
 
 const maxSpare = 1024
@@ -80,7 +82,14 @@ func (t *connTable) halfOpened(c *conn) {
 // evict gives up the oldest half-open connection.
 func (t *connTable) evict() {
 	t.stats.Evicted++
+	t.evictedAt = t.now
 	t.remove(t.half.first.of, ReasonHalfOpen)
+}
+
+// flooded reports whether c is half-open and others had to make room since it was made. Then
+// S's table has overflowed too, and has forgotten what the SVM answered.
+func (t *connTable) flooded(c *conn) bool {
+	return c.half.in != nil && t.stats.Evicted > 0 && t.evictedAt >= c.born
 }
 
 // createEvicting is create, but a half-open connection makes room.

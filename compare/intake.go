@@ -215,7 +215,7 @@ func (p *Primary) client(s *Segment) {
 	c.last = p.now
 	switch {
 	case s.Flags&RST != 0:
-		c.clientRST = true
+		c.clientRST = c.clientRST || !c.acks.refuses(s.Seq, &c.syn)
 	case s.Flags&SYN != 0 && c.syn.seen && c.acks.scale == scaleUnknown && len(s.Opts) > 0:
 		// The answer to an active open, or the SYN that crosses it, settles whether windows are scaled.
 		_, taken := wscale(s.Opts)

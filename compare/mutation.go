@@ -34,7 +34,7 @@ func (s *Secondary) off(m mutation) bool { return s.mut&m != 0 }
 // mutations by the names of the rules, for the simulator's tests.
 var mutations = map[string]mutation{
 	"R1": mutR1, "R2": mutR2, "R3": mutR3, "R4": mutR4, "R5": mutR5, "R6": mutR6, "R7": mutR7, "R8": mutR8, "R11": mutR11,
-	"R14": mutR14, "R15": mutR15, "R16": mutR16, "R17": mutR17, "R22": mutR22, "R22 ended": mutEnded, "R23": mutR23, "room": mutRoom,
+	"R14": mutR14, "R15": mutR15, "R16": mutR16, "R17": mutR17, "R22": mutR22, "R22 ended": mutEnded, "R23": mutR23, "room": mutRoom, "datagram": mutDatagram,
 }
 
 // Mutate switches a rule off. Only tests may; TestMutate of the repository looks after that.

@@ -212,6 +212,10 @@ func (p *Primary) stalled(c *conn) bool {
 		p.conns.remove(c, ReasonReset)
 		return true
 	}
+	if p.conns.flooded(c) {
+		p.conns.remove(c, ReasonHalfOpen) // R11; the remote repeats its SYN
+		return true
+	}
 	c.stall.since = p.now
 	p.checkpoint(&c.tuple, ReasonTimeout)
 	return false

@@ -231,6 +231,10 @@ func (w *world) lost() {
 	for _, a := range w.client.conns {
 		a.lost = a.lost || a.begun // it may wait for ever
 	}
+	for _, q := range w.client.questioners {
+		q.count = 0
+	}
+	clear(w.check.datagrams)
 	if w.off {
 		return
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/lockstep-ft/lockstep/bpf"
+	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 )
@@ -15,9 +17,11 @@ type check struct {
 	speaker   int  // the host that may transmit
 	alone     bool // it has won the arbiter, and nobody follows it
 	flows     map[flow]*wire
+	stalls    int               // checkpoints that a connection needed to go on
 	cores     int               // P's compare cores so far: one that did not see a connection begin does not know its window scale
 	doubt     bool              // the PVM was stopped unasked since the last commit
 	replays   bool              // a takeover sends copies again, with the acknowledgments of their time
+	datagrams datagramCounts    // that clients have seen
 	confirmed map[uint32]uint32 // what clients were told is on the disk, by key
 	answers   int
 	waited    int64 // for them, in sum
@@ -27,8 +31,10 @@ type check struct {
 
 // wire is a connection as clients have seen it.
 type wire struct {
-	end       uint32 // of what has left
 	isn       uint32
+	opened    uint32 // what its SYN|ACK acknowledges
+	end       uint32 // how far its stream has got
+	moved     int64  // and when it got there
 	acked     bool
 	ack, edge uint32
 	stamped   bool
@@ -44,6 +50,9 @@ func (w *world) solo(h *host) {
 	if w.off && w.fatal == 0 && !w.apart {
 		w.failf("power-off", "%s serves, and the guest powered off", h.name)
 	}
+	if h.qemu != nil && h.qemu.guest != nil {
+		w.rebaseDatagrams(h.qemu.guest)
+	}
 	w.remembers(h)
 }
 
@@ -56,13 +65,28 @@ func (w *world) remembers(h *host) {
 	}
 }
 
+// paired: a host has a secondary from now on. It may be one that the arbiter named for a takeover
+// which its guest did not live to see.
+func (w *world) paired(h *host) {
+	w.check.alone, w.check.doubt = false, false
+	if w.split() {
+		w.check.speaker = h.id
+	}
+	if w.arbiter.entry.Speaker == h.name {
+		w.check.speaker = h.id
+		w.port = h.id // its guest's ARP shows the switch where it is
+	}
+}
+
 // left looks at a frame that leaves a host.
 func (w *world) left(h *host, frame []byte) {
 	p, ok := parse(frame)
 	if !ok {
+		w.leftDatagram(h, frame)
 		return
 	}
 	w.check.frames++
+	w.bounded(h)
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
 	}
@@ -79,24 +103,14 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, end: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, opened: p.ack, end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
 		return
 	}
-	end := p.seq + uint32(len(p.payload))
-	if p.syn() || p.fin() {
-		end++
-	}
-	if after(end, v.end) {
-		if w.check.doubt && h.pinned().Mode == datapath.ModeHold {
-			w.failf("doubt", "%s releases %v, which is new, and the PVM was stopped unasked since the last commit", h.name, p)
-		}
-		v.end = end
-	}
 	w.forward(h, &p, v)
-	if h.pinned().Mode == datapath.ModeHold && !w.check.alone && h.qemu != nil {
+	if w.compares(h) {
 		w.released(h, &p, v)
 	}
 }
@@ -106,6 +120,15 @@ func (w *world) replicas(h *host) {
 	for key, value := range h.disk.image {
 		if got := h.other().disk.image[key]; got != value {
 			w.failf("replica", "a checkpoint is committed, and key %d is %d on %s and %d on the secondary's", key, value, h.name, got)
+		}
+	}
+}
+
+// bounded: a flood of SYNs takes no more room than it may (R11).
+func (w *world) bounded(h *host) {
+	if d := h.daemon; d != nil && d.loop != nil && d.loop.Primary != nil {
+		if n := d.loop.Primary.Stats().Connections; n > maxHalfOpen+len(w.sc.Conns) {
+			w.failf("bounds", "%s knows %d connections, of which %d are clients'", h.name, n, len(w.sc.Conns))
 		}
 	}
 }
@@ -135,6 +158,29 @@ func (w *world) doubt(d *daemon) {
 	}
 }
 
+// evicted reports whether P may have lost sight of a connection that goes on (R11).
+func (h *host) evicted() bool {
+	d := h.daemon
+	return d != nil && d.loop != nil && d.loop.Primary != nil && d.loop.Primary.Stats().Evicted > 0
+}
+
+// wanted: P asks for a checkpoint. A connection on which both guests make progress needs none (R7):
+// what leaves shows it, unless it is the repetition of what could not leave without a lease.
+func (w *world) wanted(h *host, flow, why string) {
+	w.reach("wanted: " + why)
+	if why != compare.ReasonTimeout.String() || h.id != w.check.speaker || h.nic.Count(bpf.LockstepLsReasonLS_R_muted) > 0 {
+		return
+	}
+	for f, v := range w.check.flows {
+		if f.String() == flow {
+			w.check.stalls++
+		}
+		if ago := time.Duration(w.now - v.moved); f.String() == flow && ago < w.sc.compare().Timeout/2 {
+			w.failf("checkpoints", "%s asks for one because of %s, where something has left %v ago", h.name, flow, ago)
+		}
+	}
+}
+
 // said describes what this host's guest has acknowledged.
 func (h *host) said(p *packet) string {
 	if h.qemu == nil || h.qemu.guest == nil || h.qemu.guest.said[p.flow()] == nil {
@@ -146,6 +192,12 @@ func (h *host) said(p *packet) string {
 
 // forward: nothing goes back.
 func (w *world) forward(h *host, p *packet, v *wire) {
+	if end := p.end(); after(end, v.end) {
+		if w.check.doubt && h.pinned().Mode == datapath.ModeHold {
+			w.failf("doubt", "%s releases %v, which is new, and the PVM was stopped unasked since the last commit", h.name, *p)
+		}
+		v.end, v.moved = end, w.now
+	}
 	if p.hasACK() && !w.check.replays {
 		shift := v.scale
 		if p.syn() {
@@ -156,7 +208,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		switch {
 		case v.acked && after(v.ack, p.ack):
 			w.failf("ack", "%s: %v, and %d was acknowledged before", h.name, *p, v.ack)
-		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores:
+		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores && !h.evicted():
 			w.failf("window", "%s: %v, and the window reached to %d before; the guest's own: %s", h.name, *p, v.edge, h.said(p))
 		}
 		if !v.acked || after(edge, v.edge) {
@@ -183,7 +235,7 @@ func (w *world) released(h *host, p *packet, v *wire) {
 		return
 	}
 	w.check.compared++
-	theirs := svm.guest.said[p.flow()]
+	theirs := svm.guest.said[p.flow()].of(v.opened)
 	if theirs == nil {
 		w.failf("release", "%s releases %v, and the SVM knows nothing of the connection", h.name, *p)
 		return

@@ -15,24 +15,27 @@ import (
 var (
 	guestAddr   = netip.AddrFrom4([4]byte{10, 0, 0, 1})
 	clientAddr  = netip.AddrFrom4([4]byte{10, 0, 0, 2})
+	floodAddr   = netip.AddrFrom4([4]byte{10, 0, 0, 3})
 	guestAddr6  = netip.MustParseAddr("fd00::1")
 	clientAddr6 = netip.MustParseAddr("fd00::2")
 )
 
 // client is everybody outside the pair: one stack with many connections.
 type client struct {
-	w      *world
-	stack  *tcp.Stack
-	conns  []*asking
-	wakeUp alarm
-	opened int      // connections by the guest
-	last   [2]int64 // when the newest frame arrives at the switch, and at the client
+	w           *world
+	stack       *tcp.Stack
+	conns       []*asking
+	questioners []*questioner
+	wakeUp      alarm
+	opened      int      // connections by the guest
+	last        [2]int64 // when the newest frame arrives at the switch, and at the client
 }
 
 // asking is a connection and what is asked on it, one after the other.
 type asking struct {
 	plan  *Conn
 	id    tcp.ID
+	port  uint16
 	open  bool
 	begun bool
 	next  int // request to be sent
@@ -47,6 +50,9 @@ type asking struct {
 	moved int64 // when it last read, or wrote
 	wrote uint32
 	sent  []int64 // when each request was
+	quits bool    // it is about to reset the connection
+	again int     // where it goes on after that; 0: it has not
+	reset int64   // when it has
 	script
 }
 
@@ -61,12 +67,37 @@ func newClient(w *world) *client {
 		a := &asking{plan: &w.sc.Conns[i]}
 		c.conns = append(c.conns, a)
 		w.after(a.plan.At, func() {
-			a.begun, a.open = true, true
-			a.id = c.stack.Dial(w.now, netip.AddrPortFrom(w.sc.guestAddr(), servicePort), uint16(20000+i))
+			a.begun, a.open, a.port = true, true, uint16(20000+i)
+			c.dial(a)
 			c.goOn()
 		})
 	}
+	for i := range w.sc.Floods {
+		c.flood(i)
+	}
+	for i := range w.sc.Exchanges {
+		c.question(i)
+	}
 	return c
+}
+
+func (c *client) dial(a *asking) {
+	a.id = c.stack.Dial(c.w.now, netip.AddrPortFrom(c.w.sc.guestAddr(), servicePort), a.port)
+}
+
+// flood are SYNs of an address that does not answer.
+func (c *client) flood(i int) {
+	w, f := c.w, &c.w.sc.Floods[i]
+	cfg := w.sc.stack()
+	cfg.MAC, cfg.PeerMAC = [6]byte{2, 0, 0, 0, 0, 2}, [6]byte{2, 0, 0, 0, 0, 1}
+	cfg.Addr, cfg.Secret = floodAddr, w.rnd(rndClient).Uint64()
+	stack := tcp.New(cfg, w.rnd(rndClient).Uint64())
+	w.after(f.At, func() {
+		for n := range f.SYNs {
+			stack.Dial(w.now, netip.AddrPortFrom(guestAddr, servicePort), uint16(1000*(i+1)+n))
+		}
+		c.send(stack.Take())
+	})
 }
 
 // receive is a frame from the switch.
@@ -103,7 +134,27 @@ func (c *client) goOn() {
 			c.work(a)
 		}
 	}
-	for _, f := range c.stack.Take() {
+	for _, q := range c.questioners {
+		c.ask(q)
+	}
+	c.send(c.stack.Take())
+	next := c.nextQuestion(c.stack.NextDeadline())
+	for _, a := range c.conns {
+		if a.open {
+			next = min(next, a.wakeAt(w.now))
+		}
+	}
+	if next == math.MaxInt64 {
+		w.unset(&c.wakeUp)
+		return
+	}
+	w.set(&c.wakeUp, max(next-w.now, 1*us))
+}
+
+// send has frames go to where the guest is thought to be.
+func (c *client) send(frames [][]byte) {
+	w := c.w
+	for _, f := range frames {
 		if w.chance(rndNet, w.sc.NetLoss) {
 			continue
 		}
@@ -115,17 +166,6 @@ func (c *client) goOn() {
 			w.hosts[w.port].fromWire(f)
 		})
 	}
-	next := c.stack.NextDeadline()
-	for _, a := range c.conns {
-		if a.open {
-			next = min(next, a.wakeAt(w.now))
-		}
-	}
-	if next == math.MaxInt64 {
-		w.unset(&c.wakeUp)
-		return
-	}
-	w.set(&c.wakeUp, max(next-w.now, 1*us))
 }
 
 // work goes on with one connection.
@@ -146,6 +186,10 @@ func (c *client) work(a *asking) {
 		}
 		state := c.stack.State(a.id)
 		if err := c.stack.Err(a.id); err != nil {
+			if a.again > 0 && w.now-a.reset < stale {
+				c.reopen(a)
+				return
+			}
 			a.open, a.ended, a.broke = false, true, true
 			w.logf("client: connection %d: %v", a.id, err)
 			if c.expects(a, err) {
@@ -170,8 +214,17 @@ func (c *client) work(a *asking) {
 		}
 		break
 	}
-	for a.next < len(a.plan.Requests) && a.rest <= w.now && !a.moving && a.next-a.reply < max(a.plan.Pipelined, 1) && len(a.out) == 0 {
+	for a.next < len(a.plan.Requests) && a.rest <= w.now && !a.moving && len(a.out) == 0 {
 		r := &a.plan.Requests[a.next]
+		if r.Kind == 'V' {
+			if c.quit(a, r.N*us) {
+				return
+			}
+			break
+		}
+		if a.next-a.reply >= max(a.plan.Pipelined, 1) {
+			break
+		}
 		if r.Kind == 'W' {
 			if a.reply < a.next {
 				break
@@ -209,6 +262,31 @@ func (c *client) work(a *asking) {
 	if a.reply == len(a.plan.Requests) && len(a.out) == 0 && !a.shut {
 		c.shut(a)
 	}
+}
+
+// quit resets a connection when so much time has passed, and opens the next one.
+func (c *client) quit(a *asking, after int64) bool {
+	w := c.w
+	if !a.quits && after > 0 {
+		a.quits, a.rest = true, w.now+after
+		return false
+	}
+	w.reach("connection reset by the client")
+	c.stack.Abort(w.now, a.id)
+	a.again, a.reset, a.quits = a.next+1, w.now, false
+	c.reopen(a)
+	return true
+}
+
+// stale is how long what was under way on a connection may break the next one from the same port:
+// what acknowledges another SYN is answered by a RST, whose number the next one may take for its own.
+const stale = 5 * s
+
+// reopen opens the next connection from the same port.
+func (c *client) reopen(a *asking) {
+	c.dial(a)
+	a.next, a.reply, a.in, a.out, a.sent = a.again, a.again, nil, nil, nil
+	a.shut = false
 }
 
 // answers looks at what has come.
@@ -268,5 +346,6 @@ func (c *client) answers(a *asking) {
 
 // ended reports whether every connection is over.
 func (c *client) ended() bool {
-	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost })
+	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost }) &&
+		!slices.ContainsFunc(c.questioners, func(q *questioner) bool { return !q.ended })
 }

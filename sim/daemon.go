@@ -392,6 +392,6 @@ func (d *daemon) remember(change func(*state.State)) {
 
 // want is compare's request for a checkpoint.
 func (d *daemon) want(r nicloop.Request) {
-	d.w.reach("wanted: " + r.Reason)
+	d.w.wanted(d.h, r.Flow, r.Reason)
 	d.post(0, func() { d.checks.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason}) })
 }

@@ -16,6 +16,7 @@
 //
 //   - While P holds, nothing leaves that the SVM has not sent at the same position of the same
 //     stream, and nothing is acknowledged that it has not received.
+//   - No datagram leaves that the SVM has not sent too, and no guest receives one twice.
 //   - What reaches the client never goes back: acknowledgment, window edge, timestamp.
 //   - Two hosts never transmit.
 //   - What a client was told to be on the disk is on every disk that serves.

@@ -57,6 +57,7 @@ func draw(seed uint64) *Scenario {
 		at = min(at, 10*s)
 		sc.Actions = append(sc.Actions, drawAction(r, at))
 	}
+	drawMore(rand.New(rand.NewPCG(seed, 1<<41)), sc)
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	sc.drawTheme()
 	return sc
@@ -65,13 +66,14 @@ func draw(seed uint64) *Scenario {
 // drawVariant has one scenario of four do unusual things with TCP. It has random numbers of its own, so that all
 // else is what it is without.
 func drawVariant(sc *Scenario) {
-	r := rand.New(rand.NewPCG(sc.Seed, 1<<41))
+	r := rand.New(rand.NewPCG(sc.Seed, 1<<42))
 	one := func(n int) bool { return r.IntN(n) == 0 }
 	if !one(4) {
 		return
 	}
 	if one(3) {
 		sc.IPv6, sc.HopOptions, sc.DestOptions = true, one(2), one(2)
+		sc.Exchanges, sc.Announce, sc.Floods, sc.GSO = nil, 0, nil, false // these are IPv4
 	}
 	sc.SynCookies, sc.FastOpen = one(4), one(4)
 	if sc.ECN = r.IntN(3); sc.ECN > 0 {
@@ -160,6 +162,39 @@ func drawConn(r *rand.Rand, key int) Conn {
 		}
 	}
 	return c
+}
+
+// drawMore draws what came to the world later, from numbers of its own.
+func drawMore(r *rand.Rand, sc *Scenario) {
+	if r.IntN(4) == 0 {
+		sc.Announce = []int64{30 * ms, 200 * ms, 1 * s}[r.IntN(3)]
+	}
+	for range max(r.IntN(6)-2, 0) {
+		sc.Exchanges = append(sc.Exchanges, Exchange{
+			At: 100*ms + r.Int64N(8*s), Kind: "UCI"[r.IntN(3)], Times: 1 + r.IntN(60),
+			Pause: []int64{0, 10 * ms, 100 * ms}[r.IntN(3)], Size: []int{0, 40, 512, 1400}[r.IntN(4)],
+		})
+	}
+	if r.IntN(3) == 0 {
+		sc.Slow[r.IntN(2)] = []int64{100 * us, 1 * ms, 5 * ms}[r.IntN(3)]
+	}
+	sc.RandomISN = r.IntN(3) == 0
+	for i := range sc.Conns {
+		if c := &sc.Conns[i]; r.IntN(3) == 0 {
+			at := 1 + r.IntN(len(c.Requests))
+			c.Requests = slices.Insert(c.Requests, at, Request{'V', []int64{0, 100, 1000, 5000, 50000}[r.IntN(5)]})
+		}
+	}
+	if r.IntN(8) == 0 {
+		sc.Floods = append(sc.Floods, Flood{At: 100*ms + r.Int64N(8*s), SYNs: 10 + r.IntN(300)})
+	}
+	sc.GSO = r.IntN(3) == 0
+	if len(sc.Actions) == 0 { // then nothing goes wrong but loss, and the guests agree
+		for i := range sc.Conns {
+			c := &sc.Conns[i]
+			c.Requests = slices.DeleteFunc(c.Requests, func(r Request) bool { return r.Kind == 'T' })
+		}
+	}
 }
 
 // kinds are the actions' names, sorted.

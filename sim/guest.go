@@ -16,12 +16,15 @@ import (
 
 // guest is what a QEMU runs: memory, CPU, and the state of its devices. A checkpoint copies it.
 type guest struct {
-	stack   *tcp.Stack
-	conns   map[tcp.ID]*serving
-	order   []tcp.ID      // of conns
-	pending []diskRequest // the disk's: not answered yet
-	said    map[flow]*said
-	leaves  bool // it powers off
+	stack    *tcp.Stack
+	conns    map[tcp.ID]*serving
+	order    []tcp.ID      // of conns
+	pending  []diskRequest // the disk's: not answered yet
+	said     map[flow]*said
+	leaves   bool // it powers off
+	messages messages
+
+	announces int64 // how often it announces itself; 0: never
 
 	clock, since int64 // the guest's clock was clock when the host's was since; it stands still while the guest does
 }
@@ -49,8 +52,11 @@ type diskRequest struct {
 
 const servicePort = 80
 
-func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
-	g := &guest{stack: tcp.New(cfg, seed), conns: make(map[tcp.ID]*serving), said: make(map[flow]*said), since: hostClock}
+func newGuest(cfg tcp.Config, seed uint64, announces, hostClock int64) *guest {
+	g := &guest{
+		stack: tcp.New(cfg, seed), conns: make(map[tcp.ID]*serving), said: make(map[flow]*said), messages: newMessages(),
+		announces: announces, since: hostClock,
+	}
 	g.stack.Listen(servicePort)
 	return g
 }
@@ -59,7 +65,7 @@ func newGuest(cfg tcp.Config, seed uint64, hostClock int64) *guest {
 func (g *guest) clone() *guest {
 	c := &guest{
 		stack: g.stack.Clone(), conns: make(map[tcp.ID]*serving, len(g.conns)), order: slices.Clone(g.order),
-		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), leaves: g.leaves, clock: g.clock, since: g.since,
+		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), leaves: g.leaves, messages: g.messages.clone(), announces: g.announces, clock: g.clock, since: g.since,
 	}
 	for id, v := range g.conns {
 		n := *v
@@ -90,6 +96,9 @@ func (g *guest) wakeAt() int64 {
 			d = min(d, at)
 		}
 	}
+	if g.announces > 0 {
+		d = min(d, g.messages.announceAt)
+	}
 	if d == math.MaxInt64 {
 		return d
 	}
@@ -106,6 +115,7 @@ func (g *guest) serve(now int64, random func() uint32) {
 		g.conns[id] = new(serving)
 		g.order = append(g.order, id)
 	}
+	g.answerDatagrams(now)
 	var buf [4096]byte
 	for _, id := range g.order {
 		c := g.conns[id]
@@ -249,16 +259,36 @@ type flow struct {
 	guestPort  uint16
 }
 
+// String is as compare names it.
+func (f flow) String() string {
+	guest := guestAddr
+	if f.remote.Is6() {
+		guest = guestAddr6
+	}
+	return fmt.Sprintf("%v>%v", netip.AddrPortFrom(guest, f.guestPort), netip.AddrPortFrom(f.remote, f.remotePort))
+}
+
 // said is what a guest has sent on one incarnation of a connection, whatever became of it.
 type said struct {
 	isn       uint32
 	syn       bool
+	opened    uint32 // what its SYN|ACK acknowledges: which of the client's connections it is
 	data      stream
 	fin       bool
 	rst       bool
 	ack, edge uint32
 	acked     bool
 	scale     uint8
+	before    *said // on the incarnation before, which the other guest may be at still
+}
+
+// of is what was sent on the incarnation that a SYN|ACK began which acknowledges opened; nil: nothing.
+// One that the guest began itself, by a SYN, is the newest.
+func (v *said) of(opened uint32) *said {
+	for v != nil && v.opened != opened && v.opened != 0 && opened != 0 {
+		v = v.before
+	}
+	return v
 }
 
 func (v *said) clone() *said {
@@ -272,9 +302,9 @@ func (g *guest) note(p *packet) {
 	f := p.flow()
 	v := g.said[f]
 	if v == nil || p.syn() && v.isn != p.seq {
-		v = &said{isn: p.seq - 1}
+		v = &said{isn: p.seq - 1, before: v}
 		if p.syn() {
-			v.isn, v.syn, v.scale = p.seq, true, p.scale()
+			v.isn, v.syn, v.opened, v.scale = p.seq, true, p.ack, p.scale()
 		}
 		g.said[f] = v
 	}
@@ -355,6 +385,11 @@ func parse(frame []byte) (p packet, ok bool) {
 	p.flags, p.win, p.urgent = t[13], binary.BigEndian.Uint16(t[14:]), binary.BigEndian.Uint16(t[18:])
 	p.opts, p.payload = t[20:off], t[off:]
 	return p, true
+}
+
+// end is the position behind it.
+func (p *packet) end() uint32 {
+	return p.seq + uint32(len(p.payload)) + uint32(p.flags&1) + uint32(p.flags>>1&1)
 }
 
 func (p *packet) fin() bool    { return p.flags&1 != 0 }

@@ -86,13 +86,28 @@ func (h *host) toGuest(frame []byte) {
 	}
 }
 
-// fromGuest is a frame that this host's guest sends.
-func (h *host) fromGuest(frame []byte) {
-	if h.nic == nil {
-		h.toWire(frame) // a tap that no program is at
+// fromGuest takes frames that this host's guest sends.
+func (h *host) fromGuest(frames [][]byte) {
+	switch {
+	case len(frames) == 0:
 		return
+	case h.nic == nil: // a tap that no program is at
+		for _, f := range frames {
+			h.toWire(f)
+		}
+		return
+	case h.w.sc.GSO:
+		for _, l := range offload(frames) {
+			if l.gso > 0 {
+				h.w.reach("large frame")
+			}
+			h.nic.FromGuest(l.frame, l.gso)
+		}
+	default:
+		for _, f := range frames {
+			h.nic.FromGuest(f, 0)
+		}
 	}
-	h.nic.FromGuest(frame, 0)
 	h.turn()
 }
 
@@ -176,7 +191,7 @@ func (h *host) startQEMU(waits bool) {
 		q.state = "inmigrate"
 	} else {
 		q.another, w.booted = w.booted, true
-		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), h.clock())
+		q.guest = newGuest(w.guestConfig(), w.rnd(rndQEMU).Uint64(), w.sc.Announce, h.clock())
 	}
 	h.disk.checkpoint() // its overlays are new
 	if !waits {

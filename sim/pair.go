@@ -83,10 +83,7 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
-		d.w.check.alone, d.w.check.doubt = false, false
-		if d.w.split() {
-			d.w.check.speaker = d.h.id
-		}
+		d.w.paired(d.h)
 		d.repl.helloCOLO = true
 		cc := d.w.sc.compare()
 		d.w.check.cores++

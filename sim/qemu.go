@@ -61,6 +61,9 @@ func (q *qemu) soon() int64 {
 	if q.w.chance(rndGuest+q.h.id, 5) {
 		d += q.w.between(rndGuest+q.h.id, 1*ms, 15*ms) // the host was busy
 	}
+	if slow := q.w.sc.Slow[q.h.id]; slow > 0 {
+		d += q.w.between(rndGuest+q.h.id, 0, 2*slow)
+	}
 	return d
 }
 
@@ -94,21 +97,28 @@ func (q *qemu) runGuest() {
 	}
 	g, now := q.guest, q.guest.time(q.h.clock())
 	input := q.input
-	q.input = nil
+	if q.w.sc.Slow[q.h.id] > 0 {
+		input = input[:min(len(input), 1)]
+	}
+	q.input = q.input[len(input):]
 	for _, f := range input {
+		q.hears(f)
 		g.stack.Input(now, f)
 	}
 	g.stack.Tick(now)
 	g.serve(now, func() uint32 { return q.w.rnd(rndGuest + q.h.id).Uint32() })
-	for _, f := range g.stack.Take() {
+	frames := g.stack.Take()
+	for _, f := range frames {
 		if p, ok := parse(f); ok {
 			g.note(&p)
 			if q.w.logging {
 				q.w.logf("%v: sends %v", q, p)
 			}
+		} else if id, ok := datagram(f); ok {
+			g.messages.sent[id]++
 		}
-		q.h.fromGuest(f)
 	}
+	q.h.fromGuest(frames)
 	q.submit()
 	if at := g.wakeAt(); at != math.MaxInt64 {
 		q.wake(max(at-q.h.clock(), 0) + q.soon())

@@ -11,6 +11,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/loader"
 	"github.com/lockstep-ft/lockstep/sim/kernel"
 	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
@@ -32,14 +33,21 @@ type Scenario struct {
 	NoSACK, NoTimestamps bool
 	NoScale, Autocork    bool
 	RcvBuf               int
+	RandomISN            bool
+	GSO                  bool     // guests leave segmentation to their device
+	Slow                 [2]int64 // what a guest's CPU takes for a frame that comes in, on the average
 	Slots                int
 	Skew                 [2]int64 // of the hosts' clocks
 	Drift                [2]int64 // in parts per million
 	Variant                       // of TCP
 	Healed               int64    // when everything that was broken is mended; 0: after 15 s
 
-	Conns   []Conn
-	Actions []Action
+	Announce int64 // how often a guest announces itself by multicast; 0: never
+
+	Conns     []Conn
+	Floods    []Flood
+	Exchanges []Exchange
+	Actions   []Action
 }
 
 // Conn is a client's connection.
@@ -49,7 +57,15 @@ type Conn struct {
 	Requests  []Request
 }
 
-// Request is what a client asks for: see guest.request and variants.go. 'W' is to wait, N ms.
+// Flood are SYNs of nobody, at once.
+type Flood struct {
+	At   int64
+	SYNs int
+}
+
+// Request is what a client asks for: see guest.request and variants.go. 'W' is to wait, N ms. 'V' is to reset the
+// connection N us after the last request, whatever came of that, and to open another one from
+// the same port.
 type Request struct {
 	Kind byte
 	N    int64
@@ -69,14 +85,14 @@ type Action struct {
 func (sc *Scenario) stack() tcp.Config {
 	c := tcp.Config{
 		MSS: sc.MSS, NoSACK: sc.NoSACK, NoTimestamps: sc.NoTimestamps, NoScale: sc.NoScale, Autocork: sc.Autocork,
-		RcvBuf: sc.RcvBuf, WindowScale: 7,
+		RcvBuf: sc.RcvBuf, WindowScale: 7, RandomISN: sc.RandomISN, Backlog: 1024,
 	}
 	sc.Variant.config(&c)
 	return c
 }
 
 func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Options {
-	return kernel.Options{Role: role, Slots: sc.Slots, LargeSlots: largeSlots, MAC: mac}
+	return kernel.Options{Role: role, HalfOpen: maxHalfOpen, Slots: sc.Slots, LargeSlots: largeSlots, MAC: mac}
 }
 
 // copies is as cmd/lockstep derives it.
@@ -87,8 +103,14 @@ func (sc *Scenario) copies() compare.SecondaryConfig {
 // largeSlots are for frames that no usual slot holds.
 const largeSlots = 48
 
+// maxHalfOpen bounds the half-open connections that are known, on either host.
+const maxHalfOpen = 64
+
 func (sc *Scenario) compare() compare.Config {
-	return compare.Config{Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, Slots: sc.Slots, LargeSlots: largeSlots}
+	return compare.Config{
+		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, MaxHalfOpen: maxHalfOpen,
+		Slots: loader.TCPSlots(sc.Slots), LargeSlots: loader.TCPSlots(largeSlots),
+	}
 }
 
 // healed is when everything that was broken is mended, and end when everything has to be over.
@@ -123,7 +145,7 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 		}
 	}()
 	w.logging, w.mutation, w.begin = log, mutation, w.act
-	w.check = check{flows: map[flow]*wire{}, confirmed: map[uint32]uint32{}}
+	w.check = check{flows: map[flow]*wire{}, datagrams: datagramCounts{}, confirmed: map[uint32]uint32{}}
 	w.arbiter = &arbiter{w: w}
 	for i := range w.hosts {
 		w.hosts[i] = &host{w: w, id: i, name: names[i], alive: true, disk: newDisk(), offset: 1000*s + sc.Skew[i], rate: 1 + float64(sc.Drift[i])/1e6}
@@ -164,10 +186,13 @@ func Run(sc *Scenario, mutation string, log bool) (r Result) {
 	return r
 }
 
-// agree reports whether nothing goes wrong but loss, and the guests send the same.
+// agree reports whether nothing goes wrong but loss, there are slots for what is under way, and the
+// guests send the same. An SVM that misses a RST, and the SYN behind it therefore, does not: nobody
+// repeats a RST.
 func (sc *Scenario) agree() bool {
-	return len(sc.Actions) == 0 && sc.RefuseCheckpoint == 0 && !slices.ContainsFunc(sc.Conns, func(c Conn) bool {
-		return slices.ContainsFunc(c.Requests, func(r Request) bool { return r.Kind == 'T' })
+	loss := sc.PeerLoss+sc.PeerReorder > 0
+	return len(sc.Actions) == 0 && sc.RefuseCheckpoint == 0 && sc.Slots >= 512 && !slices.ContainsFunc(sc.Conns, func(c Conn) bool {
+		return slices.ContainsFunc(c.Requests, func(r Request) bool { return r.Kind == 'T' || loss && r.Kind == 'V' })
 	})
 }
 
@@ -196,14 +221,19 @@ func (w *world) quiet() {
 				w.failf("liveness", "connection %d is stuck at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
 		}
+		for _, q := range w.client.questioners {
+			if !q.ended && w.now-q.asked > 20*s {
+				w.failf("liveness", "exchange %d has had no answer to question %d since %v", q.port, q.no, time.Duration(q.asked))
+			}
+		}
 		return
 	}
-	if n := w.reached["wanted: timeout"]; n > 0 && w.sc.agree() {
+	if n := w.check.stalls; n > 0 && w.sc.agree() && w.reached["tap overflow"] == 0 {
 		w.failf("checkpoints", "%d checkpoints were asked for because one guest sent what the other had not, and nothing was wrong but loss", n)
 	}
 	w.run(w.now + 3*s)
 	d := w.hosts[w.check.speaker].daemon
-	if active := slices.ContainsFunc(w.client.conns, func(a *asking) bool { return !a.ended }); !active && w.fault == nil && d != nil && d.loop != nil && d.loop.Primary != nil {
+	if active := slices.ContainsFunc(w.client.conns, func(a *asking) bool { return !a.ended }); !active && w.sc.Announce == 0 && len(w.sc.Floods) == 0 && w.fault == nil && d != nil && d.loop != nil && d.loop.Primary != nil {
 		if held := d.loop.Primary.Stats().HeldPackets; held > 0 {
 			w.failf("liveness", "%d frames are held, and nobody has sent anything for seconds", held)
 		}

@@ -32,6 +32,17 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 		for i := len(best.Conns) - 1; i >= 0; i-- {
 			again = try(func(c *Scenario) { c.Conns = slices.Delete(c.Conns, i, i+1) }) || again
 		}
+		for i := len(best.Floods) - 1; i >= 0; i-- {
+			again = try(func(c *Scenario) { c.Floods = slices.Delete(c.Floods, i, i+1) }) || again
+		}
+		for i := len(best.Exchanges) - 1; i >= 0; i-- {
+			again = try(func(c *Scenario) { c.Exchanges = slices.Delete(c.Exchanges, i, i+1) }) || again
+		}
+		for i := range best.Exchanges {
+			if n := best.Exchanges[i].Times; n > 1 {
+				again = try(func(c *Scenario) { c.Exchanges[i].Times = n / 2 }) || again
+			}
+		}
 		for i := range best.Conns {
 			for j := len(best.Conns[i].Requests) - 1; j >= 0; j-- {
 				again = try(func(c *Scenario) { c.Conns[i].Requests = slices.Delete(c.Conns[i].Requests, j, j+1) }) || again
@@ -52,6 +63,10 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 			func(c *Scenario) { c.SynCookies = false },
 			func(c *Scenario) { c.FastOpen = false },
 			func(c *Scenario) { c.Period = 0 },
+			func(c *Scenario) { c.Announce = 0 },
+			func(c *Scenario) { c.Slow = [2]int64{} },
+			func(c *Scenario) { c.RandomISN = false },
+			func(c *Scenario) { c.GSO = false },
 			func(c *Scenario) { c.Slots = 512 },
 			func(c *Scenario) { c.Arbiter = arbiterEtcd },
 		} {
@@ -66,7 +81,8 @@ func Shrink(sc *Scenario, mutation, kind string, runs int) *Scenario {
 
 func (sc *Scenario) clone() *Scenario {
 	c := *sc
-	c.Actions, c.Conns = slices.Clone(sc.Actions), slices.Clone(sc.Conns)
+	c.Actions, c.Conns, c.Exchanges = slices.Clone(sc.Actions), slices.Clone(sc.Conns), slices.Clone(sc.Exchanges)
+	c.Floods = slices.Clone(sc.Floods)
 	for i := range c.Conns {
 		c.Conns[i].Requests = slices.Clone(c.Conns[i].Requests)
 	}

@@ -4,6 +4,7 @@ package sim
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"reflect"
@@ -15,7 +16,7 @@ import (
 // settings are the scenario's fields that have a line of their own, by the line's first word.
 var settings = []string{
 	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
-	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "Slots", "Skew", "Drift",
+	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "RandomISN", "GSO", "Slow", "Announce", "Slots", "Skew", "Drift",
 	"IPv6", "HopOptions", "DestOptions", "SynCookies", "FastOpen", "ECN", "Mark", "Keepalive", "SeqWrap", "TSWrap", "Healed",
 }
 
@@ -34,6 +35,12 @@ func (sc *Scenario) String() string {
 			fmt.Fprintf(&b, " %c%d", r.Kind, r.N)
 		}
 		b.WriteByte('\n')
+	}
+	for _, f := range sc.Floods {
+		fmt.Fprintf(&b, "flood %v %d\n", time.Duration(f.At), f.SYNs)
+	}
+	for _, x := range sc.Exchanges {
+		fmt.Fprintf(&b, "ask %v %c %d %v %d\n", time.Duration(x.At), x.Kind, x.Times, time.Duration(x.Pause), x.Size)
 	}
 	for _, a := range sc.Actions {
 		if a.Behind > 0 {
@@ -75,6 +82,10 @@ func (sc *Scenario) line(words []string) error {
 	switch words[0] {
 	case "conn":
 		return sc.conn(words)
+	case "flood":
+		return sc.flood(words)
+	case "ask":
+		return sc.exchange(words)
 	case "at":
 		return sc.action(words, 0)
 	case "behind":
@@ -149,6 +160,30 @@ func (sc *Scenario) conn(words []string) (err error) {
 	}
 	sc.Conns = append(sc.Conns, c)
 	return nil
+}
+
+func (sc *Scenario) flood(words []string) error {
+	if len(words) != 3 {
+		return fmt.Errorf("a flood is: flood TIME SYNS")
+	}
+	at, err1 := time.ParseDuration(words[1])
+	n, err2 := strconv.Atoi(words[2])
+	sc.Floods = append(sc.Floods, Flood{int64(at), n})
+	return errors.Join(err1, err2)
+}
+
+func (sc *Scenario) exchange(words []string) error {
+	if len(words) != 6 || len(words[2]) != 1 {
+		return fmt.Errorf("an exchange of datagrams is: ask TIME KIND TIMES PAUSE SIZE")
+	}
+	x := Exchange{Kind: words[2][0]}
+	at, err1 := time.ParseDuration(words[1])
+	times, err2 := strconv.Atoi(words[3])
+	pause, err3 := time.ParseDuration(words[4])
+	size, err4 := strconv.Atoi(words[5])
+	x.At, x.Times, x.Pause, x.Size = int64(at), times, int64(pause), size
+	sc.Exchanges = append(sc.Exchanges, x)
+	return errors.Join(err1, err2, err3, err4)
 }
 
 func (sc *Scenario) action(words []string, behind int) error {

@@ -290,7 +290,7 @@ const (
 )
 
 func (w *world) killCovered() {
-	if !w.covered() {
+	if !w.covered(w.hosts[w.check.speaker]) {
 		w.after(5*ms, w.killCovered)
 		return
 	}

@@ -110,6 +110,9 @@ func (m *machine) announced(b []byte, off int) {
 		Tuple: core.FromTuple(&r.T), Seq: r.Seq, Ack: r.Ack, Flags: bpfmodel.Flags(r.TcpFlags), OptLen: r.Optlen, Opts: r.Opts,
 	}
 	v, sent := m.table.Announce(&a, m.host.Now(), &m.modeled)
+	if sent && m.mode() == bpf.LockstepLsModeLS_MODE_PARK { // the SVM's SYN is void once it is the PVM's copy
+		v, sent = bpfmodel.RecordIn, false
+	}
 	m.count(reasons[v])
 	if sent {
 		m.begin(bpf.LockstepLsRecTypeLS_REC_DATA, dirS2P)

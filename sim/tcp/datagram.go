@@ -7,7 +7,7 @@ import (
 	"slices"
 )
 
-// maxDatagrams is how many wait for ReceiveUDP.
+// maxDatagrams is how many wait for ReceiveUDP, and for ReceivePong.
 const maxDatagrams = 1024
 
 type datagram struct {
@@ -69,29 +69,64 @@ const (
 	minEcho                  = 8
 )
 
-// icmpIn answers echo requests.
-func (s *Stack) icmpIn(p *packet) {
+// icmpIn answers echo requests, and keeps answers for ReceivePong.
+func icmpIn(s *Stack, p *packet) {
 	m := p.payload
-	pseudo, reply := uint64(0), uint8(echoReply)
-	want := uint8(echoRequest)
+	pseudo, request, reply := uint64(0), uint8(echoRequest), uint8(echoReply)
 	if p.proto == protoICMPv6 {
-		pseudo, want, reply = p.pseudo, echoRequest6, echoReply6
+		pseudo, request, reply = p.pseudo, echoRequest6, echoReply6
 	}
-	if len(m) < minEcho || m[0] != want || m[1] != 0 || (p.proto == protoICMPv6) == s.is4 {
+	if len(m) < minEcho || m[0] != request && m[0] != reply || m[1] != 0 || (p.proto == protoICMPv6) == s.is4 {
 		return
 	}
 	if fold(sum(m, pseudo)) != 0 {
 		s.bad++
 		return
 	}
-	r := s.route(p.remote, p.proto)
+	switch {
+	case m[0] == request:
+		sendEcho(s, p.remote, reply, m[4:])
+	case len(s.pongs) < maxDatagrams:
+		s.pongs = append(s.pongs, slices.Clone(m[4:]))
+	}
+}
+
+// sendEcho sends an echo request or reply with what stands behind its checksum.
+func sendEcho(s *Stack, remote netip.Addr, typ uint8, rest []byte) {
+	proto := uint8(protoICMP)
+	if !s.is4 {
+		proto = protoICMPv6
+	}
+	r := s.route(remote, proto)
 	s.ipID++
-	frame, b := s.packet(&r, len(m), s.ipID, 0)
-	copy(b, m)
-	b[0], b[2], b[3] = reply, 0, 0
-	if p.proto == protoICMPv6 {
-		pseudo = r.pseudo + uint64(len(m))
+	frame, b := s.packet(&r, 4+len(rest), s.ipID, 0)
+	b[0] = typ
+	copy(b[4:], rest)
+	pseudo := uint64(0)
+	if !s.is4 {
+		pseudo = r.pseudo + uint64(len(b))
 	}
 	be.PutUint16(b[2:], fold(sum(b, pseudo)))
 	s.send(frame)
+}
+
+// Ping sends an ICMP echo request.
+func (s *Stack) Ping(now int64, remote netip.Addr, id, seq uint16, data []byte) {
+	s.now = now
+	typ := uint8(echoRequest)
+	if !s.is4 {
+		typ = echoRequest6
+	}
+	sendEcho(s, remote, typ, slices.Concat(be.AppendUint16(be.AppendUint16(nil, id), seq), data))
+}
+
+// ReceivePong returns the next echo reply that came in for an identifier.
+func (s *Stack) ReceivePong(id uint16) (seq uint16, data []byte, ok bool) {
+	for i, m := range s.pongs {
+		if be.Uint16(m) == id {
+			s.pongs = slices.Delete(s.pongs, i, i+1)
+			return be.Uint16(m[2:]), m[4:], true
+		}
+	}
+	return 0, nil, false
 }

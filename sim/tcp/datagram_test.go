@@ -57,6 +57,18 @@ func TestPing(t *testing.T) {
 		if got := p.payload; (got[0] != echoReply && got[0] != echoReply6) || string(got[4:]) != string(m[4:]) || fold(sum(got, p.pseudo)) != 0 {
 			t.Errorf("%x", got)
 		}
+
+		a.Ping(w.now, addrs[1], 7, 9, []byte("ping!"))
+		w.run(0)
+		if _, _, ok := a.ReceivePong(8); ok {
+			t.Error("an answer for another identifier")
+		}
+		if seq, data, ok := a.ReceivePong(7); seq != 9 || string(data) != "ping!" || !ok {
+			t.Errorf("%d %q %v", seq, data, ok)
+		}
+		if _, _, ok := a.ReceivePong(7); ok {
+			t.Error("one too many")
+		}
 	}
 }
 

@@ -42,7 +42,8 @@ type Config struct {
 	Keepalive   time.Duration // idle time until the first probe; 0: none
 	UserTimeout time.Duration // how long data may be unacknowledged; 0: 15 retransmissions
 
-	Secret uint64 // ISN = hash(secret, tuple) + now/64 ns
+	Secret    uint64 // ISN = hash(secret, tuple) + now/64 ns
+	RandomISN bool   // instead, as OpenBSD has it
 
 	// How many bytes, or ticks, are left before the numbers of a new connection wrap, at most; 0: any number.
 	SeqWrap, TSWrap uint32
@@ -95,6 +96,7 @@ type Stack struct {
 	cookies   map[netip.Addr][]byte // of peers, for fast open
 
 	datagrams []datagram
+	pongs     [][]byte // ICMP echo replies, from the identifier on
 	bad       int
 	ipID      uint16
 }
@@ -133,7 +135,7 @@ func (s *Stack) Clone() *Stack {
 	n := *s
 	n.slab, n.slabs, n.taken = nil, 0, nil
 	n.out = slices.Clone(s.out) // frames do not change
-	n.datagrams = slices.Clone(s.datagrams)
+	n.datagrams, n.pongs = slices.Clone(s.datagrams), slices.Clone(s.pongs)
 	n.ports = make(map[uint16]*listener, len(s.ports))
 	for port, l := range s.ports {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
@@ -174,7 +176,7 @@ func (s *Stack) Input(now int64, frame []byte) {
 		s.udpIn(&p)
 		return
 	case protoICMP, protoICMPv6:
-		s.icmpIn(&p)
+		icmpIn(s, &p)
 		return
 	case protoTCP:
 	default:
@@ -258,9 +260,12 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// isn is the initial sequence number of a connection, as RFC 6528 has it.
+// isn is the initial sequence number of a connection, as RFC 6528 has it, or at random.
 func (s *Stack) isn(now int64, t tuple) uint32 {
 	isn := uint32(s.hash(t, 1)) + uint32(now>>6)
+	if s.cfg.RandomISN {
+		isn = uint32(s.rng.Uint64())
+	}
 	if w := s.cfg.SeqWrap; w > 0 {
 		return ^(isn % w)
 	}
