@@ -89,7 +89,9 @@ func drawVariant(sc *Scenario) {
 		}
 	}
 	for i := range sc.Conns {
-		drawScript(r, sc, &sc.Conns[i])
+		if c := &sc.Conns[i]; !slices.ContainsFunc(c.Requests, func(q Request) bool { return q.Kind == 'V' }) {
+			drawScript(r, sc, c)
+		}
 	}
 }
 
