@@ -70,6 +70,7 @@ func acceptFast(c *conn, now int64, g *segment) {
 	}
 	c.fast = true
 	c.rcv.take(g.seq+1, g.data[:min(len(g.data), c.rcv.room)])
+	c.rcv.wup = c.rcv.nxt // the SYN|ACK's window begins there
 }
 
 // openFast lets the application have the connection.
