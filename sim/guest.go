@@ -137,7 +137,7 @@ func (g *guest) serve(now int64, random func() uint32) {
 				break
 			}
 		}
-		if g.end(now, id, c); c.eof && len(c.in) == 0 && len(c.out) == 0 && !c.waiting && !c.closed && c.abort == 0 {
+		if g.end(now, id, c); c.eof && len(c.in) == 0 && len(c.out) == 0 && !c.waiting && !c.closed && c.abort == 0 && c.sleep == 0 {
 			c.closed = true
 			g.stack.Close(now, id)
 		}

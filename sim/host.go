@@ -143,8 +143,9 @@ func (h *host) toPeer(frame []byte) {
 		times = 2
 	}
 	for i := range times {
+		again := frame
 		if i > 0 {
-			frame = slices.Clone(frame) // the first one is the other host's
+			again = slices.Clone(frame) // each is the other host's, which changes it
 		}
 		d := w.between(rndPeer, 15*us, 60*us)
 		if w.chance(rndPeer, sc.PeerReorder) {
@@ -156,7 +157,7 @@ func (h *host) toPeer(frame []byte) {
 		w.after(d, func() {
 			o := h.other()
 			if w.cut.peer == 0 && o.works() && o.nic != nil {
-				o.nic.FromPeer(frame)
+				o.nic.FromPeer(again)
 				o.turn()
 			}
 		})

@@ -147,27 +147,34 @@ func (f *feature) trouble(t *testing.T) (worlds []*Scenario) {
 		behind := 1 + i*r.Crossed/n
 		for kind := range kinds {
 			sc := f.world(uint64(1000*round + kinds*i + kind))
-			at := sc.Skew[0] % (500 * us) // before, while or after the guests work on it
-			first, then := "checkpoint", coveredDeath
-			if f.daemons {
-				first = "kill-daemon"
-			}
-			before := max(behind-int(sc.Skew[1]%4), 1)
-			switch later := sc.Skew[1] % (60 * ms); kind {
-			case 0:
-				sc.Actions = append(sc.Actions, Action{Behind: behind, At: at, Kind: first})
-			case 1:
-				sc.Actions = append(sc.Actions, Action{Behind: behind, At: at, Kind: then})
-			case 2:
-				sc.Actions = append(sc.Actions, Action{Behind: before, At: at, Kind: first}, Action{Behind: behind, At: later, Kind: then})
-			}
-			if f.aborts {
-				sc.Actions = append(sc.Actions, Action{Behind: max(behind-int(sc.Skew[1]%3), 1), At: sc.Drift[0] & 0xfff * us, Kind: clientAborts})
-			}
+			f.strike(sc, behind, kind)
 			worlds = append(worlds, sc)
 		}
 	}
 	return worlds
+}
+
+// strike has something happen behind a frame: a checkpoint or a daemon's death (0), the PVM's death (1), the one shortly
+// before the other (2), or nothing but what the feature is (3).
+func (f *feature) strike(sc *Scenario, behind, kind int) {
+	at, later := sc.Skew[0]%(500*us), sc.Skew[1]%(60*ms) // before, while or after the guests work on the frame
+	first := Action{Behind: behind, At: at, Kind: "checkpoint"}
+	if f.daemons {
+		first.Kind, first.Host, first.For = "kill-daemon", int(sc.Seed/3%2), sc.Skew[1]%(300*ms)
+	}
+	death := Action{Behind: behind, At: at, Kind: coveredDeath}
+	switch kind {
+	case 0:
+		sc.Actions = append(sc.Actions, first)
+	case 1:
+		sc.Actions = append(sc.Actions, death)
+	case 2:
+		first.Behind, death.At = max(behind-int(sc.Skew[1]%4), 1), later
+		sc.Actions = append(sc.Actions, first, death)
+	}
+	if f.aborts {
+		sc.Actions = append(sc.Actions, Action{Behind: max(behind-int(sc.Skew[1]%3), 1), At: sc.Drift[0] & 0xfff * us, Kind: clientAborts})
+	}
 }
 
 // TestTCPFeatures: each of these in worlds with loss on the peer link, in which a checkpoint, the PVM's

@@ -311,11 +311,10 @@ func (c *client) abort() {
 
 // ending is how far a guest is with such requests.
 type ending struct {
-	sleep   int64 // nothing is read before then, on the guest's clock; 0: it does not sleep
-	oob     bool  // the last byte of the body goes back as urgent data
-	half    bool  // FIN follows what was written, and the body is read behind that
-	abort   tcp.State
-	closing bool
+	sleep int64 // nothing is read before then, on the guest's clock; 0: it does not sleep
+	oob   bool  // the last byte of the body goes back as urgent data
+	half  bool  // FIN follows what was written, and the body is read behind that
+	abort tcp.State
 }
 
 // sleeps reports whether the service does not read now.

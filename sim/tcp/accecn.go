@@ -20,7 +20,7 @@ type accurate struct {
 	seen      uint8  // of the peer's marked segments
 }
 
-// flags are AE, CWR and ECE as ACE has them.
+// aceFlags are AE, CWR and ECE as the counter has them.
 func aceFlags(ace uint8) (ae bool, flags uint8) {
 	if ace&2 != 0 {
 		flags |= cwr

@@ -39,7 +39,7 @@ func (s *Stack) Dial(now int64, remote netip.AddrPort, localPort uint16) ID {
 			break
 		}
 	}
-	isn := s.isn(now, t)
+	isn := initialNumber(s, now, t)
 	var recent uint32
 	var recentAt int64
 	if old := s.byTuple[t]; old != nil {

@@ -83,7 +83,7 @@ func newConn(s *Stack, id ID, t tuple) *conn {
 		s: s, id: id, tuple: t, route: s.route(t.addr, protoTCP),
 		timestamps: !s.cfg.NoTimestamps, sack: !s.cfg.NoSACK, scaling: !s.cfg.NoScale,
 		noDelay: s.cfg.NoNagle, mss: s.cfg.MSS,
-		tsOffset: s.tsOffset(t), ipID: uint16(s.rng.Uint64()),
+		tsOffset: tsOffset(s, t), ipID: uint16(s.rng.Uint64()),
 	}
 	c.bind()
 	c.timers.clear()

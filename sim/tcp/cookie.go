@@ -26,13 +26,13 @@ const (
 	cookieOptions = 1<<6 - 1
 )
 
-// cookie is the initial sequence number that answers a SYN.
-func (s *Stack) cookie(t tuple, irs uint32, minute uint32, mss uint32) uint32 {
-	return s.cookieHash(t, 0) + irs + minute<<cookieBits + (s.cookieHash(t, 1+uint64(minute))+mss)&(1<<cookieBits-1)
+// synCookie is the initial sequence number that answers a SYN.
+func synCookie(s *Stack, t tuple, irs uint32, minute uint32, mss uint32) uint32 {
+	return cookieHash(s, t, 0) + irs + minute<<cookieBits + (cookieHash(s, t, 1+uint64(minute))+mss)&(1<<cookieBits-1)
 }
 
 // cookieHash draws its key when it is needed first, as Linux does: guests that were copies then do not share it.
-func (s *Stack) cookieHash(t tuple, salt uint64) uint32 {
+func cookieHash(s *Stack, t tuple, salt uint64) uint32 {
 	if s.cookieKey == 0 {
 		s.cookieKey = mix(s.rng.Uint64()^uint64(s.now)) | 1
 	}
@@ -40,7 +40,7 @@ func (s *Stack) cookieHash(t tuple, salt uint64) uint32 {
 }
 
 // answerWithCookie answers a SYN, and keeps nothing.
-func (s *Stack) answerWithCookie(now int64, t tuple, g *segment) {
+func answerWithCookie(s *Stack, now int64, t tuple, g *segment) {
 	c := newConn(s, -1, t)
 	c.state = SynReceived
 	c.agree(now, g)
@@ -51,10 +51,10 @@ func (s *Stack) answerWithCookie(now int64, t tuple, g *segment) {
 			n = uint32(i)
 		}
 	}
-	c.iss = s.cookie(t, g.seq, uint32(now/cookieMinute), n)
+	c.iss = synCookie(s, t, g.seq, uint32(now/cookieMinute), n)
 	c.snd.start(c.iss)
 	if c.timestamps {
-		c.tsOffset += c.cookieStamp(now) - c.tsNow(now)
+		c.tsOffset += cookieStamp(c, now) - c.tsNow(now)
 	} else {
 		c.sack, c.scaling, c.ecn = false, false, false
 	}
@@ -62,7 +62,7 @@ func (s *Stack) answerWithCookie(now int64, t tuple, g *segment) {
 }
 
 // cookieStamp is the newest timestamp that has the options in it.
-func (c *conn) cookieStamp(now int64) uint32 {
+func cookieStamp(c *conn, now int64) uint32 {
 	opts := uint32(cookieNoScale)
 	if c.scaling {
 		opts = uint32(c.snd.scale)
@@ -82,19 +82,19 @@ func (c *conn) cookieStamp(now int64) uint32 {
 }
 
 // byCookie makes the connection that an ACK with a cookie is for; nil: it has none.
-func (s *Stack) byCookie(now int64, remote netip.Addr, g *segment) *conn {
+func byCookie(s *Stack, now int64, remote netip.Addr, g *segment) *conn {
 	if !s.cfg.SynCookies || g.has(syn|rst) || !g.has(ack) {
 		return nil
 	}
 	t := tuple{remote, g.from, g.to}
 	cookie, irs := g.ack-1, g.seq-1
 	minute := uint32(now / cookieMinute)
-	made := (cookie - irs - s.cookieHash(t, 0)) >> cookieBits
+	made := (cookie - irs - cookieHash(s, t, 0)) >> cookieBits
 	age := (minute - made) & 0xff
 	if age > 1 {
 		return nil
 	}
-	n := (cookie - irs - s.cookieHash(t, 0) - s.cookieHash(t, 1+uint64(minute-age))) & (1<<cookieBits - 1)
+	n := (cookie - irs - cookieHash(s, t, 0) - cookieHash(s, t, 1+uint64(minute-age))) & (1<<cookieBits - 1)
 	if n >= uint32(len(cookieMSS)) {
 		return nil
 	}

@@ -8,14 +8,14 @@ import "net/netip"
 // its SYN with the first data that is written.
 
 // fastCookie is what an address has to show.
-func (s *Stack) fastCookie(remote netip.Addr) []byte {
+func fastCookie(s *Stack, remote netip.Addr) []byte {
 	return be.AppendUint64(nil, s.hash(tuple{addr: remote}, 3))
 }
 
 // dialFast begins a connection whose SYN waits for data, if there is a cookie. It reports false if there is none.
-func (c *conn) dialFast(now int64, isn uint32) bool {
+func dialFast(c *conn, now int64, isn uint32) bool {
 	if c.s.cfg.FastOpen && len(c.s.cookies[c.tuple.addr]) > 0 {
-		c.prepare(now, isn)
+		prepareDial(c, now, isn)
 		c.deferred = true
 		return true
 	}
@@ -23,7 +23,7 @@ func (c *conn) dialFast(now int64, isn uint32) bool {
 }
 
 // fastSYN is the data of the SYN.
-func (c *conn) fastSYN() []byte {
+func fastSYN(c *conn) []byte {
 	s := &c.snd
 	if c.state != SynSent || s.retries > 0 || !c.s.cfg.FastOpen || len(c.s.cookies[c.tuple.addr]) == 0 {
 		return nil
@@ -32,7 +32,7 @@ func (c *conn) fastSYN() []byte {
 }
 
 // fastOptions appends the cookie, or what asks for one.
-func (c *conn) fastOptions(b []byte) []byte {
+func fastOptions(c *conn, b []byte) []byte {
 	if !c.s.cfg.FastOpen || c.snd.retries > 0 {
 		return b
 	}
@@ -41,7 +41,7 @@ func (c *conn) fastOptions(b []byte) []byte {
 	case c.state == SynSent:
 		cookie = c.s.cookies[c.tuple.addr]
 	case c.asksCookie:
-		cookie = c.s.fastCookie(c.tuple.addr)
+		cookie = fastCookie(c.s, c.tuple.addr)
 	default:
 		return b
 	}
@@ -50,8 +50,8 @@ func (c *conn) fastOptions(b []byte) []byte {
 	return b
 }
 
-// fastSent is how much of the stream the peer has taken with the SYN.
-func (c *conn) fastTaken(g *segment) uint32 {
+// fastTaken is how much of the stream the peer has taken with the SYN.
+func fastTaken(c *conn, g *segment) uint32 {
 	if c.state != SynSent {
 		return 0
 	}
@@ -59,21 +59,22 @@ func (c *conn) fastTaken(g *segment) uint32 {
 }
 
 // acceptFast takes the data of a SYN that has the right cookie. The connection can be used before the handshake is over.
-func (c *conn) acceptFast(now int64, g *segment) {
+func acceptFast(c *conn, now int64, g *segment) {
 	s := c.s
 	if !s.cfg.FastOpen || !g.fastOpen {
 		return
 	}
 	c.asksCookie = len(g.cookie) == 0
-	if string(g.cookie) != string(s.fastCookie(c.tuple.addr)) || len(g.data) == 0 {
+	if string(g.cookie) != string(fastCookie(s, c.tuple.addr)) || len(g.data) == 0 {
 		return
 	}
 	c.fast = true
 	c.rcv.take(g.seq+1, g.data[:min(len(g.data), c.rcv.room)])
+	c.rcv.wup = c.rcv.nxt // the SYN|ACK's window begins there
 }
 
 // openFast lets the application have the connection.
-func (c *conn) openFast() {
+func openFast(c *conn) {
 	l := c.s.ports[c.tuple.local]
 	l.pending--
 	c.listener = false
@@ -83,7 +84,7 @@ func (c *conn) openFast() {
 }
 
 // handshakeACK reports whether a segment acknowledges the SYN.
-func (c *conn) handshakeACK(g *segment) bool {
+func handshakeACK(c *conn, g *segment) bool {
 	if c.fast {
 		return after(g.ack, c.iss) && !after(g.ack, c.snd.nxt)
 	}

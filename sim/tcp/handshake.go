@@ -9,15 +9,15 @@ import (
 
 // dial sends the first SYN.
 func (c *conn) dial(now int64, isn uint32) {
-	if c.dialFast(now, isn) {
+	if dialFast(c, now, isn) {
 		return
 	}
-	c.prepare(now, isn)
+	prepareDial(c, now, isn)
 	c.sendSYN(now)
 	c.snd.arm(timerHandshake, now+c.snd.rto)
 }
 
-func (c *conn) prepare(now int64, isn uint32) {
+func prepareDial(c *conn, now int64, isn uint32) {
 	c.state, c.iss = SynSent, isn
 	c.snd.start(isn)
 	c.snd.nxt++
@@ -39,7 +39,7 @@ func (c *conn) sendSYN(now int64) {
 	} else if c.s.cfg.ECN && c.snd.retries == 0 {
 		flags |= ece | cwr
 	}
-	c.segment(now, c.iss, flags, c.fastSYN())
+	c.segment(now, c.iss, flags, fastSYN(c))
 	c.snd.lastSentAt = now
 }
 
@@ -90,7 +90,7 @@ func (c *conn) agree(now int64, g *segment) {
 func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 	l := s.ports[g.to]
 	if l != nil && l.pending+len(l.ready) < s.cfg.Backlog {
-		if c := s.byCookie(now, remote, g); c != nil {
+		if c := byCookie(s, now, remote, g); c != nil {
 			c.input(now, g)
 			return
 		}
@@ -104,13 +104,13 @@ func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 		return
 	}
 	t := tuple{remote, g.from, g.to}
-	isn := s.isn(now, t)
+	isn := initialNumber(s, now, t)
 	if old := s.byTuple[t]; old != nil { // in TIME-WAIT
 		isn = old.snd.nxt + 65535 + 2
 		old.end(nil)
 	}
 	if s.cfg.SynCookies {
-		s.answerWithCookie(now, t, g)
+		answerWithCookie(s, now, t, g)
 		return
 	}
 	c := s.add(t)
@@ -124,11 +124,11 @@ func (s *Stack) listen(now int64, remote netip.Addr, g *segment) {
 		c.acc.begin()
 		c.acc.waits = true
 	}
-	c.acceptFast(now, g)
+	acceptFast(c, now, g)
 	c.sendSYN(now)
 	c.snd.arm(timerHandshake, now+c.snd.rto)
 	if c.fast {
-		c.openFast()
+		openFast(c)
 	}
 }
 
@@ -148,7 +148,7 @@ func (c *conn) establish(now int64, g *segment) {
 	s.retries, s.backoff = 0, 0
 	s.disarm()
 	if !c.fast {
-		s.taken(c.iss+1, c.fastTaken(g))
+		s.taken(c.iss+1, fastTaken(c, g))
 	} else if s.packets() > 0 {
 		s.arm(timerRTO, now+s.rto)
 	}
@@ -229,7 +229,7 @@ func (c *conn) request(now int64, g *segment) bool {
 		}
 		return false
 	}
-	if g.has(ack) && !c.handshakeACK(g) {
+	if g.has(ack) && !handshakeACK(c, g) {
 		c.s.refuse(&c.route, g)
 		return false
 	}

@@ -22,7 +22,7 @@ func (c *conn) input(now int64, g *segment) bool {
 		return false
 	}
 	if c.state == SynReceived {
-		if !c.handshakeACK(g) {
+		if !handshakeACK(c, g) {
 			c.s.refuse(&c.route, g)
 			return false
 		}

@@ -103,7 +103,7 @@ func (c *conn) synOptions(b []byte, now int64) []byte {
 	if c.scaling {
 		b = append(b, optNOP, optScale, 3, c.rcv.scale)
 	}
-	b = c.fastOptions(b)
+	b = fastOptions(c, b)
 	if c.acc.on && c.state == SynReceived {
 		b = c.acc.option(b, true)
 	}

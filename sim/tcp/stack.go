@@ -260,8 +260,8 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// isn is the initial sequence number of a connection, as RFC 6528 has it, or at random.
-func (s *Stack) isn(now int64, t tuple) uint32 {
+// initialNumber is the initial sequence number of a connection, as RFC 6528 has it, or at random.
+func initialNumber(s *Stack, now int64, t tuple) uint32 {
 	isn := uint32(s.hash(t, 1)) + uint32(now>>6)
 	if s.cfg.RandomISN {
 		isn = uint32(s.rng.Uint64())
@@ -273,7 +273,7 @@ func (s *Stack) isn(now int64, t tuple) uint32 {
 }
 
 // tsOffset is what a connection's timestamps are ahead of the clock.
-func (s *Stack) tsOffset(t tuple) uint32 {
+func tsOffset(s *Stack, t tuple) uint32 {
 	offset := uint32(s.hash(t, 2))
 	if w := s.cfg.TSWrap; w > 0 {
 		return ^((offset + uint32(s.now>>6)) % w) - uint32(s.now/s.cfg.TickNS)
