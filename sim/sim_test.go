@@ -203,10 +203,10 @@ func calm(seed uint64, actions ...Action) *Scenario {
 	sc := draw(seed)
 	sc.Actions, sc.RefuseCheckpoint, sc.Period = actions, 0, 300*ms
 	sc.PeerLoss, sc.PeerReorder = 15, 10
-	sc.Exchanges, sc.Announce, sc.Floods, sc.GSO, sc.Slow = nil, 0, nil, false, [2]int64{}
+	sc.Exchanges, sc.Announce, sc.Floods, sc.GSO, sc.RandomISN, sc.Slow = nil, 0, nil, false, false, [2]int64{}
 	sc.Conns = append(sc.Conns, drawBusy(rand.New(rand.NewPCG(seed, 0)), 3*s))
 	for i := range sc.Conns {
-		sc.Conns[i].Requests = slices.DeleteFunc(sc.Conns[i].Requests, func(r Request) bool { return r.Kind == 'T' || r.Kind == 'S' })
+		sc.Conns[i].Requests = slices.DeleteFunc(sc.Conns[i].Requests, func(r Request) bool { return r.Kind == 'T' || r.Kind == 'S' || r.Kind == 'V' })
 	}
 	return sc
 }
