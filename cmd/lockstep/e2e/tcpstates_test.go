@@ -248,8 +248,8 @@ func (s *stateLine) guestsReset(state string) {
 		s.t.Errorf("the RST has the sequence number %d, want %d", s.rst, s.ack)
 	}
 	if state == synReceived {
-		s.ack -= 1000 // and the handshake goes on
-		s.goOn(state)
+		s.ack -= 1000
+		s.clientResets(state)
 	}
 }
 
