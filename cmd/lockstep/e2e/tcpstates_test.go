@@ -56,6 +56,11 @@ var tcpStates = []struct {
 		s.await(flagSYN | flagACK)
 	}},
 	{"ESTABLISHED", established, (*stateLine).open},
+	{"ESTABLISHED, AccECN offered", established, func(s *stateLine) {
+		s.accurate = true
+		s.open()
+		s.await(flagECE) // Linux up to 6.18 has ECN alone
+	}},
 	{"data for the client", established, func(s *stateLine) {
 		s.open()
 		s.do(send(make([]byte, 4000)))
