@@ -216,7 +216,7 @@ func TestFullSlots(t *testing.T) {
 // syn is a SYN, or a segment with other flags, from an address that no host has.
 func syn(from netip.AddrPort, seq uint32, flags byte) []byte {
 	port, _ := strconv.Atoi(portEcho)
-	return toGuest4(from, uint16(port), seq, 0, flags, []byte{2, 4, 1460 >> 8, 1460 & 0xff}, nil) // MSS
+	return toGuest4(from, uint16(port), seq, 0, uint16(flags), []byte{2, 4, 1460 >> 8, 1460 & 0xff}, nil) // MSS
 }
 
 // flood sends n SYNs from as many addresses and ports, none of which answers.

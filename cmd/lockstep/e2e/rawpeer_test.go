@@ -14,12 +14,15 @@ import (
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
-// TCP flags; AE is above them, as the header has it.
+// TCP flags. AE is in the byte before the others.
 const (
 	flagFIN = 1
 	flagSYN = 2
 	flagRST = 4
 	flagACK = 16
+	flagECE = 64
+	flagCWR = 128
+	flagAE  = 256
 )
 
 // rawPeer is a remote that sends a guest's stack what the test says and no more, from an
@@ -39,6 +42,7 @@ type rawPeer struct {
 	rst      uint32 // sequence number of the RST that came
 	acked    uint32 // the newest ACK that came
 	open     bool   // it has acknowledged a SYN
+	accurate bool   // it offers AccECN
 }
 
 func newRawPeer(t *testing.T, w *lt.Wire, addr netip.AddrPort, guest uint16) *rawPeer {
@@ -76,21 +80,24 @@ func (r *rawPeer) segment(seq uint32, flags byte, payload []byte) []byte {
 		opts = binary.BigEndian.AppendUint32(opts, uint32(time.Since(r.began).Milliseconds())+1)
 		opts = binary.BigEndian.AppendUint32(opts, r.echo)
 	}
-	ack := r.ack
+	ack, all := r.ack, uint16(flags)
 	if flags&flagACK == 0 {
 		ack = 0
 	}
-	return toGuest4(r.addr, r.guest, seq, ack, flags, opts, payload)
+	if flags&flagSYN != 0 && r.accurate {
+		all |= flagAE | flagCWR | flagECE
+	}
+	return toGuest4(r.addr, r.guest, seq, ack, all, opts, payload)
 }
 
 // toGuest4 is a TCP segment from an address that no host has.
-func toGuest4(from netip.AddrPort, port uint16, seq, ack uint32, flags byte, opts, payload []byte) []byte {
+func toGuest4(from netip.AddrPort, port uint16, seq, ack uint32, flags uint16, opts, payload []byte) []byte {
 	tcp := make([]byte, 20, 20+len(opts)+len(payload))
 	binary.BigEndian.PutUint16(tcp, from.Port())
 	binary.BigEndian.PutUint16(tcp[2:], port)
 	binary.BigEndian.PutUint32(tcp[4:], seq)
 	binary.BigEndian.PutUint32(tcp[8:], ack)
-	tcp[12], tcp[13] = byte(5+len(opts)/4)<<4, flags
+	binary.BigEndian.PutUint16(tcp[12:], uint16(5+len(opts)/4)<<12|flags)
 	binary.BigEndian.PutUint16(tcp[14:], 64240)
 	tcp = append(append(tcp, opts...), payload...)
 	src, dst := from.Addr().AsSlice(), netip.MustParseAddr(lt.Guest4).AsSlice()

@@ -67,7 +67,8 @@ func (d *door) accept(t *testing.T, remote string, alone bool, meanwhile func())
 		if alone && i == 0 {
 			continue
 		}
-		lt.Eventually(t, 10*time.Second, func() (bool, string) {
+		// An SVM may not believe the ACK before its own timer has sent another SYN|ACK.
+		lt.Eventually(t, 40*time.Second, func() (bool, string) {
 			meanwhile()
 			end, ok := d.came[i].LoadAndDelete(remote)
 			if ok {
@@ -250,7 +251,7 @@ func dialOut(ctx context.Context, t *testing.T, ns string, from int, to string, 
 		var c net.Conn
 		var err error
 		lt.In(t, ns, func() {
-			d := net.Dialer{Timeout: 20 * time.Second, LocalAddr: &net.TCPAddr{Port: from}, KeepAlive: -1, Control: opt}
+			d := net.Dialer{Timeout: time.Minute, LocalAddr: &net.TCPAddr{Port: from}, KeepAlive: -1, Control: opt}
 			c, err = d.DialContext(ctx, "tcp4", to)
 		})
 		tc, _ := c.(*net.TCPConn)
