@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -186,7 +187,8 @@ func (d *debian) kills(node string) {
 	d.say("the QEMU of %s died; the shell answered after %v", node, time.Since(began).Round(time.Millisecond))
 }
 
-// checkpoints reports the checkpoints of both hosts.
+// checkpoints reports the checkpoints of both hosts, by cause and by the service whose
+// connection asked for them.
 func (d *debian) checkpoints() {
 	d.t.Helper()
 	type cause struct {
@@ -203,10 +205,13 @@ func (d *debian) checkpoints() {
 			if e.Kind != journal.Checkpoint {
 				continue
 			}
-			if causes[e.Cause] == nil {
-				causes[e.Cause] = new(cause)
+			flow, _ := e.Fields["flow"].(string)
+			guest, _, _ := strings.Cut(flow, ">")
+			name := e.Cause + strings.TrimPrefix(guest, lt.Guest4)
+			if causes[name] == nil {
+				causes[name] = new(cause)
 			}
-			c := causes[e.Cause]
+			c := causes[name]
 			if e.Fields["result"] != "committed" {
 				c.failed++
 				continue
@@ -220,8 +225,9 @@ func (d *debian) checkpoints() {
 	}
 	minutes := time.Since(d.began).Minutes()
 	d.say("%d checkpoints, %.1f a minute", all, float64(all)/minutes)
-	for name, c := range causes {
-		d.say("  %-60s %4d, %5.1f a minute, %d failed; output held for %.0f ms on average, the guest paused for %.0f ms at most",
+	for _, name := range slices.Sorted(maps.Keys(causes)) {
+		c := causes[name]
+		d.say("  %-40s %4d, %5.1f a minute, %d failed; output held for %.0f ms on average, the guest paused for %.0f ms at most",
 			name, c.n, float64(c.n)/minutes, c.failed, c.frozen/max(1, float64(c.n)), c.paused)
 	}
 }
