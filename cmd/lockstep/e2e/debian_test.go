@@ -214,6 +214,7 @@ func (d *debian) checkpoints() {
 			c := causes[name]
 			if e.Fields["result"] != "committed" {
 				c.failed++
+				d.say("a checkpoint for %q failed: %v", e.Cause, e.Fields["result"])
 				continue
 			}
 			var frozen, paused float64
