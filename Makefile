@@ -15,6 +15,9 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	gcc libc6-dev
 
+# What the soak needs besides: of a Debian that is a guest.
+SOAK_PACKAGES := mmdebstrap postgresql-client e2fsprogs
+
 # Committed output of bpf2go, and the C it comes from.
 GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')
 C_FILES   = $(shell git ls-files '*.c' '*.h')
@@ -88,8 +91,13 @@ bench: build ## as root, half an hour: against QEMU's proxy and mirroring alone,
 bench-smoke: build ## as root, a minute: latency, throughput and CPU against mirroring alone
 	@bin/lockstep bench --parts A --qemu none --rounds 3
 
+.PHONY: soak-deps
+soak-deps: deps ## install what only the soak uses, and build a Debian image for its guest
+	@.ci/deps $(SOAK_PACKAGES)
+	@.ci/debian bin/debian
+
 .PHONY: soak
-soak: deps ## as root, an hour and a half: 100 000 connections held open, real pairs through many failovers, clients' histories, each QEMU
+soak: soak-deps ## as root, two hours: 100 000 connections held open, real pairs through many failovers, a Debian guest, clients' histories, each QEMU
 	@.ci/soak
 
 .PHONY: clean

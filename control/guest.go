@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/journal"
 	"github.com/lockstep-ft/lockstep/control/nicloop"
@@ -195,7 +196,7 @@ func (gw *guestWatch) retryDisk() {
 
 // guestGoesOn follows a RESUME.
 func (gw *guestWatch) guestGoesOn() {
-	gw.ioError, gw.reported = false, false
+	gw.ioError, gw.reported, gw.svmOff = false, false, false
 	gw.d.failover.step(failover.Event{Kind: failover.EvGuestHealthy})
 }
 
@@ -239,6 +240,7 @@ func (gw *guestWatch) guestOff() {
 	if !gw.svmOff {
 		gw.d.log.Info("the secondary's guest powered off")
 		gw.svmOff = true
+		gw.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvOff})
 	}
 }
 

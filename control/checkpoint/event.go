@@ -42,6 +42,7 @@ const (
 	EvPrepare // S: P prepares Epoch
 	EvAbort   // S: P gave Epoch up
 	EvDrained // S: answer to OpDrain: OK, else Cause
+	EvOff     // S: the SVM powered off, which the PVM has not: only a checkpoint has it go on
 
 	EvRecovered // S, before anything else: the offsets are an earlier daemon's (R23). OK: the kernel was in RUN
 )

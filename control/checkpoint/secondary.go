@@ -32,6 +32,7 @@ type Secondary struct {
 	void       bool // offsets are not to be trusted
 	quiet      bool // taking over
 	svmStopped bool
+	svmOff     bool // it powered off: its QEMU has no STOP for the next checkpoint
 	svmStop    int64
 	svmResume  int64
 }
@@ -124,6 +125,8 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		c.stage, c.due = sParked, c.epoch
 		c.emit(OpReady, c.epoch)
 
+	case EvOff:
+		c.svmOff = true
 	case EvStop:
 		c.svmStopped = true
 		switch c.stage {
@@ -140,7 +143,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 			c.doubt()
 		}
 	case EvResume:
-		c.svmStopped = false
+		c.goesOn()
 		switch c.stage {
 		case sStopped:
 			// The order counts: the offsets are right before output opens.
@@ -182,8 +185,10 @@ func (c *Secondary) stepQuiet(ev Event) {
 		} else {
 			c.stopsLate()
 		}
+	case EvOff:
+		c.svmOff = true
 	case EvResume:
-		c.svmStopped = false
+		c.goesOn()
 		if c.stage == sStopped {
 			c.stage, c.late = sRun, 0
 			c.emit(OpReset, c.epoch)
@@ -199,6 +204,14 @@ func (c *Secondary) stopsLate() {
 	if !c.cfg.noLate {
 		c.late, c.due = max(c.late, c.due), 0
 	}
+}
+
+// goesOn: the SVM runs. One that had powered off is a copy of the PVM then.
+func (c *Secondary) goesOn() {
+	if c.svmOff {
+		c.stopsLate()
+	}
+	c.svmStopped, c.svmOff = false, false
 }
 
 // loadedLate: the offsets are those of the SVM that was. A host that takes over now goes by
@@ -234,9 +247,10 @@ func (c *Secondary) prepare() {
 	case c.stage == sOff || !c.qmp:
 		c.epoch, c.next = c.next, 0
 		c.abort("no QMP connection")
-	case c.svmStopped:
+	case c.svmStopped && !c.svmOff:
 		// Its tap cannot drain. The attempt waits for RESUME, P for no longer
-		// than it likes.
+		// than it likes. One that powered off goes on by a checkpoint alone, and
+		// loses what is in its tap, as one that has crashed does.
 	default:
 		// An attempt before this one is over; what was parked stays parked.
 		c.epoch, c.next, c.stage = c.next, 0, sParking

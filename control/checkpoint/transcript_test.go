@@ -15,7 +15,7 @@ var kindNames = map[Kind]string{
 	EvTick: "tick", EvQMPUp: "qmp-up", EvQMPDown: "qmp-down", EvStop: "stop", EvResume: "resume", EvCOLO: "colo",
 	EvLinkUp: "link-up", EvLinkDown: "link-down", EvHandshake: "handshake", EvWant: "want", EvReady: "ready",
 	EvPeerStopped: "peer-stopped", EvPeerResumed: "peer-resumed", EvPeerAbort: "peer-abort", EvAsked: "asked",
-	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained",
+	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained", EvOff: "off",
 }
 
 var opNames = map[Op]string{

@@ -39,7 +39,7 @@ func TestDemo(t *testing.T) {
 	p.lockstepped()
 
 	session := p.openSession()
-	web := p.openWebLoad()
+	web := openWebLoad(p.pair, portHTTP, "/20000", 20000, 2*time.Millisecond)
 	lt.Eventually(t, 10*time.Second, func() (bool, string) { return session.answers.Load() > 100 && web.answers.Load() > 10, "no load" })
 	say("A client has one long TCP session (%d answers so far), and loads pages (%d so far).", session.answers.Load(), web.answers.Load())
 
@@ -86,6 +86,7 @@ func TestDemo(t *testing.T) {
 // clientLoad asks until it is ended.
 type clientLoad struct {
 	answers, longest atomic.Int64
+	pause            time.Duration // between an answer and the next request
 	stop             chan struct{}
 	done             chan error
 }
@@ -105,7 +106,7 @@ func (l *clientLoad) run(ask func(i int) error) {
 		case <-l.stop:
 			l.done <- nil
 			return
-		case <-time.After(2 * time.Millisecond):
+		case <-time.After(l.pause):
 		}
 	}
 }
@@ -123,18 +124,18 @@ func (l *clientLoad) end(t *testing.T) int64 {
 // openSession keeps asking over one connection.
 func (p *livingPair) openSession() *clientLoad {
 	p.t.Helper()
-	l := &clientLoad{stop: make(chan struct{}), done: make(chan error, 1)}
+	l := &clientLoad{pause: 2 * time.Millisecond, stop: make(chan struct{}), done: make(chan error, 1)}
 	c := p.mustDial(lt.Guest4, portEcho)
 	c.SetDeadline(time.Now().Add(5 * time.Minute))
 	go l.run(func(i int) error { return echo(c, i) })
 	return l
 }
 
-// openWebLoad keeps loading a page, each time over a new connection.
-func (p *livingPair) openWebLoad() *clientLoad {
-	l := &clientLoad{stop: make(chan struct{}), done: make(chan error, 1)}
+// openWebLoad keeps loading a page of so many bytes, each time over a new connection.
+func openWebLoad(p *pair, port, page string, size int, pause time.Duration) *clientLoad {
+	l := &clientLoad{pause: pause, stop: make(chan struct{}), done: make(chan error, 1)}
 	go l.run(func(int) error {
-		c, err := p.dial(lt.Guest4, portHTTP, "")
+		c, err := p.dial(lt.Guest4, port, "")
 		if err != nil {
 			return err
 		}
@@ -142,13 +143,13 @@ func (p *livingPair) openWebLoad() *clientLoad {
 		client := http.Client{Transport: &http.Transport{
 			DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
 		}}
-		resp, err := client.Get("http://guest/20000")
+		resp, err := client.Get("http://guest" + page)
 		if err != nil {
 			return err
 		}
 		defer resp.Body.Close()
 		body, err := io.ReadAll(resp.Body)
-		if err != nil || resp.StatusCode != http.StatusOK || len(body) != 20000 {
+		if err != nil || resp.StatusCode != http.StatusOK || len(body) != size {
 			return fmt.Errorf("%s, %d bytes, %v", resp.Status, len(body), err)
 		}
 		return nil

@@ -123,3 +123,31 @@ func TestPanic(t *testing.T) {
 		t.Errorf("events: %v\n%s", err, out)
 	}
 }
+
+// TestSecondaryOff: the secondary's guest powers off, as one that shuts down some seconds
+// before the primary's, or alone. A checkpoint makes it the primary's copy again, and
+// it can take over (R25).
+func TestSecondaryOff(t *testing.T) {
+	p := newLivingPair(t, 1, "")
+	p.start()
+	c := p.open()
+	before := p.status("alpha")
+	// What ACPI has a guest write to the PM1a control register of QEMU's PC.
+	if err := p.monitor("beta").Execute("human-monitor-command", map[string]string{"command-line": "o/w 0x604 0x2000"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	c.ask(50)
+	s := p.await("alpha", func(s *api.Status) bool { return s.State == "replicating" && s.Covered })
+	if s.ArbiterTerm != before.ArbiterTerm {
+		t.Errorf("the arbiter's entry is of term %d, and was of term %d: the secondary was given up", s.ArbiterTerm, before.ArbiterTerm)
+	}
+	if log := p.log("beta"); !strings.Contains(log, "the secondary's guest powered off") {
+		t.Error("the secondary's guest did not power off")
+	}
+	p.await("beta", func(s *api.Status) bool { return s.Covered })
+	p.killQEMU("alpha")
+	c.ask(50)
+	p.rejoin("alpha")
+	p.covered()
+	c.ask(1)
+}

@@ -96,6 +96,7 @@ type pair struct {
 	procs  map[string]*exec.Cmd
 	binary string // of the daemons
 
+	patience time.Duration     // of await; 0: 20 s
 	endGuest func(node string) // ends a node's guest; nil: the guests are not QEMUs
 }
 
@@ -184,7 +185,7 @@ func (p *pair) serve(who, ns string) {
 	p.procs[who] = w.cmd
 }
 
-// worker is this test binary acting as something that talks by lines.
+// worker is something that talks by lines, mostly this test binary.
 type worker struct {
 	t   *testing.T
 	cmd *exec.Cmd
@@ -196,8 +197,15 @@ type worker struct {
 // work starts a worker, which ends with the test.
 func (p *pair) work(ns, act string, env ...string) *worker {
 	p.t.Helper()
-	w := &worker{t: p.t, cmd: lt.Command(ns, p.self())}
-	w.cmd.Env = append(append(os.Environ(), actAs+"="+act), env...)
+	cmd := lt.Command(ns, p.self())
+	cmd.Env = append(append(os.Environ(), actAs+"="+act), env...)
+	return converse(p, cmd)
+}
+
+// converse starts a program that talks by lines, which ends with the test.
+func converse(p *pair, cmd *exec.Cmd) *worker {
+	p.t.Helper()
+	w := &worker{t: p.t, cmd: cmd}
 	w.cmd.Stderr = &w.err
 	var err error
 	if w.in, err = w.cmd.StdinPipe(); err != nil {
@@ -227,6 +235,23 @@ func (w *worker) says(want string) {
 		w.cmd.Wait() // what it printed is whole then
 		w.t.Fatalf("%q in place of %q, %v\n%s", got, want, err, w.err.String())
 	}
+}
+
+// ask sends a line and returns the answer's.
+func (w *worker) ask(line string) string {
+	w.t.Helper()
+	limit := time.AfterFunc(programLimit, func() { w.cmd.Process.Kill() })
+	defer limit.Stop()
+	if _, err := fmt.Fprintln(w.in, line); err != nil {
+		w.t.Fatalf("%q: %v", line, err)
+	}
+	got, err := w.out.ReadString('\n')
+	if err != nil {
+		w.cmd.Process.Kill()
+		w.cmd.Wait() // what it printed is whole then
+		w.t.Fatalf("%q: %v\n%s", line, err, w.err.String())
+	}
+	return strings.TrimSpace(got)
 }
 
 func (p *pair) lockstep(args ...string) *exec.Cmd {
@@ -305,7 +330,7 @@ func (p *pair) status(node string) *api.Status {
 func (p *pair) await(node string, want func(*api.Status) bool) *api.Status {
 	p.t.Helper()
 	var s *api.Status
-	lt.Eventually(p.t, 20*time.Second, func() (bool, string) {
+	lt.Eventually(p.t, cmp.Or(p.patience, 20*time.Second), func() (bool, string) {
 		if s = p.status(node); s == nil {
 			return false, "no status of " + node
 		}

@@ -37,19 +37,35 @@ func newLivingPair(t *testing.T, disks int, extra string) *livingPair {
 // newLivingPairOf has another guest, with so many bytes of memory.
 func newLivingPairOf(t *testing.T, disks int, extra string, g qemutest.Guest, memory int64) *livingPair {
 	t.Helper()
+	g.Service = (&pair{t: t}).self()
+	m := machine{memory: memory, disks: disks, append: qemutest.Append([]string{lt.Guest4 + "/24," + lt.Guest6 + "/64"})}
+	m.kernel, m.initrd = qemutest.Image(t, g)
+	m.image = func(path string) { qemutest.Disk(t, path, 64<<20, true) }
+	return newMachinePair(t, extra, m)
+}
+
+// machine is what the guests of a pair are made of.
+type machine struct {
+	kernel, initrd, append string
+	memory                 int64 // bytes
+	disks                  int
+	image                  func(path string) // makes a disk's
+}
+
+// newMachinePair makes hosts, images and the config of such guests, and starts nothing.
+func newMachinePair(t *testing.T, extra string, m machine) *livingPair {
+	t.Helper()
 	lt.NeedRoot(t)
 	p := &livingPair{preload: qemutest.Preload(t)}
 	w := lt.NewHosts(t)
 	p.pair = &pair{World: w, t: t, config: filepath.Join(w.Dir, "pair.yaml"), own: make(map[string]string), binary: lockstepBinary(t, 0)}
 	p.procs = make(map[string]*exec.Cmd)
 	p.endGuest = p.killQEMU
-	g.Service = p.self()
-	kernel, initrd := qemutest.Image(t, g)
 	var images []string
-	for i := range disks {
+	for i := range m.disks {
 		images = append(images, fmt.Sprintf("{id: colo-disk%d, image: '{node}%d.qcow2', overlay_dir: 'overlays-{node}'}", i, i))
 		image := func(node string) string { return filepath.Join(w.Dir, fmt.Sprintf("%s%d.qcow2", node, i)) }
-		qemutest.Disk(t, image("alpha"), 64<<20, true)
+		m.image(image("alpha"))
 		lt.Run(t, "cp", image("alpha"), image("beta"))
 	}
 	if !strings.Contains(extra, "arbiter:") {
@@ -81,7 +97,7 @@ qemu:
   disks: [%s]
   extra: [-m, %dK, -serial, "file:%[7]s/{node}.serial", -qmp, "unix:%[7]s/{node}.mon,server=on,wait=off"]
 %s
-`, kernel, initrd, qemutest.Append([]string{lt.Guest4 + "/24," + lt.Guest6 + "/64"}), lt.GuestMAC, strings.Join(images, ", "), memory>>10, w.Dir, extra)
+`, m.kernel, m.initrd, m.append, lt.GuestMAC, strings.Join(images, ", "), m.memory>>10, w.Dir, extra)
 	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
 		t.Fatal(err)
 	}
