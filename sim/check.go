@@ -51,7 +51,7 @@ func (w *world) solo(h *host) {
 		w.failf("power-off", "%s serves, and the guest powered off", h.name)
 	}
 	if h.qemu != nil && h.qemu.guest != nil {
-		w.rebaseDatagrams(h.qemu.guest)
+		rebaseDatagrams(w, h.qemu.guest)
 	}
 	w.remembers(h)
 }
@@ -86,7 +86,7 @@ func (w *world) left(h *host, frame []byte) {
 		return
 	}
 	w.check.frames++
-	w.bounded(h)
+	bounded(w, h)
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
 	}
@@ -116,7 +116,7 @@ func (w *world) left(h *host, frame []byte) {
 }
 
 // replicas: while a secondary is covered, its image has every write that its primary's has (R24).
-func (w *world) replicas(h *host) {
+func replicas(w *world, h *host) {
 	for key, value := range h.disk.image {
 		if got := h.other().disk.image[key]; got != value {
 			w.failf("replica", "a checkpoint is committed, and key %d is %d on %s and %d on the secondary's", key, value, h.name, got)
@@ -125,7 +125,7 @@ func (w *world) replicas(h *host) {
 }
 
 // bounded: a flood of SYNs takes no more room than it may (R11).
-func (w *world) bounded(h *host) {
+func bounded(w *world, h *host) {
 	if d := h.daemon; d != nil && d.loop != nil && d.loop.Primary != nil {
 		if n := d.loop.Primary.Stats().Connections; n > maxHalfOpen+len(w.sc.Conns) {
 			w.failf("bounds", "%s knows %d connections, of which %d are clients'", h.name, n, len(w.sc.Conns))
@@ -141,7 +141,7 @@ func (w *world) split() bool { return w.edited || w.sc.Arbiter == arbiterNone &&
 // has, by force, had a secondary take over that did not know all that clients did.
 func (w *world) excuses(kind string) bool {
 	switch kind {
-	case "connection", "stream", "disk", "ack", "window", "timestamp", "liveness":
+	case "connection", "stream", "disk", "ack", "window", "timestamp", "liveness", "datagram", "datagram twice":
 		return w.forced || w.split()
 	case "two speakers", "guest lost", "availability", "replica":
 		return w.split()

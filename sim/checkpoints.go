@@ -77,7 +77,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpCommit:
 		w.check.doubt = false
 		if d.h.id == w.check.speaker && !w.check.alone { // else it has slept, and nobody goes by it
-			w.replicas(d.h)
+			replicas(w, d.h)
 		}
 		inside, err := l.Commit(fx.Epoch, fx.At, fx.Stop, fx.Resume)
 		d.fail(err)

@@ -50,7 +50,7 @@ func (w *world) cross(frame []byte, fromGuest bool) (arrives []byte, reset bool)
 		t = new(talk)
 		w.talks[f] = t
 	}
-	w.observe(t, &p, f, side)
+	observe(w, t, &p, f, side)
 	if w.sc.Mark > 0 && p.tos&3 == 2 && w.chance(rndNet, w.sc.Mark) {
 		w.reach("congestion marked, of the " + sides[side])
 		frame = marked(frame)
@@ -59,7 +59,7 @@ func (w *world) cross(frame []byte, fromGuest bool) (arrives []byte, reset bool)
 }
 
 // observe takes down what a segment shows.
-func (w *world) observe(t *talk, p *packet, f flow, side int) {
+func observe(w *world, t *talk, p *packet, f flow, side int) {
 	who := sides[side]
 	own, other := &t.side[side], &t.side[1-side]
 	if side == 1 && p.syn() && p.option(3) == nil {

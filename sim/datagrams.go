@@ -136,7 +136,7 @@ func (w *world) compares(h *host) bool {
 
 // rebaseDatagrams: a guest transmits alone from now on. What it has not sent is not asked of a
 // later secondary, which becomes its copy.
-func (w *world) rebaseDatagrams(g *guest) {
+func rebaseDatagrams(w *world, g *guest) {
 	for id, left := range w.check.datagrams {
 		w.check.datagrams[id] = min(left, g.messages.sent[id])
 	}

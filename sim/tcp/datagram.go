@@ -45,7 +45,7 @@ func (s *Stack) ReceiveUDP(port uint16) ([]byte, netip.AddrPort, bool) {
 	return nil, netip.AddrPort{}, false
 }
 
-func (s *Stack) udpIn(p *packet) {
+func udpIn(s *Stack, p *packet) {
 	u := p.payload
 	if len(u) < udpLen || int(be.Uint16(u[4:])) != len(u) {
 		return

@@ -173,7 +173,7 @@ func (s *Stack) Input(now int64, frame []byte) {
 	}
 	switch p.proto {
 	case protoUDP:
-		s.udpIn(&p)
+		udpIn(s, &p)
 		return
 	case protoICMP, protoICMPv6:
 		icmpIn(s, &p)
