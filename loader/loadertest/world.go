@@ -52,12 +52,12 @@ type Peer int
 
 // Kinds of peer link.
 const (
-	Veth      Peer = iota // devices peerP, peerS
-	VXLAN                 // underlay devices underP, underS with 198.51.100.1, .2
-	Impaired              // devices peerP, peerS with a namespace between them
-	Jumbo                 // as Veth; every device takes 9000 bytes
-	Reachable             // as Veth; the client reaches both hosts
-	JumboReachable        // as both
+	Veth           Peer = iota // devices peerP, peerS
+	VXLAN                      // underlay devices underP, underS with 198.51.100.1, .2
+	Impaired                   // devices peerP, peerS with a namespace between them
+	Jumbo                      // as Veth; every device takes 9000 bytes
+	Reachable                  // as Veth; the client reaches both hosts
+	JumboReachable             // as both
 )
 
 var worlds atomic.Int32
