@@ -165,11 +165,11 @@ const atOnce = time.Nanosecond
 
 // cutDelay is how long a frame waits for a common boundary until it is cut at pos, up to which
 // the SVM's records reach.
-func (cfg *Config) cutDelay(svm *extent, pos uint32) time.Duration {
+func (c *Config) cutDelay(svm *extent, pos uint32) time.Duration {
 	if svm.pauses(pos) {
 		return atOnce
 	}
-	return cfg.CutDelay
+	return c.CutDelay
 }
 
 // cutClock is when the first held frame is cut (R5); 0: never.

@@ -136,7 +136,7 @@ func (w *world) unscaled(f flow) {
 
 // talkedFirst reports whether the client has opened this connection, too.
 func (w *world) talkedFirst(f flow) bool {
-	return slices.ContainsFunc(w.client.conns, func(a *asking) bool { return a.dialed && a.port == f.remotePort })
+	return slices.ContainsFunc(w.client.conns, func(a *asking) bool { return a.dialed && a.listens == f.remotePort })
 }
 
 // guestState is that of a connection in the guest that serves.

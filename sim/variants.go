@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -63,7 +64,7 @@ type script struct {
 	dialAt   int64 // that one is dialed; 0: not
 	dialed   bool
 	dial     tcp.ID
-	port     uint16 // where the guest opens one to
+	listens  uint16 // where the guest opens one to
 }
 
 // at is what a flow's connection is for; nil: for nothing any more.
@@ -143,10 +144,10 @@ func (c *client) begin(a *asking, r *Request) (took, stop bool) {
 			a.out = append(a.out, "Q\n"...)
 		}
 	case 'O':
-		a.moving, a.port = true, 30000+uint16(c.opened)
+		a.moving, a.listens = true, 30000+uint16(c.opened)
 		c.opened++
-		c.stack.Listen(a.port)
-		a.out = fmt.Appendf(a.out, "O %d %d\n", a.port, r.N)
+		c.stack.Listen(a.listens)
+		a.out = fmt.Appendf(a.out, "O %d %d\n", a.listens, r.N)
 		if r.N == 1 {
 			a.dialAt = w.now + w.sc.NetDelay + 200*us
 		}
@@ -200,9 +201,9 @@ func (c *client) move(a *asking) {
 	}
 	if a.dialAt > 0 && a.dialAt <= w.now {
 		a.dialAt, a.dialed = 0, true
-		a.dial = c.stack.Dial(w.now, netip.AddrPortFrom(remote.Addr(), a.port), a.port)
+		a.dial = c.stack.Dial(w.now, netip.AddrPortFrom(remote.Addr(), a.listens), a.listens)
 	}
-	id, ok := c.stack.Accept(a.port)
+	id, ok := c.stack.Accept(a.listens)
 	if !ok && a.dialed && c.stack.State(a.dial) == tcp.Established {
 		id, ok = a.dial, true
 	}
@@ -242,7 +243,7 @@ func (c *client) ends(a *asking, state tcp.State) bool {
 // expects reports whether a connection was to end with this error.
 func (c *client) expects(a *asking, err error) bool {
 	r := a.now()
-	if r.Kind != 'X' || err != tcp.ErrReset {
+	if r.Kind != 'X' || !errors.Is(err, tcp.ErrReset) {
 		return false
 	}
 	c.done(a)
