@@ -119,6 +119,8 @@ func do(j *Job, at netip.AddrPort, pattern []byte, h *holder) (*Result, error) {
 		c.result.Stalled = fmt.Sprintf("a connection broke (%v)", err)
 	case err != nil:
 		return nil, err
+	case c.result.Done == 0 && j.N > 0 && c.late():
+		c.result.Stalled = fmt.Sprintf("nothing was done in %v", j.Limit)
 	}
 	return &c.result, nil
 }

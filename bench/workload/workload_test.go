@@ -123,6 +123,19 @@ func TestStalled(t *testing.T) {
 	}
 }
 
+// TestNothingInTime: a job whose time is over before anything is done has stalled, so nobody looks for
+// the latencies of nothing.
+func TestNothingInTime(t *testing.T) {
+	var out bytes.Buffer
+	job := `{"Do":99,"N":5,"Size":100,"Stall":50000000,"Limit":1}`
+	if err := Client("127.0.0.2:7000", strings.NewReader(job), &out); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "nothing was done in 1ns") {
+		t.Errorf("the client says %q", out.String())
+	}
+}
+
 // TestHoldGivesUp: connections on which nothing comes back are counted, and do not keep the others.
 func TestHoldGivesUp(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0") // it accepts, and answers nothing
