@@ -46,8 +46,7 @@ static __always_inline int sec_announce(struct __sk_buff *skb, struct ls_scratch
 	if (!h)
 		return count(LS_R_conn_full, skb, TCX_DROP);
 	half_pvm(sc, h, bpf_ktime_get_boot_ns());
-	/* The SVM's SYN is void once it is the PVM's copy, and the epoch may be the copy's already.
-	 */
+	/* The SVM's SYN is void once it is the PVM's copy; the epoch may be the copy's already. */
 	if (!half_pair(h) || conf->mode == LS_MODE_PARK)
 		return count(LS_R_record_in, skb, TCX_DROP);
 	sec_syn_record(sc, conf, h);

@@ -138,7 +138,7 @@ func (p *Primary) svm(s *Segment) {
 		}
 	}
 	if s.Flags&RST != 0 {
-		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && c.accept(s) && !refuses(s.Flags, s.Seq) {
+		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && c.accept(s) && !refusesSYN(s.Flags, s.Seq) {
 			r.same = true
 			c.svmRST = r
 		} else if s.Inherited {

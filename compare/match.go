@@ -147,7 +147,7 @@ func (c *conn) matchRST() bool {
 	}
 	h, r := &c.held.rst, &c.svmRST
 	same := h.start == r.seq && (h.flags&ACK == 0 || h.ack == r.ack) && (h.flags^r.flags)&0xff == 0 // of a record P has no more
-	if !same && (!r.same || !c.pvmSeen || refuses(h.flags, h.start)) {
+	if !same && (!r.same || !c.pvmSeen || refusesSYN(h.flags, h.start)) {
 		return false
 	}
 	// The remote believes a RST only at the very position it expects (RFC 5961).
@@ -161,7 +161,7 @@ func (c *conn) matchRST() bool {
 // none of the connection's, and the remote must not believe it.
 func (c *conn) releaseRST(atEnd bool) {
 	h := c.held.takeRST()
-	seq, refuses := h.start, refuses(h.flags, h.start)
+	seq, refuses := h.start, refusesSYN(h.flags, h.start)
 	if atEnd && !refuses && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
 		seq = c.released
 	}
@@ -169,8 +169,8 @@ func (c *conn) releaseRST(atEnd bool) {
 	c.rstSent = true
 }
 
-// refuses reports whether a RST answers a SYN that no connection is there for: it is of none, also if one has its ports.
-func refuses(f Flags, seq uint32) bool { return f&(RST|ACK) == RST|ACK && seq == 0 }
+// refusesSYN reports whether a RST answers a SYN that no connection is there for: it is of none, also if one has its ports.
+func refusesSYN(f Flags, seq uint32) bool { return f&(RST|ACK) == RST|ACK && seq == 0 }
 
 // sameBytes takes in whether what became known of the SVM's stream agrees with what was.
 // An SVM that transmits other bytes at the same position is in doubt.

@@ -333,13 +333,14 @@ func (fo *failoverPart) askAwake() {
 		running, err = qemu.LeavePrimary(m)
 		return err
 	}, func(err error) {
-		switch {
-		case err != nil:
-		case running:
-			fo.step(failover.Event{Kind: failover.EvRuns})
-		default:
-			fo.step(failover.Event{Kind: failover.EvStands})
+		if err != nil {
+			return
 		}
+		kind := failover.EvStands
+		if running {
+			kind = failover.EvRuns
+		}
+		fo.step(failover.Event{Kind: kind})
 	})
 }
 

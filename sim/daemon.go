@@ -114,9 +114,9 @@ func (d *daemon) wake() {
 	if !d.runs() {
 		return
 	}
-	todo := d.deferred
+	due := d.deferred
 	d.deferred = nil
-	for _, f := range todo {
+	for _, f := range due {
 		d.do(f)
 	}
 	d.do(func() {})

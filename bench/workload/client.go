@@ -209,23 +209,36 @@ func (c *client) receive(fd int, x *exchange) (done bool, err error) {
 	return true, nil
 }
 
-func (c *client) echo() (err error) {
-	conns := make(map[int]*exchange)
-	defer func() {
-		for fd := range conns {
-			if err != nil {
-				abort(fd)
-			} else {
-				unix.Close(fd)
-			}
-		}
-	}()
+// openAll opens the job's connections, with what is known of each by descriptor. After an error they are those
+// that are there.
+func openAll[T any](c *client, bytes int) (map[int]*T, error) {
+	conns := make(map[int]*T)
 	for range c.job.Conns {
-		fd, err := c.open(0)
+		fd, err := c.open(bytes)
 		if err != nil {
-			return err
+			return conns, err
 		}
-		conns[fd] = new(exchange)
+		conns[fd] = new(T)
+	}
+	return conns, nil
+}
+
+// closeAll ends a job's connections: with a reset if it failed, so that nothing of them is sent later.
+func closeAll[T any](conns map[int]*T, err error) {
+	for fd := range conns {
+		if err != nil {
+			abort(fd)
+		} else {
+			unix.Close(fd)
+		}
+	}
+}
+
+func (c *client) echo() (err error) {
+	conns, err := openAll[exchange](c, 0)
+	defer func() { closeAll(conns, err) }()
+	if err != nil {
+		return err
 	}
 	marked := bytes.Clone(c.pattern[:c.job.Size])
 	marked[0] = differs

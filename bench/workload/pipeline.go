@@ -33,22 +33,13 @@ func (c *client) pipeline() (err error) {
 		got   int     // bytes of the response that comes next
 		began []int64 // when requests under way did, since the job's begin
 	}
-	conns := make(map[int]*line)
-	defer func() {
+	conns, err := openAll[line](c, c.job.Piece)
+	defer func() { closeAll(conns, err) }()
+	if err != nil {
+		return err
+	}
+	if c.job.Nagle {
 		for fd := range conns {
-			if err != nil {
-				abort(fd)
-			} else {
-				unix.Close(fd)
-			}
-		}
-	}()
-	for range c.job.Conns {
-		fd, err := c.open(c.job.Piece)
-		if err != nil {
-			return err
-		}
-		if conns[fd] = new(line); c.job.Nagle {
 			if err := delay(fd); err != nil {
 				return err
 			}
