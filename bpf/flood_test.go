@@ -100,3 +100,22 @@ func TestFloodOfSlots(t *testing.T) {
 		k.events()
 	}
 }
+
+// A run of full slots, such as a flood's SYNs, costs no other frame its slot.
+func TestFullRun(t *testing.T) {
+	const slots = 4096
+	k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = slots }, variable("ls_nslots", slots))
+	k.setMode(hold)
+	for i := range 2 * slots / 4 {
+		k.run(k.LsPriOut, input{frame: stranger(i).from(seg{flags: syn | ack})})
+		if i%100 == 0 {
+			k.events()
+		}
+	}
+	k.events()
+	frame := flows["IPv4"].from(seg{flags: ack, payload: []byte("x")})
+	for range 2 * slots { // more than once around
+		k.check(k.LsPriOut, frame, drop, "held")
+		k.slot(one[*bpf.LockstepLsEv](k).Slot)
+	}
+}

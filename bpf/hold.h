@@ -100,13 +100,14 @@ static __always_inline __u32 slot_class(const struct ls_pkt *p)
  * Finds a FREE element of an array of n slots of either size, makes it FILLING and
  * returns it. Datagrams have the first quarter and TCP the rest, so that neither
  * starves the other; SYNs have only the second quarter. Each CPU has a cursor for each
- * class, from which the next search starts. Another CPU's cursor may have filled a
- * whole run of slots ahead of it, so half-way the search continues at a random place.
+ * class, from which the next search starts. Another CPU's cursor, or a flood of SYNs, may
+ * have filled a whole run of slots ahead of it, so half of the probes are spread evenly
+ * over all slots of the class, from a random place.
  */
 static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, const struct ls_pkt *p,
 						  __u32 *cursor, __u32 *index)
 {
-	__u32 first = 0, share = n / LS_DGRAM_SHARE, start = *cursor;
+	__u32 first = 0, share = n / LS_DGRAM_SHARE, at = *cursor, step = 1;
 	struct ls_slot *s;
 
 	if (p->dgram) {
@@ -123,9 +124,13 @@ static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, const stru
 	for (__u32 i = 0; i < LS_PROBES; i++) {
 		__u32 key;
 
-		if (i == LS_PROBES / 2)
-			start = bpf_get_prandom_u32();
-		key = first + (start + i) % n;
+		if (i == LS_PROBES / 2) {
+			at = bpf_get_prandom_u32() % n;
+			if (n > LS_PROBES / 2)
+				step = n / (LS_PROBES / 2);
+		}
+		key = first + at % n;
+		at += step;
 		s = bpf_map_lookup_elem(map, &key);
 		if (!s)
 			break;

@@ -157,25 +157,31 @@ func connect(ctx context.Context, path string) (*net.UnixConn, error) {
 	}
 }
 
+// greeting reads QEMU's greeting. What QEMU emits between accepting a connection and greeting
+// it, such as RESUME when it starts, comes first; it is not for a client that has not
+// negotiated yet (QEMU: monitor_qapi_event_emit), and who connects asks for the state anyway.
 func (m *Monitor) greeting(lines *bufio.Scanner) error {
-	if !lines.Scan() {
-		return scanErr(lines)
-	}
-	var hello struct {
-		QMP *struct {
-			Version      qmp.Version `json:"version"`
-			Capabilities []string
+	for lines.Scan() {
+		var hello struct {
+			Event string
+			QMP   *struct {
+				Version      qmp.Version `json:"version"`
+				Capabilities []string
+			}
+		}
+		if err := json.Unmarshal(lines.Bytes(), &hello); err != nil {
+			return fmt.Errorf("not QMP: %w", err)
+		}
+		if hello.QMP != nil {
+			m.version = hello.QMP.Version
+			m.oob = slices.Contains(hello.QMP.Capabilities, "oob")
+			return nil
+		}
+		if hello.Event == "" {
+			return fmt.Errorf("not QMP: %.100q", lines.Bytes())
 		}
 	}
-	if err := json.Unmarshal(lines.Bytes(), &hello); err != nil {
-		return fmt.Errorf("not QMP: %w", err)
-	}
-	if hello.QMP == nil {
-		return errors.New("not QMP")
-	}
-	m.version = hello.QMP.Version
-	m.oob = slices.Contains(hello.QMP.Capabilities, "oob")
-	return nil
+	return scanErr(lines)
 }
 
 func scanErr(lines *bufio.Scanner) error {

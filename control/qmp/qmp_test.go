@@ -104,6 +104,16 @@ func TestEventsComeWhileCommandsRun(t *testing.T) {
 	}
 }
 
+// QEMU may send an event to a client that it has just accepted and not greeted yet.
+func TestEventBeforeTheGreeting(t *testing.T) {
+	s := server(t)
+	s.SetFault(qmptest.Early, 0)
+	m := dial(t, s, long)
+	if _, _, err := m.Status(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestTooManyUnreadEvents(t *testing.T) {
 	s := server(t)
 	m := dial(t, s, long)

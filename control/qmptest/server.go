@@ -38,6 +38,7 @@ const (
 	Huge          // answer with a line of 8 MiB
 	Refuse        // answer every command but the handshake with an error
 	HangUp        // close connections at once
+	Early         // send a new connection an event before the greeting
 )
 
 // Server is one QEMU's monitor. Like QEMU's, it serves one connection at a time
@@ -134,6 +135,9 @@ func (s *Server) signal() {
 }
 
 func (s *Server) serve(c *session, fault Fault) {
+	if fault == Early {
+		c.write([]byte(`{"timestamp": {"seconds": 1700000000, "microseconds": 0}, "event": "RESUME"}` + "\r\n"))
+	}
 	if fault != Silent {
 		c.write([]byte(`{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "qmptest"}, "capabilities": ["oob"]}}` + "\r\n"))
 	}
