@@ -276,6 +276,7 @@ func (c *client) quit(a *asking, after int64) bool {
 	c.stack.Abort(w.now, a.id)
 	a.again, a.reset, a.quits = a.next+1, w.now, false
 	c.reopen(a)
+	w.after(1*us, c.goOn) // a SYN that waits for data sends nothing that has the client go on
 	return true
 }
 
