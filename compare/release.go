@@ -82,6 +82,8 @@ func (c *conn) mayRepeat(h *piece) Reason {
 		return ReasonDuplicate
 	case !c.acks.may(h.flags):
 		return ReasonNoACK
+	case !h.syn && c.synHeld():
+		return ReasonDuplicate
 	case !c.rooted && c.adopted && before(h.start, c.low):
 		// The remote has it, and the PVM missed that ACK: the frame leaves without the
 		// bytes, which nobody has compared, for the remote to repeat its ACK.
@@ -124,7 +126,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 func (c *conn) release() {
 	for c.held.len() > 0 {
 		h := c.held.first()
-		if !after(c.svm.compared, h.start) || !c.acks.may(h.flags) || c.sealed && !c.whole(h, c.svm.compared) {
+		if !after(c.svm.compared, h.start) || !c.acks.may(h.flags) || c.sealed && !c.whole(h, c.svm.compared) || !h.syn && c.synHeld() {
 			break
 		}
 		if !after(h.end, c.svm.compared) {
@@ -198,7 +200,7 @@ func (c *conn) cut() {
 	c.release()
 	if c.held.len() > 0 {
 		h := c.held.first()
-		if (waited || h.gso == 0) && after(c.svm.compared, h.start) && c.acks.may(h.flags) && !c.off(mutR5) && !c.sealed {
+		if (waited || h.gso == 0) && after(c.svm.compared, h.start) && c.acks.may(h.flags) && !c.off(mutR5) && !c.sealed && !c.synHeld() {
 			c.sendFront(h, c.svm.compared)
 		}
 	}
@@ -226,7 +228,7 @@ func (c *conn) pureACK(s *Segment, grew bool) {
 		c.released = s.Seq
 		return
 	}
-	if c.frozen || c.diverged || c.syn.waiting || !c.acks.may(ACK) {
+	if c.frozen || c.diverged || !c.acks.may(ACK) {
 		return
 	}
 	switch {

@@ -182,11 +182,15 @@ func (t *sender) sendRST(h *piece, seq uint32, minimum bool) {
 	t.stats.ReleasedPackets++
 }
 
+// synHeld reports whether the PVM's SYN has not left, so that nothing else may. It may be compared
+// already: one that a commit dropped is, when the SVM's comes, and leaves when it is repeated.
+func (t *sender) synHeld() bool { return t.syn.waiting || t.syn.seen && t.released == t.syn.isn }
+
 // sendACK sends the template with sequence number seq and what may be
 // acknowledged now.
 func (t *sender) sendACK(seq uint32) {
 	m := &t.tmpl
-	if !m.ok || !t.acks.may(ACK) || t.syn.waiting {
+	if !m.ok || !t.acks.may(ACK) || t.synHeld() {
 		return
 	}
 	if t.sealed && (!m.pure || after(m.ack, t.acks.svm.ack)) {
@@ -216,7 +220,7 @@ func (t *sender) sendACK(seq uint32) {
 // the data comes, and then neither end would acknowledge the other's before its timer for
 // delayed ACKs.
 func (t *sender) sendGrownACK(due bool) {
-	if t.syn.waiting || !t.acks.may(ACK) || !t.tmpl.ok {
+	if t.synHeld() || !t.acks.may(ACK) || !t.tmpl.ok {
 		return
 	}
 	m, grown := t.acks.minimum(ACK, t.off(mutR2))
