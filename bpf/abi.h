@@ -45,6 +45,8 @@ enum ls_const {
 
 	LS_SLOT_DATA = 1984,	    /* frame bytes in a 2 KiB slot */
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
+	LS_FAST_MAX = 4,	    /* segments of a connection that wait in the kernel */
+	LS_FAST_TMPL = 96,	    /* header bytes of an ACK that the kernel keeps */
 	LS_DGRAM_SHARE = 4,	    /* one slot in four is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
@@ -67,8 +69,10 @@ enum ls_mutation {
 	LS_MUTATE_FLOOD = 128, /* connections that are not open may fill the ring and TCP's slots */
 	LS_MUTATE_DRAIN =
 		256, /* R13: a GSO frame counts as one where the tap counts its segments */
-	LS_MUTATE_QUOTE = 512, /* what ICMP errors quote is not translated */
-	LS_MUTATE_MODE = 1024, /* released frames leave in every mode */
+	LS_MUTATE_QUOTE = 512,	  /* what ICMP errors quote is not translated */
+	LS_MUTATE_MODE = 1024,	  /* released frames leave in every mode */
+	LS_MUTATE_FAST_R1 = 2048, /* fast path: the bytes are not compared */
+	LS_MUTATE_FAST_R2 = 4096, /* fast path: the SVM's ACKs count as the PVM's */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
@@ -166,6 +170,7 @@ enum ls_ev_type {
 	LS_EV_COPY = 3,	  /* struct ls_ev: the SVM sent this, PVM numbering; wakes no reader */
 	LS_EV_PARK = 4,	  /* struct ls_ev: mirrored input parked in a slot (ls_sec_in) */
 	LS_EV_CLIENT = 5, /* struct ls_ev: SYN, FIN or RST from the remote passed the mirror */
+	LS_EV_YIELD = 6,  /* struct ls_ev: the connection t is user space's again (R27) */
 };
 
 enum ls_ev_flag {
@@ -202,7 +207,7 @@ struct ls_ev {
 	__u16 csum_start; /* as in struct virtio_net_hdr, from the frame's start */
 	__u16 csum_offset;
 	__u32 frame_len;
-	__u32 pad;
+	__u32 number; /* see ls_fast_state; 0: none */
 	__u8 hdr[LS_HDR_MAX];
 };
 
@@ -272,7 +277,7 @@ struct ls_rec {
  */
 struct ls_ev_rec {
 	__u32 type;
-	__u32 pad;
+	__u32 number; /* as in ls_ev */
 	__u64 at;
 	struct ls_rec rec;
 };
@@ -363,6 +368,109 @@ struct ls_cli {
 	__u8 hdr[LS_HDR_MAX];
 };
 
+enum ls_owner {
+	LS_OWNER_USER = 0,
+	LS_OWNER_KERNEL = 1,
+};
+
+/* What a guest, or what left, has acknowledged of the remote's stream: package compare's side. */
+struct ls_acked {
+	__u32 ack;
+	__u32 edge; /* right edge of the window */
+	__u32 echo; /* newest timestamp echo that came with ack */
+	__u16 win;
+	__u8 echoes; /* echo holds */
+	__u8 pad;
+};
+
+/* A frame of the PVM that waits for the SVM's; as in ls_ev, without header. */
+struct ls_fast_held {
+	__u64 at;
+	__u64 sum[LS_LANES];
+	__u32 slot;
+	__u32 seq;
+	__u32 paylen;
+	__u32 ack;
+	__u32 tsval;
+	__u32 frame_len;
+	__u16 win;
+	__u8 tcp_flags;
+	__u8 flags;
+	__u16 l3_off;
+	__u16 l4_off;
+	__u16 pay_off;
+	__u16 csum_start;
+	__u16 csum_offset;
+	__u16 pad;
+};
+
+/* A digest record that waits for the PVM's frame; as in ls_rec. */
+struct ls_fast_rec {
+	__u64 at;
+	__u64 sum[LS_LANES];
+	__u32 seq;
+	__u32 end;
+	__u32 ack;
+	__u16 win;
+	__u8 tcp_flags;
+	__u8 optlen;
+	__u8 opts[12];
+	__u32 epoch;
+};
+
+/*
+ * Fast path (R27): a connection that the kernel may own. Only one guest's segments wait,
+ * the oldest first. All sequence numbers are the PVM's.
+ */
+struct ls_fast_state {
+	__u32 owner;	/* enum ls_owner */
+	__u32 number;	/* of the newest event that user space was sent of it */
+	__u32 inc;	/* incarnation, see ls_rec */
+	__u32 released; /* below it both guests' are equal, and have left */
+	__u32 pvm_end;	/* what comes next of the PVM, and of the SVM */
+	__u32 svm_end;
+	__u32 ts_sent; /* newest timestamp that has left */
+	__u32 pure;    /* what the PVM's newest pure ACK acknowledges */
+	__u8 inherited;
+	__u8 scale;    /* of the guests' windows */
+	__u8 ts;       /* segments have timestamps */
+	__u8 has_pure; /* pure and tmpl hold */
+	__u8 nheld;
+	__u8 nrecs;
+	__u16 tmpl_len;
+	struct ls_acked pvm;
+	struct ls_acked svm;
+	struct ls_acked sent;
+	__u64 since;  /* boottime ns: nothing has moved since then of what waits */
+	__u64 frames; /* released since user space gave it away, with their payload; ACKs; records
+		       */
+	__u64 bytes;
+	__u64 acks;
+	__u64 records;
+	__u32 tmpl_tsval;
+	__u16 tmpl_l4;	   /* offset */
+	__u8 tmpl_partial; /* has a partial checksum */
+	__u8 pad;
+	__u8 tmpl[LS_FAST_TMPL]; /* the PVM's newest pure ACK */
+	struct ls_fast_held held[LS_FAST_MAX];
+	struct ls_fast_rec recs[LS_FAST_MAX];
+};
+
+enum ls_fast_op {
+	LS_FAST_GRANT =
+		1, /* the kernel owns t, with state s, if number is that of its newest event */
+	LS_FAST_TAKE = 2, /* user space owns t, whose state comes back in s */
+};
+
+/* An order of user space's: the context of ls_fast_order. */
+struct ls_fast_ctx {
+	struct ls_tuple t;
+	__u32 op;   /* enum ls_fast_op */
+	__u32 done; /* result: it was carried out */
+	__u32 pad;
+	struct ls_fast_state s;
+};
+
 /* Reasons, append-only: Go's labels are generated from these names, operators see them. */
 #define LS_REASONS(X) \
 	X(released, "released frame turned back into the tap") \
@@ -411,7 +519,11 @@ struct ls_cli {
 	X(xdp_dropped, "frame dropped by XDP: not authentic peer traffic") \
 	X(crowded, "frame dropped: its connection is not open, and half of the ring is used") \
 	X(sacked, "duplicate ACK sent to the PVM alone, so that it retransmits (R6)") \
-	X(peer_again, "duplicate of a digest record, one of them retransmitted (R6)")
+	X(peer_again, "duplicate of a digest record, one of them retransmitted (R6)") \
+	X(fast_held, "PVM frame or ACK waits in the kernel for the SVM's") \
+	X(fast_passed, "PVM frame passed by the kernel: the SVM's record had come") \
+	X(fast_out, "PVM frame sent by the kernel: the SVM's record came") \
+	X(fast_in, "record taken in by the kernel")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,
@@ -438,5 +550,8 @@ LS_SIZE(struct ls_inh, 8);
 LS_SIZE(struct ls_cli, 288);
 LS_SIZE(struct ls_meta, 120);
 LS_SIZE(struct ls_rule, 8);
+LS_SIZE(struct ls_fast_held, 64);
+LS_SIZE(struct ls_fast_rec, 56);
+LS_SIZE(struct ls_fast_state, 712);
 
 #endif

@@ -39,7 +39,8 @@ int ls_digest_rx(struct __sk_buff *skb)
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
 	enum ls_reason why;
-	__u32 off = 0;
+	__u32 off = 0, number = 0;
+	int verdict;
 	__u64 gap;
 
 	if (!conf || !sc || mode_of(conf) != LS_MODE_HOLD)
@@ -52,6 +53,15 @@ int ls_digest_rx(struct __sk_buff *skb)
 	why = replay_check(&sc->rec, &gap);
 	if (why != LS_R_record_in)
 		return count(why, skb, TCX_DROP);
+	if (sc->rec.type == LS_REC_DATA) {
+		if (gap) {
+			number = fast_give_up(&sc->rec.t);
+		} else {
+			verdict = fast_record(skb, sc, conf, &number);
+			if (verdict != LS_FAST_NOT)
+				return verdict;
+		}
+	}
 	if (sc->rec.type == LS_REC_ECHO) {
 		lease_renew(conf, sc->rec.sum[0]);
 		*(volatile __u64 *)&conf->echoed = bpf_ktime_get_boot_ns();
@@ -59,7 +69,7 @@ int ls_digest_rx(struct __sk_buff *skb)
 	} else if (sc->rec.type == LS_REC_DATA && sc->rec.tcp_flags & LS_SYN && ring_crowded()) {
 		count(LS_R_crowded, skb, 0); /* P repeats the announcement, and S this record */
 	} else {
-		count(rec_report(sc, 0) ? LS_R_no_ring : LS_R_record_in, skb, 0);
+		count(rec_report(sc, 0, number) ? LS_R_no_ring : LS_R_record_in, skb, 0);
 	}
 	if (gap && sc->rec.stream != LS_STREAM_USER && !(ls_mutate & LS_MUTATE_R6))
 		return nack(skb, sc, conf, gap, off);

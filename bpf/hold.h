@@ -58,6 +58,18 @@ static __always_inline __u32 gso_type(struct sk_buff *kskb)
 	return info->gso_type;
 }
 
+/* Has the frame a partial checksum? Then also where, from the frame's start. */
+static __always_inline int has_partial(struct __sk_buff *skb, __u16 *start, __u16 *offset)
+{
+	struct sk_buff *kskb = bpf_cast_to_kern_ctx(skb);
+
+	if (BPF_CORE_READ_BITFIELD(kskb, ip_summed) != LS_CHECKSUM_PARTIAL)
+		return 0;
+	*start = kskb->csum_start - (kskb->data - kskb->head);
+	*offset = kskb->csum_offset;
+	return 1;
+}
+
 /*
  * Anybody can open connections halfway at no cost, and all connections share the
  * ring: once half of it is used, events of connections that are not open are refused.
@@ -183,6 +195,15 @@ static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls
 	return LS_R_held;
 }
 
+/* Makes a slot FREE that the caller has claimed. */
+static __always_inline void slot_free(__u32 index)
+{
+	struct ls_slot *s = bpf_map_lookup_elem(&ls_slots, &index);
+
+	if (s)
+		__sync_lock_test_and_set(&s->state, LS_SLOT_FREE);
+}
+
 /*
  * Reserves an event and fills in what comes from the frame itself. NULL: the ring is
  * full. The caller submits or discards it.
@@ -221,11 +242,8 @@ static __always_inline struct ls_ev *ev_new(struct __sk_buff *skb, const struct 
 	kskb = bpf_cast_to_kern_ctx(skb);
 	if (ev->gso_size && gso_type(kskb) & LS_GSO_UFO)
 		ev->flags |= LS_EV_UFO;
-	if (BPF_CORE_READ_BITFIELD(kskb, ip_summed) == LS_CHECKSUM_PARTIAL) {
+	if (has_partial(skb, &ev->csum_start, &ev->csum_offset))
 		ev->flags |= LS_EV_PARTIAL;
-		ev->csum_start = kskb->csum_start - (kskb->data - kskb->head);
-		ev->csum_offset = kskb->csum_offset;
-	}
 
 	hdr = p->dgram ? 0 : p->pay_off; /* a datagram leaves as it is in its slot */
 	barrier_var(hdr);

@@ -21,6 +21,7 @@
 #include "rec.h"
 #include "conn.h"
 #include "quote.h"
+#include "fast.h"
 
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"
@@ -43,9 +44,12 @@ static const struct {
 	enum ls_dir dir;
 	enum ls_conn_bit conn_bit;
 	enum ls_reason reason;
+	enum ls_owner owner;
+	enum ls_fast_op fast_op;
 } ls_abi_enums __attribute__((used));
 static const struct ls_ev *const ls_abi_ev __attribute__((used));
 static const struct ls_ev_rec *const ls_abi_ev_rec __attribute__((used));
+static const struct ls_fast_ctx *const ls_abi_fast_ctx __attribute__((used));
 static const struct ls_pre *const ls_abi_pre __attribute__((used));
 
 /* GPL-compatible: bpf_ktime_get_boot_ns and the skb kfuncs ask for it. */

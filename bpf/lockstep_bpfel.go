@@ -13,6 +13,16 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type LockstepLsAcked struct {
+	_      structs.HostLayout
+	Ack    uint32
+	Edge   uint32
+	Echo   uint32
+	Win    uint16
+	Echoes uint8
+	Pad    uint8
+}
+
 type LockstepLsCli struct {
 	_        structs.HostLayout
 	At       uint64
@@ -97,6 +107,8 @@ const (
 	LockstepLsConstLS_PROTO_ETH     LockstepLsConst = 255
 	LockstepLsConstLS_SLOT_DATA     LockstepLsConst = 1984
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568
+	LockstepLsConstLS_FAST_MAX      LockstepLsConst = 4
+	LockstepLsConstLS_FAST_TMPL     LockstepLsConst = 96
 	LockstepLsConstLS_DGRAM_SHARE   LockstepLsConst = 4
 	LockstepLsConstLS_SLOT_NONE     LockstepLsConst = 4294967295
 	LockstepLsConstLS_SLOT_GSO      LockstepLsConst = 2147483648
@@ -145,7 +157,7 @@ type LockstepLsEv struct {
 	CsumStart  uint16
 	CsumOffset uint16
 	FrameLen   uint32
-	Pad        uint32
+	Number     uint32
 	Hdr        [256]uint8
 }
 
@@ -160,11 +172,11 @@ const (
 )
 
 type LockstepLsEvRec struct {
-	_    structs.HostLayout
-	Type uint32
-	Pad  uint32
-	At   uint64
-	Rec  LockstepLsRec
+	_      structs.HostLayout
+	Type   uint32
+	Number uint32
+	At     uint64
+	Rec    LockstepLsRec
 }
 
 type LockstepLsEvType uint32
@@ -175,7 +187,109 @@ const (
 	LockstepLsEvTypeLS_EV_COPY   LockstepLsEvType = 3
 	LockstepLsEvTypeLS_EV_PARK   LockstepLsEvType = 4
 	LockstepLsEvTypeLS_EV_CLIENT LockstepLsEvType = 5
+	LockstepLsEvTypeLS_EV_YIELD  LockstepLsEvType = 6
 )
+
+type LockstepLsFast struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Armed    uint32
+	HasTimer uint32
+	Untold   uint32
+	Timer    struct {
+		_ structs.HostLayout
+		_ [16]byte
+	}
+	S LockstepLsFastState
+}
+
+type LockstepLsFastCtx struct {
+	_    structs.HostLayout
+	T    LockstepLsTuple
+	Op   uint32
+	Done uint32
+	Pad  uint32
+	S    LockstepLsFastState
+}
+
+type LockstepLsFastHeld struct {
+	_          structs.HostLayout
+	At         uint64
+	Sum        [2]uint64
+	Slot       uint32
+	Seq        uint32
+	Paylen     uint32
+	Ack        uint32
+	Tsval      uint32
+	FrameLen   uint32
+	Win        uint16
+	TcpFlags   uint8
+	Flags      uint8
+	L3Off      uint16
+	L4Off      uint16
+	PayOff     uint16
+	CsumStart  uint16
+	CsumOffset uint16
+	Pad        uint16
+}
+
+type LockstepLsFastOp uint32
+
+const (
+	LockstepLsFastOpLS_FAST_GRANT LockstepLsFastOp = 1
+	LockstepLsFastOpLS_FAST_TAKE  LockstepLsFastOp = 2
+)
+
+type LockstepLsFastRec struct {
+	_        structs.HostLayout
+	At       uint64
+	Sum      [2]uint64
+	Seq      uint32
+	End      uint32
+	Ack      uint32
+	Win      uint16
+	TcpFlags uint8
+	Optlen   uint8
+	Opts     [12]uint8
+	Epoch    uint32
+}
+
+type LockstepLsFastState struct {
+	_           structs.HostLayout
+	Owner       uint32
+	Number      uint32
+	Inc         uint32
+	Released    uint32
+	PvmEnd      uint32
+	SvmEnd      uint32
+	TsSent      uint32
+	Pure        uint32
+	Inherited   uint8
+	Scale       uint8
+	Ts          uint8
+	HasPure     uint8
+	Nheld       uint8
+	Nrecs       uint8
+	TmplLen     uint16
+	Pvm         LockstepLsAcked
+	Svm         LockstepLsAcked
+	Sent        LockstepLsAcked
+	Since       uint64
+	Frames      uint64
+	Bytes       uint64
+	Acks        uint64
+	Records     uint64
+	TmplTsval   uint32
+	TmplL4      uint16
+	TmplPartial uint8
+	Pad         uint8
+	Tmpl        [96]uint8
+	Held        [4]LockstepLsFastHeld
+	Recs        [4]LockstepLsFastRec
+}
 
 type LockstepLsGslot struct {
 	_     structs.HostLayout
@@ -243,17 +357,26 @@ const (
 type LockstepLsMutation uint32
 
 const (
-	LockstepLsMutationLS_MUTATE_R9     LockstepLsMutation = 1
-	LockstepLsMutationLS_MUTATE_R6     LockstepLsMutation = 2
-	LockstepLsMutationLS_MUTATE_R20    LockstepLsMutation = 4
-	LockstepLsMutationLS_MUTATE_REPLAY LockstepLsMutation = 8
-	LockstepLsMutationLS_MUTATE_TAG    LockstepLsMutation = 16
-	LockstepLsMutationLS_MUTATE_GUARD  LockstepLsMutation = 32
-	LockstepLsMutationLS_MUTATE_EDGE   LockstepLsMutation = 64
-	LockstepLsMutationLS_MUTATE_FLOOD  LockstepLsMutation = 128
-	LockstepLsMutationLS_MUTATE_DRAIN  LockstepLsMutation = 256
-	LockstepLsMutationLS_MUTATE_QUOTE  LockstepLsMutation = 512
-	LockstepLsMutationLS_MUTATE_MODE   LockstepLsMutation = 1024
+	LockstepLsMutationLS_MUTATE_R9      LockstepLsMutation = 1
+	LockstepLsMutationLS_MUTATE_R6      LockstepLsMutation = 2
+	LockstepLsMutationLS_MUTATE_R20     LockstepLsMutation = 4
+	LockstepLsMutationLS_MUTATE_REPLAY  LockstepLsMutation = 8
+	LockstepLsMutationLS_MUTATE_TAG     LockstepLsMutation = 16
+	LockstepLsMutationLS_MUTATE_GUARD   LockstepLsMutation = 32
+	LockstepLsMutationLS_MUTATE_EDGE    LockstepLsMutation = 64
+	LockstepLsMutationLS_MUTATE_FLOOD   LockstepLsMutation = 128
+	LockstepLsMutationLS_MUTATE_DRAIN   LockstepLsMutation = 256
+	LockstepLsMutationLS_MUTATE_QUOTE   LockstepLsMutation = 512
+	LockstepLsMutationLS_MUTATE_MODE    LockstepLsMutation = 1024
+	LockstepLsMutationLS_MUTATE_FAST_R1 LockstepLsMutation = 2048
+	LockstepLsMutationLS_MUTATE_FAST_R2 LockstepLsMutation = 4096
+)
+
+type LockstepLsOwner uint32
+
+const (
+	LockstepLsOwnerLS_OWNER_USER   LockstepLsOwner = 0
+	LockstepLsOwnerLS_OWNER_KERNEL LockstepLsOwner = 1
 )
 
 type LockstepLsPre struct {
@@ -311,7 +434,11 @@ const (
 	LockstepLsReasonLS_R_crowded       LockstepLsReason = 43
 	LockstepLsReasonLS_R_sacked        LockstepLsReason = 44
 	LockstepLsReasonLS_R_peerAgain     LockstepLsReason = 45
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 46
+	LockstepLsReasonLS_R_fastHeld      LockstepLsReason = 46
+	LockstepLsReasonLS_R_fastPassed    LockstepLsReason = 47
+	LockstepLsReasonLS_R_fastOut       LockstepLsReason = 48
+	LockstepLsReasonLS_R_fastIn        LockstepLsReason = 49
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 50
 )
 
 type LockstepLsRec struct {
@@ -450,6 +577,7 @@ type LockstepLsScratch struct {
 		B   [4224]uint8
 	}
 	Cli    LockstepLsCli
+	Held   LockstepLsFastHeld
 	Cursor [5]uint32
 	Quiet  uint32
 }
@@ -498,39 +626,42 @@ type LockstepLsTxStream struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	LockstepMapLsCli       = "ls_cli"
-	LockstepMapLsConf      = "ls_conf"
-	LockstepMapLsConn      = "ls_conn"
-	LockstepMapLsEdge      = "ls_edge"
-	LockstepMapLsGslots    = "ls_gslots"
-	LockstepMapLsHalf      = "ls_half"
-	LockstepMapLsInherited = "ls_inherited"
-	LockstepMapLsKeys      = "ls_keys"
-	LockstepMapLsLane      = "ls_lane"
-	LockstepMapLsMeta      = "ls_meta"
-	LockstepMapLsRing      = "ls_ring"
-	LockstepMapLsRules     = "ls_rules"
-	LockstepMapLsScratch   = "ls_scratch"
-	LockstepMapLsSent      = "ls_sent"
-	LockstepMapLsSlots     = "ls_slots"
-	LockstepMapLsStats     = "ls_stats"
-	LockstepMapLsWin       = "ls_win"
-	LockstepProgLsDigestRx = "ls_digest_rx"
-	LockstepProgLsMirror   = "ls_mirror"
-	LockstepProgLsPeerXdp  = "ls_peer_xdp"
-	LockstepProgLsPriOut   = "ls_pri_out"
-	LockstepProgLsSecGate  = "ls_sec_gate"
-	LockstepProgLsSecIn    = "ls_sec_in"
-	LockstepProgLsSecOut   = "ls_sec_out"
-	LockstepVarLsMarkIn    = "ls_mark_in"
-	LockstepVarLsMarkRel   = "ls_mark_rel"
-	LockstepVarLsMptcp     = "ls_mptcp"
-	LockstepVarLsMutate    = "ls_mutate"
-	LockstepVarLsNgslots   = "ls_ngslots"
-	LockstepVarLsNrules    = "ls_nrules"
-	LockstepVarLsNslots    = "ls_nslots"
-	LockstepVarLsPeer      = "ls_peer"
-	LockstepVarLsTap       = "ls_tap"
+	LockstepMapLsCli        = "ls_cli"
+	LockstepMapLsConf       = "ls_conf"
+	LockstepMapLsConn       = "ls_conn"
+	LockstepMapLsEdge       = "ls_edge"
+	LockstepMapLsFast       = "ls_fast"
+	LockstepMapLsGslots     = "ls_gslots"
+	LockstepMapLsHalf       = "ls_half"
+	LockstepMapLsInherited  = "ls_inherited"
+	LockstepMapLsKeys       = "ls_keys"
+	LockstepMapLsLane       = "ls_lane"
+	LockstepMapLsMeta       = "ls_meta"
+	LockstepMapLsRing       = "ls_ring"
+	LockstepMapLsRules      = "ls_rules"
+	LockstepMapLsScratch    = "ls_scratch"
+	LockstepMapLsSent       = "ls_sent"
+	LockstepMapLsSlots      = "ls_slots"
+	LockstepMapLsStats      = "ls_stats"
+	LockstepMapLsWin        = "ls_win"
+	LockstepProgLsDigestRx  = "ls_digest_rx"
+	LockstepProgLsFastOrder = "ls_fast_order"
+	LockstepProgLsMirror    = "ls_mirror"
+	LockstepProgLsPeerXdp   = "ls_peer_xdp"
+	LockstepProgLsPriOut    = "ls_pri_out"
+	LockstepProgLsSecGate   = "ls_sec_gate"
+	LockstepProgLsSecIn     = "ls_sec_in"
+	LockstepProgLsSecOut    = "ls_sec_out"
+	LockstepVarLsFastOn     = "ls_fast_on"
+	LockstepVarLsMarkIn     = "ls_mark_in"
+	LockstepVarLsMarkRel    = "ls_mark_rel"
+	LockstepVarLsMptcp      = "ls_mptcp"
+	LockstepVarLsMutate     = "ls_mutate"
+	LockstepVarLsNgslots    = "ls_ngslots"
+	LockstepVarLsNrules     = "ls_nrules"
+	LockstepVarLsNslots     = "ls_nslots"
+	LockstepVarLsPeer       = "ls_peer"
+	LockstepVarLsTap        = "ls_tap"
 )
 
 // LoadLockstep returns the embedded CollectionSpec for Lockstep.
@@ -575,13 +706,14 @@ type LockstepSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepProgramSpecs struct {
-	LsDigestRx *ebpf.ProgramSpec `ebpf:"ls_digest_rx"`
-	LsMirror   *ebpf.ProgramSpec `ebpf:"ls_mirror"`
-	LsPeerXdp  *ebpf.ProgramSpec `ebpf:"ls_peer_xdp"`
-	LsPriOut   *ebpf.ProgramSpec `ebpf:"ls_pri_out"`
-	LsSecGate  *ebpf.ProgramSpec `ebpf:"ls_sec_gate"`
-	LsSecIn    *ebpf.ProgramSpec `ebpf:"ls_sec_in"`
-	LsSecOut   *ebpf.ProgramSpec `ebpf:"ls_sec_out"`
+	LsDigestRx  *ebpf.ProgramSpec `ebpf:"ls_digest_rx"`
+	LsFastOrder *ebpf.ProgramSpec `ebpf:"ls_fast_order"`
+	LsMirror    *ebpf.ProgramSpec `ebpf:"ls_mirror"`
+	LsPeerXdp   *ebpf.ProgramSpec `ebpf:"ls_peer_xdp"`
+	LsPriOut    *ebpf.ProgramSpec `ebpf:"ls_pri_out"`
+	LsSecGate   *ebpf.ProgramSpec `ebpf:"ls_sec_gate"`
+	LsSecIn     *ebpf.ProgramSpec `ebpf:"ls_sec_in"`
+	LsSecOut    *ebpf.ProgramSpec `ebpf:"ls_sec_out"`
 }
 
 // LockstepMapSpecs contains maps before they are loaded into the kernel.
@@ -592,6 +724,7 @@ type LockstepMapSpecs struct {
 	LsConf      *ebpf.MapSpec `ebpf:"ls_conf"`
 	LsConn      *ebpf.MapSpec `ebpf:"ls_conn"`
 	LsEdge      *ebpf.MapSpec `ebpf:"ls_edge"`
+	LsFast      *ebpf.MapSpec `ebpf:"ls_fast"`
 	LsGslots    *ebpf.MapSpec `ebpf:"ls_gslots"`
 	LsHalf      *ebpf.MapSpec `ebpf:"ls_half"`
 	LsInherited *ebpf.MapSpec `ebpf:"ls_inherited"`
@@ -611,6 +744,7 @@ type LockstepMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepVariableSpecs struct {
+	LsFastOn  *ebpf.VariableSpec `ebpf:"ls_fast_on"`
 	LsMarkIn  *ebpf.VariableSpec `ebpf:"ls_mark_in"`
 	LsMarkRel *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
 	LsMptcp   *ebpf.VariableSpec `ebpf:"ls_mptcp"`
@@ -646,6 +780,7 @@ type LockstepMaps struct {
 	LsConf      *ebpf.Map `ebpf:"ls_conf"`
 	LsConn      *ebpf.Map `ebpf:"ls_conn"`
 	LsEdge      *ebpf.Map `ebpf:"ls_edge"`
+	LsFast      *ebpf.Map `ebpf:"ls_fast"`
 	LsGslots    *ebpf.Map `ebpf:"ls_gslots"`
 	LsHalf      *ebpf.Map `ebpf:"ls_half"`
 	LsInherited *ebpf.Map `ebpf:"ls_inherited"`
@@ -667,6 +802,7 @@ func (m *LockstepMaps) Close() error {
 		m.LsConf,
 		m.LsConn,
 		m.LsEdge,
+		m.LsFast,
 		m.LsGslots,
 		m.LsHalf,
 		m.LsInherited,
@@ -687,6 +823,7 @@ func (m *LockstepMaps) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepVariables struct {
+	LsFastOn  *ebpf.Variable `ebpf:"ls_fast_on"`
 	LsMarkIn  *ebpf.Variable `ebpf:"ls_mark_in"`
 	LsMarkRel *ebpf.Variable `ebpf:"ls_mark_rel"`
 	LsMptcp   *ebpf.Variable `ebpf:"ls_mptcp"`
@@ -702,18 +839,20 @@ type LockstepVariables struct {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepPrograms struct {
-	LsDigestRx *ebpf.Program `ebpf:"ls_digest_rx"`
-	LsMirror   *ebpf.Program `ebpf:"ls_mirror"`
-	LsPeerXdp  *ebpf.Program `ebpf:"ls_peer_xdp"`
-	LsPriOut   *ebpf.Program `ebpf:"ls_pri_out"`
-	LsSecGate  *ebpf.Program `ebpf:"ls_sec_gate"`
-	LsSecIn    *ebpf.Program `ebpf:"ls_sec_in"`
-	LsSecOut   *ebpf.Program `ebpf:"ls_sec_out"`
+	LsDigestRx  *ebpf.Program `ebpf:"ls_digest_rx"`
+	LsFastOrder *ebpf.Program `ebpf:"ls_fast_order"`
+	LsMirror    *ebpf.Program `ebpf:"ls_mirror"`
+	LsPeerXdp   *ebpf.Program `ebpf:"ls_peer_xdp"`
+	LsPriOut    *ebpf.Program `ebpf:"ls_pri_out"`
+	LsSecGate   *ebpf.Program `ebpf:"ls_sec_gate"`
+	LsSecIn     *ebpf.Program `ebpf:"ls_sec_in"`
+	LsSecOut    *ebpf.Program `ebpf:"ls_sec_out"`
 }
 
 func (p *LockstepPrograms) Close() error {
 	return _LockstepClose(
 		p.LsDigestRx,
+		p.LsFastOrder,
 		p.LsMirror,
 		p.LsPeerXdp,
 		p.LsPriOut,

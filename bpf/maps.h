@@ -261,6 +261,7 @@ struct ls_scratch {
 	struct ls_digest digest;
 	struct ls_piece piece;
 	struct ls_cli cli;
+	struct ls_fast_held held;
 	__u32 cursor[5]; /* where the search for a free slot goes on, by size and class */
 	__u32 quiet;	 /* copies since user space was woken for one */
 };

@@ -22,6 +22,7 @@ enum ls_tcp_flag {
 	LS_FIN = 1,
 	LS_SYN = 2,
 	LS_RST = 4,
+	LS_PSH = 8,
 	LS_ACK = 16,
 };
 

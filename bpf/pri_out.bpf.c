@@ -3,33 +3,44 @@
 /* pri_out.bpf.c: ingress of the PVM's tap: the PVM's output, and released frames. */
 
 /* Reports an ACK without payload to user space; it takes no slot. */
-static __always_inline int pri_ack(struct __sk_buff *skb, struct ls_pkt *p)
+static __always_inline int pri_ack(struct __sk_buff *skb, struct ls_pkt *p, __u32 number)
 {
 	struct ls_ev *ev = ev_new(skb, p, LS_EV_PVM);
 
 	if (!ev)
 		return count(LS_R_no_ring, skb, TCX_DROP);
+	ev->number = number;
 	bpf_ringbuf_submit(ev, 0);
 	return count(LS_R_held_ack, skb, TCX_DROP);
 }
 
-/* Holds a segment. Returns LS_R_held, or why it is lost. */
+/*
+ * Holds a segment, which has its digest and slot already unless slot is LS_SLOT_NONE.
+ * Returns LS_R_held, or why it is lost.
+ */
 static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_scratch *sc,
-					       const struct ls_keys *keys)
+					       const struct ls_keys *keys, __u32 slot, __u32 number)
 {
 	struct ls_ev *ev = ev_new(skb, &sc->p, LS_EV_PVM);
 	enum ls_reason why = LS_R_malformed;
 
-	if (!ev)
+	if (!ev) {
+		if (slot != LS_SLOT_NONE)
+			slot_free(slot);
 		return LS_R_no_ring;
+	}
+	ev->number = number;
 	sc->q.len = 0;
 	if (sc->p.dgram)
 		quote_find(skb, sc, 1);
-	if (digest_dgram(skb, sc, keys) >= 0) {
-		ev->sum[0] = sc->digest.sum[0];
-		ev->sum[1] = sc->digest.sum[1];
+	if (slot != LS_SLOT_NONE) {
+		ev->slot = slot;
+		why = LS_R_held;
+	} else if (digest_dgram(skb, sc, keys) >= 0) {
 		why = slot_keep(skb, sc, &ev->slot);
 	}
+	ev->sum[0] = sc->digest.sum[0];
+	ev->sum[1] = sc->digest.sum[1];
 	/* A segment without a slot is reported too: it leaves a hole before what follows it. */
 	if (why == LS_R_held || (why == LS_R_no_slot && !sc->p.dgram))
 		bpf_ringbuf_submit(ev, 0);
@@ -53,24 +64,6 @@ static __always_inline int pri_announce(struct __sk_buff *skb, struct ls_scratch
 	return count(LS_R_announced, skb, verdict);
 }
 
-static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
-				   const struct ls_conf *conf, const struct ls_keys *keys)
-{
-	struct ls_pkt *p = &sc->p;
-	enum ls_reason why;
-
-	if (strip_mptcp(skb, sc))
-		return count(LS_R_rewrite_failed, skb, TCX_DROP);
-	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
-		return pri_ack(skb, p);
-	if (pri_not_open(p) && ring_crowded())
-		return count(LS_R_crowded, skb, TCX_DROP);
-	why = pri_hold(skb, sc, keys);
-	if (why == LS_R_held && (p->flags & (LS_SYN | LS_RST)) == LS_SYN)
-		return pri_announce(skb, sc, conf, keys);
-	return count(why, skb, TCX_DROP);
-}
-
 /* Lets a frame out of the host, if the output lease is valid. */
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, enum ls_reason reason)
@@ -80,6 +73,31 @@ static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *s
 	if (has_edges(conf) && edge_out(skb, sc, conf))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(reason, skb, TCX_NEXT);
+}
+
+static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
+				   const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	struct ls_pkt *p = &sc->p;
+	__u32 slot = LS_SLOT_NONE, number = 0;
+	enum ls_reason why;
+	int verdict;
+
+	if (strip_mptcp(skb, sc))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	verdict = fast_pvm(skb, sc, keys, &slot, &number);
+	if (verdict == LS_FAST_PASS)
+		return pri_leave(skb, sc, conf, LS_R_fast_passed);
+	if (verdict != LS_FAST_NOT)
+		return verdict;
+	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
+		return pri_ack(skb, p, number);
+	if (pri_not_open(p) && ring_crowded())
+		return count(LS_R_crowded, skb, TCX_DROP);
+	why = pri_hold(skb, sc, keys, slot, number);
+	if (why == LS_R_held && (p->flags & (LS_SYN | LS_RST)) == LS_SYN)
+		return pri_announce(skb, sc, conf, keys);
+	return count(why, skb, TCX_DROP);
 }
 
 SEC("tcx/ingress")
@@ -111,7 +129,7 @@ int ls_pri_out(struct __sk_buff *skb)
 		return pri_tcp(skb, sc, conf, keys);
 	case LS_DGRAM:
 		if (!rule_matches(&sc->p))
-			return count(pri_hold(skb, sc, keys), skb, TCX_DROP);
+			return count(pri_hold(skb, sc, keys, LS_SLOT_NONE, 0), skb, TCX_DROP);
 		return pri_leave(skb, sc, conf, LS_R_primary_only);
 	case LS_LINK:
 		if (!lease_valid(conf))

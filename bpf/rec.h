@@ -146,8 +146,8 @@ out:
 	return ls_mutate & LS_MUTATE_REPLAY ? LS_R_record_in : why;
 }
 
-/* Passes sc->rec to user space. */
-static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup)
+/* Passes sc->rec to user space. number: see ls_fast_state. */
+static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup, __u32 number)
 {
 	const __u64 *from = (const __u64 *)&sc->rec;
 	struct ls_ev_rec *ev;
@@ -169,7 +169,7 @@ static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup)
 			to[i] = from[i];
 	}
 	ev->type = LS_EV_REC;
-	ev->pad = 0;
+	ev->number = number;
 	ev->at = bpf_ktime_get_boot_ns();
 	bpf_ringbuf_submit(ev, wakeup);
 	return 0;

@@ -164,7 +164,7 @@ static __always_inline int sec_peer_frame(struct __sk_buff *skb, struct ls_scrat
 	case LS_REC_ECHO:
 		return sec_echo(skb, sc, conf, keys, off);
 	}
-	if (rec_report(sc, BPF_RB_FORCE_WAKEUP))
+	if (rec_report(sc, BPF_RB_FORCE_WAKEUP, 0))
 		why = LS_R_no_ring;
 	return count(why, skb, TCX_DROP);
 }

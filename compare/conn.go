@@ -8,9 +8,10 @@ import "time"
 type conn struct {
 	timer
 	sender
-	no   uint64 // of the event that made it; orders connections
-	born int64
-	last int64 // last sign of life
+	owner ownership
+	no    uint64 // of the event that made it; orders connections
+	born  int64
+	last  int64 // last sign of life
 
 	pvmSeen     bool // the PVM transmitted something that was not a RST
 	established bool // and not a SYN
@@ -144,7 +145,7 @@ func (c *conn) describe(now int64) Flow {
 		Tuple: c.tuple, State: c.state(), Inc: c.inc.isn, Inherited: c.inc.inherited || !c.inc.settled,
 		Compared: c.svm.compared, Released: c.released,
 		Held: c.held.len(), Age: time.Duration(now - c.born),
-		Diverged: c.diverged, Why: c.why, no: c.no,
+		Diverged: c.diverged, Why: c.why, Kernel: c.owner.kernel, no: c.no,
 	}
 	for i := range c.held.view() {
 		f.HeldBytes += len(c.held.view()[i].payload)

@@ -15,6 +15,7 @@ type connTable struct {
 	*core
 	byTuple map[Tuple]*conn
 	half    list[*conn] // with a SYN of the PVM, and not established
+	owned   int         // the kernel owns
 	spare   []*conn
 
 	evictedAt int64 // when a half-open connection last made room, if ever
@@ -56,6 +57,7 @@ func (t *connTable) reset(c *conn) {
 		held:     heldQueue{core: c.core, pieces: c.held.pieces},
 		svm:      stream{budget: c.svm.budget, points: c.svm.points, loose: c.svm.loose},
 		floating: true,
+		owner:    ownership{known: c.owner.known},
 	}
 }
 
@@ -67,6 +69,7 @@ func (t *connTable) remove(c *conn, why Reason) {
 	c.half.unlink()
 	t.timers.remove(&c.timer)
 	delete(t.byTuple, c.tuple)
+	t.forget(c)
 	if len(t.spare) < maxSpare {
 		t.spare = append(t.spare, c)
 	}

@@ -38,6 +38,9 @@ type Config struct {
 	// repeats them.
 	KeepYoung bool
 
+	// FastPath: connections of which nothing waits are offered to the kernel (R27).
+	FastPath bool
+
 	Epoch uint32 // the one to start in
 }
 
@@ -114,6 +117,7 @@ type Flow struct {
 	Age       time.Duration
 	Diverged  bool
 	Why       Reason // of the divergence
+	Kernel    bool   // the kernel owns it, and knows newer positions (R27)
 
 	no uint64 // rises from one to the next that is made
 }
@@ -167,6 +171,10 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.commit(ev.Epoch, ev.At)
 	case EvSolo:
 		p.goSolo()
+	case EvGranted:
+		p.granted(&ev.Seg.Tuple, ev.Handover)
+	case EvTaken:
+		p.taken(&ev.Seg.Tuple, ev.Handover)
 	}
 	if p.asserts {
 		if err := p.check(); err != nil {

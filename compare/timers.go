@@ -136,6 +136,9 @@ func (c *conn) deadline() int64 {
 	if c.frozen {
 		return math.MaxInt64
 	}
+	if c.owner.kernel {
+		return c.owner.lookAt
+	}
 	d := c.endOfLife()
 	for _, at := range [...]int64{int64(c.cuts), c.ackAt, c.lag.at, c.asks.at, c.syn.due, c.query.at} {
 		if at != 0 {
@@ -173,6 +176,14 @@ func (p *Primary) arm(c *conn) {
 // fire runs c's timers that are due.
 func (p *Primary) fire(c *conn) {
 	due := func(at int64) bool { return at != 0 && at <= p.now }
+	if c.owner.kernel {
+		if due(c.owner.lookAt) {
+			p.emit(OpTake, &c.tuple)
+			c.owner.looking, c.owner.lookAt = true, p.now+int64(ownedFor)
+		}
+		p.timers.set(&c.timer, c.deadline())
+		return
+	}
 	if !p.frozen {
 		if due(c.syn.due) {
 			c.announce()
@@ -284,6 +295,7 @@ func (c *conn) ask() {
 func (p *Primary) wait(c *conn) {
 	c.retime()
 	p.arm(c)
+	p.offer(c)
 }
 
 // retime updates the timers; the caller looks at them next.

@@ -156,6 +156,14 @@ const (
 	// EvTakeOver (S), after EvRemote for each connection: what the SVM transmits leaves
 	// from now on (R22). What the client may not have received is transmitted again.
 	EvTakeOver
+	// EvYield (P): the kernel has given the connection Seg.Tuple back (R27): the caller takes it.
+	EvYield
+	// EvGranted (P): what came of an OpGrant: the kernel owns the connection Seg.Tuple now, with
+	// Handover, or, without, it does not.
+	EvGranted
+	// EvTaken (P): the connection Seg.Tuple is the kernel's no more. Handover is its state; what
+	// waited there follows as EvPVM and EvSVM.
+	EvTaken
 )
 
 // Event is one input to Step.
@@ -164,6 +172,8 @@ type Event struct {
 	Seg   Segment
 	Epoch uint32 // EvCommit, EvMark, EvReset: the one that begins
 	At    int64  // EvCommit: the commit point, boottime ns
+
+	Handover *Handover // EvGranted, EvTaken
 }
 
 // Op is the kind of an effect.
@@ -211,6 +221,11 @@ const (
 	// segment with sequence number Seq and a byte that the guest has acknowledged (P, R6).
 	OpProbeSVM
 	OpProbePVM
+	// OpGrant: the kernel may own the connection Tuple (R27); the caller reports with EvGranted (P).
+	OpGrant
+	// OpTake: take the connection Tuple back (P). OpForget: it is over.
+	OpTake
+	OpForget
 )
 
 // Reason is why a frame was dropped or a checkpoint is needed.

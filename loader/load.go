@@ -47,7 +47,7 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
 		bpf.LockstepMapLsLane: z.cpus,
 	}
-	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections)}
+	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections), bpf.LockstepMapLsFast: z.connections}
 	ofSecondary := map[string]int{
 		bpf.LockstepMapLsConn:      z.connections,
 		bpf.LockstepMapLsInherited: lru(z.connections),
@@ -141,9 +141,9 @@ func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects)
 }
 
 // isPinned reports whether a map is pinned and recovered by the next daemon. Neither the
-// programs' scratch memory is, nor the object's data sections.
+// programs' scratch memory is, nor the connections that they own, nor the object's data sections.
 func isPinned(name string) bool {
-	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch
+	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch && name != bpf.LockstepMapLsFast
 }
 
 // CheckPrograms loads all programs with small maps, and unloads them.

@@ -31,6 +31,7 @@ type NIC struct {
 	*programs
 	*chainGuard
 	*counters
+	*fastPath
 
 	objs      *bpf.LockstepObjects
 	frames    *core.Store
@@ -145,6 +146,7 @@ func (n *NIC) assemble(o *Options, tap, peer netlink.Link, old *tables) (map[str
 		return nil, err
 	}
 	n.onClose(n.receiver.close)
+	n.fastPath = newFastPath(objs, &n.receiver.Decoder)
 	n.transmitter = &transmitter{log: o.Log}
 	n.Transmitter.Frames, n.Newest, n.Signer = n.frames, n.newest, newSigner(o.Role, &n.gate.Gate)
 	n.onClose(n.transmitter.close)

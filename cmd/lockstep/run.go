@@ -92,6 +92,7 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
+			FastPath:  c.Compare.FastPath,
 			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
 		},
 		// Parked input finds slots, and so do connections that talk while others are quiet.

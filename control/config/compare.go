@@ -24,6 +24,7 @@ type Compare struct {
 	Slots          int // held frames, per NIC
 	GSOSlots       int // held GSO frames, per NIC
 	PrimaryOnly    []Rule
+	FastPath       bool // the kernel may decide about connections (R27)
 	MPTCP          bool // the guests may use it; else its option is taken out of SYNs
 }
 

@@ -134,6 +134,7 @@ func Parse(file string, data []byte) (*Config, error) {
 			MaxConnections: DefaultMaxConnections,
 			Slots:          DefaultSlots,
 			GSOSlots:       DefaultGSOSlots,
+			FastPath:       true,
 		},
 		TLS:        TLS{Rekey: DefaultRekey, QEMU: true},
 		Heartbeat:  Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatLease, 0},

@@ -112,6 +112,7 @@ func (r *reader) config(root ast.Node, c *Config) {
 				{"max_connections", "", r.integer(&c.Compare.MaxConnections, 1, 1<<20)},
 				{"slots", "", r.integer(&c.Compare.Slots, 16, 1<<20)},
 				{"gso_slots", "", r.integer(&c.Compare.GSOSlots, 1, 1<<16)},
+				{"fast_path", "", r.boolean(&c.Compare.FastPath)},
 				{"mptcp", "", r.boolean(&c.Compare.MPTCP)},
 				{"primary_only", "", func(v value) { r.rules(v, &c.Compare.PrimaryOnly) }},
 			})

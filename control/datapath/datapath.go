@@ -65,6 +65,18 @@ type Frames interface {
 	Now() int64
 }
 
+// FastPath lets P's kernel own TCP connections of which nothing waits (R27).
+type FastPath interface {
+	// SetFast: the kernel may own connections, or gives back each at its next frame.
+	SetFast(on bool) error
+	// Grant hands a connection over, and reports whether the kernel owns it now. It does not while
+	// events of the connection are on their way.
+	Grant(compare.Tuple, *compare.Handover) (bool, error)
+	// Take takes a connection back that Grant handed over, and appends what waits of it.
+	Take(compare.Tuple, []compare.Event) (*compare.Handover, []compare.Event, error)
+	Forget(compare.Tuple) error // the connection is over
+}
+
 // Gate decides what passes: the mode, the epoch, the session's keys, and the lease
 // that the primary needs to transmit (R20).
 type Gate interface {

@@ -58,6 +58,9 @@ type Loop struct {
 
 	order order // CheckOrder's
 
+	fast  datapath.FastPath // nil: there is none
+	owned []compare.Tuple   // fastPath's
+
 	// The loop's own.
 	evs               []compare.Event
 	effs              []compare.Effect
@@ -100,9 +103,10 @@ func NewSecondary(index int, dp datapath.NIC, log *slog.Logger, cfg compare.Seco
 }
 
 func newLoop(index int, dp datapath.NIC, log *slog.Logger, want func(Request), keys compare.Keys) *Loop {
+	fast, _ := dp.(datapath.FastPath)
 	return &Loop{
 		Index: index, DP: dp, Keys: &keys, log: log.With("nic", index), want: want,
-		cmds: make(chan func(), 16), dead: make(chan struct{}),
+		cmds: make(chan func(), 16), dead: make(chan struct{}), fast: fast,
 	}
 }
 
@@ -207,28 +211,36 @@ func (n *Loop) poll(wait time.Duration) error {
 	unpark := false
 	for i := range evs {
 		ev := &evs[i]
-		switch ev.Kind {
-		case compare.EvPVM:
-			if ev.Seg.At < n.since {
-				// Its sums are those of keys that are gone. The guest repeats it.
-				if ev.Seg.Slot != compare.NoSlot {
-					n.effs = append(n.effs, compare.Effect{Op: compare.OpFree, Slot: ev.Seg.Slot, Reason: compare.ReasonVoid})
-				}
-				continue
-			}
-			if n.frozen && len(n.captured) < maxCaptured {
-				n.captured = append(n.captured, ev.Seg.At)
-			}
-		case compare.EvPark:
+		if n.Primary != nil && n.Primary.Owned(&ev.Seg.Tuple) {
+			n.take(ev.Seg.Tuple)
+		}
+		if ev.Kind == compare.EvPark {
 			unpark = !n.parked
 		}
-		n.step(now, ev)
+		n.takeIn(now, ev)
 	}
 	if unpark {
 		// Parked just before parking ended.
 		n.step(now, &compare.Event{Kind: compare.EvUnpark})
 	}
 	return nil
+}
+
+// takeIn gives the core an event of the kernel's.
+func (n *Loop) takeIn(now int64, ev *compare.Event) {
+	if ev.Kind == compare.EvPVM {
+		if ev.Seg.At < n.since {
+			// Its sums are those of keys that are gone. The guest repeats it.
+			if ev.Seg.Slot != compare.NoSlot {
+				n.effs = append(n.effs, compare.Effect{Op: compare.OpFree, Slot: ev.Seg.Slot, Reason: compare.ReasonVoid})
+			}
+			return
+		}
+		if n.frozen && len(n.captured) < maxCaptured {
+			n.captured = append(n.captured, ev.Seg.At)
+		}
+	}
+	n.step(now, ev)
 }
 
 // step gives the core an event; what it wants done waits for apply.
@@ -251,8 +263,11 @@ func (n *Loop) apply() {
 
 func (n *Loop) applyOnce() {
 	var acked []compare.Event
+	var owners []compare.Effect
 	for i := range n.effs {
 		switch e := &n.effs[i]; e.Op {
+		case compare.OpGrant, compare.OpTake, compare.OpForget:
+			owners = append(owners, *e)
 		case compare.OpCheckpoint:
 			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String()})
 		case compare.OpAdopt:
@@ -272,6 +287,9 @@ func (n *Loop) applyOnce() {
 	n.effs = n.effs[:0]
 	for i := range acked {
 		n.step(n.DP.Now(), &acked[i])
+	}
+	for i := range owners {
+		n.changeOwner(&owners[i])
 	}
 }
 

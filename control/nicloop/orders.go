@@ -14,15 +14,16 @@ import (
 // Freeze has P release nothing until Thaw or Commit (R13, R15).
 func (n *Loop) Freeze() error {
 	n.frozen, n.captured = true, n.captured[:0]
+	err := n.fastPath(false)
 	n.stepNow(compare.Event{Kind: compare.EvFreeze})
-	return nil
+	return err
 }
 
 // Thaw has P release again: the checkpoint did not happen.
 func (n *Loop) Thaw() error {
 	n.frozen = false
 	n.stepNow(compare.Event{Kind: compare.EvThaw})
-	return nil
+	return n.fastPath(true)
 }
 
 // Commit lets leave what the PVM sent before at (R14) and reports whether it sent
@@ -50,7 +51,7 @@ func (n *Loop) Commit(epoch uint32, at, stop, resume int64) (inside bool, err er
 	}
 	n.frozen = false
 	n.stepNow(compare.Event{Kind: compare.EvCommit, Epoch: epoch, At: at})
-	return inside, nil
+	return inside, n.fastPath(true)
 }
 
 // newest is the latest capture among evs.
@@ -146,7 +147,7 @@ func (n *Loop) Install(s datapath.Session) error {
 // OwnKeys has the kernel digest with this loop's keys (P). The guest repeats what was captured
 // under others.
 func (n *Loop) OwnKeys(s datapath.Session) error {
-	err := n.DP.InstallSession(s)
+	err := errors.Join(n.fastPath(false), n.DP.InstallSession(s))
 	n.since = n.DP.Now()
 	return err
 }
@@ -154,7 +155,7 @@ func (n *Loop) OwnKeys(s datapath.Session) error {
 // Hold begins replication (P): what the guest sends is held, and leaves under a lease.
 func (n *Loop) Hold(echoEvery, lease time.Duration) error {
 	// A host that transmitted alone had no lease.
-	return errors.Join(n.DP.SetLeaseUntil(0), n.SetMode(datapath.ModeHold), n.startEchoes(echoEvery, lease))
+	return errors.Join(n.DP.SetLeaseUntil(0), n.SetMode(datapath.ModeHold), n.startEchoes(echoEvery, lease), n.fastPath(true))
 }
 
 // Shut: nothing in or out, and no echoes.
@@ -166,6 +167,9 @@ func (n *Loop) Shut() error {
 
 // Renew begins a pair with an empty core; the guest goes on in mid-stream.
 func (n *Loop) Renew(cfg compare.Config, epoch uint32) error {
+	if err := n.fastPath(false); err != nil {
+		return err
+	}
 	cfg.Epoch = epoch
 	n.Primary = compare.NewPrimary(cfg, n.Keys)
 	n.core = n.Primary
@@ -176,7 +180,7 @@ func (n *Loop) Renew(cfg compare.Config, epoch uint32) error {
 // Solo has P's guest transmit alone.
 func (n *Loop) Solo() error {
 	n.echoEvery, n.frozen = 0, false
-	if err := n.DP.SetLeaseUntil(math.MaxInt64); err != nil {
+	if err := errors.Join(n.fastPath(false), n.DP.SetLeaseUntil(math.MaxInt64)); err != nil {
 		return err
 	}
 	n.stepNow(compare.Event{Kind: compare.EvSolo})

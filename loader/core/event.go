@@ -18,6 +18,7 @@ const (
 // Decoder turns the records in the kernel's ring into events.
 type Decoder struct {
 	Frames *Store
+	Seen   *Numbers // nil: nobody asks
 	NoUFO  bool // a mutation, only tests set it: what the guest left as UFO leaves as USO
 }
 
@@ -38,9 +39,13 @@ func (d *Decoder) Event(b *Buffer, size int, evs []compare.Event) ([]compare.Eve
 	p := unsafe.Pointer(&b.Sample)
 	switch typ := bpf.LockstepLsEvType(b.Sample[0]); {
 	case typ == bpf.LockstepLsEvTypeLS_EV_REC && size >= recBase:
-		return b.peerRecord((*bpf.LockstepLsEvRec)(p), evs)
+		ev := (*bpf.LockstepLsEvRec)(p)
+		d.Seen.note(&ev.Rec.T, ev.Number)
+		return b.peerRecord(ev, evs)
 	case typ != bpf.LockstepLsEvTypeLS_EV_REC && size >= evSize:
-		return d.frameEvent(b, typ, (*bpf.LockstepLsEv)(p), evs)
+		ev := (*bpf.LockstepLsEv)(p)
+		d.Seen.note(&ev.T, ev.Number)
+		return d.frameEvent(b, typ, ev, evs)
 	}
 	return evs, false
 }
@@ -131,6 +136,8 @@ func (d *Decoder) frameEvent(b *Buffer, typ bpf.LockstepLsEvType, ev *bpf.Lockst
 		e.Kind = compare.EvPark
 	case bpf.LockstepLsEvTypeLS_EV_CLIENT:
 		e.Kind = compare.EvClient
+	case bpf.LockstepLsEvTypeLS_EV_YIELD:
+		e.Kind = compare.EvYield
 	default:
 		ok = false
 	}

@@ -57,6 +57,12 @@ func (f *Store) part(id compare.Slot, from, to uint32) (headers, payload []byte,
 	return data[:m.l4], data[m.pay+from : m.pay+to], m, true
 }
 
+// headers are the first n bytes of the frame in the slot.
+func (f *Store) headers(id compare.Slot, n int) []byte {
+	frame := f.frame(id)
+	return frame[:min(n, len(frame))]
+}
+
 // payload is that of the frame in the slot.
 func (f *Store) payload(id compare.Slot) []byte {
 	m := f.meta[id]

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package compare
+
+import "time"
+
+// Handover is the state of a TCP connection whose owner changes (R27). P's kernel owns one of
+// which nothing waits, and decides by the rules of this package about what comes; it gives back
+// what is not the common case. All positions are the PVM's.
+type Handover struct {
+	Inc       uint32 // incarnation: the PVM's ISN; with Inherited it means nothing
+	Inherited bool
+	Released  uint32 // below it both guests' streams are equal, and have left
+	Scale     uint8  // of the guests' windows
+	TS        bool   // segments have timestamps: TSSent is the newest that has left
+	TSSent    uint32
+	HasPure   bool // Pure is what the PVM's newest pure ACK acknowledges
+	Pure      uint32
+
+	// What the guests have acknowledged of the remote's stream, and what has been transmitted of it.
+	PVM, SVM, Sent Acked
+
+	// What the kernel has done since it owned the connection.
+	Frames, Bytes, ACKs, Records uint64
+}
+
+// Acked is what one side has acknowledged: the highest ACK, the right edge of the window, and the
+// newest echo of the remote's timestamps that came with it.
+type Acked struct {
+	Ack, Edge, Echo uint32
+	Win             uint16
+	Echoes          bool
+}
+
+const (
+	// A connection is offered to the kernel this long after it opened or was given back: one that
+	// is over sooner is not worth it. Where the kernel had next to nothing to do, twice as long each time.
+	offerAfter = time.Millisecond
+	offerMax   = 100 * time.Millisecond
+	offerWorth = 32 // frames and ACKs
+	// A connection that the kernel owns is looked at so often.
+	ownedFor = time.Second
+)
+
+// ownership is whether P's kernel owns a connection.
+type ownership struct {
+	offered bool // OpGrant is on its way
+	kernel  bool
+	known   bool  // the kernel has an entry of it
+	looking bool  // it is taken back to see what has become of it
+	lookAt  int64 // the kernel's: when that is due
+	offerAt int64 // not before it is the connection offered; 0: none yet
+	wait    time.Duration
+}
+
+// plain reports whether options are what the kernel knows: none, or timestamps as guests lay them out.
+func (o *options) plain() bool {
+	return o.n == 0 || o.n == 12 && o.b[0] == optNOP && o.b[1] == optNOP && o.b[2] == optTS && o.b[3] == 10
+}
+
+// quiet reports whether nothing of c waits, and nothing about it is out of the ordinary, so that
+// the kernel may own it.
+func (c *conn) quiet() bool {
+	switch a := &c.acks; {
+	case c.frozen, c.diverged, c.sealed, c.synHeld(), c.openOnSVM, c.accECN, c.tuple.VLAN != 0:
+	case !c.established, !c.rooted, c.floating, c.adopted, !c.inc.settled:
+	case c.pvm.fin.ok, c.svm.extent.fin.ok, c.cliFIN.ok, c.clientRST, c.svmRST.ok, c.rstSent, c.held.hasRST:
+	case c.held.len() > 0, c.released != c.svm.compared, c.svm.ahead(), c.pvm.beyond(c.released), len(c.svm.loose) > 0:
+	case !a.pvm.ok, !a.svm.ok, !a.sent.ok, a.ahead, a.scale == scaleUnknown, a.pvm.ack != a.svm.ack:
+	case a.pvmSACK.n > 0, a.svmSACK.n > 0, a.nblocks > 0, c.ackAt != 0:
+	case !c.tmpl.ok, c.tmpl.flags&^(ACK|PSH) != 0, !c.tmpl.opts.plain():
+	default:
+		return true
+	}
+	return false
+}
+
+// offer has the caller hand c over, where that is worth it.
+func (p *Primary) offer(c *conn) {
+	o := &c.owner
+	if !p.cfg.FastPath || o.offered || o.kernel || !c.established || c.heapIdx < 0 {
+		return
+	}
+	if o.offerAt == 0 {
+		o.wait = offerAfter
+		o.offerAt = p.now + int64(o.wait)
+	}
+	if p.now < o.offerAt || !c.quiet() {
+		return
+	}
+	o.offered, o.known = true, true
+	p.emit(OpGrant, &c.tuple)
+}
+
+// Offer gives the state of a connection that an OpGrant is about, unless it is no longer quiet. What
+// came of it is an EvGranted.
+func (p *Primary) Offer(t *Tuple) (Handover, bool) {
+	c := p.conns.byTuple[*t]
+	if c == nil || !c.owner.offered || !c.quiet() {
+		return Handover{}, false
+	}
+	a := &c.acks
+	return Handover{
+		Inc: c.inc.isn, Inherited: c.inc.inherited, Released: c.released,
+		Scale: uint8(a.scale), TS: c.tmpl.opts.n > 0, TSSent: c.tsSent,
+		PVM: a.pvm.acked(), SVM: a.svm.acked(), Sent: a.sent.acked(),
+	}, true
+}
+
+// FastPath reports whether connections are offered to the kernel.
+func (p *Primary) FastPath() bool { return p.cfg.FastPath }
+
+// Owned reports whether the kernel owns a connection. An event of one is for [Primary.Step] only
+// after the connection was taken back.
+func (p *Primary) Owned(t *Tuple) bool {
+	if p.conns.owned == 0 {
+		return false
+	}
+	c := p.conns.byTuple[*t]
+	return c != nil && c.owner.kernel
+}
+
+// OwnedAll appends the connections that the kernel owns.
+func (p *Primary) OwnedAll(ts []Tuple) []Tuple {
+	if p.conns.owned == 0 {
+		return ts
+	}
+	for t, c := range p.conns.byTuple {
+		if c.owner.kernel {
+			ts = append(ts, t)
+		}
+	}
+	return ts
+}
+
+// granted takes in what came of an offer.
+func (p *Primary) granted(t *Tuple, h *Handover) {
+	c := p.conns.byTuple[*t]
+	if c == nil || !c.owner.offered {
+		return
+	}
+	o := &c.owner
+	o.offered = false
+	if h == nil {
+		o.offerAt = p.now + int64(o.wait)
+		return
+	}
+	o.kernel, o.looking, o.lookAt = true, false, p.now+int64(ownedFor)
+	p.conns.owned++
+	c.query, c.stall.running = backoff{}, false
+	c.asks.stop()
+	p.timers.set(&c.timer, c.deadline())
+}
+
+// taken takes a connection back from the kernel. What waited of it there comes in the events behind.
+func (p *Primary) taken(t *Tuple, h *Handover) {
+	c := p.conns.byTuple[*t]
+	if c == nil || !c.owner.kernel {
+		return
+	}
+	if h == nil { // what the kernel knew is lost: the connection is met in mid-stream
+		p.conns.remove(c, ReasonVoid)
+		return
+	}
+	o := &c.owner
+	o.kernel = false
+	p.conns.owned--
+	c.released = h.Released
+	c.svm.setBase(h.Released)
+	c.pvm.reach(h.Released)
+	c.svm.extent.reach(h.Released)
+	a := &c.acks
+	a.pvm, a.svm, a.sent = h.PVM.side(), h.SVM.side(), h.Sent.side()
+	if h.TS {
+		c.tsSent, c.tsKnown = h.TSSent, true
+	}
+	if h.HasPure {
+		c.pureUpTo = mark{true, h.Pure}
+	}
+	c.stats.ReleasedPackets += h.Frames
+	c.stats.ReleasedBytes += h.Bytes
+	c.stats.SentACKs += h.ACKs
+	c.stats.Records += h.Records
+	switch {
+	case o.looking:
+		o.offerAt = p.now
+	case h.Frames+h.ACKs < offerWorth:
+		o.wait = min(2*o.wait, offerMax)
+		o.offerAt = p.now + int64(o.wait)
+	default:
+		o.wait = offerAfter
+		o.offerAt = p.now + int64(o.wait)
+	}
+	if h.Frames+h.ACKs+h.Records > 0 {
+		c.last = p.now
+		p.pump(c)
+		return
+	}
+	p.arm(c) // idle: the kernel gets it again when something comes
+}
+
+// forget has the kernel forget the entry of a connection that is over.
+func (t *connTable) forget(c *conn) {
+	if c.owner.kernel {
+		t.owned--
+	}
+	if c.owner.known {
+		t.emit(OpForget, &c.tuple)
+	}
+	c.owner = ownership{}
+}
+
+func (d *side) acked() Acked {
+	return Acked{Ack: d.ack, Edge: d.edge, Echo: d.echo, Win: d.win, Echoes: d.echoes}
+}
+
+func (a *Acked) side() side {
+	return side{ok: true, echoes: a.Echoes, ack: a.Ack, edge: a.Edge, win: a.Win, echo: a.Echo}
+}
