@@ -447,7 +447,7 @@ struct ls_fast_state {
 	__u64 bytes;
 	__u64 acks;
 	__u64 records;
-	__u32 tmpl_tsval;
+	__u32 ts_last; /* the PVM's newest timestamp */
 	__u16 tmpl_l4;	   /* offset */
 	__u8 tmpl_partial; /* has a partial checksum */
 	__u8 pad;

@@ -402,7 +402,7 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
 	struct ls_fast_held *h = &sc->held;
 	int grew, pass = 0, arm = 0, kept = 0;
-	__u32 end = p->seq + p->paylen, ack, edge, win, i;
+	__u32 end = p->seq + p->paylen, ack, edge, win, tsval, i;
 	struct ls_fast_state *s;
 	struct ls_acked d;
 	struct ls_fast_rec *r;
@@ -453,6 +453,7 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 		goto yield;
 	d = s->pvm;
 	grew = acked_update(&d, p->ack, p->win, s->scale, o.ts, o.tsecr);
+	tsval = o.tsval;
 	if (!p->paylen) {
 		if (!grew) /* a duplicate */
 			goto yield;
@@ -463,7 +464,6 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 		s->has_pure = 1;
 		s->tmpl_len = p->pay_off;
 		s->tmpl_l4 = p->l4_off;
-		s->tmpl_tsval = o.tsval;
 		s->tmpl_partial = h->flags & LS_EV_PARTIAL && h->csum_start == p->l4_off &&
 						  h->csum_offset == LS_CHECK_OFF
 					  ? LS_FAST_PARTIAL
@@ -496,8 +496,8 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 		pass = 1;
 	} else {
 		i = s->nheld;
-		if (!kept || i >= LS_FAST_MAX)
-			goto yield;
+		if (!kept || i >= LS_FAST_MAX || fast_minimum(s, &d, &s->svm, &ack, &edge, &win))
+			goto yield; /* with an ACK that is due before the data */
 		if (!fast_waits(s))
 			s->since = h->at;
 		s->held[i] = *h;
@@ -506,6 +506,7 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 		s->pvm_end = end;
 		kept = 0; /* it is the state's */
 	}
+	s->ts_last = tsval;
 	arm = fast_arm(f);
 	bpf_spin_unlock(&f->lock);
 
@@ -612,7 +613,7 @@ static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch 
 			o.len = s->tmpl_len;
 			o.l4 = s->tmpl_l4;
 			o.seq = s->released;
-			o.tsval = s->tmpl_tsval;
+			o.tsval = s->ts_last;
 			o.tsecr = s->pvm.echo;
 			__builtin_memcpy(data, s->tmpl, LS_FAST_TMPL);
 			s->acks++;

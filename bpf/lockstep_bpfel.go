@@ -282,7 +282,7 @@ type LockstepLsFastState struct {
 	Bytes       uint64
 	Acks        uint64
 	Records     uint64
-	TmplTsval   uint32
+	TsLast      uint32
 	TmplL4      uint16
 	TmplPartial uint8
 	Pad         uint8

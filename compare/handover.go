@@ -14,6 +14,7 @@ type Handover struct {
 	Scale     uint8  // of the guests' windows
 	TS        bool   // segments have timestamps: TSSent is the newest that has left
 	TSSent    uint32
+	TSLast    uint32 // the PVM's newest
 	HasPure   bool // Pure is what the PVM's newest pure ACK acknowledges
 	Pure      uint32
 
@@ -102,7 +103,7 @@ func (p *Primary) Offer(t *Tuple) (Handover, bool) {
 	a := &c.acks
 	return Handover{
 		Inc: c.inc.isn, Inherited: c.inc.inherited, Released: c.released,
-		Scale: uint8(a.scale), TS: c.tmpl.opts.n > 0, TSSent: c.tsSent,
+		Scale: uint8(a.scale), TS: c.tmpl.opts.n > 0, TSSent: c.tsSent, TSLast: c.tmpl.tsVal(),
 		PVM: a.pvm.acked(), SVM: a.svm.acked(), Sent: a.sent.acked(),
 	}, true
 }
@@ -173,6 +174,7 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 	a.pvm, a.svm, a.sent = h.PVM.side(), h.SVM.side(), h.Sent.side()
 	if h.TS {
 		c.tsSent, c.tsKnown = h.TSSent, true
+		c.tmpl.setTSVal(h.TSLast)
 	}
 	if h.HasPure {
 		c.pureUpTo = mark{true, h.Pure}

@@ -67,6 +67,20 @@ func (t *sender) keep(s *Segment) {
 	m.ok, m.pure = true, m.pure || pure
 }
 
+// tsVal is the timestamp of the template, setTSVal a newer one; without timestamps there is none.
+func (m *template) tsVal() uint32 {
+	if ts := tsOpt(m.opts.bytes()); ts != nil {
+		return be32(ts[2:])
+	}
+	return 0
+}
+
+func (m *template) setTSVal(v uint32) {
+	if ts := tsOpt(m.opts.bytes()); ts != nil {
+		putBE32(ts[2:], v)
+	}
+}
+
 // ackFlags are kept in pure ACKs: what the PVM reports of congestion, which AccECN counts
 // in all three bits, and the reserved bits.
 const ackFlags = ECE | CWR | AE | 0xe00

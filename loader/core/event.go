@@ -19,7 +19,7 @@ const (
 type Decoder struct {
 	Frames *Store
 	Seen   *Numbers // nil: nobody asks
-	NoUFO  bool // a mutation, only tests set it: what the guest left as UFO leaves as USO
+	NoUFO  bool     // a mutation, only tests set it: what the guest left as UFO leaves as USO
 }
 
 // Buffer has a ring record, and what the views in its event point to.

@@ -61,7 +61,7 @@ func (n *Numbers) Refused(t compare.Tuple) bool {
 func ToFast(h *compare.Handover) bpf.LockstepLsFastState {
 	s := bpf.LockstepLsFastState{
 		Inc: h.Inc, Released: h.Released, PvmEnd: h.Released, SvmEnd: h.Released,
-		TsSent: h.TSSent, Scale: h.Scale, Pvm: toAcked(&h.PVM), Svm: toAcked(&h.SVM), Sent: toAcked(&h.Sent),
+		TsSent: h.TSSent, TsLast: h.TSLast, Scale: h.Scale, Pvm: toAcked(&h.PVM), Svm: toAcked(&h.SVM), Sent: toAcked(&h.Sent),
 	}
 	if h.Inherited {
 		s.Inherited = uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED)
@@ -76,7 +76,7 @@ func ToFast(h *compare.Handover) bpf.LockstepLsFastState {
 func (d *Decoder) Fast(ctx *bpf.LockstepLsFastCtx, evs []compare.Event) (*compare.Handover, []compare.Event) {
 	s := &ctx.S
 	h := &compare.Handover{
-		Inc: s.Inc, Inherited: s.Inherited != 0, Released: s.Released, Scale: s.Scale, TS: s.Ts != 0, TSSent: s.TsSent,
+		Inc: s.Inc, Inherited: s.Inherited != 0, Released: s.Released, Scale: s.Scale, TS: s.Ts != 0, TSSent: s.TsSent, TSLast: s.TsLast,
 		HasPure: s.HasPure != 0, Pure: s.Pure, PVM: fromAcked(&s.Pvm), SVM: fromAcked(&s.Svm), Sent: fromAcked(&s.Sent),
 		Frames: s.Frames, Bytes: s.Bytes, ACKs: s.Acks, Records: s.Records,
 	}
