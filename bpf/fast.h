@@ -23,7 +23,7 @@
 #include "maps.h"
 #include "seq.h"
 
-#define LS_FAST_WAIT 2000000ull /* ns that something waits before user space is asked */
+#define LS_FAST_WAIT 10000000ull /* ns that something waits before user space is asked */
 #define LS_FAST_L4_MAX 62	/* no IP options */
 #define LS_FAST_CHUNK 480	/* bytes summed up at a time: fewer than older kernels' 512 */
 #define LS_TS_LEN 12		/* NOP, NOP, timestamps: as guests lay them out */
