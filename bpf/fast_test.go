@@ -241,13 +241,6 @@ func (g *together) free(s compare.Slot) {
 	atomic.StoreUint32(state, uint32(bpf.LockstepLsSlotStateLS_SLOT_FREE))
 }
 
-func (g *together) order(ctx *bpf.LockstepLsFastCtx) {
-	b := structBytes(ctx)
-	if _, err := g.k.LsFastOrder.Run(&ebpf.RunOptions{Context: b, ContextOut: b}); err != nil {
-		g.t.Fatal(err)
-	}
-}
-
 func (g *together) grant(t *compare.Tuple, h *compare.Handover) bool {
 	seen, known := g.decoder.Seen.Of(*t)
 	if !known {
@@ -259,7 +252,7 @@ func (g *together) grant(t *compare.Tuple, h *compare.Handover) bool {
 	}
 	ctx := bpf.LockstepLsFastCtx{T: core.ToTuple(*t), Op: uint32(bpf.LockstepLsFastOpLS_FAST_GRANT), S: core.ToFast(h)}
 	ctx.S.Number = seen
-	g.order(&ctx)
+	g.k.order(&ctx)
 	if ctx.Done == 0 {
 		g.t.Error("refused")
 	}
@@ -269,7 +262,7 @@ func (g *together) grant(t *compare.Tuple, h *compare.Handover) bool {
 func (g *together) take(now int64) {
 	t := core.FromTuple(ptr(g.f.tuple()))
 	ctx := bpf.LockstepLsFastCtx{T: g.f.tuple(), Op: uint32(bpf.LockstepLsFastOpLS_FAST_TAKE)}
-	g.order(&ctx)
+	g.k.order(&ctx)
 	h, evs := g.decoder.Fast(&ctx, nil)
 	g.taken++
 	g.step(now, compare.Event{Kind: compare.EvTaken, Seg: compare.Segment{Tuple: t}, Handover: h})
@@ -398,6 +391,25 @@ func schedule(r *rand.Rand, f flow, both []leaver) (log []string) {
 				l.tick(now)
 			}
 		}
+	}
+	// One guest sends other bytes than the other: nothing leaves from there on.
+	for p.at < len(stream) {
+		g := stream[p.at]
+		p.at++
+		say("pvm", segOf(&p, g.seq, g.payload), pvm)
+	}
+	for s.at < len(stream) {
+		g := stream[s.at]
+		s.at++
+		say("svm", segOf(&s, g.seq, g.payload), svm)
+	}
+	one, other := []byte("one guest says this"), []byte("the other says that")
+	if r.IntN(2) == 0 {
+		say("pvm", segOf(&p, pos, one), pvm)
+		say("svm", segOf(&s, pos, other), svm)
+	} else {
+		say("svm", segOf(&s, pos, other), svm)
+		say("pvm", segOf(&p, pos, one), pvm)
 	}
 	return log
 }

@@ -330,6 +330,16 @@ func (k *kit) slot(n uint32) []byte {
 	return frame
 }
 
+// freeSlots frees all small slots.
+func (k *kit) freeSlots() {
+	k.Helper()
+	for i := range k.LsSlots.MaxEntries() {
+		if err := k.LsSlots.Put(i, &bpf.LockstepLsSlot{}); err != nil {
+			k.Fatal(err)
+		}
+	}
+}
+
 // used counts the slots that are not free, of both sizes.
 func (k *kit) used() (n int) {
 	k.Helper()

@@ -142,7 +142,7 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil, false}, c.Compare); d != "" {
+	if d := cmp.Diff(Compare{DefaultTimeout, DefaultCutDelay, DefaultMaxConnections, DefaultSlots, DefaultGSOSlots, nil, true, false}, c.Compare); d != "" {
 		t.Errorf("compare: -want +got\n%s", d)
 	}
 	if want := (Heartbeat{DefaultHeartbeatInterval, DefaultHeartbeatTimeout, DefaultHeartbeatLease, DefaultHeartbeatRestart}); c.Heartbeat != want {
