@@ -5,6 +5,7 @@ package sim
 import (
 	"math"
 	"slices"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -61,7 +62,22 @@ func (h *host) newNIC(role datapath.Role) {
 		ToWire:  func(f []byte) { h.toWire(f) },
 		ToPeer:  func(f []byte) { h.toPeer(f) },
 		Rand:    h.w.rnd(rndKeys),
+		Timer:   h.timer,
 	}, h.w.sc.kernel(role, h.mac()))
+}
+
+// timer is one of the kernel's, which stand still with the host.
+func (h *host) timer(at int64, f func()) {
+	h.w.after(h.until(at), func() {
+		switch {
+		case !h.alive:
+		case h.isFrozen():
+			h.timer(at+int64(time.Millisecond), f)
+		default:
+			f()
+			h.turn()
+		}
+	})
 }
 
 // dropNIC: the tables are gone.

@@ -110,6 +110,7 @@ func (sc *Scenario) compare() compare.Config {
 	return compare.Config{
 		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, MaxHalfOpen: maxHalfOpen,
 		Slots: loader.TCPSlots(sc.Slots), LargeSlots: loader.TCPSlots(largeSlots),
+		FastPath: sc.Seed%4 != 3,
 	}
 }
 

@@ -70,8 +70,8 @@ func (m *machine) slotClass(p *bpfmodel.Segment, tcp bool, large bool) int {
 	return classTCP
 }
 
-// claim finds a free slot among n of size bytes in mem. Half-way it goes on at a random
-// place.
+// claim finds a free slot among n of size bytes in mem. Half of the probes are spread evenly from a
+// random place.
 func (m *machine) claim(mem []byte, size int, p *bpfmodel.Segment, tcp, large bool) (slot []byte, index uint32) {
 	n := len(mem) / size
 	first, share := 0, n/dgramShare
@@ -84,15 +84,16 @@ func (m *machine) claim(mem []byte, size int, p *bpfmodel.Segment, tcp, large bo
 		first, n = share, n-share
 	}
 	cursor := &m.cursor[m.slotClass(p, tcp, large)]
-	start := *cursor
+	at, step := *cursor, uint32(1)
 	for i := range uint32(probes) {
 		if n == 0 {
 			break
 		}
 		if i == probes/2 {
-			start = m.host.Rand.Uint32()
+			at, step = m.host.Rand.Uint32()%uint32(n), max(uint32(n)/(probes/2), 1)
 		}
-		key := uint32(first) + (start+i)%uint32(n)
+		key := uint32(first) + at%uint32(n)
+		at += step
 		if int(key) >= len(mem)/size {
 			break
 		}
@@ -189,8 +190,8 @@ func stride(gso uint16, paylen int) int {
 	return int(gso) * (segs/(int(bpf.LockstepLsConstLS_BOUND_MAX)+1) + 1)
 }
 
-// report passes m.rec to user space.
-func (m *machine) report() bool {
+// report passes m.rec to user space. number: see ls_fast_state.
+func (m *machine) report(number uint32) bool {
 	n := recordMinSize
 	if m.rec.Nsum > 0 {
 		n = recordSize
@@ -200,6 +201,6 @@ func (m *machine) report() bool {
 		return false
 	}
 	ev := e.record()
-	ev.Type, ev.At, ev.Rec = uint32(bpf.LockstepLsEvTypeLS_EV_REC), uint64(m.host.Now()), m.rec
+	ev.Type, ev.Number, ev.At, ev.Rec = uint32(bpf.LockstepLsEvTypeLS_EV_REC), number, uint64(m.host.Now()), m.rec
 	return true
 }

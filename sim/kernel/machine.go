@@ -23,6 +23,9 @@ type Host struct {
 	ToWire  func(frame []byte) // out to the bridge: what has left
 	ToPeer  func(frame []byte) // onto the peer link
 	Rand    *rand.Rand         // where the search for a free slot goes on
+
+	// Timer calls f at a boottime. nil: the programs have no timers.
+	Timer func(at int64, f func())
 }
 
 // Options are those of loader.Options that matter to the kernel. 0 stands for a default.
@@ -54,6 +57,9 @@ type machine struct {
 	slots core.Slots
 	table *bpfmodel.Table
 	cli   *bpfmodel.LRU[bpf.LockstepLsCli]
+
+	fast   map[bpfmodel.Tuple]*fastConn
+	fastOn bool
 
 	// Scratch memory of the one CPU.
 	cursor  [classes]uint32
@@ -97,6 +103,7 @@ func newMachine(h Host, o Options) *machine {
 		ring:     ring{size: o.RingBytes},
 		slots:    core.Slots{Small: aligned(o.Slots * core.SlotSize), Large: aligned(o.LargeSlots * core.LargeSize)},
 		cli:      bpfmodel.NewLRU[bpf.LockstepLsCli](o.Connections),
+		fast:     make(map[bpfmodel.Tuple]*fastConn),
 	}
 	m.setTable(bpfmodel.New(o.Connections, o.HalfOpen, o.Connections))
 	return m

@@ -44,7 +44,10 @@ type NIC struct {
 	closed    bool
 }
 
-var _ datapath.NIC = (*NIC)(nil)
+var _ interface {
+	datapath.NIC
+	datapath.FastPath
+} = (*NIC)(nil)
 
 // New returns a NIC with tables of its own, in mode SHUT.
 func New(h Host, o Options) *NIC { return open(newMachine(h, o)) }
@@ -53,7 +56,7 @@ func New(h Host, o Options) *NIC { return open(newMachine(h, o)) }
 func open(m *machine) *NIC {
 	n := &NIC{m: m, gate: core.Gate{Conf: &m.conf, Keys: &m.keys, Own: m.opts.MAC}}
 	store := core.NewStore(m.slots)
-	n.decoder.Frames = store
+	n.decoder.Frames, n.decoder.Seen = store, core.NewNumbers()
 	t := &n.transmit
 	t.Frames, t.Newest = store, n.newest
 	t.Signer = core.Signer{Gate: &n.gate, Dir: bpf.LockstepLsDirLS_DIR_P2S}
@@ -84,6 +87,7 @@ func (n *NIC) Reopen() *NIC {
 	m.ring.reset()
 	m.slots.FreeAll()
 	m.cursor = [classes]uint32{}
+	m.fast, m.fastOn = make(map[bpfmodel.Tuple]*fastConn), false
 	return next
 }
 
@@ -91,6 +95,7 @@ func (n *NIC) Reopen() *NIC {
 // the NIC.
 func (n *NIC) Release() {
 	n.m.slots.FreeAll()
+	n.m.fast = nil
 	spare.Lock()
 	defer spare.Unlock()
 	for _, mem := range [][]byte{n.m.slots.Small, n.m.slots.Large} {

@@ -7,6 +7,8 @@ import (
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
+	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // priOut is bpf/pri_out.bpf.c: the PVM's output, and released frames.
@@ -34,7 +36,7 @@ func (m *machine) priOut(b []byte, gso uint16, from mark) {
 		if m.primaryOnly(p) {
 			m.priLeave(b, gso, bpf.LockstepLsReasonLS_R_primaryOnly)
 		} else {
-			m.count(m.priHold(b, gso, p, false))
+			m.count(m.priHold(b, gso, p, false, uint32(compare.NoSlot), 0))
 		}
 	case bpfmodel.ClassLink:
 		if !m.leased() {
@@ -51,11 +53,21 @@ func (m *machine) priOut(b []byte, gso uint16, from mark) {
 func (m *machine) priTCP(b []byte, gso uint16, p *bpfmodel.Segment) {
 	m.strip(p)
 	flags := p.TCP().Flags()
+	v, slot, number := m.fastPVM(b, gso, p)
+	switch v {
+	case fastPass:
+		m.priLeave(b, gso, bpf.LockstepLsReasonLS_R_fastPassed)
+		return
+	case fastHeld:
+		return
+	}
 	if p.Pay == p.End && flags&(bpfmodel.SYN|bpfmodel.FIN|bpfmodel.RST) == 0 {
-		if m.event(b, gso, p, true, bpf.LockstepLsEvTypeLS_EV_PVM) == nil {
+		e := m.event(b, gso, p, true, bpf.LockstepLsEvTypeLS_EV_PVM)
+		if e == nil {
 			m.count(bpf.LockstepLsReasonLS_R_noRing)
 			return
 		}
+		e.frame().Number = number
 		m.count(bpf.LockstepLsReasonLS_R_heldAck)
 		return
 	}
@@ -63,7 +75,7 @@ func (m *machine) priTCP(b []byte, gso uint16, p *bpfmodel.Segment) {
 		m.count(bpf.LockstepLsReasonLS_R_crowded)
 		return
 	}
-	why := m.priHold(b, gso, p, true)
+	why := m.priHold(b, gso, p, true, slot, number)
 	if why != bpf.LockstepLsReasonLS_R_held || flags&(bpfmodel.SYN|bpfmodel.RST) != bpfmodel.SYN {
 		m.count(why)
 		return
@@ -76,15 +88,23 @@ func (m *machine) priTCP(b []byte, gso uint16, p *bpfmodel.Segment) {
 	m.send(b, recOff(p))
 }
 
-// priHold holds a frame. It returns held, or why it is lost.
-func (m *machine) priHold(b []byte, gso uint16, p *bpfmodel.Segment, tcp bool) bpf.LockstepLsReason {
+// priHold holds a frame, which is in slot already unless that is NoSlot. It returns held, or why it is lost.
+func (m *machine) priHold(b []byte, gso uint16, p *bpfmodel.Segment, tcp bool, slot, number uint32) bpf.LockstepLsReason {
 	e := m.event(b, gso, p, tcp, bpf.LockstepLsEvTypeLS_EV_PVM)
+	kept := slot != uint32(compare.NoSlot)
 	if e == nil {
+		if kept {
+			m.freeSlot(slot)
+		}
 		return bpf.LockstepLsReasonLS_R_noRing
 	}
 	ev := e.frame()
+	ev.Number = number
 	ev.Sum = m.digestDatagram(p, m.quote.Find(p, false))
-	why := m.keep(b, p, tcp, ev)
+	why := bpf.LockstepLsReasonLS_R_held
+	if ev.Slot = slot; !kept {
+		why = m.keep(b, p, tcp, ev)
+	}
 	// A segment without a slot is reported too: it leaves a hole before what follows it.
 	e.discarded = why != bpf.LockstepLsReasonLS_R_held && (why != bpf.LockstepLsReasonLS_R_noSlot || p.Datagram)
 	return why
@@ -207,6 +227,17 @@ func (m *machine) digestRx(b []byte) {
 		return
 	}
 	r, c := &m.rec, &m.conf
+	number := uint32(0)
+	if r.Type == uint8(bpf.LockstepLsRecTypeLS_REC_DATA) {
+		if gap != 0 {
+			number = m.fastGiveUp(core.FromTuple(&r.T))
+		} else {
+			var done bool
+			if number, done = m.fastRecord(); done {
+				return
+			}
+		}
+	}
 	switch typ := bpf.LockstepLsRecType(r.Type); {
 	case typ == bpf.LockstepLsRecTypeLS_REC_ECHO: // R20
 		c.LeaseUntil = max(c.LeaseUntil, r.Sum[0]+c.LeaseDuration)
@@ -214,7 +245,7 @@ func (m *machine) digestRx(b []byte) {
 		m.count(bpf.LockstepLsReasonLS_R_echoIn)
 	case typ == bpf.LockstepLsRecTypeLS_REC_DATA && bpfmodel.Flags(r.TcpFlags)&bpfmodel.SYN != 0 && m.crowded():
 		m.count(bpf.LockstepLsReasonLS_R_crowded)
-	case m.report():
+	case m.report(number):
 		m.count(bpf.LockstepLsReasonLS_R_recordIn)
 	default:
 		m.count(bpf.LockstepLsReasonLS_R_noRing)

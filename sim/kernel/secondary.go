@@ -97,7 +97,7 @@ func (m *machine) secRecord(b []byte) {
 		m.send(b, off)
 		return
 	}
-	if !m.report() {
+	if !m.report(0) {
 		why = bpf.LockstepLsReasonLS_R_noRing
 	}
 	m.count(why)
