@@ -15,7 +15,7 @@ type Handover struct {
 	TS        bool   // segments have timestamps: TSSent is the newest that has left
 	TSSent    uint32
 	TSLast    uint32 // the PVM's newest
-	HasPure   bool // Pure is what the PVM's newest pure ACK acknowledges
+	HasPure   bool   // Pure is what the PVM's newest pure ACK acknowledges
 	Pure      uint32
 
 	// What the guests have acknowledged of the remote's stream, and what has been transmitted of it.
@@ -34,11 +34,11 @@ type Acked struct {
 }
 
 const (
-	// A connection is offered to the kernel this long after it opened or was given back: one that
-	// is over sooner is not worth it. Where the kernel had next to nothing to do, twice as long each time.
 	offerAfter = time.Millisecond
-	offerMax   = 100 * time.Millisecond
-	offerWorth = 32 // frames and ACKs
+	// Where the kernel had less to do than so many frames and ACKs, it gets the connection again after
+	// twice as long, up to so many times as long as at first.
+	offerWorth = 32
+	offerMax   = 128
 	// A connection that the kernel owns is looked at so often.
 	ownedFor = time.Second
 )
@@ -83,7 +83,7 @@ func (p *Primary) offer(c *conn) {
 		return
 	}
 	if o.offerAt == 0 {
-		o.wait = offerAfter
+		o.wait = p.cfg.OfferAfter
 		o.offerAt = p.now + int64(o.wait)
 	}
 	if p.now < o.offerAt || !c.quiet() {
@@ -187,10 +187,10 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 	case o.looking:
 		o.offerAt = p.now
 	case h.Frames+h.ACKs < offerWorth:
-		o.wait = min(2*o.wait, offerMax)
+		o.wait = min(2*o.wait, offerMax*p.cfg.OfferAfter)
 		o.offerAt = p.now + int64(o.wait)
 	default:
-		o.wait = offerAfter
+		o.wait = p.cfg.OfferAfter
 		o.offerAt = p.now + int64(o.wait)
 	}
 	if h.Frames+h.ACKs+h.Records > 0 {

@@ -39,7 +39,10 @@ type Config struct {
 	KeepYoung bool
 
 	// FastPath: connections of which nothing waits are offered to the kernel (R27).
-	FastPath bool
+	// OfferAfter is how long after it has opened, or was given back: one that is over
+	// sooner is not worth it; 1 ms.
+	FastPath   bool
+	OfferAfter time.Duration
 
 	Epoch uint32 // the one to start in
 }
@@ -60,6 +63,7 @@ func (c *Config) setDefaults() {
 	c.MaxFlows = cmp.Or(c.MaxFlows, 1<<14)
 	c.MaxDatagrams = cmp.Or(c.MaxDatagrams, 1<<12)
 	c.FlowDatagrams = cmp.Or(c.FlowDatagrams, 1<<10)
+	c.OfferAfter = cmp.Or(c.OfferAfter, offerAfter)
 	c.MaxUnmatched = cmp.Or(c.MaxUnmatched, 1<<14)
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/state"
 	"github.com/lockstep-ft/lockstep/sim/kernel"
@@ -83,6 +84,12 @@ func (h *host) timer(at int64, f func()) {
 // dropNIC: the tables are gone.
 func (h *host) dropNIC() {
 	if h.nic != nil {
+		for what, why := range map[string]bpf.LockstepLsReason{
+			"fast path: held": bpf.LockstepLsReasonLS_R_fastHeld, "fast path: passed": bpf.LockstepLsReasonLS_R_fastPassed,
+			"fast path: sent": bpf.LockstepLsReasonLS_R_fastOut, "fast path: record": bpf.LockstepLsReasonLS_R_fastIn,
+		} {
+			h.w.reached[what] += int(h.nic.Count(why))
+		}
 		h.nic.Release()
 		h.nic = nil
 	}

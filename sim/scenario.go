@@ -107,10 +107,14 @@ const largeSlots = 48
 const maxHalfOpen = 64
 
 func (sc *Scenario) compare() compare.Config {
+	eager := time.Duration(0)
+	if sc.Seed%4 < 2 {
+		eager = 1
+	}
 	return compare.Config{
 		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, MaxHalfOpen: maxHalfOpen,
 		Slots: loader.TCPSlots(sc.Slots), LargeSlots: loader.TCPSlots(largeSlots),
-		FastPath: sc.Seed%4 != 3,
+		FastPath: sc.Seed%4 != 3, OfferAfter: eager,
 	}
 }
 
