@@ -17,7 +17,7 @@ import (
 )
 
 // own makes the kernel the owner of f, of which everything below seq has left.
-func (k *kit) own(f flow, seq uint32) {
+func own(k *kit, f flow, seq uint32) {
 	k.Helper()
 	if err := k.LsFast.Put(ptr(f.tuple()), &bpf.LockstepLsFast{}); err != nil {
 		k.Fatal(err)
@@ -26,14 +26,14 @@ func (k *kit) own(f flow, seq uint32) {
 	ctx := bpf.LockstepLsFastCtx{T: f.tuple(), Op: uint32(bpf.LockstepLsFastOpLS_FAST_GRANT), S: core.ToFast(&compare.Handover{
 		Inherited: true, Released: seq, TS: true, PVM: acked, SVM: acked, Sent: acked,
 	})}
-	k.order(&ctx)
+	fastOrder(k, &ctx)
 	if ctx.Done == 0 {
 		k.Fatal("the kernel does not take the connection")
 	}
 }
 
-// order gives the programs an order about a connection's owner.
-func (k *kit) order(ctx *bpf.LockstepLsFastCtx) {
+// fastOrder gives the programs an order about a connection's owner.
+func fastOrder(k *kit, ctx *bpf.LockstepLsFastCtx) {
 	k.Helper()
 	b := structBytes(ctx)
 	if _, err := k.LsFastOrder.Run(&ebpf.RunOptions{Context: b, ContextOut: b}); err != nil {
@@ -42,7 +42,7 @@ func (k *kit) order(ctx *bpf.LockstepLsFastCtx) {
 }
 
 // fastRecord is the frame of the record of what the SVM sent, in a frame that may have a partial checksum.
-func (k *kit) fastRecord(f flow, s seg) []byte {
+func fastRecord(k *kit, f flow, s seg) []byte {
 	r := bpf.LockstepLsRec{
 		Version: abiVersion, Type: data, Dir: s2p, Flags: inherited, KeyGen: keyGen, Epoch: epoch, T: f.tuple(), Seq: s.seq, End: s.end(), Ack: s.ack,
 		Win: s.win, TcpFlags: s.flags, Optlen: uint8(len(s.opts)), Opts: opts40(s.opts), Sum: k.sum(s.seq, s.payload),
@@ -72,7 +72,7 @@ func TestLiveFastPath(t *testing.T) {
 					if partial {
 						v, frame = f.offloaded(s, frame, 0)
 					}
-					k.own(f, s.seq)
+					own(k, f, s.seq)
 					k.expect(counts{"fast_held": 1}, func() { l.write(l.tap, v, frame) })
 
 					other := s
@@ -82,12 +82,12 @@ func TestLiveFastPath(t *testing.T) {
 						vr = vnet{flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, csumStart: uint16(f.l4(s)), csumOffset: 16}
 					}
 					if record && !partial { // it cannot become such a frame
-						k.expect(counts{"record_in": 1}, func() { l.write(l.far, vr, k.fastRecord(f, other)) })
+						k.expect(counts{"record_in": 1}, func() { l.write(l.far, vr, fastRecord(k, f, other)) })
 						k.events()
-						k.freeSlots()
+						freeSlots(k)
 						continue
 					}
-					k.expect(counts{"fast_in": 1, "fast_out": 1, "released_out": 1}, func() { l.write(l.far, vr, k.fastRecord(f, other)) })
+					k.expect(counts{"fast_in": 1, "fast_out": 1, "released_out": 1}, func() { l.write(l.far, vr, fastRecord(k, f, other)) })
 					gotV, got := l.read(l.out)
 
 					// The ACK, window and echo are those that both guests have (R2).

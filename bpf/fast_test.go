@@ -191,7 +191,7 @@ func (g *together) events(now int64) {
 		evs, _ = g.decoder.Event(b, n, evs)
 	}
 	for i := range evs {
-		if g.p.Owned(&evs[i].Seg.Tuple) {
+		if g.p.Owners().Kernel(&evs[i].Seg.Tuple) {
 			g.take(now)
 		}
 		g.step(now, evs[i])
@@ -228,7 +228,7 @@ func (g *together) step(now int64, ev compare.Event) {
 			continue
 		}
 		out := compare.Event{Kind: compare.EvGranted, Seg: compare.Segment{Tuple: e.Tuple}}
-		if h, ok := g.p.Offer(&e.Tuple); ok && g.grant(&e.Tuple, &h) {
+		if h, ok := g.p.Owners().Offer(&e.Tuple); ok && g.grant(&e.Tuple, &h) {
 			out.Handover = &h
 			g.grants++
 		}
@@ -252,7 +252,7 @@ func (g *together) grant(t *compare.Tuple, h *compare.Handover) bool {
 	}
 	ctx := bpf.LockstepLsFastCtx{T: core.ToTuple(*t), Op: uint32(bpf.LockstepLsFastOpLS_FAST_GRANT), S: core.ToFast(h)}
 	ctx.S.Number = seen
-	g.k.order(&ctx)
+	fastOrder(g.k, &ctx)
 	if ctx.Done == 0 {
 		g.t.Error("refused")
 	}
@@ -262,7 +262,7 @@ func (g *together) grant(t *compare.Tuple, h *compare.Handover) bool {
 func (g *together) take(now int64) {
 	t := core.FromTuple(ptr(g.f.tuple()))
 	ctx := bpf.LockstepLsFastCtx{T: g.f.tuple(), Op: uint32(bpf.LockstepLsFastOpLS_FAST_TAKE)}
-	g.k.order(&ctx)
+	fastOrder(g.k, &ctx)
 	h, evs := g.decoder.Fast(&ctx, nil)
 	g.taken++
 	g.step(now, compare.Event{Kind: compare.EvTaken, Seg: compare.Segment{Tuple: t}, Handover: h})

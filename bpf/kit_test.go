@@ -331,7 +331,7 @@ func (k *kit) slot(n uint32) []byte {
 }
 
 // freeSlots frees all small slots.
-func (k *kit) freeSlots() {
+func freeSlots(k *kit) {
 	k.Helper()
 	for i := range k.LsSlots.MaxEntries() {
 		if err := k.LsSlots.Put(i, &bpf.LockstepLsSlot{}); err != nil {

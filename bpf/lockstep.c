@@ -22,6 +22,7 @@
 #include "conn.h"
 #include "quote.h"
 #include "fast.h"
+#include "fast_decide.h"
 
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"

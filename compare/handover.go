@@ -61,7 +61,7 @@ func (o *options) plain() bool {
 
 // quiet reports whether nothing of c waits, and nothing about it is out of the ordinary, so that
 // the kernel may own it.
-func (c *conn) quiet() bool {
+func quiet(c *conn) bool {
 	switch a := &c.acks; {
 	case c.frozen, c.diverged, c.sealed, c.synHeld(), c.openOnSVM, c.accECN, c.tuple.VLAN != 0:
 	case !c.established, !c.rooted, c.floating, c.adopted, !c.inc.settled:
@@ -86,18 +86,24 @@ func (p *Primary) offer(c *conn) {
 		o.wait = p.cfg.OfferAfter
 		o.offerAt = p.now + int64(o.wait)
 	}
-	if p.now < o.offerAt || !c.quiet() {
+	if p.now < o.offerAt || !quiet(c) {
 		return
 	}
 	o.offered, o.known = true, true
 	p.emit(OpGrant, &c.tuple)
 }
 
+// Owners are the connections of a [Primary], by who owns them.
+type Owners struct{ conns *connTable }
+
+// Owners gives them.
+func (p *Primary) Owners() Owners { return Owners{&p.conns} }
+
 // Offer gives the state of a connection that an OpGrant is about, unless it is no longer quiet. What
 // came of it is an EvGranted.
-func (p *Primary) Offer(t *Tuple) (Handover, bool) {
-	c := p.conns.byTuple[*t]
-	if c == nil || !c.owner.offered || !c.quiet() {
+func (o Owners) Offer(t *Tuple) (Handover, bool) {
+	c := o.conns.byTuple[*t]
+	if c == nil || !c.owner.offered || !quiet(c) {
 		return Handover{}, false
 	}
 	a := &c.acks
@@ -108,25 +114,25 @@ func (p *Primary) Offer(t *Tuple) (Handover, bool) {
 	}, true
 }
 
-// FastPath reports whether connections are offered to the kernel.
-func (p *Primary) FastPath() bool { return p.cfg.FastPath }
+// Offers reports whether connections are offered to the kernel at all.
+func (o Owners) Offers() bool { return o.conns.cfg.FastPath }
 
-// Owned reports whether the kernel owns a connection. An event of one is for [Primary.Step] only
+// Kernel reports whether the kernel owns a connection. An event of one is for [Primary.Step] only
 // after the connection was taken back.
-func (p *Primary) Owned(t *Tuple) bool {
-	if p.conns.owned == 0 {
+func (o Owners) Kernel(t *Tuple) bool {
+	if o.conns.owned == 0 {
 		return false
 	}
-	c := p.conns.byTuple[*t]
+	c := o.conns.byTuple[*t]
 	return c != nil && c.owner.kernel
 }
 
-// OwnedAll appends the connections that the kernel owns.
-func (p *Primary) OwnedAll(ts []Tuple) []Tuple {
-	if p.conns.owned == 0 {
+// All appends the connections that the kernel owns.
+func (o Owners) All(ts []Tuple) []Tuple {
+	if o.conns.owned == 0 {
 		return ts
 	}
-	for t, c := range p.conns.byTuple {
+	for t, c := range o.conns.byTuple {
 		if c.owner.kernel {
 			ts = append(ts, t)
 		}

@@ -25,6 +25,7 @@ var notDrops = map[string]bool{
 	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
 	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
 	"xdp_passed": true, "sacked": true, "peer_again": true, "copy_lost": true, "resend_gone": true,
+	"fast_held": true, "fast_passed": true, "fast_out": true, "fast_in": true,
 }
 
 // Status gathers what the daemon knows.
@@ -88,6 +89,9 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 		}
 		if times > 0 {
 			s.Counters["intruded"] += times
+		}
+		for why, times := range n.GivenBack() {
+			s.Counters["fast_back_"+why] += times
 		}
 		if n.Primary != nil {
 			st := n.Primary.Stats()
@@ -174,7 +178,10 @@ func nicFlows(n *nicloop.Loop) ([]api.Flow, error) {
 	compare.SortFlows(all)
 	for _, c := range all {
 		f := describe(n, &c.Tuple)
-		f.State, f.Compared, f.HeldPackets, f.HeldBytes, f.Age = c.State, &c.Compared, c.Held, c.HeldBytes, c.Age.Seconds()
+		f.State, f.Owner, f.Compared, f.HeldPackets, f.HeldBytes, f.Age = c.State, "daemon", &c.Compared, c.Held, c.HeldBytes, c.Age.Seconds()
+		if c.Kernel {
+			f.Owner = "kernel"
+		}
 		out = append(out, f)
 	}
 	return out, err

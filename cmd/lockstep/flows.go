@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -19,9 +20,9 @@ func newFlows(e env) *cobra.Command {
 
 func printFlows(out io.Writer, flows []api.Flow) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "GUEST\tREMOTE\tVLAN\tSTATE\tOFFSET\tCOMPARED\tHELD\tAGE")
+	fmt.Fprintln(w, "GUEST\tREMOTE\tVLAN\tSTATE\tOWNER\tOFFSET\tCOMPARED\tHELD\tAGE")
 	for _, f := range flows {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d/%d B\t%v\n", f.Guest, f.Remote, dash(f.VLAN), f.State,
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d/%d B\t%v\n", f.Guest, f.Remote, dash(f.VLAN), f.State, cmp.Or(f.Owner, "-"),
 			dash(f.Offset), dash(f.Compared), f.HeldPackets, f.HeldBytes,
 			time.Duration(f.Age*float64(time.Second)).Round(time.Millisecond))
 	}

@@ -61,6 +61,7 @@ func printStatus(out io.Writer, s api.Status) error {
 	fmt.Fprintf(w, "connections:\t%d\n", s.Connections)
 	fmt.Fprintf(w, "held:\t%d packets, %d bytes\n", s.HeldPackets, s.HeldBytes)
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)
+	printFastPath(w, s.Counters)
 	fmt.Fprintf(w, "checkpoints:\t%d requested, %d done\n", s.CheckpointsRequested, s.CheckpointsDone)
 	label = "last causes:"
 	for _, c := range s.Causes[max(0, len(s.Causes)-3):] {
@@ -74,6 +75,22 @@ func printStatus(out io.Writer, s api.Status) error {
 		label = ""
 	}
 	return w.Flush()
+}
+
+// printFastPath tells what the kernel decided itself, and why the daemon took connections back (R27).
+func printFastPath(w io.Writer, n map[string]uint64) {
+	kernel := n["fast_out"] + n["fast_passed"]
+	if kernel == 0 {
+		return
+	}
+	var why []string
+	for _, k := range slices.Sorted(maps.Keys(n)) {
+		if cause, ok := strings.CutPrefix(k, "fast_back_"); ok && n[k] > 0 {
+			why = append(why, fmt.Sprintf("%s %d", cause, n[k]))
+		}
+	}
+	fmt.Fprintf(w, "fast path:\t%.1f%% of the frames sent; connections given back: %s\n",
+		100*float64(kernel)/float64(n["released_out"]+n["fast_passed"]), cmp.Or(strings.Join(why, ", "), "none"))
 }
 
 func connected(is bool, since time.Time) string {

@@ -165,6 +165,7 @@ type Flow struct {
 	Remote      string  `json:"remote"`
 	VLAN        *uint16 `json:"vlan,omitempty"` // TCI
 	State       string  `json:"state"`
+	Owner       string  `json:"owner,omitempty"`    // primary: who compares it, "kernel" (positions are up to 1 s old) or "daemon"
 	Offset      *uint32 `json:"offset,omitempty"`   // ISN_SVM - ISN_PVM
 	Compared    *uint32 `json:"compared,omitempty"` // TCP sequence number, PVM numbering
 	HeldPackets int     `json:"held_packets"`

@@ -89,7 +89,7 @@ func TestParse(t *testing.T) {
 		RunDir:    "/tmp/run",
 		StateDir:  "etc/state",
 		Compare: Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300,
-			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, MPTCP: true},
+			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, FastPath: true, MPTCP: true},
 		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
 		QEMU: &QEMU{
 			Guest: qemu.Guest{

@@ -2,7 +2,11 @@
 
 package nicloop
 
-import "github.com/lockstep-ft/lockstep/compare"
+import (
+	"cmp"
+
+	"github.com/lockstep-ft/lockstep/compare"
+)
 
 // Fast path (R27): P's core offers connections to the kernel, and the loop takes them back before the
 // core hears of them again, and all of them before anything that is about the whole NIC.
@@ -13,14 +17,14 @@ func (n *Loop) fastPath(on bool) error {
 		return nil
 	}
 	if on {
-		return n.fast.SetFast(n.Primary.FastPath())
+		return n.fast.SetFast(n.Primary.Owners().Offers())
 	}
 	if err := n.fast.SetFast(false); err != nil {
 		return err
 	}
-	n.owned = n.Primary.OwnedAll(n.owned[:0])
+	n.owned = n.Primary.Owners().All(n.owned[:0])
 	for i := range n.owned {
-		n.take(n.owned[i])
+		n.take(n.owned[i], compare.EvFreeze)
 	}
 	return nil
 }
@@ -31,8 +35,8 @@ func (n *Loop) changeOwner(e *compare.Effect) {
 	case compare.OpGrant:
 		n.grant(e.Tuple)
 	case compare.OpTake:
-		if n.Primary.Owned(&e.Tuple) {
-			n.take(e.Tuple)
+		if n.Primary.Owners().Kernel(&e.Tuple) {
+			n.take(e.Tuple, compare.EvTick)
 		}
 	case compare.OpForget:
 		if err := n.fast.Forget(e.Tuple); err != nil {
@@ -44,7 +48,7 @@ func (n *Loop) changeOwner(e *compare.Effect) {
 // grant hands a connection over that the core offers.
 func (n *Loop) grant(t compare.Tuple) {
 	ev := compare.Event{Kind: compare.EvGranted, Seg: compare.Segment{Tuple: t, Slot: compare.NoSlot}}
-	if h, ok := n.Primary.Offer(&t); ok && n.fast != nil {
+	if h, ok := n.Primary.Owners().Offer(&t); ok && n.fast != nil {
 		granted, err := n.fast.Grant(t, &h)
 		if err != nil {
 			n.log.Debug("a connection stays here", "connection", t, "err", err)
@@ -56,8 +60,19 @@ func (n *Loop) grant(t compare.Tuple) {
 	n.step(n.DP.Now(), &ev)
 }
 
-// take takes a connection back from the kernel.
-func (n *Loop) take(t compare.Tuple) {
+// Why connections were taken back.
+var givenBack = map[compare.EventKind]string{
+	compare.EvPVM: "pvm", compare.EvSVM: "svm", compare.EvClient: "client", compare.EvYield: "late", compare.EvTick: "look", compare.EvFreeze: "order",
+}
+
+// GivenBack counts the connections that were taken back, by why: a frame of the PVM, a digest record of the SVM or a
+// SYN, FIN or RST of the client that the kernel leaves to the core; nothing for too long from one of the guests
+// ("late"); the look once a second; an order, such as a checkpoint.
+func (n *Loop) GivenBack() map[string]uint64 { return n.taken }
+
+// take takes a connection back from the kernel, because of an event of that kind.
+func (n *Loop) take(t compare.Tuple, why compare.EventKind) {
+	n.taken[cmp.Or(givenBack[why], "other")]++
 	h, evs, err := n.fast.Take(t, nil)
 	if err != nil {
 		n.log.Warn("what the kernel knows of a connection is lost", "connection", t, "err", err)

@@ -60,6 +60,7 @@ type Loop struct {
 
 	fast  datapath.FastPath // nil: there is none
 	owned []compare.Tuple   // fastPath's
+	taken map[string]uint64 // GivenBack's
 
 	// The loop's own.
 	evs               []compare.Event
@@ -106,7 +107,7 @@ func newLoop(index int, dp datapath.NIC, log *slog.Logger, want func(Request), k
 	fast, _ := dp.(datapath.FastPath)
 	return &Loop{
 		Index: index, DP: dp, Keys: &keys, log: log.With("nic", index), want: want,
-		cmds: make(chan func(), 16), dead: make(chan struct{}), fast: fast,
+		cmds: make(chan func(), 16), dead: make(chan struct{}), fast: fast, taken: make(map[string]uint64),
 	}
 }
 
@@ -211,8 +212,8 @@ func (n *Loop) poll(wait time.Duration) error {
 	unpark := false
 	for i := range evs {
 		ev := &evs[i]
-		if n.Primary != nil && n.Primary.Owned(&ev.Seg.Tuple) {
-			n.take(ev.Seg.Tuple)
+		if n.Primary != nil && n.Primary.Owners().Kernel(&ev.Seg.Tuple) {
+			n.take(ev.Seg.Tuple, ev.Kind)
 		}
 		if ev.Kind == compare.EvPark {
 			unpark = !n.parked

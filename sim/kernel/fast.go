@@ -30,6 +30,17 @@ type fastConn struct {
 	s             bpf.LockstepLsFastState
 }
 
+// fastTable is the map ls_fast with what goes by it.
+type fastTable struct {
+	m  *machine
+	of map[bpfmodel.Tuple]*fastConn
+	on bool
+}
+
+func newFastTable(m *machine) fastTable {
+	return fastTable{m: m, of: make(map[bpfmodel.Tuple]*fastConn)}
+}
+
 // fastOut is what a frame that leaves says.
 type fastOut struct {
 	seq, ack, tsval, tsecr uint32
@@ -76,7 +87,8 @@ func ackedUpdate(d *bpf.LockstepLsAcked, ack uint32, win uint16, scale uint8, ts
 	return grew
 }
 
-func (m *machine) fastMinimum(s *bpf.LockstepLsFastState, pvm, svm *bpf.LockstepLsAcked) (ack, edge uint32, win uint16, grown bool) {
+func (x *fastTable) minimum(s *bpf.LockstepLsFastState, pvm, svm *bpf.LockstepLsAcked) (ack, edge uint32, win uint16, grown bool) {
+	m := x.m
 	if m.off(bpf.LockstepLsMutationLS_MUTATE_FAST_R2) {
 		svm = pvm
 	}
@@ -99,8 +111,8 @@ func (m *machine) fastMinimum(s *bpf.LockstepLsFastState, pvm, svm *bpf.Lockstep
 	return ack, edge, win, after(ack, s.Sent.Ack) || after(edge, s.Sent.Edge)
 }
 
-func (m *machine) fastTransmit(s *bpf.LockstepLsFastState, o *fastOut) {
-	ack, edge, win, _ := m.fastMinimum(s, &s.Pvm, &s.Svm)
+func (x *fastTable) transmit(s *bpf.LockstepLsFastState, o *fastOut) {
+	ack, edge, win, _ := x.minimum(s, &s.Pvm, &s.Svm)
 	o.ack, o.win = ack, win
 	if after(s.Sent.Edge, edge) {
 		edge = s.Sent.Edge
@@ -133,27 +145,30 @@ func fastYield(s *bpf.LockstepLsFastState) uint32 {
 	return s.Number
 }
 
-// fastArm starts the timer, if something waits and it does not run.
-func (m *machine) fastArm(t bpfmodel.Tuple, f *fastConn) {
+// arm starts the timer, if something waits and it does not run.
+func (x *fastTable) arm(t bpfmodel.Tuple, f *fastConn) {
+	m := x.m
 	if f.armed || !fastWaits(&f.s) {
 		return
 	}
-	m.fastStart(t, f, m.host.Now()+fastWait)
+	x.start(t, f, m.host.Now()+fastWait)
 }
 
-func (m *machine) fastStart(t bpfmodel.Tuple, f *fastConn, at int64) {
+func (x *fastTable) start(t bpfmodel.Tuple, f *fastConn, at int64) {
+	m := x.m
 	if m.host.Timer == nil {
 		return
 	}
 	f.armed = true
 	m.host.Timer(at, func() {
-		if m.fast[t] == f {
-			m.fastTimeout(t, f)
+		if x.of[t] == f {
+			x.timeout(t, f)
 		}
 	})
 }
 
-func (m *machine) fastTimeout(t bpfmodel.Tuple, f *fastConn) {
+func (x *fastTable) timeout(t bpfmodel.Tuple, f *fastConn) {
+	m := x.m
 	now, again := m.host.Now(), int64(0)
 	f.armed = false
 	tell, number := f.untold, f.s.Number
@@ -174,24 +189,24 @@ func (m *machine) fastTimeout(t bpfmodel.Tuple, f *fastConn) {
 		again, f.untold = fastWait, true
 	}
 	if again > 0 {
-		m.fastStart(t, f, now+again)
+		x.start(t, f, now+again)
 	}
 }
 
-// fastGiveUp is a frame or record that user space decides about; 0: the kernel has no entry of its connection.
-func (m *machine) fastGiveUp(t bpfmodel.Tuple) uint32 {
-	if f := m.fast[t]; f != nil {
+// giveUp is a frame or record that user space decides about; 0: the kernel has no entry of its connection.
+func (x *fastTable) giveUp(t bpfmodel.Tuple) uint32 {
+	if f := x.of[t]; f != nil {
 		return fastYield(&f.s)
 	}
 	return 0
 }
 
-func (m *machine) fastCommon(f *fastConn, flags bpfmodel.Flags, optlen int, t *bpfmodel.Tuple) bool {
+func (x *fastTable) common(f *fastConn, flags bpfmodel.Flags, optlen int, t *bpfmodel.Tuple) bool {
 	want := 0
 	if f.s.Ts != 0 {
 		want = fastTS
 	}
-	return m.fastOn && f.s.Owner == ownerKernel && flags&^bpfmodel.PSH == bpfmodel.ACK && optlen == want && t.VLAN == 0
+	return x.on && f.s.Owner == ownerKernel && flags&^bpfmodel.PSH == bpfmodel.ACK && optlen == want && t.VLAN == 0
 }
 
 // fastWrite writes o's numbers into the TCP header of the frame.
@@ -207,11 +222,12 @@ func fastWrite(p *bpfmodel.Segment, o *fastOut) {
 	}
 }
 
-// fastPVM decides about a segment of the PVM. Where user space does, ev has the number, and the slot if the
+// pvm decides about a segment of the PVM. Where user space does, ev has the number, and the slot if the
 // frame is in one.
-func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, slot, number uint32) {
+func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, slot, number uint32) {
+	m := x.m
 	none := uint32(compare.NoSlot)
-	f := m.fast[p.Tuple]
+	f := x.of[p.Tuple]
 	if f == nil {
 		return fastNot, none, 0
 	}
@@ -223,7 +239,7 @@ func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict,
 	if o.ts {
 		o.tsval, o.tsecr, usual = usualTS(opts)
 	}
-	if !m.fastCommon(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > slotRoom-4 || p.L4 > fastL4Max || !usual {
+	if !x.common(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > slotRoom-4 || p.L4 > fastL4Max || !usual {
 		return fastNot, none, fastYield(s)
 	}
 	now := uint64(m.host.Now())
@@ -269,9 +285,9 @@ func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict,
 		s.Pvm, s.Pure, s.HasPure = d, h.Ack(), 1
 		s.TmplLen, s.TmplL4, s.TmplPartial = uint16(p.Pay), uint16(p.L4), 0
 		clear(s.Tmpl[copy(s.Tmpl[:], b[:p.Pay]):])
-		if _, _, _, grown := m.fastMinimum(s, &s.Pvm, &s.Svm); grown {
+		if _, _, _, grown := x.minimum(s, &s.Pvm, &s.Svm); grown {
 			o.seq = s.Released
-			m.fastTransmit(s, &o)
+			x.transmit(s, &o)
 			s.Acks++
 			v = fastPass
 		} else {
@@ -286,12 +302,12 @@ func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict,
 		s.Nrecs--
 		s.Pvm, s.PvmEnd, s.Released, s.Since = d, end, end, now
 		o.seq = seq
-		m.fastTransmit(s, &o)
+		x.transmit(s, &o)
 		s.Frames++
 		s.Bytes += uint64(paylen)
 		v = fastPass
 	default:
-		_, _, _, grown := m.fastMinimum(s, &d, &s.Svm)
+		_, _, _, grown := x.minimum(s, &d, &s.Svm)
 		if !kept || int(s.Nheld) >= fastMax || grown {
 			return yield()
 		}
@@ -304,7 +320,7 @@ func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict,
 		v = fastHeld
 	}
 	s.TsLast = tsval
-	m.fastArm(p.Tuple, f)
+	x.arm(p.Tuple, f)
 	if v == fastHeld {
 		m.count(bpf.LockstepLsReasonLS_R_fastHeld)
 		return v, none, 0
@@ -313,12 +329,13 @@ func (m *machine) fastPVM(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict,
 	return v, none, 0
 }
 
-// fastRecord decides about the digest record in m.rec. It reports whether it did; else user space does, and
+// record decides about the digest record in m.rec. It reports whether it did; else user space does, and
 // number is that of the event.
-func (m *machine) fastRecord() (number uint32, done bool) {
+func (x *fastTable) record() (number uint32, done bool) {
+	m := x.m
 	r := &m.rec
 	t := core.FromTuple(&r.T)
-	f := m.fast[t]
+	f := x.of[t]
 	if f == nil {
 		return 0, false
 	}
@@ -328,7 +345,7 @@ func (m *machine) fastRecord() (number uint32, done bool) {
 	if ts {
 		_, ecr, usual = usualTS(opts)
 	}
-	if !m.fastCommon(f, bpfmodel.Flags(r.TcpFlags), len(opts), &t) || r.Epoch != m.conf.Epoch || !usual ||
+	if !x.common(f, bpfmodel.Flags(r.TcpFlags), len(opts), &t) || r.Epoch != m.conf.Epoch || !usual ||
 		r.Seq != s.SvmEnd || (s.Ts != 0) != ts || s.Inherited != r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) || s.Inherited == 0 && s.Inc != r.Inc {
 		return fastYield(s), false
 	}
@@ -355,7 +372,7 @@ func (m *machine) fastRecord() (number uint32, done bool) {
 		if payload && int(s.Nrecs) >= fastMax || !payload && !grew {
 			return fastYield(s), false
 		}
-		if ack, _, _, grown := m.fastMinimum(s, &s.Pvm, &d); grown {
+		if ack, _, _, grown := x.minimum(s, &s.Pvm, &d); grown {
 			if s.HasPure == 0 || after(ack, s.Pure) {
 				return fastYield(s), false
 			}
@@ -377,9 +394,9 @@ func (m *machine) fastRecord() (number uint32, done bool) {
 	s.Since = now
 	s.Records++
 	if frame != nil {
-		m.fastTransmit(s, &o)
+		x.transmit(s, &o)
 	}
-	m.fastArm(t, f)
+	x.arm(t, f)
 	m.count(bpf.LockstepLsReasonLS_R_fastIn)
 	if frame == nil {
 		return 0, true
@@ -399,24 +416,30 @@ func (m *machine) freeSlot(slot uint32) {
 	binary.LittleEndian.PutUint32(m.slots.Element(compare.Slot(slot)), slotFree)
 }
 
+// fastPath is a daemon's view of it.
+type fastPath struct {
+	table   *fastTable
+	decoder *core.Decoder
+}
+
 // SetFast implements [datapath.FastPath].
-func (n *NIC) SetFast(on bool) error {
-	n.m.fastOn = on
+func (p *fastPath) SetFast(on bool) error {
+	p.table.on = on
 	return nil
 }
 
 // Grant implements [datapath.FastPath].
-func (n *NIC) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
-	seen, known := n.decoder.Seen.Of(t)
+func (p *fastPath) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
+	seen, known := p.decoder.Seen.Of(t)
 	if !known {
-		n.m.fast[t] = new(fastConn)
-		n.decoder.Seen.Begin(t)
+		p.table.of[t] = new(fastConn)
+		p.decoder.Seen.Begin(t)
 		return false, nil
 	}
-	f := n.m.fast[t]
+	f := p.table.of[t]
 	if f.s.Owner != ownerUser || f.s.Number != seen {
-		if n.decoder.Seen.Refused(t) {
-			return false, n.Forget(t)
+		if p.decoder.Seen.Refused(t) {
+			return false, p.Forget(t)
 		}
 		return false, nil
 	}
@@ -426,19 +449,19 @@ func (n *NIC) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
 }
 
 // Take implements [datapath.FastPath].
-func (n *NIC) Take(t compare.Tuple, evs []compare.Event) (*compare.Handover, []compare.Event, error) {
-	f := n.m.fast[t]
+func (p *fastPath) Take(t compare.Tuple, evs []compare.Event) (*compare.Handover, []compare.Event, error) {
+	f := p.table.of[t]
 	if f == nil {
 		return nil, evs, errors.New("no such connection")
 	}
 	f.s.Owner, f.untold = ownerUser, false
-	h, evs := n.decoder.Fast(&bpf.LockstepLsFastCtx{T: core.ToTuple(t), S: f.s}, evs)
+	h, evs := p.decoder.Fast(&bpf.LockstepLsFastCtx{T: core.ToTuple(t), S: f.s}, evs)
 	return h, evs, nil
 }
 
 // Forget implements [datapath.FastPath].
-func (n *NIC) Forget(t compare.Tuple) error {
-	n.decoder.Seen.End(t)
-	delete(n.m.fast, t)
+func (p *fastPath) Forget(t compare.Tuple) error {
+	p.decoder.Seen.End(t)
+	delete(p.table.of, t)
 	return nil
 }

@@ -58,8 +58,7 @@ type machine struct {
 	table *bpfmodel.Table
 	cli   *bpfmodel.LRU[bpf.LockstepLsCli]
 
-	fast   map[bpfmodel.Tuple]*fastConn
-	fastOn bool
+	fast fastTable
 
 	// Scratch memory of the one CPU.
 	cursor  [classes]uint32
@@ -103,8 +102,8 @@ func newMachine(h Host, o Options) *machine {
 		ring:     ring{size: o.RingBytes},
 		slots:    core.Slots{Small: aligned(o.Slots * core.SlotSize), Large: aligned(o.LargeSlots * core.LargeSize)},
 		cli:      bpfmodel.NewLRU[bpf.LockstepLsCli](o.Connections),
-		fast:     make(map[bpfmodel.Tuple]*fastConn),
 	}
+	m.fast = newFastTable(m)
 	m.setTable(bpfmodel.New(o.Connections, o.HalfOpen, o.Connections))
 	return m
 }

@@ -34,6 +34,7 @@ type NIC struct {
 	// TapDown: SetTap has set the tap down, and no frame passes it.
 	TapDown bool
 
+	*fastPath
 	m         *machine
 	gate      core.Gate
 	decoder   core.Decoder
@@ -57,6 +58,7 @@ func open(m *machine) *NIC {
 	n := &NIC{m: m, gate: core.Gate{Conf: &m.conf, Keys: &m.keys, Own: m.opts.MAC}}
 	store := core.NewStore(m.slots)
 	n.decoder.Frames, n.decoder.Seen = store, core.NewNumbers()
+	n.fastPath = &fastPath{&m.fast, &n.decoder}
 	t := &n.transmit
 	t.Frames, t.Newest = store, n.newest
 	t.Signer = core.Signer{Gate: &n.gate, Dir: bpf.LockstepLsDirLS_DIR_P2S}
@@ -87,7 +89,7 @@ func (n *NIC) Reopen() *NIC {
 	m.ring.reset()
 	m.slots.FreeAll()
 	m.cursor = [classes]uint32{}
-	m.fast, m.fastOn = make(map[bpfmodel.Tuple]*fastConn), false
+	m.fast.of, m.fast.on = newFastTable(m).of, false
 	return next
 }
 
@@ -95,7 +97,7 @@ func (n *NIC) Reopen() *NIC {
 // the NIC.
 func (n *NIC) Release() {
 	n.m.slots.FreeAll()
-	n.m.fast = nil
+	n.m.fast.of = nil
 	spare.Lock()
 	defer spare.Unlock()
 	for _, mem := range [][]byte{n.m.slots.Small, n.m.slots.Large} {

@@ -53,7 +53,7 @@ func (m *machine) priOut(b []byte, gso uint16, from mark) {
 func (m *machine) priTCP(b []byte, gso uint16, p *bpfmodel.Segment) {
 	m.strip(p)
 	flags := p.TCP().Flags()
-	v, slot, number := m.fastPVM(b, gso, p)
+	v, slot, number := m.fast.pvm(b, gso, p)
 	switch v {
 	case fastPass:
 		m.priLeave(b, gso, bpf.LockstepLsReasonLS_R_fastPassed)
@@ -230,10 +230,10 @@ func (m *machine) digestRx(b []byte) {
 	number := uint32(0)
 	if r.Type == uint8(bpf.LockstepLsRecTypeLS_REC_DATA) {
 		if gap != 0 {
-			number = m.fastGiveUp(core.FromTuple(&r.T))
+			number = m.fast.giveUp(core.FromTuple(&r.T))
 		} else {
 			var done bool
-			if number, done = m.fastRecord(); done {
+			if number, done = m.fast.record(); done {
 				return
 			}
 		}

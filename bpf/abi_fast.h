@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* abi_fast.h: the part of abi.h about the fast path (R27): who owns a connection, and its state. */
+#ifndef LS_ABI_FAST_H
+#define LS_ABI_FAST_H
+
+enum ls_owner {
+	LS_OWNER_USER = 0,
+	LS_OWNER_KERNEL = 1,
+};
+
+/* What a guest, or what left, has acknowledged of the remote's stream: package compare's side. */
+struct ls_acked {
+	__u32 ack;
+	__u32 edge; /* right edge of the window */
+	__u32 echo; /* newest timestamp echo that came with ack */
+	__u16 win;
+	__u8 echoes; /* echo holds */
+	__u8 pad;
+};
+
+/* A frame of the PVM that waits for the SVM's; as in ls_ev, without header. */
+struct ls_fast_held {
+	__u64 at;
+	__u64 sum[LS_LANES];
+	__u32 slot;
+	__u32 seq;
+	__u32 paylen;
+	__u32 ack;
+	__u32 tsval;
+	__u32 frame_len;
+	__u16 win;
+	__u8 tcp_flags;
+	__u8 flags;
+	__u16 l3_off;
+	__u16 l4_off;
+	__u16 pay_off;
+	__u16 csum_start;
+	__u16 csum_offset;
+	__u16 pad;
+};
+
+/* A digest record that waits for the PVM's frame; as in ls_rec. */
+struct ls_fast_rec {
+	__u64 at;
+	__u64 sum[LS_LANES];
+	__u32 seq;
+	__u32 end;
+	__u32 ack;
+	__u16 win;
+	__u8 tcp_flags;
+	__u8 optlen;
+	__u8 opts[12];
+	__u32 epoch;
+};
+
+/*
+ * Fast path (R27): a connection that the kernel may own. Only one guest's segments wait,
+ * the oldest first. All sequence numbers are the PVM's.
+ */
+struct ls_fast_state {
+	__u32 owner;	/* enum ls_owner */
+	__u32 number;	/* of the newest event that user space was sent of it */
+	__u32 inc;	/* incarnation, see ls_rec */
+	__u32 released; /* below it both guests' are equal, and have left */
+	__u32 pvm_end;	/* what comes next of the PVM, and of the SVM */
+	__u32 svm_end;
+	__u32 ts_sent; /* newest timestamp that has left */
+	__u32 pure;    /* what the PVM's newest pure ACK acknowledges */
+	__u8 inherited;
+	__u8 scale;    /* of the guests' windows */
+	__u8 ts;       /* segments have timestamps */
+	__u8 has_pure; /* pure and tmpl hold */
+	__u8 nheld;
+	__u8 nrecs;
+	__u16 tmpl_len;
+	struct ls_acked pvm;
+	struct ls_acked svm;
+	struct ls_acked sent;
+	__u64 since;  /* boottime ns: nothing has moved since then of what waits */
+	__u64 frames; /* released since user space gave it away, with their payload; ACKs; records
+		       */
+	__u64 bytes;
+	__u64 acks;
+	__u64 records;
+	__u32 ts_last;	   /* the PVM's newest timestamp */
+	__u16 tmpl_l4;	   /* offset */
+	__u8 tmpl_partial; /* has a partial checksum */
+	__u8 pad;
+	__u8 tmpl[LS_FAST_TMPL]; /* the PVM's newest pure ACK */
+	struct ls_fast_held held[LS_FAST_MAX];
+	struct ls_fast_rec recs[LS_FAST_MAX];
+};
+
+enum ls_fast_op {
+	LS_FAST_GRANT =
+		1, /* the kernel owns t, with state s, if number is that of its newest event */
+	LS_FAST_TAKE = 2, /* user space owns t, whose state comes back in s */
+};
+
+/* An order of user space's: the context of ls_fast_order. */
+struct ls_fast_ctx {
+	struct ls_tuple t;
+	__u32 op;   /* enum ls_fast_op */
+	__u32 done; /* result: it was carried out */
+	__u32 pad;
+	struct ls_fast_state s;
+};
+
+#endif

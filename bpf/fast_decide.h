@@ -1,0 +1,321 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* fast_decide.h: what the fast path (R27) decides about a segment of the PVM, a digest record and
+ * an order. */
+#ifndef LS_FAST_DECIDE_H
+#define LS_FAST_DECIDE_H
+
+#include "fast.h"
+
+/* Is what both guests' frames need to have for the kernel to decide there? */
+static __always_inline int fast_common(const struct ls_fast *f, __u32 flags, __u32 optlen,
+				       const struct ls_tuple *t)
+{
+	return ls_fast_on && f->s.owner == LS_OWNER_KERNEL && (flags & ~LS_PSH) == LS_ACK &&
+	       optlen == (f->s.ts ? LS_TS_LEN : 0) && !t->vlan;
+}
+
+/*
+ * Decides about a segment of the PVM. Returns a verdict, or LS_FAST_NOT where user space
+ * decides: then *number is that of the event, and *slot has the frame unless it is
+ * LS_SLOT_NONE.
+ */
+static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc,
+				    const struct ls_keys *keys, __u32 *slot, __u32 *number)
+{
+	struct ls_pkt *p = &sc->p;
+	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &p->t);
+	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
+	struct ls_fast_held *h = &sc->held;
+	int grew, pass = 0, arm = 0, kept = 0;
+	__u32 end = p->seq + p->paylen, ack, edge, win, tsval, i;
+	struct ls_fast_state *s;
+	struct ls_acked d;
+	struct ls_fast_rec *r;
+
+	if (!f)
+		return LS_FAST_NOT;
+	s = &f->s;
+	o.ts = !!p->optlen;
+	if (!fast_common(f, p->flags, p->optlen, &p->t) || skb->gso_size ||
+	    p->len > LS_SLOT_DATA - 4 || p->l4_off > LS_FAST_L4_MAX ||
+	    (o.ts && !fast_ts(p->tcp + LS_TCP_MIN, &o.tsval, &o.tsecr)))
+		goto slow;
+	__builtin_memset(h, 0, sizeof(*h));
+	h->at = bpf_ktime_get_boot_ns();
+	if (has_partial(skb, &h->csum_start, &h->csum_offset))
+		h->flags = LS_EV_PARTIAL;
+	if (p->paylen) {
+		if (digest(skb, sc, keys, 0) < 0)
+			goto slow;
+		if (!s->nrecs) { /* else it will rarely be held */
+			if (slot_keep(skb, sc, slot) != LS_R_held)
+				goto slow;
+			kept = 1;
+		}
+		h->sum[0] = sc->digest.sum[0];
+		h->sum[1] = sc->digest.sum[1];
+		h->slot = *slot;
+		h->seq = p->seq;
+		h->paylen = p->paylen;
+		h->ack = p->ack;
+		h->tsval = o.tsval;
+		h->frame_len = p->len;
+		h->win = p->win;
+		h->tcp_flags = p->flags;
+		h->l3_off = p->l3_off;
+		h->l4_off = p->l4_off;
+		h->pay_off = p->pay_off;
+	} else {
+		__u32 hdr = p->pay_off;
+
+		barrier_var(hdr);
+		if (hdr < 1 || hdr > LS_FAST_TMPL || bpf_skb_load_bytes(skb, 0, sc->piece.b, hdr))
+			goto slow;
+	}
+
+	bpf_spin_lock(&f->lock);
+	if (s->owner != LS_OWNER_KERNEL || p->seq != s->pvm_end || s->ts != o.ts)
+		goto yield;
+	d = s->pvm;
+	grew = acked_update(&d, p->ack, p->win, s->scale, o.ts, o.tsecr);
+	tsval = o.tsval;
+	if (!p->paylen) {
+		if (!grew) /* a duplicate */
+			goto yield;
+		if (!fast_waits(s))
+			s->since = h->at;
+		s->pvm = d;
+		s->pure = p->ack;
+		s->has_pure = 1;
+		s->tmpl_len = p->pay_off;
+		s->tmpl_l4 = p->l4_off;
+		s->tmpl_partial = h->flags & LS_EV_PARTIAL && h->csum_start == p->l4_off &&
+						  h->csum_offset == LS_CHECK_OFF
+					  ? LS_FAST_PARTIAL
+				  : h->flags & LS_EV_PARTIAL ? LS_FAST_ODD
+							     : 0;
+		__builtin_memcpy(s->tmpl, sc->piece.b, LS_FAST_TMPL);
+		if (fast_minimum(s, &s->pvm, &s->svm, &ack, &edge, &win)) {
+			o.seq = s->released;
+			fast_transmit(s, &o);
+			s->acks++;
+			pass = 1;
+		}
+	} else if (s->nrecs) {
+		r = &s->recs[0];
+		if (r->seq != p->seq || r->end != end ||
+		    ((r->sum[0] != h->sum[0] || r->sum[1] != h->sum[1]) &&
+		     !(ls_mutate & LS_MUTATE_FAST_R1)))
+			goto yield;
+		s->recs[0] = s->recs[1];
+		s->recs[1] = s->recs[2];
+		s->recs[2] = s->recs[3];
+		s->nrecs--;
+		s->pvm = d;
+		s->pvm_end = s->released = end;
+		s->since = h->at;
+		o.seq = p->seq;
+		fast_transmit(s, &o);
+		s->frames++;
+		s->bytes += p->paylen;
+		pass = 1;
+	} else {
+		i = s->nheld;
+		if (!kept || i >= LS_FAST_MAX || fast_minimum(s, &d, &s->svm, &ack, &edge, &win))
+			goto yield; /* with an ACK that is due before the data */
+		if (!fast_waits(s))
+			s->since = h->at;
+		s->held[i] = *h;
+		s->nheld = i + 1;
+		s->pvm = d;
+		s->pvm_end = end;
+		kept = 0; /* it is the state's */
+	}
+	s->ts_last = tsval;
+	arm = fast_arm(f);
+	bpf_spin_unlock(&f->lock);
+
+	if (arm)
+		fast_start(f);
+	if (!pass)
+		return count(LS_R_fast_held, skb, TCX_DROP);
+	if (kept) { /* its record came meanwhile */
+		slot_free(*slot);
+		*slot = LS_SLOT_NONE;
+	}
+	if (fast_pass(skb, sc, &o))
+		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	return LS_FAST_PASS;
+yield:
+	*number = fast_yield(s);
+	bpf_spin_unlock(&f->lock);
+	return LS_FAST_NOT;
+slow:
+	bpf_spin_lock(&f->lock);
+	*number = fast_yield(s);
+	bpf_spin_unlock(&f->lock);
+	return LS_FAST_NOT;
+}
+
+/* May a frame with such a checksum take the place of one with the other? */
+static __always_inline int fast_fits(int skb_partial, __u32 start, __u32 offset, int partial,
+				     __u32 l4)
+{
+	return !skb_partial || (partial && start == l4 && offset == LS_CHECK_OFF);
+}
+
+/*
+ * Decides about a digest record in sc->rec, which the frame is. Returns a verdict, or
+ * LS_FAST_NOT where user space decides: then *number is that of the event.
+ */
+static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch *sc,
+				       const struct ls_conf *conf, __u32 *number)
+{
+	struct ls_rec *r = &sc->rec;
+	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &r->t);
+	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
+	__u32 ack, edge, win, tsval, tsecr = 0, i, len = r->end - r->seq;
+	__u16 start = 0, offset = 0;
+	__u64 now = bpf_ktime_get_boot_ns();
+	int skb_partial, grew, emit = 0, arm, verdict;
+	struct ls_fast_state *s;
+	struct ls_fast_held *h;
+	struct ls_slot *slot;
+	struct ls_acked d;
+	__u8 *data = sc->piece.b;
+
+	if (!f)
+		return LS_FAST_NOT;
+	s = &f->s;
+	o.ts = !!r->optlen;
+	skb_partial = has_partial(skb, &start, &offset);
+	if (!fast_common(f, r->tcp_flags, r->optlen, &r->t) || r->epoch != conf->epoch ||
+	    (o.ts && !fast_ts(r->opts, &tsval, &tsecr)))
+		goto slow;
+
+	bpf_spin_lock(&f->lock);
+	if (s->owner != LS_OWNER_KERNEL || r->seq != s->svm_end || s->ts != o.ts ||
+	    s->inherited != (r->flags & LS_REC_INHERITED) || (!s->inherited && s->inc != r->inc))
+		goto yield;
+	d = s->svm;
+	grew = acked_update(&d, r->ack, r->win, s->scale, o.ts, tsecr);
+	if (len && s->nheld) {
+		h = &s->held[0];
+		if (h->seq != r->seq || h->seq + h->paylen != r->end ||
+		    ((h->sum[0] != r->sum[0] || h->sum[1] != r->sum[1]) &&
+		     !(ls_mutate & LS_MUTATE_FAST_R1)))
+			goto yield;
+		o.partial = h->flags & LS_EV_PARTIAL;
+		if (!fast_fits(skb_partial, start, offset, o.partial, h->l4_off) ||
+		    (o.partial && (h->csum_start != h->l4_off || h->csum_offset != LS_CHECK_OFF)))
+			goto yield;
+		o.slot = h->slot;
+		o.len = h->frame_len;
+		o.l4 = h->l4_off;
+		o.seq = h->seq;
+		o.tsval = h->tsval;
+		o.tsecr = s->pvm.echo;
+		s->frames++;
+		s->bytes += h->paylen;
+		s->held[0] = s->held[1];
+		s->held[1] = s->held[2];
+		s->held[2] = s->held[3];
+		s->nheld--;
+		s->svm = d;
+		s->svm_end = s->released = r->end;
+		emit = 1;
+	} else {
+		i = s->nrecs;
+		if (len ? i >= LS_FAST_MAX : !grew) /* a duplicate ACK */
+			goto yield;
+		if (fast_minimum(s, &s->pvm, &d, &ack, &edge, &win)) {
+			/* An ACK is due, and there has to be one of the PVM's to make it of. */
+			o.partial = s->tmpl_partial == LS_FAST_PARTIAL;
+			if (!s->has_pure || seq_after(ack, s->pure) ||
+			    s->tmpl_partial == LS_FAST_ODD ||
+			    !fast_fits(skb_partial, start, offset, o.partial, s->tmpl_l4))
+				goto yield;
+			o.len = s->tmpl_len;
+			o.l4 = s->tmpl_l4;
+			o.seq = s->released;
+			o.tsval = s->ts_last;
+			o.tsecr = s->pvm.echo;
+			__builtin_memcpy(data, s->tmpl, LS_FAST_TMPL);
+			s->acks++;
+			emit = 1;
+		}
+		s->svm = d;
+		if (len) {
+			if (i >= LS_FAST_MAX) /* for the verifier */
+				goto yield;
+			s->recs[i].at = now;
+			s->recs[i].sum[0] = r->sum[0];
+			s->recs[i].sum[1] = r->sum[1];
+			s->recs[i].seq = r->seq;
+			s->recs[i].end = r->end;
+			s->recs[i].ack = r->ack;
+			s->recs[i].win = r->win;
+			s->recs[i].tcp_flags = r->tcp_flags;
+			s->recs[i].optlen = r->optlen;
+			s->recs[i].epoch = r->epoch;
+			__builtin_memcpy(s->recs[i].opts, r->opts, LS_TS_LEN);
+			s->nrecs = i + 1;
+			s->svm_end = r->end;
+		}
+	}
+	s->since = now;
+	s->records++;
+	if (emit)
+		fast_transmit(s, &o);
+	arm = fast_arm(f);
+	bpf_spin_unlock(&f->lock);
+
+	if (arm)
+		fast_start(f);
+	count(LS_R_fast_in, skb, 0);
+	if (!emit)
+		return TCX_DROP;
+	if (o.slot == LS_SLOT_NONE)
+		return fast_emit(skb, sc, data, &o, skb_partial);
+	slot = bpf_map_lookup_elem(&ls_slots, &o.slot);
+	if (!slot)
+		return TCX_DROP;
+	verdict = fast_emit(skb, sc, slot->data, &o, skb_partial);
+	__sync_lock_test_and_set(&slot->state, LS_SLOT_FREE);
+	return verdict;
+yield:
+	*number = fast_yield(s);
+	bpf_spin_unlock(&f->lock);
+	return LS_FAST_NOT;
+slow:
+	*number = fast_give_up(&r->t);
+	return LS_FAST_NOT;
+}
+
+/* User space's orders about who owns a connection. */
+SEC("syscall")
+int ls_fast_order(struct ls_fast_ctx *c)
+{
+	struct ls_tuple t = c->t;
+	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &t);
+
+	c->done = 0;
+	if (!f)
+		return 0;
+	bpf_spin_lock(&f->lock);
+	if (c->op == LS_FAST_TAKE) {
+		f->s.owner = LS_OWNER_USER;
+		f->untold = 0;
+		c->s = f->s;
+		c->done = 1;
+	} else if (f->s.owner == LS_OWNER_USER && f->s.number == c->s.number) {
+		f->s = c->s;
+		f->s.owner = LS_OWNER_KERNEL;
+		f->untold = 0;
+		c->done = 1;
+	}
+	bpf_spin_unlock(&f->lock);
+	return 0;
+}
+
+#endif
