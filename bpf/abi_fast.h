@@ -97,7 +97,7 @@ enum ls_fast_op {
 	LS_FAST_TAKE = 2, /* user space owns t, whose state comes back in s */
 };
 
-/* An order of user space's: the context of ls_fast_order. */
+/* An order of user space's: the frame that ls_fast_order gets, and turns into the answer. */
 struct ls_fast_ctx {
 	struct ls_tuple t;
 	__u32 op;   /* enum ls_fast_op */

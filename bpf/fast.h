@@ -23,11 +23,10 @@
 #include "maps.h"
 #include "seq.h"
 
-#define LS_FAST_WAIT 10000000ull /* ns that something waits before user space is asked */
-#define LS_FAST_L4_MAX 62	 /* no IP options */
-#define LS_FAST_CHUNK 480	 /* bytes summed up at a time: fewer than older kernels' 512 */
-#define LS_TS_LEN 12		 /* NOP, NOP, timestamps: as guests lay them out */
-#define LS_CHECK_OFF 16		 /* of the checksum in the TCP header */
+#define LS_FAST_L4_MAX 62 /* no IP options */
+#define LS_FAST_CHUNK 480 /* bytes summed up at a time: fewer than older kernels' 512 */
+#define LS_TS_LEN 12	  /* NOP, NOP, timestamps: as guests lay them out */
+#define LS_CHECK_OFF 16	  /* of the checksum in the TCP header */
 #define LS_CLOCK_BOOTTIME 7
 
 /* What fast_pvm and fast_record return beside verdicts. */
@@ -56,7 +55,22 @@ struct {
 	__type(value, struct ls_fast);
 } ls_fast SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ls_fast_ctx);
+} ls_fast_scratch SEC(".maps");
+
+/* us that something waits before user space is asked */
+volatile const __u32 ls_fast_wait = 10000;
+
 volatile __u32 ls_fast_on; /* set by user space: the kernel may own connections */
+
+static __always_inline __u64 fast_wait(void)
+{
+	return ls_fast_wait * 1000ull;
+}
 
 /* What a frame that leaves says, and of a held one where it is. */
 struct ls_fast_out {
@@ -200,11 +214,11 @@ static int fast_timeout(void *map, struct ls_tuple *key, struct ls_fast *f)
 	f->armed = 0;
 	tell = f->untold;
 	if (f->s.owner == LS_OWNER_KERNEL && fast_waits(&f->s)) {
-		if (now - f->s.since >= LS_FAST_WAIT) {
+		if (now - f->s.since >= fast_wait()) {
 			n = fast_yield(&f->s);
 			tell = 1;
 		} else {
-			again = LS_FAST_WAIT - (now - f->s.since);
+			again = fast_wait() - (now - f->s.since);
 		}
 	} else if (tell) {
 		n = f->s.number;
@@ -223,7 +237,7 @@ static int fast_timeout(void *map, struct ls_tuple *key, struct ls_fast *f)
 			bpf_ringbuf_submit(ev, 0);
 			return 0;
 		}
-		again = LS_FAST_WAIT;
+		again = fast_wait();
 		bpf_spin_lock(&f->lock);
 		f->untold = 1;
 		bpf_spin_unlock(&f->lock);
@@ -243,7 +257,7 @@ static __always_inline void fast_start(struct ls_fast *f)
 		bpf_timer_set_callback(&f->timer, fast_timeout);
 		f->has_timer = 1;
 	}
-	bpf_timer_start(&f->timer, LS_FAST_WAIT, 0);
+	bpf_timer_start(&f->timer, fast_wait(), 0);
 }
 
 /*

@@ -210,7 +210,7 @@ static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch 
 		    (o.partial && (h->csum_start != h->l4_off || h->csum_offset != LS_CHECK_OFF)))
 			goto yield;
 		o.slot = h->slot;
-		o.len = h->frame_len;
+		o.len = h->pay_off + h->paylen; /* without padding */
 		o.l4 = h->l4_off;
 		o.seq = h->seq;
 		o.tsval = h->tsval;
@@ -292,30 +292,39 @@ slow:
 	return LS_FAST_NOT;
 }
 
-/* User space's orders about who owns a connection. */
-SEC("syscall")
-int ls_fast_order(struct ls_fast_ctx *c)
+/*
+ * User space's orders about who owns a connection: a frame that is a struct ls_fast_ctx, given
+ * to the program by BPF_PROG_RUN. No program of type syscall, which may take no lock before
+ * Linux 6.7.
+ */
+SEC("tc")
+int ls_fast_order(struct __sk_buff *skb)
 {
-	struct ls_tuple t = c->t;
-	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &t);
+	__u32 key = 0;
+	struct ls_fast_ctx *c = bpf_map_lookup_elem(&ls_fast_scratch, &key);
+	struct ls_fast *f;
 
+	if (!c || bpf_skb_load_bytes(skb, 0, c, sizeof(*c)))
+		return TCX_DROP;
 	c->done = 0;
-	if (!f)
-		return 0;
-	bpf_spin_lock(&f->lock);
-	if (c->op == LS_FAST_TAKE) {
-		f->s.owner = LS_OWNER_USER;
-		f->untold = 0;
-		c->s = f->s;
-		c->done = 1;
-	} else if (f->s.owner == LS_OWNER_USER && f->s.number == c->s.number) {
-		f->s = c->s;
-		f->s.owner = LS_OWNER_KERNEL;
-		f->untold = 0;
-		c->done = 1;
+	f = bpf_map_lookup_elem(&ls_fast, &c->t);
+	if (f) {
+		bpf_spin_lock(&f->lock);
+		if (c->op == LS_FAST_TAKE) {
+			f->s.owner = LS_OWNER_USER;
+			f->untold = 0;
+			c->s = f->s;
+			c->done = 1;
+		} else if (f->s.owner == LS_OWNER_USER && f->s.number == c->s.number) {
+			f->s = c->s;
+			f->s.owner = LS_OWNER_KERNEL;
+			f->untold = 0;
+			c->done = 1;
+		}
+		bpf_spin_unlock(&f->lock);
 	}
-	bpf_spin_unlock(&f->lock);
-	return 0;
+	bpf_skb_store_bytes(skb, 0, c, sizeof(*c), 0);
+	return TCX_NEXT;
 }
 
 #endif

@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -17,14 +19,14 @@ import (
 )
 
 // own makes the kernel the owner of f, of which everything below seq has left.
-func own(k *kit, f flow, seq uint32) {
+func own(k *kit, f flow, seq uint32, ts bool) {
 	k.Helper()
 	if err := k.LsFast.Put(ptr(f.tuple()), &bpf.LockstepLsFast{}); err != nil {
 		k.Fatal(err)
 	}
 	acked := compare.Acked{Ack: 1000, Edge: 1500}
 	ctx := bpf.LockstepLsFastCtx{T: f.tuple(), Op: uint32(bpf.LockstepLsFastOpLS_FAST_GRANT), S: core.ToFast(&compare.Handover{
-		Inherited: true, Released: seq, TS: true, PVM: acked, SVM: acked, Sent: acked,
+		Inherited: true, Released: seq, TS: ts, PVM: acked, SVM: acked, Sent: acked,
 	})}
 	fastOrder(k, &ctx)
 	if ctx.Done == 0 {
@@ -35,8 +37,8 @@ func own(k *kit, f flow, seq uint32) {
 // fastOrder gives the programs an order about a connection's owner.
 func fastOrder(k *kit, ctx *bpf.LockstepLsFastCtx) {
 	k.Helper()
-	b := structBytes(ctx)
-	if _, err := k.LsFastOrder.Run(&ebpf.RunOptions{Context: b, ContextOut: b}); err != nil {
+	opts := ebpf.RunOptions{Data: structBytes(ctx), DataOut: make([]byte, 1024)}
+	if _, err := k.LsFastOrder.Run(&opts); err != nil || copy(structBytes(ctx), opts.DataOut) != int(unsafe.Sizeof(*ctx)) {
 		k.Fatal(err)
 	}
 }
@@ -55,7 +57,7 @@ func fastRecord(k *kit, f flow, s seg) []byte {
 // of both are like: complete, or left to the device.
 func TestLiveFastPath(t *testing.T) {
 	l := newLab(t)
-	k := l.kit(variable("ls_fast_on", 1))
+	k := l.kit(variable("ls_fast_on", 1), variable("ls_fast_wait", 60e6))
 	k.setMode(hold)
 	l.attach(k.LsPriOut, l.tapLink, ebpf.AttachTCXIngress)
 	l.attach(k.LsDigestRx, l.peerLink, ebpf.AttachTCXIngress)
@@ -67,16 +69,24 @@ func TestLiveFastPath(t *testing.T) {
 				for _, record := range []bool{false, true} {
 					port++
 					f.remote = netip.AddrPortFrom(f.remote.Addr(), port)
-					s := seg{seq: r.Uint32(), ack: 1100, win: 700, flags: ack, opts: timestamps(5, 6), payload: randBytes(r, n)}
+					s := seg{seq: r.Uint32(), ack: 1100, win: 700, flags: ack, payload: randBytes(r, n)}
+					stamped := n > 3 || r.IntN(2) == 0 // without, a short frame is padded
+					if stamped {
+						s.opts = timestamps(5, 6)
+					}
 					v, frame := vnet{}, f.from(s)
 					if partial {
 						v, frame = f.offloaded(s, frame, 0)
 					}
-					own(k, f, s.seq)
+					frame = append(frame, randBytes(r, max(60-len(frame), 0))...) // padding, which is left out
+					own(k, f, s.seq, len(s.opts) > 0)
 					k.expect(counts{"fast_held": 1}, func() { l.write(l.tap, v, frame) })
 
 					other := s
-					other.ack, other.win, other.opts = 1050, 600, timestamps(9, 4)
+					other.ack, other.win = 1050, 600
+					if stamped {
+						other.opts = timestamps(9, 4)
+					}
 					var vr vnet
 					if record {
 						vr = vnet{flags: unix.VIRTIO_NET_HDR_F_NEEDS_CSUM, csumStart: uint16(f.l4(s)), csumOffset: 16}
@@ -92,7 +102,10 @@ func TestLiveFastPath(t *testing.T) {
 
 					// The ACK, window and echo are those that both guests have (R2).
 					want := s
-					want.ack, want.win, want.opts = 1050, 600, timestamps(5, 4)
+					want.ack, want.win = 1050, 600
+					if stamped {
+						want.opts = timestamps(5, 4)
+					}
 					l4 := f.l4(s)
 					if gotV.flags&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM != 0 {
 						_, offloaded := f.offloaded(want, f.from(want), 0)
@@ -111,4 +124,47 @@ func TestLiveFastPath(t *testing.T) {
 	}
 	l.empty(l.out)
 	l.empty(l.far)
+}
+
+// What waits for the other guest too long is user space's again, which is told; a ring without room for that is
+// tried again.
+func TestFastPathLate(t *testing.T) {
+	k := newKit(t, variable("ls_fast_on", 1), variable("ls_fast_wait", 1000))
+	k.setMode(hold)
+	f := flows["IPv4"]
+	s := seg{seq: 100, ack: 1100, win: 700, flags: ack, payload: []byte("x")}
+	for _, full := range []bool{false, true} {
+		own(k, f, s.seq, false)
+		k.events()
+		if full {
+			for i := 0; k.counters()["no_ring"] == 0; i++ {
+				k.run(k.LsPriOut, input{frame: stranger(i).from(seg{flags: ack})})
+			}
+		}
+		before := k.counters()
+		if k.run(k.LsPriOut, input{frame: f.from(s)}); k.moved(before)["fast_held"] != 1 {
+			t.Fatalf("counted %v", k.moved(before))
+		}
+		time.Sleep(5 * time.Millisecond)
+		var yielded *bpf.LockstepLsEv
+		for deadline := time.Now().Add(10 * time.Second); yielded == nil; {
+			for _, e := range k.events() {
+				if ev, ok := e.(*bpf.LockstepLsEv); ok && ev.Type == uint32(bpf.LockstepLsEvTypeLS_EV_YIELD) {
+					yielded = ev
+				}
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("full ring %v: nobody is told", full)
+			}
+		}
+		if yielded.T != f.tuple() || yielded.Number != 1 {
+			t.Errorf("told of %+v, number %d", yielded.T, yielded.Number)
+		}
+		ctx := bpf.LockstepLsFastCtx{T: f.tuple(), Op: uint32(bpf.LockstepLsFastOpLS_FAST_TAKE)}
+		fastOrder(k, &ctx)
+		if ctx.S.Nheld != 1 || ctx.S.Held[0].Seq != s.seq || ctx.S.Released != s.seq || ctx.S.PvmEnd != s.seq+1 {
+			t.Errorf("taken back with %+v", ctx.S)
+		}
+		freeSlots(k)
+	}
 }

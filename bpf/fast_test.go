@@ -419,7 +419,7 @@ func TestFastPathEquals(t *testing.T) {
 	kernel, taken, grants := 0, 0, 0
 	for name, f := range flows {
 		t.Run(name, func(t *testing.T) {
-			k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = 4096 }, variable("ls_nslots", 4096), variable("ls_fast_on", 1))
+			k := newKit(t, func(s *ebpf.CollectionSpec) { s.Maps["ls_slots"].MaxEntries = 4096 }, variable("ls_nslots", 4096), variable("ls_fast_on", 1), variable("ls_fast_wait", 60e6))
 			k.setMode(hold)
 			for seed := range seeds {
 				f.remote = netip.AddrPortFrom(f.remote.Addr(), uint16(20000+seed))

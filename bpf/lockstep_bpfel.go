@@ -626,42 +626,44 @@ type LockstepLsTxStream struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	LockstepMapLsCli        = "ls_cli"
-	LockstepMapLsConf       = "ls_conf"
-	LockstepMapLsConn       = "ls_conn"
-	LockstepMapLsEdge       = "ls_edge"
-	LockstepMapLsFast       = "ls_fast"
-	LockstepMapLsGslots     = "ls_gslots"
-	LockstepMapLsHalf       = "ls_half"
-	LockstepMapLsInherited  = "ls_inherited"
-	LockstepMapLsKeys       = "ls_keys"
-	LockstepMapLsLane       = "ls_lane"
-	LockstepMapLsMeta       = "ls_meta"
-	LockstepMapLsRing       = "ls_ring"
-	LockstepMapLsRules      = "ls_rules"
-	LockstepMapLsScratch    = "ls_scratch"
-	LockstepMapLsSent       = "ls_sent"
-	LockstepMapLsSlots      = "ls_slots"
-	LockstepMapLsStats      = "ls_stats"
-	LockstepMapLsWin        = "ls_win"
-	LockstepProgLsDigestRx  = "ls_digest_rx"
-	LockstepProgLsFastOrder = "ls_fast_order"
-	LockstepProgLsMirror    = "ls_mirror"
-	LockstepProgLsPeerXdp   = "ls_peer_xdp"
-	LockstepProgLsPriOut    = "ls_pri_out"
-	LockstepProgLsSecGate   = "ls_sec_gate"
-	LockstepProgLsSecIn     = "ls_sec_in"
-	LockstepProgLsSecOut    = "ls_sec_out"
-	LockstepVarLsFastOn     = "ls_fast_on"
-	LockstepVarLsMarkIn     = "ls_mark_in"
-	LockstepVarLsMarkRel    = "ls_mark_rel"
-	LockstepVarLsMptcp      = "ls_mptcp"
-	LockstepVarLsMutate     = "ls_mutate"
-	LockstepVarLsNgslots    = "ls_ngslots"
-	LockstepVarLsNrules     = "ls_nrules"
-	LockstepVarLsNslots     = "ls_nslots"
-	LockstepVarLsPeer       = "ls_peer"
-	LockstepVarLsTap        = "ls_tap"
+	LockstepMapLsCli         = "ls_cli"
+	LockstepMapLsConf        = "ls_conf"
+	LockstepMapLsConn        = "ls_conn"
+	LockstepMapLsEdge        = "ls_edge"
+	LockstepMapLsFast        = "ls_fast"
+	LockstepMapLsFastScratch = "ls_fast_scratch"
+	LockstepMapLsGslots      = "ls_gslots"
+	LockstepMapLsHalf        = "ls_half"
+	LockstepMapLsInherited   = "ls_inherited"
+	LockstepMapLsKeys        = "ls_keys"
+	LockstepMapLsLane        = "ls_lane"
+	LockstepMapLsMeta        = "ls_meta"
+	LockstepMapLsRing        = "ls_ring"
+	LockstepMapLsRules       = "ls_rules"
+	LockstepMapLsScratch     = "ls_scratch"
+	LockstepMapLsSent        = "ls_sent"
+	LockstepMapLsSlots       = "ls_slots"
+	LockstepMapLsStats       = "ls_stats"
+	LockstepMapLsWin         = "ls_win"
+	LockstepProgLsDigestRx   = "ls_digest_rx"
+	LockstepProgLsFastOrder  = "ls_fast_order"
+	LockstepProgLsMirror     = "ls_mirror"
+	LockstepProgLsPeerXdp    = "ls_peer_xdp"
+	LockstepProgLsPriOut     = "ls_pri_out"
+	LockstepProgLsSecGate    = "ls_sec_gate"
+	LockstepProgLsSecIn      = "ls_sec_in"
+	LockstepProgLsSecOut     = "ls_sec_out"
+	LockstepVarLsFastOn      = "ls_fast_on"
+	LockstepVarLsFastWait    = "ls_fast_wait"
+	LockstepVarLsMarkIn      = "ls_mark_in"
+	LockstepVarLsMarkRel     = "ls_mark_rel"
+	LockstepVarLsMptcp       = "ls_mptcp"
+	LockstepVarLsMutate      = "ls_mutate"
+	LockstepVarLsNgslots     = "ls_ngslots"
+	LockstepVarLsNrules      = "ls_nrules"
+	LockstepVarLsNslots      = "ls_nslots"
+	LockstepVarLsPeer        = "ls_peer"
+	LockstepVarLsTap         = "ls_tap"
 )
 
 // LoadLockstep returns the embedded CollectionSpec for Lockstep.
@@ -720,40 +722,42 @@ type LockstepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepMapSpecs struct {
-	LsCli       *ebpf.MapSpec `ebpf:"ls_cli"`
-	LsConf      *ebpf.MapSpec `ebpf:"ls_conf"`
-	LsConn      *ebpf.MapSpec `ebpf:"ls_conn"`
-	LsEdge      *ebpf.MapSpec `ebpf:"ls_edge"`
-	LsFast      *ebpf.MapSpec `ebpf:"ls_fast"`
-	LsGslots    *ebpf.MapSpec `ebpf:"ls_gslots"`
-	LsHalf      *ebpf.MapSpec `ebpf:"ls_half"`
-	LsInherited *ebpf.MapSpec `ebpf:"ls_inherited"`
-	LsKeys      *ebpf.MapSpec `ebpf:"ls_keys"`
-	LsLane      *ebpf.MapSpec `ebpf:"ls_lane"`
-	LsMeta      *ebpf.MapSpec `ebpf:"ls_meta"`
-	LsRing      *ebpf.MapSpec `ebpf:"ls_ring"`
-	LsRules     *ebpf.MapSpec `ebpf:"ls_rules"`
-	LsScratch   *ebpf.MapSpec `ebpf:"ls_scratch"`
-	LsSent      *ebpf.MapSpec `ebpf:"ls_sent"`
-	LsSlots     *ebpf.MapSpec `ebpf:"ls_slots"`
-	LsStats     *ebpf.MapSpec `ebpf:"ls_stats"`
-	LsWin       *ebpf.MapSpec `ebpf:"ls_win"`
+	LsCli         *ebpf.MapSpec `ebpf:"ls_cli"`
+	LsConf        *ebpf.MapSpec `ebpf:"ls_conf"`
+	LsConn        *ebpf.MapSpec `ebpf:"ls_conn"`
+	LsEdge        *ebpf.MapSpec `ebpf:"ls_edge"`
+	LsFast        *ebpf.MapSpec `ebpf:"ls_fast"`
+	LsFastScratch *ebpf.MapSpec `ebpf:"ls_fast_scratch"`
+	LsGslots      *ebpf.MapSpec `ebpf:"ls_gslots"`
+	LsHalf        *ebpf.MapSpec `ebpf:"ls_half"`
+	LsInherited   *ebpf.MapSpec `ebpf:"ls_inherited"`
+	LsKeys        *ebpf.MapSpec `ebpf:"ls_keys"`
+	LsLane        *ebpf.MapSpec `ebpf:"ls_lane"`
+	LsMeta        *ebpf.MapSpec `ebpf:"ls_meta"`
+	LsRing        *ebpf.MapSpec `ebpf:"ls_ring"`
+	LsRules       *ebpf.MapSpec `ebpf:"ls_rules"`
+	LsScratch     *ebpf.MapSpec `ebpf:"ls_scratch"`
+	LsSent        *ebpf.MapSpec `ebpf:"ls_sent"`
+	LsSlots       *ebpf.MapSpec `ebpf:"ls_slots"`
+	LsStats       *ebpf.MapSpec `ebpf:"ls_stats"`
+	LsWin         *ebpf.MapSpec `ebpf:"ls_win"`
 }
 
 // LockstepVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepVariableSpecs struct {
-	LsFastOn  *ebpf.VariableSpec `ebpf:"ls_fast_on"`
-	LsMarkIn  *ebpf.VariableSpec `ebpf:"ls_mark_in"`
-	LsMarkRel *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
-	LsMptcp   *ebpf.VariableSpec `ebpf:"ls_mptcp"`
-	LsMutate  *ebpf.VariableSpec `ebpf:"ls_mutate"`
-	LsNgslots *ebpf.VariableSpec `ebpf:"ls_ngslots"`
-	LsNrules  *ebpf.VariableSpec `ebpf:"ls_nrules"`
-	LsNslots  *ebpf.VariableSpec `ebpf:"ls_nslots"`
-	LsPeer    *ebpf.VariableSpec `ebpf:"ls_peer"`
-	LsTap     *ebpf.VariableSpec `ebpf:"ls_tap"`
+	LsFastOn   *ebpf.VariableSpec `ebpf:"ls_fast_on"`
+	LsFastWait *ebpf.VariableSpec `ebpf:"ls_fast_wait"`
+	LsMarkIn   *ebpf.VariableSpec `ebpf:"ls_mark_in"`
+	LsMarkRel  *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
+	LsMptcp    *ebpf.VariableSpec `ebpf:"ls_mptcp"`
+	LsMutate   *ebpf.VariableSpec `ebpf:"ls_mutate"`
+	LsNgslots  *ebpf.VariableSpec `ebpf:"ls_ngslots"`
+	LsNrules   *ebpf.VariableSpec `ebpf:"ls_nrules"`
+	LsNslots   *ebpf.VariableSpec `ebpf:"ls_nslots"`
+	LsPeer     *ebpf.VariableSpec `ebpf:"ls_peer"`
+	LsTap      *ebpf.VariableSpec `ebpf:"ls_tap"`
 }
 
 // LockstepObjects contains all objects after they have been loaded into the kernel.
@@ -776,24 +780,25 @@ func (o *LockstepObjects) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepMaps struct {
-	LsCli       *ebpf.Map `ebpf:"ls_cli"`
-	LsConf      *ebpf.Map `ebpf:"ls_conf"`
-	LsConn      *ebpf.Map `ebpf:"ls_conn"`
-	LsEdge      *ebpf.Map `ebpf:"ls_edge"`
-	LsFast      *ebpf.Map `ebpf:"ls_fast"`
-	LsGslots    *ebpf.Map `ebpf:"ls_gslots"`
-	LsHalf      *ebpf.Map `ebpf:"ls_half"`
-	LsInherited *ebpf.Map `ebpf:"ls_inherited"`
-	LsKeys      *ebpf.Map `ebpf:"ls_keys"`
-	LsLane      *ebpf.Map `ebpf:"ls_lane"`
-	LsMeta      *ebpf.Map `ebpf:"ls_meta"`
-	LsRing      *ebpf.Map `ebpf:"ls_ring"`
-	LsRules     *ebpf.Map `ebpf:"ls_rules"`
-	LsScratch   *ebpf.Map `ebpf:"ls_scratch"`
-	LsSent      *ebpf.Map `ebpf:"ls_sent"`
-	LsSlots     *ebpf.Map `ebpf:"ls_slots"`
-	LsStats     *ebpf.Map `ebpf:"ls_stats"`
-	LsWin       *ebpf.Map `ebpf:"ls_win"`
+	LsCli         *ebpf.Map `ebpf:"ls_cli"`
+	LsConf        *ebpf.Map `ebpf:"ls_conf"`
+	LsConn        *ebpf.Map `ebpf:"ls_conn"`
+	LsEdge        *ebpf.Map `ebpf:"ls_edge"`
+	LsFast        *ebpf.Map `ebpf:"ls_fast"`
+	LsFastScratch *ebpf.Map `ebpf:"ls_fast_scratch"`
+	LsGslots      *ebpf.Map `ebpf:"ls_gslots"`
+	LsHalf        *ebpf.Map `ebpf:"ls_half"`
+	LsInherited   *ebpf.Map `ebpf:"ls_inherited"`
+	LsKeys        *ebpf.Map `ebpf:"ls_keys"`
+	LsLane        *ebpf.Map `ebpf:"ls_lane"`
+	LsMeta        *ebpf.Map `ebpf:"ls_meta"`
+	LsRing        *ebpf.Map `ebpf:"ls_ring"`
+	LsRules       *ebpf.Map `ebpf:"ls_rules"`
+	LsScratch     *ebpf.Map `ebpf:"ls_scratch"`
+	LsSent        *ebpf.Map `ebpf:"ls_sent"`
+	LsSlots       *ebpf.Map `ebpf:"ls_slots"`
+	LsStats       *ebpf.Map `ebpf:"ls_stats"`
+	LsWin         *ebpf.Map `ebpf:"ls_win"`
 }
 
 func (m *LockstepMaps) Close() error {
@@ -803,6 +808,7 @@ func (m *LockstepMaps) Close() error {
 		m.LsConn,
 		m.LsEdge,
 		m.LsFast,
+		m.LsFastScratch,
 		m.LsGslots,
 		m.LsHalf,
 		m.LsInherited,
@@ -823,16 +829,17 @@ func (m *LockstepMaps) Close() error {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepVariables struct {
-	LsFastOn  *ebpf.Variable `ebpf:"ls_fast_on"`
-	LsMarkIn  *ebpf.Variable `ebpf:"ls_mark_in"`
-	LsMarkRel *ebpf.Variable `ebpf:"ls_mark_rel"`
-	LsMptcp   *ebpf.Variable `ebpf:"ls_mptcp"`
-	LsMutate  *ebpf.Variable `ebpf:"ls_mutate"`
-	LsNgslots *ebpf.Variable `ebpf:"ls_ngslots"`
-	LsNrules  *ebpf.Variable `ebpf:"ls_nrules"`
-	LsNslots  *ebpf.Variable `ebpf:"ls_nslots"`
-	LsPeer    *ebpf.Variable `ebpf:"ls_peer"`
-	LsTap     *ebpf.Variable `ebpf:"ls_tap"`
+	LsFastOn   *ebpf.Variable `ebpf:"ls_fast_on"`
+	LsFastWait *ebpf.Variable `ebpf:"ls_fast_wait"`
+	LsMarkIn   *ebpf.Variable `ebpf:"ls_mark_in"`
+	LsMarkRel  *ebpf.Variable `ebpf:"ls_mark_rel"`
+	LsMptcp    *ebpf.Variable `ebpf:"ls_mptcp"`
+	LsMutate   *ebpf.Variable `ebpf:"ls_mutate"`
+	LsNgslots  *ebpf.Variable `ebpf:"ls_ngslots"`
+	LsNrules   *ebpf.Variable `ebpf:"ls_nrules"`
+	LsNslots   *ebpf.Variable `ebpf:"ls_nslots"`
+	LsPeer     *ebpf.Variable `ebpf:"ls_peer"`
+	LsTap      *ebpf.Variable `ebpf:"ls_tap"`
 }
 
 // LockstepPrograms contains all programs after they have been loaded into the kernel.

@@ -5,7 +5,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 
@@ -21,6 +20,7 @@ type fastPath struct {
 	on      *ebpf.Variable // ls_fast_on
 	decoder *core.Decoder
 	seen    *core.Numbers // of its events
+	answer  [1024]byte    // room for an order's
 }
 
 func newFastPath(objs *bpf.LockstepObjects, d *core.Decoder) *fastPath {
@@ -87,8 +87,21 @@ func (f *fastPath) Forget(t compare.Tuple) error {
 }
 
 func (f *fastPath) run(ctx *bpf.LockstepLsFastCtx) error {
-	b := unsafe.Slice((*byte)(unsafe.Pointer(ctx)), unsafe.Sizeof(*ctx))
-	if _, err := f.order.Run(&ebpf.RunOptions{Context: b, ContextOut: b}); err != nil {
+	b := core.BytesOf(ctx)
+	opts := ebpf.RunOptions{Data: b, DataOut: f.answer[:]}
+	if _, err := f.order.Run(&opts); err != nil {
+		return fmt.Errorf("fast path: %w", err)
+	}
+	if n := copy(b, opts.DataOut); n != len(b) {
+		return fmt.Errorf("fast path: %d bytes of an answer", n)
+	}
+	return nil
+}
+
+// ForgetAll implements [datapath.FastPath].
+func (f *fastPath) ForgetAll() error {
+	f.seen.EndAll()
+	if err := empty[bpf.LockstepLsFast](f.table); err != nil {
 		return fmt.Errorf("fast path: %w", err)
 	}
 	return nil

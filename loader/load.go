@@ -143,7 +143,7 @@ func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects)
 // isPinned reports whether a map is pinned and recovered by the next daemon. Neither the
 // programs' scratch memory is, nor the connections that they own, nor the object's data sections.
 func isPinned(name string) bool {
-	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch && name != bpf.LockstepMapLsFast
+	return strings.HasPrefix(name, "ls_") && name != bpf.LockstepMapLsScratch && !strings.HasPrefix(name, bpf.LockstepMapLsFast)
 }
 
 // CheckPrograms loads all programs with small maps, and unloads them.

@@ -75,6 +75,7 @@ type FastPath interface {
 	// Take takes a connection back that Grant handed over, and appends what waits of it.
 	Take(compare.Tuple, []compare.Event) (*compare.Handover, []compare.Event, error)
 	Forget(compare.Tuple) error // the connection is over
+	ForgetAll() error           // all are
 }
 
 // Gate decides what passes: the mode, the epoch, the session's keys, and the lease

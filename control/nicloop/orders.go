@@ -170,6 +170,11 @@ func (n *Loop) Renew(cfg compare.Config, epoch uint32) error {
 	if err := n.fastPath(false); err != nil {
 		return err
 	}
+	if n.fast != nil {
+		if err := n.fast.ForgetAll(); err != nil {
+			return err
+		}
+	}
 	cfg.Epoch = epoch
 	n.Primary = compare.NewPrimary(cfg, n.Keys)
 	n.core = n.Primary

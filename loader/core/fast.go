@@ -44,6 +44,9 @@ func (n *Numbers) Begin(t compare.Tuple) { n.seen[t] = new(numbered) }
 // End: see Begin.
 func (n *Numbers) End(t compare.Tuple) { delete(n.seen, t) }
 
+// EndAll: no connection has an entry any more.
+func (n *Numbers) EndAll() { clear(n.seen) }
+
 // maxRefused grants in a row are refused before the entry begins anew.
 const maxRefused = 16
 

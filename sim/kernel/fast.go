@@ -361,7 +361,7 @@ func (x *fastTable) record() (number uint32, done bool) {
 			return fastYield(s), false
 		}
 		slot = h.Slot
-		frame = append(frame, m.slots.Element(compare.Slot(slot))[slotData:][:h.FrameLen]...)
+		frame = append(frame, m.slots.Element(compare.Slot(slot))[slotData:][:uint32(h.PayOff)+h.Paylen]...) // without padding
 		o.seq, o.tsval, o.tsecr = h.Seq, h.Tsval, s.Pvm.Echo
 		s.Frames++
 		s.Bytes += uint64(h.Paylen)
@@ -463,5 +463,12 @@ func (p *fastPath) Take(t compare.Tuple, evs []compare.Event) (*compare.Handover
 func (p *fastPath) Forget(t compare.Tuple) error {
 	p.decoder.Seen.End(t)
 	delete(p.table.of, t)
+	return nil
+}
+
+// ForgetAll implements [datapath.FastPath].
+func (p *fastPath) ForgetAll() error {
+	p.decoder.Seen.EndAll()
+	clear(p.table.of)
 	return nil
 }
