@@ -99,8 +99,9 @@ func (w *world) left(h *host, frame []byte) {
 	}
 	f := p.flow()
 	v := w.check.flows[f]
-	if own := h.opens(&p); own != nil && v != nil && own.isn != v.isn && p.seq-v.isn > v.end-v.isn {
-		// Its SYN|ACK has not left: what the client cannot take in yet.
+	if own := h.opens(&p); own != nil && v != nil && own.isn != v.isn && own.opened != v.opened && p.seq-v.isn > v.end-v.isn {
+		// Its SYN|ACK has not left: what the client cannot take in yet. Of a connection that was taken over
+		// the guest's ISN is another one, too, but not what its SYN|ACK acknowledges.
 		v = &wire{isn: own.isn, opened: own.opened, end: own.isn + 1, scale: own.scale, core: w.check.cores}
 		w.check.flows[f] = v
 	}
