@@ -50,10 +50,11 @@ type conn struct {
 	simultaneous bool // both sent SYNs
 	orphan       bool // closed: nobody reads
 	noDelay      bool
-	cookie       bool // made of a SYN cookie
-	fast         bool // in use before the handshake is over
-	asksCookie   bool // the peer wants to have one for fast open
-	deferred     bool // the SYN waits for data
+	cookie       bool   // made of a SYN cookie
+	fast         bool   // in use before the handshake is over
+	asksCookie   bool   // the peer wants to have one for fast open
+	deferred     bool   // the SYN waits for data
+	early        uint32 // bytes of data that the SYN had
 
 	// What both agreed on.
 	timestamps, sack, scaling, ecn bool

@@ -39,7 +39,9 @@ func (c *conn) sendSYN(now int64) {
 	} else if c.s.cfg.ECN && c.snd.retries == 0 {
 		flags |= ece | cwr
 	}
-	c.segment(now, c.iss, flags, fastSYN(c))
+	data := fastSYN(c)
+	c.early = max(c.early, uint32(len(data)))
+	c.segment(now, c.iss, flags, data)
 	c.snd.lastSentAt = now
 }
 
@@ -178,7 +180,7 @@ func (c *conn) establish(now int64, g *segment) {
 // inSynSent is a segment for a connection in SYN-SENT.
 func (c *conn) inSynSent(now int64, g *segment) {
 	if g.has(ack) {
-		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt+uint32(len(c.snd.buf)-c.snd.off)) ||
+		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt+c.early) ||
 			c.timestamps && g.timestamps && g.tsEcr != 0 && after(g.tsEcr, c.tsNow(now)) {
 			c.s.refuse(&c.route, g)
 			return
