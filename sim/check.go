@@ -224,7 +224,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		}
 		v.end, v.moved = end, w.now
 	}
-	if p.hasACK() && !w.check.replays {
+	if p.hasACK() && !w.check.replays && !w.cookieAgain(p, v) {
 		shift := v.scale
 		if p.syn() {
 			shift = 0
@@ -252,6 +252,12 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		}
 		v.stamped, v.stamp = true, ts
 	}
+}
+
+// cookieAgain reports whether p is of a connection that a late duplicate of the handshake's last ACK has made of the
+// SYN cookie again, after the guest had closed the first one. It knows nothing of that one, and repeats what its SYN|ACK was.
+func (w *world) cookieAgain(p *packet, v *wire) bool {
+	return w.sc.SynCookies && len(p.payload) == 0 && p.ack == v.opened && p.seq-v.isn <= 1
 }
 
 // released: the SVM could go on from here.
