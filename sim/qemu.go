@@ -77,6 +77,9 @@ func (q *qemu) arrive(frame []byte) {
 		return
 	}
 	q.input = append(q.input, frame)
+	if int64(len(q.input))*q.w.sc.Slow[q.h.id] > int64(q.w.sc.compare().Timeout)/2 {
+		q.w.reach("guest late") // its answer comes too late for R7
+	}
 	if len(q.input) == 1 && q.running() {
 		q.wake(q.soon())
 	}
