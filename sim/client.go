@@ -4,6 +4,7 @@ package sim
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -186,7 +187,7 @@ func (c *client) work(a *asking) {
 		}
 		state := c.stack.State(a.id)
 		if err := c.stack.Err(a.id); err != nil {
-			if a.again > 0 && w.now-a.reset < stale {
+			if a.again > 0 && (w.now-a.reset < stale || errors.Is(err, tcp.ErrRefused)) {
 				c.reopen(a)
 				return
 			}
@@ -281,7 +282,8 @@ func (c *client) quit(a *asking, after int64) bool {
 }
 
 // stale is how long what was under way on a connection may break the next one from the same port:
-// what acknowledges another SYN is answered by a RST, whose number the next one may take for its own.
+// what acknowledges another SYN is answered by a RST, whose number the next one may take for its own. A guest that has missed
+// the RST may be in SYN-RECEIVED for longer: it refuses another SYN in its window (Linux's tcp_check_req), and is not there then.
 const stale = 5 * s
 
 // reopen opens the next connection from the same port.
