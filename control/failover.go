@@ -173,7 +173,9 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	case failover.OpPoweredOff:
 		return fo.poweredOff()
 	case failover.OpYield:
-		fo.d.peer.send(peerlink.Yield{})
+		if !fo.guestGone() {
+			fo.d.peer.send(peerlink.Yield{})
+		}
 	case failover.OpSync:
 		return fo.d.repl.replicate()
 	case failover.OpPair:

@@ -34,12 +34,13 @@ type qmpInfo struct {
 }
 
 // monitor keeps a connection to QEMU and hands what comes of it to the
-// controller. All of its fields but path are the controller's.
+// controller. All of its fields but path and process are the controller's.
 type monitor struct {
-	d    *Daemon
-	path string
-	conn *qmp.Monitor // nil: not connected
-	info qmpInfo
+	d       *Daemon
+	path    string
+	process owner        // the watcher's
+	conn    *qmp.Monitor // nil: not connected
+	info    qmpInfo
 
 	reported map[string]time.Time // when an event was reported last, by name
 
@@ -54,7 +55,8 @@ type monitor struct {
 // watchQEMU connects, reports, reconnects, until ctx ends.
 func (mo *monitor) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
-	process := owner{path: mo.path, noAsk: mo.d.opt.noAskQEMU}
+	process := &mo.process
+	process.path, process.noAsk = mo.path, mo.d.opt.noAskQEMU
 	if mo.d.failover != nil {
 		process.guest = mo.d.failover.Guest
 	}

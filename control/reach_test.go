@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +20,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -238,6 +242,74 @@ func TestDialErrors(t *testing.T) {
 			}
 			fail.Store(false)
 			p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+		})
+	}
+}
+
+// endedQEMU is the process of a QEMU that has just ended, which nobody has been told.
+func endedQEMU(t *testing.T) *qemu.Process {
+	t.Helper()
+	spec := &qemu.Spec{VM: "web1", Node: "ended", Dir: t.TempDir()}
+	file := filepath.Join(spec.Dir, "web1-ended.pid")
+	played := exec.CommandContext(t.Context(), "sh", "-c", "read line", "-pidfile", file, "-")
+	if _, err := played.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := played.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(strconv.Itoa(played.Process.Pid)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := qemu.Find(spec)
+	for late := time.Now().Add(patience); err != nil; p, err = qemu.Find(spec) { // the kernel is about to lay its arguments down
+		if time.Now().After(late) {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	played.Process.Kill()
+	played.Wait()
+	if p.Alive() {
+		t.Fatal("it lives")
+	}
+	return p
+}
+
+// TestNoClaimWithDeadQEMU: a primary misses its secondary, and its QEMU has ended, of which its
+// monitor's socket has not told yet. It does not ask the arbiter: it would win, and nobody serve. Nor does a
+// secondary whose QEMU has ended, nor does it ask the primary for its place.
+func TestNoClaimWithDeadQEMU(t *testing.T) {
+	for name, event := range map[string]failover.Kind{
+		"primary": failover.EvPeerDead, "secondary": failover.EvPeerDead, "secondary, by order": failover.EvTakeOver,
+	} {
+		t.Run(name, func(t *testing.T) {
+			pair := newPair(t)
+			p, s, a := calmLives(t, pair)
+			startCovered(p, s)
+			x := s
+			if name == "primary" {
+				x = p
+			}
+			ended := endedQEMU(t)
+			if err := x.d.ask(t.Context(), func() {
+				x.d.qmp.process.set(ended)
+				x.d.failover.step(failover.Event{Kind: event})
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if x == s {
+				s.ends(ErrAfresh)
+				if a.now.Speaker != "alpha" {
+					t.Errorf("the record is %v", a.now)
+				}
+				return
+			}
+			s.ends(ErrPromoted)
+			p.ends(ErrFenced)
+			if a.now.Speaker != "beta" {
+				t.Errorf("the record is %v", a.now)
+			}
 		})
 	}
 }

@@ -79,7 +79,9 @@ func (p *pair) effect(fx failover.Effect) {
 		}
 		d.ended = endOff
 	case failover.OpYield:
-		d.send(peerlink.Yield{})
+		if !p.guestGone() {
+			d.send(peerlink.Yield{})
+		}
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
@@ -118,9 +120,23 @@ func (p *pair) effect(fx failover.Effect) {
 	d.turnWithin(0)
 }
 
+// guestGone reports whether the process that the monitor's connection was to has ended.
+func (p *pair) guestGone() bool {
+	d := p.d
+	gone := d.qmp.process != nil && !d.qmp.process.alive
+	if gone {
+		d.w.reach("qemu found dead")
+		d.post(0, func() { d.pair.step(failover.Event{Kind: failover.EvQEMUDead}) })
+	}
+	return gone
+}
+
 // claim is control's: it asks until it is known what came of it (R21 ii).
 func (p *pair) claim(term uint64) {
 	d := p.d
+	if p.guestGone() {
+		return
+	}
 	from := realarbiter.Entry{Term: term, Speaker: d.h.name}
 	if !d.isPrimary() {
 		from.Speaker = d.h.other().name

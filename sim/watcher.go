@@ -12,6 +12,7 @@ import (
 type watcher struct {
 	d          *daemon
 	hadQEMU    bool
+	process    *qemu // that the newest connection was to
 	unanswered int
 	detached   bool
 	colo       string // QEMU's mode when it connected
@@ -40,7 +41,7 @@ func (x *watcher) connect(delay int64) {
 			})
 			return
 		default:
-			d.qmp.unanswered = 0
+			d.qmp.unanswered, d.qmp.process = 0, q
 			m := &monitor{d: d, q: q, open: true, last: d.w.now}
 			d.h.monitor = m
 			running, state, mode := false, "", ""
