@@ -72,6 +72,9 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		d.checks.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
 		d.fail(errors.Join(d.h.nic.SetEpoch(fx.Epoch), d.h.nic.MarkStop()))
+	case checkpoint.OpMark:
+		w.reach("marked again")
+		d.fail(d.h.nic.MarkStop())
 	case checkpoint.OpCOLO:
 		d.checks.askCOLO(fx.Epoch)
 	case checkpoint.OpCommit:
