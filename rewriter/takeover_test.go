@@ -91,6 +91,7 @@ func TestEnded(t *testing.T) {
 		{RemoteFIN | Timestamps, idle, "closing"},
 		{GuestFIN | RemoteFIN, linger, "closing"},
 		{GuestFIN | RemoteFIN | Unacked, 3 * time.Minute, "closing"},
+		{GuestFIN | RemoteFIN | Guarded, 3 * time.Minute, "closing"},
 		{GuestFIN | RemoteFIN | Unacked | WasReset, linger, "reset"},
 		{WasReset, linger, "reset"},
 	} {
