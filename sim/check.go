@@ -147,9 +147,10 @@ func bounded(w *world, h *host) {
 	if d := h.daemon; d != nil && d.loop != nil && d.loop.Primary != nil {
 		others := len(w.sc.Conns)
 		for i := range w.sc.Conns {
+			opened := false
 			for _, r := range w.sc.Conns[i].Requests {
-				if r.Kind == 'O' { // the guest opens another one
-					others++
+				if r.Kind == 'O' || r.Kind == 'N' && opened { // the guest opens another one, or the client from its end of that one
+					others, opened = others+1, true
 				}
 			}
 		}
