@@ -280,6 +280,9 @@ func (q *qemu) secondaryFailover(done func(error)) {
 		return
 	}
 	q.given = true
+	if p := q.peer; p != nil && p.peer == q {
+		p.nbd = false // nbd-server-stop: a primary that wakes later reaches no replica
+	}
 	if q.received != nil {
 		q.guest, q.received = q.received, nil
 		q.guest.since = q.h.clock()
