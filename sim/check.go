@@ -4,12 +4,14 @@ package sim
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
 
 // check is what the checkers know.
@@ -225,7 +227,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		}
 		v.end, v.moved = end, w.now
 	}
-	if p.hasACK() && !w.check.replays && !w.cookieAgain(p, v) {
+	if p.hasACK() && !w.check.replays && !h.cookieAgain(p, v) {
 		shift := v.scale
 		if p.syn() {
 			shift = 0
@@ -255,10 +257,20 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 	}
 }
 
-// cookieAgain reports whether p is of a connection that a late duplicate of the handshake's last ACK has made of the
-// SYN cookie again, after the guest had closed the first one. It knows nothing of that one, and repeats what its SYN|ACK was.
-func (w *world) cookieAgain(p *packet, v *wire) bool {
-	return w.sc.SynCookies && len(p.payload) == 0 && p.ack == v.opened && p.seq-v.isn <= 1
+// cookieAgain reports whether p is of a connection that a late ACK has made of the SYN cookie again, after the guest
+// had closed the first one, or the client reset it. It knows nothing of what came later. A cookie holds for the handshake's
+// ACK, and, as in Linux, for a later one whose two numbers have grown by almost as much.
+func (h *host) cookieAgain(p *packet, v *wire) bool {
+	switch {
+	case !h.w.sc.SynCookies || len(p.payload) > 0 || h.qemu == nil || h.qemu.guest == nil:
+		return false
+	case p.ack == v.opened && p.seq-v.isn <= 1:
+		return true
+	}
+	g, f := h.qemu.guest, p.flow()
+	id, ok := g.stack.Find(netip.AddrPortFrom(f.remote, f.remotePort), f.guestPort)
+	own := g.said[f]
+	return ok && own != nil && own.fin && g.stack.State(id) == tcp.Established
 }
 
 // released: the SVM could go on from here.

@@ -35,6 +35,7 @@ type qemu struct {
 	asked    bool   // one more is wanted
 	received *guest // S: all of a checkpoint has come
 	given    bool   // S: x-colo-lost-heartbeat
+	left     int64  // S: when it left COLO; 0: it has not
 
 	wakeUp alarm
 	input  [][]byte
@@ -360,6 +361,7 @@ func (q *qemu) lost() {
 		return
 	}
 	q.w.reach("colo exit " + q.colo)
+	q.left = q.w.now
 	q.emit(func(m *monitor) { m.d.qmp.coloExit() })
 }
 
