@@ -109,9 +109,25 @@ func (c *client) receive(frame []byte) {
 		return
 	}
 	w.after(c.delay(1), func() {
+		c.mixes(frame)
 		c.stack.Input(w.now, frame)
 		c.goOn()
 	})
+}
+
+// mixes gives up a connection that takes data of the one before it for its own. That one was reset, so nobody has waited for
+// what was under way; its numbers lie in the window where it was faster than the clock of ISNs, and its timestamps are of
+// the same millisecond (RFC 9293, 3.4.3).
+func (c *client) mixes(frame []byte) {
+	p, ok := parse(frame)
+	if !ok || len(p.payload) == 0 {
+		return
+	}
+	a, v := c.at(p.flow()), c.w.check.flows[p.flow()]
+	if a != nil && a.again > 0 && v != nil && after(v.opened, p.ack) && p.end()-v.isn < 1<<17 && c.stack.State(a.id) == tcp.Established {
+		c.w.reach("data of the connection before")
+		a.lost = true
+	}
 }
 
 // delay is a frame's time on the network, in which it may overtake others.
