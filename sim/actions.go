@@ -256,7 +256,8 @@ func (w *world) mend() {
 		}
 		h.state.Off = false
 		role := datapath.RoleSecondary
-		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
+		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter != arbiterNone && e.Speaker == "" && h.id == 0 ||
+			w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
 			role = datapath.RolePrimary
 		}
 		h.boot(role, false)
