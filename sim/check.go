@@ -107,8 +107,9 @@ func (w *world) left(h *host, frame []byte) {
 		v = &wire{isn: own.isn, opened: own.opened, end: own.isn + 1, scale: own.scale, core: w.check.cores}
 		w.check.flows[f] = v
 	}
-	// Guests that draw their ISNs at random may draw one again: the copy of a generator gives the same.
-	if v == nil || p.syn() && (p.seq != v.isn || p.ack != v.opened && p.ack != 0 && v.opened != 0) {
+	// Guests that draw their ISNs at random may draw one again: the copy of a generator gives the same. A SYN|ACK that is
+	// repeated acknowledges what has come meanwhile (R2).
+	if v == nil || p.syn() && (p.seq != v.isn || p.ack-v.opened > 1<<24 && p.ack != 0 && v.opened != 0) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
