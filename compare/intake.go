@@ -79,7 +79,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 	case c.syn.repeated(s):
 		return c // a repetition, or the answer in a simultaneous open
 	default:
-		if why := c.outlives(s); why != ReasonNone {
+		if why := outlives(c, s); why != ReasonNone {
 			p.drop(s.Slot, why)
 			return nil
 		}
@@ -105,7 +105,7 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 
 // outlives gives why c goes on though the PVM transmits s, a SYN that is not c's; ReasonNone: another
 // connection begins.
-func (c *conn) outlives(s *Segment) Reason {
+func outlives(c *conn, s *Segment) Reason {
 	switch {
 	case !c.syn.seen && c.pvmSeen && c.inc.named && c.inc.isn == s.Seq:
 		return ReasonDuplicate

@@ -61,7 +61,7 @@ func (p *Primary) noRoom(s *Segment) {
 	c := p.conns.byTuple[s.Tuple]
 	switch {
 	case c == nil:
-	case s.Flags&(SYN|RST) == SYN && !c.syn.repeated(s) && c.outlives(s) == ReasonNone:
+	case s.Flags&(SYN|RST) == SYN && !c.syn.repeated(s) && outlives(c, s) == ReasonNone:
 		p.conns.remove(c, ReasonSuperseded) // R8: what follows the SYN is another connection's
 	default:
 		p.makeRoom(c, classOf(s.Large))
