@@ -301,6 +301,7 @@ enum ls_conn_bit {
 	LS_CONN_INHERITED = 2048, /* made by a takeover: no offset, no incarnation */
 	LS_CONN_GUARDED = 4096,	  /* guard was set */
 	LS_CONN_ECHOES = 8192,	  /* the remote echoes timestamps with the guard */
+	LS_CONN_UNACKED = 16384,  /* ls_conn: no ack since the guest's FIN and its repetitions */
 };
 
 /*

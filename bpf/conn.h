@@ -225,7 +225,9 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 
 /*
  * Notes a segment of either side. A guest that goes on sending ignored the RST:
- * anybody can forge one.
+ * anybody can forge one. Whether the remote has received the guest's FIN is not known
+ * from its numbers, but it repeats what is not acknowledged: an ack of less, or one that
+ * crossed the FIN, counts up to then.
  */
 static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p, int from_guest,
 				       __u64 now)
@@ -237,10 +239,14 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 		set = LS_CONN_RST;
 	else if (p->flags & LS_FIN)
 		set = from_guest ? LS_CONN_GFIN : LS_CONN_RFIN;
-	if (set & ~c->state)
-		__sync_fetch_and_or(&c->state, set);
 	if (from_guest && !set && c->state & LS_CONN_RST)
 		__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_RST);
+	if (from_guest && (set == LS_CONN_GFIN || (p->paylen && c->state & LS_CONN_GFIN)))
+		set |= LS_CONN_UNACKED;
+	if (set & ~c->state)
+		__sync_fetch_and_or(&c->state, set);
+	if (!from_guest && p->flags & LS_ACK && c->state & LS_CONN_UNACKED)
+		__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_UNACKED);
 	/* One attempt: if another CPU was faster, its ack is as new. */
 	if (!from_guest && p->flags & LS_ACK && seq_after(p->ack, old))
 		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);

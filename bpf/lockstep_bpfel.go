@@ -83,6 +83,7 @@ const (
 	LockstepLsConnBitLS_CONN_INHERITED LockstepLsConnBit = 2048
 	LockstepLsConnBitLS_CONN_GUARDED   LockstepLsConnBit = 4096
 	LockstepLsConnBitLS_CONN_ECHOES    LockstepLsConnBit = 8192
+	LockstepLsConnBitLS_CONN_UNACKED   LockstepLsConnBit = 16384
 )
 
 type LockstepLsConst uint32

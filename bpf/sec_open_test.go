@@ -66,10 +66,19 @@ func TestPassiveOpen(t *testing.T) {
 				// Pure ACKs and FINs are recorded and not copied.
 				k.svmSends(f, seg{seq: 3000 + off, ack: isnCli + 8, flags: ack}, seg{seq: 3000, ack: isnCli + 8, flags: ack}, isnPVM, 2000, "record_out")
 				k.svmSends(f, seg{seq: 3000 + off, ack: isnCli + 8, flags: fin | ack}, seg{seq: 3000, ack: isnCli + 8, flags: fin | ack}, isnPVM, 2000, "record_out")
-				want.State |= stGFIN
+				want.State |= stGFIN | stUnacked
+				k.wantConn(f, want)
+				k.svmReceives(f, seg{seq: isnCli + 8, ack: 2500, flags: ack}, seg{seq: isnCli + 8, ack: 2500 + off, flags: ack}) // it has crossed
+				want.State, want.CliAck = want.State&^stUnacked, 2500
+				k.wantConn(f, want)
+				again := seg{seq: 2500, ack: isnCli + 8, flags: ack | psh, payload: make([]byte, 500)}
+				fromSVM := again
+				fromSVM.seq += off
+				k.svmSends(f, fromSVM, again, isnPVM, 2500, "record_out")
+				want.State |= stUnacked
 				k.wantConn(f, want)
 				k.svmReceives(f, seg{seq: isnCli + 8, ack: 3001, flags: fin | ack}, seg{seq: isnCli + 8, ack: 3001 + off, flags: fin | ack})
-				want.State, want.CliAck = want.State|stRFIN, 3001
+				want.State, want.CliAck = want.State&^stUnacked|stRFIN, 3001
 				k.wantConn(f, want)
 			})
 		}

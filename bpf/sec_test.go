@@ -12,11 +12,12 @@ import (
 )
 
 const (
-	stActive = uint32(bpf.LockstepLsConnBitLS_CONN_ACTIVE)
-	stTS     = uint32(bpf.LockstepLsConnBitLS_CONN_TS)
-	stGFIN   = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN)
-	stRFIN   = uint32(bpf.LockstepLsConnBitLS_CONN_RFIN)
-	stRST    = uint32(bpf.LockstepLsConnBitLS_CONN_RST)
+	stActive  = uint32(bpf.LockstepLsConnBitLS_CONN_ACTIVE)
+	stTS      = uint32(bpf.LockstepLsConnBitLS_CONN_TS)
+	stGFIN    = uint32(bpf.LockstepLsConnBitLS_CONN_GFIN)
+	stUnacked = uint32(bpf.LockstepLsConnBitLS_CONN_UNACKED)
+	stRFIN    = uint32(bpf.LockstepLsConnBitLS_CONN_RFIN)
+	stRST     = uint32(bpf.LockstepLsConnBitLS_CONN_RST)
 )
 
 var (

@@ -22,7 +22,7 @@ func (p *Primary) adopt(s *Segment) {
 	case c.floating && (c.held.len() == 0 || near(c.held.view()[0].start, s.Seq)):
 		p.stats.Adopted++
 		c.pvmSeen, c.established, c.adopted, c.floating = true, true, true, false
-		c.released = s.Seq
+		c.released, c.placed = s.Seq, true
 	case !c.adopted || !after(s.Seq, c.svm.compared) || !near(s.Seq, c.svm.compared):
 		return
 	}

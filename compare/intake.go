@@ -78,15 +78,11 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 		}
 	case c.syn.repeated(s):
 		return c // a repetition, or the answer in a simultaneous open
-	case !c.syn.seen && c.pvmSeen && c.inc.named && c.inc.isn == s.Seq:
-		p.drop(s.Slot, ReasonDuplicate)
-		return nil
-	case c.syn.answersSame(s) && after(c.released, c.inc.isn) && !c.closed():
-		// A guest that answers with SYN cookies forgets what it answered; the
-		// remote does not, and keeps to the first answer.
-		p.drop(s.Slot, ReasonSYNCookie)
-		return nil
 	default:
+		if why := outlives(c, s); why != ReasonNone {
+			p.drop(s.Slot, why)
+			return nil
+		}
 		opened = c.openOnSVM
 		c.held.clear(ReasonSuperseded)
 		p.conns.reset(c)
@@ -105,6 +101,20 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 		p.pvmOpened(c, opened)
 	}
 	return c
+}
+
+// outlives gives why c goes on though the PVM transmits s, a SYN that is not c's; ReasonNone: another
+// connection begins.
+func outlives(c *conn, s *Segment) Reason {
+	switch {
+	case !c.syn.seen && c.pvmSeen && c.inc.named && c.inc.isn == s.Seq:
+		return ReasonDuplicate
+	case c.syn.answersSame(s) && after(c.released, c.inc.isn) && !c.closed():
+		// A guest that answers with SYN cookies forgets what it answered; the
+		// remote does not, and keeps to the first answer.
+		return ReasonSYNCookie
+	}
+	return ReasonNone
 }
 
 // svm takes in a digest record.

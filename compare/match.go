@@ -162,7 +162,7 @@ func (c *conn) matchRST() bool {
 func (c *conn) releaseRST(atEnd bool) {
 	h := c.held.takeRST()
 	seq, refuses := h.start, refusesSYN(h.flags, h.start)
-	if atEnd && !refuses && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
+	if atEnd && c.placed && !refuses && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
 		seq = c.released
 	}
 	c.sendRST(&h, seq, c.pvmSeen && !refuses)
@@ -192,7 +192,7 @@ func (c *conn) root() {
 		return
 	}
 	c.sameBytes(c.svm.rebase(base))
-	c.low, c.released = base, base
+	c.low, c.released, c.placed = base, base, true
 }
 
 // svmData takes in the sums and the FIN of a record.

@@ -223,9 +223,9 @@ func (c *conn) pureACK(s *Segment, grew bool) {
 		c.drop(s.Slot, ReasonDuplicate)
 	}
 	c.pureUpTo = mark{true, s.Ack}
-	if c.floating && c.svm.points.len() == 0 && (!c.established || after(s.Seq, c.svm.compared)) {
+	if c.floating && c.svm.points.len() == 0 && (!c.placed || after(s.Seq, c.svm.compared)) {
 		c.svm.expect(s.Seq)
-		c.released = s.Seq
+		c.released, c.placed = s.Seq, true
 		return
 	}
 	if c.frozen || c.diverged || !c.acks.may(ACK) {

@@ -111,9 +111,9 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 			s.parked = append(s.parked, parkedFrame{ev.Seg.Slot, ev.Seg.Datagram})
 		}
 	case EvMark:
-		// Of several marks of one attempt the first is at the right place. An
-		// attempt that failed left its mark behind: the PVM went on.
-		if !s.mark.ok || after(ev.Epoch, s.mark.epoch) {
+		// Of several marks of one attempt the last is at the right place: the PVM was stopped
+		// again. An attempt that failed left its mark behind: the PVM went on.
+		if !s.mark.ok || !after(s.mark.epoch, ev.Epoch) {
 			s.mark = parkMark{true, ev.Epoch, len(s.parked)}
 		}
 	case EvUnpark:

@@ -23,6 +23,7 @@ type sender struct {
 	acks     ackState
 	tmpl     template
 	released uint32 // highest position sent, a FIN included
+	placed   bool   // released holds: something has left, or had before P knew of the connection
 	tsSent   uint32 // highest TSval sent
 	tsKnown  bool
 	accECN   bool    // AE was seen: with CWR and ECE it is a counter
@@ -139,6 +140,7 @@ func (t *sender) acknowledge(f Flags) (ack uint32, win uint16) {
 
 // send sends h up to position to. last: the slot is free then.
 func (t *sender) send(h *piece, to uint32, last bool) {
+	t.placed = true
 	e := t.emit(OpSend, &t.tuple)
 	e.Slot, e.Free = h.slot, last
 	if end := maxSeq(h.start, to); after(end, t.released) {
@@ -198,13 +200,14 @@ func (t *sender) sendRST(h *piece, seq uint32, minimum bool) {
 
 // synHeld reports whether the PVM's SYN has not left, so that nothing else may. It may be compared
 // already: one that a commit dropped is, when the SVM's comes, and leaves when it is repeated.
-func (t *sender) synHeld() bool { return t.syn.waiting || t.syn.seen && t.released == t.syn.isn }
+func (t *sender) synHeld() bool { return t.syn.waiting || t.syn.seen && !t.placed }
 
 // sendACK sends the template with sequence number seq and what may be
-// acknowledged now.
+// acknowledged now. Nothing is acknowledged ahead of the SYN, which may be dropped (R14): its
+// repetition leaves.
 func (t *sender) sendACK(seq uint32) {
 	m := &t.tmpl
-	if !m.ok || !t.acks.may(ACK) || t.synHeld() {
+	if !m.ok || !t.placed || !t.acks.may(ACK) || t.syn.waiting {
 		return
 	}
 	if t.sealed && (!m.pure || after(m.ack, t.acks.svm.ack)) {
@@ -234,7 +237,7 @@ func (t *sender) sendACK(seq uint32) {
 // the data comes, and then neither end would acknowledge the other's before its timer for
 // delayed ACKs.
 func (t *sender) sendGrownACK(due bool) {
-	if t.synHeld() || !t.acks.may(ACK) || !t.tmpl.ok {
+	if t.syn.waiting || !t.placed || !t.acks.may(ACK) || !t.tmpl.ok {
 		return
 	}
 	m, grown := t.acks.minimum(ACK, t.off(mutR2))

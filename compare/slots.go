@@ -58,7 +58,12 @@ func (q *heldQueue) countSlot(h *piece, n int) {
 
 // noRoom: the kernel had no slot for s, dropped it and counted it.
 func (p *Primary) noRoom(s *Segment) {
-	if c := p.conns.byTuple[s.Tuple]; c != nil {
+	c := p.conns.byTuple[s.Tuple]
+	switch {
+	case c == nil:
+	case s.Flags&(SYN|RST) == SYN && !c.syn.repeated(s) && outlives(c, s) == ReasonNone:
+		p.conns.remove(c, ReasonSuperseded) // R8: what follows the SYN is another connection's
+	default:
 		p.makeRoom(c, classOf(s.Large))
 	}
 }

@@ -91,8 +91,21 @@ func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Entry) (arbi
 	return s.Arbiter.Swap(ctx, old, next)
 }
 
-// claim asks the arbiter until it is known what came of it (R21 ii).
+// guestGone reports whether this host's QEMU has ended, and has that be found out then: a daemon that
+// stood still may miss the other host before it learns what its own monitor's socket tells.
+func (fo *failoverPart) guestGone() bool {
+	gone := fo.d.qmp.process.dead()
+	if gone {
+		fo.d.work.Go(func() { fo.d.post(func() { fo.d.qmp.qemuGone("its process has ended") }) })
+	}
+	return gone
+}
+
+// claim asks the arbiter until it is known what came of it (R21 ii). A host whose guest has gone does not.
 func (fo *failoverPart) claim(term uint64) {
+	if fo.guestGone() {
+		return
+	}
 	from := arbiter.Entry{Term: term, Speaker: fo.d.opt.Node}
 	if fo.s != nil {
 		from.Speaker = fo.d.opt.Peer

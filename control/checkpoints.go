@@ -142,6 +142,8 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
 		return ck.d.each("set epoch", func(n *nicloop.Loop) error { return errors.Join(n.DP.SetEpoch(fx.Epoch), n.DP.MarkStop()) })
+	case checkpoint.OpMark:
+		return ck.d.each("mark", func(n *nicloop.Loop) error { return n.DP.MarkStop() })
 	case checkpoint.OpCOLO:
 		ck.d.qmp.askQEMU(func(m *qmp.Monitor) checkpoint.Event {
 			mode, err := m.COLO()

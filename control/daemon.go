@@ -377,7 +377,7 @@ func (d *Daemon) sweep(ctx context.Context) error {
 			return nil
 		}
 		for _, n := range d.nics {
-			if _, err := n.DP.Sweep(d.opt.Compare.Linger, d.opt.Compare.Idle); err != nil && ctx.Err() == nil {
+			if err := n.Sweep(d.opt.Compare.Linger, d.opt.Compare.Idle); err != nil && ctx.Err() == nil {
 				return fmt.Errorf("nic %d: sweep: %w", n.Index, err)
 			}
 		}

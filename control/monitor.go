@@ -4,6 +4,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -34,12 +35,13 @@ type qmpInfo struct {
 }
 
 // monitor keeps a connection to QEMU and hands what comes of it to the
-// controller. All of its fields but path are the controller's.
+// controller. All of its fields but path and process are the controller's.
 type monitor struct {
-	d    *Daemon
-	path string
-	conn *qmp.Monitor // nil: not connected
-	info qmpInfo
+	d       *Daemon
+	path    string
+	process owner        // the watcher's
+	conn    *qmp.Monitor // nil: not connected
+	info    qmpInfo
 
 	reported map[string]time.Time // when an event was reported last, by name
 
@@ -54,7 +56,8 @@ type monitor struct {
 // watchQEMU connects, reports, reconnects, until ctx ends.
 func (mo *monitor) watchQEMU(ctx context.Context) {
 	again := backoff{first: qmpRetry, last: qmpRetryMax}
-	process := owner{path: mo.path, noAsk: mo.d.opt.noAskQEMU}
+	process := &mo.process
+	process.path, process.noAsk = mo.path, mo.d.opt.noAskQEMU
 	if mo.d.failover != nil {
 		process.guest = mo.d.failover.Guest
 	}
@@ -69,6 +72,10 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 		if connected {
 			again.reset()
 			err = mo.watchMonitor(ctx, m)
+			if errors.Is(err, qmp.ErrHangs) {
+				r, why := process.judge(err)
+				mo.d.post(func() { mo.hangs(r, why) })
+			}
 		} else {
 			var r reach
 			r, err = process.judge(err)
@@ -134,6 +141,11 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		mo.d.repl.paired()
 	})
 
+	if !mo.d.isPrimary() {
+		// A secondary whose QEMU goes on after a while has to know whether it has loaded a checkpoint then. A
+		// primary's is in doubt at once, and goes on with a guest that a command has stopped late.
+		m.BePatient(1 + maxUnanswered)
+	}
 	polling, stop := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait()
@@ -210,7 +222,7 @@ func (mo *monitor) ran(ev checkpoint.Event) {
 const maxUnanswered = 2
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
-// the connection.
+// the connection, or that of several in a row (S).
 func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 	tick := time.NewTicker(mo.d.opt.qmpPoll)
 	defer tick.Stop()

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 
 	"github.com/lockstep-ft/lockstep/control/qemu"
@@ -38,10 +39,28 @@ func dialMonitor(ctx context.Context, path string, o *Options, connected func(*n
 // owner is the process that listens on a monitor socket, as far as it is known.
 type owner struct {
 	path  string        // as the process bound it
-	proc  *qemu.Process // nil: not known
 	guest *qemu.Spec    // of a QEMU that lockstep starts; nil: of somebody else's
+	proc  *qemu.Process // nil: not known
+	mu    sync.Mutex    // held where proc changes, and where another goroutine than the watcher's looks at it
 
 	noAsk bool // mutation: the process is not asked
+}
+
+// set makes p the process that is known.
+func (o *owner) set(p *qemu.Process) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.proc != nil {
+		o.proc.Release()
+	}
+	o.proc = p
+}
+
+// dead reports, without waiting, whether the process is known to have ended.
+func (o *owner) dead() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.proc != nil && !o.proc.Alive()
 }
 
 // connected takes the process from a connection to its socket.
@@ -50,16 +69,11 @@ func (o *owner) connected(conn *net.UnixConn) {
 	if err != nil {
 		return // the one known so far, then
 	}
-	o.forget()
-	o.proc, o.path = p, conn.RemoteAddr().String()
+	o.set(p)
+	o.path = conn.RemoteAddr().String()
 }
 
-func (o *owner) forget() {
-	if o.proc != nil {
-		o.proc.Release()
-		o.proc = nil
-	}
-}
+func (o *owner) forget() { o.set(nil) }
 
 // ended is closed when the process has ended; nil where it is not known.
 func (o *owner) ended() <-chan struct{} {
@@ -83,7 +97,7 @@ func (o *owner) judge(err error) (reach, error) {
 		if errors.Is(notFound, qemu.ErrNotRunning) {
 			return qemuEnded, err
 		}
-		o.proc = p
+		o.set(p)
 	}
 	if o.proc != nil && !o.proc.Alive() {
 		pid := o.proc.Pid()
@@ -132,6 +146,14 @@ func (mo *monitor) slowToAnswer(ctx context.Context) {
 			}
 		})
 	})
+}
+
+// hangs: QEMU has not answered on its connection for as long as two more would have taken.
+func (mo *monitor) hangs(r reach, why error) {
+	if r == qemuMute {
+		mo.unanswered = maxUnanswered - 1
+	}
+	mo.unreachable(r, why)
 }
 
 // unreachable: no connection to QEMU could be made.

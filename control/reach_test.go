@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +20,8 @@ import (
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -238,6 +243,106 @@ func TestDialErrors(t *testing.T) {
 			}
 			fail.Store(false)
 			p.await("a pair", func(st api.Status) bool { return st.QMP.Connected && st.State == "replicating" && st.Covered })
+		})
+	}
+}
+
+// endedQEMU is the process of a QEMU that has just ended, which nobody has been told.
+func endedQEMU(t *testing.T) *qemu.Process {
+	t.Helper()
+	spec := &qemu.Spec{VM: "web1", Node: "ended", Dir: t.TempDir()}
+	file := filepath.Join(spec.Dir, "web1-ended.pid")
+	played := exec.CommandContext(t.Context(), "sh", "-c", "read line", "-pidfile", file, "-")
+	if _, err := played.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := played.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(strconv.Itoa(played.Process.Pid)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := qemu.Find(spec)
+	for late := time.Now().Add(patience); err != nil; p, err = qemu.Find(spec) { // the kernel is about to lay its arguments down
+		if time.Now().After(late) {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	played.Process.Kill()
+	played.Wait()
+	if p.Alive() {
+		t.Fatal("it lives")
+	}
+	return p
+}
+
+// TestNoClaimWithDeadQEMU: a primary misses its secondary, and its QEMU has ended, of which its
+// monitor's socket has not told yet. It does not ask the arbiter: it would win, and nobody serve. Nor does a
+// secondary whose QEMU has ended, nor does it ask the primary for its place.
+func TestNoClaimWithDeadQEMU(t *testing.T) {
+	for name, event := range map[string]failover.Kind{
+		"primary": failover.EvPeerDead, "secondary": failover.EvPeerDead, "secondary, by order": failover.EvTakeOver,
+	} {
+		t.Run(name, func(t *testing.T) {
+			pair := newPair(t)
+			p, s, a := calmLives(t, pair)
+			startCovered(p, s)
+			x := s
+			if name == "primary" {
+				x = p
+			}
+			ended := endedQEMU(t)
+			if err := x.d.ask(t.Context(), func() {
+				x.d.qmp.process.set(ended)
+				x.d.failover.step(failover.Event{Kind: event})
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if x == s {
+				s.ends(ErrAfresh)
+				if a.now.Speaker != "alpha" {
+					t.Errorf("the record is %v", a.now)
+				}
+				return
+			}
+			s.ends(ErrPromoted)
+			p.ends(ErrFenced)
+			if a.now.Speaker != "beta" {
+				t.Errorf("the record is %v", a.now)
+			}
+		})
+	}
+}
+
+// TestPatientSecondary: a secondary's QEMU stands still for longer than a command may take. It keeps its connection, so
+// that what QEMU does next is seen; one that does not wake is dead after as long as before.
+func TestPatientSecondary(t *testing.T) {
+	for _, wakes := range []bool{true, false} {
+		t.Run(fmt.Sprintf("wakes=%v", wakes), func(t *testing.T) {
+			pair := newPair(t)
+			p, s, _ := calmLives(t, pair)
+			dials := s.dials()
+			startCovered(p, s)
+			before := dials.Load()
+			mark := len(pair.Secondary.Requests())
+			pair.Secondary.SetFault(qmptest.Silent, 0)
+			if !wakes {
+				s.ends(ErrAfresh)
+				return
+			}
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
+			for len(pair.Secondary.Requests()) < mark+2 { // one was not answered in time
+				<-tick.C
+			}
+			pair.Secondary.SetFault(qmptest.None, 0)
+			done := s.await("a status", func(api.Status) bool { return true }).CheckpointsDone
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
+			s.await("a checkpoint", func(st api.Status) bool { return st.QMP.Connected && st.CheckpointsDone > done })
+			if n := dials.Load(); n != before {
+				t.Errorf("dialled %d times more", n-before)
+			}
 		})
 	}
 }

@@ -22,6 +22,7 @@ const (
 	Inherited                    // Conn: made by a takeover, without offset and incarnation
 	Guarded                      // Conn: Guard was set
 	Echoes                       // Conn: the remote echoes timestamps with the guard
+	Unacked                      // Conn: the remote has sent no ACK since the guest's FIN, or what the guest repeated behind that
 )
 
 const bothFINs = GuestFIN | RemoteFIN
@@ -69,12 +70,24 @@ func (c Conn) Behind(edge Offset) Conn {
 	return c
 }
 
+// repeats is longer than a TCP waits before it repeats what is not acknowledged
+// (Linux's TCP_RTO_MAX is 2 minutes).
+const repeats = 3 * time.Minute
+
 // Ended reports whether an entry can go at boottime now, in ns: both ends closed the
 // connection, or one reset it, and it was idle for linger; or it was idle for idle (R11).
+// Where the remote may not have the guest's FIN, and what lies before that, the guest goes on. After
+// a takeover the remote may, if it missed the last ACK; and no more connections are made that are translated.
 func (c *Conn) Ended(now int64, linger, idle time.Duration) bool {
 	limit := idle
-	if c.State&WasReset != 0 || c.State&bothFINs == bothFINs {
+	switch {
+	case c.State&WasReset != 0:
 		limit = min(linger, idle)
+	case c.State&bothFINs != bothFINs:
+	case c.State&(Unacked|Guarded) == 0:
+		limit = min(linger, idle)
+	default:
+		limit = min(repeats, idle)
 	}
 	return now-c.Last > int64(limit)
 }

@@ -90,6 +90,9 @@ func TestEnded(t *testing.T) {
 		{GuestFIN, idle, "closing"},
 		{RemoteFIN | Timestamps, idle, "closing"},
 		{GuestFIN | RemoteFIN, linger, "closing"},
+		{GuestFIN | RemoteFIN | Unacked, 3 * time.Minute, "closing"},
+		{GuestFIN | RemoteFIN | Guarded, 3 * time.Minute, "closing"},
+		{GuestFIN | RemoteFIN | Unacked | WasReset, linger, "reset"},
 		{WasReset, linger, "reset"},
 	} {
 		conn := Conn{State: c.state, Last: 5}

@@ -222,6 +222,9 @@ func (w *world) covered(h *host) bool {
 	if d := s.daemon; h == s && d != nil && d.pair.s != nil && d.pair.s.State() != failover.SecondaryPair {
 		return false // S is taking over: P is stopped, or will be
 	}
+	if q := s.qemu; q != nil && q.left > 0 && w.now > q.left+peerTimeout-5*ms {
+		return false // S gives its SVM up, which follows nobody, as soon as it hears of P once more: from then on P is alone
+	}
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()
 }
 
@@ -253,7 +256,8 @@ func (w *world) mend() {
 		}
 		h.state.Off = false
 		role := datapath.RoleSecondary
-		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
+		if e := w.arbiter.of(h); e.Speaker == h.name || w.sc.Arbiter != arbiterNone && e.Speaker == "" && h.id == 0 ||
+			w.sc.Arbiter == arbiterNone && w.check.speaker == h.id {
 			role = datapath.RolePrimary
 		}
 		h.boot(role, false)

@@ -4,12 +4,14 @@ package sim
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
 
 // check is what the checkers know.
@@ -99,12 +101,15 @@ func (w *world) left(h *host, frame []byte) {
 	}
 	f := p.flow()
 	v := w.check.flows[f]
-	if own := h.opens(&p); own != nil && v != nil && own.isn != v.isn && p.seq-v.isn > v.end-v.isn {
-		// Its SYN|ACK has not left: what the client cannot take in yet.
+	if own := h.opens(&p); own != nil && v != nil && own.isn != v.isn && own.opened != v.opened && p.seq-v.isn > v.end-v.isn {
+		// Its SYN|ACK has not left: what the client cannot take in yet. Of a connection that was taken over
+		// the guest's ISN is another one, too, but not what its SYN|ACK acknowledges.
 		v = &wire{isn: own.isn, opened: own.opened, end: own.isn + 1, scale: own.scale, core: w.check.cores}
 		w.check.flows[f] = v
 	}
-	if v == nil || p.syn() && p.seq != v.isn {
+	// Guests that draw their ISNs at random may draw one again: the copy of a generator gives the same. A SYN|ACK that is
+	// repeated acknowledges what has come meanwhile (R2).
+	if v == nil || p.syn() && (p.seq != v.isn || p.ack-v.opened > 1<<24 && p.ack != 0 && v.opened != 0) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
@@ -146,9 +151,10 @@ func bounded(w *world, h *host) {
 	if d := h.daemon; d != nil && d.loop != nil && d.loop.Primary != nil {
 		others := len(w.sc.Conns)
 		for i := range w.sc.Conns {
+			opened := false
 			for _, r := range w.sc.Conns[i].Requests {
-				if r.Kind == 'O' { // the guest opens another one
-					others++
+				if r.Kind == 'O' || r.Kind == 'N' && opened { // the guest opens another one, or the client from its end of that one
+					others, opened = others+1, true
 				}
 			}
 		}
@@ -223,7 +229,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		}
 		v.end, v.moved = end, w.now
 	}
-	if p.hasACK() && !w.check.replays {
+	if p.hasACK() && !w.check.replays && !h.cookieAgain(p, v) {
 		shift := v.scale
 		if p.syn() {
 			shift = 0
@@ -251,6 +257,22 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		}
 		v.stamped, v.stamp = true, ts
 	}
+}
+
+// cookieAgain reports whether p is of a connection that a late ACK has made of the SYN cookie again, after the guest
+// had closed the first one, or the client reset it. It knows nothing of what came later. A cookie holds for the handshake's
+// ACK, and, as in Linux, for a later one whose two numbers have grown by almost as much.
+func (h *host) cookieAgain(p *packet, v *wire) bool {
+	switch {
+	case !h.w.sc.SynCookies || len(p.payload) > 0 || h.qemu == nil || h.qemu.guest == nil:
+		return false
+	case p.ack == v.opened && p.seq-v.isn <= 1:
+		return true
+	}
+	g, f := h.qemu.guest, p.flow()
+	id, ok := g.stack.Find(netip.AddrPortFrom(f.remote, f.remotePort), f.guestPort)
+	own := g.said[f]
+	return ok && own != nil && own.fin && g.stack.State(id) == tcp.Established
 }
 
 // released: the SVM could go on from here.

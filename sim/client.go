@@ -4,6 +4,7 @@ package sim
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -108,9 +109,25 @@ func (c *client) receive(frame []byte) {
 		return
 	}
 	w.after(c.delay(1), func() {
+		c.mixes(frame)
 		c.stack.Input(w.now, frame)
 		c.goOn()
 	})
+}
+
+// mixes gives up a connection that takes data of the one before it for its own. That one was reset, so nobody has waited for
+// what was under way; its numbers lie in the window where it was faster than the clock of ISNs, and its timestamps are of
+// the same millisecond (RFC 9293, 3.4.3).
+func (c *client) mixes(frame []byte) {
+	p, ok := parse(frame)
+	if !ok || len(p.payload) == 0 {
+		return
+	}
+	a, v := c.at(p.flow()), c.w.check.flows[p.flow()]
+	if a != nil && a.again > 0 && v != nil && after(v.opened, p.ack) && p.end()-v.isn < 1<<17 && c.stack.State(a.id) == tcp.Established {
+		c.w.reach("data of the connection before")
+		a.lost = true
+	}
 }
 
 // delay is a frame's time on the network, in which it may overtake others.
@@ -186,7 +203,7 @@ func (c *client) work(a *asking) {
 		}
 		state := c.stack.State(a.id)
 		if err := c.stack.Err(a.id); err != nil {
-			if a.again > 0 && w.now-a.reset < stale {
+			if a.again > 0 && (w.now-a.reset < stale || errors.Is(err, tcp.ErrRefused)) {
 				c.reopen(a)
 				return
 			}
@@ -281,7 +298,8 @@ func (c *client) quit(a *asking, after int64) bool {
 }
 
 // stale is how long what was under way on a connection may break the next one from the same port:
-// what acknowledges another SYN is answered by a RST, whose number the next one may take for its own.
+// what acknowledges another SYN is answered by a RST, whose number the next one may take for its own. A guest that has missed
+// the RST may be in SYN-RECEIVED for longer: it refuses another SYN in its window (Linux's tcp_check_req), and is not there then.
 const stale = 5 * s
 
 // reopen opens the next connection from the same port.

@@ -149,6 +149,10 @@ func (q *qemu) replicate(to *qemu, resync bool, gaveUp func() bool, done func(er
 		done(errors.New("the secondary's QEMU cannot be reached"))
 		return
 	}
+	if q.colo == "secondary" {
+		done(errors.New("it is in COLO as a secondary: it never heard that it took over"))
+		return
+	}
 	r := func(lo, hi int64) int64 { return q.w.between(rndQEMU+q.h.id, lo, hi) }
 	q.peer, to.peer = to, q
 	q.linkGen++
@@ -280,6 +284,9 @@ func (q *qemu) secondaryFailover(done func(error)) {
 		return
 	}
 	q.given = true
+	if p := q.peer; p != nil && p.peer == q {
+		p.nbd = false // nbd-server-stop: a primary that wakes later reaches no replica
+	}
 	if q.received != nil {
 		q.guest, q.received = q.received, nil
 		q.guest.since = q.h.clock()

@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"errors"
 	"slices"
 
 	realarbiter "github.com/lockstep-ft/lockstep/control/arbiter"
@@ -79,7 +80,9 @@ func (p *pair) effect(fx failover.Effect) {
 		}
 		d.ended = endOff
 	case failover.OpYield:
-		d.send(peerlink.Yield{})
+		if !p.guestGone() {
+			d.send(peerlink.Yield{})
+		}
 	case failover.OpSync:
 		d.repl.begin()
 	case failover.OpPair:
@@ -118,9 +121,23 @@ func (p *pair) effect(fx failover.Effect) {
 	d.turnWithin(0)
 }
 
+// guestGone reports whether the process that the monitor's connection was to has ended.
+func (p *pair) guestGone() bool {
+	d := p.d
+	gone := d.qmp.process != nil && !d.qmp.process.alive
+	if gone {
+		d.w.reach("qemu found dead")
+		d.post(0, func() { d.pair.step(failover.Event{Kind: failover.EvQEMUDead}) })
+	}
+	return gone
+}
+
 // claim is control's: it asks until it is known what came of it (R21 ii).
 func (p *pair) claim(term uint64) {
 	d := p.d
+	if p.guestGone() {
+		return
+	}
 	from := realarbiter.Entry{Term: term, Speaker: d.h.name}
 	if !d.isPrimary() {
 		from.Speaker = d.h.other().name
@@ -249,9 +266,9 @@ func (p *pair) tellQEMU() {
 		return
 	}
 	m.run(10*s, (*qemu).takeOver, func(err error) {
-		if err != nil && !m.open {
+		if err != nil && (!m.open || errors.Is(err, errLate)) {
 			d.pair.tellAgain = true
-			if d.h.monitor != nil && d.h.monitor != m {
+			if d.h.monitor != nil {
 				d.pair.tellQEMU()
 			}
 			return

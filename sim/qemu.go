@@ -35,6 +35,7 @@ type qemu struct {
 	asked    bool   // one more is wanted
 	received *guest // S: all of a checkpoint has come
 	given    bool   // S: x-colo-lost-heartbeat
+	left     int64  // S: when it left COLO; 0: it has not
 
 	wakeUp alarm
 	input  [][]byte
@@ -77,6 +78,9 @@ func (q *qemu) arrive(frame []byte) {
 		return
 	}
 	q.input = append(q.input, frame)
+	if int64(len(q.input))*q.w.sc.Slow[q.h.id] > int64(q.w.sc.compare().Timeout)/2 {
+		q.w.reach("guest late") // its answer comes too late for R7
+	}
 	if len(q.input) == 1 && q.running() {
 		q.wake(q.soon())
 	}
@@ -357,6 +361,7 @@ func (q *qemu) lost() {
 		return
 	}
 	q.w.reach("colo exit " + q.colo)
+	q.left = q.w.now
 	q.emit(func(m *monitor) { m.d.qmp.coloExit() })
 }
 

@@ -254,6 +254,11 @@ func (d *daemon) joined(l *session, ses peerlink.Session, colo bool) {
 func (d *daemon) up(ok bool) {
 	d.linkUp = true
 	d.sessions++
+	if d.isPrimary() && d.sessions == 1 && ok {
+		// A daemon that starts again knows of no STOP that there was before. It goes by S, whose SVM has not been
+		// stopped (R23): the PVM runs only after S has loaded what QEMU took of it.
+		d.w.check.doubt = false
+	}
 	d.w.reach("session")
 	d.checks.step(checkpoint.Event{Kind: checkpoint.EvLinkUp, OK: ok})
 	d.repl.paired()

@@ -193,9 +193,14 @@ func (c *client) move(a *asking) {
 			a.dialAt = w.now + 1100*ms // tcp_tw_reuse
 			return
 		case state == tcp.TimeWait && a.dialAt <= w.now, state == tcp.Closed:
+			id := c.stack.Dial(w.now, remote, port)
+			if c.stack.Err(id) != nil { // a segment that came in TIME-WAIT has made it younger
+				a.dialAt = w.now + 100*ms
+				return
+			}
 			w.reach(fmt.Sprintf("ports again, client %v", state))
 			c.done(a)
-			c.goOnWith(a, c.stack.Dial(w.now, remote, port))
+			c.goOnWith(a, id)
 		}
 		return
 	}

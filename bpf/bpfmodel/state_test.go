@@ -26,6 +26,7 @@ func TestStateBits(t *testing.T) {
 		bpf.LockstepLsConnBitLS_CONN_INHERITED: rewriter.Inherited,
 		bpf.LockstepLsConnBitLS_CONN_GUARDED:   rewriter.Guarded,
 		bpf.LockstepLsConnBitLS_CONN_ECHOES:    rewriter.Echoes,
+		bpf.LockstepLsConnBitLS_CONN_UNACKED:   rewriter.Unacked,
 	} {
 		if uint32(kernel) != uint32(daemon) {
 			t.Errorf("the kernel's bit %b is %b here", kernel, daemon)

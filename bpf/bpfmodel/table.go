@@ -108,7 +108,7 @@ func (t *Table) Inherited() iter.Seq2[Tuple, uint32] { return t.inher.All() }
 // Inbound translates a mirrored segment for the SVM, in place.
 func (t *Table) Inbound(s *Segment, now int64) Verdict {
 	key, h := s.Tuple, s.TCP()
-	if c, ok := t.touch(key, h, false, now); ok {
+	if c, ok := t.touch(key, s, false, now); ok {
 		s.toSVM(c.Offset())
 		return Delivered
 	}
@@ -132,7 +132,7 @@ func (t *Table) Inbound(s *Segment, now int64) Verdict {
 		}
 		half.State |= rewriter.Done
 		t.conn[key] = half.conn(h.Ack())
-		t.touch(key, h, false, now)
+		t.touch(key, s, false, now)
 	}
 	s.toSVM(off)
 	return Delivered
@@ -153,7 +153,7 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 		half := t.half.Make(key)
 		half.UsedPVM, half.UsedSVM = c.Inc, c.ISNSVM
 	}
-	if c, ok := t.touch(key, h, true, now); ok {
+	if c, ok := t.touch(key, s, true, now); ok {
 		s.toPVM(c.Offset())
 		r.take(key, s, c.Inc, c.CliAck)
 		return RecordOut, true
@@ -196,18 +196,20 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 }
 
 // touch notes a segment of either side in the connection, if there is one.
-func (t *Table) touch(key Tuple, h TCP, fromGuest bool, now int64) (Conn, bool) {
+func (t *Table) touch(key Tuple, s *Segment, fromGuest bool, now int64) (Conn, bool) {
 	c, ok := t.conn[key]
 	if ok {
-		note(&c, h, fromGuest, now)
+		note(&c, s, fromGuest, now)
 		t.conn[key] = c
 	}
 	return c, ok
 }
 
-func note(c *Conn, h TCP, fromGuest bool, now int64) {
+func note(c *Conn, s *Segment, fromGuest bool, now int64) {
 	c.Last = now
-	switch flags := h.Flags(); {
+	h := s.TCP()
+	flags := h.Flags()
+	switch {
 	case flags&RST != 0:
 		c.State |= rewriter.WasReset
 	case flags&FIN != 0 && fromGuest:
@@ -217,7 +219,13 @@ func note(c *Conn, h TCP, fromGuest bool, now int64) {
 	case fromGuest:
 		c.State &^= rewriter.WasReset // it did not believe the RST: anybody may have sent it
 	}
-	if !fromGuest && h.Flags()&ACK != 0 && after(h.Ack(), c.CliAck) {
+	switch {
+	case fromGuest && (flags&(RST|FIN) == FIN || s.End > s.Pay && c.State&rewriter.GuestFIN != 0):
+		c.State |= rewriter.Unacked
+	case !fromGuest && flags&ACK != 0:
+		c.State &^= rewriter.Unacked
+	}
+	if !fromGuest && flags&ACK != 0 && after(h.Ack(), c.CliAck) {
 		c.CliAck = h.Ack()
 	}
 }

@@ -78,7 +78,7 @@ func (t *Table) edgeOf(key Tuple) rewriter.Offset {
 // edge behind it.
 func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
 	h := s.TCP()
-	note(c, h, true, now)
+	note(c, s, true, now)
 	off := rewriter.Offset{Seq: edge.Seq, TS: edge.TS - c.Guard}
 	if !again {
 		off.Seq += c.Off
@@ -95,7 +95,7 @@ func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
 // the round-trip time.
 func (s *Segment) enter(c *Conn, edge rewriter.Offset, now int64) {
 	h := s.TCP()
-	note(c, h, false, now)
+	note(c, s, false, now)
 	off := rewriter.Offset{Seq: c.Off + edge.Seq, TS: c.TSOff + edge.TS}
 	if c.Guard != 0 {
 		if ecr, ok := h.Options().tsEcr(); ok && c.TSFirst != 0 && !after(c.TSFirst, ecr) {

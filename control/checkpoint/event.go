@@ -71,7 +71,8 @@ const (
 	OpPrepare               // P: send Prepare(Epoch); Cause is why
 	OpAbort                 // send Abort(Epoch), Cause
 	OpAsk                   // P: stop the PVM and ask QEMU for a checkpoint
-	OpEpoch                 // P: the kernel is in Epoch
+	OpEpoch                 // P: the kernel is in Epoch, and marks the PVM's STOP for S
+	OpMark                  // P: mark the PVM's STOP for S again
 	OpCOLO                  // ask QEMU for its COLO mode
 	OpCommit                // P: Epoch is committed at At, inside [Stop, Resume]; ends the freeze
 	OpFailed                // P: the attempt failed: Cause

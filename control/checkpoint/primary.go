@@ -213,6 +213,11 @@ func (c *Primary) stopped(ev Event) {
 	// R15: nobody asked for this one. It may be an operator's, or a checkpoint
 	// of which S's state came; nothing that is held may leave on its account.
 	c.unasked = !c.asking
+	if c.last != c.committed {
+		// It may be QEMU's, of a guest that somebody had go on since the first: S's has received what
+		// came up to now (R16).
+		c.emit(Effect{Op: OpMark, Epoch: c.last})
+	}
 	if c.cfg.noR15 {
 		return
 	}

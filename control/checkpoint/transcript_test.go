@@ -19,7 +19,7 @@ var kindNames = map[Kind]string{
 }
 
 var opNames = map[Op]string{
-	OpOpen: "Open", OpFreeze: "Freeze", OpThaw: "Thaw", OpPrepare: "Prepare", OpAbort: "Abort", OpAsk: "Ask", OpEpoch: "Epoch",
+	OpOpen: "Open", OpFreeze: "Freeze", OpThaw: "Thaw", OpPrepare: "Prepare", OpAbort: "Abort", OpAsk: "Ask", OpEpoch: "Epoch", OpMark: "Mark",
 	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset",
 	OpStopped: "Stopped", OpRun: "Run", OpResumed: "Resumed",
 }

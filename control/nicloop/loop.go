@@ -42,7 +42,7 @@ type core interface {
 }
 
 // Loop is one guest NIC's. The goroutine of [Loop.Run] owns the core and drives the data path:
-// all methods but New and Do are for it, or for the time before it runs.
+// all methods but New, Do and Sweep are for it, or for the time before it runs.
 type Loop struct {
 	Index int
 	DP    datapath.NIC

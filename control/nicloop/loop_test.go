@@ -5,6 +5,7 @@ package nicloop
 import (
 	"log/slog"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
@@ -49,5 +50,30 @@ func TestAdoptAgain(t *testing.T) {
 	n.stepNow(compare.Event{Kind: compare.EvTick})
 	if len(c.events) != 2 || c.events[1].Kind != compare.EvAdopt || c.events[1].Seg.Tuple != known || c.events[1].Seg.Seq != 99 {
 		t.Errorf("events %+v", c.events)
+	}
+}
+
+// sweeps counts them.
+type sweeps struct {
+	datapath.NIC
+	n int
+}
+
+func (s *sweeps) Wake() {}
+func (s *sweeps) Sweep(time.Duration, time.Duration) (int, error) {
+	s.n++
+	return 0, nil
+}
+
+// While S waits for the arbiter no connection ends, however long that takes (R11).
+func TestNoSweepWhileQuiet(t *testing.T) {
+	for mode, want := range map[datapath.Mode]int{datapath.ModeRun: 1, datapath.ModeQuiet: 0} {
+		dp := new(sweeps)
+		n := newLoop(0, dp, slog.New(slog.DiscardHandler), nil, compare.Keys{})
+		n.mode = mode
+		go func() { (<-n.cmds)() }()
+		if err := n.Sweep(time.Second, time.Hour); err != nil || dp.n != want {
+			t.Errorf("mode %v: swept %d times, %v", mode, dp.n, err)
+		}
 	}
 }

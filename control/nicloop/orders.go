@@ -195,6 +195,17 @@ func (n *Loop) Solo() error {
 // Quiet has S send nothing to anybody; what its guest sends is kept (R21 i).
 func (n *Loop) Quiet() error { return n.SetMode(datapath.ModeQuiet) }
 
+// Sweep ends connections that are closed, or idle (R11). While S is quiet none ends: nothing that the guest
+// repeats, or answers, reaches anybody. Any goroutine.
+func (n *Loop) Sweep(linger, idle time.Duration) error {
+	quiet := true
+	if _ = n.Do(func() error { quiet = n.mode == datapath.ModeQuiet; return nil }); quiet {
+		return nil // or the loop has ended
+	}
+	_, err := n.DP.Sweep(linger, idle)
+	return err
+}
+
 // TakeOver has the SVM transmit, first what the clients may not have received (R22).
 func (n *Loop) TakeOver(guard uint32) error {
 	if err := n.DP.TakeOver(guard); err != nil {

@@ -223,14 +223,16 @@ func (p *Process) Pid() int { return p.pid }
 // Done is closed when QEMU has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Alive reports whether QEMU has not ended.
+// Alive reports whether QEMU has not ended, also where this program stood still when it did, and
+// Done is not closed yet.
 func (p *Process) Alive() bool {
 	select {
 	case <-p.done:
 		return false
 	default:
-		return true
 	}
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}, 0)
+	return n == 0 || err != nil
 }
 
 // Kill sends SIGKILL and waits until QEMU is gone.

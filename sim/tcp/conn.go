@@ -54,7 +54,7 @@ type conn struct {
 	fast         bool   // in use before the handshake is over
 	asksCookie   bool   // the peer wants to have one for fast open
 	deferred     bool   // the SYN waits for data
-	inSYN        uint32 // bytes of data that its SYN had
+	early        uint32 // bytes of data that the SYN had
 
 	// What both agreed on.
 	timestamps, sack, scaling, ecn bool

@@ -40,7 +40,7 @@ func (c *conn) sendSYN(now int64) {
 		flags |= ece | cwr
 	}
 	data := fastSYN(c)
-	c.inSYN = max(c.inSYN, uint32(len(data)))
+	c.early = max(c.early, uint32(len(data)))
 	c.segment(now, c.iss, flags, data)
 	c.snd.lastSentAt = now
 }
@@ -180,7 +180,7 @@ func (c *conn) establish(now int64, g *segment) {
 // inSynSent is a segment for a connection in SYN-SENT.
 func (c *conn) inSynSent(now int64, g *segment) {
 	if g.has(ack) {
-		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt+c.inSYN) ||
+		if !after(g.ack, c.iss) || after(g.ack, c.snd.nxt+c.early) ||
 			c.timestamps && g.timestamps && g.tsEcr != 0 && after(g.tsEcr, c.tsNow(now)) {
 			c.s.refuse(&c.route, g)
 			return
