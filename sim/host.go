@@ -57,6 +57,8 @@ func (h *host) works() bool { return h.alive && !h.isFrozen() }
 // newNIC makes the kernel's tables anew.
 func (h *host) newNIC(role datapath.Role) {
 	h.dropNIC()
+	opts := h.w.sc.kernel(role, h.mac())
+	opts.Mutation = programs[h.w.mutation]
 	h.nic = kernel.New(kernel.Host{
 		Now:     h.clock,
 		ToGuest: func(f []byte) { h.toGuest(f) },
@@ -64,7 +66,7 @@ func (h *host) newNIC(role datapath.Role) {
 		ToPeer:  func(f []byte) { h.toPeer(f) },
 		Rand:    h.w.rnd(rndKeys),
 		Timer:   h.timer,
-	}, h.w.sc.kernel(role, h.mac()))
+	}, opts)
 }
 
 // timer is one of the kernel's, which stand still with the host.
