@@ -67,7 +67,7 @@ func mayImport(from, to string, test bool) bool {
 	case under(to, "bench"):
 		return under(from, "bench") || from == "sim/oracle" || from == "cmd/lockstep" // the command bench
 	case under(to, "sim"):
-		return under(from, "sim")
+		return under(from, "sim") || test && from == "bpf" && to == "sim/kernel" // the model of the programs, beside them
 	case test || under(from, "bench") || isTestKit(from):
 		return true
 	case from == "sim/kernel": // what the simulator puts in the kernel's place
