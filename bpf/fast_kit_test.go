@@ -33,7 +33,6 @@ type alone struct {
 	slots  map[compare.Slot][]byte
 	next   compare.Slot
 	grants int
-	sent   []seg
 }
 
 func fastConfig(on bool) compare.Config { return compare.Config{Epoch: epoch, FastPath: on} }
@@ -94,7 +93,6 @@ type together struct {
 	k       *kit
 	decoder core.Decoder
 	mem     []byte
-	evs     []compare.Event
 	taken   int
 	kernel  int // frames that the kernel let leave
 }
