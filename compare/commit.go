@@ -109,7 +109,11 @@ func (p *Primary) commit(epoch uint32, at int64) {
 			continue
 		}
 		if !c.floating && !c.syn.waiting {
-			c.svm.setBase(c.released)
+			base := c.released
+			if c.syn.seen && base == c.syn.isn {
+				base++ // the SYN found no slot
+			}
+			c.svm.setBase(base)
 			c.rooted, c.adopted = true, false
 		}
 		p.restart(c)

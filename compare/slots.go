@@ -62,7 +62,12 @@ func (p *Primary) noRoom(s *Segment) {
 	switch {
 	case c == nil:
 	case s.Flags&(SYN|RST) == SYN && !c.syn.repeated(s) && outlives(c, s) == ReasonNone:
-		p.conns.remove(c, ReasonSuperseded) // R8: what follows the SYN is another connection's
+		// R8: what follows the SYN is another connection's. It leaves when the guest repeats it.
+		if c = p.pvmSYN(c, s); c != nil {
+			c.pvmSeen = true
+			c.acks.fromPVM(s, p.frozen)
+			p.pump(c)
+		}
 	default:
 		p.makeRoom(c, classOf(s.Large))
 	}
