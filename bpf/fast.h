@@ -50,7 +50,6 @@ struct ls_fast {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, LS_CONNS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct ls_tuple);
 	__type(value, struct ls_fast);
 } ls_fast SEC(".maps");

@@ -150,6 +150,7 @@ func (p *Primary) granted(t *Tuple, h *Handover) {
 	o.offered = false
 	if h == nil {
 		o.offerAt = p.now + int64(o.wait)
+		o.wait = min(2*o.wait, offerMax*p.cfg.OfferAfter)
 		return
 	}
 	o.kernel, o.looking, o.lookAt = true, false, p.now+int64(ownedFor)
@@ -204,7 +205,9 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 		p.pump(c)
 		return
 	}
-	p.arm(c) // idle: the kernel gets it again when something comes
+	p.emit(OpForget, &c.tuple) // idle: another one has its place, and it gets one again when something comes
+	o.known = false
+	p.arm(c)
 }
 
 // forget has the kernel forget the entry of a connection that is over.

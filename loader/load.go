@@ -26,6 +26,9 @@ type sizes struct {
 	cpus                         int // possible CPUs
 }
 
+// fastShare: one connection in so many may be the kernel's (R27). It is those that are busy.
+const fastShare = 4
+
 // lruSlack is how many free elements of an LRU map each CPU keeps for itself while
 // others have to evict (LOCAL_FREE_TARGET; seen in 6.18).
 const lruSlack = 128
@@ -47,7 +50,7 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
 		bpf.LockstepMapLsLane: z.cpus,
 	}
-	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections), bpf.LockstepMapLsFast: z.connections}
+	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections), bpf.LockstepMapLsFast: max(1, z.connections/fastShare)}
 	ofSecondary := map[string]int{
 		bpf.LockstepMapLsConn:      z.connections,
 		bpf.LockstepMapLsInherited: lru(z.connections),
