@@ -57,7 +57,8 @@ int ls_digest_rx(struct __sk_buff *skb)
 		if (gap) {
 			number = fast_give_up(&sc->rec.t);
 		} else {
-			verdict = fast_record(skb, sc, conf, &number);
+			verdict = fast_record(skb);
+			number = sc->number;
 			if (verdict != LS_FAST_NOT)
 				return verdict;
 		}

@@ -19,19 +19,30 @@ static __always_inline int fast_common(const struct ls_fast *f, __u32 flags, __u
  * decides: then *number is that of the event, and *slot has the frame unless it is
  * LS_SLOT_NONE.
  */
-static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc,
-				    const struct ls_keys *keys, __u32 *slot, __u32 *number)
+__noinline int fast_pvm(struct __sk_buff *skb)
 {
-	struct ls_pkt *p = &sc->p;
-	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &p->t);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_keys *keys;
+	struct ls_pkt *p;
+	struct ls_fast *f;
 	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
-	struct ls_fast_held *h = &sc->held;
+	struct ls_fast_held *h;
 	int grew, pass = 0, arm = 0, kept = 0;
-	__u32 end = p->seq + p->paylen, ack, edge, win, tsval, i;
+	__u32 end, ack, edge, win, tsval, i;
 	struct ls_fast_state *s;
 	struct ls_acked d;
 	struct ls_fast_rec *r;
 
+	if (!sc || !conf)
+		return LS_FAST_NOT;
+	keys = keys_in_use(conf);
+	p = &sc->p;
+	h = &sc->held;
+	sc->slot = LS_SLOT_NONE;
+	sc->number = 0;
+	end = p->seq + p->paylen;
+	f = bpf_map_lookup_elem(&ls_fast, &p->t);
 	if (!f)
 		return LS_FAST_NOT;
 	s = &f->s;
@@ -39,6 +50,8 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 	if (!fast_common(f, p->flags, p->optlen, &p->t) || skb->gso_size ||
 	    p->len > LS_SLOT_DATA - 4 || p->l4_off > LS_FAST_L4_MAX ||
 	    (o.ts && !fast_ts(p->tcp + LS_TCP_MIN, &o.tsval, &o.tsecr)))
+		goto slow;
+	if (!keys)
 		goto slow;
 	__builtin_memset(h, 0, sizeof(*h));
 	h->at = bpf_ktime_get_boot_ns();
@@ -48,13 +61,13 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 		if (digest(skb, sc, keys, 0) < 0)
 			goto slow;
 		if (!s->nrecs) { /* else it will rarely be held */
-			if (slot_keep(skb, sc, slot) != LS_R_held)
+			if (slot_keep(skb, sc, &sc->slot) != LS_R_held)
 				goto slow;
 			kept = 1;
 		}
 		h->sum[0] = sc->digest.sum[0];
 		h->sum[1] = sc->digest.sum[1];
-		h->slot = *slot;
+		h->slot = sc->slot;
 		h->seq = p->seq;
 		h->paylen = p->paylen;
 		h->ack = p->ack;
@@ -140,19 +153,19 @@ static __always_inline int fast_pvm(struct __sk_buff *skb, struct ls_scratch *sc
 	if (!pass)
 		return count(LS_R_fast_held, skb, TCX_DROP);
 	if (kept) { /* its record came meanwhile */
-		slot_free(*slot);
-		*slot = LS_SLOT_NONE;
+		slot_free(sc->slot);
+		sc->slot = LS_SLOT_NONE;
 	}
 	if (fast_pass(skb, sc, &o))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return LS_FAST_PASS;
 yield:
-	*number = fast_yield(s);
+	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);
 	return LS_FAST_NOT;
 slow:
 	bpf_spin_lock(&f->lock);
-	*number = fast_yield(s);
+	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);
 	return LS_FAST_NOT;
 }
@@ -166,15 +179,16 @@ static __always_inline int fast_fits(int skb_partial, __u32 start, __u32 offset,
 
 /*
  * Decides about a digest record in sc->rec, which the frame is. Returns a verdict, or
- * LS_FAST_NOT where user space decides: then *number is that of the event.
+ * LS_FAST_NOT where user space decides: then sc->number is that of the event.
  */
-static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch *sc,
-				       const struct ls_conf *conf, __u32 *number)
+__noinline int fast_record(struct __sk_buff *skb)
 {
-	struct ls_rec *r = &sc->rec;
-	struct ls_fast *f = bpf_map_lookup_elem(&ls_fast, &r->t);
+	struct ls_scratch *sc = scratch();
+	struct ls_conf *conf = config();
+	struct ls_rec *r;
+	struct ls_fast *f;
 	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
-	__u32 ack, edge, win, tsval, tsecr = 0, i, len = r->end - r->seq;
+	__u32 ack, edge, win, tsval, tsecr = 0, i, len;
 	__u16 start = 0, offset = 0;
 	__u64 now = bpf_ktime_get_boot_ns();
 	int skb_partial, grew, emit = 0, arm, verdict;
@@ -182,8 +196,15 @@ static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch 
 	struct ls_fast_held *h;
 	struct ls_slot *slot;
 	struct ls_acked d;
-	__u8 *data = sc->piece.b;
+	__u8 *data;
 
+	if (!sc || !conf)
+		return LS_FAST_NOT;
+	r = &sc->rec;
+	data = sc->piece.b;
+	len = r->end - r->seq;
+	sc->number = 0;
+	f = bpf_map_lookup_elem(&ls_fast, &r->t);
 	if (!f)
 		return LS_FAST_NOT;
 	s = &f->s;
@@ -284,11 +305,11 @@ static __always_inline int fast_record(struct __sk_buff *skb, struct ls_scratch 
 	__sync_lock_test_and_set(&slot->state, LS_SLOT_FREE);
 	return verdict;
 yield:
-	*number = fast_yield(s);
+	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);
 	return LS_FAST_NOT;
 slow:
-	*number = fast_give_up(&r->t);
+	sc->number = fast_give_up(&r->t);
 	return LS_FAST_NOT;
 }
 

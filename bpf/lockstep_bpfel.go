@@ -579,6 +579,8 @@ type LockstepLsScratch struct {
 	}
 	Cli    LockstepLsCli
 	Held   LockstepLsFastHeld
+	Slot   uint32
+	Number uint32
 	Cursor [5]uint32
 	Quiet  uint32
 }

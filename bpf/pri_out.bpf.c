@@ -79,22 +79,21 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 				   const struct ls_conf *conf, const struct ls_keys *keys)
 {
 	struct ls_pkt *p = &sc->p;
-	__u32 slot = LS_SLOT_NONE, number = 0;
 	enum ls_reason why;
 	int verdict;
 
 	if (strip_mptcp(skb, sc))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
-	verdict = fast_pvm(skb, sc, keys, &slot, &number);
+	verdict = fast_pvm(skb);
 	if (verdict == LS_FAST_PASS)
 		return pri_leave(skb, sc, conf, LS_R_fast_passed);
 	if (verdict != LS_FAST_NOT)
 		return verdict;
 	if (!p->paylen && !(p->flags & (LS_SYN | LS_FIN | LS_RST)))
-		return pri_ack(skb, p, number);
+		return pri_ack(skb, p, sc->number);
 	if (pri_not_open(p) && ring_crowded())
 		return count(LS_R_crowded, skb, TCX_DROP);
-	why = pri_hold(skb, sc, keys, slot, number);
+	why = pri_hold(skb, sc, keys, sc->slot, sc->number);
 	if (why == LS_R_held && (p->flags & (LS_SYN | LS_RST)) == LS_SYN)
 		return pri_announce(skb, sc, conf, keys);
 	return count(why, skb, TCX_DROP);
