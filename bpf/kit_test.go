@@ -87,7 +87,7 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 		t.Fatal(err)
 	}
 	for name, n := range map[string]uint32{
-		"ls_slots": nslots, "ls_gslots": ngslots, "ls_conn": 8, "ls_half": 64, "ls_ring": 1 << 17,
+		"ls_slots": nslots, "ls_gslots": ngslots, "ls_conn": 8, "ls_fast": 512, "ls_half": 64, "ls_ring": 1 << 17,
 		"ls_lane": uint32(ebpf.MustPossibleCPU()), "ls_sent": uint32(ebpf.MustPossibleCPU()) * kept,
 	} {
 		spec.Maps[name].MaxEntries = n

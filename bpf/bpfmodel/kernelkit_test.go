@@ -43,6 +43,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	}
 	const slots, gslots = 8, 4
 	spec.Maps["ls_conn"].MaxEntries = conns
+	spec.Maps["ls_fast"].MaxEntries = 1
 	spec.Maps["ls_half"].MaxEntries = halves
 	spec.Maps["ls_slots"].MaxEntries = slots
 	spec.Maps["ls_gslots"].MaxEntries = gslots

@@ -87,7 +87,7 @@ func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation, rin
 	must(t, err)
 	cpus := uint32(ebpf.MustPossibleCPU())
 	for name, n := range map[string]uint32{
-		"ls_slots": duelSlots, "ls_gslots": duelLarge, "ls_conn": duelConns, "ls_edge": duelConns, "ls_ring": uint32(ring),
+		"ls_slots": duelSlots, "ls_gslots": duelLarge, "ls_conn": duelConns, "ls_fast": duelConns, "ls_edge": duelConns, "ls_ring": uint32(ring),
 		"ls_lane": cpus, "ls_sent": cpus * uint32(keptMax),
 	} {
 		spec.Maps[name].MaxEntries = n
