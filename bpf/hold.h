@@ -136,10 +136,9 @@ static __always_inline struct ls_slot *slot_claim(void *map, __u32 n, const stru
 	for (__u32 i = 0; i < LS_PROBES; i++) {
 		__u32 key;
 
-		if (i == LS_PROBES / 2) {
+		if (i == LS_PROBES / 2 && n > LS_PROBES) { /* else all are probed */
 			at = bpf_get_prandom_u32() % n;
-			if (n > LS_PROBES / 2)
-				step = n / (LS_PROBES / 2);
+			step = n / (LS_PROBES / 2);
 		}
 		key = first + at % n;
 		at += step;

@@ -89,8 +89,8 @@ func (m *machine) claim(mem []byte, size int, p *bpfmodel.Segment, tcp, large bo
 		if n == 0 {
 			break
 		}
-		if i == probes/2 {
-			at, step = m.host.Rand.Uint32()%uint32(n), max(uint32(n)/(probes/2), 1)
+		if i == probes/2 && n > probes { // else all are probed
+			at, step = m.host.Rand.Uint32()%uint32(n), uint32(n)/(probes/2)
 		}
 		key := uint32(first) + at%uint32(n)
 		at += step
