@@ -3,7 +3,6 @@
 package sim
 
 import (
-	"errors"
 	"slices"
 
 	realarbiter "github.com/lockstep-ft/lockstep/control/arbiter"
@@ -266,9 +265,9 @@ func (p *pair) tellQEMU() {
 		return
 	}
 	m.run(10*s, (*qemu).takeOver, func(err error) {
-		if err != nil && (!m.open || errors.Is(err, errLate)) {
+		if err != nil && !m.open {
 			d.pair.tellAgain = true
-			if d.h.monitor != nil {
+			if d.h.monitor != nil && d.h.monitor != m {
 				d.pair.tellQEMU()
 			}
 			return

@@ -3,8 +3,6 @@
 package sim
 
 import (
-	"errors"
-
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -44,7 +42,7 @@ func (x *watcher) connect(delay int64) {
 			return
 		default:
 			d.qmp.unanswered, d.qmp.process = 0, q
-			m := &monitor{d: d, q: q, open: true, last: d.w.now, patience: 1}
+			m := &monitor{d: d, q: q, open: true, last: d.w.now}
 			d.h.monitor = m
 			running, state, mode := false, "", ""
 			m.run(qmpTimeout, func(q *qemu, answer func(error)) {
@@ -76,9 +74,6 @@ func (x *watcher) judge() {
 func (x *watcher) up(m *monitor, running bool, state, mode string) {
 	d := x.d
 	d.qmp.hadQEMU, d.qmp.unanswered, d.qmp.colo = true, 0, mode
-	if !d.isPrimary() {
-		m.patience = 1 + maxUnanswered
-	}
 	if d.pair.tellAgain {
 		d.pair.tellQEMU()
 	}
@@ -90,13 +85,13 @@ func (x *watcher) up(m *monitor, running bool, state, mode string) {
 		d.pair.step(failover.Event{Kind: failover.EvTakeOver})
 	}
 	d.repl.paired()
-	d.qmp.poll(m, qmpPoll)
+	d.qmp.poll(m)
 }
 
-// poll asks an idle QEMU for its state, again and again. One that did not answer is asked at once.
-func (x *watcher) poll(m *monitor, within int64) {
+// poll asks an idle QEMU for its state.
+func (x *watcher) poll(m *monitor) {
 	d := x.d
-	d.post(within, func() {
+	d.post(qmpPoll, func() {
 		if d.h.monitor != m || !m.open {
 			return
 		}
@@ -111,12 +106,8 @@ func (x *watcher) poll(m *monitor, within int64) {
 					d.remember(func(st *state.State) { st.Unmerged = false })
 				}
 			}
-			if errors.Is(err, errLate) {
-				d.qmp.poll(m, 0)
-				return
-			}
-			d.qmp.poll(m, qmpPoll)
 		})
+		d.qmp.poll(m)
 	})
 }
 
