@@ -18,6 +18,8 @@ import (
 
 // Scenario is all that a run depends on. Times are in ns, chances in 1/1000.
 type Scenario struct {
+	noFastPath bool // the daemons compare all
+
 	Seed    uint64
 	Arbiter arbiterKind
 	Period  int64 // between two checkpoints; 0: none that nothing asks for
@@ -114,7 +116,7 @@ func (sc *Scenario) compare() compare.Config {
 	return compare.Config{
 		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, MaxHalfOpen: maxHalfOpen,
 		Slots: loader.TCPSlots(sc.Slots), LargeSlots: loader.TCPSlots(largeSlots),
-		FastPath: sc.Seed%4 != 3, OfferAfter: eager,
+		FastPath: sc.Seed%4 != 3 && !sc.noFastPath, OfferAfter: eager,
 	}
 }
 

@@ -202,6 +202,7 @@ func TestMutations(t *testing.T) {
 func calm(seed uint64, actions ...Action) *Scenario {
 	sc := draw(seed)
 	sc.Actions, sc.RefuseCheckpoint, sc.Period = actions, 0, 300*ms
+	sc.noFastPath = true // it is the daemon's rules that cost
 	sc.PeerLoss, sc.PeerReorder = 15, 10
 	sc.Exchanges, sc.Announce, sc.Floods, sc.GSO, sc.RandomISN, sc.Slow = nil, 0, nil, false, false, [2]int64{}
 	if len(actions) > 0 { // they meet something
