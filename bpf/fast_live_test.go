@@ -145,7 +145,15 @@ func TestFastPathLate(t *testing.T) {
 		if k.run(k.LsPriOut, input{frame: f.from(s)}); k.moved(before)["fast_held"] != 1 {
 			t.Fatalf("counted %v", k.moved(before))
 		}
-		time.Sleep(5 * time.Millisecond)
+		for deadline := time.Now().Add(10 * time.Second); full; { // the timer has found no room
+			var c bpf.LockstepLsFast
+			if err := k.LsFast.Lookup(ptr(f.tuple()), &c); err != nil || time.Now().After(deadline) {
+				t.Fatalf("the ring is full, and %+v, %v", c.S, err)
+			}
+			if c.Untold != 0 {
+				break
+			}
+		}
 		var yielded *bpf.LockstepLsEv
 		for deadline := time.Now().Add(10 * time.Second); yielded == nil; {
 			for _, e := range k.events() {

@@ -56,7 +56,7 @@ type ownership struct {
 
 // plain reports whether options are what the kernel knows: none, or timestamps as guests lay them out.
 func (o *options) plain() bool {
-	return o.n == 0 || o.n == 12 && o.b[0] == optNOP && o.b[1] == optNOP && o.b[2] == optTS && o.b[3] == 10
+	return o.n == 0 || o.n == 12 && usualTS(o.bytes())
 }
 
 // quiet reports whether nothing of c waits, and nothing about it is out of the ordinary, so that

@@ -48,10 +48,14 @@ func findOpt(b []byte, kind byte) []byte {
 	return nil
 }
 
+// usualTS reports whether the options begin with timestamps, laid out as guests do.
+func usualTS(b []byte) bool {
+	return len(b) >= 12 && b[0] == optNOP && b[1] == optNOP && b[2] == optTS && b[3] == 10
+}
+
 // tsOpt gives the timestamp option, or nil.
 func tsOpt(b []byte) []byte {
-	// The usual layout first.
-	if len(b) >= 12 && b[0] == optNOP && b[1] == optNOP && b[2] == optTS && b[3] == 10 {
+	if usualTS(b) {
 		return b[2:12]
 	}
 	if o := findOpt(b, optTS); len(o) == 10 {
