@@ -32,10 +32,12 @@ type conn struct {
 	floating, rooted bool
 	adopted          bool // from an earlier daemon: the remote has all below low
 
-	cliFIN    mark // what acknowledges the remote's FIN
-	svmRST    svmReset
-	rstSent   bool
-	clientRST bool
+	cliFIN mark // what acknowledges the remote's FIN
+	// When the PVM's FIN came first, and last.
+	finAt, finAgain int64
+	svmRST          svmReset
+	rstSent         bool
+	clientRST       bool
 
 	// Timers; 0: off.
 	stall    stallClock

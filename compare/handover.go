@@ -23,6 +23,7 @@ type Handover struct {
 
 	// What the kernel has done since it owned the connection.
 	Frames, Bytes, ACKs, Records uint64
+	Waiting                      int // frames and records there, which come in the events behind
 }
 
 // Acked is what one side has acknowledged: the highest ACK, the right edge of the window, and the
@@ -200,7 +201,7 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 		o.wait = p.cfg.OfferAfter
 		o.offerAt = p.now + int64(o.wait)
 	}
-	if h.Frames+h.ACKs+h.Records > 0 {
+	if h.Frames+h.ACKs+h.Records > 0 || h.Waiting > 0 || h.PVM.Ack != h.SVM.Ack {
 		c.last = p.now
 		p.pump(c)
 		return

@@ -139,7 +139,7 @@ func (p *Primary) svm(s *Segment) {
 		// The SVM may be the first to transmit on a connection that came with a
 		// checkpoint. Late ACKs and FINs of connections that are over come here too,
 		// so it is forgotten soon if the PVM transmits nothing.
-		if s.Flags&SYN == 0 && (s.Flags&RST == 0 || s.Inherited) {
+		if s.Flags&SYN == 0 {
 			c = p.conns.create(&s.Tuple)
 		}
 		if c == nil {
@@ -151,7 +151,7 @@ func (p *Primary) svm(s *Segment) {
 		if r := (svmReset{true, false, s.Seq, s.Ack, s.Flags, p.now}); c.pvmSeen && c.accept(s) && !refusesSYN(s.Flags, s.Seq) {
 			r.same = true
 			c.svmRST = r
-		} else if s.Inherited {
+		} else if s.Inherited || !c.pvmSeen {
 			c.svmRST = r
 		} else {
 			p.stats.Drops[ReasonIncarnation]++

@@ -2,7 +2,10 @@
 
 package compare
 
-import "time"
+import (
+	"cmp"
+	"time"
+)
 
 // hold takes a frame with data, SYN or FIN: what the SVM has confirmed already
 // leaves at once, what is new is held, the rest is a duplicate (R4). It reports whether
@@ -32,6 +35,9 @@ func (c *conn) hold(s *Segment) bool {
 	}
 	if fresh {
 		i, fresh = c.held.trim(&h)
+	}
+	if whole.fin {
+		c.finAt, c.finAgain = cmp.Or(c.finAt, c.now), c.now
 	}
 	switch {
 	case !c.floating && before(whole.start, c.svm.compared):

@@ -155,8 +155,11 @@ func (c *conn) endOfLife() int64 {
 	switch {
 	case !c.pvmSeen:
 		return c.born + int64(c.cfg.Timeout)
-	case !c.diverged && (c.clientRST || c.closed() || c.floating && !c.unmatched()):
+	case !c.diverged && (c.clientRST || c.rstSent || c.floating && !c.unmatched()):
 		return c.last + int64(c.cfg.Linger)
+	case !c.diverged && c.closed():
+		// A guest that has repeated its FIN may do so again, after about the time from the first to the last.
+		return c.last + int64(c.cfg.Linger) + c.finAgain - c.finAt
 	case !c.diverged && c.syn.seen && !c.established:
 		return c.born + int64(c.cfg.HalfOpen)
 	}

@@ -275,7 +275,7 @@ func TestTCPStates(t *testing.T) {
 	gone := func(nodes ...string) {
 		t.Helper()
 		for _, node := range nodes {
-			lt.Eventually(t, 15*time.Second, func() (bool, string) {
+			lt.Eventually(t, 30*time.Second, func() (bool, string) {
 				flows, err := p.lockstep("flows", "-c", p.config, "--node", node, "--json").Output()
 				return err == nil && string(bytes.TrimSpace(flows)) == "[]", fmt.Sprintf("%s still has %s, %v", node, flows, err)
 			})
