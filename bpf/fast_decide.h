@@ -61,7 +61,7 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 		if (digest(skb, sc, keys, 0) < 0)
 			goto slow;
 		if (!s->nrecs) { /* else it will rarely be held */
-			if (slot_keep(skb, sc, &sc->slot) != LS_R_held)
+			if (slot_keep(skb) != LS_R_held)
 				goto slow;
 			kept = 1;
 		}

@@ -169,20 +169,25 @@ static __always_inline int slot_fill(struct __sk_buff *skb, struct ls_slot *s, _
 	return ok;
 }
 
-/* Keeps the frame in a slot. Returns LS_R_held, or why it could not. */
-static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls_scratch *sc,
-						__u32 *slot)
+/*
+ * Keeps the frame, parsed into the scratch memory, in a slot, which sc->slot tells then. Returns
+ * LS_R_held, or why it could not. A global function, like parse_in.
+ */
+__noinline int slot_keep(struct __sk_buff *skb)
 {
-	__u32 len = skb->len;
+	struct ls_scratch *sc = scratch();
+	__u32 len = skb->len, index = 0;
 	struct ls_slot *s;
-	__u32 index = 0;
 
+	if (!sc)
+		return LS_R_no_slot;
+	sc->slot = LS_SLOT_NONE;
 	if (len <= LS_SLOT_DATA) {
 		s = slot_claim(&ls_slots, ls_nslots, &sc->p, &sc->cursor[slot_class(&sc->p)],
 			       &index);
 		if (!s || !slot_fill(skb, s, len, LS_SLOT_DATA))
 			return LS_R_no_slot;
-		*slot = index;
+		sc->slot = index;
 		return LS_R_held;
 	}
 	if (len > LS_GSLOT_DATA)
@@ -190,7 +195,7 @@ static __always_inline enum ls_reason slot_keep(struct __sk_buff *skb, struct ls
 	s = slot_claim(&ls_gslots, ls_ngslots, &sc->p, &sc->cursor[2 + !!sc->p.dgram], &index);
 	if (!s || !slot_fill(skb, s, len, LS_GSLOT_DATA))
 		return LS_R_no_slot;
-	*slot = index | LS_SLOT_GSO;
+	sc->slot = index | LS_SLOT_GSO;
 	return LS_R_held;
 }
 

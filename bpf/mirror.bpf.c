@@ -68,7 +68,7 @@ static __always_inline enum ls_reason mirror_report(struct __sk_buff *skb, struc
 static __always_inline int mirror_take(struct __sk_buff *skb, struct ls_scratch *sc,
 				       const struct ls_conf *conf)
 {
-	enum ls_class class = parse(skb, &sc->p, 0);
+	enum ls_class class = parse_in(skb);
 
 	if (edge_in(skb, sc, conf, class))
 		return -1;

@@ -296,6 +296,25 @@ static __always_inline enum ls_class parse(struct __sk_buff *skb, struct ls_pkt 
 	return parse_dgram(p, l3, l3, len, 0);
 }
 
+/*
+ * parse_in and parse_out parse a frame for the guest, or of the guest, into the scratch memory's p.
+ * They return an enum ls_class. Global functions: the verifier walks each once in a program,
+ * whatever ways lead there.
+ */
+__noinline int parse_in(struct __sk_buff *skb)
+{
+	struct ls_scratch *sc = scratch();
+
+	return sc ? parse(skb, &sc->p, 0) : LS_BAD;
+}
+
+__noinline int parse_out(struct __sk_buff *skb)
+{
+	struct ls_scratch *sc = scratch();
+
+	return sc ? parse(skb, &sc->p, 1) : LS_BAD;
+}
+
 /* Position of the payload's first byte: a SYN comes before it. */
 static __always_inline __u32 pay_pos(const struct ls_pkt *p)
 {

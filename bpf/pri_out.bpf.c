@@ -37,7 +37,8 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 		ev->slot = slot;
 		why = LS_R_held;
 	} else if (digest_dgram(skb, sc, keys) >= 0) {
-		why = slot_keep(skb, sc, &ev->slot);
+		why = slot_keep(skb);
+		ev->slot = sc->slot;
 	}
 	ev->sum[0] = sc->digest.sum[0];
 	ev->sum[1] = sc->digest.sum[1];
@@ -123,7 +124,7 @@ int ls_pri_out(struct __sk_buff *skb)
 	if (mode != LS_MODE_HOLD || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
-	switch (parse(skb, &sc->p, 1)) {
+	switch (parse_out(skb)) {
 	case LS_TCP:
 		return pri_tcp(skb, sc, conf, keys);
 	case LS_DGRAM:

@@ -247,7 +247,7 @@ static __always_inline int quote_leave(struct __sk_buff *skb, struct ls_scratch 
 static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 			       const struct ls_conf *conf)
 {
-	enum ls_class class = parse(skb, &sc->p, 1);
+	enum ls_class class = parse_out(skb);
 	struct ls_conn *e;
 
 	if (class == LS_DGRAM && quote_find(skb, sc, 1)) {

@@ -40,7 +40,8 @@ static __always_inline enum ls_reason rec_authentic(const struct ls_rec *r,
 
 	if (!keys)
 		return LS_R_peer_term;
-	if (!(ls_mutate & LS_MUTATE_TAG) && siphash(r, r->len, keys->sip_rx) != r->tag)
+	if (!(ls_mutate & LS_MUTATE_TAG) &&
+	    siphash(r, r->len, keys->sip_rx[0], keys->sip_rx[1]) != r->tag)
 		return LS_R_peer_tag;
 	/*
 	 * The peer may have begun the next epoch a moment before this host did (R17).
@@ -236,7 +237,7 @@ static __always_inline int rec_number(struct ls_rec *r)
 static __always_inline void rec_sign(struct ls_rec *r, const struct ls_keys *keys)
 {
 	r->len = LS_REC_BASE + r->nsum * sizeof(r->bound[0]);
-	r->tag = siphash(r, r->len, keys->sip_tx);
+	r->tag = siphash(r, r->len, keys->sip_tx[0], keys->sip_tx[1]);
 }
 
 /*

@@ -26,7 +26,7 @@ static __always_inline __u32 tap_frames(struct __sk_buff *skb, struct ls_scratch
 	if (skb->gso_segs && type == gso_type(kskb))
 		return skb->gso_segs;
 	/* In a frame that user space made the segments are not counted yet. */
-	if (parse(skb, &sc->p, 0) == LS_BAD)
+	if (parse_in(skb) == LS_BAD)
 		return 1;
 	len = sc->p.paylen;
 	if (type & LS_GSO_UFO)
@@ -40,7 +40,7 @@ static __always_inline int sec_enter(struct __sk_buff *skb, struct ls_scratch *s
 {
 	struct ls_conn *conn;
 
-	switch (parse(skb, &sc->p, 0)) {
+	switch (parse_in(skb)) {
 	case LS_TCP:
 		if (strip_mptcp(skb, sc))
 			return -1;

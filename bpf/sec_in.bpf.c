@@ -174,13 +174,14 @@ static __always_inline int sec_park(struct __sk_buff *skb, struct ls_scratch *sc
 	enum ls_reason why;
 	struct ls_ev *ev;
 
-	parse(skb, &sc->p, 0); /* what does not parse is parked too: the guest decides */
+	parse_in(skb); /* what does not parse is parked too: the guest decides */
 	if (sc->p.flags & LS_SYN && ring_crowded())
 		return count(LS_R_crowded, skb, TCX_DROP);
 	ev = ev_new(skb, &sc->p, LS_EV_PARK);
 	if (!ev)
 		return count(LS_R_no_ring, skb, TCX_DROP);
-	why = slot_keep(skb, sc, &ev->slot);
+	why = slot_keep(skb);
+	ev->slot = sc->slot;
 	if (why == LS_R_held) {
 		why = LS_R_parked;
 		bpf_ringbuf_submit(ev, BPF_RB_FORCE_WAKEUP);
@@ -283,7 +284,7 @@ int ls_sec_in(struct __sk_buff *skb)
 		return count(LS_R_peer_junk, skb, TCX_DROP);
 	if (mode == LS_MODE_PARK)
 		return sec_park(skb, sc);
-	switch (parse(skb, &sc->p, 0)) {
+	switch (parse_in(skb)) {
 	case LS_TCP:
 		why = sec_translate_in(skb, sc);
 		if (why != LS_R_delivered)

@@ -102,10 +102,11 @@ static __always_inline enum ls_reason sec_copy(struct __sk_buff *skb, struct ls_
 	ev->sum[1] = sc->digest.sum[1];
 	if (inherited)
 		ev->flags |= LS_EV_INHERITED;
-	if (slot_keep(skb, sc, &ev->slot) != LS_R_held) {
+	if (slot_keep(skb) != LS_R_held) {
 		bpf_ringbuf_discard(ev, BPF_RB_FORCE_WAKEUP);
 		return LS_R_copy_lost;
 	}
+	ev->slot = sc->slot;
 	bpf_ringbuf_submit(ev, copy_wakeup(sc, ev->slot));
 	return LS_R_record_out;
 }
@@ -240,7 +241,7 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 		return count(LS_R_muted, skb, TCX_DROP);
 	if (retx)
 		skb->mark = 0;
-	switch (parse(skb, &sc->p, 1)) {
+	switch (parse_out(skb)) {
 	case LS_TCP:
 		conn = bpf_map_lookup_elem(&ls_conn, &sc->p.t);
 		break;
@@ -282,7 +283,7 @@ int ls_sec_out(struct __sk_buff *skb)
 	if ((mode != LS_MODE_RUN && mode != LS_MODE_QUIET) || !keys)
 		return count(LS_R_shut, skb, TCX_DROP);
 
-	what = parse(skb, &sc->p, 1);
+	what = parse_out(skb);
 	if (mode == LS_MODE_QUIET && what != LS_TCP)
 		return count(LS_R_shut, skb, TCX_DROP);
 	switch (what) {

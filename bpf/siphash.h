@@ -41,18 +41,23 @@ static __always_inline void sip_word(struct ls_sip *s, __u64 m)
 	s->a ^= m;
 }
 
-/* Tag of a record of len bytes, LS_REC_BASE <= len <= sizeof(*rec). */
-static __always_inline __u64 siphash(const struct ls_rec *rec, __u32 len, const __u64 *key)
+/*
+ * Tag of a record of len bytes, LS_REC_BASE <= len <= sizeof(*rec). A global function: the
+ * verifier walks it once in a program.
+ */
+__noinline __u64 siphash(const struct ls_rec *rec, __u32 len, __u64 key0, __u64 key1)
 {
 	const __u64 *w = (const __u64 *)rec + 1;
 	__u32 words = (len - 8) / 8;
 	struct ls_sip s = {
-		.a = key[0] ^ 0x736f6d6570736575ull,
-		.b = key[1] ^ 0x646f72616e646f6dull,
-		.c = key[0] ^ 0x6c7967656e657261ull,
-		.d = key[1] ^ 0x7465646279746573ull,
+		.a = key0 ^ 0x736f6d6570736575ull,
+		.b = key1 ^ 0x646f72616e646f6dull,
+		.c = key0 ^ 0x6c7967656e657261ull,
+		.d = key1 ^ 0x7465646279746573ull,
 	};
 
+	if (!rec)
+		return 0;
 #pragma clang loop unroll(disable)
 	for (__u32 i = 0; i < LS_SIP_WORDS; i++) {
 		if (i >= words)

@@ -125,7 +125,7 @@ func CheckUpgrade(o Options) (version string, err error) {
 		return "", err
 	}
 	var objs bpf.LockstepObjects
-	if _, err := loadOver(spec, old, &objs); err != nil {
+	if _, err := loadOver(o.Role, spec, old, &objs); err != nil {
 		return "", err
 	}
 	return versionOf(&old.meta), objs.Close()

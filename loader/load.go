@@ -33,7 +33,7 @@ const fastShare = 4
 // others have to evict (LOCAL_FREE_TARGET; seen in 6.18).
 const lruSlack = 128
 
-// sized are the programs, with maps of these sizes. Maps that only the other role's
+// sized are the role's programs, with maps of these sizes. Maps that only the other role's
 // programs use have one element.
 func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	spec, err := bpf.LoadLockstep()
@@ -68,7 +68,20 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 	for name, n := range entries {
 		spec.Maps[name].MaxEntries = uint32(n)
 	}
+	programs := programsOf(z.role, new(bpf.LockstepPrograms))
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return programs[name] == nil })
 	return spec, nil
+}
+
+// programsOf are the programs that a host of this role needs, by name, and where p has them. The verifier
+// takes its time over each.
+func programsOf(role Role, p *bpf.LockstepPrograms) map[string]**ebpf.Program {
+	if role == Secondary {
+		return map[string]**ebpf.Program{secGate: &p.LsSecGate, secOut: &p.LsSecOut, secIn: &p.LsSecIn}
+	}
+	return map[string]**ebpf.Program{
+		priOut: &p.LsPriOut, digestRx: &p.LsDigestRx, mirror: &p.LsMirror, peerXDP: &p.LsPeerXdp, fastOrder: &p.LsFastOrder,
+	}
 }
 
 func (o *Options) sizes() sizes {
@@ -106,7 +119,7 @@ func loadPrograms(o *Options, tap, peer netlink.Link, old *tables) (*bpf.Lockste
 		}
 	}
 	objs := new(bpf.LockstepObjects)
-	maps, err := loadOver(spec, old, objs)
+	maps, err := loadOver(o.Role, spec, old, objs)
 	if err != nil {
 		return nil, nil, marks{}, err
 	}
@@ -119,9 +132,9 @@ func loadPrograms(o *Options, tap, peer netlink.Link, old *tables) (*bpf.Lockste
 	return objs, maps, m, nil
 }
 
-// loadOver loads the programs into objs, over old's maps if it is not nil, and returns
+// loadOver loads the role's programs into objs, over old's maps if it is not nil, and returns
 // the maps to pin, by name.
-func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects) (map[string]*ebpf.Map, error) {
+func loadOver(role Role, spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects) (map[string]*ebpf.Map, error) {
 	var opts ebpf.CollectionOptions
 	if old != nil {
 		opts.MapReplacements = old.maps
@@ -137,8 +150,11 @@ func loadOver(spec *ebpf.CollectionSpec, old *tables, objs *bpf.LockstepObjects)
 			maps[name] = m
 		}
 	}
-	if err := coll.Assign(objs); err != nil {
+	if err := errors.Join(coll.Assign(&objs.LockstepMaps), coll.Assign(&objs.LockstepVariables)); err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	for name, at := range programsOf(role, &objs.LockstepPrograms) {
+		*at = coll.DetachProgram(name)
 	}
 	return maps, nil
 }
@@ -151,15 +167,17 @@ func isPinned(name string) bool {
 
 // CheckPrograms loads all programs with small maps, and unloads them.
 func CheckPrograms() error {
-	spec, err := sized(sizes{role: Primary, connections: 1, slots: 16, gsoSlots: 1, cpus: 1})
-	if err != nil {
-		return err
+	for _, role := range []Role{Primary, Secondary} {
+		spec, err := sized(sizes{role: role, connections: 1, slots: 16, gsoSlots: 1, cpus: 1})
+		if err != nil {
+			return err
+		}
+		spec.Maps[bpf.LockstepMapLsRing].MaxEntries = uint32(os.Getpagesize())
+		c, err := ebpf.NewCollection(spec)
+		if err != nil {
+			return fmt.Errorf("load programs: %w", err)
+		}
+		c.Close()
 	}
-	spec.Maps[bpf.LockstepMapLsRing].MaxEntries = uint32(os.Getpagesize())
-	c, err := ebpf.NewCollection(spec)
-	if err != nil {
-		return fmt.Errorf("load programs: %w", err)
-	}
-	c.Close()
 	return nil
 }

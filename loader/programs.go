@@ -42,25 +42,32 @@ type attachedProgram struct {
 	id   link.ID
 }
 
-// The programs at the tap's ingress: the device of their links is the guest's tap.
+// The programs. Of a role's links that of its program at the tap's ingress, priOut or secOut, tells which
+// tap is guarded.
 const (
-	priOut = "ls_pri_out"
-	secOut = "ls_sec_out"
+	priOut    = "ls_pri_out"
+	digestRx  = "ls_digest_rx"
+	mirror    = "ls_mirror"
+	peerXDP   = "ls_peer_xdp"
+	fastOrder = "ls_fast_order"
+	secGate   = "ls_sec_gate"
+	secOut    = "ls_sec_out"
+	secIn     = "ls_sec_in"
 )
 
 // attachments are the role's programs, in the order in which they are attached.
 func (p *programs) attachments() []attachment {
 	if p.role == Secondary {
 		return []attachment{
-			{p.objs.LsSecGate, "ls_sec_gate", p.tap, ebpf.AttachTCXEgress},
+			{p.objs.LsSecGate, secGate, p.tap, ebpf.AttachTCXEgress},
 			{p.objs.LsSecOut, secOut, p.tap, ebpf.AttachTCXIngress},
-			{p.objs.LsSecIn, "ls_sec_in", p.peer, ebpf.AttachTCXIngress},
+			{p.objs.LsSecIn, secIn, p.peer, ebpf.AttachTCXIngress},
 		}
 	}
 	return []attachment{
 		{p.objs.LsPriOut, priOut, p.tap, ebpf.AttachTCXIngress},
-		{p.objs.LsDigestRx, "ls_digest_rx", p.peer, ebpf.AttachTCXIngress},
-		{p.objs.LsMirror, "ls_mirror", p.tap, ebpf.AttachTCXEgress},
+		{p.objs.LsDigestRx, digestRx, p.peer, ebpf.AttachTCXIngress},
+		{p.objs.LsMirror, mirror, p.tap, ebpf.AttachTCXEgress},
 	}
 }
 

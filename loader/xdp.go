@@ -10,8 +10,6 @@ import (
 	"github.com/lockstep-ft/lockstep/control/datapath"
 )
 
-const peerXDP = "ls_peer_xdp"
-
 // When to attach ls_peer_xdp.
 const (
 	XDPOff  = "off"

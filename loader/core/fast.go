@@ -82,6 +82,7 @@ func (d *Decoder) Fast(ctx *bpf.LockstepLsFastCtx, evs []compare.Event) (*compar
 		Inc: s.Inc, Inherited: s.Inherited != 0, Released: s.Released, Scale: s.Scale, TS: s.Ts != 0, TSSent: s.TsSent, TSLast: s.TsLast,
 		HasPure: s.HasPure != 0, Pure: s.Pure, PVM: fromAcked(&s.Pvm), SVM: fromAcked(&s.Svm), Sent: fromAcked(&s.Sent),
 		Frames: s.Frames, Bytes: s.Bytes, ACKs: s.Acks, Records: s.Records,
+		Waiting: int(s.Nheld) + int(s.Nrecs),
 	}
 	for i := range s.Held[:min(int(s.Nheld), len(s.Held))] {
 		p := &s.Held[i]
