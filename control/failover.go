@@ -221,8 +221,8 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	return nil
 }
 
-// tellQEMU is R21 (iv). A connection that broke on the way decides nothing: this host
-// has won, and the order is repeated on the next one, unless it is dead.
+// tellQEMU is R21 (iv). A connection that broke on the way decides nothing, nor does a QEMU that is slow to
+// answer: this host has won, and the order is repeated, unless QEMU is dead.
 func (fo *failoverPart) tellQEMU() {
 	fo, m := fo, fo.d.qmp.conn
 	fo.tellAgain = m == nil
@@ -232,10 +232,10 @@ func (fo *failoverPart) tellQEMU() {
 	fo.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
 		return qemu.SecondaryFailover(ctx, m, fo.Disks)
 	}, func(err error) {
-		if err != nil && m.Err() != nil {
-			fo.d.log.Warn("the order to take over is repeated on the next connection to QEMU", "err", err)
+		if err != nil && (m.Err() != nil || errors.Is(err, qmp.ErrTimeout)) {
+			fo.d.log.Warn("the order to take over is repeated", "err", err)
 			fo.tellAgain = true
-			if fo.d.qmp.conn != nil && fo.d.qmp.conn != m {
+			if fo.d.qmp.conn != nil && (fo.d.qmp.conn != m || m.Err() == nil) {
 				fo.tellQEMU()
 			}
 			return

@@ -4,6 +4,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -71,6 +72,10 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 		if connected {
 			again.reset()
 			err = mo.watchMonitor(ctx, m)
+			if errors.Is(err, qmp.ErrHangs) {
+				r, why := process.judge(err)
+				mo.d.post(func() { mo.hangs(r, why) })
+			}
 		} else {
 			var r reach
 			r, err = process.judge(err)
@@ -136,6 +141,11 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		mo.d.repl.paired()
 	})
 
+	if !mo.d.isPrimary() {
+		// A secondary whose QEMU goes on after a while has to know whether it has loaded a checkpoint then. A
+		// primary's is in doubt at once, and goes on with a guest that a command has stopped late.
+		m.BePatient(1 + maxUnanswered)
+	}
 	polling, stop := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait()
@@ -212,7 +222,7 @@ func (mo *monitor) ran(ev checkpoint.Event) {
 const maxUnanswered = 2
 
 // pollMonitor finds out about a QEMU that hangs: the command's deadline closes
-// the connection.
+// the connection, or that of several in a row (S).
 func (mo *monitor) pollMonitor(ctx context.Context, m *qmp.Monitor) {
 	tick := time.NewTicker(mo.d.opt.qmpPoll)
 	defer tick.Stop()

@@ -148,6 +148,14 @@ func (mo *monitor) slowToAnswer(ctx context.Context) {
 	})
 }
 
+// hangs: QEMU has not answered on its connection for as long as two more would have taken.
+func (mo *monitor) hangs(r reach, why error) {
+	if r == qemuMute {
+		mo.unanswered = maxUnanswered - 1
+	}
+	mo.unreachable(r, why)
+}
+
 // unreachable: no connection to QEMU could be made.
 func (mo *monitor) unreachable(r reach, why error) {
 	fo := mo.d.failover

@@ -20,6 +20,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
@@ -309,6 +310,38 @@ func TestNoClaimWithDeadQEMU(t *testing.T) {
 			p.ends(ErrFenced)
 			if a.now.Speaker != "beta" {
 				t.Errorf("the record is %v", a.now)
+			}
+		})
+	}
+}
+
+// TestPatientSecondary: a secondary's QEMU stands still for longer than a command may take. It keeps its connection, so
+// that what QEMU does next is seen; one that does not wake is dead after as long as before.
+func TestPatientSecondary(t *testing.T) {
+	for _, wakes := range []bool{true, false} {
+		t.Run(fmt.Sprintf("wakes=%v", wakes), func(t *testing.T) {
+			pair := newPair(t)
+			p, s, _ := calmLives(t, pair)
+			dials := s.dials()
+			startCovered(p, s)
+			before := dials.Load()
+			mark := len(pair.Secondary.Requests())
+			pair.Secondary.SetFault(qmptest.Silent, 0)
+			if !wakes {
+				s.ends(ErrAfresh)
+				return
+			}
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
+			for len(pair.Secondary.Requests()) < mark+2 { // one was not answered in time
+				<-tick.C
+			}
+			pair.Secondary.SetFault(qmptest.None, 0)
+			done := s.await("a status", func(api.Status) bool { return true }).CheckpointsDone
+			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"})
+			s.await("a checkpoint", func(st api.Status) bool { return st.QMP.Connected && st.CheckpointsDone > done })
+			if n := dials.Load(); n != before {
+				t.Errorf("dialled %d times more", n-before)
 			}
 		})
 	}

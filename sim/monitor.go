@@ -6,11 +6,16 @@ import "errors"
 
 // monitor is a daemon's connection to a QEMU's monitor.
 type monitor struct {
-	d    *daemon
-	q    *qemu
-	open bool
-	last int64 // when the newest event or answer is delivered
+	d          *daemon
+	q          *qemu
+	open       bool
+	last       int64 // when the newest event or answer is delivered
+	patience   int   // so many commands in a row that are not answered in time close it
+	unanswered int   // so far
+	hangs      bool  // they have
 }
+
+var errLate = errors.New("QEMU did not answer in time")
 
 // maxUnanswered and the deadlines are control's.
 const (
@@ -42,13 +47,18 @@ func (m *monitor) close() {
 	d.post(d.w.between(rndQEMU+m.q.h.id, 30*us, 400*us), func() {
 		if m.open {
 			m.open = false
+			if m.hangs && m.q.isFrozen() { // else its host stood still: nothing is known
+				d.qmp.unanswered = maxUnanswered
+				d.qmp.judge()
+			}
 			d.qmp.down()
 		}
 	})
 }
 
 // run has QEMU carry out a procedure, and calls done with what came of it. Without an answer
-// within the time the connection is given up. within 0: the procedure has bounds of its own.
+// within the time the connection is given up, or, as far as there is patience, the answer alone: QEMU carries it out
+// all the same. within 0: the procedure has bounds of its own.
 func (m *monitor) run(within int64, procedure func(q *qemu, answer func(error)), done func(error)) {
 	w, answered := m.d.w, false
 	end := func(err error) {
@@ -60,14 +70,21 @@ func (m *monitor) run(within int64, procedure func(q *qemu, answer func(error)),
 	var try func()
 	try = func() {
 		switch {
-		case answered || !m.open:
+		case answered && m.patience <= 1 || !m.open:
 			m.d.post(0, func() { end(errQMP) })
 		case !m.q.alive: // close reports it
 			w.after(5*ms, try)
 		case !m.q.works():
 			w.after(2*ms, try) // it is in the socket
 		default:
-			procedure(m.q, func(err error) { m.deliver(func(*monitor) { end(err) }) })
+			procedure(m.q, func(err error) {
+				m.deliver(func(*monitor) {
+					if !answered {
+						m.unanswered = 0
+					}
+					end(err)
+				})
+			})
 		}
 	}
 	w.after(w.between(rndQEMU+m.q.h.id, 30*us, 300*us), try)
@@ -75,8 +92,11 @@ func (m *monitor) run(within int64, procedure func(q *qemu, answer func(error)),
 		m.d.post(within, func() {
 			if !answered && m.open {
 				w.reach("qmp timeout")
-				end(errors.New("QEMU did not answer in time"))
-				m.close()
+				if m.unanswered++; m.unanswered >= m.patience {
+					m.hangs = m.patience > 1
+					m.close()
+				}
+				end(errLate)
 			}
 		})
 	}

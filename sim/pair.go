@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"errors"
 	"slices"
 
 	realarbiter "github.com/lockstep-ft/lockstep/control/arbiter"
@@ -265,9 +266,9 @@ func (p *pair) tellQEMU() {
 		return
 	}
 	m.run(10*s, (*qemu).takeOver, func(err error) {
-		if err != nil && !m.open {
+		if err != nil && (!m.open || errors.Is(err, errLate)) {
 			d.pair.tellAgain = true
-			if d.h.monitor != nil && d.h.monitor != m {
+			if d.h.monitor != nil {
 				d.pair.tellQEMU()
 			}
 			return

@@ -3,6 +3,8 @@
 package sim
 
 import (
+	"errors"
+
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -42,7 +44,7 @@ func (x *watcher) connect(delay int64) {
 			return
 		default:
 			d.qmp.unanswered, d.qmp.process = 0, q
-			m := &monitor{d: d, q: q, open: true, last: d.w.now}
+			m := &monitor{d: d, q: q, open: true, last: d.w.now, patience: 1}
 			d.h.monitor = m
 			running, state, mode := false, "", ""
 			m.run(qmpTimeout, func(q *qemu, answer func(error)) {
@@ -74,6 +76,9 @@ func (x *watcher) judge() {
 func (x *watcher) up(m *monitor, running bool, state, mode string) {
 	d := x.d
 	d.qmp.hadQEMU, d.qmp.unanswered, d.qmp.colo = true, 0, mode
+	if !d.isPrimary() {
+		m.patience = 1 + maxUnanswered
+	}
 	if d.pair.tellAgain {
 		d.pair.tellQEMU()
 	}
@@ -85,13 +90,13 @@ func (x *watcher) up(m *monitor, running bool, state, mode string) {
 		d.pair.step(failover.Event{Kind: failover.EvTakeOver})
 	}
 	d.repl.paired()
-	d.qmp.poll(m)
+	d.qmp.poll(m, qmpPoll)
 }
 
-// poll asks an idle QEMU for its state.
-func (x *watcher) poll(m *monitor) {
+// poll asks an idle QEMU for its state, again and again. One that did not answer is asked at once.
+func (x *watcher) poll(m *monitor, within int64) {
 	d := x.d
-	d.post(qmpPoll, func() {
+	d.post(within, func() {
 		if d.h.monitor != m || !m.open {
 			return
 		}
@@ -106,8 +111,12 @@ func (x *watcher) poll(m *monitor) {
 					d.remember(func(st *state.State) { st.Unmerged = false })
 				}
 			}
+			if errors.Is(err, errLate) {
+				d.qmp.poll(m, 0)
+				return
+			}
+			d.qmp.poll(m, qmpPoll)
 		})
-		d.qmp.poll(m)
 	})
 }
 

@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"slices"
@@ -28,7 +27,6 @@ import (
 	"time"
 
 	"github.com/digitalocean/go-qemu/qmp"
-	"github.com/digitalocean/go-qemu/qmp/raw"
 )
 
 const (
@@ -37,15 +35,14 @@ const (
 	maxLine = 4 << 20
 	// maxEvents bounds the events that are queued for the reader.
 	maxEvents = 1024
-
-	// noPeriod is x-checkpoint-delay's maximum, 49 days: QEMU makes no
-	// checkpoint of its own (R12).
-	noPeriod = math.MaxUint32
 )
 
-// ErrTimeout means that QEMU did not answer in time. The connection is closed then, so
-// that a late reply cannot be taken for that of the next command.
+// ErrTimeout means that QEMU did not answer in time. The connection is closed then, but
+// where its owner is patient ([Monitor.BePatient]).
 var ErrTimeout = errors.New("no answer in time")
+
+// ErrHangs means that QEMU did not answer as many commands in a row as its owner had patience for.
+var ErrHangs = fmt.Errorf("several commands in a row: %w", ErrTimeout)
 
 // Error is QEMU's refusal of a command.
 type Error struct {
@@ -73,7 +70,7 @@ func Time(e Event) time.Time {
 }
 
 // Monitor is a connection to QEMU's monitor. It does not reconnect, because events may
-// have been lost: after any failure it is closed, and its owner dials again.
+// have been lost: after a failure it is closed, and its owner dials again.
 type Monitor struct {
 	conn    *net.UnixConn
 	timeout time.Duration
@@ -84,10 +81,13 @@ type Monitor struct {
 
 	oob bool // QEMU takes commands out of band
 
-	mu      sync.Mutex
-	err     error                 // why it closed
-	lastID  uint64                // of commands sent
-	waiting map[uint64]chan reply // by the commands' IDs
+	mu         sync.Mutex
+	err        error                 // why it closed
+	lastID     uint64                // of commands sent
+	waiting    map[uint64]chan reply // by the commands' IDs
+	late       map[uint64]bool       // commands that were given up, of which a reply may come still
+	patience   int                   // so many commands in a row that are not answered close it
+	unanswered int                   // so far
 }
 
 var _ qmp.Monitor = (*Monitor)(nil)
@@ -113,7 +113,7 @@ func DialTo(ctx context.Context, path string, timeout time.Duration, connected f
 		return nil, fmt.Errorf("qmp: %w", err)
 	}
 	connected(conn)
-	m := &Monitor{conn: conn, timeout: timeout, events: make(chan Event, maxEvents), waiting: make(map[uint64]chan reply)}
+	m := &Monitor{conn: conn, timeout: timeout, events: make(chan Event, maxEvents), waiting: make(map[uint64]chan reply), late: make(map[uint64]bool), patience: 1}
 	lines := bufio.NewScanner(conn)
 	lines.Buffer(nil, maxLine)
 
@@ -234,9 +234,14 @@ func (m *Monitor) line(b []byte) error {
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if l.ID != nil && m.late[*l.ID] {
+		delete(m.late, *l.ID)
+		return nil
+	}
 	if l.ID == nil || m.waiting[*l.ID] == nil {
 		return errors.New("a reply to no command that was sent")
 	}
+	m.unanswered = 0
 	r := reply{line: bytes.Clone(b)}
 	if l.Error != nil {
 		r.err = &Error{Class: l.Error.Class, Description: l.Error.Desc}
@@ -259,6 +264,37 @@ func (m *Monitor) fail(err error) {
 		close(w)
 	}
 	clear(m.waiting)
+}
+
+// BePatient keeps the connection open where a command is not answered in time: the command fails,
+// and QEMU may carry it out later. The n-th in a row closes it. So no event is missed of
+// a QEMU that stands still for a while.
+func (m *Monitor) BePatient(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.patience = n
+}
+
+// expired: the command id was not answered in time.
+func (m *Monitor) expired(id uint64) {
+	m.mu.Lock()
+	answer, why := m.waiting[id], ErrTimeout
+	if answer == nil {
+		m.mu.Unlock()
+		return // it was just now
+	}
+	if m.unanswered++; m.unanswered < m.patience {
+		delete(m.waiting, id)
+		m.late[id] = true
+		m.mu.Unlock()
+		close(answer)
+		return
+	}
+	if m.patience > 1 {
+		why = ErrHangs
+	}
+	m.mu.Unlock()
+	m.fail(why)
 }
 
 // Err returns why the connection was closed; nil: it is open.
@@ -352,15 +388,19 @@ func (m *Monitor) send(timeout time.Duration, command string, r request) ([]byte
 		m.mu.Unlock()
 		return nil, fmt.Errorf("qmp %s: arguments: %w", command, err)
 	}
-	// The timer bounds the write too: it closes the socket.
-	expired := time.AfterFunc(timeout, func() { m.fail(ErrTimeout) })
+	// The timer bounds the write too, where it closes the socket. Else that has room for so few commands.
+	expired := time.AfterFunc(timeout, func() { m.expired(r.ID) })
 	defer expired.Stop()
 	if _, err := m.conn.Write(append(b, '\n')); err != nil {
 		m.fail(err)
 	}
 	got, ok := <-answer
 	if !ok {
-		return nil, fmt.Errorf("qmp %s: %w", command, m.Err())
+		err := m.Err()
+		if err == nil {
+			err = ErrTimeout
+		}
+		return nil, fmt.Errorf("qmp %s: %w", command, err)
 	}
 	if got.err != nil {
 		got.err.Command = command
@@ -402,65 +442,3 @@ func (m *Monitor) Disconnect() error {
 // Events come whether commands run or not. If the reader lets too many wait, the
 // connection is closed: a lost event would be worse.
 func (m *Monitor) Events(context.Context) (<-chan Event, error) { return m.events, nil }
-
-// Status returns whether the guest runs, and QEMU's name for its state ("running",
-// "io-error" …).
-func (m *Monitor) Status() (running bool, state string, err error) {
-	// raw.QueryStatus would fail on states that a newer QEMU may add.
-	var s struct {
-		Running bool
-		Status  string
-	}
-	err = m.Execute("query-status", nil, &s)
-	return s.Running, s.Status, err
-}
-
-// COLO returns the COLO mode: "primary", "secondary" or "none".
-func (m *Monitor) COLO() (mode string, err error) {
-	var s struct{ Mode string }
-	err = m.Execute("query-colo-status", nil, &s)
-	return s.Mode, err
-}
-
-// Checkpoint makes a primary in COLO take a checkpoint now: QEMU does so when the period
-// is set. The period set is so long that QEMU takes none of its own (R12).
-func (m *Monitor) Checkpoint() error {
-	delay := int64(noPeriod)
-	return raw.NewMonitor(m).MigrateSetParameters(&raw.MigrateSetParameters{XCheckpointDelay: &delay})
-}
-
-// Link is a connection of QEMU's that [Monitor.Yank] can close (a yank instance).
-type Link struct {
-	Type string `json:"type"`                // "migration", "block-node", "chardev"
-	Node string `json:"node-name,omitempty"` // a block-node's
-	ID   string `json:"id,omitempty"`        // a chardev's
-}
-
-// Links returns QEMU's connections that can be closed.
-func (m *Monitor) Links() (links []Link, err error) {
-	err = m.outOfBand("query-yank", nil, &links)
-	return links, err
-}
-
-// Yank closes the connections of QEMU's for which which returns true. What waits for the
-// other end fails then, so that a QEMU that hangs because the other host is gone goes on.
-// It works while another command hangs.
-func (m *Monitor) Yank(which func(Link) bool) error {
-	var err error
-	for range 3 { // yank fails if a connection has closed since query-yank
-		links, lost := m.Links()
-		if lost != nil {
-			return lost
-		}
-		links = slices.DeleteFunc(links, func(l Link) bool { return !which(l) })
-		if len(links) == 0 {
-			return nil
-		}
-		err = m.outOfBand("yank", map[string][]Link{"instances": links}, nil)
-		var refused *Error
-		if !errors.As(err, &refused) {
-			break
-		}
-	}
-	return err
-}

@@ -165,6 +165,44 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// A patient owner's connection outlasts commands that are not answered in time, and the replies that come late. Its
+// events are not lost. Several in a row close it.
+func TestPatience(t *testing.T) {
+	s := server(t)
+	m := dial(t, s, short)
+	m.BePatient(3)
+	unanswered := func() {
+		t.Helper()
+		if _, _, err := m.Status(); !errors.Is(err, qmp.ErrTimeout) {
+			t.Errorf("got %v", err)
+		}
+	}
+	for range 2 { // each time so many
+		s.SetFault(qmptest.Slow, 2*short)
+		unanswered()
+		unanswered()
+		s.SetFault(qmptest.None, 0)
+		s.Event("STOP", time.Now())
+		if err := m.ExecuteWithin(long, "query-status", nil, nil); err != nil { // the late replies are in front of its
+			t.Fatal(err)
+		}
+		events, _ := m.Events(t.Context())
+		if e := <-events; e.Event != "STOP" {
+			t.Errorf("event %+v", e)
+		}
+	}
+	s.SetFault(qmptest.Silent, 0)
+	unanswered()
+	unanswered()
+	if m.Err() != nil {
+		t.Errorf("closed by %v", m.Err())
+	}
+	unanswered()
+	if !errors.Is(m.Err(), qmp.ErrHangs) {
+		t.Errorf("closed by %v", m.Err())
+	}
+}
+
 func TestUnaskedReply(t *testing.T) {
 	s := server(t)
 	m := dial(t, s, long)
