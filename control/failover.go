@@ -315,6 +315,7 @@ func (fo *failoverPart) fenced() {
 		fo.end(end)
 		return
 	}
+	fo.d.qmp.conn.BePatient(1) // whatever it may still load is of no use
 	fo.d.qmp.procedure("stop the guest", func(_ context.Context, m *qmp.Monitor) error {
 		fo.d.qmp.pausing.Lock() // or a request that fails would resume it
 		defer fo.d.qmp.pausing.Unlock()

@@ -226,6 +226,7 @@ func (p *pair) fenced() {
 		d.ended = why
 		return
 	}
+	m.patience = 1
 	m.run(qmpTimeout, func(q *qemu, answer func(error)) {
 		if q.state == "running" {
 			q.drain()

@@ -330,7 +330,7 @@ func (p *pair) status(node string) *api.Status {
 func (p *pair) await(node string, want func(*api.Status) bool) *api.Status {
 	p.t.Helper()
 	var s *api.Status
-	lt.Eventually(p.t, cmp.Or(p.patience, 20*time.Second), func() (bool, string) {
+	lt.Eventually(p.t, cmp.Or(p.patience, time.Minute), func() (bool, string) {
 		if s = p.status(node); s == nil {
 			return false, "no status of " + node
 		}
