@@ -266,7 +266,7 @@ struct ls_rec {
 	__u32 stride;		/* bytes between boundaries, from the payload's start */
 	__u16 nsum;		/* boundaries that follow */
 	__u16 frag;		/* DGRAM: as in ls_ev */
-	__u64 sum[LS_LANES];	/* whole payload */
+	__u64 sum[LS_LANES];	/* whole payload; none of a GSO segment of the PVM */
 	__u8 opts[LS_OPTS_MAX]; /* TCP options, TSval in PVM numbering, rest zero */
 	__u64 bound[LS_BOUND_MAX][LS_LANES]; /* D([start, start + (i+1)*stride)) */
 };

@@ -42,7 +42,9 @@ func TestLiveHold(t *testing.T) {
 				g := f
 				g.vlan = tci & 0xfff
 				want := wantEvent(bpf.LockstepLsEvTypeLS_EV_PVM, g, s, frame)
-				want.Sum, want.Tci = k.sum(s.seq, s.payload), tci
+				if want.Tci = tci; c.gso == 0 {
+					want.Sum = k.sum(s.seq, s.payload)
+				}
 				ev := l.liveEvent(k, want, v)
 				if got := k.slot(ev.Slot); !bytes.Equal(got, frame) {
 					t.Errorf("%d bytes by %d: slot differs", c.n, c.gso)

@@ -15,6 +15,19 @@ static __always_inline int pri_ack(struct __sk_buff *skb, struct ls_pkt *p, __u3
 }
 
 /*
+ * Digests what is held, but for TCP's GSO frames: these wait for the SVM's anyway, and user space
+ * sums up what it compares of them from the slot, with SIMD.
+ */
+static __always_inline int pri_digest(struct __sk_buff *skb, struct ls_scratch *sc,
+				      const struct ls_keys *keys)
+{
+	if (sc->p.dgram || !skb->gso_size)
+		return digest_dgram(skb, sc, keys);
+	sc->digest.sum[0] = sc->digest.sum[1] = 0;
+	return 0;
+}
+
+/*
  * Holds a segment, which has its digest and slot already unless slot is LS_SLOT_NONE.
  * Returns LS_R_held, or why it is lost.
  */
@@ -36,7 +49,7 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 	if (slot != LS_SLOT_NONE) {
 		ev->slot = slot;
 		why = LS_R_held;
-	} else if (digest_dgram(skb, sc, keys) >= 0) {
+	} else if (pri_digest(skb, sc, keys) >= 0) {
 		why = slot_keep(skb);
 		ev->slot = sc->slot;
 	}

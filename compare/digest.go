@@ -115,6 +115,11 @@ func (k *Keys) block(off uint32, b []byte) (d0, d1 uint64) {
 		i++
 	}
 	k0, k1 := k.K[0][i:], k.K[1][i:]
+	if hasSIMD {
+		e0, e1, n := sumSIMD(b, k0, k1)
+		d0, d1 = d0+e0, d1+e1
+		b, k0, k1 = b[4*n:], k0[n:], k1[n:]
+	}
 	for len(b) >= 16 && len(k0) >= 4 && len(k1) >= 4 {
 		// Through arrays, so that bounds are checked once.
 		w, x, y := (*[16]byte)(b), (*[4]uint64)(k0), (*[4]uint64)(k1)

@@ -33,6 +33,13 @@ func slowSum(k *Keys, pos uint32, b []byte) Sum {
 }
 
 func TestSumIsTheFormula(t *testing.T) {
+	t.Run("simd", testSum)
+	defer func(has bool) { hasSIMD = has }(hasSIMD)
+	hasSIMD = false
+	t.Run("scalar", testSum)
+}
+
+func testSum(t *testing.T) {
 	k := testKeys(1)
 	rapid.Check(t, func(t *rapid.T) {
 		pos := genPos.Draw(t, "pos")

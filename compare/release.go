@@ -13,6 +13,9 @@ import (
 func (c *conn) hold(s *Segment) bool {
 	var h piece
 	h.fill(s, c.eventNo)
+	if s.GSO != 0 {
+		h.rest = c.keys.Sum(h.base, h.payload)
+	}
 	if s.Flags&SYN != 0 {
 		// Data on a SYN (TCP Fast Open) waits for its repetition, which comes as
 		// soon as the remote has acknowledged the SYN alone.

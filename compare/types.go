@@ -61,7 +61,7 @@ type Segment struct {
 	Flags Flags
 	Urg   uint16 // urgent pointer, from Seq on
 	Opts  []byte // TCP options as in the header; valid during Step only
-	Sum   Sum    // of the payload
+	Sum   Sum    // of the payload; not of the PVM's GSO frames, which Step sums up itself
 
 	// Datagram: not TCP, or not comparable as such. Seq is the position of the
 	// payload's first byte (0, or a fragment's offset); Ack, Win, Flags, Opts mean

@@ -100,7 +100,9 @@ func (m *machine) priHold(b []byte, gso uint16, p *bpfmodel.Segment, tcp bool, s
 	}
 	ev := e.frame()
 	ev.Number = number
-	ev.Sum = m.digestDatagram(p, m.quote.Find(p, false))
+	if p.Datagram || gso == 0 { // else user space digests it
+		ev.Sum = m.digestDatagram(p, m.quote.Find(p, false))
+	}
 	why := bpf.LockstepLsReasonLS_R_held
 	if ev.Slot = slot; !kept {
 		why = m.keep(b, p, tcp, ev)
