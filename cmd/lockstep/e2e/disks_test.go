@@ -207,7 +207,7 @@ func newDiskPair(t *testing.T, x diskFault) (*livingPair, *smallDisk) {
 func TestDiskFaults(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 24))
-	runs := 5
+	runs := len(diskFaults)
 	if os.Getenv("LOCKSTEP_SOAK") != "" {
 		runs = 100
 	}
