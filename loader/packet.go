@@ -19,7 +19,13 @@ const sendBuffer = 64 << 20
 type packetConn struct {
 	fd   int
 	msgs []mmsghdr
-	iovs [][2]unix.Iovec
+	iovs []frameParts
+}
+
+// frameParts are a frame's head and up to four parts of its payload.
+type frameParts struct {
+	v [5]unix.Iovec
+	n int
 }
 
 // mmsghdr is the kernel's struct. Go aligns it as C does: with four bytes after the
@@ -60,10 +66,20 @@ func newPacketConn(ifindex int, mark uint32) (*packetConn, error) {
 // Queue adds a frame: head holds the virtio-net header and the first bytes,
 // tail (may be empty) the rest. Both must stay unchanged until flush.
 func (c *packetConn) Queue(head, tail []byte) {
-	iov := [2]unix.Iovec{{Base: unsafe.SliceData(head)}, {Base: unsafe.SliceData(tail)}}
-	iov[0].SetLen(len(head))
-	iov[1].SetLen(len(tail))
-	c.iovs = append(c.iovs, iov)
+	c.iovs = append(c.iovs, frameParts{})
+	c.Join(head, tail)
+}
+
+// Join makes the frame that was queued last longer (see [core.Outlet]).
+func (c *packetConn) Join(head, tail []byte) {
+	p := &c.iovs[len(c.iovs)-1]
+	p.v[0].Base, p.n = unsafe.SliceData(head), max(p.n, 1)
+	p.v[0].SetLen(len(head))
+	if len(tail) > 0 {
+		p.v[p.n].Base = unsafe.SliceData(tail)
+		p.v[p.n].SetLen(len(tail))
+		p.n++
+	}
 }
 
 // flush sends what was queued, in order, and returns how many frames the
@@ -72,11 +88,8 @@ func (c *packetConn) flush() (lost int, err error) {
 	c.msgs = c.msgs[:0]
 	for i := range c.iovs {
 		var m mmsghdr
-		m.hdr.Iov = &c.iovs[i][0]
-		m.hdr.Iovlen = 1
-		if c.iovs[i][1].Len != 0 {
-			m.hdr.Iovlen = 2
-		}
+		m.hdr.Iov = &c.iovs[i].v[0]
+		m.hdr.SetIovlen(c.iovs[i].n)
 		c.msgs = append(c.msgs, m)
 	}
 	for rest := c.msgs; len(rest) > 0; {

@@ -16,6 +16,6 @@ func lockstepPair(ctx context.Context, w *lab.World, bin string) (*Proxy, error)
 	}
 	return &Proxy{OnP: pair.P, OnS: pair.S, Stop: pair.Stop, frames: func() (frames, error) {
 		s, err := pair.Status(context.Background(), "alpha")
-		return frames{held: s.Counters["held"], released: s.ReleasedPackets}, err
+		return frames{held: s.Counters["held"], released: s.Counters["released_out"]}, err
 	}}, nil
 }

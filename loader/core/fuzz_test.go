@@ -55,6 +55,12 @@ func (s *sink) Queue(head, tail []byte) {
 	_ = bytes.Count(tail, []byte{0}) // all of it is there
 }
 
+func (s *sink) Join(head, tail []byte) {
+	s.Helper()
+	s.frames--
+	s.Queue(head, tail)
+}
+
 func (s *sink) Flush() {}
 func (s *sink) Lost()  { s.lost++ }
 

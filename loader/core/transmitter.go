@@ -23,6 +23,7 @@ type Transmitter struct {
 
 	heads  [batch][MaxHeader + signedMax]byte // of the frames that are queued
 	nheads int
+	sent   sent
 	frees  []compare.Slot // when what is queued was sent
 }
 
@@ -31,6 +32,9 @@ type Outlet interface {
 	// Queue adds a frame: head holds the virtio-net header and the first bytes, tail (may
 	// be empty) the rest. Both stay unchanged until Flush.
 	Queue(head, tail []byte)
+	// Join makes the frame that was queued last longer: head takes the place of its own, and tail
+	// comes behind what it has. Up to maxParts tails are joined.
+	Join(head, tail []byte)
 	// Flush sends what was queued, in order. A frame that is refused is lost.
 	Flush()
 	// Lost counts a frame that could not be made.
@@ -49,6 +53,9 @@ func (t *Transmitter) Apply(effs []compare.Effect) {
 		e := &effs[i]
 		if t.nheads == len(t.heads) {
 			t.flush()
+		}
+		if e.Op != compare.OpSend && e.Op != compare.OpFree {
+			t.sent.e = nil
 		}
 		switch e.Op {
 		case compare.OpSend:
@@ -110,15 +117,20 @@ func (t *Transmitter) send(e *compare.Effect) {
 	if e.Slot != compare.NoSlot {
 		l2l3, payload, m, ok = t.Frames.part(e.Slot, e.From, e.To)
 	}
+	if ok && t.join(e, l2l3, ports, payload, &m) {
+		return
+	}
 	var head []byte
 	if ok {
 		head, ok = BuildHeader(t.head(), l2l3, ports, e, m.tpid, m.tci, len(payload), m.gso)
 	}
+	t.sent = sent{}
 	if !ok {
 		t.ToTap.Lost()
 		return
 	}
 	t.ToTap.Queue(head, payload)
+	t.sent = sent{e: e, head: head, l2l3: l2l3, meta: m, flags: e.Flags, bytes: len(payload), part: 1}
 }
 
 // deliver queues the frame in a slot as it was captured, and then frees the slot: a
@@ -180,7 +192,7 @@ func (t *Transmitter) flush() {
 	for _, o := range []Outlet{t.ToTap, t.Retransmit, t.ToGuest, t.ToPeer} {
 		o.Flush()
 	}
-	t.nheads = 0
+	t.nheads, t.sent = 0, sent{}
 	for _, s := range t.frees {
 		t.Frames.free(s)
 	}

@@ -11,18 +11,23 @@ import (
 
 // outlet is a packet socket: it takes a virtio-net header and a frame.
 type outlet struct {
-	queue [][2][]byte
+	queue [][][]byte
 	lost  *uint64
 	send  func(frame []byte, gso uint16)
 }
 
-func (o *outlet) Queue(head, tail []byte) { o.queue = append(o.queue, [2][]byte{head, tail}) }
+func (o *outlet) Queue(head, tail []byte) { o.queue = append(o.queue, [][]byte{head, tail}) }
+
+func (o *outlet) Join(head, tail []byte) {
+	last := &o.queue[len(o.queue)-1]
+	(*last)[0], *last = head, append(*last, tail)
+}
 
 func (o *outlet) Lost() { *o.lost++ }
 
 func (o *outlet) Flush() {
 	for _, f := range o.queue {
-		vnet, frame := f[0][:core.VnetLen], slices.Concat(f[0][core.VnetLen:], f[1])
+		vnet, frame := f[0][:core.VnetLen], slices.Concat(f...)[core.VnetLen:]
 		if vnet[0]&core.VnetCsum != 0 {
 			complete(frame, int(binary.LittleEndian.Uint16(vnet[6:])), int(binary.LittleEndian.Uint16(vnet[8:])))
 		}
