@@ -2,9 +2,9 @@
 
 package compare
 
-import "golang.org/x/sys/cpu"
+var hasSIMD = hasAVX2()
 
-var hasSIMD = cpu.X86.HasAVX2
+func hasAVX2() bool
 
 // sumAVX2 is the sum of n > 0 times 4 words at b, times the keys of each lane. It reads 4 bytes
 // behind the keys.

@@ -49,3 +49,31 @@ round:
 	VMOVQ        X2, d1+40(FP)
 	VZEROUPPER
 	RET
+
+// func hasAVX2() bool
+//
+// The CPU has AVX2, and the system keeps the registers (Intel's manual, volume 1, 14.7).
+TEXT ·hasAVX2(SB), NOSPLIT, $0-1
+	MOVB  $0, ret+0(FP)
+	XORL  AX, AX
+	CPUID
+	CMPL  AX, $7
+	JLT   no
+	MOVL  $1, AX
+	CPUID
+	ANDL  $(1<<27 | 1<<28), CX // OSXSAVE and AVX
+	CMPL  CX, $(1<<27 | 1<<28)
+	JNE   no
+	XORL  CX, CX
+	XGETBV
+	ANDL  $6, AX               // XMM and YMM
+	CMPL  AX, $6
+	JNE   no
+	MOVL  $7, AX
+	XORL  CX, CX
+	CPUID
+	BTL   $5, BX
+	SETCS ret+0(FP)
+
+no:
+	RET

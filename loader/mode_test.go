@@ -79,7 +79,7 @@ func TestQuietAtOnce(t *testing.T) {
 func TestMutationWait(t *testing.T) {
 	h := newHosts(t)
 	h.s.skipWait = true
-	if !lateRecord(t, h, 500) {
+	if !lateRecord(t, h, 10000) {
 		t.Error("no record was made after a SetMode that does not wait")
 	}
 }
