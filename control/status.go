@@ -18,16 +18,6 @@ import (
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
 
-// notDrops are the kernel's reasons that are not drops: the frame went on, or
-// into a slot, or was a message. Any other counts as a drop, a new one too.
-var notDrops = map[string]bool{
-	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
-	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
-	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
-	"xdp_passed": true, "sacked": true, "peer_again": true, "copy_lost": true, "resend_gone": true,
-	"fast_held": true, "fast_passed": true, "fast_out": true, "fast_in": true,
-}
-
 // Status gathers what the daemon knows.
 func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 	var s api.Status
@@ -118,7 +108,7 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 	}
 	for reason, count := range counters {
 		s.Counters[reason] += count
-		if !notDrops[reason] && count > 0 {
+		if api.IsDrop(reason) && count > 0 {
 			s.Dropped[reason] += count
 		}
 	}
