@@ -68,7 +68,7 @@ var drops = []Reason{
 	{"before mark", KindDrop, "A packet for the secondary guest was dropped after a checkpoint, because the primary had received it before, and the secondary is its copy now.", "Nothing."},
 }
 
-// Drops that the kernel's programs count.
+// Drops that the kernel's programs count, or the daemon on its way from and to them.
 var kernelDrops = []Reason{
 	{"mirror_failed", KindDrop, "A frame for the guest could not be sent to the secondary, because the peer link did not take it. The client sends it again.", "Look at the peer device: is it up, is its queue full, does its MTU hold the guest's frames?"},
 	{"shut", KindDrop, "A frame came while the gate was shut: before replication began, or on a host that must not transmit.", "See in `lockstep status` which state this host is in, and the reason behind it."},
@@ -91,6 +91,10 @@ var kernelDrops = []Reason{
 	{"conn_full", KindDrop, "The secondary's table of connections is full.", "Raise compare.max_connections."},
 	{"rewrite_failed", KindDrop, "The kernel could not change a frame as it had to, mostly for want of memory.", "Look at the host's free memory."},
 	{"xdp_dropped", KindDrop, "A frame on the peer link was dropped early, because it was not of the other daemon.", "Keep everything else away from the peer link."},
+	{"release_lost", KindDrop, "The kernel did not take a frame that was released for the guest's tap. The guest sends it again.", "See whether the tap is up and how full its queue is; lost frames under load alone need nothing."},
+	{"peer_lost", KindDrop, "The kernel did not take a frame for the other host.", "Look at the peer device: is it up, is its queue full, does its MTU hold the guest's frames?"},
+	{"event_refused", KindDrop, "The daemon did not understand what the kernel's programs told it of a frame, so the frame was dropped.", "This should not happen: report it, with the output of `lockstep version`."},
+	{"tap_unread", KindDrop, "The secondary guest did not read a frame before a checkpoint replaced it by a copy of the primary, which has got the frame.", "Nothing, while a guest boots; else see whether the secondary's host is overloaded."},
 	{"crowded", KindDrop, "Frames of connections that are not open were dropped, because half of the ring to the daemon was in use.", "Under a SYN flood this is what should happen; else give the daemon more CPU."},
 }
 
