@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,8 +38,8 @@ func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
 		CheckpointsRequested: d.checkpoints.requested.Load(), CheckpointsDone: d.checkpoints.committed,
-		CheckpointPhases: maps.Clone(d.checkpoints.phases),
-		Protocol:         peerlink.Version, Config: d.opt.ConfigDigest,
+		CheckpointPhases: maps.Clone(d.checkpoints.phases), CheckpointCounts: slices.Clone(d.checkpoints.counts),
+		Protocol: peerlink.Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
 			Node: d.opt.Peer, Address: d.peer.peerAddr, Connected: d.peer.linkUp, Since: d.peer.linkSince,
@@ -90,6 +91,14 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 			s.HeldBytes += st.HeldBytes
 			s.ReleasedPackets += st.ReleasedPackets + st.ReleasedDatagrams
 			s.HalfOpenEvicted += st.Evicted
+			if s.HoldTimes == nil {
+				s.HoldTimes = new(api.Histogram)
+			}
+			s.HoldTimes.Add(&st.HoldTimes)
+			if left, ok := n.Lease(); ok && (s.LeaseMS == nil || milliseconds(int64(left)) < *s.LeaseMS) {
+				ms := milliseconds(int64(left))
+				s.LeaseMS = &ms
+			}
 			drops(&st.Drops)
 			return nil
 		}
