@@ -30,7 +30,20 @@ func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 			return api.Status{}, fmt.Errorf("nic %d: %w", n.Index, err)
 		}
 	}
+	if s.Role == string(datapath.RolePrimary) && (s.State == "replicating" || s.State == "checkpointing") {
+		left := leaseLeft(d.nics, d.opt.Heartbeat.Lease)
+		s.LeaseMS = &left
+	}
 	return s, nil
+}
+
+// leaseLeft is for how many ms P may still transmit without another echo, to within an echo's way.
+func leaseLeft(nics []*nicloop.Loop, lease time.Duration) float64 {
+	left := lease
+	for _, n := range nics {
+		left = min(left, lease-time.Duration(n.DP.Now()-n.DP.LastEcho()))
+	}
+	return milliseconds(int64(max(0, left)))
 }
 
 // ownStatus is the controller's share.
@@ -95,10 +108,6 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 				s.HoldTimes = new(api.Histogram)
 			}
 			s.HoldTimes.Add(&st.HoldTimes)
-			if left, ok := n.Lease(); ok && (s.LeaseMS == nil || milliseconds(int64(left)) < *s.LeaseMS) {
-				ms := milliseconds(int64(left))
-				s.LeaseMS = &ms
-			}
 			drops(&st.Drops)
 			return nil
 		}

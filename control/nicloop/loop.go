@@ -75,8 +75,7 @@ type Loop struct {
 	tapSet, tapDown   bool          // the tap was set up or down; down, on its account
 	applyErr          uint64
 	applyLog          time.Time
-	echoEvery, echoAt int64         // P: time between echoes, ns (0: none yet), and when the next is due
-	lease             time.Duration // P: what an echo grants
+	echoEvery, echoAt int64 // P: time between echoes, ns (0: none yet), and when the next is due
 }
 
 // Request is a wish for a checkpoint.
@@ -178,14 +177,8 @@ func (n *Loop) Deadline() int64 {
 // startEchoes has P ask S's kernel for echoes from now on (R20). They come from
 // this loop: when it does not turn, nothing is released, and the PVM is muted.
 func (n *Loop) startEchoes(every, lease time.Duration) error {
-	n.echoEvery, n.echoAt, n.lease = int64(every), n.DP.Now(), lease
+	n.echoEvery, n.echoAt = int64(every), n.DP.Now()
 	return n.DP.SetLeaseDuration(lease)
-}
-
-// Lease is for how long P may still transmit without another echo, to within an echo's way; 0: it is
-// muted. false: it is not under a lease.
-func (n *Loop) Lease() (left time.Duration, ok bool) {
-	return max(0, n.lease-time.Duration(n.DP.Now()-n.DP.LastEcho())), n.echoEvery > 0 && n.mode == datapath.ModeHold
 }
 
 func (n *Loop) echo() error {
