@@ -71,6 +71,17 @@ func shown(screen tcell.SimulationScreen) string {
 	return strings.TrimRight(strings.Join(lines, "\n"), "\n")
 }
 
+// watchedScreen keeps what it showed last, for another goroutine to look at.
+type watchedScreen struct {
+	tcell.SimulationScreen
+	text atomic.Value
+}
+
+func (s *watchedScreen) Show() {
+	s.SimulationScreen.Show()
+	s.text.Store(shown(s.SimulationScreen))
+}
+
 func TestTopScreen(t *testing.T) {
 	want := `
 web1 on alpha: primary, replicating, epoch 12   03:04:05
@@ -129,14 +140,14 @@ func TestTopAlarms(t *testing.T) {
 // The screen goes on with what it knew while the daemon does not answer, and ends by a key.
 func TestTopKeys(t *testing.T) {
 	c := newCLI(t)
-	screen := tcell.NewSimulationScreen("UTF-8")
+	screen := &watchedScreen{SimulationScreen: tcell.NewSimulationScreen("UTF-8")}
 	w := &watcher{socket: c.dir + "/run/web1-alpha.sock", none: noDaemonError{"web1", "alpha", "its socket"}}
 	ended := make(chan error, 1)
 	go func() { ended <- topScreen(t.Context(), screen, w, topSample(), 10*time.Millisecond) }()
 	until := func(ok func(string) bool) {
 		t.Helper()
 		for limit := time.Now().Add(20 * time.Second); ; <-time.After(10 * time.Millisecond) {
-			text := shown(screen)
+			text, _ := screen.text.Load().(string)
 			if ok(text) {
 				return
 			}
