@@ -13,6 +13,7 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
+	prometheus bpftool \
 	gcc libc6-dev
 
 # What the soak needs besides: of a Debian that is a guest.

@@ -2,6 +2,8 @@
 
 package compare
 
+import "time"
+
 // core is what all parts of a [Primary] share: its settings, the shared bounds, the
 // counters, and, during Step, the time of the event and the effects of it so far.
 type core struct {
@@ -38,6 +40,11 @@ func (k *core) drop(slot Slot, why Reason) {
 	if slot != NoSlot {
 		k.effects = append(k.effects, Effect{Op: OpFree, Slot: slot, Reason: why})
 	}
+}
+
+// heldSince counts that a frame leaves which was captured at.
+func (k *core) heldSince(at int64) {
+	k.stats.HoldTimes.Observe(time.Duration(max(0, k.now-at)))
 }
 
 func (k *core) checkpoint(t *Tuple, why Reason) {

@@ -191,6 +191,7 @@ func (d *datagrams) forward(t *Tuple, g *dgram) {
 	e := d.emit(OpForward, t)
 	e.Slot, e.Free = g.slot, true
 	d.stats.ReleasedDatagrams++
+	d.heldSince(g.at)
 	d.stats.ReleasedBytes += uint64(g.key.n)
 }
 

@@ -103,7 +103,9 @@ type Stats struct {
 	Evicted                   uint64 // half-open connections that made room (R11)
 	// CommitWait is how long the output that the last commit released had waited for the
 	// SVM when the PVM stopped, at most.
-	CommitWait         time.Duration
+	CommitWait time.Duration
+	// HoldTimes are those of the frames and datagrams that left, from when they were captured.
+	HoldTimes          Histogram
 	Checkpoints, Drops [ReasonCount]uint64
 }
 

@@ -147,6 +147,9 @@ func (t *sender) send(h *piece, to uint32, last bool) {
 		t.released = end
 	}
 	t.stats.ReleasedPackets++
+	if last {
+		t.heldSince(h.at)
+	}
 	if t.sealed {
 		e.Seq, e.Flags, e.To = h.seq(), h.flags, uint32(len(h.payload))
 		t.stats.ReleasedBytes += uint64(e.To)
@@ -196,6 +199,7 @@ func (t *sender) sendRST(h *piece, seq uint32, minimum bool) {
 	t.urgent(e, h.start, h.urg)
 	e.OptLen, e.Opts = h.opts.n, h.opts.b
 	t.stats.ReleasedPackets++
+	t.heldSince(h.at)
 }
 
 // synHeld reports whether the PVM's SYN has not left, so that nothing else may. It may be compared

@@ -151,6 +151,14 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				fmt.Fprintf(&x.out, "drop %v: %d\n", r, n)
 			}
 		}
+	case "holds":
+		before := uint64(0)
+		for i, n := range x.p.Stats().HoldTimes.AtMost {
+			if n > before {
+				fmt.Fprintf(&x.out, "%d held for at most %v\n", n, histogramBounds[i])
+			}
+			before = n
+		}
 	default:
 		x.t.Fatalf("unknown command %q", d.Cmd)
 	}

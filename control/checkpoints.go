@@ -55,6 +55,7 @@ type checkpoints struct {
 	attempts    []api.Checkpoint
 	attemptNow  []nicloop.Request // causes of the attempt under way
 	attemptAt   int64
+	counts      []api.CheckpointCount    // of those that have ended
 	phases      map[string]api.Histogram // of committed ones
 	phaseBegan  int64                    // S: of the one under way
 	unservedLog time.Time
@@ -255,6 +256,7 @@ func (ck *checkpoints) attemptEnds(result string, fx checkpoint.Effect) {
 	}
 	a := &ck.attempts[len(ck.attempts)-1]
 	a.Result = result
+	ck.count(a.Cause, fx.Op == checkpoint.OpFailed)
 	a.FrozenMS = milliseconds(ck.d.now() - ck.attemptAt)
 	a.PVMPauseMS = milliseconds(fx.Resume - fx.Stop)
 	if fx.Op == checkpoint.OpFailed {
@@ -262,6 +264,23 @@ func (ck *checkpoints) attemptEnds(result string, fx checkpoint.Effect) {
 		ck.waiting = keepLast(append(ck.attemptNow, ck.waiting...))
 	}
 	ck.attemptNow = nil
+}
+
+// count counts an attempt that has ended. Causes without an explanation may be any text, and are one.
+func (ck *checkpoints) count(cause string, failed bool) {
+	c := api.CheckpointCount{Cause: "other", Result: "committed", Count: 1}
+	if r, ok := api.Explain(cause); ok {
+		c.Cause = r.Name
+	}
+	if failed {
+		c.Result = "failed"
+	}
+	i := slices.IndexFunc(ck.counts, func(o api.CheckpointCount) bool { return o.Cause == c.Cause && o.Result == c.Result })
+	if i < 0 {
+		ck.counts = append(ck.counts, c)
+		return
+	}
+	ck.counts[i].Count++
 }
 
 // checkpointEvent notes the attempt that has just ended.

@@ -13,6 +13,7 @@ import (
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
+	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 )
@@ -87,7 +88,19 @@ func TestCheckpoint(t *testing.T) {
 		ph["pause"].Seconds <= 0 || ph["frozen"].Seconds < ph["pause"].Seconds+ph["prepare"].Seconds {
 		t.Errorf("the phases are %+v", ph)
 	}
+	if want := []api.CheckpointCount{{Cause: "payload differs", Result: "committed", Count: 1}}; !slices.Equal(st.CheckpointCounts, want) {
+		t.Errorf("by cause and result: %+v, want %+v", st.CheckpointCounts, want)
+	}
+	if st.HoldTimes == nil || st.HoldTimes.Count != 4 {
+		t.Errorf("hold times %+v, of 4 frames", st.HoldTimes)
+	}
+	if st.LeaseMS == nil || *st.LeaseMS <= 0 || *st.LeaseMS > milliseconds(int64(config.DefaultHeartbeatLease)) {
+		t.Errorf("%v ms are left of the output lease", st.LeaseMS)
+	}
 	st = s.replicating()
+	if st.LeaseMS != nil || st.HoldTimes != nil {
+		t.Errorf("S has a lease: %v, or hold times: %v", st.LeaseMS, st.HoldTimes)
+	}
 	if st.Epoch != 2 || st.CheckpointsDone != 1 {
 		t.Errorf("S: %+v", st)
 	}
@@ -168,7 +181,11 @@ func TestFailedAttempts(t *testing.T) {
 		t.Errorf("left: %q", got)
 	}
 	pair.Primary.SetFault(qmptest.None, 0)
-	p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
+	st := p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
+	// "test" is no cause that is explained.
+	if c := st.CheckpointCounts; len(c) != 2 || c[0].Cause != "other" || c[0].Result != "failed" || c[0].Count < 2 || c[1] != (api.CheckpointCount{Cause: "other", Result: "committed", Count: 1}) {
+		t.Errorf("by cause and result: %+v", c)
+	}
 	p.path.await(t, pm, "send 1000+4")
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,16 +18,6 @@ import (
 	"github.com/lockstep-ft/lockstep/control/nicloop"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 )
-
-// notDrops are the kernel's reasons that are not drops: the frame went on, or
-// into a slot, or was a message. Any other counts as a drop, a new one too.
-var notDrops = map[string]bool{
-	"released": true, "mirrored": true, "held": true, "held_ack": true, "announced": true, "passed": true,
-	"record_in": true, "record_out": true, "delivered": true, "parked": true, "released_out": true, "let_in": true,
-	"primary_only": true, "nack_out": true, "nack_in": true, "resent": true, "echo_in": true, "echo_out": true, "neigh_out": true,
-	"xdp_passed": true, "sacked": true, "peer_again": true, "copy_lost": true, "resend_gone": true,
-	"fast_held": true, "fast_passed": true, "fast_out": true, "fast_in": true,
-}
 
 // Status gathers what the daemon knows.
 func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
@@ -39,7 +30,20 @@ func (d *Daemon) Status(ctx context.Context) (api.Status, error) {
 			return api.Status{}, fmt.Errorf("nic %d: %w", n.Index, err)
 		}
 	}
+	if s.Role == string(datapath.RolePrimary) && (s.State == "replicating" || s.State == "checkpointing") {
+		left := leaseLeft(d.nics, d.opt.Heartbeat.Lease)
+		s.LeaseMS = &left
+	}
 	return s, nil
+}
+
+// leaseLeft is for how many ms P may still transmit without another echo, to within an echo's way.
+func leaseLeft(nics []*nicloop.Loop, lease time.Duration) float64 {
+	left := lease
+	for _, n := range nics {
+		left = min(left, lease-time.Duration(n.DP.Now()-n.DP.LastEcho()))
+	}
+	return milliseconds(int64(max(0, left)))
 }
 
 // ownStatus is the controller's share.
@@ -47,8 +51,8 @@ func (d *Daemon) ownStatus() api.Status {
 	s := api.Status{
 		VM: d.opt.VM, Node: d.opt.Node, Role: string(d.opt.Role), Epoch: d.epoch, Term: d.term,
 		CheckpointsRequested: d.checkpoints.requested.Load(), CheckpointsDone: d.checkpoints.committed,
-		CheckpointPhases: maps.Clone(d.checkpoints.phases),
-		Protocol:         peerlink.Version, Config: d.opt.ConfigDigest,
+		CheckpointPhases: maps.Clone(d.checkpoints.phases), CheckpointCounts: slices.Clone(d.checkpoints.counts),
+		Protocol: peerlink.Version, Config: d.opt.ConfigDigest,
 		Dropped: make(map[string]uint64), Counters: make(map[string]uint64), Programs: make(map[string]api.ProgramStatus),
 		Peer: api.PeerStatus{
 			Node: d.opt.Peer, Address: d.peer.peerAddr, Connected: d.peer.linkUp, Since: d.peer.linkSince,
@@ -100,6 +104,10 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 			s.HeldBytes += st.HeldBytes
 			s.ReleasedPackets += st.ReleasedPackets + st.ReleasedDatagrams
 			s.HalfOpenEvicted += st.Evicted
+			if s.HoldTimes == nil {
+				s.HoldTimes = new(api.Histogram)
+			}
+			s.HoldTimes.Add(&st.HoldTimes)
 			drops(&st.Drops)
 			return nil
 		}
@@ -118,7 +126,7 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 	}
 	for reason, count := range counters {
 		s.Counters[reason] += count
-		if !notDrops[reason] && count > 0 {
+		if api.IsDrop(reason) && count > 0 {
 			s.Dropped[reason] += count
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"io"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/journal"
@@ -18,6 +19,10 @@ func FuzzPrint(f *testing.F) {
 		if json.Unmarshal(answer, &s) == nil {
 			if err := printStatus(io.Discard, s); err != nil {
 				t.Error(err)
+			}
+			now := sample{at: time.Unix(9, 0), status: s, before: &sample{at: time.Unix(8, 0), status: s}}
+			if topLine(&now) == "" || len(topView(&now, 24)) > 24 {
+				t.Error("top shows nothing, or too much")
 			}
 		}
 		var flows []api.Flow

@@ -11,7 +11,27 @@ import (
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/config"
 )
+
+// certificateFiles are those that a node uses, by the label of their metric.
+func certificateFiles(c *config.Config, node string) map[string]string {
+	files := make(map[string]string)
+	add := func(name, file string) {
+		if file != "" {
+			files[name] = file
+		}
+	}
+	ca, cert, _ := c.TLS.Files(node)
+	add("ca", ca)
+	add("cert", cert)
+	if c.Arbiter.TLS != nil {
+		f := c.Arbiter.TLS.On(node)
+		add("arbiter_ca", f.CA)
+		add("arbiter_cert", f.Cert)
+	}
+	return files
+}
 
 // serveMetrics serves Prometheus metrics for as long as the daemon runs, whatever its role, and
 // also while it has none yet.
@@ -22,7 +42,8 @@ func serveMetrics(ctx context.Context, o runOptions) (stop func(), err error) {
 	}
 	socket := o.config.Socket(o.self.Name)
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", api.MetricsHandler(o.config.VM, o.self.Name, func() *api.Status {
+	process := api.Process{VM: o.config.VM, Node: o.self.Name, Version: versionString(), Certificates: certificateFiles(o.config, o.self.Name)}
+	mux.Handle("GET /metrics", process.MetricsHandler(func() *api.Status {
 		s, err := api.FetchStatus(ctx, socket)
 		if err != nil {
 			return nil

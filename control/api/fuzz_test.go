@@ -35,6 +35,6 @@ func FuzzStatus(f *testing.F) {
 		for i := range s.Overlays {
 			_ = s.Overlays[i].String()
 		}
-		MetricsHandler("web1", "alpha", func() *Status { return &s }).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/metrics", nil))
+		Process{VM: "web1", Node: "alpha"}.MetricsHandler(func() *Status { return &s }).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/metrics", nil))
 	})
 }

@@ -3,20 +3,17 @@
 package api
 
 import (
-	"net/http"
 	"slices"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
 // Words of Status.Role and Status.State. A metric has each of them, as 0 or 1, so
 // that a change ends no series.
 var (
 	statusRoles  = []string{"primary", "secondary"}
-	statusStates = []string{"start", "replicating", "checkpointing", "failover", "solo", "resync"}
+	statusStates = []string{"start", "replicating", "checkpointing", "failover", "solo", "resync", "off"}
 )
 
 // metric is one value of a Status, or several that differ by labels.
@@ -31,6 +28,7 @@ type statusCollector struct {
 	status  func() *Status
 	up      *prometheus.Desc
 	phases  *prometheus.Desc
+	hold    *prometheus.Desc
 	metrics []metric
 }
 
@@ -83,6 +81,7 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 
 	c.up = describe("up", "Whether the daemon reports its status: 1 or 0.")
 	c.phases = describe("checkpoint_phase_seconds", "How long the parts of committed checkpoints took on this host. On the primary frozen is the whole, of prepare, request, pause and confirm; on the secondary there are drain, pause and tables.", "phase")
+	c.hold = describe("hold_seconds", "How long the frames that the primary's daemon released were held, from when they were captured. The kernel's own wait for 10 ms at most, and are not among them.")
 	oneOf("role", "This node's part in the pair: 1 for the present one.", statusRoles, func(s *Status) string { return s.Role })
 	oneOf("state", "The pair's state as this node sees it: 1 for the present one.", statusStates, func(s *Status) string { return s.State })
 	gauge("impaired", "Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.", func(s *Status) float64 { return truth(s.Detail != "") })
@@ -101,6 +100,11 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	gauge("replication_failed_tries", "Tries to replicate that failed since the last one that lasted.", replication(func(r *Replication) float64 { return float64(r.Failed) }))
 	gauge("replication_copied_bytes_per_second", "Rate at which disks or memory are being copied to the secondary.", replication(func(r *Replication) float64 { return float64(r.Rate) }))
 	gauge("replication_dirtied_bytes_per_second", "Rate at which the guest writes to its memory while that is copied.", replication(func(r *Replication) float64 { return float64(r.Dirtied) }))
+	add(prometheus.GaugeValue, "output_lease_seconds", "How long the primary may still transmit without another echo of the secondary's kernel; it is muted from 0 on. Only while it replicates.", func(s *Status, put func(float64, ...string)) {
+		if s.LeaseMS != nil {
+			put(*s.LeaseMS / 1e3)
+		}
+	})
 	gauge("connections", "Connections that are tracked; on the secondary those with an offset.", func(s *Status) float64 { return float64(s.Connections) })
 	gauge("held_packets", "Packets that wait for their match; on the secondary copies and parked ones.", func(s *Status) float64 { return float64(s.HeldPackets) })
 	gauge("held_bytes", "Payload bytes of the packets that are held.", func(s *Status) float64 { return float64(s.HeldBytes) })
@@ -108,6 +112,11 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	counter("half_open_evicted_total", "Half-open connections that made room for others.", func(s *Status) float64 { return float64(s.HalfOpenEvicted) })
 	counter("checkpoints_requested_total", "Requests for a checkpoint by divergence, timeout or doubt.", func(s *Status) float64 { return float64(s.CheckpointsRequested) })
 	counter("checkpoints_committed_total", "Checkpoints that were committed.", func(s *Status) float64 { return float64(s.CheckpointsDone) })
+	add(prometheus.CounterValue, "checkpoints_total", "Checkpoints that have ended, by their first cause (lockstep explain) and result: committed or failed.", func(s *Status, put func(float64, ...string)) {
+		for _, c := range s.CheckpointCounts {
+			put(float64(c.Count), c.Cause, c.Result)
+		}
+	}, "cause", "result")
 	last("last_checkpoint_timestamp_seconds", "Unix time at which the last checkpoint that has ended was begun.", func(c *Checkpoint) float64 { return float64(c.At.UnixMilli()) / 1e3 })
 	last("last_checkpoint_committed", "Whether the last checkpoint that has ended was committed: 1 or 0.", func(c *Checkpoint) float64 { return truth(c.Result == "committed") })
 	last("last_checkpoint_frozen_seconds", "How long the last checkpoint that has ended kept the primary's output back.", func(c *Checkpoint) float64 { return c.FrozenMS / 1e3 })
@@ -165,6 +174,7 @@ func truth(b bool) float64 {
 func (c *statusCollector) Describe(out chan<- *prometheus.Desc) {
 	out <- c.up
 	out <- c.phases
+	out <- c.hold
 	for _, m := range c.metrics {
 		out <- m.desc
 	}
@@ -178,7 +188,10 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 		return
 	}
 	for phase, h := range s.CheckpointPhases {
-		out <- prometheus.MustNewConstHistogram(c.phases, h.Count, h.Seconds, h.buckets(), strings.ToValidUTF8(phase, "?"))
+		out <- prometheus.MustNewConstHistogram(c.phases, h.Count, h.Seconds, h.Buckets(), strings.ToValidUTF8(phase, "?"))
+	}
+	if h := s.HoldTimes; h != nil {
+		out <- prometheus.MustNewConstHistogram(c.hold, h.Count, h.Seconds, h.Buckets())
 	}
 	for _, m := range c.metrics {
 		m.get(s, func(v float64, labels ...string) {
@@ -188,12 +201,4 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(m.desc, m.kind, v, labels...)
 		})
 	}
-}
-
-// MetricsHandler serves [NewStatusCollector]'s metrics, and those of the process,
-// in the formats that Prometheus scrapes.
-func MetricsHandler(vm, node string, status func() *Status) http.Handler {
-	r := prometheus.NewRegistry()
-	r.MustRegister(NewStatusCollector(vm, node, status), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
 }

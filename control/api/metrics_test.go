@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http/httptest"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -18,8 +19,13 @@ func fullStatus() *Status {
 	var pauses Histogram
 	pauses.Observe(time.Second / 256)
 	pauses.Observe(time.Second / 16)
+	var holds Histogram
+	holds.Observe(time.Second / 4096)
+	lease := 375.0
 	return &Status{
-		VM: "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
+		HoldTimes: &holds, LeaseMS: &lease,
+		CheckpointCounts: []CheckpointCount{{"payload differs", "committed", 22}, {"period", "failed", 1}},
+		VM:               "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
 		Dropped:          map[string]uint64{"no_slot": 18, "bad_tag": 19},
 		Counters:         map[string]uint64{"held": 20, "no_slot": 18},
@@ -57,6 +63,9 @@ func TestMetrics(t *testing.T) {
 lockstep_arbiter_term{node="alpha",vm="web1"} 2
 # HELP lockstep_checkpoint_phase_seconds How long the parts of committed checkpoints took on this host. On the primary frozen is the whole, of prepare, request, pause and confirm; on the secondary there are drain, pause and tables.
 # TYPE lockstep_checkpoint_phase_seconds histogram
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="5e-05"} 0
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.0001"} 0
+lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.00025"} 0
 lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.0005"} 0
 lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.001"} 0
 lockstep_checkpoint_phase_seconds_bucket{node="alpha",phase="pause",vm="web1",le="0.0025"} 0
@@ -79,6 +88,10 @@ lockstep_checkpoints_committed_total{node="alpha",vm="web1"} 17
 # HELP lockstep_checkpoints_requested_total Requests for a checkpoint by divergence, timeout or doubt.
 # TYPE lockstep_checkpoints_requested_total counter
 lockstep_checkpoints_requested_total{node="alpha",vm="web1"} 16
+# HELP lockstep_checkpoints_total Checkpoints that have ended, by their first cause (lockstep explain) and result: committed or failed.
+# TYPE lockstep_checkpoints_total counter
+lockstep_checkpoints_total{cause="payload differs",node="alpha",result="committed",vm="web1"} 22
+lockstep_checkpoints_total{cause="period",node="alpha",result="failed",vm="web1"} 1
 # HELP lockstep_connections Connections that are tracked; on the secondary those with an offset.
 # TYPE lockstep_connections gauge
 lockstep_connections{node="alpha",vm="web1"} 11
@@ -111,6 +124,27 @@ lockstep_held_bytes{node="alpha",vm="web1"} 13
 # HELP lockstep_held_packets Packets that wait for their match; on the secondary copies and parked ones.
 # TYPE lockstep_held_packets gauge
 lockstep_held_packets{node="alpha",vm="web1"} 12
+# HELP lockstep_hold_seconds How long the frames that the primary's daemon released were held, from when they were captured. The kernel's own wait for 10 ms at most, and are not among them.
+# TYPE lockstep_hold_seconds histogram
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="5e-05"} 0
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.0001"} 0
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.00025"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.0005"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.001"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.0025"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.005"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.01"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.025"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.05"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.1"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.25"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="0.5"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="1"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="2.5"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="10"} 1
+lockstep_hold_seconds_bucket{node="alpha",vm="web1",le="+Inf"} 1
+lockstep_hold_seconds_sum{node="alpha",vm="web1"} 0.000244140
+lockstep_hold_seconds_count{node="alpha",vm="web1"} 1
 # HELP lockstep_impaired Whether matching is frozen, input is parked or a gate is shut, 1 or 0; lockstep status shows why.
 # TYPE lockstep_impaired gauge
 lockstep_impaired{node="alpha",vm="web1"} 1
@@ -132,6 +166,9 @@ lockstep_last_checkpoint_timestamp_seconds{node="alpha",vm="web1"} 1.70000000025
 # HELP lockstep_masked_disks Disks on which QEMU hides faults of one replica from the guest.
 # TYPE lockstep_masked_disks gauge
 lockstep_masked_disks{node="alpha",vm="web1"} 1
+# HELP lockstep_output_lease_seconds How long the primary may still transmit without another echo of the secondary's kernel; it is muted from 0 on. Only while it replicates.
+# TYPE lockstep_output_lease_seconds gauge
+lockstep_output_lease_seconds{node="alpha",vm="web1"} 0.375
 # HELP lockstep_overlay_free_bytes What is left for those overlays.
 # TYPE lockstep_overlay_free_bytes gauge
 lockstep_overlay_free_bytes{disks="d0,d1",host="beta",node="alpha",overlay_dir="/o",vm="web1"} 2
@@ -192,6 +229,7 @@ lockstep_session_term{node="alpha",vm="web1"} 3
 # TYPE lockstep_state gauge
 lockstep_state{node="alpha",state="checkpointing",vm="web1"} 0
 lockstep_state{node="alpha",state="failover",vm="web1"} 0
+lockstep_state{node="alpha",state="off",vm="web1"} 0
 lockstep_state{node="alpha",state="replicating",vm="web1"} 1
 lockstep_state{node="alpha",state="resync",vm="web1"} 0
 lockstep_state{node="alpha",state="solo",vm="web1"} 0
@@ -232,7 +270,7 @@ func TestMetricsOddStatus(t *testing.T) {
 
 func TestMetricsHandler(t *testing.T) {
 	calls := 0
-	srv := httptest.NewServer(MetricsHandler("web1", "alpha", func() *Status { calls++; return fullStatus() }))
+	srv := httptest.NewServer(Process{VM: "web1", Node: "alpha", Version: "v1"}.MetricsHandler(func() *Status { calls++; return fullStatus() }))
 	defer srv.Close()
 	for range 2 {
 		resp, err := srv.Client().Get(srv.URL)
@@ -244,7 +282,7 @@ func TestMetricsHandler(t *testing.T) {
 		if err != nil || resp.StatusCode != 200 {
 			t.Fatalf("%s, %v", resp.Status, err)
 		}
-		for _, line := range []string{`lockstep_up{node="alpha",vm="web1"} 1`, "process_start_time_seconds ", "go_goroutines "} {
+		for _, line := range []string{`lockstep_up{node="alpha",vm="web1"} 1`, `lockstep_build_info{goversion="` + runtime.Version() + `",node="alpha",version="v1",vm="web1"} 1`, "process_start_time_seconds ", "go_goroutines "} {
 			if !strings.Contains(string(body), "\n"+line) {
 				t.Errorf("the answer lacks %q", line)
 			}
@@ -259,7 +297,7 @@ func TestMetricsHandler(t *testing.T) {
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone CheckpointPhases Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
-		Refused Overlays`)
+		Refused Overlays CheckpointCounts HoldTimes LeaseMS`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

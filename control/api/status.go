@@ -52,6 +52,13 @@ type Status struct {
 	// the guest goes on), "confirm" (until the commit). S: "drain" (the SVM reads what
 	// its tap holds), "pause", "tables" (offsets are reset, parked input is delivered).
 	CheckpointPhases map[string]Histogram `json:"checkpoint_phases,omitempty"`
+	CheckpointCounts []CheckpointCount    `json:"checkpoint_counts,omitempty"` // P: those that have ended
+	// P: how long the frames that the daemon released were held. Those that the kernel released (R27) were
+	// for 10 ms at most, and are not among them.
+	HoldTimes *Histogram `json:"hold_times,omitempty"`
+	// P, while it replicates: for how long it may still transmit without another echo of the secondary's
+	// kernel (R20). It is muted from 0 on.
+	LeaseMS *float64 `json:"lease_ms,omitempty"`
 
 	DiskFaults []DiskFault `json:"disk_faults,omitempty"` // what replicas of disks did not do, as far as this node knows
 	// P: what the guest wrote since it took over is not in its images yet.
@@ -155,6 +162,13 @@ type Checkpoint struct {
 	FrozenMS   float64 `json:"frozen_ms"`
 	PVMPauseMS float64 `json:"pvm_pause_ms"`
 	SVMPauseMS float64 `json:"svm_pause_ms"`
+}
+
+// CheckpointCount is how many checkpoints had a cause and a result.
+type CheckpointCount struct {
+	Cause  string `json:"cause"`  // the first one's name as [Explain] has it, or "other"
+	Result string `json:"result"` // "committed", "failed"
+	Count  uint64 `json:"count"`
 }
 
 // Flow is a connection of the guest. The secondary knows offsets, the primary

@@ -60,8 +60,8 @@ func (n *Loop) grant(t compare.Tuple) {
 	n.step(n.DP.Now(), &ev)
 }
 
-// Why connections were taken back.
-var givenBack = map[compare.EventKind]string{
+// WhyGivenBack are GivenBack's words; for any other event it is "other".
+var WhyGivenBack = map[compare.EventKind]string{
 	compare.EvPVM: "pvm", compare.EvSVM: "svm", compare.EvClient: "client", compare.EvYield: "late", compare.EvTick: "look", compare.EvFreeze: "order",
 }
 
@@ -72,7 +72,7 @@ func (n *Loop) GivenBack() map[string]uint64 { return n.taken }
 
 // take takes a connection back from the kernel, because of an event of that kind.
 func (n *Loop) take(t compare.Tuple, why compare.EventKind) {
-	n.taken[cmp.Or(givenBack[why], "other")]++
+	n.taken[cmp.Or(WhyGivenBack[why], "other")]++
 	h, evs, err := n.fast.Take(t, nil)
 	if err != nil {
 		n.log.Warn("what the kernel knows of a connection is lost", "connection", t, "err", err)
