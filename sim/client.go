@@ -364,6 +364,27 @@ func (c *client) answers(a *asking) {
 	}
 }
 
+// astray reports whether the guest is at an earlier connection from the same port: a late ACK has made one of that one's SYN
+// cookie. Neither end has sent what the other's segments acknowledge, so both ignore them (RFC 9293, 3.10.7.4), and go on
+// until they give up: no proxy can help them.
+func (c *client) astray(a *asking) bool {
+	q := c.w.hosts[c.w.check.speaker].qemu
+	if !c.w.sc.SynCookies || q == nil || q.guest == nil {
+		return false
+	}
+	stack := q.guest.stack
+	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), a.port), servicePort)
+	if !ok || stack.State(id) != tcp.Established || c.stack.State(a.id) != tcp.Established {
+		return false
+	}
+	begun, _ := c.stack.Initial(a.id)
+	_, met := stack.Initial(id)
+	if begun != met {
+		c.w.reach("guest at an earlier connection by its cookie")
+	}
+	return begun != met
+}
+
 // ended reports whether every connection is over.
 func (c *client) ended() bool {
 	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost }) &&
