@@ -78,6 +78,9 @@ func (c *conn) repeat(h *piece, last bool) {
 		}
 		return
 	}
+	if c.synHeld() { // it ends with this: what waited for the SYN leaves, and the SVM may have waited for that
+		c.moved()
+	}
 	c.send(h, minSeq(h.end, c.svm.compared), last)
 }
 
