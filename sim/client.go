@@ -212,6 +212,10 @@ func (c *client) work(a *asking) {
 			if c.expects(a, err) {
 				return
 			}
+			if errors.Is(err, tcp.ErrTimeout) && w.fatal > 1 && !w.serves() {
+				w.reach("connection timed out while nobody served")
+				a.lost = true // as nobody may be left who does (see quiet)
+			}
 			w.reach("connection broken")
 			// A flood may cost a connection that is half-open: its offset is forgotten (R11).
 			if flooded := len(w.sc.Floods) > 0 && a.reply == 0; !a.lost && !flooded {
