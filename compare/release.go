@@ -96,6 +96,13 @@ func (c *conn) mayRepeat(h *piece) Reason {
 		return ReasonNoACK
 	case !h.syn && c.synHeld():
 		return ReasonDuplicate
+	case h.syn && c.syn.met && !c.syn.svm:
+		return ReasonDuplicate
+	case h.syn && c.syn.met && !c.syn.svmSame:
+		c.diverge(ReasonSYN)
+		return ReasonSYN
+	case h.syn && c.syn.met:
+		return ReasonNone
 	case !c.rooted && c.adopted && before(h.start, c.low):
 		// The remote has it, and the PVM missed that ACK: the frame leaves without the
 		// bytes, which nobody has compared, for the remote to repeat its ACK.
