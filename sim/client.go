@@ -381,8 +381,8 @@ func (c *client) astray(a *asking) bool {
 	if !ok || stack.State(id) != tcp.Established || c.stack.State(a.id) != tcp.Established {
 		return false
 	}
-	begun, _ := c.stack.Initial(a.id)
-	_, met := stack.Initial(id)
+	begun, _ := tcp.Initial(c.stack, a.id)
+	_, met := tcp.Initial(stack, id)
 	if begun != met {
 		c.w.reach("guest at an earlier connection by its cookie")
 	}
