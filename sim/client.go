@@ -41,6 +41,7 @@ type asking struct {
 	begun bool
 	next  int // request to be sent
 	reply int // request whose answer is due
+	first int // the first one on this connection
 	rest  int64
 	out   []byte
 	in    []byte
@@ -218,7 +219,7 @@ func (c *client) work(a *asking) {
 			}
 			w.reach("connection broken")
 			// A flood may cost a connection that is half-open: its offset is forgotten (R11).
-			if flooded := len(w.sc.Floods) > 0 && a.reply == 0; !a.lost && !flooded {
+			if flooded := len(w.sc.Floods) > 0 && a.reply == a.first; !a.lost && !flooded {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return
@@ -309,7 +310,7 @@ const stale = 5 * s
 // reopen opens the next connection from the same port.
 func (c *client) reopen(a *asking) {
 	c.dial(a)
-	a.next, a.reply, a.in, a.out, a.sent = a.again, a.again, nil, nil, nil
+	a.next, a.reply, a.first, a.in, a.out, a.sent = a.again, a.again, a.again, nil, nil, nil
 	a.shut = false
 }
 
