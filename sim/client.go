@@ -390,6 +390,12 @@ func (c *client) astray(a *asking) bool {
 	return begun != met
 }
 
+// flooded reports whether a flood can have cost a connection its SYN|ACK each time (R11): the guest repeats it together with
+// those of the flood, which take all slots that SYNs may use.
+func (c *client) flooded(a *asking) bool {
+	return len(c.w.sc.Floods) > 0 && c.stack.State(a.id) == tcp.SynSent
+}
+
 // ended reports whether every connection is over.
 func (c *client) ended() bool {
 	return !slices.ContainsFunc(c.conns, func(a *asking) bool { return !a.ended && !a.lost }) &&
