@@ -24,6 +24,7 @@ type handshake struct {
 	opts    options
 	at      int64 // capture time
 
+	met     bool // only when the connection was known in mid-stream: the compared point is beyond it
 	svm     bool // the SVM's SYN was recorded
 	svmSame bool // with the PVM's options and acknowledged number
 	svmWin  uint16
@@ -38,6 +39,12 @@ func (h *handshake) begin(s *Segment, now int64) {
 	*h = handshake{seen: true, waiting: true, isn: s.Seq, flags: s.Flags, ack: s.Ack, at: s.At}
 	h.opts.set(s.Opts)
 	h.announce(now, math.MaxInt)
+}
+
+// meet notes the SYN of a connection that is known in mid-stream. Its repetition may leave once the SVM's is known.
+func (h *handshake) meet(s *Segment) {
+	*h = handshake{seen: true, met: true, isn: s.Seq, flags: s.Flags, ack: s.Ack, at: s.At}
+	h.opts.set(s.Opts)
 }
 
 // repeated reports whether s is the SYN again, or the answer in a simultaneous open.
@@ -87,5 +94,6 @@ func (h *handshake) forgetSVM() { h.svm, h.svmSame = false, false }
 // offset needs no announcement; else nothing tells P when it is.
 func (h *handshake) commit(established bool) {
 	h.matched()
+	h.met = false
 	h.announcing, h.left = h.seen && !established, announceAgain
 }

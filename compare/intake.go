@@ -80,6 +80,9 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 		return c // a repetition, or the answer in a simultaneous open
 	default:
 		if why := outlives(c, s); why != ReasonNone {
+			if why == ReasonDuplicate && !c.floating {
+				c.syn.meet(s)
+			}
 			p.drop(s.Slot, why)
 			return nil
 		}

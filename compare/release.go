@@ -78,6 +78,9 @@ func (c *conn) repeat(h *piece, last bool) {
 		}
 		return
 	}
+	if c.synHeld() { // it ends with this: what waited for the SYN leaves, and the SVM may have waited for that
+		c.moved()
+	}
 	c.send(h, minSeq(h.end, c.svm.compared), last)
 }
 
@@ -93,6 +96,13 @@ func (c *conn) mayRepeat(h *piece) Reason {
 		return ReasonNoACK
 	case !h.syn && c.synHeld():
 		return ReasonDuplicate
+	case h.syn && c.syn.met && !c.syn.svm:
+		return ReasonDuplicate
+	case h.syn && c.syn.met && !c.syn.svmSame:
+		c.diverge(ReasonSYN)
+		return ReasonSYN
+	case h.syn && c.syn.met:
+		return ReasonNone
 	case !c.rooted && c.adopted && before(h.start, c.low):
 		// The remote has it, and the PVM missed that ACK: the frame leaves without the
 		// bytes, which nobody has compared, for the remote to repeat its ACK.

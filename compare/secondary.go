@@ -48,9 +48,11 @@ type parkedFrame struct {
 }
 
 // parkMark is P's newest mark: what is in the queue from at on the PVM had not
-// received when it stopped for epoch.
+// received when it stopped for epoch. again: there was one before, so nobody knows which stop
+// was the checkpoint's.
 type parkMark struct {
 	ok    bool
+	again bool
 	epoch uint32
 	at    int
 }
@@ -111,10 +113,9 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 			s.parked = append(s.parked, parkedFrame{ev.Seg.Slot, ev.Seg.Datagram})
 		}
 	case EvMark:
-		// Of several marks of one attempt the last is at the right place: the PVM was stopped
-		// again. An attempt that failed left its mark behind: the PVM went on.
+		// A second mark of one attempt: the PVM has gone on since the first. An attempt that failed left its mark behind.
 		if !s.mark.ok || !after(s.mark.epoch, ev.Epoch) {
-			s.mark = parkMark{true, ev.Epoch, len(s.parked)}
+			s.mark = parkMark{true, s.mark.ok && s.mark.epoch == ev.Epoch, ev.Epoch, len(s.parked)}
 		}
 	case EvUnpark:
 		s.unpark()
@@ -150,12 +151,12 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 // unpark delivers what was parked, in order (R16). If the SVM has become a copy of
 // the PVM meanwhile, it has received what came before the PVM stopped: TCP is not
 // harmed by receiving it twice, others might be, so of datagrams only what is behind the
-// mark is delivered. A mark that was lost, or is of another epoch than the one that began,
-// marks nothing: then all datagrams are dropped, as a network may.
+// mark is delivered. A mark that was lost, is of another epoch than the one that began, or is one
+// of several, marks nothing: then all datagrams are dropped, as a network may.
 func (s *Secondary) unpark() {
 	from := 0
 	if s.loaded.ok {
-		if from = len(s.parked); s.mark.ok && s.mark.epoch == s.loaded.epoch {
+		if from = len(s.parked); s.mark.ok && !s.mark.again && s.mark.epoch == s.loaded.epoch {
 			from = s.mark.at
 		}
 	}

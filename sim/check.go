@@ -203,7 +203,7 @@ func (w *world) wanted(h *host, flow, why string) {
 		return
 	}
 	for f, v := range w.check.flows {
-		if f.String() == flow {
+		if f.String() == flow && !h.evicted() { // a flood can cost S the offset, too, and a checkpoint makes it 0 (R11)
 			w.check.stalls++
 		}
 		if ago := time.Duration(w.now - v.moved); f.String() == flow && ago < w.sc.compare().Timeout/2 {

@@ -41,6 +41,7 @@ type asking struct {
 	begun bool
 	next  int // request to be sent
 	reply int // request whose answer is due
+	first int // the first one on this connection
 	rest  int64
 	out   []byte
 	in    []byte
@@ -212,9 +213,13 @@ func (c *client) work(a *asking) {
 			if c.expects(a, err) {
 				return
 			}
+			if errors.Is(err, tcp.ErrTimeout) && w.fatal > 1 && !w.serves() {
+				w.reach("connection timed out while nobody served")
+				a.lost = true // as nobody may be left who does (see quiet)
+			}
 			w.reach("connection broken")
 			// A flood may cost a connection that is half-open: its offset is forgotten (R11).
-			if flooded := len(w.sc.Floods) > 0 && a.reply == 0; !a.lost && !flooded {
+			if flooded := len(w.sc.Floods) > 0 && a.reply == a.first; !a.lost && !flooded {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return
@@ -305,7 +310,7 @@ const stale = 5 * s
 // reopen opens the next connection from the same port.
 func (c *client) reopen(a *asking) {
 	c.dial(a)
-	a.next, a.reply, a.in, a.out, a.sent = a.again, a.again, nil, nil, nil
+	a.next, a.reply, a.first, a.in, a.out, a.sent = a.again, a.again, a.again, nil, nil, nil
 	a.shut = false
 }
 
@@ -362,6 +367,33 @@ func (c *client) answers(a *asking) {
 		a.reply++
 		w.check.answers++
 	}
+}
+
+// astray reports whether the guest is at an earlier connection from the same port: a late ACK has made one of that one's SYN
+// cookie. Neither end has sent what the other's segments acknowledge, so both ignore them (RFC 9293, 3.10.7.4), and go on
+// until they give up: no proxy can help them.
+func (c *client) astray(a *asking) bool {
+	q := c.w.hosts[c.w.check.speaker].qemu
+	if !c.w.sc.SynCookies || q == nil || q.guest == nil {
+		return false
+	}
+	stack := q.guest.stack
+	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), a.port), servicePort)
+	if !ok || stack.State(id) != tcp.Established || c.stack.State(a.id) != tcp.Established {
+		return false
+	}
+	begun, _ := tcp.Initial(c.stack, a.id)
+	_, met := tcp.Initial(stack, id)
+	if begun != met {
+		c.w.reach("guest at an earlier connection by its cookie")
+	}
+	return begun != met
+}
+
+// flooded reports whether a flood can have cost a connection its SYN|ACK each time (R11): the guest repeats it together with
+// those of the flood, which take all slots that SYNs may use.
+func (c *client) flooded(a *asking) bool {
+	return len(c.w.sc.Floods) > 0 && c.stack.State(a.id) == tcp.SynSent
 }
 
 // ended reports whether every connection is over.

@@ -84,8 +84,8 @@ func (q *qemu) transaction() {
 		// S stops, whatever it does.
 		if s.guest != nil && s.state == "running" {
 			s.halt("colo")
-		} else if s.state == "shutdown" {
-			s.state = "colo"
+		} else if s.state == "shutdown" || s.state == "paused" {
+			s.state = "colo" // and it runs at the end, whoever had stopped it (vm_stop_force_state, vm_start)
 		}
 		s.received = nil
 		s.toPeer(r(100*us, 1*ms), func(q *qemu) {

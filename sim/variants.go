@@ -220,6 +220,7 @@ func (c *client) move(a *asking) {
 }
 
 func (c *client) goOnWith(a *asking, id tcp.ID) {
+	a.first = a.reply
 	a.id, a.in, a.shut, a.script = id, nil, false, script{}
 }
 

@@ -81,7 +81,7 @@ const (
 	OpDrain   // S: wait for the tap to empty
 	OpReady   // S: send Ready(Epoch)
 	OpBegin   // S: the kernel is in Epoch
-	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void
+	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void. Epoch 0: nobody knows when the PVM stopped
 	OpStopped // S: send Stopped(Epoch)
 	OpRun     // S: deliver again, what was parked first; digest records are sent
 	OpResumed // S: send Resumed(Epoch) with the SVM's pause

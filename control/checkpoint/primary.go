@@ -214,8 +214,7 @@ func (c *Primary) stopped(ev Event) {
 	// of which S's state came; nothing that is held may leave on its account.
 	c.unasked = !c.asking
 	if c.last != c.committed {
-		// It may be QEMU's, of a guest that somebody had go on since the first: S's has received what
-		// came up to now (R16).
+		// It may be QEMU's, of a guest that somebody had go on since the first (R16).
 		c.emit(Effect{Op: OpMark, Epoch: c.last})
 	}
 	if c.cfg.noR15 {
@@ -232,6 +231,10 @@ func (c *Primary) resumed(ev Event) {
 	if c.stage == pStopped {
 		c.stage, c.pvmResume = pVerify, ev.At
 		c.skewed = abs(ev.Skew-c.stopSkew) > c.cfg.clockTolerance
+		if !c.sStopped {
+			// Somebody has it go on before QEMU makes the checkpoint, unless S's report is late (R16).
+			c.emit(Effect{Op: OpMark, Epoch: c.last})
+		}
 		c.emit(Effect{Op: OpCOLO, Epoch: c.last})
 		return
 	}

@@ -24,6 +24,7 @@ type Secondary struct {
 	stage      sStage
 	epoch      uint32 // of the attempt
 	due        uint32 // the attempt that P may have asked QEMU for: READY was sent, and no STOP has come since
+	over       bool   // P has given it up, or may have
 	late       uint32 // the attempt whose STOP came after it had been given up; 0: none
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	link, qmp  bool
@@ -87,7 +88,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 			c.begin()
 		}
 	case EvLinkDown:
-		c.link, c.next = false, 0
+		c.link, c.next, c.over = false, 0, true
 		if c.stage == sParking || c.stage == sParked {
 			c.unpark()
 		}
@@ -110,8 +111,11 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		if c.next == ev.Epoch {
 			c.next = 0
 		}
-		if c.epoch == ev.Epoch && (c.stage == sParking || c.stage == sParked) {
-			c.unpark()
+		if c.epoch == ev.Epoch {
+			c.over = true
+			if c.stage == sParking || c.stage == sParked {
+				c.unpark()
+			}
 		}
 	case EvDrained:
 		if c.stage != sParking || c.epoch != ev.Epoch {
@@ -148,7 +152,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		case sStopped:
 			// The order counts: the offsets are right before output opens.
 			c.stage, c.svmResume, c.late = sRun, ev.At, 0
-			c.emit(OpReset, c.epoch)
+			c.reset()
 			c.emit(OpRun, c.epoch)
 			c.emit(OpCOLO, c.epoch)
 		case sRun, sParking, sParked:
@@ -191,10 +195,20 @@ func (c *Secondary) stepQuiet(ev Event) {
 		c.goesOn()
 		if c.stage == sStopped {
 			c.stage, c.late = sRun, 0
-			c.emit(OpReset, c.epoch)
+			c.reset()
 		}
 		c.loadedLate()
 	}
+}
+
+// reset: the SVM is a copy of the PVM as that was at P's mark of the attempt. Of one that is over the mark counts for
+// nothing: the PVM may have gone on and stopped again, and the mark of that be lost (R16).
+func (c *Secondary) reset() {
+	epoch := c.epoch
+	if c.over {
+		epoch = 0
+	}
+	c.emit(OpReset, epoch)
 }
 
 // stopsLate: the SVM stops, and nobody waits for it to. If P may have asked for a checkpoint,
@@ -253,7 +267,7 @@ func (c *Secondary) prepare() {
 		// loses what is in its tap, as one that has crashed does.
 	default:
 		// An attempt before this one is over; what was parked stays parked.
-		c.epoch, c.next, c.stage = c.next, 0, sParking
+		c.epoch, c.next, c.stage, c.over = c.next, 0, sParking, false
 		c.emit(OpPark, c.epoch)
 		c.emit(OpDrain, c.epoch)
 	}

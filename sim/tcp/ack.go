@@ -127,12 +127,13 @@ func (s *sender) clean(now int64, info *ackInfo) {
 		info.rtt = 0
 		info.original = info.original && !s.reno()
 	}
-	if s.packets() == 0 {
-		s.sacked, s.lost, s.retrans = 0, 0, 0
-	} else if s.reno() && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
+	if s.reno() && info.acked > 0 { // duplicate ACKs were of what is acknowledged now
 		info.delivered = max(info.acked-s.sacked, 1)
 		s.sacked = max(s.sacked-max(info.acked-1, 0), 0)
 		s.limitReno()
+	}
+	if s.packets() == 0 {
+		s.sacked, s.lost, s.retrans = 0, 0, 0
 	}
 }
 

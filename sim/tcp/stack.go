@@ -80,6 +80,7 @@ type Stack struct {
 	rng    rand.PCG
 
 	now     int64
+	drawn   int64   // the tick of the newest initial number
 	conns   []*conn // by ID
 	live    []*conn // those that are not closed
 	byTuple map[tuple]*conn
@@ -262,7 +263,8 @@ func mix(x uint64) uint64 {
 
 // initialNumber is the initial sequence number of a connection, as RFC 6528 has it, or at random.
 func initialNumber(s *Stack, now int64, t tuple) uint32 {
-	isn := uint32(s.hash(t, 1)) + uint32(now>>6)
+	s.drawn = max(s.drawn+1, now>>6) // no host opens two connections in one tick of 64 ns
+	isn := uint32(s.hash(t, 1)) + uint32(s.drawn)
 	if s.cfg.RandomISN {
 		isn = uint32(s.rng.Uint64())
 	}
