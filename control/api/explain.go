@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/lockstep-ft/lockstep/control/config"
 )
 
 // ReasonKind is where a reason's name is seen.
@@ -67,30 +69,12 @@ func Nearest(name string) []string {
 	for _, r := range Reasons() {
 		names = append(names, r.Name)
 	}
-	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(distance(name, plain(a)), distance(name, plain(b))) })
-	return names[:nearest]
-}
-
-// distance is Levenshtein's, of bytes; -1 where a is a part of b.
-func distance(a, b string) int {
-	if strings.Contains(b, a) {
-		return -1
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
+	distance := func(known string) int {
+		if known = plain(known); strings.Contains(known, name) {
+			return -1
 		}
+		return config.Distance(name, known)
 	}
-	return row[len(b)]
+	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(distance(a), distance(b)) })
+	return names[:nearest]
 }

@@ -52,7 +52,7 @@ func (es Errors) sort() {
 func suggest(word string, known []string) string {
 	best, bestDist := "", 3
 	for _, k := range known {
-		if d := distance(word, k); d < bestDist && d < len(k) {
+		if d := Distance(word, k); d < bestDist && d < len(k) {
 			best, bestDist = k, d
 		}
 	}
@@ -62,8 +62,8 @@ func suggest(word string, known []string) string {
 	return "known here: " + strings.Join(known, ", ")
 }
 
-// distance counts the insertions, deletions and replacements between a and b.
-func distance(a, b string) int {
+// Distance counts the insertions, deletions and replacements of bytes between a and b.
+func Distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j
