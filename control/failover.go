@@ -367,7 +367,7 @@ func (fo *failoverPart) joined(record uint64, pair, colo bool) {
 	switch {
 	case pair:
 	case fo.s.Covered():
-		// P has lost its guest, and sends nothing before a new pair begins.
+		// P has lost its guest, or asks the arbiter whether it may go on alone. It has not said that its gate is shut.
 		fo.step(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
 		fo.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
@@ -383,7 +383,7 @@ func (fo *failoverPart) received(m peerlink.Message) bool {
 	fo.step(failover.Event{Kind: failover.EvReceived})
 	if _, dead := m.(peerlink.Dead); dead {
 		fo.d.repl.stopSync("the secondary's QEMU died")
-		fo.step(failover.Event{Kind: failover.EvPeerDead})
+		fo.step(failover.Event{Kind: failover.EvPeerDead, OK: true})
 		return true
 	}
 	if fo.p != nil {

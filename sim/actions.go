@@ -222,6 +222,9 @@ func (w *world) covered(h *host) bool {
 	if d := s.daemon; h == s && d != nil && d.pair.s != nil && d.pair.s.State() != failover.SecondaryPair {
 		return false // S is taking over: P is stopped, or will be
 	}
+	if s.state.Covered != w.arbiter.of(p).Term {
+		return false // P has won the arbiter, whether its daemon knows or not
+	}
 	if q := s.qemu; q != nil && q.left > 0 && w.now > q.left+peerTimeout-5*ms {
 		return false // S gives its SVM up, which follows nobody, as soon as it hears of P once more: from then on P is alone
 	}

@@ -287,7 +287,7 @@ func (d *daemon) fromSecondary(m peerlink.Message) {
 	switch m := m.(type) {
 	case peerlink.Dead:
 		d.repl.giveUp()
-		d.pair.step(failover.Event{Kind: failover.EvPeerDead})
+		d.pair.step(failover.Event{Kind: failover.EvPeerDead, OK: true})
 	case peerlink.Yield:
 		d.pair.step(failover.Event{Kind: failover.EvYield})
 	case peerlink.Ready:
@@ -308,7 +308,7 @@ func (d *daemon) fromPrimary(m peerlink.Message) {
 	d.pair.step(failover.Event{Kind: failover.EvReceived})
 	switch m := m.(type) {
 	case peerlink.Dead:
-		d.pair.step(failover.Event{Kind: failover.EvPeerDead})
+		d.pair.step(failover.Event{Kind: failover.EvPeerDead, OK: true})
 	case peerlink.Covered:
 		d.pair.step(failover.Event{Kind: failover.EvCovered, Term: m.Term})
 		if d.pair.s.Covered() {

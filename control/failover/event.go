@@ -26,7 +26,7 @@ const (
 	EvLinkUp            // a session holds. P: OK when S's QEMU is in COLO mode with P's already. S: Term is the pair's
 	EvLinkDown          // OK: the peer's kernel ended it, so its host lives; else it timed out
 	EvReceived          // a message came on the control link
-	EvPeerDead          // the peer reports that its QEMU is dead and, if it was P, its gate shut
+	EvPeerDead          // the peer's QEMU is dead, or P does without S's. OK: the peer has said so, and if it was P, that its gate is shut
 	EvDismissed         // S: P goes on without this SVM
 	EvQEMUDead          // this side's QEMU is dead
 	EvCOLOExit          // this side's QEMU lost the other's

@@ -134,7 +134,7 @@ func (m *model) carryOut(h int, e Effect) {
 		}
 		x.mode = datapath.ModeSolo
 	case OpTellDead:
-		m.send(h, Event{Kind: EvPeerDead})
+		m.send(h, Event{Kind: EvPeerDead, OK: true})
 	case OpFenced:
 		x.qemu = false
 	case OpYield:
@@ -251,8 +251,12 @@ func (m *model) session() {
 	}
 	m.linked = true
 	m.linkGen++
+	pair := p.p.state == PrimaryPair && s.qemu || m.rng.IntN(2) == 0
 	m.step(1, Event{Kind: EvLinkUp, Term: p.p.term})
-	m.step(0, Event{Kind: EvLinkUp, OK: p.p.state == PrimaryPair && s.qemu || m.rng.IntN(2) == 0})
+	if !pair && s.s.Covered() {
+		m.step(1, Event{Kind: EvPeerDead})
+	}
+	m.step(0, Event{Kind: EvLinkUp, OK: pair})
 }
 
 func (m *model) unlink(lives bool) {

@@ -112,7 +112,7 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 		}
 	case EvPeerDead:
 		if l.state == SecondaryPair && (l.covered || now < l.ordered || l.cfg.noR18) {
-			l.shut = true
+			l.shut = l.shut || ev.OK
 			l.takeOver()
 		}
 	case EvDismissed:

@@ -52,7 +52,7 @@ func TestDismissedClaim(t *testing.T) {
 		cfg := DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second)
 		mutate(&cfg)
 		l := NewSecondary(cfg, 7, true, 0)
-		for i, ev := range []Event{{Kind: EvLinkUp, Term: 7}, {Kind: EvPeerDead}, {Kind: EvDismissed}, {Kind: EvClaimed, OK: true, Term: 8}} {
+		for i, ev := range []Event{{Kind: EvLinkUp, Term: 7}, {Kind: EvPeerDead, OK: true}, {Kind: EvDismissed}, {Kind: EvClaimed, OK: true, Term: 8}} {
 			for _, e := range l.Step(int64(i)*int64(time.Millisecond), ev) {
 				ops = append(ops, e.Op)
 			}
@@ -74,7 +74,7 @@ func TestSlowLoad(t *testing.T) {
 	ordered := func(evs map[int64]Event) int64 {
 		l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
 		l.Step(0, Event{Kind: EvLinkUp, Term: 7})
-		l.Step(1*ms, Event{Kind: EvPeerDead})
+		l.Step(1*ms, Event{Kind: EvPeerDead, OK: true})
 		l.Step(2*ms, Event{Kind: EvClaimed, OK: true, Term: 8})
 		for at := 3 * ms; at < 10000*ms; at += ms {
 			ev, ok := evs[at/ms]
@@ -100,6 +100,21 @@ func TestSlowLoad(t *testing.T) {
 	} {
 		if got := ordered(c.evs); got != c.want {
 			t.Errorf("%s: QEMU is ordered to take over after %d ms, want %d", c.name, got, c.want)
+		}
+	}
+}
+
+// A P that does without this SVM, and has not said that its gate is shut, transmits until its lease ends.
+func TestPeerDeadUnsaid(t *testing.T) {
+	const ms = int64(time.Millisecond)
+	for _, said := range []bool{false, true} {
+		l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
+		l.Step(0, Event{Kind: EvLinkUp, Term: 7})
+		l.Step(10*ms, Event{Kind: EvPeerDead, OK: said, Echoed: 9 * ms})
+		l.Step(12*ms, Event{Kind: EvRuns})
+		l.Step(14*ms, Event{Kind: EvClaimed, OK: true, Term: 8})
+		if state, end := l.State(), l.NextDeadline(); said != (state == SecondaryQEMU) || !said && (state != SecondaryLease || end != (9+404)*ms) {
+			t.Errorf("said: %t, and the state is %d until %d", said, state, end)
 		}
 	}
 }
