@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lockstep-ft/lockstep/loader/core"
 )
 
 // sendBuffer lets a burst of GSO frames queue in the kernel; a frame that does not fit
@@ -22,9 +24,9 @@ type packetConn struct {
 	iovs []frameParts
 }
 
-// frameParts are a frame's head and up to four parts of its payload.
+// frameParts are a frame's head and the parts of its payload.
 type frameParts struct {
-	v [5]unix.Iovec
+	v [1 + core.MaxParts]unix.Iovec
 	n int
 }
 

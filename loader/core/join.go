@@ -8,8 +8,8 @@ import (
 	"github.com/lockstep-ft/lockstep/compare"
 )
 
-// maxParts bounds the slots that one frame is made of.
-const maxParts = 4
+// MaxParts bounds the slots that one frame is made of.
+const MaxParts = 4
 
 // maxIP is the most that an IP header can say of a packet's length.
 const maxIP = 1<<16 - 1
@@ -32,7 +32,7 @@ func (t *Transmitter) join(e *compare.Effect, l2l3, ports, payload []byte, m *fr
 	s := &t.sent
 	o := s.e
 	switch {
-	case o == nil, s.part == maxParts, m.gso == 0 || m.gso != s.meta.gso, m.tci != s.meta.tci || m.tpid != s.meta.tpid:
+	case o == nil, s.part == MaxParts, m.gso == 0 || m.gso != s.meta.gso, m.tci != s.meta.tci || m.tpid != s.meta.tpid:
 	case o.Tuple != e.Tuple, e.Seq != o.Seq+uint32(s.bytes), s.bytes%int(m.gso) != 0:
 	case s.flags != compare.ACK, e.Flags&^compare.PSH != compare.ACK, e.Urg != 0, e.Ack != o.Ack, e.Win != o.Win:
 	case e.OptLen != o.OptLen || !bytes.Equal(e.Opts[:e.OptLen], o.Opts[:o.OptLen]), !sameIP(l2l3, s.l2l3):

@@ -178,7 +178,7 @@ func TestJoin(t *testing.T) {
 func TestJoinBounds(t *testing.T) {
 	k := newJoinKit(joinIP4)
 	var effs []compare.Effect
-	for i := range 2 * maxParts {
+	for i := range 2 * MaxParts {
 		e := k.effs[0]
 		e.From, e.To, e.Seq, e.Free = 0, joinGSO, uint32(i*joinGSO), false
 		effs = append(effs, e)

@@ -33,7 +33,7 @@ type Outlet interface {
 	// be empty) the rest. Both stay unchanged until Flush.
 	Queue(head, tail []byte)
 	// Join makes the frame that was queued last longer: head takes the place of its own, and tail
-	// comes behind what it has. Up to maxParts tails are joined.
+	// comes behind what it has. Up to MaxParts tails are joined.
 	Join(head, tail []byte)
 	// Flush sends what was queued, in order. A frame that is refused is lost.
 	Flush()
