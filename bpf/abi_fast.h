@@ -8,6 +8,12 @@ enum ls_owner {
 	LS_OWNER_KERNEL = 1,
 };
 
+/* ls_fast_state.tmpl_partial: a partial checksum, where TCP's is, or elsewhere. */
+enum ls_fast_tmpl {
+	LS_FAST_PARTIAL = 1,
+	LS_FAST_ODD = 2,
+};
+
 /* What a guest, or what left, has acknowledged of the remote's stream: package compare's side. */
 struct ls_acked {
 	__u32 ack;
@@ -84,7 +90,7 @@ struct ls_fast_state {
 	__u64 records;
 	__u32 ts_last;	   /* the PVM's newest timestamp */
 	__u16 tmpl_l4;	   /* offset */
-	__u8 tmpl_partial; /* has a partial checksum */
+	__u8 tmpl_partial; /* enum ls_fast_tmpl; 0: its checksum is complete */
 	__u8 pad;
 	__u8 tmpl[LS_FAST_TMPL]; /* the PVM's newest pure ACK */
 	struct ls_fast_held held[LS_FAST_MAX];

@@ -23,7 +23,6 @@
 #include "maps.h"
 #include "seq.h"
 
-#define LS_FAST_L4_MAX 62 /* no IP options */
 #define LS_FAST_CHUNK 480 /* bytes summed up at a time: fewer than older kernels' 512 */
 #define LS_TS_LEN 12	  /* NOP, NOP, timestamps: as guests lay them out */
 #define LS_CHECK_OFF 16	  /* of the checksum in the TCP header */
@@ -32,10 +31,6 @@
 /* What fast_pvm and fast_record return beside verdicts. */
 #define LS_FAST_NOT 1000
 #define LS_FAST_PASS 1001
-
-/* ls_fast_state.tmpl_partial: a partial checksum, where TCP's is, or elsewhere. */
-#define LS_FAST_PARTIAL 1
-#define LS_FAST_ODD 2
 
 struct ls_fast {
 	struct bpf_spin_lock lock;

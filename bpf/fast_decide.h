@@ -323,7 +323,9 @@ int ls_fast_order(struct __sk_buff *skb)
 {
 	__u32 key = 0;
 	struct ls_fast_ctx *c = bpf_map_lookup_elem(&ls_fast_scratch, &key);
+	__u64 now = bpf_ktime_get_boot_ns();
 	struct ls_fast *f;
+	int arm = 0;
 
 	if (!c || bpf_skb_load_bytes(skb, 0, c, sizeof(*c)))
 		return TCX_DROP;
@@ -339,10 +341,14 @@ int ls_fast_order(struct __sk_buff *skb)
 		} else if (f->s.owner == LS_OWNER_USER && f->s.number == c->s.number) {
 			f->s = c->s;
 			f->s.owner = LS_OWNER_KERNEL;
+			f->s.since = now;
 			f->untold = 0;
 			c->done = 1;
+			arm = fast_arm(f);
 		}
 		bpf_spin_unlock(&f->lock);
+		if (arm)
+			fast_start(f);
 	}
 	bpf_skb_store_bytes(skb, 0, c, sizeof(*c), 0);
 	return TCX_NEXT;

@@ -47,6 +47,7 @@ static const struct {
 	enum ls_reason reason;
 	enum ls_owner owner;
 	enum ls_fast_op fast_op;
+	enum ls_fast_tmpl fast_tmpl;
 } ls_abi_enums __attribute__((used));
 static const struct ls_ev *const ls_abi_ev __attribute__((used));
 static const struct ls_ev_rec *const ls_abi_ev_rec __attribute__((used));

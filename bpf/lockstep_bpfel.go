@@ -110,6 +110,7 @@ const (
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568
 	LockstepLsConstLS_FAST_MAX      LockstepLsConst = 4
 	LockstepLsConstLS_FAST_TMPL     LockstepLsConst = 96
+	LockstepLsConstLS_FAST_L4MAX    LockstepLsConst = 62
 	LockstepLsConstLS_DGRAM_SHARE   LockstepLsConst = 4
 	LockstepLsConstLS_SLOT_NONE     LockstepLsConst = 4294967295
 	LockstepLsConstLS_SLOT_GSO      LockstepLsConst = 2147483648
@@ -291,6 +292,13 @@ type LockstepLsFastState struct {
 	Held        [4]LockstepLsFastHeld
 	Recs        [4]LockstepLsFastRec
 }
+
+type LockstepLsFastTmpl uint32
+
+const (
+	LockstepLsFastTmplLS_FAST_PARTIAL LockstepLsFastTmpl = 1
+	LockstepLsFastTmplLS_FAST_ODD     LockstepLsFastTmpl = 2
+)
 
 type LockstepLsGslot struct {
 	_     structs.HostLayout

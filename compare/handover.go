@@ -5,7 +5,7 @@ package compare
 import "time"
 
 // Handover is the state of a TCP connection whose owner changes (R27). P's kernel owns one of
-// which nothing waits, and decides by the rules of this package about what comes; it gives back
+// which nothing waits but ACKs, and decides by the rules of this package about what comes; it gives back
 // what is not the common case. All positions are the PVM's.
 type Handover struct {
 	Inc       uint32 // incarnation: the PVM's ISN; with Inherited it means nothing
@@ -17,6 +17,7 @@ type Handover struct {
 	TSLast    uint32 // the PVM's newest
 	HasPure   bool   // Pure is what the PVM's newest pure ACK acknowledges
 	Pure      uint32
+	ACK       Effect // handed over with HasPure: such an ACK, of which the numbers are left out
 
 	// What the guests have acknowledged of the remote's stream, and what has been transmitted of it.
 	PVM, SVM, Sent Acked
@@ -60,17 +61,18 @@ func (o *options) plain() bool {
 	return o.n == 0 || o.n == 12 && usualTS(o.bytes())
 }
 
-// quiet reports whether nothing of c waits, and nothing about it is out of the ordinary, so that
-// the kernel may own it.
+// quiet reports whether nothing of c waits but an ACK of the kind that the kernel can make, and
+// nothing about it is out of the ordinary, so that the kernel may own it.
 func quiet(c *conn) bool {
 	switch a := &c.acks; {
 	case c.frozen, c.diverged, c.sealed, c.synHeld(), c.openOnSVM, c.accECN, c.tuple.VLAN != 0:
 	case !c.established, !c.rooted, c.floating, c.adopted, !c.inc.settled:
 	case c.pvm.fin.ok, c.svm.extent.fin.ok, c.cliFIN.ok, c.clientRST, c.svmRST.ok, c.rstSent, c.held.hasRST:
 	case c.held.len() > 0, c.released != c.svm.compared, c.svm.ahead(), c.pvm.beyond(c.released), len(c.svm.loose) > 0:
-	case !a.pvm.ok, !a.svm.ok, !a.sent.ok, a.ahead, a.scale == scaleUnknown, a.pvm.ack != a.svm.ack:
-	case a.pvmSACK.n > 0, a.svmSACK.n > 0, a.nblocks > 0, c.ackAt != 0:
+	case !a.pvm.ok, !a.svm.ok, !a.sent.ok, a.ahead, a.scale == scaleUnknown:
+	case a.pvmSACK.above(a.pvm.ack), a.svmSACK.above(a.svm.ack), a.nblocks > 0, c.ackAt != 0:
 	case !c.tmpl.ok, c.tmpl.flags&^(ACK|PSH) != 0, !c.tmpl.opts.plain():
+	case a.pvm.ack != a.svm.ack && !(c.tmpl.pure && c.pureUpTo.ok && !after(a.pvm.ack, c.pureUpTo.pos)):
 	default:
 		return true
 	}
@@ -107,12 +109,19 @@ func (o Owners) Offer(t *Tuple) (Handover, bool) {
 	if c == nil || !c.owner.offered || !quiet(c) {
 		return Handover{}, false
 	}
-	a := &c.acks
-	return Handover{
+	a, m := &c.acks, &c.tmpl
+	h := Handover{
 		Inc: c.inc.isn, Inherited: c.inc.inherited, Released: c.released,
-		Scale: uint8(a.scale), TS: c.tmpl.opts.n > 0, TSSent: c.tsSent, TSLast: c.tmpl.tsVal(),
+		Scale: uint8(a.scale), TS: m.opts.n > 0, TSSent: c.tsSent, TSLast: m.tsVal(),
 		PVM: a.pvm.acked(), SVM: a.svm.acked(), Sent: a.sent.acked(),
-	}, true
+	}
+	if m.pure && c.pureUpTo.ok {
+		h.HasPure, h.Pure = true, c.pureUpTo.pos
+		h.ACK = Effect{
+			Op: OpSend, Tuple: c.tuple, Slot: NoSlot, Flags: ACK, OptLen: m.opts.n, Opts: m.opts.b, HdrLen: m.hdrLen, Header: m.hdr,
+		}
+	}
+	return h, true
 }
 
 // Offers reports whether connections are offered to the kernel at all.
@@ -150,8 +159,8 @@ func (p *Primary) granted(t *Tuple, h *Handover) {
 	o := &c.owner
 	o.offered = false
 	if h == nil {
-		o.offerAt = p.now + int64(o.wait)
-		o.wait = min(2*o.wait, offerMax*p.cfg.OfferAfter)
+		// Mostly an event of it was on its way. One that is never quiet for long meets a moment without.
+		o.offerAt = p.now + int64(p.cfg.OfferAfter)
 		return
 	}
 	o.kernel, o.looking, o.lookAt = true, false, p.now+int64(ownedFor)

@@ -149,6 +149,16 @@ func (s *sackSet) trim(ack uint32) {
 	s.n = n
 }
 
+// above reports whether anything is held above ack.
+func (s *sackSet) above(ack uint32) bool {
+	for _, o := range s.b[:s.n] {
+		if after(o.right, ack) {
+			return true
+		}
+	}
+	return false
+}
+
 // has reports whether b is held: below ack or in a block.
 func (s *sackSet) has(b block, ack uint32) bool {
 	if !after(b.right, ack) {

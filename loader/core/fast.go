@@ -3,6 +3,8 @@
 package core
 
 import (
+	"encoding/binary"
+
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 )
@@ -47,8 +49,8 @@ func (n *Numbers) End(t compare.Tuple) { delete(n.seen, t) }
 // EndAll: no connection has an entry any more.
 func (n *Numbers) EndAll() { clear(n.seen) }
 
-// maxRefused grants in a row are refused before the entry begins anew.
-const maxRefused = 16
+// maxRefused grants in a row are refused before the entry begins anew: more than an event on its way explains.
+const maxRefused = 64
 
 // Refused reports whether so many grants were refused that events must have been lost.
 func (n *Numbers) Refused(t compare.Tuple) bool {
@@ -72,7 +74,27 @@ func ToFast(h *compare.Handover) bpf.LockstepLsFastState {
 	if h.TS {
 		s.Ts = 1
 	}
+	if frame, l4 := pureACK(&h.ACK); h.HasPure && frame != nil {
+		s.HasPure, s.Pure = 1, h.Pure
+		s.TmplLen, s.TmplL4, s.TmplPartial = uint16(copy(s.Tmpl[:], frame)), l4, uint8(bpf.LockstepLsFastTmplLS_FAST_PARTIAL)
+	}
 	return s
+}
+
+// pureACK gives the frame of an ACK, with a partial checksum, and where its TCP header is; nil: the kernel cannot keep
+// such a one.
+func pureACK(e *compare.Effect) ([]byte, uint16) {
+	ports := binary.BigEndian.AppendUint16(nil, e.Tuple.GuestPort)
+	ports = binary.BigEndian.AppendUint16(ports, e.Tuple.RemotePort)
+	head, ok := BuildHeader(make([]byte, 0, MaxHeader), e.Header[:e.HdrLen], ports, e, 0, 0, 0, 0)
+	if !ok {
+		return nil, 0
+	}
+	l4 := binary.LittleEndian.Uint16(head[6:])
+	if l4 > uint16(bpf.LockstepLsConstLS_FAST_L4MAX) || len(head)-VnetLen > int(bpf.LockstepLsConstLS_FAST_TMPL) {
+		return nil, 0
+	}
+	return head[VnetLen:], l4
 }
 
 // Fast is what was taken back: the state, and what waits as events, which own what they point to.

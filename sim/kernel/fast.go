@@ -16,7 +16,7 @@ import (
 
 const (
 	fastWait    = 10_000_000 // ns
-	fastL4Max   = 62
+	fastL4Max   = int(bpf.LockstepLsConstLS_FAST_L4MAX)
 	fastMax     = int(bpf.LockstepLsConstLS_FAST_MAX)
 	fastTmpl    = int(bpf.LockstepLsConstLS_FAST_TMPL)
 	fastTS      = 12
@@ -444,7 +444,14 @@ func (p *fastPath) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
 		return false, nil
 	}
 	f.s = core.ToFast(h)
+	if f.s.TmplPartial != 0 { // no frame of the model's is left to a device to complete
+		tcp := f.s.Tmpl[f.s.TmplL4:f.s.TmplLen]
+		binary.BigEndian.PutUint16(tcp[core.TCPCsum:], ^core.Checksum(tcp))
+		f.s.TmplPartial = 0
+	}
 	f.s.Owner, f.s.Number, f.untold = ownerKernel, seen, false
+	f.s.Since = uint64(p.table.m.host.Now())
+	p.table.arm(t, f)
 	return true, nil
 }
 
