@@ -48,6 +48,8 @@ enum ls_const {
 	LS_FAST_MAX = 4,	    /* segments of a connection that wait in the kernel */
 	LS_FAST_TMPL = 96,	    /* header bytes of an ACK that the kernel keeps */
 	LS_FAST_L4_MAX = 62,	    /* offset of the TCP header there: no IP options */
+	LS_BUCKETS = 1024,	    /* of UDP flows */
+	LS_BUCKET_MAX = 32,	    /* datagrams that wait in one */
 	LS_DGRAM_SHARE = 4,	    /* one slot in four is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
@@ -424,7 +426,8 @@ struct ls_cli {
 	X(fast_held, "PVM frame or ACK waits in the kernel for the SVM's") \
 	X(fast_passed, "PVM frame passed by the kernel: the SVM's record had come") \
 	X(fast_out, "PVM frame sent by the kernel: the SVM's record came") \
-	X(fast_in, "record taken in by the kernel")
+	X(fast_in, "record taken in by the kernel") \
+	X(fast_dgram, "datagram among fast_passed and fast_out")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,
@@ -454,5 +457,7 @@ LS_SIZE(struct ls_rule, 8);
 LS_SIZE(struct ls_fast_held, 64);
 LS_SIZE(struct ls_fast_rec, 56);
 LS_SIZE(struct ls_fast_state, 712);
+LS_SIZE(struct ls_bucket_dgram, 56);
+LS_SIZE(struct ls_bucket_state, 1864);
 
 #endif

@@ -112,4 +112,50 @@ struct ls_fast_ctx {
 	struct ls_fast_state s;
 };
 
+/* A datagram that waits for the other guest's: the PVM's frame, or the SVM's digest record. */
+struct ls_bucket_dgram {
+	__u64 at;
+	__u64 sum[LS_LANES];
+	__u32 slot; /* LS_SLOT_NONE: a record, of epoch */
+	__u32 seq;
+	__u32 paylen;
+	__u32 frame_len;
+	__u32 epoch;
+	__u16 l3_off;
+	__u16 l4_off;
+	__u16 pay_off;
+	__u16 csum_start;
+	__u16 csum_offset;
+	__u8 flags;
+	__u8 pad;
+};
+
+/* Fast path (R27) for UDP: what waits of one flow, the oldest first from head on. */
+struct ls_bucket_state {
+	struct ls_tuple t; /* while something waits */
+	__u8 user;	   /* user space owns the bucket */
+	__u8 svm;	   /* records wait, not frames */
+	__u8 n;
+	__u8 head;
+	__u64 since;  /* boottime ns: nothing has moved since then of what waits */
+	__u64 frames; /* released since user space gave it away */
+	__u8 pad[8];
+	struct ls_bucket_dgram wait[LS_BUCKET_MAX];
+};
+
+enum ls_bucket_op {
+	LS_BUCKET_TAKE = 1,    /* user space owns it, and what waits comes back in s */
+	LS_BUCKET_SWEEP = 2,   /* the same with the first from index on in which something waits */
+	LS_BUCKET_RELEASE = 3, /* the kernel owns it */
+};
+
+/* An order of user space's: the frame that ls_bucket_order gets, and turns into the answer. */
+struct ls_bucket_ctx {
+	__u32 op; /* enum ls_bucket_op */
+	__u32 index;
+	__u32 done; /* result: it was carried out */
+	__u32 pad;
+	struct ls_bucket_state s;
+};
+
 #endif

@@ -62,6 +62,15 @@ int ls_digest_rx(struct __sk_buff *skb)
 			if (verdict != LS_FAST_NOT)
 				return verdict;
 		}
+	} else if (sc->rec.type == LS_REC_DGRAM) {
+		if (gap) {
+			number = bucket_give_up(&sc->rec.t, sc->rec.frag);
+		} else {
+			verdict = bucket_record(skb);
+			number = sc->number;
+			if (verdict != LS_FAST_NOT)
+				return verdict;
+		}
 	}
 	if (sc->rec.type == LS_REC_ECHO) {
 		lease_renew(conf, sc->rec.sum[0]);

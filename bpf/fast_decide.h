@@ -47,8 +47,8 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 		return LS_FAST_NOT;
 	s = &f->s;
 	o.ts = !!p->optlen;
-	if (!fast_common(f, p->flags, p->optlen, &p->t) || skb->gso_size ||
-	    p->len > LS_SLOT_DATA - 4 || p->l4_off > LS_FAST_L4_MAX ||
+	if (!fast_common(f, p->flags, p->optlen, &p->t) || skb->gso_size || p->len > LS_FAST_LEN ||
+	    p->l4_off > LS_FAST_L4_MAX ||
 	    (o.ts && !fast_ts(p->tcp + LS_TCP_MIN, &o.tsval, &o.tsecr)))
 		goto slow;
 	if (!keys)

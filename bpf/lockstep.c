@@ -23,6 +23,7 @@
 #include "quote.h"
 #include "fast.h"
 #include "fast_decide.h"
+#include "fast_dgram.h"
 
 #include "mirror.bpf.c"
 #include "pri_out.bpf.c"
@@ -48,10 +49,12 @@ static const struct {
 	enum ls_owner owner;
 	enum ls_fast_op fast_op;
 	enum ls_fast_tmpl fast_tmpl;
+	enum ls_bucket_op bucket_op;
 } ls_abi_enums __attribute__((used));
 static const struct ls_ev *const ls_abi_ev __attribute__((used));
 static const struct ls_ev_rec *const ls_abi_ev_rec __attribute__((used));
 static const struct ls_fast_ctx *const ls_abi_fast_ctx __attribute__((used));
+static const struct ls_bucket_ctx *const ls_abi_bucket_ctx __attribute__((used));
 static const struct ls_pre *const ls_abi_pre __attribute__((used));
 
 /* GPL-compatible: bpf_ktime_get_boot_ns and the skb kfuncs ask for it. */

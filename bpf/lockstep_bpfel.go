@@ -23,6 +23,70 @@ type LockstepLsAcked struct {
 	Pad    uint8
 }
 
+type LockstepLsBucket struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Armed    uint32
+	HasTimer uint32
+	Pad      uint32
+	Timer    struct {
+		_ structs.HostLayout
+		_ [16]byte
+	}
+	S LockstepLsBucketState
+}
+
+type LockstepLsBucketCtx struct {
+	_     structs.HostLayout
+	Op    uint32
+	Index uint32
+	Done  uint32
+	Pad   uint32
+	S     LockstepLsBucketState
+}
+
+type LockstepLsBucketDgram struct {
+	_          structs.HostLayout
+	At         uint64
+	Sum        [2]uint64
+	Slot       uint32
+	Seq        uint32
+	Paylen     uint32
+	FrameLen   uint32
+	Epoch      uint32
+	L3Off      uint16
+	L4Off      uint16
+	PayOff     uint16
+	CsumStart  uint16
+	CsumOffset uint16
+	Flags      uint8
+	Pad        uint8
+}
+
+type LockstepLsBucketOp uint32
+
+const (
+	LockstepLsBucketOpLS_BUCKET_TAKE    LockstepLsBucketOp = 1
+	LockstepLsBucketOpLS_BUCKET_SWEEP   LockstepLsBucketOp = 2
+	LockstepLsBucketOpLS_BUCKET_RELEASE LockstepLsBucketOp = 3
+)
+
+type LockstepLsBucketState struct {
+	_      structs.HostLayout
+	T      LockstepLsTuple
+	User   uint8
+	Svm    uint8
+	N      uint8
+	Head   uint8
+	Since  uint64
+	Frames uint64
+	Pad    [8]uint8
+	Wait   [32]LockstepLsBucketDgram
+}
+
 type LockstepLsCli struct {
 	_        structs.HostLayout
 	At       uint64
@@ -111,6 +175,8 @@ const (
 	LockstepLsConstLS_FAST_MAX      LockstepLsConst = 4
 	LockstepLsConstLS_FAST_TMPL     LockstepLsConst = 96
 	LockstepLsConstLS_FAST_L4MAX    LockstepLsConst = 62
+	LockstepLsConstLS_BUCKETS       LockstepLsConst = 1024
+	LockstepLsConstLS_BUCKET_MAX    LockstepLsConst = 32
 	LockstepLsConstLS_DGRAM_SHARE   LockstepLsConst = 4
 	LockstepLsConstLS_SLOT_NONE     LockstepLsConst = 4294967295
 	LockstepLsConstLS_SLOT_GSO      LockstepLsConst = 2147483648
@@ -447,7 +513,8 @@ const (
 	LockstepLsReasonLS_R_fastPassed    LockstepLsReason = 47
 	LockstepLsReasonLS_R_fastOut       LockstepLsReason = 48
 	LockstepLsReasonLS_R_fastIn        LockstepLsReason = 49
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 50
+	LockstepLsReasonLS_R_fastDgram     LockstepLsReason = 50
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 51
 )
 
 type LockstepLsRec struct {
@@ -587,6 +654,7 @@ type LockstepLsScratch struct {
 	}
 	Cli    LockstepLsCli
 	Held   LockstepLsFastHeld
+	Dgram  LockstepLsBucketDgram
 	Slot   uint32
 	Number uint32
 	Cursor [5]uint32
@@ -637,44 +705,47 @@ type LockstepLsTxStream struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	LockstepMapLsCli         = "ls_cli"
-	LockstepMapLsConf        = "ls_conf"
-	LockstepMapLsConn        = "ls_conn"
-	LockstepMapLsEdge        = "ls_edge"
-	LockstepMapLsFast        = "ls_fast"
-	LockstepMapLsFastScratch = "ls_fast_scratch"
-	LockstepMapLsGslots      = "ls_gslots"
-	LockstepMapLsHalf        = "ls_half"
-	LockstepMapLsInherited   = "ls_inherited"
-	LockstepMapLsKeys        = "ls_keys"
-	LockstepMapLsLane        = "ls_lane"
-	LockstepMapLsMeta        = "ls_meta"
-	LockstepMapLsRing        = "ls_ring"
-	LockstepMapLsRules       = "ls_rules"
-	LockstepMapLsScratch     = "ls_scratch"
-	LockstepMapLsSent        = "ls_sent"
-	LockstepMapLsSlots       = "ls_slots"
-	LockstepMapLsStats       = "ls_stats"
-	LockstepMapLsWin         = "ls_win"
-	LockstepProgLsDigestRx   = "ls_digest_rx"
-	LockstepProgLsFastOrder  = "ls_fast_order"
-	LockstepProgLsMirror     = "ls_mirror"
-	LockstepProgLsPeerXdp    = "ls_peer_xdp"
-	LockstepProgLsPriOut     = "ls_pri_out"
-	LockstepProgLsSecGate    = "ls_sec_gate"
-	LockstepProgLsSecIn      = "ls_sec_in"
-	LockstepProgLsSecOut     = "ls_sec_out"
-	LockstepVarLsFastOn      = "ls_fast_on"
-	LockstepVarLsFastWait    = "ls_fast_wait"
-	LockstepVarLsMarkIn      = "ls_mark_in"
-	LockstepVarLsMarkRel     = "ls_mark_rel"
-	LockstepVarLsMptcp       = "ls_mptcp"
-	LockstepVarLsMutate      = "ls_mutate"
-	LockstepVarLsNgslots     = "ls_ngslots"
-	LockstepVarLsNrules      = "ls_nrules"
-	LockstepVarLsNslots      = "ls_nslots"
-	LockstepVarLsPeer        = "ls_peer"
-	LockstepVarLsTap         = "ls_tap"
+	LockstepMapLsCli          = "ls_cli"
+	LockstepMapLsConf         = "ls_conf"
+	LockstepMapLsConn         = "ls_conn"
+	LockstepMapLsEdge         = "ls_edge"
+	LockstepMapLsFast         = "ls_fast"
+	LockstepMapLsFastScratch  = "ls_fast_scratch"
+	LockstepMapLsFastUdp      = "ls_fast_udp"
+	LockstepMapLsFastUdpCtx   = "ls_fast_udp_ctx"
+	LockstepMapLsGslots       = "ls_gslots"
+	LockstepMapLsHalf         = "ls_half"
+	LockstepMapLsInherited    = "ls_inherited"
+	LockstepMapLsKeys         = "ls_keys"
+	LockstepMapLsLane         = "ls_lane"
+	LockstepMapLsMeta         = "ls_meta"
+	LockstepMapLsRing         = "ls_ring"
+	LockstepMapLsRules        = "ls_rules"
+	LockstepMapLsScratch      = "ls_scratch"
+	LockstepMapLsSent         = "ls_sent"
+	LockstepMapLsSlots        = "ls_slots"
+	LockstepMapLsStats        = "ls_stats"
+	LockstepMapLsWin          = "ls_win"
+	LockstepProgLsBucketOrder = "ls_bucket_order"
+	LockstepProgLsDigestRx    = "ls_digest_rx"
+	LockstepProgLsFastOrder   = "ls_fast_order"
+	LockstepProgLsMirror      = "ls_mirror"
+	LockstepProgLsPeerXdp     = "ls_peer_xdp"
+	LockstepProgLsPriOut      = "ls_pri_out"
+	LockstepProgLsSecGate     = "ls_sec_gate"
+	LockstepProgLsSecIn       = "ls_sec_in"
+	LockstepProgLsSecOut      = "ls_sec_out"
+	LockstepVarLsFastOn       = "ls_fast_on"
+	LockstepVarLsFastWait     = "ls_fast_wait"
+	LockstepVarLsMarkIn       = "ls_mark_in"
+	LockstepVarLsMarkRel      = "ls_mark_rel"
+	LockstepVarLsMptcp        = "ls_mptcp"
+	LockstepVarLsMutate       = "ls_mutate"
+	LockstepVarLsNgslots      = "ls_ngslots"
+	LockstepVarLsNrules       = "ls_nrules"
+	LockstepVarLsNslots       = "ls_nslots"
+	LockstepVarLsPeer         = "ls_peer"
+	LockstepVarLsTap          = "ls_tap"
 )
 
 // LoadLockstep returns the embedded CollectionSpec for Lockstep.
@@ -719,14 +790,15 @@ type LockstepSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LockstepProgramSpecs struct {
-	LsDigestRx  *ebpf.ProgramSpec `ebpf:"ls_digest_rx"`
-	LsFastOrder *ebpf.ProgramSpec `ebpf:"ls_fast_order"`
-	LsMirror    *ebpf.ProgramSpec `ebpf:"ls_mirror"`
-	LsPeerXdp   *ebpf.ProgramSpec `ebpf:"ls_peer_xdp"`
-	LsPriOut    *ebpf.ProgramSpec `ebpf:"ls_pri_out"`
-	LsSecGate   *ebpf.ProgramSpec `ebpf:"ls_sec_gate"`
-	LsSecIn     *ebpf.ProgramSpec `ebpf:"ls_sec_in"`
-	LsSecOut    *ebpf.ProgramSpec `ebpf:"ls_sec_out"`
+	LsBucketOrder *ebpf.ProgramSpec `ebpf:"ls_bucket_order"`
+	LsDigestRx    *ebpf.ProgramSpec `ebpf:"ls_digest_rx"`
+	LsFastOrder   *ebpf.ProgramSpec `ebpf:"ls_fast_order"`
+	LsMirror      *ebpf.ProgramSpec `ebpf:"ls_mirror"`
+	LsPeerXdp     *ebpf.ProgramSpec `ebpf:"ls_peer_xdp"`
+	LsPriOut      *ebpf.ProgramSpec `ebpf:"ls_pri_out"`
+	LsSecGate     *ebpf.ProgramSpec `ebpf:"ls_sec_gate"`
+	LsSecIn       *ebpf.ProgramSpec `ebpf:"ls_sec_in"`
+	LsSecOut      *ebpf.ProgramSpec `ebpf:"ls_sec_out"`
 }
 
 // LockstepMapSpecs contains maps before they are loaded into the kernel.
@@ -739,6 +811,8 @@ type LockstepMapSpecs struct {
 	LsEdge        *ebpf.MapSpec `ebpf:"ls_edge"`
 	LsFast        *ebpf.MapSpec `ebpf:"ls_fast"`
 	LsFastScratch *ebpf.MapSpec `ebpf:"ls_fast_scratch"`
+	LsFastUdp     *ebpf.MapSpec `ebpf:"ls_fast_udp"`
+	LsFastUdpCtx  *ebpf.MapSpec `ebpf:"ls_fast_udp_ctx"`
 	LsGslots      *ebpf.MapSpec `ebpf:"ls_gslots"`
 	LsHalf        *ebpf.MapSpec `ebpf:"ls_half"`
 	LsInherited   *ebpf.MapSpec `ebpf:"ls_inherited"`
@@ -797,6 +871,8 @@ type LockstepMaps struct {
 	LsEdge        *ebpf.Map `ebpf:"ls_edge"`
 	LsFast        *ebpf.Map `ebpf:"ls_fast"`
 	LsFastScratch *ebpf.Map `ebpf:"ls_fast_scratch"`
+	LsFastUdp     *ebpf.Map `ebpf:"ls_fast_udp"`
+	LsFastUdpCtx  *ebpf.Map `ebpf:"ls_fast_udp_ctx"`
 	LsGslots      *ebpf.Map `ebpf:"ls_gslots"`
 	LsHalf        *ebpf.Map `ebpf:"ls_half"`
 	LsInherited   *ebpf.Map `ebpf:"ls_inherited"`
@@ -820,6 +896,8 @@ func (m *LockstepMaps) Close() error {
 		m.LsEdge,
 		m.LsFast,
 		m.LsFastScratch,
+		m.LsFastUdp,
+		m.LsFastUdpCtx,
 		m.LsGslots,
 		m.LsHalf,
 		m.LsInherited,
@@ -857,18 +935,20 @@ type LockstepVariables struct {
 //
 // It can be passed to LoadLockstepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LockstepPrograms struct {
-	LsDigestRx  *ebpf.Program `ebpf:"ls_digest_rx"`
-	LsFastOrder *ebpf.Program `ebpf:"ls_fast_order"`
-	LsMirror    *ebpf.Program `ebpf:"ls_mirror"`
-	LsPeerXdp   *ebpf.Program `ebpf:"ls_peer_xdp"`
-	LsPriOut    *ebpf.Program `ebpf:"ls_pri_out"`
-	LsSecGate   *ebpf.Program `ebpf:"ls_sec_gate"`
-	LsSecIn     *ebpf.Program `ebpf:"ls_sec_in"`
-	LsSecOut    *ebpf.Program `ebpf:"ls_sec_out"`
+	LsBucketOrder *ebpf.Program `ebpf:"ls_bucket_order"`
+	LsDigestRx    *ebpf.Program `ebpf:"ls_digest_rx"`
+	LsFastOrder   *ebpf.Program `ebpf:"ls_fast_order"`
+	LsMirror      *ebpf.Program `ebpf:"ls_mirror"`
+	LsPeerXdp     *ebpf.Program `ebpf:"ls_peer_xdp"`
+	LsPriOut      *ebpf.Program `ebpf:"ls_pri_out"`
+	LsSecGate     *ebpf.Program `ebpf:"ls_sec_gate"`
+	LsSecIn       *ebpf.Program `ebpf:"ls_sec_in"`
+	LsSecOut      *ebpf.Program `ebpf:"ls_sec_out"`
 }
 
 func (p *LockstepPrograms) Close() error {
 	return _LockstepClose(
+		p.LsBucketOrder,
 		p.LsDigestRx,
 		p.LsFastOrder,
 		p.LsMirror,

@@ -262,6 +262,7 @@ struct ls_scratch {
 	struct ls_piece piece;
 	struct ls_cli cli;
 	struct ls_fast_held held;
+	struct ls_bucket_dgram dgram;
 	__u32 slot;	 /* where slot_keep has kept the frame, or LS_SLOT_NONE */
 	__u32 number;	 /* fast path: of the event for user space */
 	__u32 cursor[5]; /* where the search for a free slot goes on, by size and class */

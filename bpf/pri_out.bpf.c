@@ -113,6 +113,23 @@ static __always_inline int pri_tcp(struct __sk_buff *skb, struct ls_scratch *sc,
 	return count(why, skb, TCX_DROP);
 }
 
+static __always_inline int pri_dgram(struct __sk_buff *skb, struct ls_scratch *sc,
+				     const struct ls_conf *conf, const struct ls_keys *keys)
+{
+	int verdict;
+
+	if (rule_matches(&sc->p))
+		return pri_leave(skb, sc, conf, LS_R_primary_only);
+	verdict = bucket_pvm(skb);
+	if (verdict == LS_FAST_PASS) {
+		count(LS_R_fast_dgram, skb, 0);
+		return pri_leave(skb, sc, conf, LS_R_fast_passed);
+	}
+	if (verdict != LS_FAST_NOT)
+		return verdict;
+	return count(pri_hold(skb, sc, keys, sc->slot, sc->number), skb, TCX_DROP);
+}
+
 SEC("tcx/ingress")
 int ls_pri_out(struct __sk_buff *skb)
 {
@@ -141,9 +158,7 @@ int ls_pri_out(struct __sk_buff *skb)
 	case LS_TCP:
 		return pri_tcp(skb, sc, conf, keys);
 	case LS_DGRAM:
-		if (!rule_matches(&sc->p))
-			return count(pri_hold(skb, sc, keys, LS_SLOT_NONE, 0), skb, TCX_DROP);
-		return pri_leave(skb, sc, conf, LS_R_primary_only);
+		return pri_dgram(skb, sc, conf, keys);
 	case LS_LINK:
 		if (!lease_valid(conf))
 			return count(LS_R_muted, skb, TCX_DROP);

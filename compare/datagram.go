@@ -109,8 +109,16 @@ func (d *datagrams) remove(f *dgramFlow) {
 	f.held.reset()
 	d.timers.remove(&f.timer)
 	delete(d.flows, f.tuple)
+	d.even(&f.tuple)
 	if len(d.spare) < maxSpare {
 		d.spare = append(d.spare, f)
+	}
+}
+
+// even has the caller know that nothing waits of flow t.
+func (d *datagrams) even(t *Tuple) {
+	if d.cfg.FastPath {
+		d.emit(OpEven, t)
 	}
 }
 
@@ -154,6 +162,9 @@ func (d *datagrams) fromPVM(s *Segment) {
 	case d.held >= d.cfg.MaxDatagrams || f == nil && len(d.flows) >= d.cfg.MaxFlows ||
 		f != nil && f.held.len() >= d.cfg.FlowDatagrams:
 		d.drop(g.slot, ReasonCrowded)
+		if f == nil {
+			d.even(&s.Tuple)
+		}
 	default:
 		if f == nil {
 			f = d.create(&s.Tuple)
@@ -176,6 +187,9 @@ func (d *datagrams) fromSVM(s *Segment) {
 	}
 	if d.svm >= d.cfg.MaxUnmatched || f == nil && len(d.flows) >= d.cfg.MaxFlows || f != nil && f.svm.len() >= d.cfg.FlowDatagrams {
 		d.stats.Drops[ReasonCrowded]++
+		if f == nil {
+			d.even(&s.Tuple)
+		}
 		return
 	}
 	if f == nil {

@@ -226,6 +226,8 @@ const (
 	// OpTake: take the connection Tuple back (P). OpForget: it is over.
 	OpTake
 	OpForget
+	// OpEven: nothing waits any more of the datagram flow Tuple, which the kernel may own (R27) (P).
+	OpEven
 )
 
 // Reason is why a frame was dropped or a checkpoint is needed.

@@ -130,6 +130,7 @@ func nicStatus(n *nicloop.Loop, s *api.Status) error {
 			s.Dropped[reason] += count
 		}
 	}
+	s.ReleasedPackets += counters["fast_dgram"]
 	if n.Secondary != nil {
 		known, err := n.Offsets()
 		if err != nil {

@@ -17,15 +17,19 @@ import (
 type fastPath struct {
 	table   *ebpf.Map      // ls_fast
 	order   *ebpf.Program  // ls_fast_order
+	buckets *core.Buckets  // of datagrams
 	on      *ebpf.Variable // ls_fast_on
 	decoder *core.Decoder
 	seen    *core.Numbers // of its events
-	answer  [1024]byte    // room for an order's
+	answer  [4096]byte    // room for an order's
 }
 
 func newFastPath(objs *bpf.LockstepObjects, d *core.Decoder) *fastPath {
 	d.Seen = core.NewNumbers()
-	return &fastPath{table: objs.LsFast, order: objs.LsFastOrder, on: objs.LsFastOn, decoder: d, seen: d.Seen}
+	f := &fastPath{table: objs.LsFast, order: objs.LsFastOrder, on: objs.LsFastOn, decoder: d, seen: d.Seen}
+	f.buckets = core.NewBuckets(func(ctx *bpf.LockstepLsBucketCtx) error { return f.run(objs.LsBucketOrder, core.BytesOf(ctx)) })
+	d.Buckets = f.buckets
+	return f
 }
 
 // SetFast implements [datapath.FastPath].
@@ -54,7 +58,7 @@ func (f *fastPath) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
 	}
 	ctx := bpf.LockstepLsFastCtx{T: key, Op: uint32(bpf.LockstepLsFastOpLS_FAST_GRANT), S: core.ToFast(h)}
 	ctx.S.Number = seen
-	if err := f.run(&ctx); err != nil {
+	if err := f.run(f.order, core.BytesOf(&ctx)); err != nil {
 		return false, err
 	}
 	if ctx.Done == 0 && f.seen.Refused(t) {
@@ -66,7 +70,7 @@ func (f *fastPath) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
 // Take implements [datapath.FastPath].
 func (f *fastPath) Take(t compare.Tuple, evs []compare.Event) (*compare.Handover, []compare.Event, error) {
 	ctx := bpf.LockstepLsFastCtx{T: core.ToTuple(t), Op: uint32(bpf.LockstepLsFastOpLS_FAST_TAKE)}
-	if err := f.run(&ctx); err != nil {
+	if err := f.run(f.order, core.BytesOf(&ctx)); err != nil {
 		return nil, evs, err
 	}
 	if ctx.Done == 0 {
@@ -86,10 +90,18 @@ func (f *fastPath) Forget(t compare.Tuple) error {
 	return nil
 }
 
-func (f *fastPath) run(ctx *bpf.LockstepLsFastCtx) error {
-	b := core.BytesOf(ctx)
+// TakeDatagrams implements [datapath.FastPath].
+func (f *fastPath) TakeDatagrams(evs []compare.Event) ([]compare.Event, error) {
+	return f.buckets.All(f.decoder, bootTime(), evs)
+}
+
+// Even implements [datapath.FastPath].
+func (f *fastPath) Even(t compare.Tuple, now int64) error { return f.buckets.Even(t, now) }
+
+// run has a program carry out the order in b, which has the answer afterwards.
+func (f *fastPath) run(order *ebpf.Program, b []byte) error {
 	opts := ebpf.RunOptions{Data: b, DataOut: f.answer[:]}
-	if _, err := f.order.Run(&opts); err != nil {
+	if _, err := order.Run(&opts); err != nil {
 		return fmt.Errorf("fast path: %w", err)
 	}
 	if n := copy(b, opts.DataOut); n != len(b) {

@@ -50,7 +50,10 @@ func sized(z sizes) (*ebpf.CollectionSpec, error) {
 		bpf.LockstepMapLsSlots: z.slots, bpf.LockstepMapLsGslots: z.gsoSlots,
 		bpf.LockstepMapLsLane: z.cpus,
 	}
-	ofPrimary := map[string]int{bpf.LockstepMapLsCli: lru(z.connections), bpf.LockstepMapLsFast: max(1, z.connections/fastShare)}
+	ofPrimary := map[string]int{
+		bpf.LockstepMapLsCli: lru(z.connections), bpf.LockstepMapLsFast: max(1, z.connections/fastShare),
+		bpf.LockstepMapLsFastUdp: int(bpf.LockstepLsConstLS_BUCKETS),
+	}
 	ofSecondary := map[string]int{
 		bpf.LockstepMapLsConn:      z.connections,
 		bpf.LockstepMapLsInherited: lru(z.connections),
@@ -80,7 +83,7 @@ func programsOf(role Role, p *bpf.LockstepPrograms) map[string]**ebpf.Program {
 		return map[string]**ebpf.Program{secGate: &p.LsSecGate, secOut: &p.LsSecOut, secIn: &p.LsSecIn}
 	}
 	return map[string]**ebpf.Program{
-		priOut: &p.LsPriOut, digestRx: &p.LsDigestRx, mirror: &p.LsMirror, peerXDP: &p.LsPeerXdp, fastOrder: &p.LsFastOrder,
+		priOut: &p.LsPriOut, digestRx: &p.LsDigestRx, mirror: &p.LsMirror, peerXDP: &p.LsPeerXdp, fastOrder: &p.LsFastOrder, bucketOrder: &p.LsBucketOrder,
 	}
 }
 

@@ -45,14 +45,15 @@ type attachedProgram struct {
 // The programs. Of a role's links that of its program at the tap's ingress, priOut or secOut, tells which
 // tap is guarded.
 const (
-	priOut    = "ls_pri_out"
-	digestRx  = "ls_digest_rx"
-	mirror    = "ls_mirror"
-	peerXDP   = "ls_peer_xdp"
-	fastOrder = "ls_fast_order"
-	secGate   = "ls_sec_gate"
-	secOut    = "ls_sec_out"
-	secIn     = "ls_sec_in"
+	priOut      = "ls_pri_out"
+	digestRx    = "ls_digest_rx"
+	mirror      = "ls_mirror"
+	peerXDP     = "ls_peer_xdp"
+	fastOrder   = "ls_fast_order"
+	bucketOrder = "ls_bucket_order"
+	secGate     = "ls_sec_gate"
+	secOut      = "ls_sec_out"
+	secIn       = "ls_sec_in"
 )
 
 // attachments are the role's programs, in the order in which they are attached.

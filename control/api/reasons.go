@@ -126,6 +126,7 @@ var kernelCounts = []Reason{
 	{"peer_again", KindCounter, "Records that came twice, one of them because it was asked for again.", "Nothing."},
 	{"fast_held", KindCounter, "Frames and acknowledgments of the primary guest that waited in the kernel for the secondary's.", "Nothing."},
 	{"fast_passed", KindCounter, "Frames that left at once, because the secondary had sent the same before.", "Nothing."},
+	{"fast_dgram", KindCounter, "UDP datagrams among the frames that the kernel let leave.", "Nothing."},
 	{"fast_out", KindCounter, "Frames that the kernel sent as soon as the secondary's record came.", "Nothing."},
 	{"fast_in", KindCounter, "Records of the secondary that the kernel compared without the daemon.", "Nothing."},
 	{"forgotten", KindCounter, "Positions of the secondary's stream that were given up for want of room; the frames between them wait for a later one.", "Nothing, unless timeouts grow with it: then the primary is far behind the secondary."},

@@ -65,7 +65,7 @@ type Frames interface {
 	Now() int64
 }
 
-// FastPath lets P's kernel own TCP connections of which nothing waits (R27).
+// FastPath lets P's kernel own TCP connections of which nothing waits, and flows of datagrams (R27).
 type FastPath interface {
 	// SetFast: the kernel may own connections, or gives back each at its next frame.
 	SetFast(on bool) error
@@ -76,6 +76,11 @@ type FastPath interface {
 	Take(compare.Tuple, []compare.Event) (*compare.Handover, []compare.Event, error)
 	Forget(compare.Tuple) error // the connection is over
 	ForgetAll() error           // all are
+	// TakeDatagrams takes back all flows of datagrams of which something waits in the kernel, which needs
+	// no order to own them, and appends that. Poll does so with the flow of an event.
+	TakeDatagrams([]compare.Event) ([]compare.Event, error)
+	// Even: nothing waits here of the datagram flow, at a boottime in ns. The kernel may own it.
+	Even(compare.Tuple, int64) error
 }
 
 // Gate decides what passes: the mode, the epoch, the session's keys, and the lease

@@ -26,7 +26,12 @@ func (n *Loop) fastPath(on bool) error {
 	for i := range n.owned {
 		n.take(n.owned[i], compare.EvFreeze)
 	}
-	return nil
+	evs, err := n.fast.TakeDatagrams(nil)
+	now := n.DP.Now()
+	for i := range evs {
+		n.takeIn(now, &evs[i])
+	}
+	return err
 }
 
 // changeOwner carries out what the core wants of the fast path, after what was to be sent before.
@@ -41,6 +46,10 @@ func (n *Loop) changeOwner(e *compare.Effect) {
 	case compare.OpForget:
 		if err := n.fast.Forget(e.Tuple); err != nil {
 			n.log.Debug("a connection that is over stays in the kernel's table", "connection", e.Tuple, "err", err)
+		}
+	case compare.OpEven:
+		if err := n.fast.Even(e.Tuple, n.DP.Now()); err != nil {
+			n.log.Debug("datagrams stay here", "flow", e.Tuple, "err", err)
 		}
 	}
 }

@@ -267,7 +267,7 @@ func (n *Loop) applyOnce() {
 	var owners []compare.Effect
 	for i := range n.effs {
 		switch e := &n.effs[i]; e.Op {
-		case compare.OpGrant, compare.OpTake, compare.OpForget:
+		case compare.OpGrant, compare.OpTake, compare.OpForget, compare.OpEven:
 			owners = append(owners, *e)
 		case compare.OpCheckpoint:
 			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String()})

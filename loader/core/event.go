@@ -19,7 +19,10 @@ const (
 type Decoder struct {
 	Frames *Store
 	Seen   *Numbers // nil: nobody asks
-	NoUFO  bool     // a mutation, only tests set it: what the guest left as UFO leaves as USO
+	// Buckets takes the flow of an event from the kernel first; nil: there is no fast path. An error leaves it there,
+	// and its timer tells again.
+	Buckets *Buckets
+	NoUFO   bool // a mutation, only tests set it: what the guest left as UFO leaves as USO
 }
 
 // Buffer has a ring record, and what the views in its event point to.
@@ -40,11 +43,22 @@ func (d *Decoder) Event(b *Buffer, size int, evs []compare.Event) ([]compare.Eve
 	switch typ := bpf.LockstepLsEvType(b.Sample[0]); {
 	case typ == bpf.LockstepLsEvTypeLS_EV_REC && size >= recBase:
 		ev := (*bpf.LockstepLsEvRec)(p)
-		d.Seen.note(&ev.Rec.T, ev.Number)
+		if ev.Rec.Type == uint8(bpf.LockstepLsRecTypeLS_REC_DGRAM) {
+			evs, _ = d.Buckets.before(d, &ev.Rec.T, ev.Number, int64(ev.At), evs)
+		} else {
+			d.Seen.note(&ev.Rec.T, ev.Number)
+		}
 		return b.peerRecord(ev, evs)
 	case typ != bpf.LockstepLsEvTypeLS_EV_REC && size >= evSize:
 		ev := (*bpf.LockstepLsEv)(p)
-		d.Seen.note(&ev.T, ev.Number)
+		if ev.T.Proto != ProtoUDP {
+			d.Seen.note(&ev.T, ev.Number)
+			return d.frameEvent(b, typ, ev, evs)
+		}
+		evs, _ = d.Buckets.before(d, &ev.T, ev.Number, int64(ev.At), evs)
+		if typ == bpf.LockstepLsEvTypeLS_EV_YIELD {
+			return evs, true // for nothing else
+		}
 		return d.frameEvent(b, typ, ev, evs)
 	}
 	return evs, false

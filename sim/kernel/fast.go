@@ -20,6 +20,7 @@ const (
 	fastMax     = int(bpf.LockstepLsConstLS_FAST_MAX)
 	fastTmpl    = int(bpf.LockstepLsConstLS_FAST_TMPL)
 	fastTS      = 12
+	fastLen     = 1954 // of a frame that can be summed up
 	ownerUser   = uint32(bpf.LockstepLsOwnerLS_OWNER_USER)
 	ownerKernel = uint32(bpf.LockstepLsOwnerLS_OWNER_KERNEL)
 )
@@ -34,11 +35,12 @@ type fastConn struct {
 type fastTable struct {
 	m  *machine
 	of map[bpfmodel.Tuple]*fastConn
+	buckets
 	on bool
 }
 
 func newFastTable(m *machine) fastTable {
-	return fastTable{m: m, of: make(map[bpfmodel.Tuple]*fastConn)}
+	return fastTable{m: m, of: make(map[bpfmodel.Tuple]*fastConn), buckets: make(buckets)}
 }
 
 // fastOut is what a frame that leaves says.
@@ -239,7 +241,7 @@ func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, s
 	if o.ts {
 		o.tsval, o.tsecr, usual = usualTS(opts)
 	}
-	if !x.common(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > slotRoom-4 || p.L4 > fastL4Max || !usual {
+	if !x.common(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > fastLen || p.L4 > fastL4Max || !usual {
 		return fastNot, none, fastYield(s)
 	}
 	now := uint64(m.host.Now())

@@ -57,7 +57,7 @@ func New(h Host, o Options) *NIC { return open(newMachine(h, o)) }
 func open(m *machine) *NIC {
 	n := &NIC{m: m, gate: core.Gate{Conf: &m.conf, Keys: &m.keys, Own: m.opts.MAC}}
 	store := core.NewStore(m.slots)
-	n.decoder.Frames, n.decoder.Seen = store, core.NewNumbers()
+	n.decoder.Frames, n.decoder.Seen, n.decoder.Buckets = store, core.NewNumbers(), core.NewBuckets(m.fast.order)
 	n.fastPath = &fastPath{&m.fast, &n.decoder}
 	t := &n.transmit
 	t.Frames, t.Newest = store, n.newest
@@ -89,7 +89,7 @@ func (n *NIC) Reopen() *NIC {
 	m.ring.reset()
 	m.slots.FreeAll()
 	m.cursor = [classes]uint32{}
-	m.fast.of, m.fast.on = newFastTable(m).of, false
+	m.fast = newFastTable(m)
 	return next
 }
 

@@ -36,7 +36,7 @@ func (m *machine) priOut(b []byte, gso uint16, from mark) {
 		if m.primaryOnly(p) {
 			m.priLeave(b, gso, bpf.LockstepLsReasonLS_R_primaryOnly)
 		} else {
-			m.count(m.priHold(b, gso, p, false, uint32(compare.NoSlot), 0))
+			m.priDatagram(b, gso, p)
 		}
 	case bpfmodel.ClassLink:
 		if !m.leased() {
@@ -47,6 +47,15 @@ func (m *machine) priOut(b []byte, gso uint16, from mark) {
 		m.leave(b, gso)
 	default:
 		m.count(bpf.LockstepLsReasonLS_R_malformed)
+	}
+}
+
+func (m *machine) priDatagram(b []byte, gso uint16, p *bpfmodel.Segment) {
+	switch v, slot, number := m.fast.datagram(b, gso, p); v {
+	case fastPass:
+		m.priLeave(b, gso, bpf.LockstepLsReasonLS_R_fastPassed)
+	case fastNot:
+		m.count(m.priHold(b, gso, p, false, slot, number))
 	}
 }
 
@@ -236,6 +245,15 @@ func (m *machine) digestRx(b []byte) {
 		} else {
 			var done bool
 			if number, done = m.fast.record(); done {
+				return
+			}
+		}
+	} else if r.Type == uint8(bpf.LockstepLsRecTypeLS_REC_DGRAM) {
+		if gap != 0 {
+			number = m.fast.giveUpDatagram(&r.T, r.Frag)
+		} else {
+			var done bool
+			if number, done = m.fast.datagramRecord(); done {
 				return
 			}
 		}
