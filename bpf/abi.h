@@ -48,6 +48,7 @@ enum ls_const {
 	LS_FAST_MAX = 4,	    /* segments of a connection that wait in the kernel */
 	LS_FAST_TMPL = 96,	    /* header bytes of an ACK that the kernel keeps */
 	LS_FAST_L4_MAX = 62,	    /* offset of the TCP header there: no IP options */
+	LS_STATS = 128,		    /* room for counters, so that tables go on with more of them */
 	LS_BUCKETS = 1024,	    /* of UDP flows */
 	LS_BUCKET_MAX = 32,	    /* datagrams that wait in one */
 	LS_DGRAM_SHARE = 4,	    /* one slot in four is for datagrams */
@@ -441,6 +442,7 @@ struct ls_count {
 	__u64 bytes;
 };
 
+_Static_assert((int)LS_R_MAX <= (int)LS_STATS, "counters");
 #define LS_SIZE(type, n) _Static_assert(sizeof(type) == (n), #type)
 LS_SIZE(struct ls_tuple, 44);
 LS_SIZE(struct ls_conf, 64);

@@ -175,6 +175,7 @@ const (
 	LockstepLsConstLS_FAST_MAX      LockstepLsConst = 4
 	LockstepLsConstLS_FAST_TMPL     LockstepLsConst = 96
 	LockstepLsConstLS_FAST_L4MAX    LockstepLsConst = 62
+	LockstepLsConstLS_STATS         LockstepLsConst = 128
 	LockstepLsConstLS_BUCKETS       LockstepLsConst = 1024
 	LockstepLsConstLS_BUCKET_MAX    LockstepLsConst = 32
 	LockstepLsConstLS_DGRAM_SHARE   LockstepLsConst = 4

@@ -44,7 +44,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, LS_R_MAX);
+	__uint(max_entries, LS_STATS); /* of enum ls_reason */
 	__type(key, __u32);
 	__type(value, struct ls_count);
 } ls_stats SEC(".maps");
