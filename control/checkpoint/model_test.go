@@ -148,7 +148,7 @@ func (m *model) effectP(f Effect) {
 		m.frozen = false
 	case OpCommit:
 		m.commits++
-		m.frozen, m.sawStop = false, m.stopped[0]
+		m.frozen, m.sawStop = false, false
 		switch {
 		case m.loaded == 0:
 			m.failf("commit of %d: the SVM never loaded a checkpoint", f.Epoch)
@@ -179,7 +179,12 @@ func (m *model) stepS(ev Event, tx int) {
 			m.running = false
 		case OpDrain:
 			ok := m.calm || m.rng.IntN(20) > 0
-			m.after(m.ms(3), func() { m.stepS(Event{Kind: EvDrained, Epoch: f.Epoch, OK: ok}, 0) })
+			drained := func() { m.stepS(Event{Kind: EvDrained, Epoch: f.Epoch, OK: ok}, 0) }
+			if f.Events {
+				m.send(chQMPS, drained)
+				break
+			}
+			m.after(m.ms(3), drained)
 		case OpReady:
 			m.toP(Event{Kind: EvReady, Epoch: f.Epoch})
 		case OpReset:
@@ -336,7 +341,8 @@ func (m *model) ask(epoch uint32) {
 		default:
 			m.event(0, EvStop, 0)
 			m.ours = true
-			m.after(m.ms(2), func() {
+			// The daemon asks when it has read that the PVM is stopped.
+			m.at(max(m.now+m.ms(2), m.channelAt[chQMPP]+1), func() {
 				if !m.calm && m.rng.IntN(20) == 0 || gen != m.qmpGen[0] {
 					m.unpause() // by the same daemon, or the one after it
 					answer(false)

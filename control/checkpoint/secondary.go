@@ -269,7 +269,8 @@ func (c *Secondary) prepare() {
 		// An attempt before this one is over; what was parked stays parked.
 		c.epoch, c.next, c.stage, c.over = c.next, 0, sParking, false
 		c.emit(OpPark, c.epoch)
-		c.emit(OpDrain, c.epoch)
+		// A STOP for the attempt before must not be taken for one for this.
+		c.out = append(c.out, Effect{Op: OpDrain, Epoch: c.epoch, Events: c.due != 0})
 	}
 }
 
@@ -283,13 +284,17 @@ func (c *Secondary) doubt() {
 	}
 }
 
-// unpark goes back to where the attempt began: nothing happened.
+// unpark goes back to where the attempt began: nothing happened, or S does not know of it. Where QEMU may have been asked,
+// its STOP and RESUME may be under way to this daemon (R16).
 func (c *Secondary) unpark() {
 	if c.void {
 		c.stage = sVoid
 		return
 	}
 	c.stage = sRun
+	if c.due != 0 {
+		c.emit(OpUnsure, c.due)
+	}
 	c.emit(OpRun, 0)
 }
 

@@ -20,12 +20,15 @@ var kindNames = map[Kind]string{
 
 var opNames = map[Op]string{
 	OpOpen: "Open", OpFreeze: "Freeze", OpThaw: "Thaw", OpPrepare: "Prepare", OpAbort: "Abort", OpAsk: "Ask", OpEpoch: "Epoch", OpMark: "Mark",
-	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset",
+	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset", OpUnsure: "Unsure",
 	OpStopped: "Stopped", OpRun: "Run", OpResumed: "Resumed",
 }
 
 func (e Effect) String() string {
 	s := opNames[e.Op]
+	if e.Events {
+		s += " behind events"
+	}
 	switch e.Op {
 	case OpOpen, OpFreeze, OpThaw, OpPark:
 		return s

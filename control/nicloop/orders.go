@@ -110,6 +110,12 @@ func (n *Loop) Reset(epoch uint32) error {
 	return nil
 }
 
+// Unsure: a checkpoint may have been loaded of which nobody knows yet (S). Output stays shut.
+func (n *Loop) Unsure() error {
+	n.stepNow(compare.Event{Kind: compare.EvUnsure})
+	return nil
+}
+
 // Unpark lets the SVM's output out and its input in, first what was parked.
 func (n *Loop) Unpark() error {
 	// P's mark, and what was parked behind it, may still be in the ring.
