@@ -366,7 +366,7 @@ func (m *model) unpause() {
 
 // transaction is COLO's checkpoint.
 func (m *model) transaction() {
-	if m.inQEMU != 0 || !m.queued || m.stopped[0] && !m.ours || m.stopped[1] {
+	if m.inQEMU != 0 || !m.queued || m.stopped[0] && !m.ours {
 		if m.queued && m.inQEMU == 0 {
 			m.after(m.ms(20), m.transaction)
 		}
@@ -375,7 +375,9 @@ func (m *model) transaction() {
 	m.lastTx++
 	tx := m.lastTx
 	m.inQEMU = tx
-	m.event(1, EvStop, tx)
+	if !m.stopped[1] { // an operator's stop becomes the checkpoint's
+		m.event(1, EvStop, tx)
+	}
 	m.after(m.ms(2), func() {
 		m.queued = false
 		if m.ours = false; !m.stopped[0] { // an operator resumed it

@@ -89,8 +89,13 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		}
 	case EvLinkDown:
 		c.link, c.next, c.over = false, 0, true
-		if c.stage == sParking || c.stage == sParked {
+		switch c.stage {
+		case sParking, sParked:
 			c.unpark()
+		case sStopped:
+			// P may not have asked for a checkpoint, and not have heard of the STOP: then it was somebody's, and
+			// nothing was loaded.
+			c.void = true
 		}
 	case EvQMPUp:
 		c.qmp, c.svmStopped = true, !ev.OK
