@@ -192,15 +192,13 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpReset:
 		ck.phaseBegan = ck.d.now()
 		return ck.d.each("reset offsets", func(n *nicloop.Loop) error { return n.Reset(fx.Epoch) })
-	case checkpoint.OpUnsure:
-		return ck.d.each("expect a checkpoint unseen", (*nicloop.Loop).Unsure)
 	case checkpoint.OpStopped:
 		if fx.Epoch == 0 {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		if err := ck.d.each("unpark", (*nicloop.Loop).Unpark); err != nil {
+		if err := ck.d.each("unpark", func(n *nicloop.Loop) error { return n.Unpark(fx.Unsure) }); err != nil {
 			return err
 		}
 		if fx.Epoch != 0 { // of a checkpoint

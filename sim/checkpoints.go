@@ -107,13 +107,13 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		d.fail(d.h.nic.SetEpoch(fx.Epoch))
 	case checkpoint.OpReset:
 		d.fail(l.Reset(fx.Epoch))
-	case checkpoint.OpUnsure:
-		w.reach("unsure")
-		d.fail(l.Unsure())
 	case checkpoint.OpStopped:
 		d.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		d.fail(l.Unpark())
+		if fx.Unsure {
+			w.reach("unparked unsure")
+		}
+		d.fail(l.Unpark(fx.Unsure))
 	case checkpoint.OpResumed:
 		d.send(peerlink.Resumed{Epoch: fx.Epoch})
 	}

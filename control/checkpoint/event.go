@@ -82,7 +82,6 @@ const (
 	OpReady   // S: send Ready(Epoch)
 	OpBegin   // S: the kernel is in Epoch
 	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void. Epoch 0: nobody knows when the PVM stopped
-	OpUnsure  // S: the SVM may have become a copy of the PVM, and nothing has told so yet
 	OpStopped // S: send Stopped(Epoch)
 	OpRun     // S: deliver again, what was parked first; digest records are sent
 	OpResumed // S: send Resumed(Epoch) with the SVM's pause
@@ -95,6 +94,7 @@ type Effect struct {
 	At, Stop, Resume int64
 	Began, Asked     int64 // OpCommit: when the attempt began, and when QEMU was asked
 	Events           bool  // OpDrain: what QEMU has reported by now is to be taken in first
+	Unsure           bool  // OpRun: the SVM may have become a copy of the PVM, and nothing has told so yet
 	Cause            string
 }
 

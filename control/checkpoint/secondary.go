@@ -297,10 +297,7 @@ func (c *Secondary) unpark() {
 		return
 	}
 	c.stage = sRun
-	if c.due != 0 {
-		c.emit(OpUnsure, c.due)
-	}
-	c.emit(OpRun, 0)
+	c.out = append(c.out, Effect{Op: OpRun, Unsure: c.due != 0})
 }
 
 func (c *Secondary) abort(cause string) {

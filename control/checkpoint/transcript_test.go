@@ -20,7 +20,7 @@ var kindNames = map[Kind]string{
 
 var opNames = map[Op]string{
 	OpOpen: "Open", OpFreeze: "Freeze", OpThaw: "Thaw", OpPrepare: "Prepare", OpAbort: "Abort", OpAsk: "Ask", OpEpoch: "Epoch", OpMark: "Mark",
-	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset", OpUnsure: "Unsure",
+	OpCOLO: "COLO?", OpCommit: "Commit", OpFailed: "Failed", OpPark: "Park", OpDrain: "Drain", OpReady: "Ready", OpBegin: "Begin", OpReset: "Reset",
 	OpStopped: "Stopped", OpRun: "Run", OpResumed: "Resumed",
 }
 
@@ -28,6 +28,9 @@ func (e Effect) String() string {
 	s := opNames[e.Op]
 	if e.Events {
 		s += " behind events"
+	}
+	if e.Unsure {
+		s += " unsure"
 	}
 	switch e.Op {
 	case OpOpen, OpFreeze, OpThaw, OpPark:
