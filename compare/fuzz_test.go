@@ -32,7 +32,7 @@ func (f *fuzzInput) pos() uint32 {
 
 func (f *fuzzInput) event(keys *Keys) Event {
 	kinds := []EventKind{EvPVM, EvPVM, EvPVM, EvSVM, EvSVM, EvSVM, EvAnswer, EvClient, EvTick, EvFreeze, EvThaw, EvCommit,
-		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, EvAdopt, 0, 99}
+		EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvNeigh, EvAdopt, 0, 99, EvUnsure}
 	k := f.byte()
 	ev := Event{Kind: kinds[int(k)%len(kinds)], Epoch: uint32(f.byte() % 4)}
 	switch k { // what ends a role is rare
@@ -116,7 +116,7 @@ func FuzzStep(f *testing.F) {
 			}
 			var effs []Effect
 			switch ev.Kind {
-			case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvTakeOver:
+			case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvUnsure, EvReset, EvTakeOver:
 				effs = s.Step(now, &ev, nil)
 			default:
 				effs = p.Step(now, &ev, nil)

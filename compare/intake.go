@@ -77,7 +77,12 @@ func (p *Primary) pvmSYN(c *conn, s *Segment) *conn {
 			return nil
 		}
 	case c.syn.repeated(s):
-		return c // a repetition, or the answer in a simultaneous open
+		if passive && c.syn.flags&ACK == 0 && c.acks.scale == scaleUnknown {
+			// The answer in a simultaneous open. It offers the scale that the guest uses from now on; the remote's SYN,
+			// which settles that, may have come ahead of the PVM's own.
+			c.acks.scaleBy(s.Opts, true)
+		}
+		return c
 	default:
 		if why := outlives(c, s); why != ReasonNone {
 			if why == ReasonDuplicate && !c.floating {

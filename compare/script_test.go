@@ -113,7 +113,7 @@ func (x *transcript) parse(line string) Event {
 	kinds := map[string]EventKind{
 		"pvm": EvPVM, "svm": EvSVM, "answer": EvAnswer, "client": EvClient, "freeze": EvFreeze, "thaw": EvThaw,
 		"commit": EvCommit, "solo": EvSolo, "tick": EvTick, "copy": EvCopy, "ask": EvAsk, "park": EvPark,
-		"adopt": EvAdopt, "unpark": EvUnpark, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh, "takeover": EvTakeOver, "remote": EvRemote,
+		"adopt": EvAdopt, "unpark": EvUnpark, "unsure": EvUnsure, "reset": EvReset, "mark": EvMark, "neigh": EvNeigh, "takeover": EvTakeOver, "remote": EvRemote,
 	}
 	ev := Event{Kind: kinds[f[0]], Epoch: x.p.epoch, At: x.now}
 	if ev.Kind == 0 {

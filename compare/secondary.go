@@ -57,8 +57,8 @@ type parkMark struct {
 	at    int
 }
 
-// parkReset notes that the SVM became a copy of the PVM, for epoch, since the queue was
-// last delivered.
+// parkReset notes that the SVM became a copy of the PVM, or may have, for epoch, since the queue was
+// last delivered. Epoch 0: nobody knows when the PVM stopped.
 type parkReset struct {
 	ok    bool
 	epoch uint32
@@ -138,6 +138,8 @@ func (s *Secondary) Step(_ int64, ev *Event, out []Effect) []Effect {
 			}
 		}
 		s.unpark()
+	case EvUnsure:
+		s.loaded = parkReset{ok: true}
 	case EvReset:
 		s.loaded = parkReset{true, ev.Epoch}
 		for s.copies.first != nil {

@@ -191,7 +191,7 @@ func (x *transcript) step(title string, ev Event) {
 	}
 	step := x.p.Step
 	switch ev.Kind {
-	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvReset, EvRemote, EvTakeOver:
+	case EvCopy, EvAsk, EvPark, EvMark, EvUnpark, EvUnsure, EvReset, EvRemote, EvTakeOver:
 		step = x.s.Step
 	}
 	effs := step(x.now, &ev, nil)

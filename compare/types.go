@@ -150,6 +150,9 @@ const (
 	// what was parked, in order.
 	EvReset
 	EvUnpark
+	// EvUnsure (S): a checkpoint may have been loaded of which nobody knows yet. The SVM may have
+	// received what is parked: no datagram of that is delivered (R16).
+	EvUnsure
 	// EvRemote (S): the connection Seg.Tuple, incarnation Seg.Inc or Seg.Inherited, goes on at a takeover, and its remote has
 	// acknowledged up to Seg.ClientAck; 0: that is not known.
 	EvRemote

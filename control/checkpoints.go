@@ -182,7 +182,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.phaseBegan = ck.d.now()
 		return ck.d.each("park", (*nicloop.Loop).Park)
 	case checkpoint.OpDrain:
-		ck.drain(fx.Epoch)
+		ck.drain(fx.Epoch, fx.Events)
 	case checkpoint.OpReady:
 		ck.phase("drain", ck.phaseBegan, ck.d.now())
 		ck.d.peer.send(peerlink.Ready{Epoch: fx.Epoch})
@@ -198,7 +198,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		if err := ck.d.each("unpark", (*nicloop.Loop).Unpark); err != nil {
+		if err := ck.d.each("unpark", func(n *nicloop.Loop) error { return n.Unpark(fx.Unsure) }); err != nil {
 			return err
 		}
 		if fx.Epoch != 0 { // of a checkpoint
@@ -344,17 +344,24 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	return nil
 }
 
-// drain waits until the SVM has read what its taps hold.
-func (ck *checkpoints) drain(epoch uint32) {
+// drain waits until the SVM has read what its taps hold. events: first what QEMU has reported by now is taken in, as
+// its answer comes behind that.
+func (ck *checkpoints) drain(epoch uint32, events bool) {
 	if ck.stopDrain != nil {
 		ck.stopDrain()
 	}
 	// P waits a little longer than that.
 	ctx, cancel := context.WithTimeout(ck.d.ctx, time.Duration(ck.d.opt.timing.Ready)*4/5)
 	ck.stopDrain = cancel
+	m := ck.d.qmp.conn
 	ck.d.work.Go(func() {
 		defer cancel()
 		ev := checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: epoch, OK: true}
+		if events && m != nil {
+			if _, _, err := m.Status(); err != nil {
+				ev.OK, ev.Cause = false, fmt.Sprintf("what QEMU has reported is not known: %v", err)
+			}
+		}
 		for _, n := range ck.d.nics {
 			if err := n.DP.DrainTap(ctx); err != nil {
 				ev.OK, ev.Cause = false, fmt.Sprintf("nic %d: drain the tap: %v", n.Index, err)

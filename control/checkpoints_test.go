@@ -180,8 +180,20 @@ func TestFailedAttempts(t *testing.T) {
 	if got := sent(p.path, pm); got != nil {
 		t.Errorf("left: %q", got)
 	}
+	states := func() (n int) {
+		for _, r := range pair.Secondary.Requests() {
+			if r.Execute == "query-status" {
+				n++
+			}
+		}
+		return n
+	}
+	asked := states()
 	pair.Primary.SetFault(qmptest.None, 0)
 	st := p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 })
+	if states() == asked {
+		t.Error("S was ready for a checkpoint without knowing whether QEMU has made the one before")
+	}
 	// "test" is no cause that is explained.
 	if c := st.CheckpointCounts; len(c) != 2 || c[0].Cause != "other" || c[0].Result != "failed" || c[0].Count < 2 || c[1] != (api.CheckpointCount{Cause: "other", Result: "committed", Count: 1}) {
 		t.Errorf("by cause and result: %+v", c)

@@ -42,7 +42,8 @@ type wire struct {
 	stamped   bool
 	stamp     uint32
 	scale     uint8
-	core      int // the compare core that saw it begin
+	core      int  // the compare core that saw it begin
+	ahead     bool // its SYN|ACK has not left: the client takes none of it yet
 }
 
 // solo: a host transmits alone from now on.
@@ -104,7 +105,7 @@ func (w *world) left(h *host, frame []byte) {
 	if own := h.opens(&p); own != nil && v != nil && own.isn != v.isn && own.opened != v.opened && p.seq-v.isn > v.end-v.isn {
 		// Its SYN|ACK has not left: what the client cannot take in yet. Of a connection that was taken over
 		// the guest's ISN is another one, too, but not what its SYN|ACK acknowledges.
-		v = &wire{isn: own.isn, opened: own.opened, end: own.isn + 1, scale: own.scale, core: w.check.cores}
+		v = &wire{isn: own.isn, opened: own.opened, end: own.isn + 1, scale: own.scale, core: w.check.cores, ahead: true}
 		w.check.flows[f] = v
 	}
 	// Guests that draw their ISNs at random may draw one again: the copy of a generator gives the same. A SYN|ACK that is
@@ -247,6 +248,9 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 			v.edge = edge
 		}
 		v.acked, v.ack = true, p.ack
+	}
+	if p.syn() && v.ahead {
+		v.ahead, v.stamped = false, false
 	}
 	if ts, ok := p.timestamp(); ok {
 		if p.syn() && w.sc.SynCookies {

@@ -98,7 +98,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpPark:
 		d.fail(l.Park())
 	case checkpoint.OpDrain:
-		d.checks.drain(fx.Epoch, 40)
+		d.checks.beginDrain(fx)
 	case checkpoint.OpReady:
 		w.reach("ready")
 		d.send(peerlink.Ready{Epoch: fx.Epoch})
@@ -110,7 +110,10 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 	case checkpoint.OpStopped:
 		d.send(peerlink.Stopped{Epoch: fx.Epoch})
 	case checkpoint.OpRun:
-		d.fail(l.Unpark())
+		if fx.Unsure {
+			w.reach("unparked unsure")
+		}
+		d.fail(l.Unpark(fx.Unsure))
 	case checkpoint.OpResumed:
 		d.send(peerlink.Resumed{Epoch: fx.Epoch})
 	}
@@ -165,6 +168,22 @@ func (c *checkpoints) askCOLO(epoch uint32) {
 		}
 		d.checks.step(ev)
 	})
+}
+
+// beginDrain begins to drain the tap, behind QEMU's events if that is asked for.
+func (c *checkpoints) beginDrain(fx checkpoint.Effect) {
+	d := c.d
+	if m := d.h.monitor; fx.Events && m != nil {
+		m.run(qmpTimeout, func(_ *qemu, answer func(error)) { answer(nil) }, func(err error) {
+			if err != nil {
+				d.checks.step(checkpoint.Event{Kind: checkpoint.EvDrained, Epoch: fx.Epoch, Cause: err.Error()})
+				return
+			}
+			d.checks.drain(fx.Epoch, 40)
+		})
+		return
+	}
+	d.checks.drain(fx.Epoch, 40)
 }
 
 // drain waits until the SVM has read what its tap holds, for so many milliseconds. What it has not read by then is

@@ -48,6 +48,7 @@ type asking struct {
 	shut  bool
 	ended bool
 	lost  bool  // the guest that it was with is gone
+	mixed bool  // it has data of the connection before it
 	broke bool  // the other end reset it, or it timed out
 	moved int64 // when it last read, or wrote
 	wrote uint32
@@ -109,26 +110,12 @@ func (c *client) receive(frame []byte) {
 	if w.chance(rndNet, sc.NetLoss) {
 		return
 	}
+	of := c.wireOf(frame)
 	w.after(c.delay(1), func() {
-		c.mixes(frame)
+		c.mixes(frame, of)
 		c.stack.Input(w.now, frame)
 		c.goOn()
 	})
-}
-
-// mixes gives up a connection that takes data of the one before it for its own. That one was reset, so nobody has waited for
-// what was under way; its numbers lie in the window where it was faster than the clock of ISNs, and its timestamps are of
-// the same millisecond (RFC 9293, 3.4.3).
-func (c *client) mixes(frame []byte) {
-	p, ok := parse(frame)
-	if !ok || len(p.payload) == 0 {
-		return
-	}
-	a, v := c.at(p.flow()), c.w.check.flows[p.flow()]
-	if a != nil && a.again > 0 && v != nil && after(v.opened, p.ack) && p.end()-v.isn < 1<<17 && c.stack.State(a.id) == tcp.Established {
-		c.w.reach("data of the connection before")
-		a.lost = true
-	}
 }
 
 // delay is a frame's time on the network, in which it may overtake others.
@@ -219,7 +206,7 @@ func (c *client) work(a *asking) {
 			}
 			w.reach("connection broken")
 			// A flood may cost a connection that is half-open: its offset is forgotten (R11).
-			if flooded := len(w.sc.Floods) > 0 && a.reply == a.first; !a.lost && !flooded {
+			if flooded := len(w.sc.Floods) > 0 && a.reply == a.first; !a.lost && !flooded && !c.refused(a) {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return
@@ -228,7 +215,7 @@ func (c *client) work(a *asking) {
 			if c.ends(a, state) {
 				break
 			}
-			if a.reply < len(a.plan.Requests) {
+			if a.reply < len(a.plan.Requests) && !a.mixed {
 				w.failf("stream", "connection %d ended by the guest at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
 			c.stack.Close(w.now, a.id)
@@ -317,7 +304,7 @@ func (c *client) reopen(a *asking) {
 // answers looks at what has come.
 func (c *client) answers(a *asking) {
 	w := c.w
-	for a.reply < a.next {
+	for a.reply < a.next && !a.mixed {
 		r := &a.plan.Requests[a.reply]
 		var want []byte
 		n := 0
@@ -367,33 +354,6 @@ func (c *client) answers(a *asking) {
 		a.reply++
 		w.check.answers++
 	}
-}
-
-// astray reports whether the guest is at an earlier connection from the same port: a late ACK has made one of that one's SYN
-// cookie. Neither end has sent what the other's segments acknowledge, so both ignore them (RFC 9293, 3.10.7.4), and go on
-// until they give up: no proxy can help them.
-func (c *client) astray(a *asking) bool {
-	q := c.w.hosts[c.w.check.speaker].qemu
-	if !c.w.sc.SynCookies || q == nil || q.guest == nil {
-		return false
-	}
-	stack := q.guest.stack
-	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), a.port), servicePort)
-	if !ok || stack.State(id) != tcp.Established || c.stack.State(a.id) != tcp.Established {
-		return false
-	}
-	begun, _ := tcp.Initial(c.stack, a.id)
-	_, met := tcp.Initial(stack, id)
-	if begun != met {
-		c.w.reach("guest at an earlier connection by its cookie")
-	}
-	return begun != met
-}
-
-// flooded reports whether a flood can have cost a connection its SYN|ACK each time (R11): the guest repeats it together with
-// those of the flood, which take all slots that SYNs may use.
-func (c *client) flooded(a *asking) bool {
-	return len(c.w.sc.Floods) > 0 && c.stack.State(a.id) == tcp.SynSent
 }
 
 // ended reports whether every connection is over.

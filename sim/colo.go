@@ -37,7 +37,11 @@ func (q *qemu) checkpoint(done func(error)) {
 		if q.state == "running" {
 			q.halt("paused")
 		}
-		q.w.after(q.w.between(rndQEMU+q.h.id, 100*us, 1*ms), func() {
+		d := q.w.between(rndQEMU+q.h.id, 100*us, 1*ms)
+		if m := q.h.monitor; m != nil && m.q == q {
+			d = max(d, m.last+1-q.w.now) // the daemon asks when it has read that the guest is stopped
+		}
+		q.w.after(d, func() {
 			switch {
 			case !q.alive:
 			case q.state != "paused":

@@ -14,6 +14,7 @@ import (
 func Generate(seed uint64) *Scenario {
 	sc := draw(seed)
 	drawVariant(sc)
+	drawPortsAgain(sc)
 	return sc
 }
 

@@ -276,6 +276,7 @@ type said struct {
 	data      stream
 	fin       bool
 	rst       bool
+	refused   bool // a segment behind its SYN|ACK, since there was no connection
 	ack, edge uint32
 	acked     bool
 	scale     uint8
@@ -309,7 +310,7 @@ func (g *guest) note(p *packet) {
 		g.said[f] = v
 	}
 	if p.rst() {
-		v.rst = true
+		v.rst, v.refused = true, v.refused || v.syn && !p.hasACK() && p.seq == v.isn+1 && v.data.len == 0
 		return
 	}
 	if p.hasACK() {

@@ -152,3 +152,16 @@ func drawBusy(r *rand.Rand, at int64) Conn {
 	}
 	return c
 }
+
+// drawPortsAgain has one scenario of sixteen be about a takeover in the handshake of a connection whose ports were another one's
+// before, whose SYN the guest answers with a cookie: it knows nothing of either then (R22).
+func drawPortsAgain(sc *Scenario) {
+	r := rand.New(rand.NewPCG(sc.Seed, 1<<43))
+	if r.IntN(16) > 0 {
+		return
+	}
+	sc.SynCookies, sc.NoTimestamps, sc.SeqWrap, sc.TSWrap = true, false, 0, 0
+	at := 400*ms + r.Int64N(2*s)
+	sc.Conns = []Conn{{At: at, Pipelined: 1, Requests: []Request{{'E', 100}, {'G', 3000}, {'N', r.Int64N(2)}, {'E', 100}, {'N', r.Int64N(2)}, {'E', 3000}}}}
+	sc.Actions = []Action{{At: at, Kind: "kill-qemu", On: "ports again, client time-wait", After: r.Int64N(4*sc.NetDelay + 300*us)}}
+}

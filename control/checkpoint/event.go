@@ -93,6 +93,8 @@ type Effect struct {
 	Epoch            uint32
 	At, Stop, Resume int64
 	Began, Asked     int64 // OpCommit: when the attempt began, and when QEMU was asked
+	Events           bool  // OpDrain: what QEMU has reported by now is to be taken in first
+	Unsure           bool  // OpRun: the SVM may have become a copy of the PVM, and nothing has told so yet
 	Cause            string
 }
 

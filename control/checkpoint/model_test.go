@@ -148,7 +148,7 @@ func (m *model) effectP(f Effect) {
 		m.frozen = false
 	case OpCommit:
 		m.commits++
-		m.frozen, m.sawStop = false, m.stopped[0]
+		m.frozen, m.sawStop = false, false
 		switch {
 		case m.loaded == 0:
 			m.failf("commit of %d: the SVM never loaded a checkpoint", f.Epoch)
@@ -179,7 +179,12 @@ func (m *model) stepS(ev Event, tx int) {
 			m.running = false
 		case OpDrain:
 			ok := m.calm || m.rng.IntN(20) > 0
-			m.after(m.ms(3), func() { m.stepS(Event{Kind: EvDrained, Epoch: f.Epoch, OK: ok}, 0) })
+			drained := func() { m.stepS(Event{Kind: EvDrained, Epoch: f.Epoch, OK: ok}, 0) }
+			if f.Events {
+				m.send(chQMPS, drained)
+				break
+			}
+			m.after(m.ms(3), drained)
 		case OpReady:
 			m.toP(Event{Kind: EvReady, Epoch: f.Epoch})
 		case OpReset:
@@ -336,7 +341,8 @@ func (m *model) ask(epoch uint32) {
 		default:
 			m.event(0, EvStop, 0)
 			m.ours = true
-			m.after(m.ms(2), func() {
+			// The daemon asks when it has read that the PVM is stopped.
+			m.at(max(m.now+m.ms(2), m.channelAt[chQMPP]+1), func() {
 				if !m.calm && m.rng.IntN(20) == 0 || gen != m.qmpGen[0] {
 					m.unpause() // by the same daemon, or the one after it
 					answer(false)
@@ -360,7 +366,7 @@ func (m *model) unpause() {
 
 // transaction is COLO's checkpoint.
 func (m *model) transaction() {
-	if m.inQEMU != 0 || !m.queued || m.stopped[0] && !m.ours || m.stopped[1] {
+	if m.inQEMU != 0 || !m.queued || m.stopped[0] && !m.ours {
 		if m.queued && m.inQEMU == 0 {
 			m.after(m.ms(20), m.transaction)
 		}
@@ -369,7 +375,9 @@ func (m *model) transaction() {
 	m.lastTx++
 	tx := m.lastTx
 	m.inQEMU = tx
-	m.event(1, EvStop, tx)
+	if !m.stopped[1] { // an operator's stop becomes the checkpoint's
+		m.event(1, EvStop, tx)
+	}
 	m.after(m.ms(2), func() {
 		m.queued = false
 		if m.ours = false; !m.stopped[0] { // an operator resumed it

@@ -168,9 +168,10 @@ func (c *Primary) event(ev Event) {
 		}
 	case EvPeerStopped:
 		switch {
-		case current:
+		case current && c.stage >= pStopped:
 			c.sStopped = true
-		case ev.Epoch == 0:
+		case current, ev.Epoch == 0:
+			// Or S takes somebody's STOP for the checkpoint's: no QEMU is asked for one before the PVM has stopped.
 			c.suspect("the SVM stopped unasked")
 			c.resolve()
 			if c.stage != pIdle {

@@ -89,8 +89,13 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		}
 	case EvLinkDown:
 		c.link, c.next, c.over = false, 0, true
-		if c.stage == sParking || c.stage == sParked {
+		switch c.stage {
+		case sParking, sParked:
 			c.unpark()
+		case sStopped:
+			// P may not have asked for a checkpoint, and not have heard of the STOP: then it was somebody's, and
+			// nothing was loaded.
+			c.void = true
 		}
 	case EvQMPUp:
 		c.qmp, c.svmStopped = true, !ev.OK
@@ -269,7 +274,8 @@ func (c *Secondary) prepare() {
 		// An attempt before this one is over; what was parked stays parked.
 		c.epoch, c.next, c.stage, c.over = c.next, 0, sParking, false
 		c.emit(OpPark, c.epoch)
-		c.emit(OpDrain, c.epoch)
+		// A STOP for the attempt before must not be taken for one for this.
+		c.out = append(c.out, Effect{Op: OpDrain, Epoch: c.epoch, Events: c.due != 0})
 	}
 }
 
@@ -283,14 +289,15 @@ func (c *Secondary) doubt() {
 	}
 }
 
-// unpark goes back to where the attempt began: nothing happened.
+// unpark goes back to where the attempt began: nothing happened, or S does not know of it. Where QEMU may have been asked,
+// its STOP and RESUME may be under way to this daemon (R16).
 func (c *Secondary) unpark() {
 	if c.void {
 		c.stage = sVoid
 		return
 	}
 	c.stage = sRun
-	c.emit(OpRun, 0)
+	c.out = append(c.out, Effect{Op: OpRun, Unsure: c.due != 0})
 }
 
 func (c *Secondary) abort(cause string) {

@@ -26,6 +26,12 @@ var opNames = map[Op]string{
 
 func (e Effect) String() string {
 	s := opNames[e.Op]
+	if e.Events {
+		s += " behind events"
+	}
+	if e.Unsure {
+		s += " unsure"
+	}
 	switch e.Op {
 	case OpOpen, OpFreeze, OpThaw, OpPark:
 		return s

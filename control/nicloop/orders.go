@@ -110,8 +110,9 @@ func (n *Loop) Reset(epoch uint32) error {
 	return nil
 }
 
-// Unpark lets the SVM's output out and its input in, first what was parked.
-func (n *Loop) Unpark() error {
+// Unpark lets the SVM's output out and its input in, first what was parked. unsure: a checkpoint may have been loaded of
+// which nobody knows yet.
+func (n *Loop) Unpark(unsure bool) error {
 	// P's mark, and what was parked behind it, may still be in the ring.
 	for range maxUnpark {
 		if err := n.poll(0); err != nil {
@@ -124,6 +125,9 @@ func (n *Loop) Unpark() error {
 	n.parked = false
 	if err := n.SetMode(datapath.ModeRun); err != nil {
 		return err
+	}
+	if unsure {
+		n.stepNow(compare.Event{Kind: compare.EvUnsure})
 	}
 	n.stepNow(compare.Event{Kind: compare.EvUnpark})
 	return nil

@@ -128,7 +128,7 @@ func TestCheckpointParks(t *testing.T) {
 	*r.s.guest = loaded
 	must(t, r.s.n.SetEpoch(2))
 	must(t, r.s.loop.Reset(2))
-	must(t, r.s.loop.Unpark())
+	must(t, r.s.loop.Unpark(false))
 	inside, err := r.p.loop.Commit(2, (stop+r.now)/2, stop, r.now)
 	must(t, err)
 	if inside {

@@ -45,7 +45,8 @@ type Config struct {
 	Secret    uint64 // ISN = hash(secret, tuple) + now/64 ns
 	RandomISN bool   // instead, as OpenBSD has it
 
-	// How many bytes, or ticks, are left before the numbers of a new connection wrap, at most; 0: any number.
+	// How many bytes, or ticks, are left before the numbers of a new connection wrap, at most; 0: any number. From the same
+	// ports later ones go on from there, as without.
 	SeqWrap, TSWrap uint32
 	// IPv6: each packet has a header with hop-by-hop or destination options, which are padding.
 	HopOptions, DestOptions bool
@@ -80,9 +81,11 @@ type Stack struct {
 	rng    rand.PCG
 
 	now     int64
-	drawn   int64   // the tick of the newest initial number
-	conns   []*conn // by ID
-	live    []*conn // those that are not closed
+	drawn   int64            // the tick of the newest initial number
+	shifts  map[tuple]uint32 // what SeqWrap adds to a connection's initial number
+	stamps  map[tuple]uint32 // TSWrap's tsOffset
+	conns   []*conn          // by ID
+	live    []*conn          // those that are not closed
 	byTuple map[tuple]*conn
 	ports   map[uint16]*listener
 
@@ -121,6 +124,7 @@ func New(cfg Config, seed uint64) *Stack {
 		cfg: cfg, is4: cfg.Addr.Is4(), addr16: cfg.Addr.As16(),
 		cookies: make(map[netip.Addr][]byte),
 		byTuple: make(map[tuple]*conn), ports: make(map[uint16]*listener),
+		shifts: make(map[tuple]uint32), stamps: make(map[tuple]uint32),
 		due: never,
 	}
 	if s.is4 {
@@ -142,6 +146,7 @@ func (s *Stack) Clone() *Stack {
 		n.ports[port] = &listener{pending: l.pending, ready: slices.Clone(l.ready)}
 	}
 	n.cookies = maps.Clone(s.cookies) // a cookie does not change
+	n.shifts, n.stamps = maps.Clone(s.shifts), maps.Clone(s.stamps)
 	n.conns = slices.Clone(s.conns)
 	room := make([]conn, len(s.live))
 	for i, c := range s.conns {
@@ -269,7 +274,10 @@ func initialNumber(s *Stack, now int64, t tuple) uint32 {
 		isn = uint32(s.rng.Uint64())
 	}
 	if w := s.cfg.SeqWrap; w > 0 {
-		return ^(isn % w)
+		if _, ok := s.shifts[t]; !ok {
+			s.shifts[t] = ^(isn % w) - isn
+		}
+		isn += s.shifts[t]
 	}
 	return isn
 }
@@ -278,7 +286,10 @@ func initialNumber(s *Stack, now int64, t tuple) uint32 {
 func tsOffset(s *Stack, t tuple) uint32 {
 	offset := uint32(s.hash(t, 2))
 	if w := s.cfg.TSWrap; w > 0 {
-		return ^((offset + uint32(s.now>>6)) % w) - uint32(s.now/s.cfg.TickNS)
+		if _, ok := s.stamps[t]; !ok {
+			s.stamps[t] = ^((offset + uint32(s.now>>6)) % w) - uint32(s.now/s.cfg.TickNS)
+		}
+		offset = s.stamps[t]
 	}
 	return offset
 }
