@@ -14,6 +14,7 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	prometheus bpftool \
+	lintian man-db rpm systemd \
 	gcc libc6-dev
 
 # What the soak needs besides: of a Debian that is a guest.
@@ -33,6 +34,11 @@ export CGO_ENABLED := 0
 .PHONY: build
 build: ## static bin/lockstep, with Go alone
 	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lockstep ./cmd/lockstep
+
+.PHONY: deb rpm
+deb rpm: ## the Debian or RPM package, in bin, with Go alone
+	@mkdir -p bin
+	@GO=$(GO) packaging/build $@ bin $(VERSION)
 
 .PHONY: deps
 deps: ## install what the tests and their guests need (Debian, as root)
