@@ -99,9 +99,11 @@ bench-smoke: build ## as root, a minute: latency, throughput and CPU against mir
 	@bin/lockstep bench --parts A --qemu none --rounds 3
 
 .PHONY: soak-deps
-soak-deps: deps ## install what only the soak uses, and build a Debian image for its guest
+soak-deps: deps ## install what only the soak uses, and build a Debian image for its guest and bare Debians
 	@.ci/deps $(SOAK_PACKAGES)
 	@.ci/debian bin/debian
+	@.ci/root bookworm bin/roots/bookworm
+	@.ci/root trixie bin/roots/trixie
 
 .PHONY: soak
 soak: soak-deps ## as root, two hours: 100 000 connections held open, real pairs through many failovers, a Debian guest, clients' histories, each QEMU
