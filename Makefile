@@ -84,8 +84,7 @@ race: ## the race detector over what needs neither guest nor device
 
 .PHONY: demo
 demo: deps build ## as root: a real pair, a client that does not notice how its hosts die
-	@$(GO) test -c -o bin/demo ./cmd/lockstep/e2e
-	@cd cmd/lockstep/e2e && LOCKSTEP_DEMO=1 LOCKSTEP_BINARY=$(CURDIR)/bin/lockstep $(CURDIR)/bin/demo -test.run '^TestDemo$$'
+	@bin/lockstep demo $(DEMOFLAGS)
 
 # Figures, not a test: it fails only when something does not work. Quietest on an
 # idle machine.

@@ -218,8 +218,8 @@ func lifeOfPackage(t *testing.T, p *livingPair, suite, before, after string) {
 	load := p.openSession()
 	answered := func() {
 		t.Helper()
-		n := load.answers.Load()
-		lt.Eventually(t, 30*time.Second, func() (bool, string) { return load.answers.Load() > n+100, "the session does not go on" })
+		n := load.Answers.Load()
+		lt.Eventually(t, 30*time.Second, func() (bool, string) { return load.Answers.Load() > n+100, "the session does not go on" })
 	}
 	answered()
 
@@ -249,7 +249,7 @@ func lifeOfPackage(t *testing.T, p *livingPair, suite, before, after string) {
 	if s := p.status("alpha"); s.ArbiterTerm != p.record {
 		t.Errorf("the arbiter's term was %d and is %d: a host transmitted alone", p.record, s.ArbiterTerm)
 	} else {
-		t.Logf("upgraded; checkpoints %d, before %d; the longest wait for an answer %v", s.CheckpointsDone, began.CheckpointsDone, time.Duration(load.longest.Load()))
+		t.Logf("upgraded; checkpoints %d, before %d; the longest wait for an answer %v", s.CheckpointsDone, began.CheckpointsDone, time.Duration(load.Longest.Load()))
 	}
 
 	for _, node := range both {
