@@ -14,6 +14,7 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	prometheus bpftool \
+	lintian man-db rpm systemd \
 	gcc libc6-dev
 
 # What the soak needs besides: of a Debian that is a guest.
@@ -33,6 +34,11 @@ export CGO_ENABLED := 0
 .PHONY: build
 build: ## static bin/lockstep, with Go alone
 	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lockstep ./cmd/lockstep
+
+.PHONY: deb rpm
+deb rpm: ## the Debian or RPM package, in bin, with Go alone
+	@mkdir -p bin
+	@GO=$(GO) packaging/build $@ bin $(VERSION)
 
 .PHONY: deps
 deps: ## install what the tests and their guests need (Debian, as root)
@@ -78,8 +84,7 @@ race: ## the race detector over what needs neither guest nor device
 
 .PHONY: demo
 demo: deps build ## as root: a real pair, a client that does not notice how its hosts die
-	@$(GO) test -c -o bin/demo ./cmd/lockstep/e2e
-	@cd cmd/lockstep/e2e && LOCKSTEP_DEMO=1 LOCKSTEP_BINARY=$(CURDIR)/bin/lockstep $(CURDIR)/bin/demo -test.run '^TestDemo$$'
+	@bin/lockstep demo $(DEMOFLAGS)
 
 # Figures, not a test: it fails only when something does not work. Quietest on an
 # idle machine.
@@ -93,9 +98,11 @@ bench-smoke: build ## as root, a minute: latency, throughput and CPU against mir
 	@bin/lockstep bench --parts A --qemu none --rounds 3
 
 .PHONY: soak-deps
-soak-deps: deps ## install what only the soak uses, and build a Debian image for its guest
+soak-deps: deps ## install what only the soak uses, and build a Debian image for its guest and bare Debians
 	@.ci/deps $(SOAK_PACKAGES)
 	@.ci/debian bin/debian
+	@.ci/root bookworm bin/roots/bookworm
+	@.ci/root trixie bin/roots/trixie
 
 .PHONY: soak
 soak: soak-deps ## as root, two hours: 100 000 connections held open, real pairs through many failovers, a Debian guest, clients' histories, each QEMU

@@ -65,7 +65,7 @@ func mayImport(from, to string, test bool) bool {
 		return under(from, "cmd")
 	case under(to, "bench"):
 	case under(to, "bench"):
-		return under(from, "bench") || from == "sim/oracle" || from == "cmd/lockstep" // the command bench
+		return under(from, "bench") || from == "sim/oracle" || from == "cmd/lockstep" || from == "cmd/lockstep/demo" // the commands bench and demo
 	case under(to, "sim"):
 		return under(from, "sim") || test && from == "bpf" && to == "sim/kernel" // the model of the programs, beside them
 	case test || under(from, "bench") || isTestKit(from):

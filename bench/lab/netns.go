@@ -66,6 +66,9 @@ func (n *NS) Close() {
 	n.ns.Close()
 }
 
+// Path is where other processes find the namespace, as long as this one lives and has not closed it.
+func (n *NS) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.ns) }
+
 // Do runs f in the namespace. Sockets, devices and processes that f makes stay there.
 func (n *NS) Do(f func() error) error {
 	runtime.LockOSThread()

@@ -221,7 +221,7 @@ func TestDaemon(t *testing.T) {
 			t.Errorf("the unit lacks %s", setting)
 		}
 	}
-	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary").Replace(line)
+	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary", " $OPTIONS", "").Replace(line)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	type result struct {

@@ -157,8 +157,8 @@ func (d *debian) set() {
 // all uses each service, beside transactions, and orders a checkpoint meanwhile.
 func (d *debian) all(during func()) {
 	d.t.Helper()
-	pages := d.web.answers.Load()
-	d.web.longest.Store(0)
+	pages := d.web.Answers.Load()
+	d.web.Longest.Store(0)
 	end := d.pgbench(100)
 	during()
 	d.set()
@@ -173,9 +173,9 @@ func (d *debian) all(during func()) {
 	if got := d.serving(); !slices.Equal(got, d.pids) {
 		d.t.Fatalf("a client connected again: %q, were %q", got, d.pids)
 	}
-	d.say("%d transactions, %d keys, %d pages so far; the longest wait for a page was %v", d.committed, d.keys, d.web.answers.Load(),
-		time.Duration(d.web.longest.Load()).Round(time.Millisecond))
-	lt.Eventually(d.t, d.patience, func() (bool, string) { return d.web.answers.Load() > pages, "no pages" })
+	d.say("%d transactions, %d keys, %d pages so far; the longest wait for a page was %v", d.committed, d.keys, d.web.Answers.Load(),
+		time.Duration(d.web.Longest.Load()).Round(time.Millisecond))
+	lt.Eventually(d.t, d.patience, func() (bool, string) { return d.web.Answers.Load() > pages, "no pages" })
 }
 
 // kills ends a node's QEMU, and returns when the other one serves.

@@ -4,155 +4,88 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
-	"sync/atomic"
+	"os/exec"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/cmd/lockstep/demo"
+	"github.com/lockstep-ft/lockstep/control/qemu/guestimage"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
-// TestDemo is what `make demo` shows: a pair of real guests through two failovers, with
-// a client that does not notice. As a test it prints nothing and checks the same.
-func TestDemo(t *testing.T) {
-	say := func(format string, args ...any) { t.Logf(format, args...) }
-	if os.Getenv("LOCKSTEP_DEMO") != "" {
-		began := time.Now()
-		say = func(format string, args ...any) {
-			fmt.Printf("%6.1fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
-		}
-	}
-	say("Two hosts (alpha, beta), a switch and a client, each a network namespace of its own.")
-	p := newLivingPair(t, 1, "")
-	say("Starting a daemon on each; they start QEMU (under TCG here), copy the guest's memory, and replicate.")
-	p.run("beta", "secondary")
-	p.run("alpha", "primary")
-	p.covered()
-	say("The pair is up: what the guest says leaves alpha once beta's copy has said the same.")
-	say("The guest boots, in both QEMUs.")
-	p.booted()
-	p.lockstepped()
-
-	session := p.openSession()
-	web := openWebLoad(p.pair, portHTTP, "/20000", 20000, 2*time.Millisecond)
-	lt.Eventually(t, 10*time.Second, func() (bool, string) { return session.answers.Load() > 100 && web.answers.Load() > 10, "no load" })
-	say("A client has one long TCP session (%d answers so far), and loads pages (%d so far).", session.answers.Load(), web.answers.Load())
-
-	clock := p.mustDial(lt.Guest4, portClock)
-	before := p.status("alpha").CheckpointsDone
-	const requests = 5
-	for i := range requests {
-		say("Asking for the guest's clock, which the two copies do not agree on: %q", p.ask(clock, fmt.Sprintf("request %d", i)))
-	}
-	s := p.status("alpha")
-	c := s.Checkpoints[len(s.Checkpoints)-1]
-	say("%d such answers cost %d checkpoints; the last, because of %q, held the guest's output for %.1f ms.", requests, s.CheckpointsDone-before, c.Cause, c.FrozenMS)
-
-	primary := "alpha"
-	for range 2 {
-		session.longest.Store(0)
-		pid, pages := p.qemu(primary), web.answers.Load()
-		p.killQEMU(primary)
-		say("kill -9 %d: the QEMU of %s, which clients talk to, is gone.", pid, primary)
-		n := session.answers.Load()
-		lt.Eventually(t, 20*time.Second, func() (bool, string) {
-			return session.answers.Load() > n+50 && web.answers.Load() > pages+10, "the session does not go on"
-		})
-		survivor := other(primary)
-		say("%s took over. The session goes on, as does the web load; the longest wait for an answer was %v.", survivor,
-			time.Duration(session.longest.Load()).Round(time.Millisecond))
-		p.await(survivor, func(s *api.Status) bool { return s.State == "solo" })
-		say("%s transmits alone. Starting %s's daemon again, as the secondary: disk and memory are copied.", survivor, primary)
-		began := time.Now()
-		p.rejoin(primary)
-		p.covered()
-		say("In step again after %.1f s.", time.Since(began).Seconds())
-		primary = survivor
-	}
-	answers, pages := session.end(t), web.end(t)
-	out, err := p.order(primary, "status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	say("`lockstep status` on %s:\n\n%s", primary, out)
-	say("One TCP session got %d answers and %d pages were loaded, across two dead hosts: none was lost, none was wrong.", answers, pages)
-}
-
-// clientLoad asks until it is ended.
-type clientLoad struct {
-	answers, longest atomic.Int64
-	pause            time.Duration // between an answer and the next request
-	stop             chan struct{}
-	done             chan error
-}
-
-func (l *clientLoad) run(ask func(i int) error) {
-	for i := 0; ; i++ {
-		began := time.Now()
-		if err := ask(i); err != nil {
-			l.done <- fmt.Errorf("request %d: %w", i, err)
-			return
-		}
-		l.answers.Add(1)
-		if took := int64(time.Since(began)); took > l.longest.Load() {
-			l.longest.Store(took)
-		}
-		select {
-		case <-l.stop:
-			l.done <- nil
-			return
-		case <-time.After(l.pause):
-		}
-	}
-}
-
-// end returns how many answers there were.
-func (l *clientLoad) end(t *testing.T) int64 {
+// demoOptions are what `lockstep demo` would find here.
+func demoOptions(t *testing.T) demo.Options {
 	t.Helper()
-	close(l.stop)
-	if err := <-l.done; err != nil {
+	lt.NeedRoot(t)
+	o := demo.Options{Lockstep: lockstepBinary(t, 0), Guest: qemutest.Dir(t), Say: t.Logf, Show: func(text string) { t.Log(text) }}
+	if err := guestimage.Missing(o.Guest); err != nil {
+		lt.Missing(t, "%v", err)
+	}
+	var err error
+	if o.QEMU, err = exec.LookPath("qemu-system-x86_64"); err != nil {
+		lt.Missing(t, "%v: make deps installs it", err)
+	}
+	return o
+}
+
+// leavesNothing runs a demo and checks that no file, mount or process of it is left.
+func leavesNothing(t *testing.T, run func() error) error {
+	t.Helper()
+	dir := t.TempDir()
+	t.Setenv("TMPDIR", dir) // where the demo makes its folder, which its processes have as an argument
+	err := run()
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("left behind: a mount: %v", err)
+	}
+	// What watches over a QEMU looks once a second.
+	lt.Eventually(t, 10*time.Second, func() (bool, string) {
+		processes, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range processes {
+			if line, _ := os.ReadFile(p); strings.Contains(string(line), dir) { // it may have ended
+				return false, fmt.Sprintf("left behind: %s: %q", p, line)
+			}
+		}
+		return true, ""
+	})
+	return err
+}
+
+// TestDemo: what `lockstep demo` shows is so: a pair of real guests through two failovers, with clients
+// that do not notice. Nothing is left of it.
+func TestDemo(t *testing.T) {
+	o := demoOptions(t)
+	if err := leavesNothing(t, func() error { return demo.Run(t.Context(), o) }); err != nil {
 		t.Error(err)
 	}
-	return l.answers.Load()
 }
 
-// openSession keeps asking over one connection.
-func (p *livingPair) openSession() *clientLoad {
-	p.t.Helper()
-	l := &clientLoad{pause: 2 * time.Millisecond, stop: make(chan struct{}), done: make(chan error, 1)}
-	c := p.mustDial(lt.Guest4, portEcho)
-	c.SetDeadline(time.Now().Add(5 * time.Minute))
-	go l.run(func(i int) error { return echo(c, i) })
-	return l
-}
-
-// openWebLoad keeps loading a page of so many bytes, each time over a new connection.
-func openWebLoad(p *pair, port, page string, size int, pause time.Duration) *clientLoad {
-	l := &clientLoad{pause: pause, stop: make(chan struct{}), done: make(chan error, 1)}
-	go l.run(func(int) error {
-		c, err := p.dial(lt.Guest4, port, "")
-		if err != nil {
-			return err
+// TestDemoInterrupted: ^C ends the demo at once, also between two hosts' deaths, and nothing is left of it.
+func TestDemoInterrupted(t *testing.T) {
+	o := demoOptions(t)
+	ctx, interrupt := context.WithCancel(t.Context())
+	defer interrupt()
+	say, interrupted := o.Say, time.Time{}
+	o.Say = func(format string, args ...any) {
+		say(format, args...)
+		if strings.HasPrefix(format, "kill -9") {
+			interrupted = time.Now()
+			interrupt()
 		}
-		defer c.Close()
-		client := http.Client{Transport: &http.Transport{
-			DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
-		}}
-		resp, err := client.Get("http://guest" + page)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		body, err := io.ReadAll(resp.Body)
-		if err != nil || resp.StatusCode != http.StatusOK || len(body) != size {
-			return fmt.Errorf("%s, %d bytes, %v", resp.Status, len(body), err)
-		}
-		return nil
-	})
-	return l
+	}
+	if err := leavesNothing(t, func() error { return demo.Run(ctx, o) }); !errors.Is(err, demo.ErrInterrupted) {
+		t.Errorf("it ended with %v", err)
+	}
+	t.Logf("it took %v to end", time.Since(interrupted))
 }

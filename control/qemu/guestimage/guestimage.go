@@ -41,8 +41,8 @@ type Guest struct {
 // Missing returns an error if dir is not a folder into which `make deps` has put kernel and modules, or
 // [Preload] has no compiler.
 func Missing(dir string) error {
-	if _, err := os.Stat(filepath.Join(dir, "ready")); err != nil {
-		return fmt.Errorf("no guest kernel in %s: run make deps (%w)", dir, err)
+	if !Fetched(dir) {
+		return fmt.Errorf("no guest kernel in %s: run make deps", dir)
 	}
 	_, err := compiler()
 	return err
@@ -118,7 +118,7 @@ func compiler() (path string, err error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("QEMU under TCG needs a library that no C compiler is here for: run make deps (%w)", err)
+	return "", fmt.Errorf("QEMU under TCG needs a library that no C compiler is here for: install one (Debian: apt install gcc libc6-dev), or run make deps (%w)", err)
 }
 
 func run(name string, args ...string) error {
