@@ -19,6 +19,9 @@ const entryEvery = 5 * time.Second
 // entryTimeout bounds it: a claim may be waiting for its turn.
 const entryTimeout = 500 * time.Millisecond
 
+// EntryNoticed is how long a primary that can ask the arbiter may take to find a newer entry.
+const EntryNoticed = entryEvery + 2*entryTimeout
+
 // watchEntry fences a host that the arbiter does not name any more (R26).
 func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 	tick := time.NewTicker(every)

@@ -123,7 +123,7 @@ func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
 	if d.opt.Role == datapath.RolePrimary {
 		fo.p = o.Begin.Primary(cfg, now)
 		fo.machine = fo.p
-		return fo, nil
+		return fo, fo.remember(func(*state.State) {}) // that its disks are the guest's (R19)
 	}
 	fo.s = o.Begin.Secondary(cfg, d.opt.Node, now)
 	fo.machine = fo.s

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 
 	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/loader"
 )
 
@@ -16,7 +17,7 @@ func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d
 // one: a NIC that cannot work must not leave the others shut.
 func devices(k kernel, o runOptions) ([]loader.Options, error) {
 	role := loader.Secondary
-	if o.primary {
+	if o.role == datapath.RolePrimary {
 		role = loader.Primary
 	}
 	var nics []loader.Options

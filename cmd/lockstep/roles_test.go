@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,7 +15,9 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control"
 	"github.com/lockstep-ft/lockstep/control/arbiter"
+	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/journal"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // A node's roles follow each other as the arbiter's entry requires.
@@ -89,5 +92,97 @@ func TestStoppedBeforeARole(t *testing.T) {
 	events, err := journal.Read(filepath.Join(c.dir, "state"), "web1", "alpha", 0)
 	if err != nil || len(events) == 0 || events[len(events)-1].Cause != "ended: on request" {
 		t.Errorf("the journal has %+v (%v)", events, err)
+	}
+}
+
+// Without a role a node is what the arbiter's entry has it be, also when that changes: nobody has to edit a command line.
+func TestAutoRole(t *testing.T) {
+	c := newCLI(t)
+	dir := t.TempDir()
+	c.write(t, "auto.yaml", strings.Replace(pairYAML, "beta: {", "beta: {qmp: b.qmp, ", 1)+"arbiter: {type: file, path: "+dir+"}\nstate_dir: state\nheartbeat: {interval: 10ms, timeout: 50ms, lease: 40ms, restart: 100ms}\n")
+	conf, err := config.Load(filepath.Join(c.dir, "auto.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := arbiter.Open(conf, "beta")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	swap := func(term uint64, from, to string) {
+		if _, won, err := other.Swap(t.Context(), arbiter.Entry{Term: term, Speaker: from}, arbiter.Entry{Term: term + 1, Speaker: to}); !won || err != nil {
+			t.Errorf("swap: %v, %v", won, err)
+		}
+	}
+	var parts []string
+	var ends []func() error
+	c.control = func(_ context.Context, o control.Options) error {
+		parts = append(parts, fmt.Sprintf("%s %s", o.Role, o.Failover.Begin.Record))
+		// As a primary does when it begins.
+		if err := o.Failover.Store.Save(state.State{Role: string(o.Role), Term: o.Failover.Begin.Record.Term}); err != nil {
+			t.Error(err)
+		}
+		for _, n := range o.NICs {
+			n.Close()
+		}
+		end := ends[0]
+		ends = ends[1:]
+		return end()
+	}
+	fenced := fmt.Errorf("%w: its QEMU is dead", control.ErrFenced)
+	// Its QEMU dies while nobody else is there: it begins again as the primary. It dies again, and the other node takes
+	// over; it follows, takes over, and is deposed.
+	ends = []func() error{
+		func() error { return fenced },
+		func() error {
+			time.AfterFunc(50*time.Millisecond, func() { swap(1, "alpha", "beta") })
+			return fenced
+		},
+		func() error { swap(2, "beta", "alpha"); return control.ErrPromoted },
+		func() error { swap(3, "alpha", "beta"); return fenced },
+		func() error { return control.ErrAfresh },
+		func() error { return control.ErrPoweredOff },
+	}
+	// It waits until somebody says which node has the guest's disks.
+	code, waited := make(chan int, 1), make(chan string, 1)
+	go func() {
+		x, _, stderr := c.run(t.Context(), "run -c @/auto.yaml --node alpha")
+		code <- x
+		waited <- stderr
+	}()
+	select {
+	case x := <-code:
+		t.Fatalf("it ended with %d:\n%s", x, <-waited)
+	case <-time.After(100 * time.Millisecond): // in which it would
+	}
+	store, err := state.Open(conf.StateDir, "web1", "alpha")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Save(state.State{Role: "primary"}); err != nil { // `lockstep start --here`
+		t.Fatal(err)
+	}
+	swap(0, "", "alpha")
+	if x := <-code; x != exitOK {
+		t.Errorf("exit %d", x)
+	}
+	stderr := <-waited
+	want := []string{"primary fencing term 1, speaker alpha", "primary fencing term 1, speaker alpha", "secondary fencing term 2, speaker beta",
+		"primary fencing term 3, speaker alpha", "secondary fencing term 4, speaker beta", "secondary fencing term 4, speaker beta"}
+	if !slices.Equal(parts, want) {
+		t.Errorf("%q\nwant %q\n%s", parts, want, stderr)
+	}
+	for _, says := range []string{"waiting: the pair has never run", "lockstep start --here", "alpha is the primary", "alpha is the secondary", "the arbiter names beta (fencing term 2, speaker beta)", "its QEMU is dead"} {
+		if !strings.Contains(stderr, says) {
+			t.Errorf("no %q in\n%s", says, stderr)
+		}
+	}
+	// A host that was replaced does not begin with disks that are not the guest's.
+	swap(4, "beta", "alpha")
+	if err := os.Remove(store.Path()); err != nil {
+		t.Fatal(err)
+	}
+	if x, _, stderr := c.run(t.Context(), "run -c @/auto.yaml --node alpha --role auto"); x != exitUsage || !strings.Contains(stderr, "this host was replaced") {
+		t.Errorf("exit %d\n%s", x, stderr)
 	}
 }
