@@ -44,7 +44,7 @@ func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 
 func (fo *failoverPart) entry(now arbiter.Entry) {
 	if now.Speaker != fo.d.opt.Node && now.Term > fo.p.Term() && fo.p.State() != failover.PrimaryClaim {
-		fo.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
+		fo.d.log.Error("the arbiter names the other node", "entry", now)
 	}
 	fo.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == fo.d.opt.Node})
 }
@@ -114,7 +114,7 @@ func (fo *failoverPart) claim(term uint64) {
 		from.Speaker = fo.d.opt.Peer
 	}
 	to := arbiter.Entry{Term: term + 1, Speaker: fo.d.opt.Node}
-	fo.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	fo.d.log.Info("asking the arbiter whether this node may transmit alone", "why", fo.machine.Why(), "from", from, "to", to)
 	fo.d.work.Go(func() {
 		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
 			fo.d.log.Warn("the arbiter does not answer which host may transmit: muted until it does", "err", err)
@@ -123,7 +123,7 @@ func (fo *failoverPart) claim(term uint64) {
 			return // the daemon ends
 		}
 		fo.d.post(func() {
-			fo.d.log.Info("the arbiter answered", "won", won, "record", now)
+			fo.d.log.Info("the arbiter answered", "won", won, "entry", now)
 			fo.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
 			fo.step(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})

@@ -76,11 +76,19 @@ func (ck *checkpoints) wanted(r nicloop.Request) {
 	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
 		// Nobody to ask. Guests that keep diverging ask without end.
 		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
-			ck.d.log.Warn("checkpoint needed", "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
+			ck.d.log.Warn("a checkpoint is needed and cannot be made: "+ck.unable(), "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved)
 			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
 	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason})
+}
+
+// unable is why no checkpoint can be made now.
+func (ck *checkpoints) unable() string {
+	if ck.d.opt.QMP == "" {
+		return "the config names no QEMU to ask"
+	}
+	return "there is no session with " + ck.d.opt.Peer
 }
 
 // note keeps a request in mind for the attempt that serves it, and for status.
@@ -193,7 +201,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.phaseBegan = ck.d.now()
 		return ck.d.each("reset offsets", func(n *nicloop.Loop) error { return n.Reset(fx.Epoch) })
 	case checkpoint.OpStopped:
-		if fx.Epoch == 0 {
+		if fx.Epoch == 0 && ck.d.failover.follows() {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})

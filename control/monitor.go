@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -84,7 +85,9 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 		mo.d.post(func() {
 			if why := err.Error(); mo.info.err != why && ctx.Err() == nil {
 				mo.info.err = why
-				mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
+				if !connected || !errors.Is(err, io.EOF) { // the next connection shows what that means
+					mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
+				}
 			}
 		})
 		if connected && time.Since(began) > qmpRetry {

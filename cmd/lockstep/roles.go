@@ -168,7 +168,7 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 		err = b.Meets(running)
 	}
 	if errors.Is(err, failover.ErrNeverRan) {
-		o.log.Warn(fmt.Sprintf("waiting: %v. On that node, call `lockstep start --here -c %s --node NAME`, with its daemon stopped", err, o.config.File))
+		o.log.Warn(fmt.Sprintf("waiting: %v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
 		control.Notify(o.log, sd.SdNotifyReady)
 		if _, err = rs.await(ctx, rec, 0); err != nil {
 			return failover.Begin{}, err

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	sd "github.com/coreos/go-systemd/v22/daemon"
@@ -22,7 +21,6 @@ import (
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
-	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/loader"
 )
 
@@ -134,22 +132,14 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 	return e.control(ctx, opt) // closes the NICs
 }
 
-// unfit refuses a config whose sections do not go together: a pair that is believed to
-// fail over, and does not, is worse than none.
+// unfit refuses a config that does not go together, or not with the role.
 func unfit(o runOptions) error {
-	switch c := o.config; {
-	case o.self.Starts && c.Arbiter.Type == "":
-		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host transmit when it has lost the other")
-	case o.self.QMP == "" && c.Arbiter.Type != "":
-		return c.Refuse("arbiter", "without QEMU's socket no node can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
-	case o.role == failover.RoleAuto && (c.Arbiter.Type == "" || c.Arbiter.Type == config.ArbiterNone):
-		return c.Refuse("arbiter", "nobody keeps which node served last, so this one cannot find out its role by itself", "name an arbiter (etcd, file or exec), or start each node with its --role, primary or secondary")
+	c := o.config
+	if err := c.Unfit(o.self); err != nil {
+		return err
 	}
-	if q := o.config.QEMU; q != nil && o.self.Starts {
-		if i, err := qemu.CheckExtra(q.Extra); err != nil {
-			what, fix, _ := strings.Cut(err.Error(), "; ")
-			return o.config.Refuse(fmt.Sprintf("qemu.extra[%d]", i), what, fix)
-		}
+	if o.role == failover.RoleAuto && (c.Arbiter.Type == "" || c.Arbiter.Type == config.ArbiterNone) {
+		return c.Refuse("arbiter", "nobody keeps which node served last, so this one cannot find out its role by itself", "name an arbiter (etcd, file or exec), or start each node with its --role, primary or secondary")
 	}
 	return nil
 }
