@@ -254,7 +254,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		break
 	}
 	if told.Err() != nil && err == nil {
-		d.log.Info("told to end: QEMU and the programs in the kernel go on without this daemon; " + d.leaves())
+		d.log.Info("told to end: the guest and the programs in the kernel go on without this daemon; " + d.leaves())
 	}
 	return err
 }

@@ -168,9 +168,9 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 		err = b.Meets(running)
 	}
 	if errors.Is(err, failover.ErrNeverRan) {
-		o.log.Warn(fmt.Sprintf("waiting: %v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
-		control.Notify(o.log, sd.SdNotifyReady)
-		if _, err = rs.await(ctx, rec, 0); err != nil {
+		end := showWaiting(ctx, o, fmt.Sprintf("%v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
+		_, err = rs.await(ctx, rec, 0)
+		if end(); err != nil {
 			return failover.Begin{}, err
 		}
 		return decide(ctx, e, o, rs)
@@ -183,14 +183,16 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 
 // settle returns the arbiter's entry once it is known, and reports that it has to wait.
 func (rs *roleState) settle(ctx context.Context, o runOptions) (arbiter.Entry, error) {
-	warned := false
-	return control.Settle(ctx, rs.arbiter, func(err error) {
-		if !warned {
-			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
-			control.Notify(o.log, sd.SdNotifyReady) // or systemd ends this daemon
-			warned = true
+	var end func()
+	rec, err := control.Settle(ctx, rs.arbiter, func(err error) {
+		if end == nil {
+			end = showWaiting(ctx, o, fmt.Sprintf("the arbiter does not answer, and everything is left as it is until it does: %v", err))
 		}
 	})
+	if end != nil {
+		end()
+	}
+	return rec, err
 }
 
 // entryPoll is between two looks at an entry that is to change.

@@ -155,6 +155,13 @@ func TestAutoRole(t *testing.T) {
 		t.Fatalf("it ended with %d:\n%s", x, <-waited)
 	case <-time.After(100 * time.Millisecond): // in which it would
 	}
+	x, stdout, stderr := c.run(t.Context(), "status -c @/auto.yaml --node alpha")
+	if x != exitOK || !strings.Contains(stdout, "no role yet, waiting, epoch 0: the pair has never run") {
+		t.Errorf("status of one that waits: exit %d, %s%s", x, stdout, stderr)
+	}
+	if x, _, stderr := c.run(t.Context(), "failover -c @/auto.yaml --node alpha"); x != exitFailed || !strings.Contains(stderr, "the pair has never run") {
+		t.Errorf("failover of one that waits: exit %d, %s", x, stderr)
+	}
 	store, err := state.Open(conf.StateDir, "web1", "alpha")
 	if err != nil {
 		t.Fatal(err)
@@ -166,7 +173,7 @@ func TestAutoRole(t *testing.T) {
 	if x := <-code; x != exitOK {
 		t.Errorf("exit %d", x)
 	}
-	stderr := <-waited
+	stderr = <-waited
 	want := []string{"primary fencing term 1, speaker alpha", "primary fencing term 1, speaker alpha", "secondary fencing term 2, speaker beta",
 		"primary fencing term 3, speaker alpha", "secondary fencing term 4, speaker beta", "secondary fencing term 4, speaker beta"}
 	if !slices.Equal(parts, want) {

@@ -5,10 +5,12 @@ package e2e
 import (
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
@@ -40,9 +42,9 @@ func (p *livingPair) says(node, what string) {
 // ordered runs a command that has to succeed, and shows what it prints.
 func (p *livingPair) ordered(node string, args ...string) string {
 	p.t.Helper()
-	out, err := p.order(node, args...)
+	out, err := p.orderHere(node, args...)
 	if err != nil {
-		p.t.Fatalf("%v: %v", args, err)
+		p.t.Fatalf("%v: %v\n%s", args, err, out)
 	}
 	p.t.Logf("%s$ lockstep %s\n%s", node, strings.Join(args, " "), out)
 	return out
@@ -98,6 +100,7 @@ func TestAutoRoles(t *testing.T) {
 	p.lose("alpha")
 	c.ask(1)
 	p.isPrimary("beta")
+	p.says("beta", `msg="taking over from alpha" vm=web1 node=beta role=secondary why="the primary's host has sent nothing for heartbeat.timeout"`)
 	turns++
 	p.auto("alpha")
 	both()
@@ -106,6 +109,8 @@ func TestAutoRoles(t *testing.T) {
 		p.ordered(to, "failover")
 		c.ask(1)
 		p.isPrimary(to)
+		p.says(to, `why="an operator ordered it"`)
+		p.says(other(to), "this node may not transmit for the guest any more: an operator has the secondary take over")
 		turns++
 		both()
 	}
@@ -113,12 +118,15 @@ func TestAutoRoles(t *testing.T) {
 	p.killQEMU("beta")
 	c.ask(1)
 	p.isPrimary("alpha")
+	p.says("alpha", "the primary's daemon reports that its guest cannot go on")
+	p.says("beta", "this node may not transmit for the guest any more: its QEMU is dead")
 	turns++
 	both()
 	// The secondary's host is lost, and comes back.
 	p.lose("beta")
 	c.ask(1)
 	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
+	p.says("alpha", `why="the secondary's daemon has not come back within heartbeat.restart"`)
 	p.auto("beta")
 	both()
 	// Both daemons, but not their guests.
@@ -128,6 +136,20 @@ func TestAutoRoles(t *testing.T) {
 	both()
 	if got := watch.Turns(); len(got) != turns {
 		t.Errorf("turns of speech: %v, want %d", got, turns)
+	}
+	// What was healthy is no warning, and who is told to end says what becomes of the guest.
+	for _, node := range []string{"beta", "alpha"} {
+		p.signalDaemon(node, syscall.SIGTERM)
+		if err := p.procs[node].Wait(); err != nil {
+			t.Errorf("the daemon of %s, told to end: %v", node, err)
+		}
+	}
+	p.says("beta", "told to end: the guest and the programs in the kernel go on without this daemon; alpha goes on alone after heartbeat.restart (3s), unless one is started again")
+	p.says("alpha", "told to end: the guest and the programs in the kernel go on without this daemon; nothing leaves the guest until one is started again, and beta takes over after heartbeat.restart (3s)")
+	for _, node := range []string{"beta", "alpha"} {
+		if strings.Contains(p.log(node), "parked until a checkpoint") {
+			t.Errorf("%s warns of the stop with which each pair begins", node)
+		}
 	}
 	p.forget("alpha", "beta")
 }
@@ -228,4 +250,102 @@ func TestHostLostForGood(t *testing.T) {
 	p.auto("alpha")
 	p.refused("alpha", "this host was replaced, and its disks may not be the guest's")
 	p.forget("alpha", "beta")
+}
+
+// TestDayOfAnOperator goes through the procedures of docs/OPERATIONS.md that no other test does, with one client's session
+// as long as the guest runs.
+func TestDayOfAnOperator(t *testing.T) {
+	p := newLivingPair(t, 1, "")
+	hosts := []string{"alpha", "beta"}
+	// What `doctor` calls fit starts, though taps, run_dir and state_dir are still to be made.
+	for _, node := range hosts {
+		if out, err := p.orderHere(node, "doctor"); err != nil || !strings.Contains(out, "lockstep makes tap") {
+			t.Errorf("doctor on %s: %v\n%s", node, err, out)
+		}
+	}
+	p.ordered("alpha", "start", "--here")
+	p.auto(hosts...)
+	p.covered()
+	p.booted()
+	p.lockstepped()
+	c := p.open()
+	restart := func(node string) {
+		t.Helper()
+		p.signalDaemon(node, syscall.SIGTERM)
+		p.procs[node].Wait()
+		p.auto(node)
+		p.covered()
+		c.ask(5)
+	}
+	// A setting that is one daemon's own; another lockstep.
+	for _, node := range hosts {
+		p.change(node, "migration:", "checkpoint: {period: 19s}\nmigration:")
+		restart(node)
+		p.ordered(node, "upgrade")
+		restart(node)
+	}
+	if s := p.status("alpha"); s.Role != "primary" || s.ArbiterTerm != p.record {
+		t.Errorf("alpha is %s in term %d, and was the primary in %d", s.Role, s.ArbiterTerm, p.record)
+	}
+	p.ordered("alpha", "status")
+	// The secondary's host is shut down, and replaced by another one with an empty disk.
+	disk := p.mustDial(lt.Guest4, portDisk)
+	if got := p.ask(disk, "write kept text"); got != "wrote kept <nil>" {
+		t.Fatal(got)
+	}
+	p.signalDaemon("beta", syscall.SIGTERM)
+	p.procs["beta"].Wait()
+	p.killQEMU("beta")
+	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
+	p.ordered("alpha", "status")
+	c.ask(5)
+	replace := func(node string) {
+		t.Helper()
+		lt.Run(t, "rm", "-r", "-f", fmt.Sprintf("%s/state/web1-%s.state", p.Dir, node), fmt.Sprintf("%s/overlays-%s", p.Dir, node))
+		qemutest.Disk(t, fmt.Sprintf("%s/%s0.qcow2", p.Dir, node), 64<<20, false)
+		p.auto(node)
+		p.covered()
+		c.ask(5)
+	}
+	replace("beta")
+	// The primary's host is to be replaced: the other one takes over first.
+	p.ordered("beta", "failover")
+	p.covered()
+	p.isPrimary("beta")
+	c.ask(5)
+	p.lose("alpha")
+	c.ask(5)
+	replace("alpha")
+	if got := p.ask(disk, "read kept"); got != "text <nil>" {
+		t.Errorf("the disks have %q", got)
+	}
+	p.ordered("beta", "events", "--last", "12")
+	// The guest is shut down, and with it the pair.
+	c.c.Close()
+	disk.Close()
+	p.end("poweroff")
+	for _, node := range hosts {
+		if err := p.procs[node].Wait(); err != nil {
+			t.Errorf("the daemon of %s ended with %v", node, err)
+		}
+	}
+	for _, node := range hosts {
+		p.ordered(node, "unload")
+	}
+	// Nothing boots it before an operator does, on the host that served last; the other one waits for that.
+	p.auto(hosts...)
+	if err := p.procs["beta"].Wait(); err != nil || !strings.Contains(p.log("beta"), "powered off and stays off; `lockstep start") {
+		t.Errorf("started again, the daemon of beta ended with %v", err)
+	}
+	p.await("alpha", func(s *api.Status) bool { return s.Role == "secondary" && s.QMP.State == "inmigrate" })
+	p.ordered("beta", "start")
+	p.auto("beta")
+	p.covered()
+	p.booted()
+	c, served := p.open(), p.mustDial(lt.Guest4, portDisk)
+	if got := p.ask(served, "read kept"); got != "text <nil>" {
+		t.Errorf("after the start the disks have %q", got)
+	}
+	c.ask(5)
+	p.forget(hosts...)
 }

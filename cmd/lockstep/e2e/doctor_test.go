@@ -33,9 +33,9 @@ func TestDoctorHere(t *testing.T) {
 				return by
 			}
 			by := doctor(0)
-			want := strings.Fields("privileges kernel tcx btf programs compiler vxlan bpffs qemu colo control peer run_dir nics[0].tap")
+			want := strings.Fields("privileges kernel tcx btf programs compiler bpffs qemu colo control peer run_dir nics[0].tap")
 			if peer == lt.VXLAN {
-				want = append(want, "nics[0].underlay", "nics[0].route")
+				want = append(want, "vxlan", "nics[0].underlay", "nics[0].route")
 			} else {
 				want = append(want, "nics[0].peer", "nics[0].xdp")
 			}
