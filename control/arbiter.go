@@ -114,7 +114,10 @@ func (fo *failoverPart) claim(term uint64) {
 		from.Speaker = fo.d.opt.Peer
 	}
 	to := arbiter.Entry{Term: term + 1, Speaker: fo.d.opt.Node}
-	fo.d.log.Info("asking the arbiter whether this node may transmit alone", "why", fo.machine.Why(), "from", from, "to", to)
+	if fo.p != nil {
+		fo.d.log.Warn("going on without "+fo.d.opt.Peer+", if the arbiter lets it", "why", fo.p.Why())
+	}
+	fo.d.log.Info("asking the arbiter whether this node may transmit alone", "from", from, "to", to)
 	fo.d.work.Go(func() {
 		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
 			fo.d.log.Warn("the arbiter does not answer which host may transmit: muted until it does", "err", err)

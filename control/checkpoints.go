@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -179,7 +180,11 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.commit(fx)
 	case checkpoint.OpFailed:
 		ck.attemptEnds(fx.Cause, fx)
-		ck.d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+		level := slog.LevelWarn
+		if fo := ck.d.failover; fo != nil && fo.p != nil && !fo.p.Covered() {
+			level = slog.LevelInfo // the pair begins, and the SVM stops for that: it is tried again
+		}
+		ck.d.log.Log(ck.d.ctx, level, "checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
 		ck.checkpointEvent()
 
 	case checkpoint.OpPark:

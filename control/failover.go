@@ -280,7 +280,7 @@ func (fo *failoverPart) goAlone() error {
 	if err := fo.d.each("go on alone", (*nicloop.Loop).Solo); err != nil {
 		return err
 	}
-	fo.d.log.Warn("transmitting alone: nothing protects the guest until there is a secondary again", "why", fo.p.Why(), "arbiter_term", fo.p.Term())
+	fo.d.log.Warn("transmitting alone: nothing protects the guest until there is a secondary again", "arbiter_term", fo.p.Term())
 	fo.d.event(journal.Role, "transmitting alone: "+fo.p.Why(), map[string]any{"state": "solo", "term": fo.p.Term()})
 	fo.d.repl.endReplication()
 	return fo.remember(func(*state.State) {})

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
@@ -85,7 +86,7 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 		mo.d.post(func() {
 			if why := err.Error(); mo.info.err != why && ctx.Err() == nil {
 				mo.info.err = why
-				if !connected || !errors.Is(err, io.EOF) { // the next connection shows what that means
+				if !connected || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) { // the next connection shows what that means
 					mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
 				}
 			}

@@ -11,6 +11,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
@@ -220,7 +221,7 @@ func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 	}
 	l.Close(why)
 	said := why.Error()
-	if errors.Is(why, io.EOF) {
+	if errors.Is(why, io.EOF) || errors.Is(why, syscall.ECONNRESET) {
 		said = pl.d.opt.Peer + "'s daemon has ended, or closed it"
 	}
 	if pl.linkUp {

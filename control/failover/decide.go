@@ -82,7 +82,7 @@ func decide(role datapath.Role, self, peer string, st state.State, rec arbiter.E
 		if rec.Speaker == "" {
 			return Begin{}, fmt.Errorf("%s is to be primary and has not claimed the arbiter", self) // the caller's mistake
 		}
-		return Begin{}, fmt.Errorf("%s is not primary any more: %s transmits for the guest (%s). To have this node follow it, start it with --role secondary; its guest's memory and disks are replaced then",
+		return Begin{}, fmt.Errorf("%s is not primary any more: %s transmits for the guest (%s). To have this node follow it, start it without --role; its guest's memory and disks are replaced then",
 			self, peer, rec)
 	}
 	b := Begin{Role: datapath.RoleSecondary, Record: rec}

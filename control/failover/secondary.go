@@ -186,9 +186,12 @@ func (l *Secondary) advance(now int64) {
 		l.fence("its QEMU has lost the primary's, which lives")
 	}
 	if l.state == SecondaryPair && now >= l.gone() {
-		if l.hostLives && l.exited == 0 {
+		switch {
+		case l.hostLives && l.exited == 0:
 			l.takeOver("the primary's daemon has not come back within heartbeat.restart")
-		} else {
+		case l.hostLives:
+			l.takeOver("the primary's daemon and its QEMU have both closed their connections")
+		default:
 			l.takeOver("the primary's host has sent nothing for heartbeat.timeout")
 		}
 	}
