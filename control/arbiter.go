@@ -127,7 +127,11 @@ func (fo *failoverPart) claim(term uint64) {
 		}
 		fo.d.post(func() {
 			fo.d.log.Info("the arbiter answered", "won", won, "entry", now)
-			fo.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			cause := "this node may transmit alone"
+			if !won {
+				cause = "this node may not transmit any more"
+			}
+			fo.d.event(journal.Arbiter, cause, map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
 			fo.step(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})

@@ -204,7 +204,7 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(m *machine) {
 				m.writable = func(dir string) error { return fmt.Errorf("%s: read-only file system", dir) }
 			}},
-		{name: "no tap", check: "nics[0].tap", state: "missing", found: "no device tapP", fix: "ip tuntap add dev tapP mode tap", file: "pair.yaml", node: "alpha",
+		{name: "no tap", check: "nics[0].tap", state: "missing", found: `no device "tapP"`, fix: "ip tuntap add dev tapP mode tap", file: "pair.yaml", node: "alpha",
 			spoil: func(m *machine) {
 				m.addresses = addresses("192.0.2.1")
 				m.device = devices(map[string]int{"peerP": 9000})
@@ -228,7 +228,7 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(*machine) {}},
 		{name: "no route", check: "nics[0].route", state: "missing", found: "network is unreachable", fix: "ip route add 192.0.2.1 dev eth1",
 			spoil: func(m *machine) { m.route = func(*config.VXLAN) error { return syscall.ENETUNREACH } }},
-		{name: "no peer device", check: "nics[0].peer", state: "missing", found: "no device peerP", fix: "make it first, or have lockstep make a VXLAN", file: "pair.yaml", node: "alpha",
+		{name: "no peer device", check: "nics[0].peer", state: "missing", found: `no device "peerP"`, fix: "make it first, or have lockstep make a VXLAN", file: "pair.yaml", node: "alpha",
 			spoil: func(m *machine) {
 				m.addresses = addresses("192.0.2.1")
 				m.device = devices(map[string]int{"tapP": 1500})

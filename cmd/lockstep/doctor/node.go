@@ -197,7 +197,7 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 	case err != nil && nic.Bridge != "":
 		d.ok(name("tap"), "lockstep makes %s, in %s", nic.Tap, nic.Bridge)
 	case err != nil:
-		d.missing(name("tap"), device.NoTap(nic.Tap), "there is no device %s: %v", nic.Tap, err)
+		d.missing(name("tap"), device.NoTap(nic.Tap), "there is no device %q: %v", nic.Tap, err)
 		return // what is right for the others depends on it
 	default:
 		if err := d.m.tap(nic.Tap); err != nil {
@@ -221,10 +221,10 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 	l, err := d.m.device(dev)
 	switch {
 	case err != nil:
-		d.missing(key, device.NoPeer, "there is no device %s: %v", dev, err)
+		d.missing(key, device.NoPeer, "there is no device %q: %v", dev, err)
 		return
-	case l.MTU < mtu:
-		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, mtu), "%s has MTU %d, less than the tap's %d", dev, l.MTU, mtu)
+	case device.CheckPeerMTU(dev, l.MTU, nic.Tap, mtu) != nil:
+		lacks("peer", device.CheckPeerMTU(dev, l.MTU, nic.Tap, mtu))
 	case l.Flags&net.FlagUp == 0 && v != nil: // lockstep sets up a peer device itself
 		d.warn(key, fmt.Sprintf("ip link set %s up", dev), "%s is down: there is no pair until it is up", dev)
 	default:
