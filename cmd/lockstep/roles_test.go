@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -76,6 +77,35 @@ func TestRunLife(t *testing.T) {
 	ended := "ended: " + control.ErrFenced.Error()
 	if want := []string{"started", ended, "started", ended}; !slices.Equal(daemon, want) {
 		t.Errorf("daemon events %q, want %q", daemon, want)
+	}
+}
+
+// To systemd a guest that is off is a daemon that was ready and has ended, and no start that failed, which it would repeat.
+func TestOffIsReady(t *testing.T) {
+	c := newCLI(t)
+	c.write(t, "off.yaml", strings.Replace(pairYAML, ", qmp: alpha.qmp", "", 1)+"arbiter: {type: file, path: "+c.dir+"}\nstate_dir: state\nqemu: {memory: 1G}\n")
+	store, err := state.Open(filepath.Join(c.dir, "state"), "web1", "alpha")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Save(state.State{Role: "primary", Term: 1, Off: true}); err != nil {
+		t.Fatal(err)
+	}
+	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(c.dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer systemd.Close()
+	t.Setenv("NOTIFY_SOCKET", systemd.LocalAddr().String())
+	if code, _, stderr := c.run(t.Context(), "run -c @/off.yaml --node alpha"); code != exitOK || !strings.Contains(stderr, "powered off and stays off") {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	for _, want := range []string{"READY=1", "STOPPING=1"} {
+		b := make([]byte, 100)
+		systemd.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if n, err := systemd.Read(b); err != nil || string(b[:n]) != want {
+			t.Errorf("systemd heard %q, %v, want %q", b[:n], err, want)
+		}
 	}
 }
 

@@ -4,7 +4,10 @@ package e2e
 
 import (
 	"fmt"
+	"net"
+	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -88,9 +91,41 @@ func newAutoPair(t *testing.T) *unitPair {
 	return p
 }
 
+// notifications is in systemd's place, and counts what daemons tell it.
+func notifications(t *testing.T) (told func(what string) int) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "n")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	t.Setenv("NOTIFY_SOCKET", path)
+	var mu sync.Mutex
+	count := make(map[string]int)
+	go func() {
+		b := make([]byte, 1000)
+		for {
+			n, err := l.Read(b)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			count[string(b[:n])]++
+			mu.Unlock()
+		}
+	}()
+	return func(what string) int {
+		mu.Lock()
+		defer mu.Unlock()
+		return count[what]
+	}
+}
+
 // TestAutoRoles: neither unit names a role. Whatever ends on whichever host, what comes back is what it has to be, with
 // the same command line, and a client's session lasts through all of it.
 func TestAutoRoles(t *testing.T) {
+	told := notifications(t)
 	p := newAutoPair(t)
 	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c, turns := p.open(), 1
@@ -140,6 +175,9 @@ func TestAutoRoles(t *testing.T) {
 	if got := watch.Turns(); len(got) != turns {
 		t.Errorf("turns of speech: %v, want %d", got, turns)
 	}
+	if n := told("STOPPING=1"); n != 0 {
+		t.Errorf("systemd was told %d times that a daemon stops, when its role ended: it would end it", n)
+	}
 	// What was healthy is no warning, and who is told to end says what becomes of the guest.
 	for _, node := range []string{"beta", "alpha"} {
 		p.signalDaemon(node, syscall.SIGTERM)
@@ -147,6 +185,7 @@ func TestAutoRoles(t *testing.T) {
 			t.Errorf("the daemon of %s, told to end: %v", node, err)
 		}
 	}
+	lt.Eventually(t, 10*time.Second, func() (bool, string) { return told("STOPPING=1") == 2, "systemd is not told that both stop" })
 	p.says("beta", "told to end: the guest and the programs in the kernel go on without this daemon; alpha goes on alone after heartbeat.restart (3s), unless one is started again")
 	p.says("alpha", "told to end: the guest and the programs in the kernel go on without this daemon; nothing leaves the guest until one is started again, and beta takes over after heartbeat.restart (3s)")
 	for _, node := range []string{"beta", "alpha"} {
