@@ -208,7 +208,11 @@ func TestHelpAndVersion(t *testing.T) {
 			t.Errorf("--help does not list %s", cmd)
 		}
 	}
-	if code, stdout, _ := c.run(t.Context(), "version"); code != 0 || !strings.HasPrefix(stdout, "lockstep ") || len(stdout) < len("lockstep x\n") {
-		t.Errorf("version: exit %d, %q", code, stdout)
+	code, version, _ := c.run(t.Context(), "version")
+	if code != 0 || !strings.HasPrefix(version, "lockstep ") || len(version) < len("lockstep x\n") {
+		t.Errorf("version: exit %d, %q", code, version)
+	}
+	if code, stdout, _ := c.run(t.Context(), "--version"); code != 0 || stdout != version {
+		t.Errorf("--version: exit %d, %q, want %q", code, stdout, version)
 	}
 }
