@@ -138,7 +138,7 @@ func TestAutoRoles(t *testing.T) {
 	p.lose("alpha")
 	c.ask(1)
 	p.isPrimary("beta")
-	p.says("beta", `msg="taking over from alpha" vm=web1 node=beta role=secondary why="the primary's daemon and its QEMU have both closed their connections"`)
+	p.says("beta", `msg="taking over from alpha" vm=web1 node=beta role=secondary why="the primary's `) // which of the signs came first is open
 	turns++
 	p.auto("alpha")
 	both()
@@ -156,7 +156,7 @@ func TestAutoRoles(t *testing.T) {
 	p.killQEMU("beta")
 	c.ask(1)
 	p.isPrimary("alpha")
-	p.says("alpha", "the primary's daemon reports that its guest cannot go on")
+	p.says("alpha", `msg="taking over from beta" vm=web1 node=alpha role=secondary why="the primary's `)
 	p.says("beta", "this node may not transmit for the guest any more: its QEMU is dead")
 	turns++
 	both()
@@ -164,7 +164,7 @@ func TestAutoRoles(t *testing.T) {
 	p.lose("beta")
 	c.ask(1)
 	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
-	p.says("alpha", `why="the secondary's daemon has not come back within heartbeat.restart"`)
+	p.says("alpha", `msg="going on without beta, if the arbiter lets it" vm=web1 node=alpha role=primary why="the secondary's `)
 	p.auto("beta")
 	both()
 	// Both daemons, but not their guests.
