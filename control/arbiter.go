@@ -19,6 +19,9 @@ const entryEvery = 5 * time.Second
 // entryTimeout bounds it: a claim may be waiting for its turn.
 const entryTimeout = 500 * time.Millisecond
 
+// EntryNoticed is how long a primary that can ask the arbiter may take to find a newer entry.
+const EntryNoticed = entryEvery + 2*entryTimeout
+
 // watchEntry fences a host that the arbiter does not name any more (R26).
 func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 	tick := time.NewTicker(every)
@@ -41,7 +44,7 @@ func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 
 func (fo *failoverPart) entry(now arbiter.Entry) {
 	if now.Speaker != fo.d.opt.Node && now.Term > fo.p.Term() && fo.p.State() != failover.PrimaryClaim {
-		fo.d.log.Error("the arbiter names another node: this one is fenced", "entry", now)
+		fo.d.log.Error("the arbiter names the other node", "entry", now)
 	}
 	fo.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == fo.d.opt.Node})
 }
@@ -111,7 +114,10 @@ func (fo *failoverPart) claim(term uint64) {
 		from.Speaker = fo.d.opt.Peer
 	}
 	to := arbiter.Entry{Term: term + 1, Speaker: fo.d.opt.Node}
-	fo.d.log.Info("claiming the arbiter", "from", from, "to", to)
+	if fo.p != nil {
+		fo.d.log.Warn("going on without "+fo.d.opt.Peer+", if the arbiter lets it", "why", fo.p.Why())
+	}
+	fo.d.log.Info("asking the arbiter whether this node may transmit alone", "from", from, "to", to)
 	fo.d.work.Go(func() {
 		now, won, err := Swap(fo.d.ctx, fo.Arbiter, from, to, func(err error) {
 			fo.d.log.Warn("the arbiter does not answer which host may transmit: muted until it does", "err", err)
@@ -120,8 +126,12 @@ func (fo *failoverPart) claim(term uint64) {
 			return // the daemon ends
 		}
 		fo.d.post(func() {
-			fo.d.log.Info("the arbiter answered", "won", won, "record", now)
-			fo.d.event(journal.Arbiter, "", map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
+			fo.d.log.Info("the arbiter answered", "won", won, "entry", now)
+			cause := "this node may transmit alone"
+			if !won {
+				cause = "this node may not transmit any more"
+			}
+			fo.d.event(journal.Arbiter, cause, map[string]any{"won": won, "term": now.Term, "speaker": now.Speaker})
 			fo.step(failover.Event{Kind: failover.EvClaimed, OK: won, Term: now.Term})
 		})
 	})

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -76,11 +77,19 @@ func (ck *checkpoints) wanted(r nicloop.Request) {
 	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
 		// Nobody to ask. Guests that keep diverging ask without end.
 		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
-			ck.d.log.Warn("checkpoint needed", "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved, "qmp", ck.d.opt.QMP != "", "peer", ck.d.peer.linkUp)
+			ck.d.log.Warn("a checkpoint is needed and cannot be made: "+ck.unable(), "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved)
 			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
 	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason})
+}
+
+// unable is why no checkpoint can be made now.
+func (ck *checkpoints) unable() string {
+	if ck.d.opt.QMP == "" {
+		return "the config names no QEMU to ask"
+	}
+	return "there is no session with " + ck.d.opt.Peer
 }
 
 // note keeps a request in mind for the attempt that serves it, and for status.
@@ -171,7 +180,11 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.commit(fx)
 	case checkpoint.OpFailed:
 		ck.attemptEnds(fx.Cause, fx)
-		ck.d.log.Warn("checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
+		level := slog.LevelWarn
+		if fo := ck.d.failover; fo != nil && fo.p != nil && !fo.p.Covered() {
+			level = slog.LevelInfo // the pair begins, and the SVM stops for that: it is tried again
+		}
+		ck.d.log.Log(ck.d.ctx, level, "checkpoint failed", "epoch", fx.Epoch, "cause", fx.Cause)
 		ck.checkpointEvent()
 
 	case checkpoint.OpPark:
@@ -193,7 +206,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.phaseBegan = ck.d.now()
 		return ck.d.each("reset offsets", func(n *nicloop.Loop) error { return n.Reset(fx.Epoch) })
 	case checkpoint.OpStopped:
-		if fx.Epoch == 0 {
+		if fx.Epoch == 0 && ck.d.failover.follows() {
 			ck.d.log.Warn("the SVM stopped, or may have, and nobody asked it to: parked until a checkpoint")
 		}
 		ck.d.peer.send(peerlink.Stopped{Epoch: fx.Epoch})

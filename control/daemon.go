@@ -163,6 +163,7 @@ func Run(ctx context.Context, o Options) error {
 // Run works until ctx ends or the daemon cannot go on. It closes the data paths:
 // the kernel goes on in its last mode.
 func (d *Daemon) Run(ctx context.Context) (err error) {
+	told := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	d.ctx = ctx
@@ -236,9 +237,8 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	if fo := d.failover; fo != nil && fo.Guest != nil && len(fo.Guest.Disks) > 0 {
 		start(func() error { d.room.watchOverlays(ctx); return nil })
 	}
-	notify(d.log, sd.SdNotifyReady)
+	Notify(d.log, sd.SdNotifyReady)
 	err = <-ends
-	notify(d.log, sd.SdNotifyStopping)
 	cancel()
 	for _, n := range d.nics {
 		n.DP.Wake()
@@ -253,11 +253,35 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}
 		break
 	}
+	if told.Err() != nil && err == nil {
+		d.log.Info("told to end: the guest and the programs in the kernel go on without this daemon; " + d.leaves())
+	}
 	return err
 }
 
-// notify reports to systemd, and does not wait for one that hangs.
-func notify(log *slog.Logger, state string) {
+// leaves is what becomes of the guest without this daemon.
+func (d *Daemon) leaves() string {
+	fo := d.failover
+	switch {
+	case fo == nil && d.isPrimary():
+		return "nothing leaves the guest until one is started again"
+	case fo == nil:
+		return "nothing leaves the primary's guest until one is started again"
+	case fo.p != nil && fo.p.State() == failover.PrimarySolo:
+		return "the guest transmits alone"
+	case fo.p != nil && fo.p.State() == failover.PrimaryPair && fo.p.Covered():
+		return fmt.Sprintf("nothing leaves the guest until one is started again, and %s takes over after heartbeat.restart (%v)", d.opt.Peer, d.opt.Heartbeat.Restart)
+	case fo.p != nil && fo.p.State() == failover.PrimaryPair:
+		return fmt.Sprintf("nothing leaves the guest until one is started again: %s cannot take over yet", d.opt.Peer)
+	case fo.s != nil && fo.s.State() == failover.SecondaryPair:
+		return fmt.Sprintf("%s goes on alone after heartbeat.restart (%v), unless one is started again", d.opt.Peer, d.opt.Heartbeat.Restart)
+	}
+	return "no guest served or followed here"
+}
+
+// Notify reports a daemon's state to systemd, and does not wait for one that hangs. A role's end is no
+// stopping: systemd would end the daemon, whatever it becomes next, after the unit's TimeoutStopSec.
+func Notify(log *slog.Logger, state string) {
 	ctx, done := context.WithTimeout(context.Background(), notifyTimeout)
 	defer done()
 	err := program.Within(ctx, "sd_notify "+state, func() error { _, err := sd.SdNotify(false, state); return err })

@@ -33,6 +33,15 @@ func (fo *failoverPart) paired() bool {
 	return fo == nil || fo.p == nil || fo.p.State() == failover.PrimaryPair
 }
 
+// waits reports whether this host follows a primary, or waits for one (S). One that takes over does not.
+func (fo *failoverPart) waits() bool {
+	return fo == nil || fo.s == nil || fo.s.State() <= failover.SecondaryPair
+}
+
+// follows reports whether a stop that nobody asked for is one: the SVM of a pair that begins stands still
+// until the first checkpoint.
+func (fo *failoverPart) follows() bool { return fo == nil || fo.s == nil || fo.s.Covered() }
+
 // poweredOff ends this daemon, because its guest is off (R25).
 func (fo *failoverPart) poweredOff() error {
 	fo.d.log.Info("the guest powered off, and stays off until `lockstep start`")
@@ -82,6 +91,7 @@ type failoverMachine interface {
 	NextDeadline() int64
 	Step(now int64, ev failover.Event) []failover.Effect
 	Term() uint64
+	Why() string
 	Sick() bool
 }
 
@@ -123,7 +133,7 @@ func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
 	if d.opt.Role == datapath.RolePrimary {
 		fo.p = o.Begin.Primary(cfg, now)
 		fo.machine = fo.p
-		return fo, nil
+		return fo, fo.remember(func(*state.State) {}) // that its disks are the guest's (R19)
 	}
 	fo.s = o.Begin.Secondary(cfg, d.opt.Node, now)
 	fo.machine = fo.s
@@ -202,8 +212,8 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 			fo.d.peer.send(peerlink.Covered{Term: fx.Term})
 		}
 	case failover.OpQuiet:
-		fo.d.log.Warn("the primary is gone: taking over")
-		fo.d.event(journal.Failover, "the primary is gone", nil)
+		fo.d.log.Warn("taking over from "+fo.d.opt.Peer, "why", fo.s.Why())
+		fo.d.event(journal.Failover, "taking over: "+fo.s.Why(), nil)
 		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
 		if err := fo.d.each("mute", (*nicloop.Loop).Quiet); err != nil {
 			return err
@@ -270,8 +280,8 @@ func (fo *failoverPart) goAlone() error {
 	if err := fo.d.each("go on alone", (*nicloop.Loop).Solo); err != nil {
 		return err
 	}
-	fo.d.log.Warn("transmitting alone: nothing protects the guest now", "arbiter_term", fo.p.Term())
-	fo.d.event(journal.Role, "the secondary is gone", map[string]any{"state": "solo", "term": fo.p.Term()})
+	fo.d.log.Warn("transmitting alone: nothing protects the guest until there is a secondary again", "arbiter_term", fo.p.Term())
+	fo.d.event(journal.Role, "transmitting alone: "+fo.p.Why(), map[string]any{"state": "solo", "term": fo.p.Term()})
 	fo.d.repl.endReplication()
 	return fo.remember(func(*state.State) {})
 }
@@ -300,11 +310,11 @@ func (fo *failoverPart) promote() error {
 
 // fenced: this host may not transmit any more.
 func (fo *failoverPart) fenced() {
-	end := ErrFenced
+	end := fmt.Errorf("%w: %s", ErrFenced, fo.machine.Why())
 	if fo.s != nil {
-		end = ErrAfresh
+		end = fmt.Errorf("%w: %s", ErrAfresh, fo.machine.Why())
 	}
-	fo.d.event(journal.Fencing, "this node is fenced", nil)
+	fo.d.event(journal.Fencing, "this node is fenced: "+fo.machine.Why(), nil)
 	if fo.s != nil {
 		// So that a daemon after this one knows that the SVM may be ended.
 		if err := fo.remember(func(st *state.State) { st.Covered = 0 }); err != nil {
@@ -370,7 +380,7 @@ func (fo *failoverPart) joined(record uint64, pair, colo bool) {
 		// P has lost its guest, or asks the arbiter whether it may go on alone. It has not said that its gate is shut.
 		fo.step(failover.Event{Kind: failover.EvPeerDead})
 	case colo:
-		fo.d.fatal = ErrAfresh // this SVM followed a PVM that is gone
+		fo.d.fatal = fmt.Errorf("%w: the primary has another guest than the one that this secondary's followed", ErrAfresh)
 	}
 }
 
@@ -395,8 +405,7 @@ func (fo *failoverPart) received(m peerlink.Message) bool {
 func (fo *failoverPart) fromSecondary(m peerlink.Message) bool {
 	switch m := m.(type) {
 	case peerlink.Yield:
-		fo.d.log.Warn("an operator has the secondary take over")
-		fo.step(failover.Event{Kind: failover.EvYield})
+		fo.step(failover.Event{Kind: failover.EvYield}) // which says why this node is fenced
 	case peerlink.Overlays:
 		fo.d.room.peersOverlays(m)
 	default:
@@ -425,11 +434,11 @@ func (fo *failoverPart) fromPrimary(m peerlink.Message) bool {
 	case peerlink.Refused:
 		fo.d.repl.noteRefused(m.Cause)
 	case peerlink.Dismiss:
-		said := "" // it may have refused the primary's
 		if fo.Guest != nil {
-			said = qemu.Log(fo.Guest)
+			if said := qemu.Log(fo.Guest); said != "" { // it may have refused the primary's
+				fo.d.log.Warn("the primary goes on without this secondary, whose QEMU has printed", "qemu_log", said)
+			}
 		}
-		fo.d.log.Warn("the primary goes on without this secondary", "qemu_log", said)
 		fo.step(failover.Event{Kind: failover.EvDismissed})
 	default:
 		return false

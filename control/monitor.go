@@ -5,8 +5,10 @@ package control
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
@@ -84,7 +86,9 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 		mo.d.post(func() {
 			if why := err.Error(); mo.info.err != why && ctx.Err() == nil {
 				mo.info.err = why
-				mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
+				if !connected || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) { // the next connection shows what that means
+					mo.d.log.Warn("no QMP connection", "socket", mo.path, "err", err)
+				}
 			}
 		})
 		if connected && time.Since(began) > qmpRetry {

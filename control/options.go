@@ -158,7 +158,7 @@ var (
 	// ErrPromoted: this host transmits alone, and goes on as the primary.
 	ErrPromoted = errors.New("the secondary took over")
 	// ErrAfresh: the SVM follows nobody any more; a new one may.
-	ErrAfresh = errors.New("the secondary begins afresh")
+	ErrAfresh = errors.New("the secondary begins anew, with a new QEMU")
 	// ErrFenced: this host is fenced, and its guest does not run.
-	ErrFenced = errors.New("this node may not transmit for the guest any more, which was stopped here")
+	ErrFenced = errors.New("this node may not transmit for the guest any more")
 )

@@ -7,9 +7,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
@@ -72,7 +74,7 @@ func (pl *peerLink) connect(ctx context.Context) {
 			again.reset()
 		}
 		pl.d.post(func() {
-			if why := err.Error(); pl.linkErr != why {
+			if why := err.Error(); pl.linkErr != why && !up && pl.d.failover.waits() { // the end of a session is reported already
 				pl.linkErr = why
 				pl.d.log.Warn("no control link", "primary", pl.d.opt.Control, "err", err)
 			}
@@ -218,11 +220,15 @@ func (pl *peerLink) unlink(l *peerlink.Link, why error) {
 		return
 	}
 	l.Close(why)
-	if pl.linkUp {
-		pl.d.event(journal.Session, "ended: "+why.Error(), nil)
+	said := why.Error()
+	if errors.Is(why, io.EOF) || errors.Is(why, syscall.ECONNRESET) {
+		said = pl.d.opt.Peer + "'s daemon has ended, or closed it"
 	}
-	pl.link, pl.linkUp, pl.rotation, pl.linkSince, pl.linkErr = nil, false, nil, time.Now(), why.Error()
-	pl.d.log.Warn("control link lost", "peer", pl.d.opt.Peer, "err", why)
+	if pl.linkUp {
+		pl.d.event(journal.Session, "ended: "+said, nil)
+	}
+	pl.link, pl.linkUp, pl.rotation, pl.linkSince, pl.linkErr = nil, false, nil, time.Now(), said
+	pl.d.log.Warn("control link lost", "peer", pl.d.opt.Peer, "why", said)
 	pl.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvLinkDown})
 	pl.d.failover.linkLost(why)
 }

@@ -202,7 +202,7 @@ func TestSessionEvents(t *testing.T) {
 			causes = append(causes, e.Cause)
 		}
 	}
-	if len(causes) != 2 || causes[0] != "began" || causes[1] != "ended: EOF" {
+	if len(causes) != 2 || causes[0] != "began" || causes[1] != "ended: beta's daemon has ended, or closed it" {
 		t.Errorf("sessions: %q", causes)
 	}
 }

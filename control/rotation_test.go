@@ -133,7 +133,7 @@ func TestRotationFails(t *testing.T) {
 			old := p.path.sessionNow()
 			want := "did not answer to new keys in time"
 			if hangUp {
-				want = "EOF"
+				want = "beta's daemon has ended, or closed it"
 				l.Close(errors.New("cut by the test"))
 			} else {
 				go func() { // alive all the same

@@ -249,7 +249,9 @@ func (fo *failoverPart) status(s *api.Status) {
 	s.Covered = fo.s.Covered()
 	switch fo.s.State() {
 	case failover.SecondaryWait:
-		s.State = "start"
+		if s.State = "start"; !s.Peer.Connected {
+			s.Detail = fmt.Sprintf("waits for %s, whose guest it is to follow", fo.d.opt.Peer)
+		}
 	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
 		s.State = "failover"
 	case failover.SecondaryFenced:

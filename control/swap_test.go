@@ -108,10 +108,10 @@ func TestStillSystemd(t *testing.T) {
 		if i == 10_000 {
 			t.Fatal("its queue has no end")
 		}
-		notify(log, "READY=1")
+		Notify(log, "READY=1")
 	}
 	began := time.Now()
-	notify(log, "STOPPING=1")
+	Notify(log, "STOPPING=1")
 	if took := time.Since(began); took > patience {
 		t.Errorf("the second took %v", took)
 	}

@@ -103,9 +103,8 @@ func devicesOf(o *Options) (tap, peer netlink.Link, err error) {
 	if peer, err = netlink.LinkByName(o.PeerDevice); err != nil {
 		return nil, nil, fmt.Errorf("peer device %s: %w", o.PeerDevice, err)
 	}
-	if peer.Attrs().MTU < tap.Attrs().MTU {
-		return nil, nil, fmt.Errorf("peer device %s has MTU %d, less than tap %s with %d: ip link set %s mtu %d",
-			o.PeerDevice, peer.Attrs().MTU, o.Tap, tap.Attrs().MTU, o.PeerDevice, tap.Attrs().MTU)
+	if err := device.CheckPeerMTU(o.PeerDevice, peer.Attrs().MTU, o.Tap, tap.Attrs().MTU); err != nil {
+		return nil, nil, err
 	}
 	return tap, peer, nil
 }

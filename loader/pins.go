@@ -86,7 +86,7 @@ func CheckBPFFS(pinDir string) error {
 		return fmt.Errorf("pin_dir %s: statfs %s: %w", pinDir, dir, err)
 	}
 	if st.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("pin_dir %s: %s is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf", pinDir, dir)
+		return fmt.Errorf("pin_dir %s: %s is not on a bpffs; mount one: %s", pinDir, dir, mountBPF(pinDir))
 	}
 	var s unix.Stat_t
 	if err := unix.Stat(dir, &s); err != nil {
@@ -106,6 +106,16 @@ func CheckBPFFS(pinDir string) error {
 	}
 	return fmt.Errorf("pin_dir %s: this bpffs is private to the daemon's mount namespace, its pins would vanish with the process "+
 		"(`ip netns exec` does that); start the daemon with `nsenter --net=...`, or mount a bpffs in a shared mount", pinDir)
+}
+
+// mountBPF is how to have pinDir on a bpffs.
+func mountBPF(pinDir string) string {
+	const usual = "/sys/fs/bpf"
+	at := filepath.Dir(pinDir)
+	if at == usual || strings.HasPrefix(at, usual+"/") {
+		return "mount -t bpf bpf " + usual
+	}
+	return fmt.Sprintf("mkdir -p %s && mount -t bpf bpf %[1]s", at)
 }
 
 // Lock takes the node's lock, held by a daemon as long as it lives.

@@ -7,7 +7,9 @@ import (
 	"log/slog"
 
 	"github.com/lockstep-ft/lockstep/control/config"
+	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/loader"
+	"github.com/lockstep-ft/lockstep/loader/device"
 )
 
 func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d]", n.Name, i) }
@@ -16,7 +18,7 @@ func nicKey(n *config.Node, i int) string { return fmt.Sprintf("nodes.%s.nics[%d
 // one: a NIC that cannot work must not leave the others shut.
 func devices(k kernel, o runOptions) ([]loader.Options, error) {
 	role := loader.Secondary
-	if o.primary {
+	if o.role == datapath.RolePrimary {
 		role = loader.Primary
 	}
 	var nics []loader.Options
@@ -30,7 +32,7 @@ func devices(k kernel, o runOptions) ([]loader.Options, error) {
 		tap, err := k.device(nic.Tap)
 		if err != nil {
 			return nil, notYetError{o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
-				fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", nic.Tap))}
+				device.NoTap(nic.Tap))}
 		}
 		peer := nic.PeerDevice
 		if v := nic.PeerVXLAN; v != nil {
@@ -39,7 +41,7 @@ func devices(k kernel, o runOptions) ([]loader.Options, error) {
 			}
 		} else if _, err := k.device(peer); err != nil {
 			return nil, notYetError{o.config.Refuse(key+".peer.device", fmt.Sprintf("there is no device %q: %v", peer, err),
-				"make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}")}
+				device.NoPeer)}
 		}
 		n := tables(o.config, o.self, i, o.log)
 		n.Role, n.PeerDevice = role, peer

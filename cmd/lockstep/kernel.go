@@ -6,6 +6,7 @@ import (
 	"net"
 	"strconv"
 
+	"github.com/lockstep-ft/lockstep/cmd/lockstep/doctor"
 	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/loader"
@@ -39,11 +40,7 @@ var realKernel = kernel{
 	lock:       loader.Lock,
 	device:     net.InterfaceByName,
 	ensureVXLAN: func(v *config.VXLAN, guestMTU int) (string, error) {
-		return device.EnsureVXLAN(device.VXLAN{
-			Name: v.Device(), ID: int(v.ID), Port: int(v.Port),
-			Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
-			Underlay: v.Underlay, GuestMTU: guestMTU,
-		})
+		return device.EnsureVXLAN(doctor.VXLAN(v, guestMTU))
 	},
 	removeVXLAN: device.RemoveVXLAN,
 	ensureTap:   device.EnsureTap,

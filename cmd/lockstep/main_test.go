@@ -161,8 +161,8 @@ func TestMistakes(t *testing.T) {
 		{"keys -c @/pair.yaml", 2, "lockstep: where to? Name the certificates' folder with -d\n"},
 		{"keys -c @/bad.yaml -d @/certs", 2, "@/bad.yaml:1:1: tls is missing; name the files that `lockstep keys` makes (ca, cert, key), or write `tls: {insecure: true}` to let session keys travel in the clear\n" +
 			"@/bad.yaml:5:1: unknown key \"tsl\"; did you mean \"tls\"?\n"},
-		{"run -c @/pair.yaml --node alpha", 2, "lockstep: role \"\" is neither primary nor secondary; --role is the role that this host begins with\n"},
-		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is neither primary nor secondary; --role is the role that this host begins with\n"},
+		{"run -c @/pair.yaml --node alpha --role first", 2, "lockstep: role \"first\" is none of auto, primary, secondary\n"},
+		{"start -c @/pair.yaml --node alpha --force", 2, "lockstep: --force goes with --here: without, start forces nothing\n"},
 		{"run -c @/pair.yaml --node alpha --role primary --log-level loud", 2, "lockstep: log level \"loud\" is none of debug, info, warn, error\n"},
 	} {
 		code, stdout, stderr := c.run(t.Context(), tc.args)
@@ -208,7 +208,11 @@ func TestHelpAndVersion(t *testing.T) {
 			t.Errorf("--help does not list %s", cmd)
 		}
 	}
-	if code, stdout, _ := c.run(t.Context(), "version"); code != 0 || !strings.HasPrefix(stdout, "lockstep ") || len(stdout) < len("lockstep x\n") {
-		t.Errorf("version: exit %d, %q", code, stdout)
+	code, version, _ := c.run(t.Context(), "version")
+	if code != 0 || !strings.HasPrefix(version, "lockstep ") || len(version) < len("lockstep x\n") {
+		t.Errorf("version: exit %d, %q", code, version)
+	}
+	if code, stdout, _ := c.run(t.Context(), "--version"); code != 0 || stdout != version {
+		t.Errorf("--version: exit %d, %q, want %q", code, stdout, version)
 	}
 }

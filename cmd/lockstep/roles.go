@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
+	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
 
@@ -36,6 +38,7 @@ type roleState struct {
 	journal *journal.Journal
 	setback control.Setback
 	discard bool // the recovered state belongs to an SVM that was given up
+	fenced  bool // the last role ended so: the other host may be about to take over
 }
 
 // runFailover runs this node's roles, and notes in the journal when the daemon began and ended.
@@ -59,6 +62,7 @@ func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config
 		return err
 	} else if st.Off && o.self.Starts {
 		o.log.Info(fmt.Sprintf("%s powered off and stays off; `lockstep start -c %s --node %s` has the next run boot it", c.VM, c.File, self))
+		control.Notify(o.log, sd.SdNotifyReady) // or systemd takes this for a start that failed
 		return nil
 	}
 	j.Add(journal.Event{Kind: journal.Daemon, Cause: "started", Fields: map[string]any{"version": versionString()}})
@@ -75,8 +79,10 @@ func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config
 }
 
 // runRoles runs one role after the other: a secondary that took over goes on as the
-// primary, one that has no primary any more starts again with a new QEMU.
+// primary, one that has no primary any more starts again with a new QEMU, and so does a
+// primary that was deposed, unless it is started in one role.
 func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) (err error) {
+	asked := o.role
 	for {
 		if rs.begin, err = decide(ctx, e, o, rs); ctx.Err() != nil {
 			return nil // it was told to end, whatever it has just asked
@@ -84,20 +90,26 @@ func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, r
 			return err
 		}
 		now := o
-		now.primary = rs.begin.Role == datapath.RolePrimary
-		if now.primary != o.primary {
-			o.log.Warn("this node's role is not the one it was started with, because of the arbiter's entry", "role", rs.begin.Role, "entry", rs.begin.Record)
+		now.role = rs.begin.Role
+		why := fmt.Sprintf("the arbiter names %s (%s)", cmp.Or(rs.begin.Record.Speaker, "nobody"), rs.begin.Record)
+		switch o.role {
+		case failover.RoleAuto, now.role:
+			o.log.Info(fmt.Sprintf("%s is the %s", o.self.Name, now.role), "why", why)
+		default:
+			o.log.Warn(fmt.Sprintf("%s is the %s, not the %s as which it was started", o.self.Name, now.role, o.role), "why", why)
 		}
-		rs.journal.Add(journal.Event{Kind: journal.Role, Fields: map[string]any{"role": rs.begin.Role, "term": rs.begin.Record.Term}})
+		rs.journal.Add(journal.Event{Kind: journal.Role, Cause: why, Fields: map[string]any{"role": rs.begin.Role, "term": rs.begin.Record.Term}})
 		err := runRole(ctx, e, now, protected, rs)
-		rs.discard = errors.Is(err, control.ErrAfresh)
+		rs.discard, rs.fenced = errors.Is(err, control.ErrAfresh), errors.Is(err, control.ErrFenced)
 		switch {
 		case errors.Is(err, control.ErrPromoted):
-			o.primary = true
+			if asked != failover.RoleAuto {
+				o.role = datapath.RolePrimary
+			}
 			continue
 		case errors.Is(err, control.ErrPoweredOff):
 			return nil
-		case !errors.Is(err, control.ErrAfresh):
+		case !rs.discard && !(rs.fenced && asked == failover.RoleAuto):
 			return err
 		}
 		o.log.Warn(err.Error())
@@ -117,15 +129,16 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 	if err != nil {
 		return failover.Begin{}, err
 	}
-	warned := false
-	rec, err := control.Settle(ctx, rs.arbiter, func(err error) {
-		if !warned {
-			o.log.Warn("the arbiter does not answer: waiting for it, and leaving everything as it is", "err", err)
-			warned = true
-		}
-	})
+	rec, err := rs.settle(ctx, o)
 	if err != nil {
 		return failover.Begin{}, err
+	}
+	if rs.fenced && rec.Speaker == self {
+		// Whether the other host takes over shows within that time.
+		h := &o.config.Heartbeat
+		if rec, err = rs.await(ctx, rec, h.Restart+2*h.Timeout); err != nil {
+			return failover.Begin{}, err
+		}
 	}
 	st, err := rs.store.Load()
 	if err != nil {
@@ -136,7 +149,7 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 		return failover.Begin{}, o.config.Refuse("arbiter", fmt.Sprintf("its entry (%s) is older than the one that this node has acted on (term %d): it is another arbiter, or one that has lost the entry", rec, st.Term),
 			"name the former arbiter, or restore the entry; docs/ARBITER.md describes how to move to another one")
 	}
-	if o.primary && rec == (arbiter.Entry{}) {
+	if o.role == datapath.RolePrimary && rec == (arbiter.Entry{}) {
 		first := arbiter.Entry{Term: 1, Speaker: self}
 		if rec, _, err = control.Swap(ctx, rs.arbiter, rec, first, func(err error) {
 			o.log.Warn("the arbiter does not answer: waiting", "err", err)
@@ -144,24 +157,69 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 			return failover.Begin{}, err
 		}
 	}
-	role := datapath.RoleSecondary
-	if o.primary {
-		role = datapath.RolePrimary
-	}
 	if !running && o.self.Starts {
 		found = datapath.Pinned{} // tables are of no use without the guest whose connections they know
 	}
 	if rs.discard {
 		found, st.Covered = datapath.Pinned{}, 0
 	}
-	b, err := failover.Decide(role, self, other, st, rec, found)
+	b, err := failover.Decide(o.role, self, other, st, rec, found)
 	if err == nil {
 		err = b.Meets(running)
+	}
+	if errors.Is(err, failover.ErrNeverRan) {
+		end := showWaiting(ctx, o, fmt.Sprintf("%v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
+		_, err = rs.await(ctx, rec, 0)
+		if end(); err != nil {
+			return failover.Begin{}, err
+		}
+		return decide(ctx, e, o, rs)
 	}
 	if err != nil {
 		return b, usageError{err}
 	}
 	return b, nil
+}
+
+// settle returns the arbiter's entry once it is known, and reports that it has to wait.
+func (rs *roleState) settle(ctx context.Context, o runOptions) (arbiter.Entry, error) {
+	var end func()
+	rec, err := control.Settle(ctx, rs.arbiter, func(err error) {
+		if end == nil {
+			end = showWaiting(ctx, o, fmt.Sprintf("the arbiter does not answer, and everything is left as it is until it does: %v", err))
+		}
+	})
+	if end != nil {
+		end()
+	}
+	return rec, err
+}
+
+// entryPoll is between two looks at an entry that is to change.
+const entryPoll = 500 * time.Millisecond
+
+// await returns the arbiter's entry when it is another than rec, or after limit, if there is one.
+func (rs *roleState) await(ctx context.Context, rec arbiter.Entry, limit time.Duration) (arbiter.Entry, error) {
+	if limit > 0 {
+		var done context.CancelFunc
+		ctx, done = context.WithTimeout(ctx, limit)
+		defer done()
+	}
+	tick := time.NewTicker(entryPoll)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			if limit > 0 && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return rec, nil
+			}
+			return rec, ctx.Err()
+		}
+		if now, err := rs.arbiter.Read(ctx); err == nil && now != rec {
+			return now, nil
+		}
+	}
 }
 
 // meet finds what an earlier daemon left in the kernel, and whether the guest that

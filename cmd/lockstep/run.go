@@ -10,17 +10,17 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 
 	"github.com/cilium/ebpf"
+	sd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control"
 	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/datapath"
+	"github.com/lockstep-ft/lockstep/control/failover"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
-	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/loader"
 )
 
@@ -31,7 +31,7 @@ const maxCopies = 8192
 type runOptions struct {
 	config      *config.Config
 	self, other *config.Node
-	primary     bool // the role to begin with
+	role        datapath.Role // that the command line asks for; or failover.RoleAuto
 	log         *slog.Logger
 	verifierLog bool
 	metrics     string // address; "": none
@@ -67,10 +67,13 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 		}
 		defer stop()
 	}
+	defer control.Notify(o.log, sd.SdNotifyStopping)
 	if c.Arbiter.Type == "" {
-		return runRole(ctx, e, o, protected, nil)
+		err = runRole(ctx, e, o, protected, nil)
+	} else {
+		err = runFailover(ctx, e, o, protected)
 	}
-	return runFailover(ctx, e, o, protected)
+	return err
 }
 
 // runRole puts the kernel half in place for one role and hands it to control. rs is nil
@@ -101,7 +104,7 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 		StatusSocket: c.Socket(o.self.Name),
 		Log:          o.log,
 	}
-	if o.primary {
+	if o.role == datapath.RolePrimary {
 		opt.Role, opt.Control = datapath.RolePrimary, o.self.Control.String()
 	}
 	if rs != nil {
@@ -129,20 +132,14 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 	return e.control(ctx, opt) // closes the NICs
 }
 
-// unfit refuses a config whose sections do not go together: a pair that is believed to
-// fail over, and does not, is worse than none.
+// unfit refuses a config that does not go together, or not with the role.
 func unfit(o runOptions) error {
-	switch c := o.config; {
-	case o.self.Starts && c.Arbiter.Type == "":
-		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host transmit when it has lost the other")
-	case o.self.QMP == "" && c.Arbiter.Type != "":
-		return c.Refuse("arbiter", "without QEMU's socket no node can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", o.self.Name))
+	c := o.config
+	if err := c.Unfit(o.self); err != nil {
+		return err
 	}
-	if q := o.config.QEMU; q != nil && o.self.Starts {
-		if i, err := qemu.CheckExtra(q.Extra); err != nil {
-			what, fix, _ := strings.Cut(err.Error(), "; ")
-			return o.config.Refuse(fmt.Sprintf("qemu.extra[%d]", i), what, fix)
-		}
+	if o.role == failover.RoleAuto && (c.Arbiter.Type == "" || c.Arbiter.Type == config.ArbiterNone) {
+		return c.Refuse("arbiter", "nobody keeps which node served last, so this one cannot find out its role by itself", "name an arbiter (etcd, file or exec), or start each node with its --role, primary or secondary")
 	}
 	return nil
 }
@@ -180,16 +177,23 @@ func newRun(e env) *cobra.Command {
 		verifierLog bool
 	)
 	cmd := &cobra.Command{
-		Use:   "run -c pair.yaml --node NAME --role primary|secondary",
+		Use:   "run -c pair.yaml --node NAME [--role auto|primary|secondary]",
 		Short: "Run the daemon of this host in the foreground",
-		Args:  cobra.NoArgs,
+		Long: "run is this host's daemon. What it is in the pair the arbiter's entry decides: the node\n" +
+			"that it names, which served last, is the primary, and the other one the secondary. The\n" +
+			"role changes while the daemon runs: a secondary takes over, and a host that was deposed\n" +
+			"becomes the secondary, with the other host's memory and disks.\n" +
+			"Before a pair has run, `lockstep start --here` says which node has the guest's disks.",
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, other, err := t.load(e)
 			if err != nil {
 				return err
 			}
-			if role != string(datapath.RolePrimary) && role != string(datapath.RoleSecondary) {
-				return usageError{fmt.Errorf("role %q is neither primary nor secondary; --role is the role that this host begins with", role)}
+			switch datapath.Role(role) {
+			case failover.RoleAuto, datapath.RolePrimary, datapath.RoleSecondary:
+			default:
+				return usageError{fmt.Errorf("role %q is none of auto, primary, secondary", role)}
 			}
 			var lv slog.Level
 			if err := lv.UnmarshalText([]byte(level)); err != nil {
@@ -197,7 +201,7 @@ func newRun(e env) *cobra.Command {
 			}
 			return runDaemon(cmd.Context(), e, runOptions{
 				config: c, self: self, other: other,
-				primary:     role == string(datapath.RolePrimary),
+				role:        datapath.Role(role),
 				log:         newLogger(e, lv).With("vm", c.VM, "node", self.Name),
 				verifierLog: verifierLog,
 				metrics:     metrics,
@@ -205,7 +209,7 @@ func newRun(e env) *cobra.Command {
 		},
 	}
 	t.flags(cmd)
-	cmd.Flags().StringVar(&role, "role", "", "the role to begin with: primary or secondary")
+	cmd.Flags().StringVar(&role, "role", string(failover.RoleAuto), "auto: as the arbiter's entry has it; primary: also the first one of a pair that never ran; secondary")
 	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	cmd.Flags().StringVar(&metrics, "metrics", "", "serve Prometheus metrics at this address, like 127.0.0.1:9177; off by default")
 	cmd.Flags().BoolVar(&verifierLog, "verifier-log", false, "print the whole verifier log when the kernel refuses a program")

@@ -156,6 +156,15 @@ func TestRunUnfit(t *testing.T) {
 			t.Errorf("%s: exit %d, %s\nwant %s", tc.more, code, stderr, tc.want)
 		}
 	}
+	for _, arbiter := range []string{"", "arbiter: {type: none}\n"} {
+		c := newCLI(t)
+		c.write(t, "pair.yaml", pairYAML+arbiter)
+		code, _, stderr := c.run(t.Context(), "run -c @/pair.yaml --node alpha")
+		if code != exitUsage || !strings.HasSuffix(lastLine(stderr), ": nobody keeps which node served last, so this one cannot find out its role by itself; "+
+			"name an arbiter (etcd, file or exec), or start each node with its --role, primary or secondary") {
+			t.Errorf("%q, without a role: exit %d, %s", arbiter, code, stderr)
+		}
+	}
 }
 
 // A NIC that cannot be opened closes the others.
@@ -221,7 +230,8 @@ func TestDaemon(t *testing.T) {
 			t.Errorf("the unit lacks %s", setting)
 		}
 	}
-	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "${ROLE}", "primary", " $OPTIONS", "").Replace(line)
+	// This pair has no arbiter, which would know the role.
+	line = strings.NewReplacer("/etc/lockstep/%i.yaml", "@/pair.yaml", "${NODE}", "alpha", "$OPTIONS", "--role primary").Replace(line)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	type result struct {

@@ -88,9 +88,14 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 			}
 		}
 	}
-	if running != "" && !goesOn {
-		_, err = fmt.Fprintf(e.stdout, "The guest of %s on %s (%s) is muted: its taps are down.\n", c.VM, self.Name, running)
+	said := fmt.Sprintf("No program, map or pin of %s is left on %s, and its taps are down.", c.VM, self.Name)
+	switch {
+	case goesOn:
+		said = fmt.Sprintf("No program, map or pin of %s is left on %s. Its guest (%s) goes on.", c.VM, self.Name, running)
+	case running != "":
+		said += fmt.Sprintf(" So the guest (%s) is muted.", running)
 	}
+	_, err = fmt.Fprintln(e.stdout, said)
 	return err
 }
 

@@ -16,8 +16,8 @@ import (
 
 func TestUnload(t *testing.T) {
 	c := newCLI(t)
-	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" {
-		t.Errorf("exit %d, %s", code, stderr)
+	if code, stdout, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 0 || stderr != "" || stdout != "No program, map or pin of web1 is left on beta, and its taps are down.\n" {
+		t.Errorf("exit %d, %s%s", code, stdout, stderr)
 	}
 	if want := []string{"mute tapS", "unload web1 beta true", "remove lsx7", "remove tap tapS"}; !slices.Equal(c.calls, want) {
 		t.Errorf("%v, want %v", c.calls, want)

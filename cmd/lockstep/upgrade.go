@@ -49,7 +49,7 @@ func newUpgrade(e env) *cobra.Command {
 				}
 			}
 			_, err = fmt.Fprintf(e.stdout, "lockstep %s can take over %s on %s from lockstep %s.\n"+
-				"Next: restart the daemon with this binary, in the same role. No checkpoint is needed.\n"+
+				"Next: restart the daemon with this binary and the same command line. No checkpoint is needed.\n"+
 				"Until the new daemon has its session, at most %v after it started while the peer is well,\n"+
 				"the guest receives but does not transmit; TCP retransmits what is lost.\n",
 				versionString(), c.VM, self.Name, from, peerlink.MaxRejoin)

@@ -232,3 +232,22 @@ func (r *reader) memory(to *int64) func(value) {
 		})
 	}
 }
+
+// Unfit refuses a config whose sections do not go together on a node: a pair that is believed to
+// fail over, and does not, is worse than none.
+func (c *Config) Unfit(self *Node) error {
+	switch {
+	case self.Starts && c.Arbiter.Type == "":
+		return c.Refuse("qemu", "a pair that lockstep starts has to have an arbiter", "name one; {type: none} lets either host transmit when it has lost the other")
+	case self.QMP == "" && c.Arbiter.Type != "":
+		return c.Refuse("arbiter", "without QEMU's socket no node can take over", fmt.Sprintf("describe the guest with qemu, or name its socket with nodes.%s.qmp", self.Name))
+	case c.QEMU == nil || !self.Starts:
+		return nil
+	}
+	i, err := qemu.CheckExtra(c.QEMU.Extra)
+	if err != nil {
+		what, fix, _ := strings.Cut(err.Error(), "; ")
+		return c.Refuse(fmt.Sprintf("qemu.extra[%d]", i), what, fix)
+	}
+	return nil
+}

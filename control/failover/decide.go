@@ -3,6 +3,7 @@
 package failover
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/lockstep-ft/lockstep/control/arbiter"
@@ -44,22 +45,44 @@ func (b Begin) Meets(runs bool) error {
 		"It is left as it is, and is muted. If %s serves the guest, end the QEMU on this node and start again: a new secondary begins", b.Record, b.Record.Speaker)
 }
 
+// RoleAuto is of a command line alone: the arbiter's entry and what the node stored decide.
+const RoleAuto datapath.Role = "auto"
+
+// ErrNeverRan: the arbiter has no entry, so no node has the guest's disks yet.
+var ErrNeverRan = errors.New("the pair has never run, and nobody has said which node has the guest's disks")
+
 // Decide is what a node has to be: role is what its command line asks for, st what it
 // stored, rec the arbiter's entry. A node that the arbiter names is primary,
 // whatever the command line asks for; one that it does not name is never.
 func Decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Entry, found datapath.Pinned) (Begin, error) {
+	return decide(role, self, peer, st, rec, found, knows)
+}
+
+// knows reports whether a node that the entry names has served the guest, or was about to: its disks are
+// the guest's. One that lost its state, or was replaced, has others. A takeover that a crash cut short is
+// one term ahead of what is stored.
+func knows(st state.State, rec arbiter.Entry) bool { return st.Role != "" && st.Term+1 >= rec.Term }
+
+func decide(role datapath.Role, self, peer string, st state.State, rec arbiter.Entry, found datapath.Pinned, knows func(state.State, arbiter.Entry) bool) (Begin, error) {
 	switch rec.Speaker {
 	case self:
+		if role == RoleAuto && !knows(st, rec) {
+			return Begin{}, fmt.Errorf("the arbiter (%s) names %s, but the state that is stored here is not that of a node which served then: state_dir was lost, or this host was replaced, and its disks may not be the guest's. "+
+				"If they are, call `lockstep start --here --force`; if %s's are, call it there", rec, self, peer)
+		}
 		return decideSpeaker(st, rec, found), nil
 	case peer, "":
 	default:
 		return Begin{}, fmt.Errorf("the arbiter's entry (%s) names neither %s nor %s: it is another pair's, or a node was renamed", rec, self, peer)
 	}
+	if role == RoleAuto && rec.Speaker == "" {
+		return Begin{}, ErrNeverRan
+	}
 	if role == datapath.RolePrimary {
 		if rec.Speaker == "" {
 			return Begin{}, fmt.Errorf("%s is to be primary and has not claimed the arbiter", self) // the caller's mistake
 		}
-		return Begin{}, fmt.Errorf("%s is not primary any more: %s transmits for the guest (%s). To have this node follow it, start it with --role secondary; its guest's memory and disks are replaced then",
+		return Begin{}, fmt.Errorf("%s is not primary any more: %s transmits for the guest (%s). To have this node follow it, start it without --role; its guest's memory and disks are replaced then",
 			self, peer, rec)
 	}
 	b := Begin{Role: datapath.RoleSecondary, Record: rec}

@@ -68,6 +68,23 @@ func TestDecide(t *testing.T) {
 		{name: "a secondary, not covered yet", role: datapath.RoleSecondary, rec: beta, st: state.State{Role: "secondary", Term: 5}, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
 			want: Begin{Role: datapath.RoleSecondary}},
 		{name: "a secondary that lost", role: datapath.RoleSecondary, rec: beta, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "auto: this node served last", role: RoleAuto, rec: alpha, st: state.State{Role: "primary", Term: 5}, want: Begin{Role: datapath.RolePrimary, Discard: true, orphan: true}},
+		{name: "auto: it won, and crashed before it noted that", role: RoleAuto, rec: alpha, st: covered, want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "auto: its daemon starts again", role: RoleAuto, rec: alpha, st: state.State{Role: "primary", Term: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeSolo},
+			want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
+		{name: "auto: the first start, here", role: RoleAuto, rec: arbiter.Entry{Term: 1, Speaker: "alpha"}, st: state.State{Role: "primary"}, want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "auto: named, and its state is lost", role: RoleAuto, rec: alpha, err: "state_dir was lost"},
+		{name: "auto: named at the first start, and replaced since", role: RoleAuto, rec: arbiter.Entry{Term: 1, Speaker: "alpha"}, err: "this host was replaced"},
+		{name: "auto: named, and its state is of a backup", role: RoleAuto, rec: alpha, st: state.State{Role: "primary", Term: 3}, err: "lockstep start --here --force"},
+		{name: "whose state is lost, and whom an operator trusts", role: datapath.RolePrimary, rec: alpha, want: Begin{Role: datapath.RolePrimary, Discard: true}},
+		{name: "auto: deposed", role: RoleAuto, rec: beta, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut},
+			want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "auto: deposed, after a boot", role: RoleAuto, rec: beta, st: state.State{Role: "primary", Term: 4, Covered: 4}, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "auto: a replaced host, and the other serves", role: RoleAuto, rec: beta, want: Begin{Role: datapath.RoleSecondary, Discard: true}},
+		{name: "auto: a secondary again, covered", role: RoleAuto, rec: arbiter.Entry{Term: 4, Speaker: "beta"}, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeRun},
+			want: Begin{Role: datapath.RoleSecondary, covered: true}},
+		{name: "auto: the pair never ran", role: RoleAuto, err: ErrNeverRan.Error()},
+		{name: "auto: somebody else's record", role: RoleAuto, rec: arbiter.Entry{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
 		{name: "somebody else's record", role: datapath.RoleSecondary, rec: arbiter.Entry{Term: 1, Speaker: "gamma"}, err: "names neither alpha nor beta"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -119,5 +136,19 @@ func TestMutationKeep(t *testing.T) {
 	b.keep = false
 	if b.Meets(true) != nil || !b.Ends() {
 		t.Errorf("%+v: the guest lives without the rule, too", b)
+	}
+}
+
+// TestMutationKnows: without the rule a replaced host that the entry names begins as the primary, with disks that
+// the guest never wrote; with qemu.first_start: copy they would replace the other host's, which are the guest's.
+func TestMutationKnows(t *testing.T) {
+	rec := arbiter.Entry{Term: 2, Speaker: "alpha"}
+	if _, err := Decide(RoleAuto, "alpha", "beta", state.State{}, rec, datapath.Pinned{}); err == nil {
+		t.Fatal("it begins")
+	}
+	knows := func(state.State, arbiter.Entry) bool { return true }
+	b, err := decide(RoleAuto, "alpha", "beta", state.State{}, rec, datapath.Pinned{}, knows)
+	if err != nil || b.Role != datapath.RolePrimary {
+		t.Errorf("%+v, %v: it does not begin without the rule, either", b, err)
 	}
 }

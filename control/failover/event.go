@@ -120,6 +120,9 @@ func DefaultConfig(timeout, lease, rejoin time.Duration) Config {
 // drifted is T(1+ρ): the two hosts' clocks may run 1 % apart.
 func (c *Config) drifted() int64 { return c.lease + c.lease/100 }
 
+// ordered is the reason of what an operator has asked for.
+const ordered = "an operator ordered it"
+
 // side is what both machines have: the arbiter's term, and what one host knows of the
 // other.
 type side struct {
@@ -128,9 +131,10 @@ type side struct {
 	term uint64 // P: of the entry that names this host. S: of the pair
 
 	link      bool
-	sick      bool  // this side's guest cannot go on
-	hostLives bool  // the link was ended by a living host
-	received  int64 // when the last message came on the control link
+	sick      bool   // this side's guest cannot go on
+	hostLives bool   // the link was ended by a living host
+	why       string // see Why
+	received  int64  // when the last message came on the control link
 	echoed    int64
 }
 
@@ -160,6 +164,9 @@ func (l *side) mute() {
 
 // Term is the fencing term. P: of the entry that names this host. S: of the pair.
 func (l *side) Term() uint64 { return l.term }
+
+// Why is why this side last began to take over, went on alone, or was fenced: what follows "because".
+func (l *side) Why() string { return l.why }
 
 // Sick reports whether this side's guest cannot go on.
 func (l *side) Sick() bool { return l.sick }

@@ -83,7 +83,7 @@ func (l *Primary) Step(now int64, ev Event) []Effect {
 		l.paired = min(l.paired, now)
 		switch {
 		case l.state == PrimaryPair && !ev.OK:
-			l.alone() // another SVM than the one that followed
+			l.alone("the secondary's host came back with another guest than the one that followed")
 		case l.state != PrimaryStart && l.state != PrimarySolo:
 		case ev.OK:
 			l.pair(now)
@@ -113,11 +113,15 @@ func (l *Primary) Step(now int64, ev Event) []Effect {
 		}
 	case EvCOLOExit:
 		if l.state == PrimaryPair && !l.yields() { // while QEMU begins to replicate, EvSynced reports it
-			l.alone()
+			l.alone("QEMU has lost the secondary's")
 		}
-	case EvPeerDead, EvReplica:
+	case EvPeerDead:
 		if l.state == PrimaryPair {
-			l.alone()
+			l.alone("the secondary's guest has ended, or is of no use")
+		}
+	case EvReplica:
+		if l.state == PrimaryPair {
+			l.alone("the secondary's disks may lack a write")
 		}
 	case EvGuestFailed:
 		l.sick = true
@@ -127,33 +131,47 @@ func (l *Primary) Step(now int64, ev Event) []Effect {
 		// Somebody else has won since: an operator's doing, or a claim that this host
 		// did not learn of.
 		if ev.Term > l.term && !ev.OK && l.state != PrimaryClaim && !l.cfg.NoR26Entry {
-			l.fence()
+			l.fence("the arbiter names the other node")
 		}
 	case EvPoweredOff:
 		l.powerOff()
 	case EvTakeOver:
 		switch l.state {
 		case PrimaryPair:
-			l.alone()
+			l.alone(ordered)
 		case PrimaryStart: // an S that was covered once may be about to ask, too
+			l.why = ordered
 			l.claim()
 		}
 	case EvQEMUDead:
-		l.fence()
+		l.fence("its QEMU is dead")
 	case EvYield:
 		if l.state == PrimaryPair {
-			l.fence()
+			l.fence("an operator has the secondary take over")
 		}
 	case EvClaimed:
 		l.claimed(ev)
 	}
 	if l.state == PrimaryPair && now >= l.gone() {
-		l.alone()
+		l.alone(l.missed(now))
 	}
 	if l.state == PrimaryPair && l.yields() && l.link {
-		l.fence() // S is told, and takes over
+		l.fence("its guest cannot go on, and the secondary's can") // S is told, and takes over
 	}
 	return l.out
+}
+
+// missed is what made S count as dead by now.
+func (l *Primary) missed(now int64) string {
+	switch {
+	case l.doubtBy != 0 && now >= l.doubtBy:
+		return "nothing could leave, and no checkpoint with the secondary ended that"
+	case l.link:
+		return "the secondary's kernel has not answered for heartbeat.timeout"
+	case now >= l.received+l.cfg.Rejoin:
+		return "the secondary's daemon has not come back within heartbeat.restart"
+	}
+	return "the secondary's host has sent nothing for heartbeat.timeout"
 }
 
 // yields: the covered secondary is the better one (R24, R25). Until it can be told so,
@@ -175,7 +193,8 @@ func (l *Primary) back() {
 
 // alone goes on without S, covered or not: an operator may have had S take over by
 // force (R26).
-func (l *Primary) alone() {
+func (l *Primary) alone(why string) {
+	l.why = why
 	if l.cfg.noClaim || !l.covered && l.cfg.noR26Uncovered {
 		l.goSolo()
 		return
@@ -199,7 +218,7 @@ func (l *Primary) claimed(ev Event) {
 		return
 	}
 	if !ev.OK {
-		l.fence()
+		l.fence("the other node won the arbiter")
 		return
 	}
 	l.term = ev.Term
@@ -207,11 +226,11 @@ func (l *Primary) claimed(ev Event) {
 }
 
 // fence: this host may not transmit any more.
-func (l *Primary) fence() {
+func (l *Primary) fence(why string) {
 	if l.state >= PrimaryFenced {
 		return
 	}
-	l.state = PrimaryFenced
+	l.state, l.why = PrimaryFenced, why
 	l.mute()
 	l.emit(OpUnpair)
 	l.emit(OpFenced)

@@ -113,13 +113,20 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 	case EvPeerDead:
 		if l.state == SecondaryPair && (l.covered || now < l.ordered || l.cfg.noR18) {
 			l.shut = l.shut || ev.OK
-			l.takeOver()
+			switch {
+			case now < l.ordered:
+				l.takeOver(ordered)
+			case ev.OK:
+				l.takeOver("the primary's daemon reports that its guest cannot go on")
+			default:
+				l.takeOver("the primary's daemon came back, and does not go on with the pair")
+			}
 		}
 	case EvDismissed:
 		// Once the arbiter is asked, that decides: a P whose guest is gone cannot know that
 		// this is the last one.
 		if l.state < SecondaryClaim || l.cfg.noClaimCounts && l.state < SecondaryLease {
-			l.fence()
+			l.fence("the primary goes on without this secondary")
 		}
 	case EvTakeOver:
 		switch {
@@ -129,7 +136,7 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 			l.ordered = now + l.cfg.order
 			l.emit(OpYield)
 		default:
-			l.takeOver()
+			l.takeOver(ordered)
 		}
 	case EvGuestFailed:
 		l.sick = true
@@ -147,14 +154,14 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 			l.loadBy = min(l.loadBy, now+l.cfg.settle)
 		}
 	case EvQEMUDead:
-		l.fence()
+		l.fence("its QEMU is dead")
 	case EvClaimed:
 		switch {
 		case l.state != SecondaryClaim:
 		case ev.OK:
 			l.state, l.term = SecondaryLease, ev.Term
 		default:
-			l.fence()
+			l.fence("the primary won the arbiter")
 		}
 	case EvQEMU:
 		switch {
@@ -163,7 +170,7 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 			l.state = SecondarySolo
 			l.emit(OpSolo)
 		default:
-			l.fence()
+			l.fence("its QEMU could not take over")
 		}
 	}
 	l.advance(now)
@@ -172,11 +179,21 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 
 // advance does what time allows.
 func (l *Secondary) advance(now int64) {
-	if l.state == SecondaryPair && (now >= l.useless() || l.sick && l.link) {
-		l.fence() // P is told, and goes on alone
+	if l.state == SecondaryPair && l.sick && l.link {
+		l.fence("its guest cannot go on") // P is told, and goes on alone
+	}
+	if l.state == SecondaryPair && now >= l.useless() {
+		l.fence("its QEMU has lost the primary's, which lives")
 	}
 	if l.state == SecondaryPair && now >= l.gone() {
-		l.takeOver()
+		switch {
+		case l.hostLives && l.exited == 0:
+			l.takeOver("the primary's daemon has not come back within heartbeat.restart")
+		case l.hostLives:
+			l.takeOver("the primary's daemon and its QEMU have both closed their connections")
+		default:
+			l.takeOver("the primary's host has sent nothing for heartbeat.timeout")
+		}
 	}
 	if l.state == SecondaryLease && now >= l.leaseEnd() {
 		l.state, l.loadBy = SecondaryLoad, now+l.cfg.answer
@@ -198,18 +215,19 @@ func (l *Secondary) MayTakeOver(echoed int64, force bool) bool {
 }
 
 // takeOver is R21 (i) and (ii). awake and stands are found out anew by whoever carries out OpQuiet.
-func (l *Secondary) takeOver() {
+func (l *Secondary) takeOver(why string) {
+	l.why = why
 	l.state, l.awake, l.stands = SecondaryClaim, l.exited != 0, false
 	l.emit(OpQuiet)
 	l.emit(OpClaim)
 }
 
 // fence: this guest follows nobody any more.
-func (l *Secondary) fence() {
+func (l *Secondary) fence(why string) {
 	if l.state >= SecondaryFenced {
 		return
 	}
-	l.state, l.covered = SecondaryFenced, false
+	l.state, l.covered, l.why = SecondaryFenced, false, why
 	l.mute()
 	l.emit(OpFenced)
 }

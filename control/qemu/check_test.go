@@ -83,7 +83,6 @@ func TestCheck(t *testing.T) {
 		"kernel":      {do: func(s *Spec, _ *Incoming) { s.Kernel = at("vmlinuz") }, want: []string{at("vmlinuz")}},
 		"tap":         {do: func(s *Spec, _ *Incoming) { s.NICs[0].Tap = "no-tap" }, want: []string{"no tap no-tap"}},
 		"MAC":         {do: func(s *Spec, _ *Incoming) { s.NICs[0].MAC[0] = 1 }, want: []string{"MAC"}},
-		"QMP folder":  {do: func(s *Spec, _ *Incoming) { s.QMP = at("nowhere/qmp") }, want: []string{"QMP socket", "nowhere"}},
 		"QMP taken":   {do: func(s *Spec, _ *Incoming) { s.QMP = at("taken.qmp") }, want: []string{"answers at", "taken.qmp"}},
 		"image":       {do: func(s *Spec, _ *Incoming) { s.Disks[1].Image = at("gone") }, want: []string{"disk d1", at("gone")}},
 		"not qcow2":   {do: func(s *Spec, _ *Incoming) { s.Disks[1].Format = "" }, want: []string{"disk d1", "not in qcow2 format"}},

@@ -74,7 +74,7 @@ func (s *Store) Load() (State, error) {
 	}
 	st, err := s.decode(b)
 	if err != nil {
-		return State{}, fmt.Errorf("%s: %w; it says whether this node may serve %s. Find out which node does (the arbiter's entry, or lockstep status there), remove the file, and start this one with the --role that leaves that so",
+		return State{}, fmt.Errorf("%s: %w; it says whether this node may serve %s. If the arbiter names the other node, or lockstep status there shows that it serves, remove the file: this node follows it then. If this one has the guest's newest disks, call lockstep start --here --force",
 			s.Path(), err, s.vm)
 	}
 	return st, nil

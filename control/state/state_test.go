@@ -95,7 +95,7 @@ func TestDamaged(t *testing.T) {
 		if err == nil || st != (State{}) {
 			t.Fatalf("%s at %d: %+v, %v", what, at, st, err)
 		}
-		for _, part := range []string{s.Path(), "the file is damaged", "remove the file", "--role"} {
+		for _, part := range []string{s.Path(), "the file is damaged", "remove the file", "lockstep start --here"} {
 			if !strings.Contains(err.Error(), part) {
 				t.Fatalf("%s at %d: %q lacks %q", what, at, err, part)
 			}

@@ -12,6 +12,14 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// CheckPeerMTU refuses a peer device that does not take the guest's largest frame, and says behind "; " what mends that.
+func CheckPeerMTU(peer string, peerMTU int, tap string, tapMTU int) error {
+	if peerMTU >= tapMTU {
+		return nil
+	}
+	return fmt.Errorf("peer device %s has MTU %d, less than tap %s with %d; ip link set %s mtu %d", peer, peerMTU, tap, tapMTU, peer, tapMTU)
+}
+
 // PreparePeer makes a device fit to be a peer link: it receives frames for any address,
 // and this host's own stack does not transmit on it (its neighbour discovery would reach
 // the SVM as if a client had sent it).

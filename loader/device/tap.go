@@ -17,16 +17,41 @@ import (
 // tapAlias marks taps that EnsureTap made.
 const tapAlias = "made by lockstep"
 
+// TapMTU is the MTU of a tap that EnsureTap makes.
+const TapMTU = 1500
+
+// NoTap is what to do about a tap that is missing.
+func NoTap(name string) string {
+	return fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", name)
+}
+
+// NoPeer is what to do about a peer device that is missing.
+const NoPeer = "make it first, or have lockstep make a VXLAN: peer: {vxlan: {...}}"
+
+// CheckBridge returns why a tap cannot be put into the bridge, and behind "; " what mends that.
+func CheckBridge(name string) error {
+	_, err := bridgeOf(name)
+	return err
+}
+
+func bridgeOf(name string) (netlink.Link, error) {
+	br, err := netlink.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("there is no bridge %s: %w; make it: ip link add %[1]s type bridge", name, err)
+	}
+	if br.Type() != "bridge" {
+		return nil, fmt.Errorf("%s is a %s, not a bridge; name a bridge, or leave the tap to whoever makes it", name, br.Type())
+	}
+	return br, nil
+}
+
 // EnsureTap makes a persistent tap, if there is none of the name, and puts it into the
 // bridge. It does not set it up: the guest must not transmit before the programs are
 // attached.
 func EnsureTap(name, bridge string) error {
-	br, err := netlink.LinkByName(bridge)
+	br, err := bridgeOf(bridge)
 	if err != nil {
-		return fmt.Errorf("there is no bridge %s: %w; make it: ip link add %[1]s type bridge", bridge, err)
-	}
-	if br.Type() != "bridge" {
-		return fmt.Errorf("%s is a %s, not a bridge", bridge, br.Type())
+		return err
 	}
 	tap, err := netlink.LinkByName(name)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {

@@ -35,16 +35,43 @@ func (v *VXLAN) UnderlayMTU() int {
 	return v.GuestMTU + vxlanOverhead4
 }
 
-// EnsureVXLAN makes the device, or accepts an existing one that is exactly as
-// wanted, and returns its name.
-func EnsureVXLAN(v VXLAN) (string, error) {
+// CheckVXLAN returns why the device cannot be made, or one that exists is not as wanted, and behind "; " what mends
+// that. made: it exists.
+func CheckVXLAN(v *VXLAN) (made bool, err error) {
 	under, err := netlink.LinkByName(v.Underlay)
 	if err != nil {
-		return "", fmt.Errorf("vxlan underlay %s: %w", v.Underlay, err)
+		return false, fmt.Errorf("there is no VXLAN underlay %s: %w; name the device that has %s: ip -br addr", v.Underlay, err, v.Local)
 	}
 	if mtu, need := under.Attrs().MTU, v.UnderlayMTU(); mtu < need {
-		return "", fmt.Errorf("vxlan underlay %s has MTU %d, a guest MTU of %d needs %d: ip link set %s mtu %d",
+		return false, fmt.Errorf("VXLAN underlay %s has MTU %d, and a guest's of %d needs %d; ip link set %s mtu %d",
 			v.Underlay, mtu, v.GuestMTU, need, v.Underlay, need)
+	}
+	old, err := netlink.LinkByName(v.Name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("VXLAN %s: %w", v.Name, err)
+	}
+	x, ok := old.(*netlink.Vxlan)
+	switch {
+	case !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !x.Group.Equal(v.Remote) || x.VtepDevIndex != under.Attrs().Index:
+		return false, fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", v.Name, v.Name)
+	case x.MTU < v.GuestMTU:
+		return false, fmt.Errorf("device %s has MTU %d, and the guest's is %d; ip link set %s mtu %d", v.Name, x.MTU, v.GuestMTU, v.Name, v.GuestMTU)
+	}
+	return true, nil
+}
+
+// EnsureVXLAN makes the device, or accepts an existing one that is as wanted, and returns
+// its name.
+func EnsureVXLAN(v VXLAN) (string, error) {
+	if made, err := CheckVXLAN(&v); made || err != nil {
+		return v.Name, err
+	}
+	under, err := netlink.LinkByName(v.Underlay)
+	if err != nil {
+		return "", fmt.Errorf("VXLAN underlay %s: %w", v.Underlay, err)
 	}
 	want := &netlink.Vxlan{
 		LinkAttrs:    netlink.LinkAttrs{Name: v.Name, MTU: v.GuestMTU},
@@ -54,13 +81,6 @@ func EnsureVXLAN(v VXLAN) (string, error) {
 		Group:        v.Remote,
 		Port:         v.Port,
 		Learning:     false,
-	}
-	if old, err := netlink.LinkByName(v.Name); err == nil {
-		x, ok := old.(*netlink.Vxlan)
-		if !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !x.Group.Equal(v.Remote) || x.VtepDevIndex != want.VtepDevIndex {
-			return "", fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", v.Name, v.Name)
-		}
-		return v.Name, nil
 	}
 	if err := netlink.LinkAdd(want); err != nil {
 		return "", fmt.Errorf("create vxlan %s: %w", v.Name, err)

@@ -36,6 +36,8 @@ func healthy() machine {
 		inFront:      func(string) (passOn, read []string, err error) { return nil, nil, nil },
 		synchronised: func() (bool, error) { return true, nil },
 		addresses:    func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.2")}, nil },
+		bridge:       func(string) error { return nil },
+		vxlanFits:    func(*config.VXLAN, int) error { return nil },
 		route:        func(*config.VXLAN) error { return nil },
 		dial:         func(context.Context, netip.AddrPort) error { return nil },
 		command:      qemuOf("7.2.22", "raw replication vvfat"),
@@ -118,6 +120,11 @@ func TestDoctorMisses(t *testing.T) {
 			return out, nil
 		}
 	}
+	noQEMU := func(m *machine) {
+		m.command = func(_ context.Context, name string, _ ...string) (string, error) {
+			return "", fmt.Errorf("%s: executable file not found in $PATH", name)
+		}
+	}
 	without := func(path string) func(string) bool { return func(p string) bool { return p != path } }
 	for _, tc := range []struct {
 		name       string
@@ -149,12 +156,8 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(m *machine) { m.exists = without("/dev/kvm") }},
 		{name: "vhost", check: "vhost-net", state: "warning", found: "/dev/vhost-net", fix: "modprobe vhost_net",
 			spoil: func(m *machine) { m.exists = without("/dev/vhost-net") }},
-		{name: "no qemu", check: "qemu", state: "missing", found: "not found", fix: "apt install qemu-system-x86",
-			spoil: func(m *machine) {
-				m.command = func(_ context.Context, name string, _ ...string) (string, error) {
-					return "", fmt.Errorf("%s: executable file not found in $PATH", name)
-				}
-			}},
+		{name: "no qemu", check: "qemu", state: "missing", found: "not found", fix: "apt install qemu-system-x86", file: "life.yaml", spoil: noQEMU},
+		{name: "no qemu, and none is started", check: "qemu", state: "warning", found: "not found", fix: "apt install qemu-system-x86", spoil: noQEMU},
 		{name: "no qemu-img", check: "qemu-img", state: "warning", found: "not found", fix: "apt install qemu-utils",
 			spoil: func(m *machine) {
 				whole := m.command
@@ -175,7 +178,7 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(m *machine) { m.command = qemuOf("11.1.3", "replication") }},
 		{name: "machine", check: "machine", state: "missing", found: `no machine "pc-q35-9.9"`, fix: "-machine help", file: "machine.yaml",
 			spoil: func(*machine) {}},
-		{name: "device", check: "devices", state: "missing", found: "vfio-pci,host=01:00.0: the other host has no copy of a host's device", fix: "qemu.extra", file: "device.yaml",
+		{name: "device", check: "config", state: "missing", found: "-device vfio-pci: a device of the host that the guest has to itself", fix: "use an emulated one", file: "device.yaml",
 			spoil: func(*machine) {}},
 		{name: "too little memory", check: "memory", state: "missing", found: "2048 MiB, and this host has 2000", fix: "qemu.memory", file: "life.yaml",
 			spoil: func(m *machine) {
@@ -201,15 +204,31 @@ func TestDoctorMisses(t *testing.T) {
 			spoil: func(m *machine) {
 				m.writable = func(dir string) error { return fmt.Errorf("%s: read-only file system", dir) }
 			}},
-		{name: "no tap", check: "nics[0].tap", state: "missing", found: "no device tapS", fix: "ip tuntap add dev tapS mode tap",
-			spoil: func(m *machine) { m.device = devices(map[string]int{"eth1": 9000}) }},
-		{name: "no underlay", check: "nics[0].underlay", state: "missing", found: "no device eth1", fix: "192.0.2.2: ip -br addr",
-			spoil: func(m *machine) { m.device = devices(map[string]int{"tapS": 1500}) }},
-		{name: "small underlay", check: "nics[0].underlay", state: "missing", found: "MTU 1549", fix: "ip link set eth1 mtu 1550",
-			spoil: func(m *machine) { m.device = devices(map[string]int{"tapS": 1500, "eth1": 1549}) }},
+		{name: "no tap", check: "nics[0].tap", state: "missing", found: `no device "tapP"`, fix: "ip tuntap add dev tapP mode tap", file: "pair.yaml", node: "alpha",
+			spoil: func(m *machine) {
+				m.addresses = addresses("192.0.2.1")
+				m.device = devices(map[string]int{"peerP": 9000})
+			}},
+		{name: "no bridge", check: "nics[0].bridge", state: "missing", found: "no bridge br0", fix: "make it",
+			spoil: func(m *machine) {
+				m.bridge = func(b string) error { return errors.New("there is no bridge " + b + "; make it") }
+			}},
+		{name: "vxlan of a tap that is to be made", check: "nics[0].underlay", state: "missing", found: "lsx7 does not take 1500", fix: "ip link set eth1 mtu 1550",
+			spoil: func(m *machine) {
+				m.device = devices(map[string]int{"eth1": 1500})
+				m.vxlanFits = func(v *config.VXLAN, mtu int) error {
+					return fmt.Errorf("%s does not take %d; ip link set %s mtu 1550", v.Device(), mtu, v.Underlay)
+				}
+			}},
+		{name: "underlay down", check: "nics[0].underlay", state: "warning", found: "eth1 is down", fix: "ip link set eth1 up",
+			spoil: func(m *machine) {
+				m.device = func(name string) (*net.Interface, error) { return &net.Interface{Name: name, MTU: 1550}, nil }
+			}},
+		{name: "unfit", check: "config", state: "missing", found: "without QEMU's socket no node can take over", fix: "describe the guest", file: "unfit.yaml", node: "beta",
+			spoil: func(*machine) {}},
 		{name: "no route", check: "nics[0].route", state: "missing", found: "network is unreachable", fix: "ip route add 192.0.2.1 dev eth1",
 			spoil: func(m *machine) { m.route = func(*config.VXLAN) error { return syscall.ENETUNREACH } }},
-		{name: "no peer device", check: "nics[0].peer", state: "missing", found: "no device peerP", fix: "make the device first", file: "pair.yaml", node: "alpha",
+		{name: "no peer device", check: "nics[0].peer", state: "missing", found: `no device "peerP"`, fix: "make it first, or have lockstep make a VXLAN", file: "pair.yaml", node: "alpha",
 			spoil: func(m *machine) {
 				m.addresses = addresses("192.0.2.1")
 				m.device = devices(map[string]int{"tapP": 1500})
@@ -280,6 +299,7 @@ func TestDoctorMisses(t *testing.T) {
 				"pair.yaml":    pairYAML,
 				"tls.yaml":     strings.Replace(pairYAML, "{insecure: true}", "{ca: ca.pem, cert: '{node}.pem', key: '{node}.key'}", 1),
 				"xdp.yaml":     strings.Replace(pairYAML, "{device: peerP}", "{device: peerP, xdp: on}", 1),
+				"unfit.yaml":   pairYAML + more,
 				"life.yaml":    pairYAML + more + "qemu: {memory: 1G}\n",
 				"tcg.yaml":     pairYAML + more + "qemu: {memory: 1G, accel: tcg}\n",
 				"machine.yaml": pairYAML + more + "qemu: {memory: 1G, machine: pc-q35-9.9}\n",

@@ -45,7 +45,9 @@ type machine struct {
 	inFront      func(tap string) (passOn, read []string, err error)
 	synchronised func() (bool, error) // CLOCK_REALTIME
 	addresses    func() ([]netip.Addr, error)
-	route        func(v *config.VXLAN) error // to the other end, from this one
+	bridge       func(name string) error                   // fit for a tap
+	vxlanFits    func(v *config.VXLAN, guestMTU int) error // can be made, or is there as it has to be
+	route        func(v *config.VXLAN) error               // to the other end, from this one
 	dial         func(ctx context.Context, addr netip.AddrPort) error
 	command      func(ctx context.Context, name string, args ...string) (output string, err error)
 	arbiter      func(ctx context.Context, c *config.Config, node string) (entry string, err error)
@@ -73,6 +75,12 @@ var thisMachine = machine{
 	inFront:      loader.InFront,
 	synchronised: synchronised,
 	addresses:    addresses,
+	bridge:       device.CheckBridge,
+	vxlanFits: func(v *config.VXLAN, guestMTU int) error {
+		x := VXLAN(v, guestMTU)
+		_, err := device.CheckVXLAN(&x)
+		return err
+	},
 	route: func(v *config.VXLAN) error {
 		_, err := netlink.RouteGetWithOptions(v.Remote.AsSlice(), &netlink.RouteGetOptions{Oif: v.Underlay, SrcAddr: v.Local.AsSlice()})
 		return err
@@ -100,7 +108,12 @@ var thisMachine = machine{
 			defer p.Release()
 			return fmt.Sprintf("it runs, as process %d", p.Pid()), nil
 		}
-		return "", spec.Check(nil, nil)
+		// Taps that `run` makes are looked at with the other devices.
+		spec.NICs = slices.DeleteFunc(spec.NICs, func(n qemu.NIC) bool {
+			return slices.ContainsFunc(self.NICs, func(own config.NIC) bool { return own.Tap == n.Tap && own.Bridge != "" })
+		})
+		in := c.Incoming(self) // either host may come to be the secondary's
+		return "", spec.Check(&in, nil)
 	},
 	memory: memory,
 	overlays: func(c *config.Config, self *config.Node) ([]overlayRoom, error) {
@@ -119,6 +132,14 @@ var thisMachine = machine{
 		}
 		return rooms, err
 	},
+}
+
+// VXLAN is the peer device that a config describes, for a guest's NIC of an MTU.
+func VXLAN(v *config.VXLAN, guestMTU int) device.VXLAN {
+	return device.VXLAN{
+		Name: v.Device(), ID: int(v.ID), Port: int(v.Port), Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
+		Underlay: v.Underlay, GuestMTU: guestMTU,
+	}
 }
 
 // memory reads /proc/meminfo.

@@ -50,6 +50,10 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 		d.missing("control", fmt.Sprintf("ip addr add %s/24 dev DEVICE; or correct nodes.%s.control", addr, self.Name),
 			"%s's address %s is not this host's", self.Name, addr)
 	}
+	if err := c.Unfit(self); err != nil {
+		found, fix, _ := strings.Cut(err.Error(), "; ")
+		d.missing("config", fix, "%s", found)
+	}
 	d.peer(ctx, other)
 	d.certificates(c, self, other)
 	if err := d.m.writable(c.RunDir); err != nil {
@@ -178,39 +182,51 @@ func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
 
 func (d *doctor) nic(i int, nic *config.NIC) {
 	name := func(what string) string { return fmt.Sprintf("nics[%d].%s", i, what) }
-	tap, err := d.m.device(nic.Tap)
-	if err != nil {
-		d.missing(name("tap"), fmt.Sprintf("ip tuntap add dev %s mode tap; or start QEMU, which makes it", nic.Tap), "there is no device %s: %v", nic.Tap, err)
-		return // what is right for the others depends on it
-	}
-	if err := d.m.tap(nic.Tap); err != nil {
+	// lacks reports an error that has behind "; " what mends it.
+	lacks := func(what string, err error) {
 		found, fix, _ := strings.Cut(err.Error(), "; ")
-		d.missing(name("tap"), fix, "%s", found)
-		return
+		d.missing(name(what), fix, "%s", found)
 	}
-	d.ok(name("tap"), "%s, MTU %d", nic.Tap, tap.MTU)
-	d.inFront(name("order"), nic.Tap)
+	if nic.Bridge != "" {
+		if err := d.m.bridge(nic.Bridge); err != nil {
+			lacks("bridge", err)
+		}
+	}
+	mtu := device.TapMTU
+	switch tap, err := d.m.device(nic.Tap); {
+	case err != nil && nic.Bridge != "":
+		d.ok(name("tap"), "lockstep makes %s, in %s", nic.Tap, nic.Bridge)
+	case err != nil:
+		d.missing(name("tap"), device.NoTap(nic.Tap), "there is no device %q: %v", nic.Tap, err)
+		return // what is right for the others depends on it
+	default:
+		if err := d.m.tap(nic.Tap); err != nil {
+			lacks("tap", err)
+			return
+		}
+		mtu = tap.MTU
+		d.ok(name("tap"), "%s, MTU %d", nic.Tap, mtu)
+		d.inFront(name("order"), nic.Tap)
+	}
 
-	key, dev, need := name("peer"), nic.PeerDevice, tap.MTU
+	key, dev := name("peer"), nic.PeerDevice
 	v := nic.PeerVXLAN
 	if v != nil {
+		if err := d.m.vxlanFits(v, mtu); err != nil {
+			lacks("underlay", err)
+			return
+		}
 		key, dev = name("underlay"), v.Underlay
-		need = (&device.VXLAN{Local: v.Local.AsSlice(), GuestMTU: tap.MTU}).UnderlayMTU()
 	}
 	l, err := d.m.device(dev)
 	switch {
-	case err != nil && v != nil:
-		d.missing(key, "name the device that has "+v.Local.String()+": ip -br addr", "there is no device %s: %v", dev, err)
-		return
 	case err != nil:
-		d.missing(key, "make the device first; or have lockstep make a VXLAN: peer: {vxlan: {...}}", "there is no device %s: %v", dev, err)
+		d.missing(key, device.NoPeer, "there is no device %q: %v", dev, err)
 		return
-	case l.MTU < need && v != nil:
-		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, and VXLAN frames of the guest need %d", dev, l.MTU, need)
-	case l.MTU < need:
-		d.missing(key, fmt.Sprintf("ip link set %s mtu %d", dev, need), "%s has MTU %d, less than the tap's %d", dev, l.MTU, need)
+	case device.CheckPeerMTU(dev, l.MTU, nic.Tap, mtu) != nil:
+		lacks("peer", device.CheckPeerMTU(dev, l.MTU, nic.Tap, mtu))
 	case l.Flags&net.FlagUp == 0 && v != nil: // lockstep sets up a peer device itself
-		d.missing(key, fmt.Sprintf("ip link set %s up", dev), "%s is down", dev)
+		d.warn(key, fmt.Sprintf("ip link set %s up", dev), "%s is down: there is no pair until it is up", dev)
 	default:
 		d.ok(key, "%s, MTU %d", dev, l.MTU)
 	}

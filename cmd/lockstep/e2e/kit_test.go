@@ -270,7 +270,11 @@ func (p *pair) daemon(node, ns, role string) {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := lt.Command(ns, p.binary, "run", "-c", cmp.Or(p.own[node], p.config), "--node", node, "--role", role)
+	args := []string{"run", "-c", cmp.Or(p.own[node], p.config), "--node", node}
+	if role != "" { // else the pair knows
+		args = append(args, "--role", role)
+	}
+	cmd := lt.Command(ns, p.binary, args...)
 	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)

@@ -77,7 +77,7 @@ func (p *livingPair) bootDebian(suite, node string) *debianHost {
 	}
 	own, environment := p.t.TempDir(), filepath.Join(p.t.TempDir(), "pair.env")
 	role := map[string]string{"alpha": "primary", "beta": "secondary"}[node]
-	if err := os.WriteFile(environment, fmt.Appendf(nil, "NODE=%s\nROLE=%s\n%s\n", node, role, p.preload), 0o600); err != nil {
+	if err := os.WriteFile(environment, fmt.Appendf(nil, "NODE=%s\nOPTIONS=--role %s\n%s\n", node, role, p.preload), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
 	// A group of its own, which is the root of the hierarchy that its systemd sees.

@@ -90,7 +90,7 @@ func TestUnloadSpeakers(t *testing.T) {
 	}
 	c.ask(5)
 	// With force the SVM is muted. It could have taken over, so it is not ended either.
-	if out, err := p.orderHere("beta", "unload", "--force"); err != nil || !strings.Contains(out, "is muted: its taps are down") {
+	if out, err := p.orderHere("beta", "unload", "--force"); err != nil || !strings.Contains(out, "its taps are down. So the guest") {
 		t.Errorf("unload --force of an SVM: %v\n%s", err, out)
 	}
 	p.wantTap("beta", false)
