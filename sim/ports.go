@@ -3,6 +3,7 @@
 package sim
 
 import (
+	"errors"
 	"net/netip"
 
 	"github.com/lockstep-ft/lockstep/sim/tcp"
@@ -36,6 +37,12 @@ func (c *client) mixes(frame []byte, of *wire) {
 		c.w.reach("data of the connection before")
 		a.lost, a.mixed = true, true
 	}
+}
+
+// misses reports whether both ends were to open a connection at once, and the guest, which was late, refused the client's SYN.
+// A repetition of that which meets the guest's own SYN later is of no connection that the client knows, and resets the guest's.
+func (c *client) misses(a *asking) bool {
+	return a.moving && a.dialed && a.now().Kind == 'O' && errors.Is(c.stack.Err(a.dial), tcp.ErrRefused)
 }
 
 // refused reports whether the guest may have refused a connection in its handshake. It keeps nothing of a SYN that it has
