@@ -268,9 +268,9 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 // ACK, and, as in Linux, for a later one whose two numbers have grown by almost as much.
 func (h *host) cookieAgain(p *packet, v *wire) bool {
 	switch {
-	case !h.w.sc.SynCookies || len(p.payload) > 0 || h.qemu == nil || h.qemu.guest == nil:
+	case !h.w.sc.SynCookies || h.qemu == nil || h.qemu.guest == nil:
 		return false
-	case p.ack == v.opened && p.seq-v.isn <= 1:
+	case len(p.payload) == 0 && p.ack == v.opened && p.seq-v.isn <= 1:
 		return true
 	}
 	g, f := h.qemu.guest, p.flow()

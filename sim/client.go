@@ -206,7 +206,7 @@ func (c *client) work(a *asking) {
 			}
 			w.reach("connection broken")
 			// A flood may cost a connection that is half-open: its offset is forgotten (R11).
-			if flooded := len(w.sc.Floods) > 0 && a.reply == a.first; !a.lost && !flooded && !c.refused(a) {
+			if flooded := len(w.sc.Floods) > 0 && a.opening(); !a.lost && !flooded && !c.refused(a) {
 				w.failf("connection", "connection %d broke: %v, at request %d of %d", a.id, err, a.reply, len(a.plan.Requests))
 			}
 			return

@@ -3,7 +3,9 @@
 package sim
 
 import (
+	"errors"
 	"net/netip"
+	"slices"
 
 	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
@@ -38,11 +40,22 @@ func (c *client) mixes(frame []byte, of *wire) {
 	}
 }
 
+// misses reports whether both ends were to open a connection at once, and the guest, which was late, refused the client's SYN.
+// A repetition of that which meets the guest's own SYN later is of no connection that the client knows, and resets the guest's.
+func (c *client) misses(a *asking) bool {
+	return a.moving && a.dialed && a.now().Kind == 'O' && errors.Is(c.stack.Err(a.dial), tcp.ErrRefused)
+}
+
+// opening reports whether the guest has answered nothing on this connection: its handshake may not be over.
+func (a *asking) opening() bool {
+	return !slices.ContainsFunc(a.plan.Requests[a.first:a.reply], func(r Request) bool { return r.Kind != 'W' && r.Kind != 'Z' })
+}
+
 // refused reports whether the guest may have refused a connection in its handshake. It keeps nothing of a SYN that it has
 // answered with a cookie: what overtakes the handshake's last ACK belongs to nothing, and Linux answers it by a RST.
 func (c *client) refused(a *asking) bool {
 	q := c.w.hosts[c.w.check.speaker].qemu
-	if !c.w.sc.SynCookies || a.reply != a.first || q == nil || q.guest == nil {
+	if !c.w.sc.SynCookies || !a.opening() || q == nil || q.guest == nil {
 		return false
 	}
 	own := q.guest.said[flow{c.w.sc.clientAddr(), a.port, servicePort}]
