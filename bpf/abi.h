@@ -211,7 +211,7 @@ struct ls_ev {
 	__u16 csum_start; /* as in struct virtio_net_hdr, from the frame's start */
 	__u16 csum_offset;
 	__u32 frame_len;
-	__u32 number; /* see ls_fast_state; 0: none */
+	__u32 number; /* TCP: see ls_fast_state; UDP: of the bucket, from 1 on; 0: none */
 	__u8 hdr[LS_HDR_MAX];
 };
 

@@ -8,8 +8,8 @@
  * GSO datagram, two flows at once, a gap in the stream of records, or nothing for too long. Then
  * the whole bucket is user space's, which fetches what waits and says when nothing does any more.
  *
- * No event is numbered: one that is on its way when user space gives a bucket back takes it again.
- * That may put datagrams in another order, and loses none.
+ * Events have the bucket's number, and are not counted: one that is on its way when user space
+ * gives its bucket back takes it again. That may put datagrams in another order, and loses none.
  */
 #ifndef LS_FAST_DGRAM_H
 #define LS_FAST_DGRAM_H

@@ -147,7 +147,7 @@ out:
 	return ls_mutate & LS_MUTATE_REPLAY ? LS_R_record_in : why;
 }
 
-/* Passes sc->rec to user space. number: see ls_fast_state. */
+/* Passes sc->rec to user space. number: as in ls_ev. */
 static __always_inline int rec_report(struct ls_scratch *sc, __u64 wakeup, __u32 number)
 {
 	const __u64 *from = (const __u64 *)&sc->rec;

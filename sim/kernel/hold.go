@@ -190,7 +190,7 @@ func stride(gso uint16, paylen int) int {
 	return int(gso) * (segs/(int(bpf.LockstepLsConstLS_BOUND_MAX)+1) + 1)
 }
 
-// report passes m.rec to user space. number: see ls_fast_state.
+// report passes m.rec to user space. number: as in ls_ev.
 func (m *machine) report(number uint32) bool {
 	n := recordMinSize
 	if m.rec.Nsum > 0 {
