@@ -76,8 +76,7 @@ func (p *livingPair) bootDebian(suite, node string) *debianHost {
 		lt.Missing(p.t, "no bare Debian: run make soak-deps (%v)", err)
 	}
 	own, environment := p.t.TempDir(), filepath.Join(p.t.TempDir(), "pair.env")
-	role := map[string]string{"alpha": "primary", "beta": "secondary"}[node]
-	if err := os.WriteFile(environment, fmt.Appendf(nil, "NODE=%s\nOPTIONS=--role %s\n%s\n", node, role, p.preload), 0o600); err != nil {
+	if err := os.WriteFile(environment, fmt.Appendf(nil, "NODE=%s\n%s\n", node, p.preload), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
 	// A group of its own, which is the root of the hierarchy that its systemd sees.
@@ -206,10 +205,13 @@ func lifeOfPackage(t *testing.T, p *livingPair, suite, before, after string) {
 			t.Errorf("%s: %v, %s", unit, err, out)
 		}
 		h.mustRun("systemd-analyze", "security", "--threshold=65", unit)
+		if node == "alpha" {
+			h.mustRun("lockstep", "start", "--here", "-c", config, "--node", node)
+		}
 		h.mustRun("systemctl", "enable", "--now", "--no-block", unit)
 	}
 	ends := func(node string) { // its QEMU
-		hosts[node].mustRun("sh", "-c", "kill -9 $(cat /etc/lockstep/run/web1-"+node+".pid)")
+		hosts[node].mustRun("sh", "-c", "pid=$(cat /etc/lockstep/run/web1-"+node+".pid); kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done") // until its tap is free
 	}
 	p.covered()
 	p.booted()
