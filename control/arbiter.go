@@ -99,7 +99,7 @@ func (s *serialArbiter) Swap(ctx context.Context, old, next arbiter.Entry) (arbi
 func (fo *failoverPart) guestGone() bool {
 	gone := fo.d.qmp.process.dead()
 	if gone {
-		fo.d.work.Go(func() { fo.d.post(func() { fo.d.qmp.qemuGone("its process has ended") }) })
+		fo.d.work.Go(func() { fo.d.post(func() { fo.d.qmp.qemuGone("its process has ended", false) }) })
 	}
 	return gone
 }

@@ -218,6 +218,7 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		if err := fo.d.each("mute", (*nicloop.Loop).Quiet); err != nil {
 			return err
 		}
+		fo.d.qmp.bePatient()
 		fo.askAwake()
 	case failover.OpQEMU:
 		fo.d.qmp.detached = true

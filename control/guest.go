@@ -99,7 +99,7 @@ func (gw *guestWatch) shutDown(reason string) {
 		}
 		// A death at once: on its way QEMU loses the other's QEMU and its disks, which
 		// shows nothing about them.
-		gw.d.qmp.qemuGone("it was ordered to end: " + reason)
+		gw.d.qmp.qemuGone("it was ordered to end: "+reason, false)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"syscall"
@@ -100,6 +101,20 @@ func (mo *monitor) watchQEMU(ctx context.Context) {
 	}
 }
 
+// bePatient sets how many commands in a row QEMU may leave unanswered. A secondary whose QEMU goes on after a while
+// has to know whether it has loaded a checkpoint then; one that takes over gives it up only when it has ended, since
+// nobody else may be left to serve. A primary's is in doubt at once, and goes on with a guest that a command has stopped
+// late.
+func (mo *monitor) bePatient() {
+	switch {
+	case mo.conn == nil || mo.d.isPrimary():
+	case mo.d.failover.waits():
+		mo.conn.BePatient(1 + maxUnanswered)
+	case !mo.d.failover.ended():
+		mo.conn.BePatient(math.MaxInt)
+	}
+}
+
 // watchMonitor follows one connection to its end.
 func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 	defer context.AfterFunc(ctx, func() { m.Disconnect() })()
@@ -145,11 +160,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		mo.d.repl.paired()
 	})
 
-	if !mo.d.isPrimary() {
-		// A secondary whose QEMU goes on after a while has to know whether it has loaded a checkpoint then. A
-		// primary's is in doubt at once, and goes on with a guest that a command has stopped late.
-		m.BePatient(1 + maxUnanswered)
-	}
+	mo.d.post(mo.bePatient)
 	polling, stop := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait()

@@ -57,20 +57,24 @@ func (mo *monitor) procedure(what string, f func(context.Context, *qmp.Monitor) 
 	return cancel
 }
 
-// qemuGone: this host's QEMU is.
-func (mo *monitor) qemuGone(why string) {
+// qemuGone: this host's QEMU is. hangs: its process is not.
+func (mo *monitor) qemuGone(why string, hangs bool) {
 	log := ""
 	if mo.d.failover.Guest != nil {
 		log = qemu.Log(mo.d.failover.Guest)
 	}
-	mo.d.log.Error("QEMU is dead", "why", why, "qemu_log", log)
-	mo.d.event(journal.QEMU, "dead: "+why, nil)
+	said := "dead"
+	if hangs {
+		said = "without an answer for so long that it counts as dead"
+	}
+	mo.d.log.Error("QEMU is "+said, "why", why, "qemu_log", log)
+	mo.d.event(journal.QEMU, said+": "+why, nil)
 	if mo.d.guest.svmOff {
 		// One that ends with its guest: the primary's powers off as well, and reports it.
-		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead}) }) })
+		time.AfterFunc(awaitOff, func() { mo.d.post(func() { mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead, OK: hangs}) }) })
 		return
 	}
-	mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead})
+	mo.d.failover.step(failover.Event{Kind: failover.EvQEMUDead, OK: hangs})
 }
 
 // ensureGuest starts this host's QEMU, unless that is somebody else's or the one of

@@ -172,6 +172,6 @@ func (mo *monitor) unreachable(r reach, why error) {
 		mo.unanswered = maxUnanswered
 	}
 	if mo.unanswered == maxUnanswered {
-		mo.qemuGone(why.Error())
+		mo.qemuGone(why.Error(), r == qemuMute)
 	}
 }

@@ -107,6 +107,7 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpQuiet:
 		d.checks.step(checkpoint.Event{Kind: checkpoint.EvQuiet})
 		d.fail(l.Quiet())
+		d.qmp.bePatient()
 		d.pair.askAwake()
 	case failover.OpQEMU:
 		d.qmp.detached = true

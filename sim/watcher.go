@@ -4,6 +4,7 @@ package sim
 
 import (
 	"errors"
+	"math"
 
 	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/failover"
@@ -69,16 +70,27 @@ func (x *watcher) judge() {
 	d := x.d
 	if d.qmp.hadQEMU && d.qmp.unanswered >= maxUnanswered {
 		d.w.reach("qemu counts as dead")
-		d.pair.step(failover.Event{Kind: failover.EvQEMUDead})
+		q := d.h.qemu
+		d.pair.step(failover.Event{Kind: failover.EvQEMUDead, OK: q != nil && q.alive})
+	}
+}
+
+// bePatient is control's.
+func (x *watcher) bePatient() {
+	d := x.d
+	switch {
+	case d.h.monitor == nil || d.isPrimary():
+	case d.pair.s.State() <= failover.SecondaryPair:
+		d.h.monitor.patience = 1 + maxUnanswered
+	case d.pair.s.State() < failover.SecondaryFenced:
+		d.h.monitor.patience = math.MaxInt
 	}
 }
 
 func (x *watcher) up(m *monitor, running bool, state, mode string) {
 	d := x.d
 	d.qmp.hadQEMU, d.qmp.unanswered, d.qmp.colo = true, 0, mode
-	if !d.isPrimary() {
-		m.patience = 1 + maxUnanswered
-	}
+	x.bePatient()
 	if d.pair.tellAgain {
 		d.pair.tellQEMU()
 	}

@@ -28,7 +28,7 @@ const (
 	EvReceived          // a message came on the control link
 	EvPeerDead          // the peer's QEMU is dead, or P does without S's. OK: the peer has said so, and if it was P, that its gate is shut
 	EvDismissed         // S: P goes on without this SVM
-	EvQEMUDead          // this side's QEMU is dead
+	EvQEMUDead          // this side's QEMU is dead. OK: it has not ended, and has not answered for so long that it counts as dead
 	EvCOLOExit          // this side's QEMU lost the other's
 	EvTakeOver          // an operator has the other count as dead; P: also that the guest is to begin alone. S: OK: by force, and the SVM is loaded
 	EvClaimed           // answer to OpClaim, when it is known: OK when won; Term is the entry's

@@ -154,7 +154,10 @@ func (l *Secondary) Step(now int64, ev Event) []Effect {
 			l.loadBy = min(l.loadBy, now+l.cfg.settle)
 		}
 	case EvQEMUDead:
-		l.fence("its QEMU is dead")
+		// Once the arbiter is asked no other guest may be left: one whose QEMU hangs goes on if that does.
+		if !ev.OK || l.state < SecondaryClaim {
+			l.fence("its QEMU is dead")
+		}
 	case EvClaimed:
 		switch {
 		case l.state != SecondaryClaim:

@@ -67,6 +67,23 @@ func TestDismissedClaim(t *testing.T) {
 	}
 }
 
+// A secondary that has asked the arbiter may be the only guest that is left: it is given up when its QEMU has ended, and
+// not because that hangs.
+func TestHangingWinner(t *testing.T) {
+	begin := []Event{{Kind: EvLinkUp, Term: 7}, {Kind: EvPeerDead, OK: true}, {Kind: EvClaimed, OK: true, Term: 8}}
+	for n := 1; n <= len(begin); n++ {
+		for _, hangs := range []bool{false, true} {
+			l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
+			for i, ev := range append(slices.Clone(begin[:n]), Event{Kind: EvQEMUDead, OK: hangs}) {
+				l.Step(int64(i)*int64(time.Millisecond), ev)
+			}
+			if fenced, want := l.State() == SecondaryFenced, n == 1 || !hangs; fenced != want {
+				t.Errorf("behind %d events, with a QEMU that hangs %v: fenced %v", n, hangs, fenced)
+			}
+		}
+	}
+}
+
 // A QEMU that stands still may have a checkpoint that it has not loaded yet. It is ordered to take
 // over once it answers and has had time to show that, or when it has not answered for long.
 func TestSlowLoad(t *testing.T) {

@@ -167,6 +167,27 @@ func TestStarved(t *testing.T) {
 	}
 }
 
+// TestHangingWinner: the primary's host dies while the secondary's QEMU stands still, for longer than one counts as
+// alive otherwise. There is no other guest, so the secondary waits for it.
+func TestHangingWinner(t *testing.T) {
+	p := newLivingPair(t, 0, "")
+	p.start()
+	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
+	c := p.open()
+	p.signal("beta", syscall.SIGSTOP)
+	p.kill("alpha")
+	p.killQEMU("alpha")
+	p.await("beta", func(s *api.Status) bool { return s.State == "failover" })
+	answered := c.askLater()
+	mutedSince(t, watch, watch.Turns(), answered, 12*time.Second) // several commands' time
+	p.signal("beta", syscall.SIGCONT)
+	if err := <-answered; err != nil {
+		t.Fatal(err)
+	}
+	c.ask(50)
+	twoTurns(t, watch)
+}
+
 // TestFrozenWinner: a secondary that has won the arbiter stands still before its guest
 // transmits, for longer than QEMU has for an answer. The old primary, woken first, does
 // not transmit; the winner, woken later, does.
