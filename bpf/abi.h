@@ -47,11 +47,13 @@ enum ls_const {
 	LS_GSLOT_DATA = 69632 - 64, /* frame bytes in a 68 KiB slot */
 	LS_FAST_MAX = 4,	    /* segments of a connection that wait in the kernel */
 	LS_FAST_TMPL = 96,	    /* header bytes of an ACK that the kernel keeps */
-	LS_FAST_L4_MAX = 62,	    /* offset of the TCP header there: no IP options */
-	LS_STATS = 128,		    /* room for counters, so that tables go on with more of them */
-	LS_BUCKETS = 1024,	    /* of UDP flows */
-	LS_BUCKET_MAX = 32,	    /* datagrams that wait in one */
-	LS_DGRAM_SHARE = 4,	    /* one slot in four is for datagrams */
+	LS_FAST_CHUNK = 480, /* bytes that it sums up at a time: fewer than older kernels' 512 */
+	LS_FAST_LEN = 14 + 20 + 4 * LS_FAST_CHUNK, /* of the longest frame that it can sum up */
+	LS_FAST_L4_MAX = 62, /* offset of the TCP header there: no IP options */
+	LS_STATS = 128,	     /* room for counters, so that tables go on with more of them */
+	LS_BUCKETS = 1024,   /* of UDP flows */
+	LS_BUCKET_MAX = 32,  /* datagrams that wait in one */
+	LS_DGRAM_SHARE = 4,  /* one slot in four is for datagrams */
 	LS_SLOT_NONE = 0xffffffff,
 	LS_SLOT_GSO = 0x80000000, /* set in a slot number: index into ls_gslots */
 

@@ -23,8 +23,6 @@
 #include "maps.h"
 #include "seq.h"
 
-#define LS_FAST_CHUNK 480 /* bytes summed up at a time: fewer than older kernels' 512 */
-#define LS_FAST_LEN (ETH_HLEN + 20 + 4 * LS_FAST_CHUNK) /* of a frame that can be summed up */
 #define LS_TS_LEN 12	/* NOP, NOP, timestamps: as guests lay them out */
 #define LS_CHECK_OFF 16 /* of the checksum in the TCP header */
 #define LS_CLOCK_BOOTTIME 7

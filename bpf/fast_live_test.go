@@ -176,3 +176,26 @@ func TestFastPathLate(t *testing.T) {
 		freeSlots(k)
 	}
 }
+
+// A frame that is longer than the kernel can sum up is user space's: as a record's frame it could have to leave with a
+// complete checksum.
+func TestFastTooLong(t *testing.T) {
+	k := newKit(t, variable("ls_fast_on", 1), variable("ls_fast_wait", 60e6))
+	k.setMode(hold)
+	f := flows["IPv4"]
+	longest := int(bpf.LockstepLsConstLS_FAST_LEN)
+	for n, reason := range map[int]string{longest: "fast_held", longest + 1: "held"} {
+		f.remote = netip.AddrPortFrom(f.remote.Addr(), uint16(n))
+		s := seg{seq: 100, ack: 1100, win: 700, flags: ack, payload: make([]byte, n-54)}
+		own(k, f, s.seq, false)
+		_, datagram := f.udpFrom(make([]byte, n-42), false)
+		for _, frame := range [][]byte{f.from(s), datagram} {
+			before := k.counters()
+			if k.run(k.LsPriOut, input{frame: frame}); len(frame) != n || k.moved(before)[reason] != 1 {
+				t.Errorf("%d bytes: counted %v", len(frame), k.moved(before))
+			}
+		}
+		k.events()
+		freeSlots(k)
+	}
+}

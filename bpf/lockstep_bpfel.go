@@ -174,6 +174,8 @@ const (
 	LockstepLsConstLS_GSLOT_DATA    LockstepLsConst = 69568
 	LockstepLsConstLS_FAST_MAX      LockstepLsConst = 4
 	LockstepLsConstLS_FAST_TMPL     LockstepLsConst = 96
+	LockstepLsConstLS_FAST_CHUNK    LockstepLsConst = 480
+	LockstepLsConstLS_FAST_LEN      LockstepLsConst = 1954
 	LockstepLsConstLS_FAST_L4MAX    LockstepLsConst = 62
 	LockstepLsConstLS_STATS         LockstepLsConst = 128
 	LockstepLsConstLS_BUCKETS       LockstepLsConst = 1024

@@ -20,7 +20,7 @@ const (
 	fastMax     = int(bpf.LockstepLsConstLS_FAST_MAX)
 	fastTmpl    = int(bpf.LockstepLsConstLS_FAST_TMPL)
 	fastTS      = 12
-	fastLen     = 1954 // of a frame that can be summed up
+	fastLen     = int(bpf.LockstepLsConstLS_FAST_LEN)
 	ownerUser   = uint32(bpf.LockstepLsOwnerLS_OWNER_USER)
 	ownerKernel = uint32(bpf.LockstepLsOwnerLS_OWNER_KERNEL)
 )
