@@ -34,7 +34,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath())}
 	})
-	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newTop(e), newEvents(e), newExplain(e), newStart(e), newCheckpoint(e), newFailover(e), newUpgrade(e), newUnload(e), newDoctor(e), newKeys(e), newBench(e), newDemo(e), newVersion(e), newMan(root))
+	root.AddCommand(newRun(e), newStatus(e), newFlows(e), newTop(e), newEvents(e), newDiverge(e), newExplain(e), newStart(e), newCheckpoint(e), newFailover(e), newUpgrade(e), newUnload(e), newDoctor(e), newKeys(e), newBench(e), newDemo(e), newVersion(e), newMan(root))
 	for _, cmd := range append(root.Commands(), root) {
 		args := cmd.Args
 		cmd.Args = func(cmd *cobra.Command, a []string) error {

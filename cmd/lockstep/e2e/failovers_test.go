@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -38,6 +39,12 @@ func TestDivergenceAndDisks(t *testing.T) {
 		t.Errorf("%d divergent requests made %d checkpoints", requests, done)
 	} else {
 		t.Logf("%d divergent requests, %d checkpoints", requests, done)
+	}
+	out, err := p.order("alpha", "diverge")
+	if service := "port " + portClock + " "; err != nil || !strings.Contains(out, service) || !strings.Contains(out, "payload differs: ") {
+		t.Errorf("%v, %s", err, out)
+	} else {
+		t.Log(out)
 	}
 	write := func(n int) {
 		t.Helper()

@@ -78,6 +78,7 @@ func serveGuest(as string) {
 		portEnd: func(c *net.TCPConn) {
 			for r := bufio.NewScanner(c); r.Scan(); {
 				how := map[string]int{"poweroff": unix.LINUX_REBOOT_CMD_POWER_OFF, "reboot": unix.LINUX_REBOOT_CMD_RESTART}[r.Text()]
+				nicsDown()
 				fmt.Fprintln(c, r.Text(), unix.Reboot(how))
 			}
 		},
@@ -217,4 +218,23 @@ func (p *pattern) Read(b []byte) (int, error) {
 		p.pos++
 	}
 	return len(b), nil
+}
+
+// nicsDown takes the guest's NICs down before its end: newer kernels reset virtio devices then, and virtio-net's
+// driver may spin for ever where something that it has sent is under way.
+func nicsDown() {
+	nics, err := net.Interfaces()
+	if err != nil {
+		return
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	for _, nic := range nics {
+		if r, err := unix.NewIfreq(nic.Name); err == nil { // without flags
+			_ = unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r)
+		}
+	}
 }

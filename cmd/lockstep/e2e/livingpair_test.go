@@ -273,6 +273,20 @@ func twoTurns(t *testing.T, watch *lt.Transmitters) {
 	}
 }
 
+// ends waits for a node's daemon, which ends by itself, and returns how it did.
+func (p *livingPair) ends(node string) error {
+	p.t.Helper()
+	ended := make(chan error, 1)
+	go func(cmd *exec.Cmd) { ended <- cmd.Wait() }(p.procs[node])
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(time.Minute):
+		p.t.Fatalf("the daemon of %s does not end", node)
+		return nil
+	}
+}
+
 // start brings a pair up with its guest.
 func (p *livingPair) start() {
 	p.t.Helper()
