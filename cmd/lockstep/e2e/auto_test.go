@@ -182,7 +182,7 @@ func TestAutoRoles(t *testing.T) {
 	// What was healthy is no warning, and who is told to end says what becomes of the guest.
 	for _, node := range []string{"beta", "alpha"} {
 		p.signalDaemon(node, syscall.SIGTERM)
-		if err := p.ends(node); err != nil {
+		if err := ends(p.t, p.procs[node]); err != nil {
 			t.Errorf("the daemon of %s, told to end: %v", node, err)
 		}
 	}
@@ -321,7 +321,7 @@ func TestDayOfAnOperator(t *testing.T) {
 	restart := func(node string) {
 		t.Helper()
 		p.signalDaemon(node, syscall.SIGTERM)
-		p.ends(node)
+		ends(p.t, p.procs[node])
 		p.auto(node)
 		p.covered()
 		c.ask(5)
@@ -343,7 +343,7 @@ func TestDayOfAnOperator(t *testing.T) {
 		t.Fatal(got)
 	}
 	p.signalDaemon("beta", syscall.SIGTERM)
-	p.ends("beta")
+	ends(p.t, p.procs["beta"])
 	p.killQEMU("beta")
 	p.await("alpha", func(s *api.Status) bool { return s.State == "solo" })
 	p.ordered("alpha", "status")
@@ -374,7 +374,7 @@ func TestDayOfAnOperator(t *testing.T) {
 	disk.Close()
 	p.end("poweroff")
 	for _, node := range hosts {
-		if err := p.ends(node); err != nil {
+		if err := ends(p.t, p.procs[node]); err != nil {
 			t.Errorf("the daemon of %s ended with %v", node, err)
 		}
 	}
@@ -383,7 +383,7 @@ func TestDayOfAnOperator(t *testing.T) {
 	}
 	// Nothing boots it before an operator does, on the host that served last; the other one waits for that.
 	p.auto(hosts...)
-	if err := p.ends("beta"); err != nil || !strings.Contains(p.log("beta"), "powered off and stays off; `lockstep start") {
+	if err := ends(p.t, p.procs["beta"]); err != nil || !strings.Contains(p.log("beta"), "powered off and stays off; `lockstep start") {
 		t.Errorf("started again, the daemon of beta ended with %v", err)
 	}
 	p.await("alpha", func(s *api.Status) bool { return s.Role == "secondary" && s.QMP.State == "inmigrate" })

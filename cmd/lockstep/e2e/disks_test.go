@@ -258,7 +258,7 @@ func TestDiskFaultSeen(t *testing.T) {
 	p, d := newDiskPair(t, x)
 	w := p.writes(time.Minute)
 	d.fill()
-	p.ends("alpha") // it hands over
+	ends(p.t, p.procs["alpha"]) // it hands over
 	lt.Eventually(t, 30*time.Second, func() (bool, string) {
 		s := p.status("beta")
 		return s != nil && s.Role == "primary" && s.State == "solo", fmt.Sprintf("%+v", s)
@@ -312,7 +312,7 @@ func TestColdStart(t *testing.T) {
 			p.procs[node].Process.Kill()
 		}
 		for _, node := range nodes {
-			p.ends(node)
+			ends(p.t, p.procs[node])
 			p.killQEMU(node)
 		}
 	}

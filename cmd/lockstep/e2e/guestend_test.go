@@ -47,7 +47,7 @@ func TestPowerOff(t *testing.T) {
 	c.c.Close()
 	p.end("poweroff")
 	for _, node := range []string{"alpha", "beta"} {
-		if err := p.ends(node); err != nil {
+		if err := ends(p.t, p.procs[node]); err != nil {
 			t.Errorf("the daemon of %s ended with %v", node, err)
 		}
 		lt.Eventually(t, 10*time.Second, func() (bool, string) { return p.qemu(node) == 0, "its QEMU is there" })
@@ -56,7 +56,7 @@ func TestPowerOff(t *testing.T) {
 		t.Errorf("a host took over: %v", turns)
 	}
 	p.run("alpha", "primary")
-	if err := p.ends("alpha"); err != nil || p.qemu("alpha") != 0 {
+	if err := ends(p.t, p.procs["alpha"]); err != nil || p.qemu("alpha") != 0 {
 		t.Errorf("started again, the daemon ended with %v, QEMU's process is %d", err, p.qemu("alpha"))
 	}
 	if log := p.log("alpha"); !strings.Contains(log, "powered off and stays off; `lockstep start") {

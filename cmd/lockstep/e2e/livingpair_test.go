@@ -273,16 +273,16 @@ func twoTurns(t *testing.T, watch *lt.Transmitters) {
 	}
 }
 
-// ends waits for a node's daemon, which ends by itself, and returns how it did.
-func (p *livingPair) ends(node string) error {
-	p.t.Helper()
+// ends waits for a daemon, which ends by itself, and returns how it did.
+func ends(t *testing.T, daemon *exec.Cmd) error {
+	t.Helper()
 	ended := make(chan error, 1)
-	go func(cmd *exec.Cmd) { ended <- cmd.Wait() }(p.procs[node])
+	go func() { ended <- daemon.Wait() }()
 	select {
 	case err := <-ended:
 		return err
 	case <-time.After(time.Minute):
-		p.t.Fatalf("the daemon of %s does not end", node)
+		t.Fatalf("the daemon does not end: %s", daemon)
 		return nil
 	}
 }
