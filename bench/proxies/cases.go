@@ -63,7 +63,10 @@ func measures(o lab.Options, slow bool) []measure {
 	}
 	job := func(do workload.Do, conns, count, size int) workload.Job {
 		j := workload.Job{Do: do, Conns: conns, N: count, Size: size, Stall: 5 * time.Second, Limit: 20 * time.Second}
-		if o.Quick {
+		switch {
+		case o.Quick && slow: // what stalls is reported
+			j.Stall, j.Limit = time.Second, 2*time.Second
+		case o.Quick:
 			j.Stall, j.Limit = 5*time.Second, 4*time.Second
 		}
 		return j
