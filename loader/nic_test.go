@@ -245,7 +245,10 @@ func TestLock(t *testing.T) {
 func TestCheckBPFFS(t *testing.T) {
 	plain := t.TempDir()
 	for _, dir := range []string{plain, filepath.Join(plain, "not", "there")} {
-		wantError(t, CheckBPFFS(dir), dir, "not on a bpffs", "mount -t bpf bpf /sys/fs/bpf")
+		wantError(t, CheckBPFFS(dir), dir, "not on a bpffs", "mount -t bpf bpf "+filepath.Dir(dir))
+	}
+	if got := mountBPF("/sys/fs/bpf/lockstep"); got != "mount -t bpf bpf /sys/fs/bpf" {
+		t.Errorf("the usual one is mounted by %s", got)
 	}
 	lt.NeedRoot(t)
 	pins := mountBPFFS(t)
