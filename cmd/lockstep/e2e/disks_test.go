@@ -301,6 +301,19 @@ func TestDiskFaultSeen(t *testing.T) {
 	p.verify(c, confirmed)
 }
 
+// servesWritten waits for a pair that serves again, and checks that the guest has the n writes that were confirmed.
+func servesWritten(t *testing.T, p *livingPair, n int) {
+	t.Helper()
+	p.covered()
+	p.booted()
+	c, served := p.served(time.Minute)
+	if !served {
+		t.Fatal("no host serves")
+	}
+	defer c.Close()
+	p.verify(c, n)
+}
+
 // TestColdStart: everything on both hosts ends at once, in a pair or while one host has
 // just taken over, and what was confirmed is there when the units have started their
 // daemons again, in any order.
@@ -316,17 +329,7 @@ func TestColdStart(t *testing.T) {
 			p.killQEMU(node)
 		}
 	}
-	check := func(n int) {
-		t.Helper()
-		p.covered()
-		p.booted()
-		c, served := p.served(time.Minute)
-		if !served {
-			t.Fatal("no host serves")
-		}
-		defer c.Close()
-		p.verify(c, n)
-	}
+	check := func(n int) { t.Helper(); servesWritten(t, p, n) }
 	for _, order := range [][2]string{{"alpha", "beta"}, {"beta", "alpha"}} {
 		w := p.writes(5 * time.Second)
 		lt.Eventually(t, 30*time.Second, func() (bool, string) { return w.count() > 20, "few writes" })
