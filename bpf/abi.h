@@ -308,6 +308,7 @@ enum ls_conn_bit {
 	LS_CONN_GUARDED = 4096,	  /* guard was set */
 	LS_CONN_ECHOES = 8192,	  /* the remote echoes timestamps with the guard */
 	LS_CONN_UNACKED = 16384,  /* ls_conn: no ack since the guest's FIN and its repetitions */
+	LS_CONN_DOUBT = 32768,	  /* taken over: off or none, as the guest's next segment shows */
 };
 
 /*

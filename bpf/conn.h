@@ -224,15 +224,15 @@ static __always_inline struct ls_conn *half_promote(struct ls_half *h, const str
 }
 
 /*
- * Notes a segment of either side. A guest that goes on sending ignored the RST:
- * anybody can forge one. Whether the remote has received the guest's FIN is not known
- * from its numbers, but it repeats what is not acknowledged: an ack of less, or one that
+ * Notes a segment of either side; edge is added to the remote's acks. A guest that goes on sending
+ * ignored the RST: anybody can forge one. Whether the remote has received the guest's FIN is not
+ * known from its numbers, but it repeats what is not acknowledged: an ack of less, or one that
  * crossed the FIN, counts up to then.
  */
 static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p, int from_guest,
-				       __u64 now)
+				       __u32 edge, __u64 now)
 {
-	__u32 set = 0, old = c->cli_ack;
+	__u32 set = 0, old = c->cli_ack, ack = p->ack + edge;
 
 	c->last = now;
 	if (p->flags & LS_RST)
@@ -248,8 +248,29 @@ static __always_inline void conn_touch(struct ls_conn *c, const struct ls_pkt *p
 	if (!from_guest && p->flags & LS_ACK && c->state & LS_CONN_UNACKED)
 		__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_UNACKED);
 	/* One attempt: if another CPU was faster, its ack is as new. */
-	if (!from_guest && p->flags & LS_ACK && seq_after(p->ack, old))
-		__sync_val_compare_and_swap(&c->cli_ack, old, p->ack);
+	if (!from_guest && p->flags & LS_ACK && seq_after(ack, old))
+		__sync_val_compare_and_swap(&c->cli_ack, old, ack);
+}
+
+static __always_inline __u32 distance(__u32 d)
+{
+	return d < -d ? d : -d;
+}
+
+/*
+ * Decides on a connection in doubt by a segment of the guest. What it sends lies near what
+ * the remote has acknowledged: translated, or, after a checkpoint of which nobody knows,
+ * as it is.
+ */
+static __always_inline void conn_settle(struct ls_conn *c, const struct ls_pkt *p)
+{
+	__u32 at = p->seq - c->cli_ack;
+
+	if (distance(at) < distance(at - c->off)) {
+		c->off = 0;
+		c->ts_off = 0;
+	}
+	__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_DOUBT);
 }
 
 /* The edge of a connection, on a host that took over; NULL: there is none. */
@@ -305,7 +326,9 @@ static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, s
 {
 	struct ls_delta d = {};
 
-	conn_touch(c, &sc->p, 1, bpf_ktime_get_boot_ns());
+	conn_touch(c, &sc->p, 1, 0, bpf_ktime_get_boot_ns());
+	if (c->state & LS_CONN_DOUBT && !retx)
+		conn_settle(c, &sc->p);
 	d.tsval = guard_of(c);
 	if (!retx) {
 		d.seq = -c->off;
@@ -327,7 +350,7 @@ static __always_inline int enter(struct __sk_buff *skb, struct ls_scratch *sc, s
 {
 	struct ls_delta d = {};
 
-	conn_touch(c, &sc->p, 0, bpf_ktime_get_boot_ns());
+	conn_touch(c, &sc->p, 0, edge ? edge->off : 0, bpf_ktime_get_boot_ns());
 	d.ack = c->off;
 	d.tsecr = c->ts_off;
 	if (c->guard && echoes_guard(sc, c))

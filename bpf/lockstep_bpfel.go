@@ -148,6 +148,7 @@ const (
 	LockstepLsConnBitLS_CONN_GUARDED   LockstepLsConnBit = 4096
 	LockstepLsConnBitLS_CONN_ECHOES    LockstepLsConnBit = 8192
 	LockstepLsConnBitLS_CONN_UNACKED   LockstepLsConnBit = 16384
+	LockstepLsConnBitLS_CONN_DOUBT     LockstepLsConnBit = 32768
 )
 
 type LockstepLsConst uint32

@@ -232,7 +232,7 @@ static __always_inline enum ls_reason sec_translate_in(struct __sk_buff *skb, st
 		echo = o.ts_off;
 	}
 	if (conn)
-		conn_touch(conn, p, 0, bpf_ktime_get_boot_ns());
+		conn_touch(conn, p, 0, 0, bpf_ktime_get_boot_ns());
 	d.ack = o.off;
 	d.tsecr = echo;
 	return translate(skb, sc, &d) ? LS_R_rewrite_failed : LS_R_delivered;

@@ -56,7 +56,7 @@ static __always_inline enum ls_known sec_lookup(struct ls_scratch *sc, struct ls
 	}
 	if (conn) {
 		conn_offset(conn, o);
-		conn_touch(conn, p, 1, now);
+		conn_touch(conn, p, 1, 0, now);
 		*cli_ack = conn->cli_ack;
 		return LS_KNOWN;
 	}

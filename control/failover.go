@@ -295,7 +295,7 @@ func (fo *failoverPart) promote() error {
 			return err
 		}
 	}
-	if err := fo.d.each("take over", func(n *nicloop.Loop) error { return n.TakeOver(guardTicks) }); err != nil {
+	if err := fo.d.each("take over", func(n *nicloop.Loop) error { return n.TakeOver(guardTicks, fo.d.checkpoints.secondary.Doubt()) }); err != nil {
 		return err
 	}
 	fo.d.log.Warn("took over: the guest transmits from here", "arbiter_term", fo.s.Term())

@@ -160,7 +160,7 @@ func (f *fakePath) LastEcho() int64 {
 	defer f.mu.Unlock()
 	return f.echoed
 }
-func (f *fakePath) TakeOver(guard uint32) error     { return f.note("take over") }
+func (f *fakePath) TakeOver(uint32, bool) error     { return f.note("take over") }
 func (f *fakePath) Edges() ([]datapath.Edge, error) { return f.edges, nil }
 func (f *fakePath) AddEdges(e []datapath.Edge) error {
 	f.mu.Lock()

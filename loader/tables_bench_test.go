@@ -91,7 +91,7 @@ func BenchmarkTables(b *testing.B) {
 			}
 		}
 	})
-	measure("takeover", fill, func() { check(b, s.TakeOver(1)) })
+	measure("takeover", fill, func() { check(b, s.TakeOver(1, false)) })
 }
 
 // byEntry is a walk as it was before each: it may be cut short.

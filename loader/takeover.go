@@ -17,8 +17,8 @@ import (
 // gets the guard: those with an offset, those whose handshake's last ACK the SVM has not
 // received, those that came with a checkpoint, and those that the PVM's host had taken
 // over itself.
-func (c *conntrack) TakeOver(guard uint32) error {
-	plan := rewriter.NewTakeover[bpf.LockstepLsTuple](guard, bootTime())
+func (c *conntrack) TakeOver(guard uint32, doubt bool) error {
+	plan := rewriter.NewTakeover[bpf.LockstepLsTuple](guard, doubt, bootTime())
 	if err := errors.Join(
 		each(c.half, func(t bpf.LockstepLsTuple, h *bpf.LockstepLsHalf) {
 			plan.AddHalf(t, &rewriter.Half{

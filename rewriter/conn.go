@@ -23,6 +23,7 @@ const (
 	Guarded                      // Conn: Guard was set
 	Echoes                       // Conn: the remote echoes timestamps with the guard
 	Unacked                      // Conn: the remote has sent no ACK since the guest's FIN, or what the guest repeated behind that
+	Doubtful                     // Conn: made by a takeover: the offset, or none, as the guest's next segment shows
 )
 
 const bothFINs = GuestFIN | RemoteFIN
@@ -63,12 +64,30 @@ func (c *Conn) Offset() Offset { return Offset{c.Off, c.TSOff} }
 // Edge is the guest's numbers minus those that the remote knows, the guard included.
 func (c *Conn) Edge() Offset { return Offset{c.Off, c.TSOff - c.Guard} }
 
-// Behind is c translated once more, by the edge of a host that had taken over before.
+// Behind is c translated once more, by the edge of a host that had taken over before. The entry has one offset then, so
+// that counts of a Doubtful one that is behind an edge.
 func (c Conn) Behind(edge Offset) Conn {
+	if edge != (Offset{}) {
+		c.State &^= Doubtful
+	}
 	c.Off += edge.Seq
 	c.TSOff += edge.TS
+	c.CliAck -= edge.Seq
 	return c
 }
+
+// Settle decides on a Doubtful connection by the number of a segment of the guest. What it sends lies near what the remote
+// has acknowledged: translated, or, after a checkpoint of which nobody knows, as it is. The two differ by the guests'
+// ISNs, 2^31 on average.
+func (c *Conn) Settle(seq uint32) {
+	if at := seq - c.CliAck; distance(at) < distance(at-c.Off) {
+		c.Off, c.TSOff = 0, 0
+	}
+	c.State &^= Doubtful
+}
+
+// distance is how far two numbers with the difference d lie apart.
+func distance(d uint32) uint32 { return min(d, -d) }
 
 // repeats is longer than a TCP waits before it repeats what is not acknowledged
 // (Linux's TCP_RTO_MAX is 2 minutes).

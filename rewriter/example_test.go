@@ -11,7 +11,7 @@ import (
 // A secondary that takes over guards each connection that the PVM may have transmitted on.
 func ExampleTakeover() {
 	const guard, now = 1 << 24, 1000
-	plan := rewriter.NewTakeover[string](guard, now)
+	plan := rewriter.NewTakeover[string](guard, false, now)
 	plan.AddConn("web", rewriter.Conn{Off: 400, Inc: 100, ISNSVM: 500})
 	plan.AddInherited("web")
 	for key, c := range plan.Guarded() {

@@ -43,7 +43,7 @@ func FuzzTakeover(f *testing.F) {
 			}
 		}
 		guarded := func() map[byte]Conn {
-			to := NewTakeover[byte](guard, now)
+			to := NewTakeover[byte](guard, true, now)
 			for _, f := range add {
 				f(to)
 			}
@@ -54,7 +54,7 @@ func FuzzTakeover(f *testing.F) {
 		if again := guarded(); !maps.Equal(first, again) {
 			t.Fatalf("in one order %+v\nin the other %+v", first, again)
 		}
-		to := NewTakeover[byte](guard, now+1)
+		to := NewTakeover[byte](guard, true, now+1)
 		for key, c := range first {
 			if c.State&Guarded == 0 || c.Guard != guard || c.Edge() != (Offset{c.Off, c.TSOff - guard}) {
 				t.Errorf("%d: %+v", key, c)

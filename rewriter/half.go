@@ -50,5 +50,5 @@ func (h *Half) Offset() Offset {
 // Conn is the connection that a pair becomes.
 func (h *Half) Conn() Conn {
 	off := h.Offset()
-	return Conn{Off: off.Seq, TSOff: off.TS, Inc: h.ISNPVM, ISNSVM: h.ISNSVM}
+	return Conn{Off: off.Seq, TSOff: off.TS, Inc: h.ISNPVM, ISNSVM: h.ISNSVM, CliAck: h.ISNPVM + 1}
 }

@@ -13,13 +13,19 @@ import (
 // most of it counts.
 type Takeover[K comparable] struct {
 	guard uint32
+	doubt State
 	now   int64
 	conns map[K]Conn
 }
 
-// NewTakeover begins at boottime now, in ns; guard is in timestamp ticks.
-func NewTakeover[K comparable](guard uint32, now int64) *Takeover[K] {
-	return &Takeover[K]{guard: guard, now: now, conns: make(map[K]Conn)}
+// NewTakeover begins at boottime now, in ns; guard is in timestamp ticks. doubt: a checkpoint may have been loaded since
+// the offsets were made.
+func NewTakeover[K comparable](guard uint32, doubt bool, now int64) *Takeover[K] {
+	t := &Takeover[K]{guard: guard, now: now, conns: make(map[K]Conn)}
+	if doubt {
+		t.doubt = Doubtful
+	}
+	return t
 }
 
 // AddConn takes in a connection with an offset.
@@ -55,6 +61,9 @@ func (t *Takeover[K]) Guarded() iter.Seq2[K, Conn] {
 				continue
 			}
 			c.Guard, c.State = t.guard, c.State|Guarded
+			if c.State&Inherited == 0 {
+				c.State |= t.doubt
+			}
 			if !yield(key, c) {
 				return
 			}

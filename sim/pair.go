@@ -206,7 +206,7 @@ func (p *pair) promote() {
 	d.remember(func(st *state.State) { st.Unmerged = true })
 	d.w.solo(d.h)
 	d.w.check.replays = true
-	d.fail(d.loop.TakeOver(guard))
+	d.fail(d.loop.TakeOver(guard, d.checks.s.Doubt()))
 	d.w.check.replays = false
 	d.w.reach("takes over")
 	d.post(d.w.between(rndDaemon+d.h.id, 1*ms, 5*ms), func() {

@@ -129,7 +129,7 @@ func (b *bench) tablesOnce(t *entries) error {
 		}},
 		{"S's tables alone: status", func() error { return t.nic.Offsets(func(compare.Tuple, datapath.Offset) {}) }},
 		{"S's tables alone: reset at a checkpoint, while the SVM stands still", t.nic.ResetOffsets},
-		{"S's tables alone: takeover", func() error { return t.nic.TakeOver(1) }},
+		{"S's tables alone: takeover", func() error { return t.nic.TakeOver(1, false) }},
 	} {
 		if err := t.fill(); err != nil {
 			return err

@@ -199,13 +199,14 @@ func (t *Table) Outbound(s *Segment, now int64, r *Record) (v Verdict, sent bool
 func (t *Table) touch(key Tuple, s *Segment, fromGuest bool, now int64) (Conn, bool) {
 	c, ok := t.conn[key]
 	if ok {
-		note(&c, s, fromGuest, now)
+		note(&c, s, fromGuest, 0, now)
 		t.conn[key] = c
 	}
 	return c, ok
 }
 
-func note(c *Conn, s *Segment, fromGuest bool, now int64) {
+// note notes a segment of either side. edge: what is added to the remote's acks behind an edge.
+func note(c *Conn, s *Segment, fromGuest bool, edge uint32, now int64) {
 	c.Last = now
 	h := s.TCP()
 	flags := h.Flags()
@@ -225,8 +226,8 @@ func note(c *Conn, s *Segment, fromGuest bool, now int64) {
 	case !fromGuest && flags&ACK != 0:
 		c.State &^= rewriter.Unacked
 	}
-	if !fromGuest && flags&ACK != 0 && after(h.Ack(), c.CliAck) {
-		c.CliAck = h.Ack()
+	if ack := h.Ack() + edge; !fromGuest && flags&ACK != 0 && after(ack, c.CliAck) {
+		c.CliAck = ack
 	}
 }
 

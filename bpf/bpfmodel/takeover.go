@@ -78,7 +78,10 @@ func (t *Table) edgeOf(key Tuple) rewriter.Offset {
 // edge behind it.
 func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
 	h := s.TCP()
-	note(c, s, true, now)
+	note(c, s, true, 0, now)
+	if c.State&rewriter.Doubtful != 0 && !again {
+		c.Settle(h.Seq())
+	}
 	off := rewriter.Offset{Seq: edge.Seq, TS: edge.TS - c.Guard}
 	if !again {
 		off.Seq += c.Off
@@ -95,7 +98,7 @@ func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
 // the round-trip time.
 func (s *Segment) enter(c *Conn, edge rewriter.Offset, now int64) {
 	h := s.TCP()
-	note(c, s, false, now)
+	note(c, s, false, edge.Seq, now)
 	off := rewriter.Offset{Seq: c.Off + edge.Seq, TS: c.TSOff + edge.TS}
 	if c.Guard != 0 {
 		if ecr, ok := h.Options().tsEcr(); ok && c.TSFirst != 0 && !after(c.TSFirst, ecr) {
@@ -109,10 +112,10 @@ func (s *Segment) enter(c *Conn, edge rewriter.Offset, now int64) {
 }
 
 // TakeOver makes every connection that the PVM may have used one that is translated, with
-// the guard in timestamp ticks (R22). Those without an offset do without when the table is
+// the guard in timestamp ticks (R22). doubt: a checkpoint may have been loaded since the offsets were made. Those without an offset do without when the table is
 // full; false: another one found no room.
-func (t *Table) TakeOver(guard uint32, now int64) bool {
-	plan := rewriter.NewTakeover[Tuple](guard, now)
+func (t *Table) TakeOver(guard uint32, doubt bool, now int64) bool {
+	plan := rewriter.NewTakeover[Tuple](guard, doubt, now)
 	for key, h := range t.half.All() {
 		plan.AddHalf(key, &h.Half)
 	}

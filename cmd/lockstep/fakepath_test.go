@@ -53,7 +53,7 @@ func (p *fakePath) SetLeaseUntil(int64) error                          { return 
 func (p *fakePath) SetLeaseDuration(time.Duration) error               { return nil }
 func (p *fakePath) RequestEcho() error                                 { return nil }
 func (p *fakePath) LastEcho() int64                                    { return 0 }
-func (p *fakePath) TakeOver(uint32) error                              { return nil }
+func (p *fakePath) TakeOver(uint32, bool) error                        { return nil }
 func (p *fakePath) Edges() ([]datapath.Edge, error)                    { return nil, nil }
 func (p *fakePath) AddEdges([]datapath.Edge) error                     { return nil }
 func (p *fakePath) MarkStop() error                                    { return nil }

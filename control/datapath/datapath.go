@@ -110,9 +110,10 @@ type Conntrack interface {
 	// unknown.
 	Acked(compare.Tuple) (ack uint32, ok bool)
 	// TakeOver (S, quiet) makes the SVM's timestamps follow the PVM's: on connections
-	// with them the clients see guard ticks more than the PVM's clock showed (R22). It
-	// is idempotent.
-	TakeOver(guard uint32) error
+	// with them the clients see guard ticks more than the PVM's clock showed (R22). doubt: a
+	// checkpoint may have been loaded that nobody has seen; each connection's next segment
+	// shows whether its offset counts. It is idempotent.
+	TakeOver(guard uint32, doubt bool) error
 	// Edges are the connections that this host, or one before it, took over, as P
 	// translates them at its outer edge; AddEdges gives them to S.
 	Edges() ([]Edge, error)

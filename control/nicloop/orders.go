@@ -210,9 +210,13 @@ func (n *Loop) Sweep(linger, idle time.Duration) error {
 	return err
 }
 
-// TakeOver has the SVM transmit, first what the clients may not have received (R22).
-func (n *Loop) TakeOver(guard uint32) error {
-	if err := n.DP.TakeOver(guard); err != nil {
+// TakeOver has the SVM transmit, first what the clients may not have received (R22). doubt: a checkpoint may have been
+// loaded of which nobody knows. Then the copies may be another guest's, and the SVM repeats what is its own.
+func (n *Loop) TakeOver(guard uint32, doubt bool) error {
+	if doubt {
+		n.stepNow(compare.Event{Kind: compare.EvReset})
+	}
+	if err := n.DP.TakeOver(guard, doubt); err != nil {
 		return err
 	}
 	if err := n.DP.Offsets(func(t compare.Tuple, o datapath.Offset) {

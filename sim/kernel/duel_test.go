@@ -349,7 +349,7 @@ func (d *duel) setting() {
 		d.put(d.k.LsEdge, m.table.Edges())
 	case 3:
 		if !d.primary {
-			_ = d.n.TakeOver(1 << 24) // may be full
+			_ = d.n.TakeOver(1<<24, d.IntN(2) == 0) // may be full
 			d.put(d.k.LsConn, m.table.Conns())
 			modes = []datapath.Mode{datapath.ModeSolo}
 		}

@@ -307,11 +307,11 @@ func (n *NIC) Acked(t compare.Tuple) (ack uint32, ok bool) {
 }
 
 // TakeOver implements [datapath.NIC].
-func (n *NIC) TakeOver(guard uint32) error {
+func (n *NIC) TakeOver(guard uint32, doubt bool) error {
 	if n.m.off(bpf.LockstepLsMutationLS_MUTATE_GUARD) {
 		guard = 0
 	}
-	if !n.m.table.TakeOver(guard, n.Now()) {
+	if !n.m.table.TakeOver(guard, doubt, n.Now()) {
 		return errors.New("take over connections: the table is full")
 	}
 	return nil

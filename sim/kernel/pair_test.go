@@ -149,7 +149,7 @@ func TestCheckpointParks(t *testing.T) {
 func (r *rig) takeOver(guard uint32) {
 	must(r, r.s.loop.Quiet())
 	must(r, r.p.loop.Shut())
-	must(r, r.s.loop.TakeOver(guard))
+	must(r, r.s.loop.TakeOver(guard, false))
 	r.run()
 }
 

@@ -12,10 +12,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
+	"github.com/lockstep-ft/lockstep/control/qmp"
 	"github.com/lockstep-ft/lockstep/control/qmptest"
 	"github.com/lockstep-ft/lockstep/loader"
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
@@ -96,6 +98,63 @@ func TestTakeoverSkewed(t *testing.T) {
 			if err := echo(d, 0); err != nil {
 				t.Error(err)
 			}
+		})
+	}
+}
+
+// TestTakeoverInDoubt: S takes over and does not know whether its guest was replaced by a copy of P's since the offsets
+// were made. The daemons have the connection from their guests' SYNs, with two ISNs.
+func TestTakeoverInDoubt(t *testing.T) {
+	for _, x := range []struct {
+		name string
+		do   func(p *livingPair, pvm, svm *qmp.Monitor) // both daemons stand still, or are gone
+	}{
+		{"loaded", func(p *livingPair, pvm, svm *qmp.Monitor) {
+			for _, f := range []func() error{func() error { return pvm.Execute("stop", nil, nil) }, pvm.Checkpoint} {
+				if err := f(); err != nil {
+					p.t.Fatal(err)
+				}
+			}
+		}},
+		{"stopped by somebody", func(p *livingPair, _, svm *qmp.Monitor) {
+			for _, order := range []string{"stop", "cont"} {
+				if err := svm.Execute(order, nil, nil); err != nil {
+					p.t.Fatal(err)
+				}
+			}
+		}},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			p := newLivingPair(t, 0, "checkpoint: {period: 10m}\nheartbeat: {restart: 1s}")
+			p.start()
+			pvm, svm := p.monitor("alpha"), p.monitor("beta")
+			events, err := svm.Events(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := p.open()
+			c.ask(3)
+			p.kill("beta")
+			p.signalDaemon("alpha", syscall.SIGSTOP)
+			x.do(p, pvm, svm)
+			for stopped := false; ; {
+				select {
+				case ev := <-events:
+					stopped = stopped || ev.Event == "STOP"
+					if !stopped || ev.Event != "RESUME" {
+						continue
+					}
+				case <-time.After(20 * time.Second):
+					t.Fatal("the SVM does not go on")
+				}
+				break
+			}
+			p.kill("alpha")
+			p.killQEMU("alpha")
+			p.run("beta", "secondary")
+			p.await("beta", func(s *api.Status) bool { return s.State == "solo" })
+			c.ask(20)
+			p.open().ask(3)
 		})
 	}
 }
