@@ -81,7 +81,7 @@ const (
 	OpDrain   // S: wait for the tap to empty
 	OpReady   // S: send Ready(Epoch)
 	OpBegin   // S: the kernel is in Epoch
-	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void
+	OpReset   // S: the SVM is the PVM of Epoch's beginning: offsets and copies are void. Epoch 0: nobody knows when the PVM stopped
 	OpStopped // S: send Stopped(Epoch)
 	OpRun     // S: deliver again, what was parked first; digest records are sent
 	OpResumed // S: send Resumed(Epoch) with the SVM's pause
@@ -110,7 +110,8 @@ type Config struct {
 	MaxRetry       int64 // longest wait after failed attempts
 	Unpaired       bool  // EvPair reports when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
-	noDoubt        bool  // another: offsets count at a takeover, whatever may have been loaded
+	noLate         bool  // another: a checkpoint that is loaded after it was given up is not noticed
+	noDoubt        bool  // another: the offsets count at a takeover, though a checkpoint may have been loaded unseen
 	FirstEpoch     uint32
 	clockTolerance int64
 }

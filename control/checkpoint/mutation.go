@@ -9,6 +9,8 @@ func (c *Config) Mutate(rule string) {
 		c.noR14 = true
 	case "R15 stop":
 		c.noR15 = true
+	case "R13 late":
+		c.noLate = true
 	case "R22 doubt":
 		c.noDoubt = true
 	}

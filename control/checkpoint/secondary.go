@@ -25,11 +25,13 @@ type Secondary struct {
 	epoch      uint32 // of the attempt
 	due        uint32 // the attempt that P may have asked QEMU for: READY was sent, and no STOP has come since
 	over       bool   // P has given it up, or may have
+	late       uint32 // the attempt whose STOP came after it had been given up; 0: none
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	link, qmp  bool
 	recovered  bool // the offsets are older than this daemon
 	park       bool // P was in doubt when the session began
-	void       bool // the offsets may be those of another SVM: nothing is sent before the next checkpoint
+	void       bool // offsets are not to be trusted
+	unsure     bool // a checkpoint may have been loaded since they were made, and nothing will tell
 	quiet      bool // taking over
 	svmStopped bool
 	svmOff     bool // it powered off: its QEMU has no STOP for the next checkpoint
@@ -78,6 +80,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		c.recovered = true
 		if !ev.OK { // the daemon died in mid checkpoint, or before it knew
 			c.missed()
+			c.unsure = true
 		}
 	case EvQuiet:
 		c.quiet = true
@@ -92,6 +95,8 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		case sParking, sParked:
 			c.unpark()
 		case sStopped:
+			// P may not have asked for a checkpoint, and not have heard of the STOP: then it was somebody's, and
+			// nothing was loaded.
 			c.void = true
 		}
 	case EvQMPUp:
@@ -101,6 +106,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		}
 	case EvQMPDown:
 		c.qmp = false
+		c.unsure = c.unsure || c.due != 0 || c.stage == sStopped
 		if c.stage == sOff {
 			c.missed()
 		} else {
@@ -141,29 +147,30 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		case sParked:
 			// The epoch is right before P's mark of it comes. The offsets stay: P
 			// may die now, and the SVM goes on as it was.
-			c.stage, c.svmStop, c.due = sStopped, ev.At, 0
+			c.stage, c.svmStop, c.void, c.due = sStopped, ev.At, false, 0
 			c.emit(OpBegin, c.epoch)
 			c.emit(OpStopped, c.epoch)
 		default:
-			// QEMU makes a checkpoint that it was asked for when it can, whatever has become of the attempt.
-			c.due = 0
+			c.stopsLate()
 			c.doubt()
 		}
 	case EvResume:
 		c.goesOn()
 		switch {
-		case c.stage == sStopped && c.over:
-			// P may not have asked QEMU, and the STOP have been somebody's: then nothing was loaded. It knows of the STOP.
-			c.stage, c.void = sVoid, true
+		case c.stage == sStopped && c.over && c.link:
+			// P has given the attempt up, and knows of the STOP. That may have been somebody's, and P not have asked QEMU:
+			// then nothing was loaded.
+			c.stage, c.void, c.unsure = sVoid, true, true
 		case c.stage == sStopped:
 			// The order counts: the offsets are right before output opens.
-			c.stage, c.svmResume = sRun, ev.At
+			c.stage, c.svmResume, c.late = sRun, ev.At, 0
 			c.reset()
 			c.emit(OpRun, c.epoch)
 			c.emit(OpCOLO, c.epoch)
 		case c.stage != sOff && c.stage != sVoid:
 			c.doubt() // a STOP was missed
 		}
+		c.loadedLate()
 	case EvCOLO:
 		if c.stage == sRun && c.epoch == ev.Epoch {
 			if ev.OK {
@@ -188,37 +195,64 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 func (c *Secondary) stepQuiet(ev Event) {
 	switch ev.Kind {
 	case EvStop:
-		c.svmStopped, c.void = true, true
+		c.svmStopped = true
+		if c.stage == sParked {
+			c.stage, c.due = sStopped, 0 // P had asked for it before it died
+		} else {
+			c.stopsLate()
+		}
 	case EvOff:
 		c.svmOff = true
 	case EvResume:
 		c.goesOn()
-		if c.stage == sStopped && !c.over {
-			c.stage = sRun
+		if c.stage == sStopped {
+			c.stage, c.late = sRun, 0
 			c.reset()
 		}
+		c.loadedLate()
 	}
 }
 
-// reset: the SVM is a copy of the PVM as that was at P's mark of the attempt.
+// reset: the SVM is a copy of the PVM as that was at P's mark of the attempt. Of one that is over the mark counts for
+// nothing: the PVM may have gone on and stopped again, and the mark of that be lost (R16).
 func (c *Secondary) reset() {
-	c.void, c.recovered = false, false
-	c.emit(OpReset, c.epoch)
+	c.unsure = false
+	epoch := c.epoch
+	if c.over {
+		epoch = 0
+	}
+	c.emit(OpReset, epoch)
+}
+
+// stopsLate: the SVM stops, and nobody waits for it to. If P may have asked for a checkpoint,
+// that is what it stops for: QEMU carries out what it was asked for when it can, whatever has
+// become of the attempt, the link and P. An SVM that goes on afterwards is a copy of the PVM.
+func (c *Secondary) stopsLate() {
+	if !c.cfg.noLate {
+		c.late, c.due = max(c.late, c.due), 0
+	}
 }
 
 // goesOn: the SVM runs. One that had powered off is a copy of the PVM then.
 func (c *Secondary) goesOn() {
 	if c.svmOff {
-		c.void, c.due = true, 0
+		c.stopsLate()
 	}
 	c.svmStopped, c.svmOff = false, false
 }
 
+// loadedLate: the offsets are those of the SVM that was. A host that takes over now goes by
+// them.
+func (c *Secondary) loadedLate() {
+	if c.late != 0 {
+		c.emit(OpReset, c.late)
+		c.late, c.unsure = 0, false
+	}
+}
+
 // Doubt reports whether a checkpoint may have been loaded of which this machine does not know, since the offsets were
 // made: a host that takes over finds out from what the SVM sends (R22).
-func (c *Secondary) Doubt() bool {
-	return c.cfg.QMP && (c.void || c.recovered || c.due != 0) && !c.cfg.noDoubt
-}
+func (c *Secondary) Doubt() bool { return c.cfg.QMP && c.unsure && !c.cfg.noDoubt }
 
 // Whole reports whether the offsets are those of the SVM as it is. In mid
 // checkpoint they are so only for the P that ordered it.
