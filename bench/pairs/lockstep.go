@@ -34,13 +34,13 @@ qemu:
   binary: %q
   accel: tcg
   cpu: qemu64
-  memory: 128M
+  memory: %dK
   smp: 1
   kernel: %q
   initrd: %q
   append: %q
   macs: [%q]
-  extra: [-m, %dK, -serial, %q]
+  extra: [-serial, %q]
 %s`
 
 // diskYAML is a disk that the guest does not use.
@@ -99,8 +99,8 @@ func (l *living) start(ctx context.Context, s settings) (err error) {
 			}
 		}
 	}
-	text := fmt.Sprintf(pairYAML, tls, filepath.Join(l.Dir, "arbiter"), s.more, l.guest.qemu, l.guest.kernel, l.guest.initrd, l.guest.command(),
-		lab.GuestMAC, guestimage.Memory>>10, "file:"+l.serial("{node}"), disk)
+	text := fmt.Sprintf(pairYAML, tls, filepath.Join(l.Dir, "arbiter"), s.more, l.guest.qemu, guestimage.Memory>>10, l.guest.kernel, l.guest.initrd, l.guest.command(),
+		lab.GuestMAC, "file:"+l.serial("{node}"), disk)
 	file := filepath.Join(l.Dir, "pair.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return fmt.Errorf("write the pair's config: %w", err)

@@ -25,14 +25,19 @@ func devices(k kernel, o runOptions) ([]loader.Options, error) {
 	for i, nic := range o.self.NICs {
 		key := nicKey(o.self, i)
 		if nic.Bridge != "" {
-			if err := k.ensureTap(nic.Tap, nic.Bridge); err != nil {
+			if err := k.ensureTap(nic.Tap, nic.Bridge, nic.Queues); err != nil {
 				return nil, notYetError{o.config.Refuse(key+".bridge", err.Error(), "")}
 			}
 		}
 		tap, err := k.device(nic.Tap)
 		if err != nil {
 			return nil, notYetError{o.config.Refuse(key+".tap", fmt.Sprintf("there is no device %q: %v", nic.Tap, err),
-				device.NoTap(nic.Tap))}
+				device.NoTap(nic.Tap, nic.Queues))}
+		}
+		if o.self.Starts {
+			if err := k.checkQueues(nic.Tap, nic.Bridge, nic.Queues); err != nil {
+				return nil, notYetError{o.config.Refuse(key+".tap", err.Error(), "")}
+			}
 		}
 		peer := nic.PeerDevice
 		if v := nic.PeerVXLAN; v != nil {

@@ -20,7 +20,8 @@ type kernel struct {
 	device      func(name string) (*net.Interface, error)
 	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
 	removeVXLAN func(device string) error
-	ensureTap   func(tap, bridge string) error
+	ensureTap   func(tap, bridge string, queues int) error
+	checkQueues func(tap, bridge string, queues int) error
 	removeTap   func(tap string) error
 	inUse       func(tap string) (bool, error) // a process has it open
 	mute        func(tap string) error         // sets it down
@@ -44,6 +45,7 @@ var realKernel = kernel{
 	},
 	removeVXLAN: device.RemoveVXLAN,
 	ensureTap:   device.EnsureTap,
+	checkQueues: device.CheckQueues,
 	removeTap:   device.RemoveTap,
 	inUse:       device.TapInUse,
 	mute:        device.Mute,

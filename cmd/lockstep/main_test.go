@@ -76,10 +76,11 @@ func newCLI(t *testing.T) *cli {
 			call("remove %s", device)
 			return nil
 		},
-		ensureTap: func(tap, bridge string) error {
+		ensureTap: func(tap, bridge string, queues int) error {
 			call("tap %s %s", tap, bridge)
 			return nil
 		},
+		checkQueues: func(string, string, int) error { return nil },
 		removeTap: func(tap string) error {
 			call("remove tap %s", tap)
 			return nil

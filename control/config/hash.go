@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"slices"
+
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // Settings are of four kinds (docs/CONFIG.md, "Changing a setting"):
@@ -38,6 +40,18 @@ var sections = []struct {
 			fmt.Fprintf(w, "%q %q %q %d %d %q %s", q.Machine, q.Accel, q.CPU, q.Memory, q.SMP, q.NICModel, q.MACs)
 			for _, d := range q.Disks {
 				fmt.Fprintf(w, "\ndisk %s", d.ID)
+				if d.Cache == qemu.CacheWritethrough || d.Cache == qemu.CacheDirectsync { // which the guest sees
+					fmt.Fprint(w, " write-through")
+				}
+			}
+			// Nothing is added for the defaults: a release that did not know the keys had those.
+			for i, nic := range c.Nodes[0].NICs {
+				if nic.Queues > 1 {
+					fmt.Fprintf(w, "\nqueues %d %d", i, nic.Queues)
+				}
+			}
+			if len(q.Offloads) > 0 {
+				fmt.Fprintf(w, "\noffloads %v", q.Offloads) // fmt sorts a map's keys
 			}
 		}
 	}},

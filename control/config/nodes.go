@@ -26,6 +26,8 @@ type NIC struct {
 	PeerDevice string // an L2 device that exists
 	PeerVXLAN  *VXLAN // or one that lockstep makes
 	XDP        string // of the peer device's early filter: XDPAuto, XDPOn, XDPOff
+	Queues     int    // pairs of queues of a QEMU that lockstep starts, the same on both hosts
+	VHost      bool   // the kernel serves them
 }
 
 // Values of NIC.XDP.
@@ -78,10 +80,12 @@ func (r *reader) nics(v value, nics *[]NIC) {
 		return
 	}
 	for i, e := range seq.Values {
-		nic := NIC{XDP: XDPAuto}
+		nic := NIC{XDP: XDPAuto, Queues: 1}
 		r.mapping(r.value(e, fmt.Sprintf("%s[%d]", v.path, i), v.pos), []field{
 			{"tap", "it is the guest's device in this host", r.device(&nic.Tap)},
 			{"bridge", "", r.device(&nic.Bridge)},
+			{"queues", "", r.integer(&nic.Queues, 1, maxQueues)},
+			{"vhost", "", r.boolean(&nic.VHost)},
 			{"peer", "it is the link to the other host: {device: NAME} or {vxlan: {...}}", func(v value) { r.peer(v, &nic) }},
 		})
 		*nics = append(*nics, nic)

@@ -15,10 +15,11 @@ import (
 )
 
 const (
-	maxNICs  = 16
-	maxRules = 16 // of compare.primary_only
-	maxDisks = 16
-	maxWords = 256 // of qemu.extra and arbiter.command
+	maxNICs   = 16
+	maxQueues = 64 // pairs, of a NIC
+	maxRules  = 16 // of compare.primary_only
+	maxDisks  = 16
+	maxWords  = 256 // of qemu.extra and arbiter.command
 	// maxSocket is what sun_path holds, its final zero left out.
 	maxSocket = 107
 )

@@ -5,6 +5,8 @@ package config
 import (
 	"fmt"
 	"strings"
+
+	"github.com/lockstep-ft/lockstep/control/qemu"
 )
 
 // relations checks values against each other.
@@ -99,7 +101,7 @@ func (r *reader) guest(c *Config) {
 			}
 		}
 	}
-	q := c.QEMU
+	q, a, b := c.QEMU, &c.Nodes[0], &c.Nodes[1]
 	if q == nil {
 		return
 	}
@@ -118,7 +120,21 @@ func (r *reader) guest(c *Config) {
 	if nics := len(c.Nodes[0].NICs); len(q.MACs) != nics {
 		r.refuse(at("qemu.macs"), fmt.Sprintf("macs has %s, and the guest has %s", count(len(q.MACs), "entry", "entries"), count(nics, "NIC", "NICs")), "give one per NIC, or remove the key")
 	}
+	for i := range a.NICs {
+		if x, y := a.NICs[i].Queues, b.NICs[i].Queues; x != y {
+			r.refuse(at("nodes.%s.nics[%d]", b.Name, i), fmt.Sprintf("queues is %d, and %s has %d", y, a.Name, x), "the guest is the same on both: give both NICs as many")
+		}
+		if x := max(a.NICs[i].Queues, b.NICs[i].Queues); x > 1 && !strings.HasPrefix(q.NICModel, "virtio-net") {
+			r.refuse(at("qemu.nic_model"), fmt.Sprintf("a NIC of model %s has one queue, and nics[%d] asks for %d", q.NICModel, i, x), "use a virtio-net NIC, or remove queues")
+		}
+	}
+	if len(q.Offloads) > 0 && !strings.HasPrefix(q.NICModel, "virtio-net") {
+		r.refuse(at("qemu.offloads"), fmt.Sprintf("these are properties of a virtio-net NIC, and nic_model is %s", q.NICModel), "remove offloads, or use a virtio-net NIC")
+	}
 	for i, d := range q.Disks {
+		if d.AIO == "native" && d.Cache != qemu.CacheNone && d.Cache != qemu.CacheDirectsync {
+			r.refuse(at("qemu.disks[%d].aio", i), "aio native needs a disk that passes the host's page cache by", "write cache: none or cache: directsync, or aio: threads")
+		}
 		for j, o := range q.Disks[:i] {
 			if d.ID == o.ID {
 				r.refuse(at("qemu.disks[%d].id", i), fmt.Sprintf("id %q is already that of disks[%d]", d.ID, j), "give each disk its own")

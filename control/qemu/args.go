@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -32,8 +34,8 @@ func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 	}
 	for i, n := range s.NICs {
 		a = append(a,
-			"-netdev", fmt.Sprintf("tap,id=hn%d,ifname=%s,script=no,downscript=no", i, esc(n.Tap)),
-			"-device", fmt.Sprintf("%s,id=e%d,netdev=hn%d,mac=%s", s.NICModel, i, i, n.MAC))
+			"-netdev", fmt.Sprintf("tap,id=hn%d,ifname=%s,script=no,downscript=no", i, esc(n.Tap))+n.backend(),
+			"-device", fmt.Sprintf("%s,id=e%d,netdev=hn%d,mac=%s", s.NICModel, i, i, n.MAC)+n.frontend()+s.offloads())
 	}
 	for i := range s.Disks {
 		nodes, err := s.blockdevs(i, in != nil)
@@ -47,7 +49,11 @@ func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 			}
 			a = append(a, "-blockdev", string(b))
 		}
-		a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s,werror=stop,rerror=stop", i, s.Disks[i].ID))
+		device := fmt.Sprintf("virtio-blk-pci,id=d%d,drive=%s,werror=stop,rerror=stop", i, s.Disks[i].ID)
+		if s.Disks[i].through() {
+			device += ",write-cache=off"
+		}
+		a = append(a, "-device", device)
 	}
 	switch {
 	case in != nil && in.TLS != nil:
@@ -58,6 +64,33 @@ func (s *Spec) args(d dialect, in *Incoming) ([]string, error) {
 		a = append(a, "-S")
 	}
 	return append(a, s.Extra...), nil
+}
+
+// backend is the host's part of a NIC's queues.
+func (n *NIC) backend() (options string) {
+	if n.Queues > 1 {
+		options = fmt.Sprintf(",queues=%d", n.Queues)
+	}
+	if n.VHost {
+		options += ",vhost=on"
+	}
+	return options
+}
+
+// frontend is the guest's: each queue has an interrupt for each direction, and there are two more for the rest.
+func (n *NIC) frontend() string {
+	if n.Queues > 1 {
+		return fmt.Sprintf(",mq=on,vectors=%d", 2*n.Queues+2)
+	}
+	return ""
+}
+
+// offloads are the properties of the NICs that the config sets, in a fixed order.
+func (g *Guest) offloads() (options string) {
+	for _, name := range slices.Sorted(maps.Keys(g.Offloads)) {
+		options += fmt.Sprintf(",%s=%s", name, map[bool]string{true: "on", false: "off"}[g.Offloads[name]])
+	}
+	return options
 }
 
 type node map[string]any
@@ -72,7 +105,19 @@ func (s *Spec) blockdevs(i int, secondary bool) ([]node, error) {
 	} else if info.Mode()&fs.ModeDevice != 0 {
 		driver = "host_device"
 	}
-	image := node{"driver": d.format(), "node-name": parentNode(i), "file": node{"driver": driver, "filename": d.Image}}
+	file := node{"driver": driver, "filename": d.Image}
+	image := node{"driver": d.format(), "node-name": parentNode(i), "file": file}
+	if d.AIO != "" {
+		file["aio"] = d.AIO
+	}
+	for _, n := range []node{file, image} {
+		if d.direct() {
+			n["cache"] = node{"direct": true}
+		}
+		if d.Discard {
+			n["discard"] = "unmap"
+		}
+	}
 	size, err := d.size(true)
 	if err != nil {
 		return nil, err

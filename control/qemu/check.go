@@ -56,6 +56,13 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 		if _, err := net.InterfaceByName(n.Tap); err != nil {
 			bad("NIC: there is no tap %s: %w", n.Tap, err)
 		}
+		if n.VHost {
+			if f, err := os.OpenFile("/dev/vhost-net", os.O_RDWR, 0); err != nil {
+				bad("NIC on %s: vhost: %w; load the kernel's module vhost_net, or leave vhost out", n.Tap, err)
+			} else {
+				f.Close()
+			}
+		}
 	}
 	if _, err := CheckExtra(s.Extra); err != nil {
 		bad("extra: %w", err)

@@ -54,7 +54,7 @@ func TestCheck(t *testing.T) {
 				Binary: "qemu-system-x86_64", Machine: "pc", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 1 << 30, SMP: 1, NICModel: "virtio-net-pci",
 				Disks: []Disk{{ID: "colo-disk0", Image: at("a.qcow2"), OverlayDir: at("new")}, {ID: "d1", Image: at("b.raw"), Format: "raw", OverlayDir: dir}},
 			},
-			NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}},
+			NICs: []NIC{{Tap: "lo", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}},
 			QMP:  at("qmp"), Dir: dir,
 		}
 		return s, &Incoming{Migration: "tcp:127.0.0.1:0", NBD: netip.MustParseAddrPort("127.0.0.1:0")}
@@ -155,23 +155,6 @@ pc-q35-7.2           Standard PC (Q35 + ICH9, 2009)
 		if got, known := Machine(machine, list); got != want || known != (machine != "pc-q35-5.0" && machine != "p") {
 			t.Errorf("%s is %s, %v; want %s", machine, got, known, want)
 		}
-	}
-}
-
-func TestBreaksCOLO(t *testing.T) {
-	for args, broken := range map[string]bool{
-		"-device vfio-pci,host=01:00.0": true, "-device vhost-user-fs-pci,chardev=c": true, "-device virtio-9p-pci,fsdev=f": true,
-		"-cpu host,+invtsc": true, "-drive file=x.img,if=virtio": true, "-loadvm s": true, "--device driver=usb-host": true,
-		"-device virtio-rng-pci": false, "-device virtio-gpu-pci": false, "-cpu host": false, "-drive file=x.iso,media=cdrom": false, "-name nvme": false,
-		"-display none": false,
-	} {
-		option, arg, _ := strings.Cut(args, " ")
-		if got := BreaksCOLO([]string{option}, arg); (got != "") != broken {
-			t.Errorf("%s: %q", args, got)
-		}
-	}
-	if got := BreaksCOLO(nil, "-device"); got != "" {
-		t.Error(got)
 	}
 }
 

@@ -47,7 +47,6 @@ func FuzzWords(f *testing.F) {
 			t.Errorf("machine %q is not in %q", name, text)
 		}
 		args := strings.Split(text, "\n")
-		_ = BreaksCOLO(args, word)
 		if i, err := CheckExtra(append(args, word)); err != nil && (i < 0 || i > len(args)) {
 			t.Errorf("argument %d of %d: %v", i, len(args)+1, err)
 		}

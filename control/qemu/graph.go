@@ -51,10 +51,14 @@ func (s *Spec) quorum(i int, child string) node {
 	if s.mask {
 		threshold = 1
 	}
-	return node{
+	n := node{
 		"driver": "quorum", "node-name": s.Disks[i].ID, "read-pattern": "fifo", "vote-threshold": threshold,
 		"children": []string{child, absentNode(i)},
 	}
+	if s.Disks[i].Discard { // a quorum passes zeroes on, and no discard (7.2 to 11)
+		n["discard"], n["detect-zeroes"] = "unmap", "unmap"
+	}
+	return n
 }
 
 // graph is QEMU's graph of block nodes.

@@ -51,7 +51,7 @@ func TestHangs(t *testing.T) {
 				Binary: hangs, Machine: "pc", Accel: "tcg", CPU: "qemu64", Memory: 1 << 30, SMP: 1, NICModel: "virtio-net-pci",
 				Disks: []Disk{{ID: "d0", Image: image, OverlayDir: dir}},
 			},
-			NICs: []NIC{{"lo", net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}}, QMP: filepath.Join(dir, "qmp"), Dir: dir,
+			NICs: []NIC{{Tap: "lo", MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}}, QMP: filepath.Join(dir, "qmp"), Dir: dir,
 		}
 	}
 	want := func(err error, words ...string) {

@@ -5,7 +5,6 @@ package qemu
 import (
 	"fmt"
 	"regexp"
-	"strings"
 
 	"github.com/lockstep-ft/lockstep/control/qmp"
 )
@@ -22,50 +21,6 @@ func Backend(kind string) error {
 		return fmt.Errorf("%s: another process, or a card, has the guest's frames, without this host's kernel; %s", kind, useTap)
 	}
 	return fmt.Errorf("%s: what the guest sends there does not pass lockstep; %s", kind, useTap)
-}
-
-// Device returns an error for a device of QEMU's whose state COLO does not copy, or over
-// which the guest transmits without lockstep.
-func Device(model string) error {
-	switch {
-	case strings.HasPrefix(model, "vfio-"):
-		return fmt.Errorf("%s: a device of the host that the guest has to itself (PCI passthrough, SR-IOV) has a state that nothing copies, and as a NIC transmits without lockstep; use an emulated one, for a NIC %s", model, useTap)
-	case strings.HasPrefix(model, "vhost-user-"), strings.HasPrefix(model, "vhost-vdpa-"):
-		return fmt.Errorf("%s: another process has a part of the device's state, which nothing copies; use QEMU's own virtio device", model)
-	}
-	return nil
-}
-
-// word matches the type or model that begins an option's value, in either of QEMU's two
-// spellings.
-var word = regexp.MustCompile(`^(?:\{.*?"(?:type|driver)"\s*:\s*"([^"]*)"|(?:driver=|type=)?([^,{]*))`)
-
-// CheckExtra returns an error if arguments for QEMU give the guest a NIC or a device
-// which lockstep cannot keep in step. i is the index of that argument.
-func CheckExtra(args []string) (i int, err error) {
-	for i, a := range args {
-		value := ""
-		if i+1 < len(args) {
-			m := word.FindStringSubmatch(args[i+1])
-			if m != nil {
-				value = m[1] + m[2]
-			}
-		}
-		switch "-" + strings.TrimLeft(a, "-") {
-		case "-netdev", "-nic", "-net":
-			if value == "tap" {
-				return i, fmt.Errorf("%s tap: a tap that is not under nics does not pass lockstep; list it there", a)
-			}
-			if err := Backend(value); err != nil {
-				return i, fmt.Errorf("%s %w", a, err)
-			}
-		case "-device":
-			if err := Device(value); err != nil {
-				return i, fmt.Errorf("%s %w", a, err)
-			}
-		}
-	}
-	return 0, nil
 }
 
 var (

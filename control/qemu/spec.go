@@ -27,7 +27,8 @@ type Guest struct {
 
 	Kernel, Initrd, Append string // Kernel "": the guest boots from its disks
 
-	NICModel string // QEMU's name of the device, "virtio-net-pci"
+	NICModel string          // QEMU's name of the device, "virtio-net-pci"
+	Offloads map[string]bool // of the NICs, by the names of QEMU's properties ([Offloads]); those left out are as QEMU has them
 	Disks    []Disk
 
 	Extra []string // further arguments of QEMU
@@ -48,10 +49,19 @@ type Spec struct {
 	mask bool // mutation, set by tests: a disk's vote threshold is 1 (R24)
 }
 
+// Offloads are the properties of a virtio NIC that say which work the guest and the host leave to each other: checksums and
+// segmentation by the guest's driver (guest_*: of what it receives), and merged receive buffers.
+var Offloads = []string{
+	"csum", "gso", "guest_csum", "guest_ecn", "guest_tso4", "guest_tso6", "guest_ufo", "guest_uso4", "guest_uso6",
+	"host_ecn", "host_tso4", "host_tso6", "host_ufo", "host_uso", "mrg_rxbuf",
+}
+
 // NIC is a guest's NIC. The tap exists before QEMU is started.
 type NIC struct {
-	Tap string
-	MAC net.HardwareAddr
+	Tap    string
+	MAC    net.HardwareAddr
+	Queues int  // pairs of queues, of a virtio NIC; below 2: one
+	VHost  bool // the kernel serves the queues
 }
 
 // Disk is replicated: what the primary's guest writes goes to the images of
@@ -61,7 +71,24 @@ type Disk struct {
 	Image      string
 	Format     string // "qcow2" (also ""), or "raw". It is never detected: a guest could write another format's header
 	OverlayDir string // folder of the secondary's overlays, which hold what the guests write between checkpoints; best on a RAM disk
+
+	// How QEMU accesses the image.
+	Cache   string // one of the constants below; "": CacheWriteback
+	AIO     string // "threads", "native" or "io_uring"; "": QEMU's default
+	Discard bool   // zeroes that the guest writes become holes
 }
+
+// Values of Disk.Cache. With Through the guest is told that its disk has no cache, and with Direct the image passes the
+// host's page cache by.
+const (
+	CacheWriteback    = "writeback"
+	CacheNone         = "none"         // direct
+	CacheWritethrough = "writethrough" // through
+	CacheDirectsync   = "directsync"   // both
+)
+
+func (d *Disk) direct() bool  { return d.Cache == CacheNone || d.Cache == CacheDirectsync }
+func (d *Disk) through() bool { return d.Cache == CacheWritethrough || d.Cache == CacheDirectsync }
 
 func (d *Disk) format() string {
 	if d.Format == "" {

@@ -21,8 +21,16 @@ const tapAlias = "made by lockstep"
 const TapMTU = 1500
 
 // NoTap is what to do about a tap that is missing.
-func NoTap(name string) string {
-	return fmt.Sprintf("make it first, with `ip tuntap add dev %s mode tap`, or name the bridge that it is to be in: then lockstep makes it", name)
+func NoTap(name string, queues int) string {
+	return fmt.Sprintf("make it first, with `%s`, or name the bridge that it is to be in: then lockstep makes it", makeTap(name, queues))
+}
+
+func makeTap(name string, queues int) string {
+	order := fmt.Sprintf("ip tuntap add dev %s mode tap", name)
+	if queues > 1 {
+		order += " multi_queue"
+	}
+	return order
 }
 
 // NoPeer is what to do about a peer device that is missing.
@@ -45,17 +53,26 @@ func bridgeOf(name string) (netlink.Link, error) {
 	return br, nil
 }
 
-// EnsureTap makes a persistent tap, if there is none of the name, and puts it into the
-// bridge. It does not set it up: the guest must not transmit before the programs are
+// EnsureTap makes a persistent tap for a QEMU that opens so many queues, if there is none of the name, and
+// puts it into the bridge. It does not set it up: the guest must not transmit before the programs are
 // attached.
-func EnsureTap(name, bridge string) error {
+func EnsureTap(name, bridge string, queues int) error {
 	br, err := bridgeOf(bridge)
 	if err != nil {
 		return err
 	}
 	tap, err := netlink.LinkByName(name)
+	if err == nil && tap.Attrs().Alias == tapAlias && checkQueues(tap, queues) != nil { // the config had another number
+		if err := RemoveTap(name); err != nil {
+			return err
+		}
+		tap, err = netlink.LinkByName(name)
+	}
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		made := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP}
+		if queues > 1 {
+			made.Flags = netlink.TUNTAP_MULTI_QUEUE_DEFAULTS
+		}
 		if err := netlink.LinkAdd(made); err != nil {
 			return fmt.Errorf("create tap %s: %w", name, err)
 		}
@@ -72,6 +89,33 @@ func EnsureTap(name, bridge string) error {
 		}
 	}
 	return nil
+}
+
+// CheckQueues returns why a QEMU cannot open so many queues of a tap, and behind "; " what mends that. What EnsureTap
+// mends, where there is a bridge, is no error.
+func CheckQueues(name, bridge string, queues int) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("tap %s: %w", name, err)
+	}
+	if bridge != "" && l.Attrs().Alias == tapAlias {
+		if used, err := TapInUse(name); !used || err != nil {
+			return err
+		}
+	}
+	return checkQueues(l, queues)
+}
+
+// checkQueues: the kernel takes a tap either for one queue or for several (tun_set_iff).
+func checkQueues(l netlink.Link, queues int) error {
+	name := l.Attrs().Name
+	tap, ok := l.(*netlink.Tuntap)
+	if many := ok && tap.Flags&netlink.TUNTAP_MULTI_QUEUE != 0; !ok || many == (queues > 1) {
+		return nil
+	} else if many {
+		return fmt.Errorf("tap %s was made for several queues, and QEMU is to open one; make it with `%s`, or give the NIC queues", name, makeTap(name, queues))
+	}
+	return fmt.Errorf("tap %s was made for one queue, and QEMU is to open %d; make it with `%s`", name, queues, makeTap(name, queues))
 }
 
 // TapInUse reports whether a process, a QEMU, has the tap open. A device that is no tap

@@ -36,16 +36,53 @@ func linkOf(t testing.TB, name string) netlink.Link {
 	return l
 }
 
+// QEMU opens as many queues as the config says, and the kernel lets it only where the tap was made for
+// several. A tap of lockstep's own is made anew, unless it is in use.
+func TestQueues(t *testing.T) {
+	lt.NewNetns(t)
+	check(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	open := func(flags uint16) (int, error) {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR, 0)
+		check(t, err)
+		ifr, err := unix.NewIfreq("tap0")
+		check(t, err)
+		ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | flags)
+		return fd, unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	}
+	for _, queues := range []int{1, 4, 1} {
+		check(t, EnsureTap("tap0", "br0", queues))
+		check(t, CheckQueues("tap0", "", queues))
+		wantError(t, CheckQueues("tap0", "", 5-queues), "; make it with `ip tuntap add dev tap0 mode tap")
+		check(t, CheckQueues("tap0", "br0", 5-queues)) // lockstep makes it anew
+		var fds []int
+		for range queues {
+			fd, err := open(map[bool]uint16{true: unix.IFF_MULTI_QUEUE}[queues > 1])
+			check(t, err)
+			fds = append(fds, fd)
+		}
+		fd, err := open(map[bool]uint16{true: unix.IFF_MULTI_QUEUE}[queues == 1])
+		if err == nil {
+			t.Errorf("a tap for %d queues is opened for another number", queues)
+		}
+		check(t, unix.Close(fd))
+		wantError(t, CheckQueues("tap0", "br0", 5-queues), "tap tap0 was made for")
+		check(t, EnsureTap("tap0", "br0", 5-queues)) // it is left as it is: the QEMU that has it goes on
+		for _, fd := range fds {
+			check(t, unix.Close(fd))
+		}
+	}
+}
+
 // A tap of lockstep's own is made once, and goes when nobody uses it; one of somebody
 // else's stays.
 func TestTap(t *testing.T) {
 	lt.NewNetns(t)
-	wantError(t, EnsureTap("tap0", "br0"), "there is no bridge br0")
+	wantError(t, EnsureTap("tap0", "br0", 1), "there is no bridge br0")
 	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
 	check(t, netlink.LinkAdd(br))
-	wantError(t, EnsureTap("tap0", "lo"), "not a bridge")
+	wantError(t, EnsureTap("tap0", "lo", 1), "not a bridge")
 	for range 2 {
-		check(t, EnsureTap("tap0", "br0"))
+		check(t, EnsureTap("tap0", "br0", 1))
 	}
 	tap, err := netlink.LinkByName("tap0")
 	check(t, err)
@@ -82,7 +119,8 @@ func TestTap(t *testing.T) {
 	check(t, RemoveTap("tap0"))
 	other := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tap1"}, Mode: netlink.TUNTAP_MODE_TAP}
 	check(t, netlink.LinkAdd(other))
-	check(t, EnsureTap("tap1", "br0"))
+	check(t, EnsureTap("tap1", "br0", 1))
+	wantError(t, CheckQueues("tap1", "br0", 4), "made for one queue", "; make it with `ip tuntap add dev tap1 mode tap multi_queue`")
 	check(t, RemoveTap("tap1"))
 	if _, err := netlink.LinkByName("tap1"); err != nil {
 		t.Error("somebody else's tap is gone")

@@ -44,14 +44,14 @@ qemu:
   binary: %q
   accel: tcg
   cpu: qemu64
-  memory: 128M
+  memory: %dK
   smp: 1
   kernel: %q
   initrd: %q
   append: %q
   macs: [%q]
   disks: [{id: colo-disk0, image: "{node}.qcow2", overlay_dir: "overlays-{node}"}]
-  extra: [-m, %dK, -serial, %q]
+  extra: [-serial, %q]
 `
 
 // pair is two hosts, their daemons and a client.
@@ -114,8 +114,8 @@ func (p *pair) describe() error {
 		return fmt.Errorf("make a script: %w", err)
 	}
 	line := guestimage.Append([]string{lab.GuestIP.String() + "/24"}, "ipv6.disable_ipv6=1")
-	text := fmt.Sprintf(pairYAML, p.in("arbiter"), p.in("qemu"), guestimage.Kernel(p.o.Guest), p.in("initrd"), line, lab.GuestMAC,
-		guestimage.Memory>>10, "file:"+p.in("{node}.serial"))
+	text := fmt.Sprintf(pairYAML, p.in("arbiter"), p.in("qemu"), guestimage.Memory>>10, guestimage.Kernel(p.o.Guest), p.in("initrd"), line, lab.GuestMAC,
+		"file:"+p.in("{node}.serial"))
 	if err := os.WriteFile(p.file, []byte(text), 0o600); err != nil {
 		return fmt.Errorf("write the pair's config: %w", err)
 	}

@@ -33,6 +33,7 @@ func healthy() machine {
 		vxlan:        func() error { return nil },
 		nativeXDP:    func(string) (bool, error) { return true, nil },
 		tap:          func(string) error { return nil },
+		queues:       func(string, string, int) error { return nil },
 		inFront:      func(string) (passOn, read []string, err error) { return nil, nil, nil },
 		synchronised: func() (bool, error) { return true, nil },
 		addresses:    func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.2")}, nil },

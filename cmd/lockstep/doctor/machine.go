@@ -41,7 +41,8 @@ type machine struct {
 	programs     func() error
 	vxlan        func() error
 	nativeXDP    func(device string) (bool, error)
-	tap          func(device string) error // fit to be a guest's
+	tap          func(device string) error                  // fit to be a guest's
+	queues       func(tap, bridge string, queues int) error // can be opened by QEMU
 	inFront      func(tap string) (passOn, read []string, err error)
 	synchronised func() (bool, error) // CLOCK_REALTIME
 	addresses    func() ([]netip.Addr, error)
@@ -72,6 +73,7 @@ var thisMachine = machine{
 	vxlan:        probe.VXLAN,
 	nativeXDP:    probe.NativeXDP,
 	tap:          device.CheckTap,
+	queues:       device.CheckQueues,
 	inFront:      loader.InFront,
 	synchronised: synchronised,
 	addresses:    addresses,

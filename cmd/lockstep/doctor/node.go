@@ -62,7 +62,7 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 		d.ok("run_dir", "%s", c.RunDir)
 	}
 	for i, nic := range self.NICs {
-		d.nic(i, &nic)
+		d.nic(i, &nic, self.Starts)
 	}
 	d.failover(ctx, c, self)
 }
@@ -180,7 +180,8 @@ func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
 	}
 }
 
-func (d *doctor) nic(i int, nic *config.NIC) {
+// nic checks a NIC's devices. starts: lockstep starts this host's QEMU.
+func (d *doctor) nic(i int, nic *config.NIC, starts bool) {
 	name := func(what string) string { return fmt.Sprintf("nics[%d].%s", i, what) }
 	// lacks reports an error that has behind "; " what mends it.
 	lacks := func(what string, err error) {
@@ -197,12 +198,17 @@ func (d *doctor) nic(i int, nic *config.NIC) {
 	case err != nil && nic.Bridge != "":
 		d.ok(name("tap"), "lockstep makes %s, in %s", nic.Tap, nic.Bridge)
 	case err != nil:
-		d.missing(name("tap"), device.NoTap(nic.Tap), "there is no device %q: %v", nic.Tap, err)
+		d.missing(name("tap"), device.NoTap(nic.Tap, nic.Queues), "there is no device %q: %v", nic.Tap, err)
 		return // what is right for the others depends on it
 	default:
 		if err := d.m.tap(nic.Tap); err != nil {
 			lacks("tap", err)
 			return
+		}
+		if starts {
+			if err := d.m.queues(nic.Tap, nic.Bridge, nic.Queues); err != nil {
+				lacks("tap", err)
+			}
 		}
 		mtu = tap.MTU
 		d.ok(name("tap"), "%s, MTU %d", nic.Tap, mtu)

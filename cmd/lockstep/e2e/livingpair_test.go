@@ -88,15 +88,15 @@ tls: {ca: certs/ca.pem, cert: 'certs/{node}.pem', key: 'certs/{node}.key'}
 qemu:
   accel: tcg
   cpu: qemu64
-  memory: 128M
+  memory: %[6]dK
   smp: 1
-  kernel: %s
-  initrd: %s
-  append: %q
-  macs: ["%s"]
-  disks: [%s]
-  extra: [-m, %dK, -serial, "file:%[7]s/{node}.serial", -qmp, "unix:%[7]s/{node}.mon,server=on,wait=off"]
-%s
+  kernel: %[1]s
+  initrd: %[2]s
+  append: %[3]q
+  macs: ["%[4]s"]
+  disks: [%[5]s]
+  extra: [-serial, "file:%[7]s/{node}.serial", -qmp, "unix:%[7]s/{node}.mon,server=on,wait=off"]
+%[8]s
 `, m.kernel, m.initrd, m.append, lt.GuestMAC, strings.Join(images, ", "), m.memory>>10, w.Dir, extra)
 	if err := os.WriteFile(p.config, []byte(yaml), 0o600); err != nil {
 		t.Fatal(err)
