@@ -284,7 +284,7 @@ func (fo *failoverPart) goAlone() error {
 	fo.d.log.Warn("transmitting alone: nothing protects the guest until there is a secondary again", "arbiter_term", fo.p.Term())
 	fo.d.event(journal.Role, "transmitting alone: "+fo.p.Why(), map[string]any{"state": "solo", "term": fo.p.Term()})
 	fo.d.repl.endReplication()
-	return fo.remember(func(*state.State) {})
+	return fo.remember(func(st *state.State) { st.Alone = !st.Replicated })
 }
 
 // promote has the SVM transmit (R21 v, R22), and ends this daemon's role.

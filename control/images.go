@@ -91,7 +91,7 @@ func (re *replicator) imagesFit(ctx context.Context, m *qmp.Monitor, progress fu
 		return nil
 	case running:
 		return runs
-	case fo.FirstStart == FirstTrust:
+	case fo.FirstStart == FirstTrust && !fo.state.Alone:
 		return nil
 	}
 	sizes, err := re.diskSizes()

@@ -197,7 +197,7 @@ func (p *pair) goAlone() {
 	d.fail(d.loop.Solo())
 	d.w.reach("goes alone")
 	d.repl.end()
-	d.remember(func(*state.State) {})
+	d.remember(func(st *state.State) { st.Alone = !st.Replicated })
 }
 
 // promote has the SVM transmit, and ends this role.

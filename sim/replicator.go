@@ -24,9 +24,9 @@ type replicator struct {
 func (r *replicator) begin() {
 	d := r.d
 	m := d.h.monitor
-	// At the first start a guest that runs already is refused: its images are not the other host's.
+	// At the first start a guest that runs already, or has run alone, is refused: its images are not the other host's.
 	// The operator sets first_start: copy.
-	resync := d.h.state.Replicated || d.h.qemu != nil && d.h.qemu.running()
+	resync := d.h.state.Replicated || d.h.state.Alone || d.h.qemu != nil && d.h.qemu.running()
 	d.remember(func(st *state.State) { st.Replicated = true })
 	peer := d.link
 	gaveUp := new(bool)

@@ -27,6 +27,7 @@ type Secondary struct {
 	over       bool   // P has given it up, or may have
 	late       uint32 // the attempt whose STOP came after it had been given up; 0: none
 	next       uint32 // prepared while the SVM was stopped; 0: none
+	pending    bool   // a STOP and RESUME counted as an attempt's, and P has not gone on from there: it may have been somebody's, and the checkpoint's come later
 	link, qmp  bool
 	recovered  bool // the offsets are older than this daemon
 	park       bool // P was in doubt when the session began
@@ -114,7 +115,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 		}
 
 	case EvPrepare:
-		c.next = ev.Epoch
+		c.next, c.pending = ev.Epoch, c.pending && c.over
 	case EvAbort:
 		if c.next == ev.Epoch {
 			c.next = 0
@@ -216,7 +217,7 @@ func (c *Secondary) stepQuiet(ev Event) {
 // reset: the SVM is a copy of the PVM as that was at P's mark of the attempt. Of one that is over the mark counts for
 // nothing: the PVM may have gone on and stopped again, and the mark of that be lost (R16).
 func (c *Secondary) reset() {
-	c.unsure = false
+	c.unsure, c.pending = false, true
 	epoch := c.epoch
 	if c.over {
 		epoch = 0
@@ -228,6 +229,7 @@ func (c *Secondary) reset() {
 // that is what it stops for: QEMU carries out what it was asked for when it can, whatever has
 // become of the attempt, the link and P. An SVM that goes on afterwards is a copy of the PVM.
 func (c *Secondary) stopsLate() {
+	c.unsure = c.unsure || c.pending && c.due == 0
 	if !c.cfg.noLate {
 		c.late, c.due = max(c.late, c.due), 0
 	}

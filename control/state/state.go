@@ -26,6 +26,7 @@ type State struct {
 	Term       uint64 `json:"term"`               // fencing term of the arbiter's entry that this node last acted on
 	Covered    uint64 `json:"covered"`            // fencing term in which the secondary may take over (R18); 0: none
 	Replicated bool   `json:"replicated"`         // replication has begun once: the images of both hosts may differ since
+	Alone      bool   `json:"alone,omitempty"`    // the guest ran alone before that: nobody can have copied its images
 	Unmerged   bool   `json:"unmerged,omitempty"` // the guest took over, and its overlays are not yet merged into its images
 	Off        bool   `json:"off,omitempty"`      // the guest powered off and was not started since (R25)
 }

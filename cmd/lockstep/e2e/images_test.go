@@ -113,7 +113,8 @@ func TestFirstStartTrusted(t *testing.T) {
 }
 
 // TestFirstStartAlone: the guest ran alone before it ever replicated, so its image goes on
-// changing: also where the config accepts images that are the same, they have to be copied.
+// changing: also where the config accepts images that are the same, they have to be copied. Once it stands still, they
+// are compared.
 func TestFirstStartAlone(t *testing.T) {
 	p := firstStart(t)
 	p.run("alpha", "primary")
@@ -133,8 +134,18 @@ func TestFirstStartAlone(t *testing.T) {
 	if s := p.status("alpha"); s.State != "solo" {
 		t.Errorf("the guest is in state %s", s.State)
 	}
+	p.killQEMU("alpha")
+	p.procs["alpha"].Wait()
+	p.run("alpha", "primary")
+	for _, node := range []string{"alpha", "beta"} {
+		s := p.await(node, func(s *api.Status) bool { return s.Covered || strings.Contains(s.Refused, "are not the same") })
+		if s.Covered {
+			t.Fatalf("%s: a replica that missed what the guest wrote is covered", node)
+		}
+	}
 	p.setFirstStart("alpha", "primary", "copy")
 	p.covered()
+	p.booted()
 	p.lockstepped()
 	p.keepsFile()
 }
