@@ -13,11 +13,12 @@ import (
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
-// TestShellScripts: shellcheck finds no fault with the scripts that a cluster runs, nor with those of the packages that
-// keep to its idea of POSIX.
-func TestShellScripts(t *testing.T) {
-	need(t, "shellcheck")
+// TestClusterFiles: shellcheck finds no fault with the scripts that a cluster runs, nor with those of the packages that
+// keep to its idea of POSIX; the example's XML is well-formed.
+func TestClusterFiles(t *testing.T) {
+	need(t, "shellcheck", "xmllint")
 	output(t, "shellcheck", "ocf/lockstep", "ocf/pacemaker-arbiter", "scripts/postinst", "scripts/postrm")
+	output(t, "xmllint", "--noout", "examples/web1-pacemaker.xml") // Pacemaker itself is lenient
 }
 
 // played puts commands into a folder, which are scripts that note their command line in its file "calls".

@@ -23,7 +23,7 @@ import (
 // test plays.
 type cluster struct {
 	*livingPair
-	files string // of the cluster, below the pair's folder
+	files string      // of the cluster, below the pair's folder
 	bmc   chan string // hosts that were fenced
 
 	mu    sync.Mutex // of hosts, which the BMC looks up
