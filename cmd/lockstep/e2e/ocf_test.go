@@ -69,6 +69,19 @@ func (p *agentPair) parameters(node string) []string {
 	return []string{"config=" + p.config, "node=" + node, "log=" + p.logFile(node)}
 }
 
+// score fails unless the last promotion score of a node is this: arguments of crm_attribute, which is played.
+func (p *agentPair) score(node, want string) {
+	p.t.Helper()
+	b, err := os.ReadFile(filepath.Join(p.Dir, "tmp-"+node, "scores"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	all := strings.Split(strings.TrimSpace(string(b)), "\n")
+	if last := all[len(all)-1]; last != "-p "+want {
+		p.t.Errorf("the last score of %s is %q, want %q", node, last, want)
+	}
+}
+
 // command is one on a node's host, with what a resource agent finds in its environment.
 func (p *agentPair) command(node, name string, args ...string) *exec.Cmd {
 	p.t.Helper()
@@ -76,8 +89,13 @@ func (p *agentPair) command(node, name string, args ...string) *exec.Cmd {
 	if err := os.MkdirAll(tmp, 0o700); err != nil {
 		p.t.Fatal(err)
 	}
+	played := fmt.Sprintf("#!/bin/sh\necho \"$*\" >>%s/scores\n", tmp)
+	if err := os.WriteFile(filepath.Join(tmp, "crm_attribute"), []byte(played), 0o700); err != nil {
+		p.t.Fatal(err)
+	}
 	cmd := lt.Command(p.host(node), name, args...)
-	cmd.Env = append(os.Environ(), "PATH="+p.dir+":"+os.Getenv("PATH")+":/usr/sbin:/sbin", "OCF_ROOT=/usr/lib/ocf", "HA_RSCTMP="+tmp, "OCF_RESOURCE_INSTANCE=web1", p.preload)
+	cmd.Env = append(os.Environ(), "PATH="+p.dir+":"+os.Getenv("PATH")+":/usr/sbin:/sbin", "OCF_ROOT=/usr/lib/ocf", "HA_RSCTMP="+tmp, "HA_SBIN_DIR="+tmp,
+		"OCF_RESOURCE_INSTANCE=web1", "OCF_RESKEY_crm_feature_set=3.16.1", p.preload)
 	return cmd
 }
 
@@ -133,6 +151,7 @@ func TestOCFAgent(t *testing.T) {
 	}
 	p.ordered("alpha", "start", "--here")
 	p.does("beta", "start", ocfSuccess, "")
+	p.score("beta", "-D")
 	p.does("beta", "promote", ocfGeneric, "beta cannot take over: it is secondary, start, and not covered")
 	p.does("alpha", "start", ocfSuccess, "")
 	p.covered()
@@ -141,9 +160,11 @@ func TestOCFAgent(t *testing.T) {
 	watch := lt.WatchTransmitters(t, p.Switch, "portP", "portS")
 	c, turns := p.open(), 1
 	p.does("alpha", "monitor", ocfSuccess, "") // nobody has ordered a promotion
+	p.score("alpha", "-v 100")
 	p.does("alpha", "promote", ocfSuccess, "")
 	p.does("alpha", "monitor", ocfPromoted, "")
 	p.does("beta", "monitor", ocfSuccess, "")
+	p.score("beta", "-v 10")
 
 	// An order to demote alone changes nothing, and one to promote is a planned failover.
 	p.does("alpha", "demote", ocfSuccess, "")
@@ -189,9 +210,11 @@ func TestOCFAgent(t *testing.T) {
 	turns++
 	p.isPrimary("alpha")
 	p.does("alpha", "monitor", ocfSuccess, "")
+	p.score("alpha", "-v 100")
 	p.does("alpha", "promote", ocfSuccess, "")
 	p.does("alpha", "monitor", ocfPromoted, "")
 	p.does("beta", "monitor", ocfStopped, "")
+	p.score("beta", "-D")
 	if now := p.qemu("beta"); now != 0 {
 		t.Errorf("after the stop the guest of beta, process %d, is %d", guest, now)
 	}
