@@ -3,6 +3,7 @@
 package packaging
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -38,6 +39,7 @@ func TestPacemakerArbiter(t *testing.T) {
 	const swap = "swap web1 4 beta alpha beta"
 	for name, x := range map[string]struct {
 		ask, quorum, entry, runs, fence, change string // "false": it fails
+		score, members                          string // of beta, "none": there is none; the partition's, "": both
 		answer                                  string // "": none, and the exit code is not 0
 		does                                    string // of Pacemaker's state
 	}{
@@ -47,6 +49,10 @@ func TestPacemakerArbiter(t *testing.T) {
 		"swap":                     {ask: swap, entry: "3 beta", runs: "beta Promoted", answer: "4 alpha", does: fenced + changed},
 		"unpromoted":               {ask: swap, entry: "3 beta", runs: "beta ", answer: "4 alpha", does: fenced + changed},
 		"stopped there":            {ask: swap, entry: "3 beta", runs: "alpha", answer: "4 alpha", does: changed},
+		"is being stopped":         {ask: swap, entry: "3 beta", runs: "stops", score: "none", answer: "4 alpha", does: changed},
+		"is stopped too slowly":    {ask: swap, entry: "3 beta", runs: "beta", score: "none", answer: "4 alpha", does: fenced + changed},
+		"lost, without a score":    {ask: swap, entry: "3 beta", runs: "stops", score: "none", members: "alpha", answer: "4 alpha", does: fenced + changed},
+		"lives, with a score":      {ask: swap, entry: "3 beta", runs: "stops", answer: "4 alpha", does: fenced + changed},
 		"a name that begins alike": {ask: swap, entry: "3 beta", runs: "beta2", answer: "4 alpha", does: changed},
 		"not known where":          {ask: swap, entry: "3 beta", runs: "false"},
 		"not fenced":               {ask: swap, entry: "3 beta", runs: "beta", fence: "false", does: fenced},
@@ -68,14 +74,15 @@ func TestPacemakerArbiter(t *testing.T) {
 				}
 				return prints
 			}
-			quorum := "1"
-			if x.quorum != "" {
-				quorum = x.quorum
-			}
+			quorum := cmp.Or(x.quorum, "1")
 			played(t, dir, map[string]string{
-				"crm_node":      "echo " + quorum,
-				"crm_attribute": "echo '" + x.entry + "'",
-				"crm_resource":  ends(x.runs, "echo 'resource web1 is running on: "+x.runs+"'"),
+				"crm_node":      fmt.Sprintf(`case $1 in -q) echo %s ;; *) echo "%s" ;; esac`, quorum, cmp.Or(x.members, "alpha beta")),
+				"crm_attribute": fmt.Sprintf(`case "$*" in *"--node beta --name master-web1 "*) [ "%s" != none ] && echo 100 ;; *) echo '%s' ;; esac`, x.score, x.entry),
+				// stops: it has stopped after some time.
+				"crm_resource": ends(x.runs, fmt.Sprintf(`runs="%s"
+case $(grep -c "^sleep" "${0%%/*}/calls")$runs in [0-4]stops) runs="beta Promoted" ;; esac
+echo "resource web1 is running on: $runs"`, x.runs)),
+				"sleep":         "",
 				"stonith_admin": ends(x.fence, ""),
 				"cibadmin":      ends(x.change, `value=${0%/*}; words=${*##*value=\"}; echo "<nvpair id=\"lockstep-web1-entry\" name=\"lockstep-web1\" value=\"${words%%\"*}\"/>" >"$value/cib.xml"; echo it prints`),
 			})
