@@ -14,11 +14,12 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
 	prometheus bpftool \
+	resource-agents libxml2-utils shellcheck \
 	lintian man-db rpm systemd \
 	gcc libc6-dev
 
-# What the soak needs besides: of a Debian that is a guest.
-SOAK_PACKAGES := mmdebstrap postgresql-client e2fsprogs
+# What the soak needs besides: of a Debian that is a guest, and of two hosts that are a cluster.
+SOAK_PACKAGES := mmdebstrap postgresql-client e2fsprogs pacemaker pacemaker-cli-utils corosync
 
 # Committed output of bpf2go, and the C it comes from.
 GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')

@@ -18,7 +18,7 @@ import (
 
 func newUnload(e env) *cobra.Command {
 	var t target
-	var force bool
+	var force, endGuest bool
 	cmd := &cobra.Command{
 		Use:   "unload -c pair.yaml --node NAME",
 		Short: "Remove the pinned programs and maps of a daemon that is gone",
@@ -27,7 +27,9 @@ func newUnload(e env) *cobra.Command {
 			"daemon lives, and while the guest runs here: without the programs it could transmit\n" +
 			"beside the other host's. With --force such a guest is muted: its taps are set down.\n" +
 			"Only one that transmits alone, as the arbiter confirms, goes on, and the connections\n" +
-			"that it took over break. Run it in the daemon's network namespace.\n" +
+			"that it took over break. With --end-guest it ends the QEMU that lockstep started, as a power\n" +
+			"cut does: afterwards nothing of the guest is on this host. Run it in the daemon's network\n" +
+			"namespace.\n" +
 			"No setting needs it on a pair that runs: see docs/CONFIG.md, \"Changing a setting\".",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -35,18 +37,24 @@ func newUnload(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return unload(cmd.Context(), e, c, self, force)
+			return unload(cmd.Context(), e, c, self, force, endGuest)
 		},
 	}
 	t.flags(cmd)
 	cmd.Flags().BoolVar(&force, "force", false, "also while the guest runs, which is muted unless it transmits alone; remove also what is not whole, not of this version, or of a secondary that took over")
+	cmd.Flags().BoolVar(&endGuest, "end-guest", false, "end the guest's QEMU on this host first")
 	return cmd
 }
 
-func unload(ctx context.Context, e env, c *config.Config, self *config.Node, force bool) error {
+func unload(ctx context.Context, e env, c *config.Config, self *config.Node, force, endGuest bool) error {
 	// The lock of a daemon that lives is in a bpffs, which somebody may have unmounted.
 	if _, err := api.FetchStatus(ctx, c.Socket(self.Name)); !errors.Is(err, api.ErrNoDaemon) {
 		return fmt.Errorf("a daemon of %s on %s answers at %s; stop it first", c.VM, self.Name, c.Socket(self.Name))
+	}
+	if endGuest {
+		if err := endQEMU(ctx, e.kernel, c, self); err != nil {
+			return err
+		}
 	}
 	running, err := guestRuns(e.kernel, c, self)
 	if err != nil {
@@ -73,7 +81,8 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 			}
 		}
 	}
-	if err := remove(c.PinDir, c.VM, self.Name, force); err != nil {
+	// Tables are of no use without the guest whose connections they know.
+	if err := remove(c.PinDir, c.VM, self.Name, force || endGuest); err != nil {
 		return err
 	}
 	for _, nic := range self.NICs {
@@ -97,6 +106,28 @@ func unload(ctx context.Context, e env, c *config.Config, self *config.Node, for
 	}
 	_, err = fmt.Fprintln(e.stdout, said)
 	return err
+}
+
+// endQEMU ends the QEMU that lockstep started here, if there is one.
+func endQEMU(ctx context.Context, k kernel, c *config.Config, self *config.Node) error {
+	if !self.Starts {
+		return fmt.Errorf("lockstep did not start the QEMU of %s on %s: whoever did has to end it", c.VM, self.Name)
+	}
+	release, err := k.lock(c.PinDir, c.VM, self.Name) // a daemon that does not answer would take this for a failure
+	if err != nil {
+		return fmt.Errorf("%w; stop it first", err)
+	}
+	defer release()
+	spec := c.Guest(self)
+	p, err := qemu.Find(&spec)
+	if errors.Is(err, qemu.ErrNotRunning) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer p.Release()
+	return p.Kill(ctx)
 }
 
 // guestRuns names what runs of the guest on this host; "": nothing does. A QEMU that

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -91,5 +92,56 @@ func TestUnloadRunning(t *testing.T) {
 	c.kernel.mute = func(string) error { return errors.New("not permitted") }
 	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node beta --force"); code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "not permitted") {
 		t.Errorf("exit %d, %v, %s", code, c.calls, stderr)
+	}
+}
+
+// TestUnloadEndsGuest: with --end-guest the QEMU that lockstep started is gone before its programs are, and nothing is
+// ended under a daemon, or that somebody else started.
+func TestUnloadEndsGuest(t *testing.T) {
+	c := newCLI(t)
+	c.write(t, "pair.yaml", strings.Replace(pairYAML, ", qmp: alpha.qmp", "", 1)+"arbiter: {type: file, path: "+c.dir+"}\nqemu: {memory: 1G}\n")
+	run := filepath.Join(c.dir, "run")
+	if err := os.Mkdir(run, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	pid := filepath.Join(run, "web1-alpha.pid")
+	guest := exec.Command("sh", "-c", `echo $$ >"$2"; echo; read -r end`, "played QEMU", "-pidfile", pid)
+	if _, err := guest.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := guest.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guest.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { guest.Process.Kill(); guest.Wait() })
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	lock := c.kernel.lock
+	c.kernel.lock = func(string, string, string) (func(), error) { return nil, loader.ErrLocked }
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha --end-guest"); code != 1 || len(c.calls) > 0 || !strings.Contains(stderr, "is running; stop it first") {
+		t.Errorf("under a daemon: exit %d, %v, %s", code, c.calls, stderr)
+	}
+	c.kernel.lock = lock
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha"); code != 1 || !strings.Contains(stderr, "QEMU is process") {
+		t.Errorf("without the flag: exit %d, %s", code, stderr)
+	}
+	want := []string{"lock web1 alpha", "release", "mute tapP", "unload web1 alpha true"}
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha --end-guest"); code != 0 || !slices.Equal(c.calls, want) {
+		t.Fatalf("exit %d, %v, want %v\n%s", code, c.calls, want, stderr)
+	}
+	if err := guest.Wait(); err == nil || guest.ProcessState.Exited() {
+		t.Errorf("the guest ended with %v", err)
+	}
+	c.calls = nil // once more
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha --end-guest"); code != 0 || !slices.Equal(c.calls, want) {
+		t.Errorf("without a guest: exit %d, %v\n%s", code, c.calls, stderr)
+	}
+	c.write(t, "pair.yaml", pairYAML)
+	if code, _, stderr := c.run(t.Context(), "unload -c @/pair.yaml --node alpha --end-guest"); code != 1 || !strings.Contains(stderr, "lockstep did not start the QEMU of web1 on alpha") {
+		t.Errorf("another's guest: exit %d, %s", code, stderr)
 	}
 }
