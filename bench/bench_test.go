@@ -41,7 +41,11 @@ func TestQuick(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	last := 0
-	r, err := Run(ctx, o, nil, "test", func(done, total int, what string) {
+	parts := Parts()
+	if os.Getenv("LOCKSTEP_SOAK") == "" {
+		parts = slices.DeleteFunc(parts, func(name string) bool { return name == "C" }) // pairs of emulated guests take minutes
+	}
+	r, err := Run(ctx, o, parts, "test", func(done, total int, what string) {
 		if total > 0 && done >= total || what == "" || done < last && done != 0 {
 			t.Errorf("progress: %d of %d after %d: %q", done, total, last, what)
 		}
@@ -50,8 +54,8 @@ func TestQuick(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(r.Parts) != len(Parts()) {
-		t.Errorf("%d parts, want %d", len(r.Parts), len(Parts()))
+	if len(r.Parts) != len(parts) {
+		t.Errorf("%d parts, want %d", len(r.Parts), len(parts))
 	}
 	for _, p := range r.Parts {
 		seen := make(map[string]bool)

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"os"
 	"testing"
 	"time"
 
@@ -36,8 +37,11 @@ func TestDaemonsRestart(t *testing.T) {
 	p := newLivingPair(t, 0, "compare: {timeout: 10s}\nheartbeat: {restart: 20s}")
 	p.start()
 	c := p.open()
-	for _, nodes := range [][]string{{"beta"}, {"alpha"}, {"beta", "alpha"}} {
+	for n, nodes := range [][]string{{"beta"}, {"alpha"}, {"beta", "alpha"}} {
 		for i, x := range situations[1:3] {
+			if os.Getenv("LOCKSTEP_SOAK") == "" && i != n%2 {
+				continue // each, and each daemon, but not all of one with all of the other
+			}
 			t.Run(fmt.Sprintf("%v %s", nodes, x.name), func(t *testing.T) {
 				q := *p
 				q.pair = p.with(t)

