@@ -21,6 +21,7 @@ var causes = []Reason{
 	{"period", KindCause, "checkpoint.period is over: nothing asked for this checkpoint but the clock.", "Nothing. A longer period means fewer pauses, each of them longer."},
 	{"an operator asked for it", KindCause, "Somebody ran `lockstep checkpoint`.", "Nothing."},
 	{"the guest was reset", KindCause, "The guest rebooted, and the secondary has to become its copy again.", "Nothing, if the reboot was meant; else look at the guest's own log."},
+	{"the guest's clock was set", KindCause, "The guest agent set the primary guest's clock, which was behind by the guest's pauses; with this checkpoint the secondary guest has the same time.", "Nothing. A time service in the guest that slews its clock (docs/GUESTS.md) makes it rare."},
 	{"…'s overlay_dir … is filling up", KindCause, "What the guest has written since the last checkpoint has nearly filled the space for it on the secondary's host; a checkpoint empties it.", "Give overlay_dir more room, or shorten checkpoint.period; `lockstep status` shows how long the room lasts."},
 	{"nothing covers the secondary yet", KindCause, "Replication has just begun: with this checkpoint the secondary becomes able to take over.", "Nothing."},
 	{"the PVM transmitted while it was stopped", KindCause, "A frame of the primary guest was captured while QEMU had the guest stopped for a checkpoint, so it is not certain whether the secondary knows what was sent.", "Nothing: the second checkpoint settles it."},

@@ -36,6 +36,7 @@ const (
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
 func serveGuest(as string) {
 	svm := as == "guest svm"
+	runAgent()
 	for port, f := range map[string]func(*net.TCPConn){
 		portEcho: func(c *net.TCPConn) { io.Copy(onlyWriter{c}, onlyReader{c}) },
 		portSource: func(c *net.TCPConn) {
