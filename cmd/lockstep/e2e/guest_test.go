@@ -29,6 +29,7 @@ const (
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
 	portCAS    = "7010" // registers that are read, written and swapped: registers_test.go
+	portLock   = "7020" // a line: the lock, "locked"; the next line: "unlocked"
 	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and answers with the outcome
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
@@ -76,6 +77,7 @@ func serveGuest(as string) {
 		},
 		portDisk: serveDisk,
 		portCAS:  serveRegisters,
+		portLock: serveLock(),
 		portEnd: func(c *net.TCPConn) {
 			for r := bufio.NewScanner(c); r.Scan(); {
 				how := map[string]int{"poweroff": unix.LINUX_REBOOT_CMD_POWER_OFF, "reboot": unix.LINUX_REBOOT_CMD_RESTART}[r.Text()]
