@@ -156,7 +156,7 @@ func (gc *guestClock) answered(behind time.Duration, set bool, err error) {
 		gc.sets++
 	}
 	d.log.Info("the guest's clock was set", "behind", behind, "err", err)
-	if d.peer.linkUp {
+	if d.failover.paired() { // there may be no session yet: the checkpoint waits for it
 		d.checkpoints.wanted(nicloop.Request{At: time.Now(), NIC: -1, Reason: "the guest's clock was set"})
 	}
 }

@@ -153,7 +153,9 @@ func TestGuestClock(t *testing.T) {
 	pvm, svm := playAgent(t, time.Hour), playAgent(t, time.Hour)
 	p.opt.GuestAgent, s.opt.GuestAgent = pvm.path, svm.path
 	p.opt.clockEvery, s.opt.clockEvery = 50*time.Millisecond, 50*time.Millisecond
-	startReplicating(p, s)
+	p.start()
+	p.await("a clock that is set before there is a secondary", func(st api.Status) bool { return st.GuestClock.Sets > 0 })
+	s.start()
 	st := p.await("a clock that was set, and a checkpoint for it", func(st api.Status) bool {
 		return slices.ContainsFunc(st.Checkpoints, func(c api.Checkpoint) bool {
 			return c.Cause == "the guest's clock was set" && c.Result == "committed"
