@@ -9,7 +9,7 @@ CLANG_MAJOR := 19
 
 # What the tests need beyond Go, as Debian 12 names it.
 PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
-	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils \
+	iproute2 ethtool util-linux procps curl redis-server redis-tools qemu-system-x86 qemu-utils qemu-guest-agent \
 	dnsmasq-base iputils-ping etcd-server dropbear-bin openssh-client \
 	nginx-light libnginx-mod-http-headers-more-filter wrk nghttp2-client \
 	memcached libmemcached-tools nsd dnsperf sockperf xz-utils \
@@ -26,7 +26,7 @@ GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')
 C_FILES   = $(shell git ls-files '*.c' '*.h')
 
 # Packages with goroutines of their own that need no guest and no device.
-RACED := ./control ./control/api ./control/arbiter ./control/journal ./control/peerlink ./control/program ./control/qmp ./control/state
+RACED := ./control ./control/api ./control/arbiter ./control/guestagent ./control/journal ./control/peerlink ./control/program ./control/qmp ./control/state
 
 # Nothing but the race detector needs a C compiler, so that the tests build what is
 # released.

@@ -29,6 +29,7 @@ func (p *Primary) check() error {
 func (t *connTable) check() (err error) {
 	var slots [slotClasses]slotUse
 	points, opens, half := 0, 0, 0
+	var led [leads]int
 	for _, c := range t.byTuple {
 		if e := c.check(); e != nil {
 			err = errors.Join(err, fmt.Errorf("connection %v: %w", c.tuple, e))
@@ -37,6 +38,7 @@ func (t *connTable) check() (err error) {
 			slots[class].held += n
 			slots[class].holders += min(n, 1)
 		}
+		led[c.stall.led]++
 		points += c.svm.points.len() + c.svm.nloose
 		if c.open.in != nil {
 			opens++
@@ -49,6 +51,9 @@ func (t *connTable) check() (err error) {
 		if have := t.slots[class]; have.held != u.held || have.holders != u.holders {
 			err = errors.Join(err, fmt.Errorf("class %d: %d slots of %d connections counted, %d of %d held", class, have.held, have.holders, u.held, u.holders))
 		}
+	}
+	if led[leadPVM] != t.led[leadPVM] || led[leadSVM] != t.led[leadSVM] {
+		err = errors.Join(err, fmt.Errorf("guests that lead: %v counted, %v there", t.led, led))
 	}
 	if points != t.points.used {
 		err = errors.Join(err, fmt.Errorf("%d points counted, %d there", t.points.used, points))

@@ -65,7 +65,7 @@ func (p *Primary) thaw() {
 
 // restart sets c going again after a freeze.
 func (p *Primary) restart(c *conn) {
-	c.stall.since = p.now
+	c.stall.begin(p.now)
 	if c.syn.announcing {
 		c.syn.announce(p.now, c.syn.left)
 	}
@@ -161,7 +161,8 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 	c.diverged, c.why = false, ReasonNone
 	c.syn.forgetSVM()
 	c.svm.extent, c.svmRST, c.openOnSVM = extent{}, svmReset{}, false
-	c.cuts, c.query, c.stall.running = 0, backoff{}, false
+	c.cuts, c.query = 0, backoff{}
+	c.stall.stop()
 	c.asks.stop()
 	if fresh {
 		c.svm.begin(c.inc.isn)

@@ -51,12 +51,14 @@ func (t *connTable) reset(c *conn) {
 	c.svm.forget()
 	t.opens.unlink(c)
 	c.half.unlink()
+	c.stall.stop()
 	*c = conn{
 		timer: c.timer, no: t.eventNo, born: t.now, last: t.now, open: c.open, half: c.half,
 		sender:   sender{core: c.core, tuple: c.tuple, acks: ackState{marks: c.acks.marks[:0], scale: scaleUnknown}},
 		held:     heldQueue{core: c.core, pieces: c.held.pieces},
 		svm:      stream{budget: c.svm.budget, points: c.svm.points, loose: c.svm.loose},
 		floating: true,
+		stall:    stallClock{all: &t.led, usual: t.delaysOf(c.tuple.GuestPort)},
 		owner:    ownership{known: c.owner.known},
 	}
 }
@@ -67,6 +69,7 @@ func (t *connTable) remove(c *conn, why Reason) {
 	c.svm.forget()
 	t.opens.unlink(c)
 	c.half.unlink()
+	c.stall.stop()
 	t.timers.remove(&c.timer)
 	delete(t.byTuple, c.tuple)
 	t.forget(c)

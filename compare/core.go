@@ -19,7 +19,9 @@ type core struct {
 	slots        [slotClasses]slotUse
 	sharedAt     int64 // before it no connection is looked for that holds too much
 	points       pointBudget
-	queryAt      int64 // before it no query is made
+	queryAt      int64              // before it no query is made
+	delays       map[uint16]*delays // by the guest's port
+	led          [leads]int         // connections on which a guest has led for an unusual time
 	stats        Stats
 
 	now     int64

@@ -165,7 +165,8 @@ func (p *Primary) granted(t *Tuple, h *Handover) {
 	}
 	o.kernel, o.looking, o.lookAt = true, false, p.now+int64(ownedFor)
 	p.conns.owned++
-	c.query, c.stall.running = backoff{}, false
+	c.query = backoff{}
+	c.stall.stop()
 	c.asks.stop()
 	p.timers.set(&c.timer, c.deadline())
 }

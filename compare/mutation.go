@@ -26,6 +26,7 @@ const (
 	mutDatagram                      // datagrams need not match
 	mutRoom                          // no frame makes room for another
 	mutURG                           // a cut leaves the urgent pointer as it is
+	mutOrder                         // nothing is done about guests that take another order
 	mutSealed                        // what a digest covers is changed
 )
 

@@ -302,19 +302,69 @@ func TestIncarnation(t *testing.T) {
 }
 
 func TestClocks(t *testing.T) {
-	var k stallClock
+	var all [leads]int
+	k := stallClock{all: &all, usual: &delays{timeout: 100}}
 	if d := k.deadline(time.Second); d != math.MaxInt64 {
 		t.Errorf("a clock that stands runs out at %d", d)
 	}
-	k.run(true, 5)
-	k.run(true, 9)
+	k.run(true, leadNone, 5)
+	k.run(true, leadNone, 9)
 	if d := k.deadline(10); d != 15 {
 		t.Errorf("the clock runs out at %d", d)
 	}
-	k.run(false, 20)
-	k.run(true, 30)
+	k.run(false, leadNone, 20)
+	k.run(true, leadNone, 30)
 	if d := k.deadline(10); d != 40 {
 		t.Errorf("begun again the clock runs out at %d", d)
+	}
+
+	if at := k.lookAt(); at != 30+100 {
+		t.Errorf("where nothing is known it is looked at at %d", at)
+	}
+	k.moved(42) // after 12
+	if at := k.lookAt(); at != 42+12+2*6 {
+		t.Errorf("it is looked at at %d", at)
+	}
+	k.usual.timeout = 1000
+	if at := k.lookAt(); at != 42+50 { // a part of the timeout
+		t.Errorf("with a long timeout it is looked at at %d", at)
+	}
+	k.usual.timeout = 15
+	if at := k.lookAt(); at != 42+15 {
+		t.Errorf("with a short timeout it is looked at at %d", at)
+	}
+	other := stallClock{all: &all, usual: k.usual}
+	other.run(true, leadSVM, 50)
+	if k.look(leadPVM) || k.lookAt() != math.MaxInt64 {
+		t.Error("the other guest leads nowhere for long")
+	}
+	if !other.look(leadSVM) {
+		t.Error("each guest leads on one")
+	}
+	if k.run(true, leadNone, 60); other.look(leadSVM) {
+		t.Error("the PVM does not lead any more")
+	}
+	k.look(leadPVM)
+	other.stop()
+	if k.stop(); all[leadPVM] != 0 || all[leadSVM] != 0 {
+		t.Errorf("of clocks that stand: %v", all)
+	}
+
+	// However quick a service was, it may become slow.
+	d := &delays{timeout: 1000}
+	for range 100 {
+		d.add(0)
+	}
+	for range 100 {
+		d.add(400)
+	}
+	if d.mean < 300 || d.mean > 400 {
+		t.Errorf("delays of 400 are %d on average", d.mean)
+	}
+	for d.add(5000); d.mean < 900; d.add(5000) {
+		if d.unusual() > 1000 {
+			t.Fatalf("%+v", d)
+		}
 	}
 
 	var a askClock

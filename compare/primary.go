@@ -135,7 +135,7 @@ func NewPrimary(cfg Config, keys *Keys) *Primary {
 	cfg.setDefaults()
 	p := &Primary{
 		core: core{
-			cfg: cfg, keys: keys, asserts: Assertions, opens: make(openTable),
+			cfg: cfg, keys: keys, asserts: Assertions, opens: make(openTable), delays: make(map[uint16]*delays),
 			slots:  [slotClasses]slotUse{{limit: slotLimit(cfg.Slots)}, {limit: slotLimit(cfg.LargeSlots)}},
 			points: pointBudget{perStream: cfg.ConnPoints, max: cfg.MaxPoints},
 		},

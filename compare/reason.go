@@ -45,6 +45,7 @@ const (
 	ReasonBeforeMark // S: a datagram that the SVM has received as the PVM (R16)
 	ReasonNoRoom     // gave up its slot to what others wait for
 	ReasonSealed     // checkpoint, or drop: TCP-MD5 or TCP-AO forbid to change what would have to be changed
+	ReasonOrder      // checkpoint: on two connections different guests have led for an unusual time (R7)
 	ReasonCount
 )
 
@@ -55,7 +56,7 @@ var reasonNames = [ReasonCount]string{
 	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
 	"unmatched rst", "forgotten", "over budget", "acked", "void",
 	"datagram differs", "icmp error", "too many datagrams", "unmatched svm datagram", "neighbour requests",
-	"half-open evicted", "before mark", "no room", "signed segment",
+	"half-open evicted", "before mark", "no room", "signed segment", "another order",
 }
 
 func (r Reason) String() string {

@@ -63,28 +63,6 @@ func (h *timerHeap) set(t *timer, due int64) {
 	heap.Fix(h, t.heapIdx)
 }
 
-// stallClock is R7's: it runs while one guest has transmitted what the other has not.
-type stallClock struct {
-	running bool
-	since   int64 // boottime, in ns, at which anything moved last
-}
-
-// run has the clock run, or not. Where it did not it begins now.
-func (k *stallClock) run(running bool, now int64) {
-	if running && !k.running {
-		k.since = now
-	}
-	k.running = running
-}
-
-// deadline is when the clock runs out.
-func (k *stallClock) deadline(timeout time.Duration) int64 {
-	if !k.running {
-		return math.MaxInt64
-	}
-	return k.since + int64(timeout)
-}
-
 // askClock times the questions to S for one sum: the second and later ones ever more
 // seldom, maxAsks of them.
 type askClock struct {
@@ -145,7 +123,7 @@ func (c *conn) deadline() int64 {
 			d = min(d, at)
 		}
 	}
-	return min(d, c.stall.deadline(c.cfg.Timeout))
+	return min(d, c.stall.lookAt(), c.stall.deadline(c.cfg.Timeout))
 }
 
 // endOfLife is when c is forgotten unless something happens to it. One of which nothing
@@ -206,6 +184,9 @@ func (p *Primary) fire(c *conn) {
 		if c.query.due(p.now) && c.stuck() {
 			c.unstick()
 		}
+		if c.stall.lookAt() <= p.now && c.stall.look(leadOf(c)) && !p.off(mutOrder) {
+			p.checkpoint(&c.tuple, ReasonOrder)
+		}
 		if c.stall.deadline(p.cfg.Timeout) <= p.now && p.stalled(c) {
 			return
 		}
@@ -230,7 +211,7 @@ func (p *Primary) stalled(c *conn) bool {
 		p.conns.remove(c, ReasonHalfOpen) // R11; the remote repeats its SYN
 		return true
 	}
-	c.stall.since = p.now
+	c.stall.begin(p.now)
 	p.checkpoint(&c.tuple, ReasonTimeout)
 	return false
 }
@@ -303,7 +284,7 @@ func (p *Primary) wait(c *conn) {
 
 // retime updates the timers; the caller looks at them next.
 func (c *conn) retime() {
-	c.stall.run(c.unmatched(), c.now)
+	c.stall.run(c.unmatched(), leadOf(c), c.now)
 	c.watchLag(!c.diverged && (c.held.partly(c.released) || c.held.len() == 0 && c.svm.ahead()))
 	if c.stuck() {
 		c.query.run(c.now)
@@ -321,6 +302,6 @@ func (c *conn) retime() {
 func (c *conn) moved() {
 	c.query = backoff{}
 	if !c.off(mutR7) {
-		c.stall.since = c.now
+		c.stall.moved(c.now)
 	}
 }

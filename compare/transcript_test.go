@@ -260,6 +260,7 @@ func TestMutations(t *testing.T) {
 		{mutR6, "r6_probe"},
 		{mutRoom, "slots"},
 		{mutR7, "r7_time"},
+		{mutOrder, "r7_order"},
 		{mutR8, "r8_incarnations"},
 		{mutR11, "r11_halfopen"},
 		{mutR14, "r14_commit"},

@@ -165,6 +165,7 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	none := mine == 0 && h.Connections == 0
 	pl.peerWhole = h.Whole && (none || known && !h.Fresh && h.Epoch == pl.d.epoch)
 
+	pl.d.clock.sum = max(pl.d.clock.sum, h.PausedNS) // of a daemon before this one
 	pl.d.term = max(pl.d.term, h.Term) + 1
 	s := peerlink.Session{Party: pl.party(), Epoch: pl.d.epoch, Digest: peerlink.KeyBytes(pl.d.nics[0].Keys)}
 	s.Term = pl.d.term

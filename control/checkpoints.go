@@ -145,7 +145,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		return ck.d.each("thaw", (*nicloop.Loop).Thaw)
 	case checkpoint.OpPrepare:
 		ck.attempt(fx)
-		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch})
+		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch, PausedNS: ck.d.clock.sum})
 	case checkpoint.OpAbort:
 		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
 	case checkpoint.OpAsk:
@@ -220,6 +220,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 	case checkpoint.OpResumed:
 		ck.committed++
 		ck.phase("pause", fx.Stop, fx.Resume)
+		ck.d.clock.copied(fx.Resume - fx.Stop)
 		ck.d.peer.send(peerlink.Resumed{Epoch: fx.Epoch, PauseNS: fx.Resume - fx.Stop})
 	}
 	return nil
@@ -392,6 +393,7 @@ func (ck *checkpoints) received(m peerlink.Message) bool {
 	switch m := m.(type) {
 	case peerlink.Prepare:
 		ev.Kind, ev.Epoch, mine = checkpoint.EvPrepare, m.Epoch, !primary
+		ck.d.clock.pvms = m.PausedNS
 	case peerlink.Ready:
 		ev.Kind, ev.Epoch, mine = checkpoint.EvReady, m.Epoch, primary
 	case peerlink.Stopped:

@@ -14,6 +14,7 @@
 //	monitor.go, reach.go, qemu.go       QEMU's monitor and process
 //	replication.go, images.go, edges.go how replication begins, and how it is tried again (retry.go)
 //	guest.go, overlay.go                the guest's own state, its disks, the room for overlays
+//	clock.go                            the guest's clock
 //
 // All other goroutines only wait, and hand what they get to the controller.
 package control
@@ -66,6 +67,7 @@ type Daemon struct {
 	repl        replicator
 	guest       guestWatch
 	room        overlayRoom
+	clock       guestClock
 }
 
 // New makes a daemon; Run works.
@@ -82,6 +84,7 @@ func New(o Options) (*Daemon, error) {
 	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
 	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry, prepAgain: prepAgain}
 	d.guest.d, d.room.d = d, d
+	d.clock = guestClock{d: d, Pauses: o.Pauses, every: o.clockEvery, answer: clockAnswer}
 	cfg := *o.timing
 	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Checkpoint.Period), int64(o.Checkpoint.MinInterval), int64(o.Checkpoint.TargetPause)
 	keys, err := compare.NewKeys(rand.Reader)
@@ -230,6 +233,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	if d.opt.QMP != "" {
 		start(func() error { d.qmp.watchQEMU(ctx); return nil })
+	}
+	if d.opt.QMP != "" && d.opt.GuestAgent != "" {
+		start(func() error { d.clock.watch(ctx); return nil })
 	}
 	if d.failover != nil && d.failover.p != nil {
 		start(func() error { d.failover.watchEntry(ctx, d.opt.entryEvery); return nil })

@@ -49,6 +49,9 @@ type guestWatch struct {
 
 // guestEvent takes one of QEMU's events.
 func (gw *guestWatch) guestEvent(event string, data map[string]any) {
+	if event == "RESET" {
+		gw.d.clock.booted()
+	}
 	fo := gw.d.failover
 	if fo == nil {
 		return

@@ -151,6 +151,9 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				mo.d.failover.tellQEMU()
 			}
 		}
+		if running {
+			mo.d.clock.resumed(mo.d.now()) // the event may have been missed
+		}
 		mo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvQMPUp, OK: running})
 		mo.d.guest.guestState(state)
 		mo.d.guest.checkMasked()
@@ -172,11 +175,13 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		case "STOP":
 			mo.d.post(func() {
 				mo.info.state = "paused"
+				mo.d.clock.stopped(at)
 				mo.ran(checkpoint.Event{Kind: checkpoint.EvStop, At: at, Skew: skew})
 			})
 		case "RESUME":
 			mo.d.post(func() {
 				mo.info.state = "running"
+				mo.d.clock.resumed(at)
 				mo.ran(checkpoint.Event{Kind: checkpoint.EvResume, At: at, Skew: skew})
 			})
 		case "COLO_EXIT":

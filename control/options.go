@@ -42,6 +42,9 @@ type Options struct {
 
 	TLS *tls.Config // nil: the control link is not protected
 	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
+	// The guest agent's socket; "": none, nobody sets the guest's clock.
+	GuestAgent string
+	Pauses     *Pauses // of one node, for all of its parts; nil: new ones
 
 	NICs []datapath.NIC // as many as the peer has, in the same order; closed when Run returns
 	// Fresh: a NIC's tables were made at this start, not found pinned
@@ -71,6 +74,7 @@ type Options struct {
 	noAskQEMU  bool // mutation: a monitor that cannot be reached is a dead QEMU's
 	orderEvery time.Duration
 	entryEvery time.Duration
+	clockEvery time.Duration
 	timing     *checkpoint.Config
 }
 
@@ -102,6 +106,10 @@ func (o *Options) setDefaults() error {
 	}
 	set(&o.orderEvery, orderEvery)
 	set(&o.entryEvery, entryEvery)
+	set(&o.clockEvery, clockEvery)
+	if o.Pauses == nil {
+		o.Pauses = new(Pauses)
+	}
 	if o.link == (peerlink.Timing{}) {
 		o.link = peerlink.DefaultTiming
 		if o.Failover != nil {

@@ -120,7 +120,7 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}
 	if err := pl.d.ask(ctx, func() {
 		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.checkpoints.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
-		h.Term, h.Epoch = pl.d.term, pl.d.epoch
+		h.Term, h.Epoch, h.PausedNS = pl.d.term, pl.d.epoch, pl.d.clock.sum
 		if pl.d.failover != nil {
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
 		}

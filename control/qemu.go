@@ -142,6 +142,7 @@ func (mo *monitor) startQEMU(ctx context.Context) error {
 	mo.d.log.Info("QEMU started", "pid", p.Pid())
 	mo.d.event(journal.QEMU, "started", map[string]any{"pid": p.Pid()})
 	p.Release()
+	mo.d.post(mo.d.clock.booted)
 	return nil
 }
 

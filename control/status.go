@@ -63,6 +63,7 @@ func (d *Daemon) ownStatus() api.Status {
 			QEMU: d.qmp.info.version, State: d.qmp.info.state, COLO: d.qmp.info.colo, Error: d.qmp.info.err,
 			Insecure: d.failover.insecure(),
 		},
+		GuestClock:  d.clock.status(),
 		Causes:      append([]api.Cause{}, d.checkpoints.causes...),
 		Checkpoints: append([]api.Checkpoint{}, d.checkpoints.attempts...),
 	}

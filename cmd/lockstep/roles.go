@@ -37,6 +37,7 @@ type roleState struct {
 	store   *state.Store
 	journal *journal.Journal
 	setback control.Setback
+	pauses  control.Pauses
 	discard bool // the recovered state belongs to an SVM that was given up
 	fenced  bool // the last role ended so: the other host may be about to take over
 }
@@ -271,7 +272,7 @@ func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 			life.Guest = &spec
 		}
 	}
-	opt.Failover, opt.Journal, opt.Progress = life, rs.journal, progress(e, o)
+	opt.Failover, opt.Journal, opt.Progress, opt.Pauses = life, rs.journal, progress(e, o), &rs.pauses
 }
 
 // progress shows how far a replication is that begins: a bar on a terminal, log lines

@@ -91,7 +91,7 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 		Control: o.other.Control.String(), // the primary's
 		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
 		TLS: protected,
-		QMP: o.self.QMP,
+		QMP: o.self.QMP, GuestAgent: o.self.GuestAgent,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),

@@ -32,6 +32,9 @@ func printStatus(out io.Writer, s api.Status) error {
 	} else {
 		fmt.Fprintf(w, "qemu:\tno qmp socket in the config\n")
 	}
+	if s.GuestClock.PausedSeconds > 0 || s.GuestClock.Agent {
+		fmt.Fprintf(w, "guest paused:\t%s\n", &s.GuestClock)
+	}
 	if s.ArbiterTerm > 0 {
 		word := "the secondary can NOT take over yet"
 		if s.Covered {

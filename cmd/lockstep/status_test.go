@@ -24,9 +24,10 @@ func TestPrintStatus(t *testing.T) {
 			"ls_mirror":  {Device: "tapP", Attach: "tcx-egress"},
 			"ls_pri_out": {Device: "tapP", Attach: "tcx-ingress"},
 		},
-		Peer:   api.PeerStatus{Node: "beta", Connected: true, Since: at},
-		QMP:    api.QMPStatus{Configured: true, Connected: true, Since: at, State: "running"},
-		Causes: []api.Cause{{At: at, Reason: "payload differs", Flow: "10.0.0.2:80>10.0.0.9:40000"}, {At: at, Reason: "timeout"}},
+		Peer:       api.PeerStatus{Node: "beta", Connected: true, Since: at},
+		GuestClock: api.GuestClock{PausedSeconds: 22.04},
+		QMP:        api.QMPStatus{Configured: true, Connected: true, Since: at, State: "running"},
+		Causes:     []api.Cause{{At: at, Reason: "payload differs", Flow: "10.0.0.2:80>10.0.0.9:40000"}, {At: at, Reason: "timeout"}},
 	}
 	var out bytes.Buffer
 	if err := printStatus(&out, s); err != nil {
@@ -35,6 +36,7 @@ func TestPrintStatus(t *testing.T) {
 	want := `web1 on alpha:  primary, checkpointing, epoch 7: the PVM stopped unasked
 peer:           beta, connected since 2026-01-02 03:04:05
 qemu:           connected since 2026-01-02 03:04:05: running
+guest paused:   22.0 s in all
 connections:    2
 held:           3 packets, 4500 bytes
 released:       8589934592 packets
@@ -53,6 +55,8 @@ programs:       ls_mirror   tapP  tcx-egress
 	out.Reset()
 	s.Peer.Connected, s.Peer.Insecure, s.Dropped, s.QMP = false, true, nil, api.QMPStatus{Insecure: true}
 	s.Peer.Error = "connection refused"
+	ahead := -0.254
+	s.GuestClock = api.GuestClock{Agent: true, BehindSeconds: &ahead, Looked: &at, Sets: 3, Error: "guest agent: no answer in time"}
 	if err := printStatus(&out, s); err != nil {
 		t.Fatal(err)
 	}
@@ -60,6 +64,7 @@ programs:       ls_mirror   tapP  tcx-egress
 		"peer:           beta, NOT CONNECTED since 2026-01-02 03:04:05: connection refused\n",
 		"INSECURE:       the control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n",
 		"INSECURE:       memory and disks go between the two QEMUs in the clear (tls.qemu, tls.insecure, or a pair that began so)\n",
+		"guest paused:   0.0 s in all; its clock was 0.25 s ahead of this host's at 03:04:05, and has been set 3 times; NOT SET: guest agent: no answer in time\n",
 		"qemu:           no qmp socket in the config\n", "dropped:        nothing\n",
 	} {
 		if !strings.Contains(out.String(), want) {

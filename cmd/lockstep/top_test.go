@@ -122,6 +122,7 @@ func TestTopAlarms(t *testing.T) {
 	none := 0.0
 	s.status.Covered, s.status.LeaseMS, s.status.Peer, s.status.Connections = false, &none, api.PeerStatus{Node: "beta", Error: "connection refused"}, maxListed+1
 	s.status.Replication = &api.Replication{What: "memory", Done: 1 << 20, Total: 3 << 20, Rate: 5 << 20}
+	s.status.GuestClock = api.GuestClock{PausedSeconds: 1.5, Error: "no answer in time"}
 	s.err = errors.New("no daemon")
 	alarms := make(map[string]bool)
 	for _, l := range topView(&s, 40) {
@@ -129,7 +130,8 @@ func TestTopAlarms(t *testing.T) {
 	}
 	for text, alarm := range map[string]bool{
 		"NO ANSWER: no daemon": true, "peer        beta, NOT CONNECTED: connection refused": true, "failover    the secondary can NOT take over": true,
-		"lease       over: the guest is MUTED": true, "copy        memory: 1 of 3 MiB, 5 MiB/s": false, "more than 10000 connections: `lockstep flows` lists them": false,
+		"paused      1.5 s in all; NOT SET: no answer in time": true,
+		"lease       over: the guest is MUTED":                 true, "copy        memory: 1 of 3 MiB, 5 MiB/s": false, "more than 10000 connections: `lockstep flows` lists them": false,
 	} {
 		if got, ok := alarms[text]; !ok || got != alarm {
 			t.Errorf("%q is shown: %t, as an alarm: %t", text, ok, got)

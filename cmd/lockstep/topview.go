@@ -59,6 +59,12 @@ func topView(s *sample, height int) []topText {
 	} else if left != nil {
 		add(topAlarm, "lease       over: the guest is MUTED")
 	}
+	switch g := &st.GuestClock; {
+	case g.Error != "":
+		add(topAlarm, "paused      %s", g)
+	case g.PausedSeconds > 0:
+		add(topPlain, "paused      %s", g)
+	}
 	if r := st.Replication; r != nil && r.Total > 0 {
 		add(topPlain, "copy        %s: %d of %d MiB, %d MiB/s", r.What, r.Done>>20, r.Total>>20, r.Rate>>20)
 	}

@@ -122,6 +122,21 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 	last("last_checkpoint_frozen_seconds", "How long the last checkpoint that has ended kept the primary's output back.", func(c *Checkpoint) float64 { return c.FrozenMS / 1e3 })
 	last("last_checkpoint_primary_pause_seconds", "How long the last checkpoint that has ended halted the primary guest.", func(c *Checkpoint) float64 { return c.PVMPauseMS / 1e3 })
 	last("last_checkpoint_secondary_pause_seconds", "How long the last checkpoint that has ended halted the secondary guest.", func(c *Checkpoint) float64 { return c.SVMPauseMS / 1e3 })
+	gauge("guest_paused_seconds", "How long the guest has stood still since it booted, as far as the two daemons know. Its clock is behind by as much, unless something in the guest corrects it.", func(s *Status) float64 { return s.GuestClock.PausedSeconds })
+	agent := func(kind prometheus.ValueType, name, help string, get func(*GuestClock) float64) {
+		add(kind, name, help, func(s *Status, put func(float64, ...string)) {
+			if s.GuestClock.Agent {
+				put(get(&s.GuestClock))
+			}
+		})
+	}
+	agent(prometheus.CounterValue, "guest_clock_sets_total", "How often the guest agent has set the guest's clock.", func(g *GuestClock) float64 { return float64(g.Sets) })
+	agent(prometheus.GaugeValue, "guest_agent_failed", "Whether the guest agent did not do what it was last asked: 1 or 0.", func(g *GuestClock) float64 { return truth(g.Error != "") })
+	add(prometheus.GaugeValue, "guest_clock_behind_seconds", "How far the guest's clock was behind this host's when the guest agent was last asked, before it was set.", func(s *Status, put func(float64, ...string)) {
+		if behind := s.GuestClock.BehindSeconds; behind != nil {
+			put(*behind)
+		}
+	})
 	add(prometheus.CounterValue, "disk_faults_total", "Faults of a disk's replica that QEMU reported, one a second at most, by disk, host and operation.", func(s *Status, put func(float64, ...string)) {
 		for _, f := range s.DiskFaults {
 			put(float64(f.Count), f.Disk, f.Host, f.Operation)

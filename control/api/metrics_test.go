@@ -21,9 +21,10 @@ func fullStatus() *Status {
 	pauses.Observe(time.Second / 16)
 	var holds Histogram
 	holds.Observe(time.Second / 4096)
-	lease := 375.0
+	lease, behind := 375.0, 0.75
 	return &Status{
 		HoldTimes: &holds, LeaseMS: &lease,
+		GuestClock:       GuestClock{PausedSeconds: 22.5, Agent: true, BehindSeconds: &behind, Sets: 23, Error: "no answer in time"},
 		CheckpointCounts: []CheckpointCount{{"payload differs", "committed", 22}, {"period", "failed", 1}},
 		VM:               "web1", Node: "alpha", Role: "primary", State: "replicating", Detail: "frozen", Epoch: 7, Term: 3, Covered: true, ArbiterTerm: 2,
 		Connections: 11, HeldPackets: 12, HeldBytes: 13, ReleasedPackets: 14, HalfOpenEvicted: 15, CheckpointsRequested: 16, CheckpointsDone: 17,
@@ -115,6 +116,18 @@ lockstep_epoch{node="alpha",vm="web1"} 7
 # TYPE lockstep_frames_total counter
 lockstep_frames_total{node="alpha",reason="held",vm="web1"} 20
 lockstep_frames_total{node="alpha",reason="no_slot",vm="web1"} 18
+# HELP lockstep_guest_agent_failed Whether the guest agent did not do what it was last asked: 1 or 0.
+# TYPE lockstep_guest_agent_failed gauge
+lockstep_guest_agent_failed{node="alpha",vm="web1"} 1
+# HELP lockstep_guest_clock_behind_seconds How far the guest's clock was behind this host's when the guest agent was last asked, before it was set.
+# TYPE lockstep_guest_clock_behind_seconds gauge
+lockstep_guest_clock_behind_seconds{node="alpha",vm="web1"} 0.75
+# HELP lockstep_guest_clock_sets_total How often the guest agent has set the guest's clock.
+# TYPE lockstep_guest_clock_sets_total counter
+lockstep_guest_clock_sets_total{node="alpha",vm="web1"} 23
+# HELP lockstep_guest_paused_seconds How long the guest has stood still since it booted, as far as the two daemons know. Its clock is behind by as much, unless something in the guest corrects it.
+# TYPE lockstep_guest_paused_seconds gauge
+lockstep_guest_paused_seconds{node="alpha",vm="web1"} 22.5
 # HELP lockstep_half_open_evicted_total Half-open connections that made room for others.
 # TYPE lockstep_half_open_evicted_total counter
 lockstep_half_open_evicted_total{node="alpha",vm="web1"} 15
@@ -297,7 +310,7 @@ func TestMetricsHandler(t *testing.T) {
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone CheckpointPhases Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
-		Refused Overlays CheckpointCounts HoldTimes LeaseMS`)
+		Refused Overlays CheckpointCounts HoldTimes LeaseMS GuestClock`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

@@ -60,6 +60,8 @@ type Status struct {
 	// kernel (R20). It is muted from 0 on.
 	LeaseMS *float64 `json:"lease_ms,omitempty"`
 
+	GuestClock GuestClock `json:"guest_clock"`
+
 	DiskFaults []DiskFault `json:"disk_faults,omitempty"` // what replicas of disks did not do, as far as this node knows
 	// P: what the guest wrote since it took over is not in its images yet.
 	Unmerged    bool     `json:"unmerged,omitempty"`
@@ -141,6 +143,33 @@ type QMPStatus struct {
 	COLO       string    `json:"colo,omitempty"`     // mode
 	Error      string    `json:"error,omitempty"`    // of the last failure
 	Insecure   bool      `json:"insecure,omitempty"` // memory and disks go to the other QEMU in the clear
+}
+
+// GuestClock is about the clock of this host's guest, which stands still while the guest does.
+type GuestClock struct {
+	PausedSeconds float64 `json:"paused_seconds"` // for so long it has stood still since the guest booted, as far as the two daemons know
+	// With a guest agent, when it has answered.
+	Agent         bool       `json:"agent,omitempty"`          // there is one in the config
+	BehindSeconds *float64   `json:"behind_seconds,omitempty"` // this host's clock, before it was set; below 0: ahead
+	Looked        *time.Time `json:"looked,omitempty"`         // then
+	Sets          uint64     `json:"sets,omitempty"`           // how often it was set
+	Error         string     `json:"error,omitempty"`          // of the last look
+}
+
+// String is how long the guest stood still, and how its clock is.
+func (g *GuestClock) String() string {
+	s := fmt.Sprintf("%.1f s in all", g.PausedSeconds)
+	if g.BehindSeconds != nil {
+		word, by := "behind", *g.BehindSeconds
+		if by < 0 {
+			word, by = "ahead of", -by
+		}
+		s += fmt.Sprintf("; its clock was %.2f s %s this host's at %s, and has been set %d times", by, word, g.Looked.Format(time.TimeOnly), g.Sets)
+	}
+	if g.Error != "" {
+		s += "; NOT SET: " + g.Error
+	}
+	return s
 }
 
 // Cause is a request for a checkpoint.

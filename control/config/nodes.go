@@ -12,11 +12,12 @@ import (
 
 // Node is one of the two hosts.
 type Node struct {
-	Name    string
-	Control netip.AddrPort // the control link's address on this host
-	NICs    []NIC          // as many as the other node has, in the guest's order
-	QMP     string         // socket of this host's QEMU; "": none
-	Starts  bool           // lockstep starts this host's QEMU, with its socket at QMP
+	Name       string
+	Control    netip.AddrPort // the control link's address on this host
+	NICs       []NIC          // as many as the other node has, in the guest's order
+	QMP        string         // socket of this host's QEMU; "": none
+	GuestAgent string         // socket of the agent in this host's guest; "": none
+	Starts     bool           // lockstep starts this host's QEMU, with its socket at QMP
 }
 
 // NIC is one guest NIC on one host. Exactly one of Peer's ways is set.
@@ -65,6 +66,7 @@ func (r *reader) nodes(v value, c *Config) {
 			{"control", "the daemons talk to each other there", r.addrPort(&n.Control)},
 			{"nics", "it lists the guest's taps", func(v value) { r.nics(v, &n.NICs) }},
 			{"qmp", "", r.socket(&n.QMP)},
+			{"guest_agent", "", r.socket(&n.GuestAgent)},
 		})
 	}
 }

@@ -42,6 +42,11 @@ func (r *reader) relations(c *Config) {
 				}
 			}
 		}
+		if n.GuestAgent != "" && n.QMP == "" {
+			r.refuse(at("nodes.%s.guest_agent", n.Name), "there is a guest_agent, and no QEMU whose guest it is in", "add qmp, or describe the guest under qemu")
+		} else if n.GuestAgent != "" && n.GuestAgent == n.QMP {
+			r.refuse(at("nodes.%s.guest_agent", n.Name), "guest_agent is the same socket as qmp, which is QEMU's own monitor", "name the socket of the chardev of QEMU's port org.qemu.guest_agent.0")
+		}
 		if s := c.Socket(n.Name); len(s) > maxSocket {
 			r.refuse(at("run_dir"), fmt.Sprintf("the status socket's path %q has %d bytes, and the kernel takes %d", s, len(s), maxSocket), "shorten run_dir, vm or the node's name")
 		}

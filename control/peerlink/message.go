@@ -48,6 +48,8 @@ type (
 		// The guest's machine with its version, and QEMU's.
 		Machine string `json:"machine,omitempty"`
 		QEMU    string `json:"qemu,omitempty"`
+
+		PausedNS int64 `json:"paused_ns,omitempty"` // as in Prepare
 	}
 	Session struct {
 		Party
@@ -61,8 +63,11 @@ type (
 	}
 	Refuse  struct{ Cause string }
 	OK      struct{}
-	Prepare struct{ Epoch uint32 }
-	Abort   struct {
+	Prepare struct {
+		Epoch    uint32
+		PausedNS int64 // for so long the PVM has stood still since it booted
+	}
+	Abort struct {
 		Epoch uint32
 		Cause string
 	}
@@ -143,7 +148,7 @@ func encode(m Message) wire {
 	case Refused:
 		w.Cause = m.Cause
 	case Prepare:
-		w.Epoch = m.Epoch
+		w.Epoch, w.PauseNS = m.Epoch, m.PausedNS
 	case Abort:
 		w.Epoch, w.Cause = m.Epoch, m.Cause
 	case Ready:
@@ -186,7 +191,7 @@ func (w *wire) decode() (Message, error) {
 	case "ok":
 		return OK{}, nil
 	case "prepare":
-		return Prepare{w.Epoch}, nil
+		return Prepare{w.Epoch, w.PauseNS}, nil
 	case "abort":
 		return Abort{w.Epoch, w.Cause}, nil
 	case "ready":

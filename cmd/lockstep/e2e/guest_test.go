@@ -29,6 +29,7 @@ const (
 	portDirty  = "7008" // 16 MiB of the guest's memory change, over and over, until the connection closes; a line when all have
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
 	portCAS    = "7010" // registers that are read, written and swapped: registers_test.go
+	portLock   = "7020" // a line: the lock, "locked"; the next line: "unlocked"
 	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and answers with the outcome
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
@@ -36,6 +37,7 @@ const (
 // serveGuest is the service inside a guest; as is "guest pvm" or "guest svm".
 func serveGuest(as string) {
 	svm := as == "guest svm"
+	runAgent()
 	for port, f := range map[string]func(*net.TCPConn){
 		portEcho: func(c *net.TCPConn) { io.Copy(onlyWriter{c}, onlyReader{c}) },
 		portSource: func(c *net.TCPConn) {
@@ -75,6 +77,7 @@ func serveGuest(as string) {
 		},
 		portDisk: serveDisk,
 		portCAS:  serveRegisters,
+		portLock: serveLock(),
 		portEnd: func(c *net.TCPConn) {
 			for r := bufio.NewScanner(c); r.Scan(); {
 				how := map[string]int{"poweroff": unix.LINUX_REBOOT_CMD_POWER_OFF, "reboot": unix.LINUX_REBOOT_CMD_RESTART}[r.Text()]
