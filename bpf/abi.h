@@ -79,6 +79,7 @@ enum ls_mutation {
 	LS_MUTATE_MODE = 1024,	  /* released frames leave in every mode */
 	LS_MUTATE_FAST_R1 = 2048, /* fast path: the bytes are not compared */
 	LS_MUTATE_FAST_R2 = 4096, /* fast path: the SVM's ACKs count as the PVM's */
+	LS_MUTATE_FAST_R3 = 8192, /* fast path: a FIN counts as a byte of data */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */
@@ -185,6 +186,7 @@ enum ls_ev_flag {
 	LS_EV_DGRAM = 4,     /* not TCP, or not comparable as such: a datagram */
 	LS_EV_8021AD = 8,    /* the VLAN tag in tci is of 802.1ad */
 	LS_EV_UFO = 16,	     /* gso_size is of IP fragments of one datagram, not of datagrams */
+	LS_EV_OPENED = 32,   /* the kernel owns the connection from this SYN|ACK on (R27) */
 };
 
 struct ls_ev {

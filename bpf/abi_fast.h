@@ -14,6 +14,12 @@ enum ls_fast_tmpl {
 	LS_FAST_ODD = 2,
 };
 
+enum ls_fast_mark {
+	LS_FAST_FIN_PVM = 1, /* the guest has closed; where both have, their FINs have left */
+	LS_FAST_FIN_SVM = 2,
+	LS_FAST_SYN = 4, /* the PVM's SYN|ACK waits, held[0], and nothing else has come */
+};
+
 /* What a guest, or what left, has acknowledged of the remote's stream: package compare's side. */
 struct ls_acked {
 	__u32 ack;
@@ -24,7 +30,10 @@ struct ls_acked {
 	__u8 pad;
 };
 
-/* A frame of the PVM that waits for the SVM's; as in ls_ev, without header. */
+/*
+ * A frame of the PVM that waits for the SVM's; as in ls_ev, without header. sum of a SYN|ACK: its
+ * options, without the timestamp.
+ */
 struct ls_fast_held {
 	__u64 at;
 	__u64 sum[LS_LANES];
@@ -88,10 +97,10 @@ struct ls_fast_state {
 	__u64 bytes;
 	__u64 acks;
 	__u64 records;
-	__u32 ts_last;	   /* the PVM's newest timestamp */
-	__u16 tmpl_l4;	   /* offset */
-	__u8 tmpl_partial; /* enum ls_fast_tmpl; 0: its checksum is complete */
-	__u8 pad;
+	__u32 ts_last;		 /* the PVM's newest timestamp */
+	__u16 tmpl_l4;		 /* offset */
+	__u8 tmpl_partial;	 /* enum ls_fast_tmpl; 0: its checksum is complete */
+	__u8 marks;		 /* enum ls_fast_mark */
 	__u8 tmpl[LS_FAST_TMPL]; /* the PVM's newest pure ACK */
 	struct ls_fast_held held[LS_FAST_MAX];
 	struct ls_fast_rec recs[LS_FAST_MAX];

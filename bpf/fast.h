@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * fast.h: the fast path (R27). P's kernel compares the common case itself: whole segments
- * of both guests that meet in order, with no flag but ACK and PSH and no option but
+ * of both guests that meet in order, with no flag but ACK, PSH and FIN and no option but
  * timestamps, and ACKs that grow.
  *
  * A connection has an owner. User space owns it at first, and hands it over with its state
- * (ls_fast_order) when nothing of it waits. From then on it is the kernel's: nothing is
- * reported. Whatever is not the common case gives it back: the state stays in the map, and
- * the event that reports the frame is the sign for user space to fetch it. What waits too
- * long gives it back by a timer. User space can take it back at any time.
+ * (ls_fast_order) when nothing of it waits, at the earliest with its SYN|ACK. From then on it is
+ * the kernel's: nothing is reported. Whatever is not the common case gives it back: the state stays
+ * in the map, and the event that reports the frame is the sign for user space to fetch it. What
+ * waits too long gives it back by a timer. User space can take it back at any time.
  *
  * What leaves is what package compare would have had leave: R1 (bytes), R2 (ACK, window,
  * timestamps). Under the lock nothing is called, so digests and copies are made before, and
@@ -340,6 +340,13 @@ static __always_inline __s64 fast_sum(__u8 *data, __u32 l4, __u32 len, __s64 sum
 			return -1;
 	}
 	return sum;
+}
+
+/* May a frame with such a checksum take the place of one with the other? */
+static __always_inline int fast_fits(int skb_partial, __u32 start, __u32 offset, int partial,
+				     __u32 l4)
+{
+	return !skb_partial || (partial && start == l4 && offset == LS_CHECK_OFF);
 }
 
 /*

@@ -4,14 +4,27 @@
 #ifndef LS_FAST_DECIDE_H
 #define LS_FAST_DECIDE_H
 
-#include "fast.h"
+#include "fast_open.h"
 
 /* Is what both guests' frames need to have for the kernel to decide there? */
 static __always_inline int fast_common(const struct ls_fast *f, __u32 flags, __u32 optlen,
 				       const struct ls_tuple *t)
 {
-	return ls_fast_on && f->s.owner == LS_OWNER_KERNEL && (flags & ~LS_PSH) == LS_ACK &&
-	       optlen == (f->s.ts ? LS_TS_LEN : 0) && !t->vlan;
+	return ls_fast_on && f->s.owner == LS_OWNER_KERNEL &&
+	       (flags & ~(LS_PSH | LS_FIN)) == LS_ACK && optlen == (f->s.ts ? LS_TS_LEN : 0) &&
+	       !t->vlan;
+}
+
+/* Is the SVM's segment the PVM's: the same bytes (R1), at the same position, and a FIN or none
+ * (R3)? */
+static __always_inline int fast_same(const struct ls_fast_held *h, __u32 seq, __u32 end,
+				     __u32 flags, const __u64 *sum)
+{
+	__u32 fin = h->tcp_flags & LS_FIN;
+
+	return h->seq == seq && h->seq + h->paylen + fin == end &&
+	       (fin == (flags & LS_FIN) || ls_mutate & LS_MUTATE_FAST_R3) &&
+	       ((h->sum[0] == sum[0] && h->sum[1] == sum[1]) || ls_mutate & LS_MUTATE_FAST_R1);
 }
 
 /*
@@ -29,7 +42,7 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 	struct ls_fast_out o = {.slot = LS_SLOT_NONE};
 	struct ls_fast_held *h;
 	int grew, pass = 0, arm = 0, kept = 0;
-	__u32 end, ack, edge, win, tsval, i;
+	__u32 end, ack, edge, win, tsval, i, fin;
 	struct ls_fast_state *s;
 	struct ls_acked d;
 	struct ls_fast_rec *r;
@@ -41,14 +54,15 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 	h = &sc->held;
 	sc->slot = LS_SLOT_NONE;
 	sc->number = 0;
-	end = p->seq + p->paylen;
+	fin = p->flags & LS_FIN;
+	end = p->seq + p->paylen + fin;
 	f = bpf_map_lookup_elem(&ls_fast, &p->t);
 	if (!f)
 		return LS_FAST_NOT;
 	s = &f->s;
 	o.ts = !!p->optlen;
 	if (!fast_common(f, p->flags, p->optlen, &p->t) || skb->gso_size || p->len > LS_FAST_LEN ||
-	    p->l4_off > LS_FAST_L4_MAX ||
+	    p->l4_off > LS_FAST_L4_MAX || (p->flags & LS_PSH && !p->paylen) ||
 	    (o.ts && !fast_ts(p->tcp + LS_TCP_MIN, &o.tsval, &o.tsecr)))
 		goto slow;
 	if (!keys)
@@ -57,7 +71,7 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 	h->at = bpf_ktime_get_boot_ns();
 	if (has_partial(skb, &h->csum_start, &h->csum_offset))
 		h->flags = LS_EV_PARTIAL;
-	if (p->paylen) {
+	if (end != p->seq) {
 		if (digest(skb, sc, keys, 0) < 0)
 			goto slow;
 		if (!s->nrecs) { /* else it will rarely be held */
@@ -89,10 +103,12 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 	bpf_spin_lock(&f->lock);
 	if (s->owner != LS_OWNER_KERNEL || p->seq != s->pvm_end || s->ts != o.ts)
 		goto yield;
+	if (s->marks & LS_FAST_SYN || (end != p->seq && s->marks & LS_FAST_FIN_PVM))
+		goto yield;
 	d = s->pvm;
 	grew = acked_update(&d, p->ack, p->win, s->scale, o.ts, o.tsecr);
 	tsval = o.tsval;
-	if (!p->paylen) {
+	if (end == p->seq) {
 		if (!grew) /* a duplicate */
 			goto yield;
 		if (!fast_waits(s))
@@ -116,9 +132,7 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 		}
 	} else if (s->nrecs) {
 		r = &s->recs[0];
-		if (r->seq != p->seq || r->end != end ||
-		    ((r->sum[0] != h->sum[0] || r->sum[1] != h->sum[1]) &&
-		     !(ls_mutate & LS_MUTATE_FAST_R1)))
+		if (!fast_same(h, r->seq, r->end, r->tcp_flags, r->sum))
 			goto yield;
 		s->recs[0] = s->recs[1];
 		s->recs[1] = s->recs[2];
@@ -144,6 +158,8 @@ __noinline int fast_pvm(struct __sk_buff *skb)
 		s->pvm_end = end;
 		kept = 0; /* it is the state's */
 	}
+	if (fin)
+		s->marks |= LS_FAST_FIN_PVM;
 	s->ts_last = tsval;
 	arm = fast_arm(f);
 	bpf_spin_unlock(&f->lock);
@@ -168,13 +184,6 @@ slow:
 	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);
 	return LS_FAST_NOT;
-}
-
-/* May a frame with such a checksum take the place of one with the other? */
-static __always_inline int fast_fits(int skb_partial, __u32 start, __u32 offset, int partial,
-				     __u32 l4)
-{
-	return !skb_partial || (partial && start == l4 && offset == LS_CHECK_OFF);
 }
 
 /*
@@ -210,21 +219,22 @@ __noinline int fast_record(struct __sk_buff *skb)
 	s = &f->s;
 	o.ts = !!r->optlen;
 	skb_partial = has_partial(skb, &start, &offset);
+	if (r->tcp_flags == (LS_SYN | LS_ACK))
+		return fast_answer(skb);
 	if (!fast_common(f, r->tcp_flags, r->optlen, &r->t) || r->epoch != conf->epoch ||
 	    (o.ts && !fast_ts(r->opts, &tsval, &tsecr)))
 		goto slow;
 
 	bpf_spin_lock(&f->lock);
 	if (s->owner != LS_OWNER_KERNEL || r->seq != s->svm_end || s->ts != o.ts ||
-	    s->inherited != (r->flags & LS_REC_INHERITED) || (!s->inherited && s->inc != r->inc))
+	    s->inherited != (r->flags & LS_REC_INHERITED) || (!s->inherited && s->inc != r->inc) ||
+	    s->marks & LS_FAST_SYN || (len && s->marks & LS_FAST_FIN_SVM))
 		goto yield;
 	d = s->svm;
 	grew = acked_update(&d, r->ack, r->win, s->scale, o.ts, tsecr);
 	if (len && s->nheld) {
 		h = &s->held[0];
-		if (h->seq != r->seq || h->seq + h->paylen != r->end ||
-		    ((h->sum[0] != r->sum[0] || h->sum[1] != r->sum[1]) &&
-		     !(ls_mutate & LS_MUTATE_FAST_R1)))
+		if (!fast_same(h, r->seq, r->end, r->tcp_flags, r->sum))
 			goto yield;
 		o.partial = h->flags & LS_EV_PARTIAL;
 		if (!fast_fits(skb_partial, start, offset, o.partial, h->l4_off) ||
@@ -284,6 +294,8 @@ __noinline int fast_record(struct __sk_buff *skb)
 			s->svm_end = r->end;
 		}
 	}
+	if (r->tcp_flags & LS_FIN)
+		s->marks |= LS_FAST_FIN_SVM;
 	s->since = now;
 	s->records++;
 	if (emit)

@@ -62,6 +62,13 @@ func (a *alone) svm(now int64, s seg) {
 	a.step(now, compare.Event{Kind: compare.EvSVM, Seg: a.segment(now, s)})
 }
 
+// client takes in a frame of the remote.
+func (a *alone) client(now int64, s seg) {
+	g := a.segment(now, s)
+	g.Inc, g.Epoch = 0, 0
+	a.step(now, compare.Event{Kind: compare.EvClient, Seg: g})
+}
+
 func (a *alone) tick(now int64) {
 	for a.p.NextDeadline() <= now {
 		a.step(now, compare.Event{Kind: compare.EvTick})
@@ -94,6 +101,7 @@ type together struct {
 	decoder core.Decoder
 	mem     []byte
 	taken   int
+	opened  int // connections that were the kernel's from the SYN|ACK on
 	kernel  int // frames that the kernel let leave
 }
 
@@ -135,6 +143,11 @@ func (g *together) svm(now int64, s seg) {
 	default:
 		g.t.Fatalf("verdict %d", verdict)
 	}
+	g.events(now)
+}
+
+func (g *together) client(now int64, s seg) {
+	g.k.run(g.k.LsMirror, input{frame: g.f.to(s)})
 	g.events(now)
 }
 
@@ -181,10 +194,16 @@ func (g *together) events(now int64) {
 		evs, _ = g.decoder.Event(b, n, evs)
 	}
 	for i := range evs {
-		if g.p.Owners().Kernel(&evs[i].Seg.Tuple) {
+		if g.p.Owners().Holds(&evs[i]) {
 			g.take(now)
 		}
 		g.step(now, evs[i])
+		if evs[i].Kind != compare.EvOpened {
+			continue
+		}
+		if g.opened++; !g.p.Owners().Kernel(&evs[i].Seg.Tuple) {
+			g.take(now)
+		}
 	}
 }
 
@@ -306,6 +325,12 @@ func (m *simulated) svm(now int64, s seg) {
 	r := fastRec(m.f, s, m.k)
 	r.Stream, r.StreamNo = userStream, m.no
 	m.nic.FromPeer(m.k.wire(&r))
+	m.must(m.loop.Turn(0))
+}
+
+func (m *simulated) client(now int64, s seg) {
+	m.now = now
+	m.nic.FromWire(m.f.to(s))
 	m.must(m.loop.Turn(0))
 }
 

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 	"unsafe"
@@ -124,6 +125,52 @@ func TestLiveFastPath(t *testing.T) {
 	}
 	l.empty(l.out)
 	l.empty(l.far)
+}
+
+// A SYN|ACK of Linux is the kernel's from the start, and leaves as it was with the SVM's record, whatever its checksum is like.
+func TestLiveFastOpen(t *testing.T) {
+	l := newLab(t)
+	k := l.kit(variable("ls_fast_on", 1), variable("ls_fast_wait", 60e6))
+	k.setMode(hold)
+	l.attach(k.LsPriOut, l.tapLink, ebpf.AttachTCXIngress)
+	l.attach(k.LsDigestRx, l.peerLink, ebpf.AttachTCXIngress)
+	port := uint16(30000)
+	for name, f := range flows {
+		for _, partial := range []bool{false, true} {
+			port++
+			f.remote = netip.AddrPortFrom(f.remote.Addr(), port)
+			s := seg{seq: 99, ack: 1100, win: 700, flags: syn | ack}
+			s.opts = slices.Concat([]byte{2, 4, 5, 180, 4, 2}, timestamps(5, 6)[2:], []byte{1, 3, 3, 7})
+			v, frame := vnet{}, f.from(s)
+			if partial {
+				v, frame = f.offloaded(s, frame, 0)
+			}
+			k.expect(counts{"announced": 1}, func() { l.write(l.tap, v, frame) })
+			evs := k.events()
+			if len(evs) != 1 || evs[0].(*bpf.LockstepLsEv).Flags&uint8(bpf.LockstepLsEvFlagLS_EV_OPENED) == 0 {
+				t.Fatalf("%s: told of %+v", name, evs)
+			}
+			other := s
+			other.opts = slices.Concat(s.opts[:6], timestamps(9, 6)[2:], s.opts[16:])
+			r := fastRec(f, other, k)
+			r.Inc = s.seq
+			off := (f.l4(s) + 21) &^ 1
+			k.expect(counts{"fast_in": 1, "fast_out": 1, "released_out": 1}, func() {
+				l.write(l.far, vnet{}, peerFrame(make([]byte, off), off, sign(k.number(&r, userStream), k.sipRx), ownMAC, peerMAC))
+			})
+			if _, got := l.read(l.out); !bytes.Equal(got, f.from(s)) {
+				t.Errorf("%s, partial %v:\n% x, want\n% x", name, partial, got, f.from(s))
+			}
+			var c bpf.LockstepLsFast
+			if err := k.LsFast.Lookup(ptr(f.tuple()), &c); err != nil || c.S.Owner != uint32(bpf.LockstepLsOwnerLS_OWNER_KERNEL) || c.S.Released != s.seq+1 || c.S.Scale != 7 {
+				t.Errorf("%s: %+v, %v", name, c.S, err)
+			}
+		}
+	}
+	if n := k.used(); n != 0 {
+		t.Errorf("%d slots are not free", n)
+	}
+	l.empty(l.out)
 }
 
 // What waits for the other guest too long is user space's again, which is told; a ring without room for that is

@@ -22,6 +22,7 @@
 #include "conn.h"
 #include "quote.h"
 #include "fast.h"
+#include "fast_open.h"
 #include "fast_decide.h"
 #include "fast_dgram.h"
 
@@ -49,6 +50,7 @@ static const struct {
 	enum ls_owner owner;
 	enum ls_fast_op fast_op;
 	enum ls_fast_tmpl fast_tmpl;
+	enum ls_fast_mark fast_mark;
 	enum ls_bucket_op bucket_op;
 } ls_abi_enums __attribute__((used));
 static const struct ls_ev *const ls_abi_ev __attribute__((used));

@@ -241,6 +241,7 @@ const (
 	LockstepLsEvFlagLS_EV_DGRAM     LockstepLsEvFlag = 4
 	LockstepLsEvFlagLS_EV_8021AD    LockstepLsEvFlag = 8
 	LockstepLsEvFlagLS_EV_UFO       LockstepLsEvFlag = 16
+	LockstepLsEvFlagLS_EV_OPENED    LockstepLsEvFlag = 32
 )
 
 type LockstepLsEvRec struct {
@@ -308,6 +309,14 @@ type LockstepLsFastHeld struct {
 	Pad        uint16
 }
 
+type LockstepLsFastMark uint32
+
+const (
+	LockstepLsFastMarkLS_FAST_FIN_PVM LockstepLsFastMark = 1
+	LockstepLsFastMarkLS_FAST_FIN_SVM LockstepLsFastMark = 2
+	LockstepLsFastMarkLS_FAST_SYN     LockstepLsFastMark = 4
+)
+
 type LockstepLsFastOp uint32
 
 const (
@@ -357,7 +366,7 @@ type LockstepLsFastState struct {
 	TsLast      uint32
 	TmplL4      uint16
 	TmplPartial uint8
-	Pad         uint8
+	Marks       uint8
 	Tmpl        [96]uint8
 	Held        [4]LockstepLsFastHeld
 	Recs        [4]LockstepLsFastRec
@@ -449,6 +458,7 @@ const (
 	LockstepLsMutationLS_MUTATE_MODE    LockstepLsMutation = 1024
 	LockstepLsMutationLS_MUTATE_FAST_R1 LockstepLsMutation = 2048
 	LockstepLsMutationLS_MUTATE_FAST_R2 LockstepLsMutation = 4096
+	LockstepLsMutationLS_MUTATE_FAST_R3 LockstepLsMutation = 8192
 )
 
 type LockstepLsOwner uint32

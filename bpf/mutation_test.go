@@ -30,6 +30,7 @@ var mutations = map[string]struct {
 	"MODE":   {bpf.LockstepLsMutationLS_MUTATE_MODE, []string{"TestPriOutReleased"}},
 	"FAST1":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R1, []string{"TestFastPathEquals", "TestFastDatagramsEqual"}},
 	"FAST2":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R2, []string{"TestFastPathEquals", "TestLiveFastPath"}},
+	"FAST3":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R3, []string{"TestFastPathEquals"}},
 	"TAG":    {bpf.LockstepLsMutationLS_MUTATE_TAG, []string{"TestAuthentic", "TestRotation", "TestFuzz", "TestFuzzSigned"}},
 }
 

@@ -55,6 +55,8 @@ static __always_inline enum ls_reason pri_hold(struct __sk_buff *skb, struct ls_
 	}
 	ev->sum[0] = sc->digest.sum[0];
 	ev->sum[1] = sc->digest.sum[1];
+	if (why == LS_R_held && !sc->p.dgram && fast_opened(skb))
+		ev->flags |= LS_EV_OPENED;
 	/* A segment without a slot is reported too: it leaves a hole before what follows it. */
 	if (why == LS_R_held || (why == LS_R_no_slot && !sc->p.dgram))
 		bpf_ringbuf_submit(ev, 0);

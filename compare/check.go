@@ -43,7 +43,7 @@ func (t *connTable) check() (err error) {
 		if c.open.in != nil {
 			opens++
 		}
-		if c.half.in != nil {
+		if c.half.in == &t.half {
 			half++
 		}
 	}
@@ -58,7 +58,7 @@ func (t *connTable) check() (err error) {
 	if points != t.points.used {
 		err = errors.Join(err, fmt.Errorf("%d points counted, %d there", t.points.used, points))
 	}
-	if half != t.half.n || half > t.cfg.MaxHalfOpen {
+	if half != t.half.n || half+t.opening.n > t.cfg.MaxHalfOpen {
 		err = errors.Join(err, fmt.Errorf("%d half-open connections listed, %d there", t.half.n, half))
 	}
 	for _, set := range t.opens {

@@ -15,6 +15,7 @@ type connTable struct {
 	*core
 	byTuple map[Tuple]*conn
 	half    list[*conn] // with a SYN of the PVM, and not established
+	opening list[*conn] // the kernel's since their SYN|ACK: whether they are established is not known
 	owned   int         // the kernel owns
 	spare   []*conn
 
@@ -80,8 +81,21 @@ func (t *connTable) remove(c *conn, why Reason) {
 
 // halfOpened notes that c has a SYN of the PVM and is not established.
 func (t *connTable) halfOpened(c *conn) {
-	if t.half.push(&c.half); t.half.n > t.cfg.MaxHalfOpen && !t.off(mutR11) {
+	t.half.push(&c.half)
+	t.makeHalfRoom(c)
+}
+
+// makeHalfRoom has the oldest half-open connection but c go if there are too many (R11), or else the kernel give back the
+// oldest that may be.
+func (t *connTable) makeHalfRoom(c *conn) {
+	switch {
+	case t.half.n+t.opening.n <= t.cfg.MaxHalfOpen || t.off(mutR11):
+	case t.half.n > 0 && t.half.first.of != c:
 		t.evict()
+	case t.opening.n > 0:
+		oldest := t.opening.first.of
+		oldest.half.unlink()
+		t.emit(OpTake, &oldest.tuple)
 	}
 }
 
@@ -95,7 +109,7 @@ func (t *connTable) evict() {
 // flooded reports whether c is half-open and others had to make room since it was made. Then
 // S's table has overflowed too, and has forgotten what the SVM answered.
 func (t *connTable) flooded(c *conn) bool {
-	return c.half.in != nil && t.stats.Evicted > 0 && t.evictedAt >= c.born
+	return c.half.in == &t.half && t.stats.Evicted > 0 && t.evictedAt >= c.born
 }
 
 // createEvicting is create, but a half-open connection makes room.

@@ -5,8 +5,8 @@ package compare
 import "time"
 
 // Handover is the state of a TCP connection whose owner changes (R27). P's kernel owns one of
-// which nothing waits but ACKs, and decides by the rules of this package about what comes; it gives back
-// what is not the common case. All positions are the PVM's.
+// which nothing waits but ACKs, or that the remote has just opened, and decides by the rules of this package
+// about what comes; it gives back what is not the common case. All positions are the PVM's.
 type Handover struct {
 	Inc       uint32 // incarnation: the PVM's ISN; with Inherited it means nothing
 	Inherited bool
@@ -17,7 +17,9 @@ type Handover struct {
 	TSLast    uint32 // the PVM's newest
 	HasPure   bool   // Pure is what the PVM's newest pure ACK acknowledges
 	Pure      uint32
-	ACK       Effect // handed over with HasPure: such an ACK, of which the numbers are left out
+	ACK       Effect // with HasPure: such an ACK, of which the numbers are left out; of one that was taken back its header alone
+	SYN       bool   // taken back while the SYN|ACK waits: nothing else holds
+	FIN       bool   // taken back after both guests' FINs have left, just below Released
 
 	// What the guests have acknowledged of the remote's stream, and what has been transmitted of it.
 	PVM, SVM, Sent Acked
@@ -41,13 +43,16 @@ const (
 	// twice as long, up to so many times as long as at first.
 	offerWorth = 32
 	offerMax   = 128
-	// A connection that the kernel owns is looked at so often.
-	ownedFor = time.Second
+	// A connection that the kernel owns is looked at so often, and so long after the remote's FIN: by then most
+	// are over.
+	ownedFor  = time.Second
+	closedFor = 50 * time.Millisecond
 )
 
 // ownership is whether P's kernel owns a connection.
 type ownership struct {
 	offered bool // OpGrant is on its way
+	opening bool // the kernel has owned it from its SYN|ACK on
 	kernel  bool
 	known   bool  // the kernel has an entry of it
 	looking bool  // it is taken back to see what has become of it
@@ -67,7 +72,7 @@ func quiet(c *conn) bool {
 	switch a := &c.acks; {
 	case c.frozen, c.diverged, c.sealed, c.synHeld(), c.openOnSVM, c.accECN, c.tuple.VLAN != 0:
 	case !c.established, !c.rooted, c.floating, c.adopted, !c.inc.settled:
-	case c.pvm.fin.ok, c.svm.extent.fin.ok, c.cliFIN.ok, c.clientRST, c.svmRST.ok, c.rstSent, c.held.hasRST:
+	case c.pvm.fin.ok, c.svm.extent.fin.ok, c.clientRST, c.svmRST.ok, c.rstSent, c.held.hasRST:
 	case c.held.len() > 0, c.released != c.svm.compared, c.svm.ahead(), c.pvm.beyond(c.released), len(c.svm.loose) > 0:
 	case !a.pvm.ok, !a.svm.ok, !a.sent.ok, a.ahead, a.scale == scaleUnknown:
 	case a.pvmSACK.above(a.pvm.ack), a.svmSACK.above(a.svm.ack), a.nblocks > 0, c.ackAt != 0:
@@ -127,8 +132,13 @@ func (o Owners) Offer(t *Tuple) (Handover, bool) {
 // Offers reports whether connections are offered to the kernel at all.
 func (o Owners) Offers() bool { return o.conns.cfg.FastPath }
 
-// Kernel reports whether the kernel owns a connection. An event of one is for [Primary.Step] only
-// after the connection was taken back.
+// Holds reports whether an event is for [Primary.Step] only after its connection was taken back, because the kernel
+// owns that. The remote's FIN is not: it says where the remote has closed, and the guests' ACKs of it are like any.
+func (o Owners) Holds(ev *Event) bool {
+	return o.Kernel(&ev.Seg.Tuple) && (ev.Kind != EvClient || ev.Seg.Flags&(FIN|SYN|RST) != FIN)
+}
+
+// Kernel reports whether the kernel owns a connection.
 func (o Owners) Kernel(t *Tuple) bool {
 	if o.conns.owned == 0 {
 		return false
@@ -163,12 +173,51 @@ func (p *Primary) granted(t *Tuple, h *Handover) {
 		o.offerAt = p.now + int64(p.cfg.OfferAfter)
 		return
 	}
-	o.kernel, o.looking, o.lookAt = true, false, p.now+int64(ownedFor)
-	p.conns.owned++
+	p.conns.own(c)
+}
+
+// opened takes in the PVM's SYN|ACK of a connection that the kernel owns from there on, unless it is part of one that goes on:
+// the caller takes that back.
+func (p *Primary) opened(s *Segment) {
+	c := p.conns.byTuple[s.Tuple]
+	if p.solo || c != nil && goesOnHere(c, s) {
+		p.emit(OpForget, &s.Tuple)
+		return
+	}
+	if c = p.pvmSYN(c, s); c == nil {
+		p.emit(OpForget, &s.Tuple)
+		return
+	}
+	c.look(s, true)
+	c.last, c.pvmSeen = p.now, true
+	c.keepSYN(s)
+	c.half.unlink()
+	p.conns.opening.push(&c.half)
+	p.conns.makeHalfRoom(c)
+	c.owner.opening, c.owner.known, c.owner.wait = true, true, p.cfg.OfferAfter
+	p.conns.own(c)
+}
+
+// goesOnHere reports whether a SYN|ACK of the PVM belongs to c, of which more than that is known here, or to none.
+func goesOnHere(c *conn, s *Segment) bool {
+	if c.owner.kernel || c.owner.offered || c.diverged {
+		return true
+	}
+	if c.syn.repeated(s) {
+		return c.established
+	}
+	return outlives(c, s) != ReasonNone
+}
+
+// own notes that the kernel owns c.
+func (t *connTable) own(c *conn) {
+	o := &c.owner
+	o.kernel, o.looking, o.lookAt = true, false, t.now+int64(ownedFor)
+	t.owned++
 	c.query = backoff{}
 	c.stall.stop()
 	c.asks.stop()
-	p.timers.set(&c.timer, c.deadline())
+	t.timers.set(&c.timer, c.deadline())
 }
 
 // taken takes a connection back from the kernel. What waited of it there comes in the events behind.
@@ -182,12 +231,37 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 		return
 	}
 	o := &c.owner
-	o.kernel = false
-	p.conns.owned--
+	opening := o.opening
+	p.conns.disown(c)
+	if opening && (h.SYN || before(h.Released, c.released)) { // its SYN|ACK waits, and comes behind
+		c.tmpl.ok = false
+		p.conns.halfOpened(c)
+		p.conns.forgetOwner(c)
+		p.wait(c)
+		return
+	}
+	if opening {
+		c.held.clear(ReasonDuplicate) // the kernel's is not the first one
+		c.syn.opened()
+		c.placed = true
+	}
+	if h.HasPure || h.Bytes > 0 || h.FIN {
+		c.established = true
+	} else if !c.established {
+		c.tmpl.ok = false
+		p.conns.halfOpened(c)
+	}
 	c.released = h.Released
 	c.svm.setBase(h.Released)
-	c.pvm.reach(h.Released)
-	c.svm.extent.reach(h.Released)
+	end := h.Released
+	if h.FIN {
+		end--
+		c.pvm.close(end)
+		c.svm.extent.close(end)
+		c.finAt, c.finAgain = p.now, p.now
+	}
+	c.pvm.reach(end)
+	c.svm.extent.reach(end)
 	a := &c.acks
 	a.pvm, a.svm, a.sent = h.PVM.side(), h.SVM.side(), h.Sent.side()
 	if h.TS {
@@ -196,6 +270,7 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 	}
 	if h.HasPure {
 		c.pureUpTo = mark{true, h.Pure}
+		c.tmpl.hdrLen, c.tmpl.pure = uint8(copy(c.tmpl.hdr[:], h.ACK.Header[:h.ACK.HdrLen])), true
 	}
 	c.stats.ReleasedPackets += h.Frames
 	c.stats.ReleasedBytes += h.Bytes
@@ -211,20 +286,43 @@ func (p *Primary) taken(t *Tuple, h *Handover) {
 		o.wait = p.cfg.OfferAfter
 		o.offerAt = p.now + int64(o.wait)
 	}
-	if h.Frames+h.ACKs+h.Records > 0 || h.Waiting > 0 || h.PVM.Ack != h.SVM.Ack {
+	busy := h.Frames+h.ACKs+h.Records > 0 || h.Waiting > 0 || h.PVM.Ack != h.SVM.Ack
+	if !busy || h.FIN || !c.established && h.Waiting == 0 { // another one has its place, and it gets one again when something comes
+		p.conns.forgetOwner(c)
+	}
+	if busy {
 		c.last = p.now
 		p.pump(c)
 		return
 	}
-	p.emit(OpForget, &c.tuple) // idle: another one has its place, and it gets one again when something comes
-	o.known = false
 	p.arm(c)
+}
+
+// remoteClosed notes the remote's FIN on a connection that the kernel owns, which is mostly over soon.
+func (t *connTable) remoteClosed(c *conn, at uint32) {
+	c.cliFIN = mark{true, at}
+	const step = int64(closedFor) // many at a time
+	c.owner.lookAt = min(c.owner.lookAt, (t.now+2*step)/step*step)
+	t.timers.set(&c.timer, c.deadline())
+}
+
+// disown: the kernel does not own c any more.
+func (t *connTable) disown(c *conn) {
+	t.owned--
+	c.half.unlink()
+	c.owner.kernel, c.owner.opening = false, false
+}
+
+// forgetOwner has the kernel forget c, which is not its own.
+func (t *connTable) forgetOwner(c *conn) {
+	t.emit(OpForget, &c.tuple)
+	c.owner.known = false
 }
 
 // forget has the kernel forget the entry of a connection that is over.
 func (t *connTable) forget(c *conn) {
 	if c.owner.kernel {
-		t.owned--
+		t.disown(c)
 	}
 	if c.owner.known {
 		t.emit(OpForget, &c.tuple)

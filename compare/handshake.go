@@ -87,6 +87,13 @@ func (h *handshake) announced() { h.announcing, h.due = false, 0 }
 // matched: the SYN is compared, or need not be.
 func (h *handshake) matched() { h.waiting = false }
 
+// opened: the kernel has compared both guests' SYN|ACKs, and let the PVM's leave.
+func (h *handshake) opened() {
+	h.svm, h.svmSame = true, true
+	h.matched()
+	h.announced()
+}
+
 // forgetSVM: the SVM's part begins afresh.
 func (h *handshake) forgetSVM() { h.svm, h.svmSame = false, false }
 

@@ -230,6 +230,10 @@ func (p *Primary) client(s *Segment) {
 	if c == nil {
 		return
 	}
+	if c.owner.kernel {
+		p.conns.remoteClosed(c, s.End())
+		return
+	}
 	c.last = p.now
 	switch {
 	case s.Flags&RST != 0:

@@ -39,7 +39,7 @@ type Config struct {
 	KeepYoung bool
 
 	// FastPath: connections of which nothing waits are offered to the kernel (R27).
-	// OfferAfter is how long after it has opened, or was given back: one that is over
+	// OfferAfter is how long after it is established here, or was given back: one that is over
 	// sooner is not worth it; 1 ms.
 	FastPath   bool
 	OfferAfter time.Duration
@@ -177,6 +177,8 @@ func (p *Primary) Step(now int64, ev *Event, out []Effect) []Effect {
 		p.commit(ev.Epoch, ev.At)
 	case EvSolo:
 		p.goSolo()
+	case EvOpened:
+		p.opened(&ev.Seg)
 	case EvGranted:
 		p.granted(&ev.Seg.Tuple, ev.Handover)
 	case EvTaken:

@@ -68,6 +68,22 @@ func (t *sender) keep(s *Segment) {
 	m.ok, m.pure = true, m.pure || pure
 }
 
+// keepSYN makes the PVM's SYN|ACK the template of a connection of which Step does not see the first segments (R27). Of its
+// options an ACK has timestamps alone.
+func (t *sender) keepSYN(s *Segment) {
+	m := &t.tmpl
+	if len(s.Header) > len(m.hdr) {
+		return
+	}
+	var opts []byte
+	if ts := tsOpt(s.Opts); ts != nil {
+		opts = append([]byte{optNOP, optNOP}, ts...)
+	}
+	m.opts.set(opts)
+	m.hdrLen = uint8(copy(m.hdr[:], s.Header))
+	m.ok, m.flags, m.seq, m.ack, m.win = true, ACK, s.Seq+1, s.Ack, s.Win
+}
+
 // tsVal is the timestamp of the template, setTSVal a newer one; without timestamps there is none.
 func (m *template) tsVal() uint32 {
 	if ts := tsOpt(m.opts.bytes()); ts != nil {

@@ -164,6 +164,9 @@ const (
 	// EvGranted (P): what came of an OpGrant: the kernel owns the connection Seg.Tuple now, with
 	// Handover, or, without, it does not.
 	EvGranted
+	// EvOpened (P): the kernel owns a connection from the PVM's SYN|ACK on, Seg, which waits there, or has left (R27). If it
+	// is not the kernel's behind this step, the caller takes it.
+	EvOpened
 	// EvTaken (P): the connection Seg.Tuple is the kernel's no more. Handover is its state; what
 	// waited there follows as EvPVM and EvSVM.
 	EvTaken

@@ -89,7 +89,6 @@ func (w *world) left(h *host, frame []byte) {
 		return
 	}
 	w.check.frames++
-	bounded(w, h)
 	if w.logging {
 		w.logf("%s: leaves %v", h.name, p)
 	}

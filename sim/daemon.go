@@ -168,6 +168,7 @@ func (d *daemon) turn() {
 	if err := d.loop.Turn(0); err != nil {
 		d.fail(err)
 	}
+	bounded(d.w, d.h)
 	if at := d.loop.Deadline(); at != math.MaxInt64 {
 		d.turnWithin(max(d.h.until(at), 1*us))
 	}

@@ -16,6 +16,7 @@ func (n *Loop) fastPath(on bool) error {
 	if n.fast == nil {
 		return nil
 	}
+	n.fastOn = on
 	if on {
 		return n.fast.SetFast(n.Primary.Owners().Offers())
 	}

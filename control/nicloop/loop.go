@@ -58,9 +58,10 @@ type Loop struct {
 
 	order order // CheckOrder's
 
-	fast  datapath.FastPath // nil: there is none
-	owned []compare.Tuple   // fastPath's
-	taken map[string]uint64 // GivenBack's
+	fast   datapath.FastPath // nil: there is none
+	fastOn bool              // connections may be the kernel's
+	owned  []compare.Tuple   // fastPath's
+	taken  map[string]uint64 // GivenBack's
 
 	// The loop's own.
 	evs               []compare.Event
@@ -212,13 +213,19 @@ func (n *Loop) poll(wait time.Duration) error {
 	unpark := false
 	for i := range evs {
 		ev := &evs[i]
-		if n.Primary != nil && n.Primary.Owners().Kernel(&ev.Seg.Tuple) {
+		if n.Primary != nil && n.Primary.Owners().Holds(ev) {
 			n.take(ev.Seg.Tuple, ev.Kind)
+			if ev.Kind == compare.EvOpened {
+				continue // it came back with what waits
+			}
 		}
 		if ev.Kind == compare.EvPark {
 			unpark = !n.parked
 		}
 		n.takeIn(now, ev)
+		if ev.Kind == compare.EvOpened && !(n.fastOn && n.Primary.Owners().Kernel(&ev.Seg.Tuple)) {
+			n.take(ev.Seg.Tuple, compare.EvFreeze)
+		}
 	}
 	if unpark {
 		// Parked just before parking ended.

@@ -111,6 +111,9 @@ func (b *Buffer) peerRecord(ev *bpf.LockstepLsEvRec, evs []compare.Event) ([]com
 // frameEvent is the event of a frame of the guest or for it.
 func (d *Decoder) frameEvent(b *Buffer, typ bpf.LockstepLsEvType, ev *bpf.LockstepLsEv, evs []compare.Event) ([]compare.Event, bool) {
 	slot := compare.Slot(ev.Slot)
+	if ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_OPENED) != 0 { // it is the kernel's
+		slot = compare.NoSlot
+	}
 	hdr := ev.Hdr[:min(int(ev.HdrLen), len(ev.Hdr))]
 	ok := true
 	if slot != compare.NoSlot {
@@ -142,7 +145,10 @@ func (d *Decoder) frameEvent(b *Buffer, typ bpf.LockstepLsEvType, ev *bpf.Lockst
 	}
 	switch typ {
 	case bpf.LockstepLsEvTypeLS_EV_PVM:
-		e.Kind = compare.EvPVM
+		if e.Kind = compare.EvPVM; ev.Flags&uint8(bpf.LockstepLsEvFlagLS_EV_OPENED) != 0 {
+			d.Seen.Begin(s.Tuple)
+			e.Kind = compare.EvOpened
+		}
 		ok = ok && (s.Header != nil || s.Datagram)
 	case bpf.LockstepLsEvTypeLS_EV_COPY:
 		e.Kind = compare.EvCopy

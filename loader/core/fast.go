@@ -97,6 +97,11 @@ func pureACK(e *compare.Effect) ([]byte, uint16) {
 	return head[VnetLen:], l4
 }
 
+const (
+	markSYN = uint8(bpf.LockstepLsFastMarkLS_FAST_SYN)
+	markFIN = uint8(bpf.LockstepLsFastMarkLS_FAST_FIN_PVM | bpf.LockstepLsFastMarkLS_FAST_FIN_SVM)
+)
+
 // Fast is what was taken back: the state, and what waits as events, which own what they point to.
 func (d *Decoder) Fast(ctx *bpf.LockstepLsFastCtx, evs []compare.Event) (*compare.Handover, []compare.Event) {
 	s := &ctx.S
@@ -105,6 +110,11 @@ func (d *Decoder) Fast(ctx *bpf.LockstepLsFastCtx, evs []compare.Event) (*compar
 		HasPure: s.HasPure != 0, Pure: s.Pure, PVM: fromAcked(&s.Pvm), SVM: fromAcked(&s.Svm), Sent: fromAcked(&s.Sent),
 		Frames: s.Frames, Bytes: s.Bytes, ACKs: s.Acks, Records: s.Records,
 		Waiting: int(s.Nheld) + int(s.Nrecs),
+		SYN:     s.Marks&markSYN != 0,
+		FIN:     s.Marks&markFIN == markFIN,
+	}
+	if s.HasPure != 0 {
+		h.ACK.HdrLen = uint8(copy(h.ACK.Header[:], s.Tmpl[:min(int(s.TmplL4), len(s.Tmpl))]))
 	}
 	for i := range s.Held[:min(int(s.Nheld), len(s.Held))] {
 		p := &s.Held[i]

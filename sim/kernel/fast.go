@@ -4,7 +4,6 @@ package kernel
 
 import (
 	"encoding/binary"
-	"errors"
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/bpf/bpfmodel"
@@ -23,6 +22,9 @@ const (
 	fastLen     = int(bpf.LockstepLsConstLS_FAST_LEN)
 	ownerUser   = uint32(bpf.LockstepLsOwnerLS_OWNER_USER)
 	ownerKernel = uint32(bpf.LockstepLsOwnerLS_OWNER_KERNEL)
+	finPVM      = uint8(bpf.LockstepLsFastMarkLS_FAST_FIN_PVM)
+	synWaits    = uint8(bpf.LockstepLsFastMarkLS_FAST_SYN)
+	finSVM      = uint8(bpf.LockstepLsFastMarkLS_FAST_FIN_SVM)
 )
 
 // fastConn is an element of ls_fast.
@@ -208,7 +210,7 @@ func (x *fastTable) common(f *fastConn, flags bpfmodel.Flags, optlen int, t *bpf
 	if f.s.Ts != 0 {
 		want = fastTS
 	}
-	return x.on && f.s.Owner == ownerKernel && flags&^bpfmodel.PSH == bpfmodel.ACK && optlen == want && t.VLAN == 0
+	return x.on && f.s.Owner == ownerKernel && flags&^(bpfmodel.PSH|bpfmodel.FIN) == bpfmodel.ACK && optlen == want && t.VLAN == 0
 }
 
 // fastWrite writes o's numbers into the TCP header of the frame.
@@ -222,6 +224,14 @@ func fastWrite(p *bpfmodel.Segment, o *fastOut) {
 		h.Add(24, o.tsval-binary.BigEndian.Uint32(opts[4:]), false)
 		h.Add(28, o.tsecr-binary.BigEndian.Uint32(opts[8:]), false)
 	}
+}
+
+// same reports whether the SVM's segment is the PVM's.
+func (x *fastTable) same(h *bpf.LockstepLsFastHeld, seq, end uint32, flags uint8, sum [2]uint64) bool {
+	fin := uint32(h.TcpFlags) & uint32(bpfmodel.FIN)
+	return h.Seq == seq && h.Seq+h.Paylen+fin == end &&
+		(fin == uint32(flags)&uint32(bpfmodel.FIN) || x.m.off(bpf.LockstepLsMutationLS_MUTATE_FAST_R3)) &&
+		(h.Sum == sum || x.m.off(bpf.LockstepLsMutationLS_MUTATE_FAST_R1))
 }
 
 // pvm decides about a segment of the PVM. Where user space does, ev has the number, and the slot if the
@@ -241,15 +251,15 @@ func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, s
 	if o.ts {
 		o.tsval, o.tsecr, usual = usualTS(opts)
 	}
-	if !x.common(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > fastLen || p.L4 > fastL4Max || !usual {
+	if !x.common(f, h.Flags(), len(opts), &p.Tuple) || gso != 0 || len(b) > fastLen || p.L4 > fastL4Max || !usual || h.Flags()&bpfmodel.PSH != 0 && p.End == p.Pay {
 		return fastNot, none, fastYield(s)
 	}
 	now := uint64(m.host.Now())
-	paylen := uint32(p.End - p.Pay)
-	seq, end := h.Seq(), h.Seq()+paylen
+	paylen, fin := uint32(p.End-p.Pay), uint32(h.Flags()&bpfmodel.FIN)
+	seq, end := h.Seq(), h.Seq()+paylen+fin
 	var held bpf.LockstepLsFastHeld
 	kept := false
-	if paylen > 0 {
+	if end != seq {
 		sum, _ := m.digest(p, 0)
 		if s.Nrecs == 0 {
 			var ev bpf.LockstepLsEv
@@ -270,14 +280,14 @@ func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, s
 	}
 	yield := func() (verdict, uint32, uint32) { return fastNot, slot, fastYield(s) }
 
-	if seq != s.PvmEnd || (s.Ts != 0) != o.ts {
+	if seq != s.PvmEnd || (s.Ts != 0) != o.ts || s.Marks&synWaits != 0 || end != seq && s.Marks&finPVM != 0 {
 		return yield()
 	}
 	d := s.Pvm
 	grew := ackedUpdate(&d, h.Ack(), h.Win(), s.Scale, o.ts, o.tsecr)
 	tsval := o.tsval
 	switch {
-	case paylen == 0:
+	case end == seq:
 		if !grew {
 			return yield()
 		}
@@ -297,7 +307,7 @@ func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, s
 		}
 	case s.Nrecs > 0:
 		r := &s.Recs[0]
-		if r.Seq != seq || r.End != end || r.Sum != held.Sum && !m.off(bpf.LockstepLsMutationLS_MUTATE_FAST_R1) {
+		if !x.same(&held, r.Seq, r.End, r.TcpFlags, r.Sum) {
 			return yield()
 		}
 		copy(s.Recs[:], s.Recs[1:])
@@ -321,6 +331,9 @@ func (x *fastTable) pvm(b []byte, gso uint16, p *bpfmodel.Segment) (v verdict, s
 		s.Pvm, s.PvmEnd = d, end
 		v = fastHeld
 	}
+	if fin != 0 {
+		s.Marks |= finPVM
+	}
 	s.TsLast = tsval
 	x.arm(p.Tuple, f)
 	if v == fastHeld {
@@ -342,13 +355,17 @@ func (x *fastTable) record() (number uint32, done bool) {
 		return 0, false
 	}
 	s := &f.s
+	if r.TcpFlags == uint8(bpfmodel.SYN|bpfmodel.ACK) {
+		return x.answer(t, f)
+	}
 	opts := r.Opts[:r.Optlen]
 	ts, usual, ecr := len(opts) > 0, true, uint32(0)
 	if ts {
 		_, ecr, usual = usualTS(opts)
 	}
 	if !x.common(f, bpfmodel.Flags(r.TcpFlags), len(opts), &t) || r.Epoch != m.conf.Epoch || !usual ||
-		r.Seq != s.SvmEnd || (s.Ts != 0) != ts || s.Inherited != r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) || s.Inherited == 0 && s.Inc != r.Inc {
+		r.Seq != s.SvmEnd || (s.Ts != 0) != ts || s.Inherited != r.Flags&uint8(bpf.LockstepLsRecFlagLS_REC_INHERITED) || s.Inherited == 0 && s.Inc != r.Inc ||
+		s.Marks&synWaits != 0 || r.End != r.Seq && s.Marks&finSVM != 0 {
 		return fastYield(s), false
 	}
 	now := uint64(m.host.Now())
@@ -359,7 +376,7 @@ func (x *fastTable) record() (number uint32, done bool) {
 	slot, payload := uint32(compare.NoSlot), r.End != r.Seq
 	if payload && s.Nheld > 0 {
 		h := &s.Held[0]
-		if h.Seq != r.Seq || h.Seq+h.Paylen != r.End || h.Sum != r.Sum && !m.off(bpf.LockstepLsMutationLS_MUTATE_FAST_R1) {
+		if !x.same(h, r.Seq, r.End, r.TcpFlags, r.Sum) {
 			return fastYield(s), false
 		}
 		slot = h.Slot
@@ -393,6 +410,9 @@ func (x *fastTable) record() (number uint32, done bool) {
 			s.SvmEnd = r.End
 		}
 	}
+	if r.TcpFlags&uint8(bpfmodel.FIN) != 0 {
+		s.Marks |= finSVM
+	}
 	s.Since = now
 	s.Records++
 	if frame != nil {
@@ -416,68 +436,4 @@ func (x *fastTable) record() (number uint32, done bool) {
 
 func (m *machine) freeSlot(slot uint32) {
 	binary.LittleEndian.PutUint32(m.slots.Element(compare.Slot(slot)), slotFree)
-}
-
-// fastPath is a daemon's view of it.
-type fastPath struct {
-	table   *fastTable
-	decoder *core.Decoder
-}
-
-// SetFast implements [datapath.FastPath].
-func (p *fastPath) SetFast(on bool) error {
-	p.table.on = on
-	return nil
-}
-
-// Grant implements [datapath.FastPath].
-func (p *fastPath) Grant(t compare.Tuple, h *compare.Handover) (bool, error) {
-	seen, known := p.decoder.Seen.Of(t)
-	if !known {
-		p.table.of[t] = new(fastConn)
-		p.decoder.Seen.Begin(t)
-		return false, nil
-	}
-	f := p.table.of[t]
-	if f.s.Owner != ownerUser || f.s.Number != seen {
-		if p.decoder.Seen.Refused(t) {
-			return false, p.Forget(t)
-		}
-		return false, nil
-	}
-	f.s = core.ToFast(h)
-	if f.s.TmplPartial != 0 { // no frame of the model's is left to a device to complete
-		tcp := f.s.Tmpl[f.s.TmplL4:f.s.TmplLen]
-		binary.BigEndian.PutUint16(tcp[core.TCPCsum:], ^core.Checksum(tcp))
-		f.s.TmplPartial = 0
-	}
-	f.s.Owner, f.s.Number, f.untold = ownerKernel, seen, false
-	f.s.Since = uint64(p.table.m.host.Now())
-	p.table.arm(t, f)
-	return true, nil
-}
-
-// Take implements [datapath.FastPath].
-func (p *fastPath) Take(t compare.Tuple, evs []compare.Event) (*compare.Handover, []compare.Event, error) {
-	f := p.table.of[t]
-	if f == nil {
-		return nil, evs, errors.New("no such connection")
-	}
-	f.s.Owner, f.untold = ownerUser, false
-	h, evs := p.decoder.Fast(&bpf.LockstepLsFastCtx{T: core.ToTuple(t), S: f.s}, evs)
-	return h, evs, nil
-}
-
-// Forget implements [datapath.FastPath].
-func (p *fastPath) Forget(t compare.Tuple) error {
-	p.decoder.Seen.End(t)
-	delete(p.table.of, t)
-	return nil
-}
-
-// ForgetAll implements [datapath.FastPath].
-func (p *fastPath) ForgetAll() error {
-	p.decoder.Seen.EndAll()
-	clear(p.table.of)
-	return nil
 }

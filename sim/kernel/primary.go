@@ -116,6 +116,9 @@ func (m *machine) priHold(b []byte, gso uint16, p *bpfmodel.Segment, tcp bool, s
 	if ev.Slot = slot; !kept {
 		why = m.keep(b, p, tcp, ev)
 	}
+	if why == bpf.LockstepLsReasonLS_R_held && tcp && m.fast.opened(b, p, ev.Slot) {
+		ev.Flags |= uint8(bpf.LockstepLsEvFlagLS_EV_OPENED)
+	}
 	// A segment without a slot is reported too: it leaves a hole before what follows it.
 	e.discarded = why != bpf.LockstepLsReasonLS_R_held && (why != bpf.LockstepLsReasonLS_R_noSlot || p.Datagram)
 	return why
