@@ -240,7 +240,7 @@ func (w *world) quiet() {
 		w.failf("checkpoints", "%d checkpoints were asked for because one guest sent what the other had not, and nothing was wrong but loss", n)
 	}
 	w.run(w.now + 3*s)
-	for slices.ContainsFunc(w.client.conns, func(a *asking) bool { return w.now-a.moved < 3*s }) { // a guest that was off has begun late
+	for w.fault == nil && slices.ContainsFunc(w.client.conns, func(a *asking) bool { return w.now-a.moved < 3*s }) { // a guest that was off has begun late
 		w.run(w.now + 3*s)
 	}
 	d := w.hosts[w.check.speaker].daemon
