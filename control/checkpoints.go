@@ -147,7 +147,7 @@ func (ck *checkpoints) carryOut(fx checkpoint.Effect) error {
 		ck.attempt(fx)
 		ck.d.peer.send(peerlink.Prepare{Epoch: fx.Epoch, PausedNS: ck.d.clock.sum})
 	case checkpoint.OpAbort:
-		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
+		ck.d.peer.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause, Unasked: fx.Unasked})
 	case checkpoint.OpAsk:
 		ck.ask(fx.Epoch)
 	case checkpoint.OpEpoch:
@@ -404,7 +404,7 @@ func (ck *checkpoints) received(m peerlink.Message) bool {
 			ck.attempts[n-1].SVMPauseMS = milliseconds(m.PauseNS)
 		}
 	case peerlink.Abort:
-		ev.Kind, ev.Epoch, ev.Cause, mine = checkpoint.EvAbort, m.Epoch, m.Cause, true
+		ev.Kind, ev.Epoch, ev.Cause, ev.Unasked, mine = checkpoint.EvAbort, m.Epoch, m.Cause, m.Unasked, true
 		if primary {
 			ev.Kind = checkpoint.EvPeerAbort
 		}

@@ -66,7 +66,7 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		w.reach("prepare")
 		d.send(peerlink.Prepare{Epoch: fx.Epoch})
 	case checkpoint.OpAbort:
-		d.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause})
+		d.send(peerlink.Abort{Epoch: fx.Epoch, Cause: fx.Cause, Unasked: fx.Unasked})
 	case checkpoint.OpAsk:
 		w.reach("ask")
 		d.checks.ask(fx.Epoch)

@@ -323,7 +323,7 @@ func (d *daemon) fromPrimary(m peerlink.Message) {
 	case peerlink.Prepare:
 		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPrepare, Epoch: m.Epoch, OK: true})
 	case peerlink.Abort:
-		d.checks.step(checkpoint.Event{Kind: checkpoint.EvAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause})
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvAbort, Epoch: m.Epoch, OK: true, Cause: m.Cause, Unasked: m.Unasked})
 	case peerlink.Rekey:
 		d.keyGen = m.Term
 		d.install(d.loop.Keys, m.Sign, true)

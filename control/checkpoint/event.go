@@ -40,7 +40,7 @@ const (
 	EvInside      // P: the PVM sent something between STOP and RESUME of Epoch
 
 	EvPrepare // S: P prepares Epoch
-	EvAbort   // S: P gave Epoch up
+	EvAbort   // S: P gave Epoch up: Cause, Unasked
 	EvDrained // S: answer to OpDrain: OK, else Cause
 	EvOff     // S: the SVM powered off, which the PVM has not: only a checkpoint has it go on
 
@@ -58,6 +58,8 @@ type Event struct {
 	Cause string
 	At    int64 // boottime ns
 	Skew  int64 // wall clock minus boottime when At was computed from QEMU's wall clock time
+
+	Unasked bool // the SVM had stopped before P saw the PVM stop, and so before P asked QEMU
 }
 
 // Op is the kind of an effect.
@@ -69,7 +71,7 @@ const (
 	OpFreeze                // P: the cores release nothing from now on
 	OpThaw                  // P: the cores match again
 	OpPrepare               // P: send Prepare(Epoch); Cause is why
-	OpAbort                 // send Abort(Epoch), Cause
+	OpAbort                 // send Abort(Epoch), Cause, Unasked
 	OpAsk                   // P: stop the PVM and ask QEMU for a checkpoint
 	OpEpoch                 // P: the kernel is in Epoch, and marks the PVM's STOP for S
 	OpMark                  // P: mark the PVM's STOP for S again
@@ -95,6 +97,7 @@ type Effect struct {
 	Began, Asked     int64 // OpCommit: when the attempt began, and when QEMU was asked
 	Events           bool  // OpDrain: what QEMU has reported by now is to be taken in first
 	Unsure           bool  // OpRun: the SVM may have become a copy of the PVM, and nothing has told so yet
+	Unasked          bool  // OpAbort: as in Event
 	Cause            string
 }
 

@@ -29,6 +29,7 @@ func TestLateCheckpoint(t *testing.T) {
 	none := func(*Config) {}
 	ready := []Event{{Kind: EvPrepare, Epoch: 5}, {Kind: EvDrained, Epoch: 5, OK: true}}
 	lost := append(slices.Clone(ready), Event{Kind: EvLinkDown})
+	unasked := []Event{{Kind: EvAbort, Epoch: 5, Unasked: true}}
 	goesOn := []Event{{Kind: EvStop}, {Kind: EvResume}}
 	loaded := append(slices.Clone(ready), goesOn...)
 	seq := func(evs ...any) (all []Event) {
@@ -59,8 +60,9 @@ func TestLateCheckpoint(t *testing.T) {
 		{"stopped twice, loaded once", none, seq(lost, goesOn, goesOn), []uint32{5}, false},
 		{"lost in mid checkpoint", none, seq(ready, EvStop, EvLinkDown, EvQuiet, EvResume), []uint32{0}, false},
 		{"stopped by an operator", none, goesOn, nil, false},
-		{"given up between STOP and RESUME", none, seq(ready, EvStop, EvAbort, EvResume), nil, true},
-		{"and then loaded", none, seq(ready, EvStop, EvAbort, EvResume, loaded), []uint32{5}, false},
+		{"given up between STOP and RESUME", none, seq(ready, EvStop, EvAbort, EvResume), []uint32{0}, false},
+		{"stopped before P asked", none, seq(ready, EvStop, unasked, EvResume), nil, true},
+		{"and then loaded", none, seq(ready, EvStop, unasked, EvResume, loaded), []uint32{5}, false},
 		{"loaded, and P has gone on", none, seq(loaded, []Event{{Kind: EvPrepare, Epoch: 6}, {Kind: EvDrained, Epoch: 6}}, goesOn), []uint32{5}, false},
 		{"stopped by somebody in mid checkpoint, and then loaded", none, seq(loaded, goesOn), []uint32{5}, true},
 		{"and P gave it up", none, seq(loaded, EvAbort, []Event{{Kind: EvPrepare, Epoch: 6}, {Kind: EvDrained, Epoch: 6}}, goesOn), []uint32{5}, true},

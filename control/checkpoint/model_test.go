@@ -162,7 +162,7 @@ func (m *model) effectP(f Effect) {
 	case OpPrepare:
 		m.toS(Event{Kind: EvPrepare, Epoch: f.Epoch})
 	case OpAbort:
-		m.toS(Event{Kind: EvAbort, Epoch: f.Epoch, Cause: f.Cause})
+		m.toS(Event{Kind: EvAbort, Epoch: f.Epoch, Cause: f.Cause, Unasked: f.Unasked})
 	case OpAsk:
 		m.ask(f.Epoch)
 	case OpCOLO:

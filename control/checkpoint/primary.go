@@ -175,7 +175,7 @@ func (c *Primary) event(ev Event) {
 			c.suspect("the SVM stopped unasked")
 			c.resolve()
 			if c.stage != pIdle {
-				c.fail("the SVM stopped unasked")
+				c.give("the SVM stopped unasked", current)
 			}
 		case ev.Epoch > c.committed:
 			c.suspect("the SVM stopped for an attempt given up")
@@ -282,13 +282,16 @@ func (c *Primary) suspect(why string) {
 	}
 }
 
-func (c *Primary) fail(cause string) {
+func (c *Primary) fail(cause string) { c.give(cause, false) }
+
+// give gives the attempt up; unasked: see [Event].
+func (c *Primary) give(cause string, unasked bool) {
 	if c.sStopped || c.stage >= pStopped {
 		c.suspect(cause)
 	}
 	c.emit(Effect{Op: OpFailed, Epoch: c.last, Cause: cause})
 	if c.link {
-		c.emit(Effect{Op: OpAbort, Epoch: c.last, Cause: cause})
+		c.emit(Effect{Op: OpAbort, Epoch: c.last, Cause: cause, Unasked: unasked})
 	}
 	c.stage = pIdle
 	c.want(c.cause)

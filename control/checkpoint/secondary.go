@@ -25,6 +25,7 @@ type Secondary struct {
 	epoch      uint32 // of the attempt
 	due        uint32 // the attempt that P may have asked QEMU for: READY was sent, and no STOP has come since
 	over       bool   // P has given it up, or may have
+	unasked    bool   // and it had not asked QEMU
 	late       uint32 // the attempt whose STOP came after it had been given up; 0: none
 	next       uint32 // prepared while the SVM was stopped; 0: none
 	pending    bool   // a STOP and RESUME counted as an attempt's, and P has not gone on from there: it may have been somebody's, and the checkpoint's come later
@@ -121,7 +122,7 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 			c.next = 0
 		}
 		if c.epoch == ev.Epoch {
-			c.over = true
+			c.over, c.unasked = true, ev.Unasked
 			if c.stage == sParking || c.stage == sParked {
 				c.unpark()
 			}
@@ -158,9 +159,8 @@ func (c *Secondary) Step(_ int64, ev Event) []Effect {
 	case EvResume:
 		c.goesOn()
 		switch {
-		case c.stage == sStopped && c.over && c.link:
-			// P has given the attempt up, and knows of the STOP. That may have been somebody's, and P not have asked QEMU:
-			// then nothing was loaded.
+		case c.stage == sStopped && c.unasked:
+			// It was somebody's STOP, unless P's QEMU was slow to report its own: then nothing was loaded. P knows of it.
 			c.stage, c.void, c.unsure = sVoid, true, true
 		case c.stage == sStopped:
 			// The order counts: the offsets are right before output opens.
@@ -286,7 +286,7 @@ func (c *Secondary) prepare() {
 		// loses what is in its tap, as one that has crashed does.
 	default:
 		// An attempt before this one is over; what was parked stays parked.
-		c.epoch, c.next, c.stage, c.over = c.next, 0, sParking, false
+		c.epoch, c.next, c.stage, c.over, c.unasked = c.next, 0, sParking, false, false
 		c.emit(OpPark, c.epoch)
 		// A STOP for the attempt before must not be taken for one for this.
 		c.out = append(c.out, Effect{Op: OpDrain, Epoch: c.epoch, Events: c.due != 0})

@@ -68,8 +68,9 @@ type (
 		PausedNS int64 // for so long the PVM has stood still since it booted
 	}
 	Abort struct {
-		Epoch uint32
-		Cause string
+		Epoch   uint32
+		Cause   string
+		Unasked bool // P → S: the SVM had stopped before QEMU was asked
 	}
 	Ready   struct{ Epoch uint32 }
 	Stopped struct{ Epoch uint32 }
@@ -123,6 +124,7 @@ type wire struct {
 	Type    string   `json:"type"`
 	Epoch   uint32   `json:"epoch,omitempty"`
 	Cause   string   `json:"cause,omitempty"`
+	Unasked bool     `json:"unasked,omitempty"`
 	PauseNS int64    `json:"pause_ns,omitempty"`
 	Hello   *Hello   `json:"hello,omitempty"`
 	Session *Session `json:"session,omitempty"`
@@ -150,7 +152,7 @@ func encode(m Message) wire {
 	case Prepare:
 		w.Epoch, w.PauseNS = m.Epoch, m.PausedNS
 	case Abort:
-		w.Epoch, w.Cause = m.Epoch, m.Cause
+		w.Epoch, w.Cause, w.Unasked = m.Epoch, m.Cause, m.Unasked
 	case Ready:
 		w.Epoch = m.Epoch
 	case Stopped:
@@ -193,7 +195,7 @@ func (w *wire) decode() (Message, error) {
 	case "prepare":
 		return Prepare{w.Epoch, w.PauseNS}, nil
 	case "abort":
-		return Abort{w.Epoch, w.Cause}, nil
+		return Abort{w.Epoch, w.Cause, w.Unasked}, nil
 	case "ready":
 		return Ready{w.Epoch}, nil
 	case "stopped":
