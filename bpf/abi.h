@@ -80,6 +80,7 @@ enum ls_mutation {
 	LS_MUTATE_FAST_R1 = 2048, /* fast path: the bytes are not compared */
 	LS_MUTATE_FAST_R2 = 4096, /* fast path: the SVM's ACKs count as the PVM's */
 	LS_MUTATE_FAST_R3 = 8192, /* fast path: a FIN counts as a byte of data */
+	LS_MUTATE_PARK = 16384,	  /* parked frames are not translated */
 };
 
 /* What a role's programs do with frames. Programs load in LS_MODE_SHUT. */

@@ -31,10 +31,11 @@ const (
 )
 
 const (
-	markRel = 0x1a2b3c4d
-	markIn  = 0x5e6f7081
-	keyGen  = 7
-	epoch   = 40
+	markRel  = 0x1a2b3c4d
+	markIn   = 0x5e6f7081
+	markPark = 0x51607283
+	keyGen   = 7
+	epoch    = 40
 
 	nslots     = 40
 	ngslots    = 4
@@ -92,7 +93,7 @@ func newKit(t testing.TB, tune ...func(*ebpf.CollectionSpec)) *kit {
 	} {
 		spec.Maps[name].MaxEntries = n
 	}
-	for name, v := range map[string]uint32{"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": markRel, "ls_mark_in": markIn, "ls_nslots": nslots, "ls_ngslots": ngslots} {
+	for name, v := range map[string]uint32{"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": markRel, "ls_mark_in": markIn, "ls_mark_park": markPark, "ls_nslots": nslots, "ls_ngslots": ngslots} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			t.Fatal(err)
 		}

@@ -459,6 +459,7 @@ const (
 	LockstepLsMutationLS_MUTATE_FAST_R1 LockstepLsMutation = 2048
 	LockstepLsMutationLS_MUTATE_FAST_R2 LockstepLsMutation = 4096
 	LockstepLsMutationLS_MUTATE_FAST_R3 LockstepLsMutation = 8192
+	LockstepLsMutationLS_MUTATE_PARK    LockstepLsMutation = 16384
 )
 
 type LockstepLsOwner uint32
@@ -752,6 +753,7 @@ const (
 	LockstepVarLsFastOn       = "ls_fast_on"
 	LockstepVarLsFastWait     = "ls_fast_wait"
 	LockstepVarLsMarkIn       = "ls_mark_in"
+	LockstepVarLsMarkPark     = "ls_mark_park"
 	LockstepVarLsMarkRel      = "ls_mark_rel"
 	LockstepVarLsMptcp        = "ls_mptcp"
 	LockstepVarLsMutate       = "ls_mutate"
@@ -849,6 +851,7 @@ type LockstepVariableSpecs struct {
 	LsFastOn   *ebpf.VariableSpec `ebpf:"ls_fast_on"`
 	LsFastWait *ebpf.VariableSpec `ebpf:"ls_fast_wait"`
 	LsMarkIn   *ebpf.VariableSpec `ebpf:"ls_mark_in"`
+	LsMarkPark *ebpf.VariableSpec `ebpf:"ls_mark_park"`
 	LsMarkRel  *ebpf.VariableSpec `ebpf:"ls_mark_rel"`
 	LsMptcp    *ebpf.VariableSpec `ebpf:"ls_mptcp"`
 	LsMutate   *ebpf.VariableSpec `ebpf:"ls_mutate"`
@@ -935,6 +938,7 @@ type LockstepVariables struct {
 	LsFastOn   *ebpf.Variable `ebpf:"ls_fast_on"`
 	LsFastWait *ebpf.Variable `ebpf:"ls_fast_wait"`
 	LsMarkIn   *ebpf.Variable `ebpf:"ls_mark_in"`
+	LsMarkPark *ebpf.Variable `ebpf:"ls_mark_park"`
 	LsMarkRel  *ebpf.Variable `ebpf:"ls_mark_rel"`
 	LsMptcp    *ebpf.Variable `ebpf:"ls_mptcp"`
 	LsMutate   *ebpf.Variable `ebpf:"ls_mutate"`

@@ -20,6 +20,7 @@ volatile const __u32 ls_peer;	  /* ifindex of the peer device */
 volatile const __u32 ls_mark_rel; /* a released frame; on S a copy that is retransmitted (R22) */
 volatile const __u32
 	ls_mark_in; /* S: a mirrored frame on its way to the tap; P: a frame not to mirror */
+volatile const __u32 ls_mark_park; /* S: a mirrored frame that was parked, and is as it came */
 volatile const __u32 ls_nslots = LS_SLOTS;
 volatile const __u32 ls_ngslots = LS_GSLOTS;
 volatile const __u32 ls_nrules; /* of ls_rules in use */

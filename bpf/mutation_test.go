@@ -28,6 +28,7 @@ var mutations = map[string]struct {
 	"DRAIN":  {bpf.LockstepLsMutationLS_MUTATE_DRAIN, []string{"TestLiveGateCounts"}},
 	"QUOTE":  {bpf.LockstepLsMutationLS_MUTATE_QUOTE, []string{"TestQuote", "TestQuoteHalfOpen"}},
 	"MODE":   {bpf.LockstepLsMutationLS_MUTATE_MODE, []string{"TestPriOutReleased"}},
+	"PARK":   {bpf.LockstepLsMutationLS_MUTATE_PARK, []string{"TestParked"}},
 	"FAST1":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R1, []string{"TestFastPathEquals", "TestFastDatagramsEqual"}},
 	"FAST2":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R2, []string{"TestFastPathEquals", "TestLiveFastPath"}},
 	"FAST3":  {bpf.LockstepLsMutationLS_MUTATE_FAST_R3, []string{"TestFastPathEquals"}},

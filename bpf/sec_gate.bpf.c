@@ -61,6 +61,7 @@ int ls_sec_gate(struct __sk_buff *skb)
 {
 	struct ls_scratch *sc = scratch();
 	struct ls_conf *conf = config();
+	enum ls_reason why;
 	__u32 mode;
 
 	if (skb->mark == ls_mark_rel)
@@ -68,12 +69,21 @@ int ls_sec_gate(struct __sk_buff *skb)
 	if (!conf || !sc)
 		return count(LS_R_gated, skb, TCX_DROP);
 	mode = mode_of(conf);
+	if (skb->mark == ls_mark_park && mode == LS_MODE_RUN) {
+		/* It is as it came. What it acknowledges are the PVM's numbers. */
+		why = ls_mutate & LS_MUTATE_PARK ? LS_R_delivered : sec_deliver(skb, sc);
+		if (why != LS_R_delivered)
+			return count(why, skb, TCX_DROP);
+		skb->mark = ls_mark_in;
+	}
 	if (skb->mark == ls_mark_in && mode != LS_MODE_SHUT && mode != LS_MODE_QUIET) {
 		skb->mark = 0;
 		return count_as(LS_R_let_in, skb, tap_frames(skb, sc), TCX_NEXT);
 	}
 	if (mode != LS_MODE_SOLO)
 		return count(LS_R_gated, skb, TCX_DROP);
+	if (skb->mark == ls_mark_park)
+		skb->mark = 0;
 	if (sec_enter(skb, sc, conf))
 		return count(LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(LS_R_passed, skb, TCX_NEXT);

@@ -251,6 +251,22 @@ static __always_inline int sec_quote_in(struct __sk_buff *skb, struct ls_scratch
 	return quote_move(skb, sc, &d);
 }
 
+/*
+ * Makes a mirrored frame one for the SVM: its numbers are the SVM's as they are now. Returns
+ * LS_R_delivered, or why it is dropped. Not inlined: it has two callers.
+ */
+static __noinline enum ls_reason sec_deliver(struct __sk_buff *skb, struct ls_scratch *sc)
+{
+	switch (parse_in(skb)) {
+	case LS_TCP:
+		return sec_translate_in(skb, sc);
+	case LS_DGRAM:
+		return sec_quote_in(skb, sc) ? LS_R_rewrite_failed : LS_R_delivered;
+	default:
+		return LS_R_delivered;
+	}
+}
+
 /* Is the frame from P's own network stack, and so not a mirrored one? */
 static __always_inline int sec_is_host(struct __sk_buff *skb, const struct ls_conf *conf)
 {
@@ -284,19 +300,9 @@ int ls_sec_in(struct __sk_buff *skb)
 		return count(LS_R_peer_junk, skb, TCX_DROP);
 	if (mode == LS_MODE_PARK)
 		return sec_park(skb, sc);
-	switch (parse_in(skb)) {
-	case LS_TCP:
-		why = sec_translate_in(skb, sc);
-		if (why != LS_R_delivered)
-			return count(why, skb, TCX_DROP);
-		break;
-	case LS_DGRAM:
-		if (sec_quote_in(skb, sc))
-			return count(LS_R_rewrite_failed, skb, TCX_DROP);
-		break;
-	default:
-		break;
-	}
+	why = sec_deliver(skb, sc);
+	if (why != LS_R_delivered)
+		return count(why, skb, TCX_DROP);
 	skb->mark = ls_mark_in;
 	return count(LS_R_delivered, skb, bpf_redirect(ls_tap, 0));
 }

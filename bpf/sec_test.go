@@ -283,6 +283,41 @@ func TestSecGate(t *testing.T) {
 	}
 }
 
+// R16: what was parked is as it came, and acknowledges the PVM's numbers. It is translated when it is delivered, by what
+// is known of the connection then: after an attempt that was given up, and after a takeover, there is an offset, after a
+// checkpoint there is none.
+func TestParked(t *testing.T) {
+	k := newKit(t)
+	k.setMode(run)
+	for _, f := range flows {
+		k.opened(f)
+		parked, entered := seg{seq: 6, ack: isnPVM + 6, flags: ack, payload: []byte("x")}, seg{seq: 6, ack: isnSVM + 6, flags: ack, payload: []byte("x")}
+		k.turned(k.LsSecGate, markPark, f.to(parked), f.to(entered), "let_in")
+		if c := k.conn(f); c.CliAck != isnPVM+6 {
+			t.Errorf("the remote has acknowledged %d, noted is %d", isnPVM+6, c.CliAck)
+		}
+		k.setMode(solo)
+		k.turned(k.LsSecGate, markPark, f.to(parked), f.to(entered), "passed")
+		for _, m := range []bpf.LockstepLsMode{shut, quiet, park} {
+			k.setMode(m)
+			k.expect(counts{"gated": 1}, func() {
+				if v, _, _ := k.run(k.LsSecGate, input{frame: f.to(parked), mark: markPark}); v != drop {
+					t.Errorf("mode %d: verdict %d", m, int32(v))
+				}
+			})
+		}
+		k.setMode(run)
+		if err := k.LsConn.Delete(f.tuple()); err != nil {
+			t.Fatal(err)
+		}
+		if err := k.LsHalf.Delete(f.tuple()); err != nil {
+			t.Fatal(err)
+		}
+		k.turned(k.LsSecGate, markPark, f.to(parked), f.to(parked), "let_in")
+	}
+	k.none()
+}
+
 // The mutation of R9 takes every offset for 0.
 func TestMutateR9(t *testing.T) {
 	k := newKit(t, variable("ls_mutate", uint32(bpf.LockstepLsMutationLS_MUTATE_R9)))

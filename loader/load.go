@@ -96,6 +96,7 @@ func (o *Options) sizes() sizes {
 type marks struct {
 	release  uint32 // turned round at the tap's egress, as if the guest had sent it
 	mirrored uint32 // for the guest, and not mirrored
+	parked   uint32 // S: for the guest, to be translated as a mirrored frame is
 }
 
 // loadPrograms loads the programs, over old's maps or, when that is nil, over new ones.
@@ -107,13 +108,16 @@ func loadPrograms(o *Options, tap, peer netlink.Link, old *tables) (*bpf.Lockste
 	}
 	m := marks{release: rand.Uint32() | 1}
 	m.mirrored = m.release ^ (rand.Uint32()<<1 | 2) // differs, and is odd as well, so not 0
+	for m.parked = m.release; m.parked == m.release || m.parked == m.mirrored; {
+		m.parked = rand.Uint32() | 1
+	}
 	mptcp := uint32(0)
 	if o.MPTCP {
 		mptcp = 1
 	}
 	for name, v := range map[string]uint32{
 		bpf.LockstepVarLsTap: uint32(tap.Attrs().Index), bpf.LockstepVarLsPeer: uint32(peer.Attrs().Index),
-		bpf.LockstepVarLsMarkRel: m.release, bpf.LockstepVarLsMarkIn: m.mirrored,
+		bpf.LockstepVarLsMarkRel: m.release, bpf.LockstepVarLsMarkIn: m.mirrored, bpf.LockstepVarLsMarkPark: m.parked,
 		bpf.LockstepVarLsNslots: uint32(o.Slots), bpf.LockstepVarLsNgslots: uint32(o.GSOSlots),
 		bpf.LockstepVarLsNrules: uint32(len(o.Rules)), bpf.LockstepVarLsMutate: uint32(o.Mutation), bpf.LockstepVarLsMptcp: mptcp,
 	} {

@@ -51,7 +51,7 @@ func newSigner(role Role, g *core.Gate) core.Signer {
 func (t *transmitter) open(role Role, tap, peer netlink.Link, m marks, c *counters) error {
 	mark := m.release
 	if role == Secondary {
-		mark = m.mirrored
+		mark = m.parked
 	}
 	for _, o := range []struct {
 		out  *core.Outlet

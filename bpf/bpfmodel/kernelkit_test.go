@@ -51,7 +51,7 @@ func loadKernel(t *testing.T, conns, halves uint32) *kernel {
 	cpus := uint32(ebpf.MustPossibleCPU())
 	spec.Maps["ls_lane"].MaxEntries, spec.Maps["ls_sent"].MaxEntries = cpus, cpus*uint32(bpf.LockstepLsConstLS_SENT)
 	for name, v := range map[string]uint32{
-		"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": 1, "ls_mark_in": 2,
+		"ls_tap": 1, "ls_peer": 1, "ls_mark_rel": 1, "ls_mark_in": 2, "ls_mark_park": 3,
 		"ls_nslots": slots, "ls_ngslots": gslots,
 	} {
 		must(t, spec.Variables[name].Set(v))

@@ -259,7 +259,10 @@ func (d *duel) step() {
 		d.both("to the guest", d.frame(true, isns, known), func(b []byte) { d.k.toGuest(d.primary, b, 0, unmarked) }, func(b []byte) { m.toGuest(b, 0, unmarked) })
 	case 9:
 		from := pick(d.Rand, released, mirrored)
-		d.both(fmt.Sprintf("marked %d", from), d.frame(from == mirrored, isns, known),
+		if !d.primary {
+			from = pick(d.Rand, released, mirrored, parked)
+		}
+		d.both(fmt.Sprintf("marked %d", from), d.frame(from != released, isns, known),
 			func(b []byte) { d.k.toGuest(d.primary, b, 0, from) }, func(b []byte) { m.toGuest(b, 0, from) })
 	case 10, 11, 12:
 		d.fromPeer("a frame of the peer", d.frame(true, isns, known))

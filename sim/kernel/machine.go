@@ -48,6 +48,7 @@ const (
 	unmarked mark = iota
 	released      // in the guest's name; on S a copy that is retransmitted (R22)
 	mirrored      // for the guest, and not mirrored
+	parked        // S: for the guest, as it was mirrored
 )
 
 // machine are the programs and maps of one NIC: what outlives a daemon.

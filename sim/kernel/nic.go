@@ -64,7 +64,7 @@ func open(m *machine) *NIC {
 	t.Signer = core.Signer{Gate: &n.gate, Dir: bpf.LockstepLsDirLS_DIR_P2S}
 	toTap := released
 	if m.opts.Role == datapath.RoleSecondary {
-		t.Signer.Dir, toTap = bpf.LockstepLsDirLS_DIR_S2P, mirrored
+		t.Signer.Dir, toTap = bpf.LockstepLsDirLS_DIR_S2P, parked
 	}
 	tap := func(from mark) *outlet {
 		return &outlet{lost: &n.lost.tap, send: func(b []byte, gso uint16) {

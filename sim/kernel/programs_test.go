@@ -31,8 +31,9 @@ const (
 )
 
 const (
-	markRel = 0x1a2b3c4d
-	markIn  = 0x5e6f7081
+	markRel  = 0x1a2b3c4d
+	markIn   = 0x5e6f7081
+	markPark = 0x51607283
 
 	// As few slots as a search looks at before it goes on at random.
 	duelSlots, duelLarge = 16, 8
@@ -93,7 +94,7 @@ func loadPrograms(t *testing.T, mptcp bool, mutation bpf.LockstepLsMutation, rin
 		spec.Maps[name].MaxEntries = n
 	}
 	for name, v := range map[string]uint32{
-		"ls_tap": uint32(index["lo"]), "ls_peer": uint32(index["lspeer"]), "ls_mark_rel": markRel, "ls_mark_in": markIn,
+		"ls_tap": uint32(index["lo"]), "ls_peer": uint32(index["lspeer"]), "ls_mark_rel": markRel, "ls_mark_in": markIn, "ls_mark_park": markPark,
 		"ls_nslots": duelSlots, "ls_ngslots": duelLarge, "ls_nrules": uint32(len(duelRules)), "ls_mptcp": map[bool]uint32{true: 1}[mptcp], "ls_mutate": uint32(mutation),
 	} {
 		must(t, spec.Variables[name].Set(v))
@@ -143,7 +144,7 @@ func (p *programs) run(prog *ebpf.Program, b []byte, gso uint16, m uint32) (verd
 	return verdict, opts.DataOut, binary.NativeEndian.Uint32(ctxOut[markAt:])
 }
 
-var marks = map[mark]uint32{unmarked: 0, released: markRel, mirrored: markIn}
+var marks = map[mark]uint32{unmarked: 0, released: markRel, mirrored: markIn, parked: markPark}
 
 // The same ways as the machine's, with what the kernel does after a verdict.
 

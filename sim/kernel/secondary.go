@@ -38,19 +38,24 @@ func (m *machine) secIn(b []byte) {
 		m.count(m.park(b))
 		return
 	}
-	why := bpf.LockstepLsReasonLS_R_delivered
+	why := m.deliver(b)
+	m.count(why)
+	if why == bpf.LockstepLsReasonLS_R_delivered {
+		m.gate(b, mirrored)
+	}
+}
+
+// deliver makes a mirrored frame one for the SVM, in place.
+func (m *machine) deliver(b []byte) bpf.LockstepLsReason {
 	switch p := &m.p; p.Parse(b, true) {
 	case bpfmodel.ClassTCP:
-		why = reasons[m.table.Inbound(p, m.host.Now())]
+		return reasons[m.table.Inbound(p, m.host.Now())]
 	case bpfmodel.ClassDatagram:
 		if m.quote.Find(p, true) {
 			m.table.Error(&m.quote, true, false)
 		}
 	}
-	m.count(why)
-	if why == bpf.LockstepLsReasonLS_R_delivered {
-		m.gate(b, mirrored)
-	}
+	return bpf.LockstepLsReasonLS_R_delivered
 }
 
 // park keeps mirrored input. What does not parse is kept too: the guest decides.
@@ -233,7 +238,15 @@ func (m *machine) secSolo(b []byte, gso uint16, from mark) {
 
 // gate is bpf/sec_gate.bpf.c: only mirrored frames reach the SVM, until it took over.
 func (m *machine) gate(b []byte, from mark) {
-	switch mode := m.mode(); {
+	mode := m.mode()
+	if from == parked && mode == bpf.LockstepLsModeLS_MODE_RUN {
+		if why := m.deliver(b); why != bpf.LockstepLsReasonLS_R_delivered {
+			m.count(why)
+			return
+		}
+		from = mirrored
+	}
+	switch {
 	case from == mirrored && mode != bpf.LockstepLsModeLS_MODE_SHUT && mode != bpf.LockstepLsModeLS_MODE_QUIET:
 		m.count(bpf.LockstepLsReasonLS_R_letIn)
 	case mode != bpf.LockstepLsModeLS_MODE_SOLO:
