@@ -114,6 +114,11 @@ var actions = map[string]action{
 		if q == nil || !q.works() || q.guest == nil || q.running() && !q.drain() {
 			return
 		}
+		if d := h.daemon; d != nil && d.checks.s != nil && h.other().daemon == nil {
+			if word, _ := d.checks.s.State(); word == "checkpointing" {
+				return // S takes it for the checkpoint's, and P is not there to say that it is not (docs/TCP.md)
+			}
+		}
 		if q.running() {
 			q.unasked = true
 			q.halt("paused")
