@@ -173,15 +173,18 @@ func (p *livingPair) signal(node string, sig syscall.Signal) {
 // killQEMU ends a node's QEMU at once; nothing, when there is none.
 func (p *livingPair) killQEMU(node string) { p.endQEMU(node, syscall.SIGKILL) }
 
-// endQEMU ends a node's QEMU by a signal. Told to end by SIGTERM, QEMU 7.2 now and then waits for its COLO thread, which waits for
-// somebody to say who is lost: the node's daemon gives it 15 s to stop its guest, and ends it then.
+// endQEMU ends a node's QEMU by a signal. Told to end by SIGTERM, QEMU 7.2 now and then waits for its COLO thread, which waits to
+// be told who is lost: such a one is killed, as systemd does.
 func (p *livingPair) endQEMU(node string, sig syscall.Signal) {
 	pid := p.qemu(node)
 	if pid == 0 {
 		return
 	}
 	_ = syscall.Kill(pid, sig)
-	lt.Eventually(p.t, 40*time.Second, func() (bool, string) {
+	if sig == syscall.SIGTERM {
+		defer time.AfterFunc(10*time.Second, func() { _ = syscall.Kill(pid, syscall.SIGKILL) }).Stop()
+	}
+	lt.Eventually(p.t, 20*time.Second, func() (bool, string) {
 		_, err := os.Stat(fmt.Sprintf("/proc/%d/cmdline", pid))
 		return err != nil, "QEMU is there"
 	})
