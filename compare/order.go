@@ -26,6 +26,8 @@ func leadOf(c *conn) lead {
 	switch {
 	case !c.established || c.diverged || held == ahead:
 		return leadNone
+	case c.cliFIN.ok || c.clientRST || c.pvm.fin.ok || c.svm.extent.fin.ok: // it ends, each guest in its own way
+		return leadNone
 	case held:
 		return leadPVM
 	}
@@ -51,7 +53,7 @@ func (d *delays) add(took int64) {
 }
 
 // soonest is the part of R7's timeout that is never unusual.
-const soonest = 20
+const soonest = 5
 
 // unusual is longer than they are. Where nothing is known yet it is the timeout. Too early costs a checkpoint, and too
 // late the clients' time, so it is less than what TCP waits before it sends again.

@@ -326,7 +326,7 @@ func TestClocks(t *testing.T) {
 		t.Errorf("it is looked at at %d", at)
 	}
 	k.usual.timeout = 1000
-	if at := k.lookAt(); at != 42+50 { // a part of the timeout
+	if at := k.lookAt(); at != 42+200 { // a part of the timeout
 		t.Errorf("with a long timeout it is looked at at %d", at)
 	}
 	k.usual.timeout = 15
