@@ -64,7 +64,7 @@ func (s *Spec) Check(in *Incoming, peer []int64) error {
 			}
 		}
 	}
-	if _, err := CheckExtra(s.Extra); err != nil {
+	if _, err := CheckExtra(s.Extra); err != nil && !s.foreign {
 		bad("extra: %w", err)
 	}
 	if c, err := net.DialTimeout("unix", s.QMP, storageTimeout); err == nil {

@@ -13,6 +13,9 @@ import (
 // SetMask switches R24 off: QEMU reports a write as done when one replica took it.
 func SetMask(s *Spec, mask bool) { s.mask = mask }
 
+// Foreign has QEMU started with arguments that are refused in a config.
+func Foreign(s *Spec) { s.foreign = true }
+
 // Delays counts the connections to and from in on which Nagle's algorithm is on.
 func Delays(m *qmp.Monitor, in Incoming) (n int, err error) {
 	err = connections(m, in, func(fd int) error {

@@ -51,6 +51,7 @@ func (w *world) start(host string, secondary bool) *guest {
 			clear.TLS, in = nil, &clear
 		}
 		g.spec.Extra, g.spec.Disks = append(g.spec.Extra, w.seedDrives(host, secondary)...), nil
+		qemu.Foreign(g.spec)
 	}
 	lt.In(t, w.ns(host), func() {
 		sizes, err := g.spec.DiskSizes()

@@ -46,7 +46,8 @@ type Spec struct {
 	QMP string // path of the monitor's socket
 	Dir string // of pid file and log
 
-	mask bool // mutation, set by tests: a disk's vote threshold is 1 (R24)
+	mask    bool // mutation, set by tests: a disk's vote threshold is 1 (R24)
+	foreign bool // set by tests: Extra is what somebody else starts QEMU with
 }
 
 // Offloads are the properties of a virtio NIC that say which work the guest and the host leave to each other: checksums and
