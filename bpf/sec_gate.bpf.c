@@ -69,7 +69,7 @@ int ls_sec_gate(struct __sk_buff *skb)
 	if (!conf || !sc)
 		return count(LS_R_gated, skb, TCX_DROP);
 	mode = mode_of(conf);
-	if (skb->mark == ls_mark_park && mode == LS_MODE_RUN) {
+	if (skb->mark == ls_mark_park && (mode == LS_MODE_RUN || mode == LS_MODE_PARK)) {
 		/* It is as it came. What it acknowledges are the PVM's numbers. */
 		why = ls_mutate & LS_MUTATE_PARK ? LS_R_delivered : sec_deliver(skb, sc);
 		if (why != LS_R_delivered)

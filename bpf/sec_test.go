@@ -298,7 +298,7 @@ func TestParked(t *testing.T) {
 		}
 		k.setMode(solo)
 		k.turned(k.LsSecGate, markPark, f.to(parked), f.to(entered), "passed")
-		for _, m := range []bpf.LockstepLsMode{shut, quiet, park} {
+		for _, m := range []bpf.LockstepLsMode{shut, quiet} {
 			k.setMode(m)
 			k.expect(counts{"gated": 1}, func() {
 				if v, _, _ := k.run(k.LsSecGate, input{frame: f.to(parked), mark: markPark}); v != drop {

@@ -239,7 +239,7 @@ func (m *machine) secSolo(b []byte, gso uint16, from mark) {
 // gate is bpf/sec_gate.bpf.c: only mirrored frames reach the SVM, until it took over.
 func (m *machine) gate(b []byte, from mark) {
 	mode := m.mode()
-	if from == parked && mode == bpf.LockstepLsModeLS_MODE_RUN {
+	if from == parked && (mode == bpf.LockstepLsModeLS_MODE_RUN || mode == bpf.LockstepLsModeLS_MODE_PARK) {
 		if why := m.deliver(b); why != bpf.LockstepLsReasonLS_R_delivered {
 			m.count(why)
 			return
