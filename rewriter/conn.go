@@ -77,8 +77,8 @@ func (c Conn) Behind(edge Offset) Conn {
 }
 
 // Settle decides on a Doubtful connection by the number of a segment of the guest. What it sends lies near what the remote
-// has acknowledged: translated, or, after a checkpoint of which nobody knows, as it is. The two differ by the guests'
-// ISNs, 2^31 on average.
+// has acknowledged: translated, or, after a checkpoint of which nobody knows, as it is. Where the two differ by less than
+// what is under way, which happens, since a copied guest chooses its ISNs as the other one does, the choice may be wrong.
 func (c *Conn) Settle(seq uint32) {
 	if at := seq - c.CliAck; distance(at) < distance(at-c.Off) {
 		c.Off, c.TSOff = 0, 0
