@@ -395,4 +395,18 @@ lost:
 	return count(LS_R_rewrite_failed, skb, TCX_DROP);
 }
 
+/* Has the frame in o's slot leave in place of the record in skb, and frees the slot. */
+static __always_inline int fast_emit_slot(struct __sk_buff *skb, struct ls_scratch *sc,
+					  const struct ls_fast_out *o, int skb_partial)
+{
+	struct ls_slot *slot = bpf_map_lookup_elem(&ls_slots, &o->slot);
+	int verdict;
+
+	if (!slot)
+		return TCX_DROP;
+	verdict = fast_emit(skb, sc, slot->data, o, skb_partial);
+	__sync_lock_test_and_set(&slot->state, LS_SLOT_FREE);
+	return verdict;
+}
+
 #endif

@@ -200,10 +200,9 @@ __noinline int fast_record(struct __sk_buff *skb)
 	__u32 ack, edge, win, tsval, tsecr = 0, i, len;
 	__u16 start = 0, offset = 0;
 	__u64 now = bpf_ktime_get_boot_ns();
-	int skb_partial, grew, emit = 0, arm, verdict;
+	int skb_partial, grew, emit = 0, arm;
 	struct ls_fast_state *s;
 	struct ls_fast_held *h;
-	struct ls_slot *slot;
 	struct ls_acked d;
 	__u8 *data;
 
@@ -310,12 +309,7 @@ __noinline int fast_record(struct __sk_buff *skb)
 		return TCX_DROP;
 	if (o.slot == LS_SLOT_NONE)
 		return fast_emit(skb, sc, data, &o, skb_partial);
-	slot = bpf_map_lookup_elem(&ls_slots, &o.slot);
-	if (!slot)
-		return TCX_DROP;
-	verdict = fast_emit(skb, sc, slot->data, &o, skb_partial);
-	__sync_lock_test_and_set(&slot->state, LS_SLOT_FREE);
-	return verdict;
+	return fast_emit_slot(skb, sc, &o, skb_partial);
 yield:
 	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);

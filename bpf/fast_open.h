@@ -120,10 +120,9 @@ __noinline int fast_answer(struct __sk_buff *skb)
 	__u16 start = 0, offset = 0;
 	struct ls_fast_state *s;
 	struct ls_fast_held *h;
-	struct ls_slot *slot;
 	struct ls_fast *f;
 	struct ls_rec *r;
-	int skb_partial, verdict;
+	int skb_partial;
 
 	if (!sc || !conf)
 		return LS_FAST_NOT;
@@ -161,12 +160,7 @@ __noinline int fast_answer(struct __sk_buff *skb)
 	bpf_spin_unlock(&f->lock);
 
 	count(LS_R_fast_in, skb, 0);
-	slot = bpf_map_lookup_elem(&ls_slots, &o.slot);
-	if (!slot)
-		return TCX_DROP;
-	verdict = fast_emit(skb, sc, slot->data, &o, skb_partial);
-	__sync_lock_test_and_set(&slot->state, LS_SLOT_FREE);
-	return verdict;
+	return fast_emit_slot(skb, sc, &o, skb_partial);
 yield:
 	sc->number = fast_yield(s);
 	bpf_spin_unlock(&f->lock);
