@@ -2,7 +2,10 @@
 
 package compare
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // side is what one side acknowledged: the highest ACK, the right edge of the
 // window, the newest raw window of unknown scale at that ACK, and the newest echo of the remote's
@@ -96,6 +99,7 @@ type ackState struct {
 	at             int64 // capture time of the newest of pvm
 	pvmSACK        sackSet
 	svmSACK        sackSet
+	told           sackSet  // of both, what ACKs have told the remote
 	blocks         [4]block // SACK blocks of the SVM's newest segment
 	nblocks        int
 	marks          []ackMark // pvm over time while frozen
@@ -132,6 +136,7 @@ func (a *ackState) fromPVM(s *Segment, frozen bool) (grew bool) {
 		}
 	}
 	var blocks [4]block
+	a.pvmSACK.trim(a.pvm.ack)
 	for _, b := range sackBlocks(blocks[:0], s.Opts) {
 		a.pvmSACK.add(b, a.pvm.ack)
 	}
@@ -152,6 +157,7 @@ func (a *ackState) fromSVM(s *Segment) (ackGrew, grew bool) {
 		n := len(sackBlocks(a.blocks[:0], s.Opts))
 		a.nblocks = min(n, len(a.blocks))
 	}
+	a.svmSACK.trim(a.svm.ack)
 	for _, b := range a.blocks[:a.nblocks] {
 		a.svmSACK.add(b, a.svm.ack)
 	}
@@ -239,6 +245,7 @@ func (a *ackState) transmit(f Flags, pvmAlone bool) (ack uint32, win uint16) {
 	}
 	a.sent = m
 	a.sent.edge = edge
+	a.told.trim(m.ack)
 	if a.scaleOf(f) != scaleUnknown {
 		a.sent.win >>= maxScale
 	}
@@ -268,6 +275,21 @@ func (a *ackState) common(dst []block, opts []byte) []block {
 		}
 	}
 	return dst
+}
+
+// tell gives the SACK blocks of an ACK that leaves, as [ackState.common] does, and notes them.
+func (a *ackState) tell(dst []block, opts []byte) []block {
+	dst = a.common(dst, opts)
+	for _, b := range dst {
+		a.told.add(b, a.sent.ack)
+	}
+	return dst
+}
+
+// news reports whether both guests hold something above their ACKs that no ACK has told the remote.
+func (a *ackState) news(opts []byte) bool {
+	var buf [4]block
+	return slices.ContainsFunc(a.common(buf[:0], opts), func(b block) bool { return !a.told.has(b, a.sent.ack) })
 }
 
 // mark remembers pvm. A step that the commit point lies in counts as behind it, so a

@@ -254,9 +254,11 @@ func (c *conn) pureACK(s *Segment, grew bool) {
 	case before(s.Seq, c.released) && near(s.Seq, c.released):
 		// A keep-alive or window probe has nothing new (R4).
 		c.sendACK(s.Seq)
-	case !grew && s.Ack == c.acks.pvm.ack && after(c.acks.svm.ack, c.acks.pvm.ack):
-		// The PVM misses what the SVM has: its duplicate ACKs make the remote
-		// repeat it. Those for what both miss leave when the SVM sends its own.
+	case grew || s.Ack != c.acks.pvm.ack:
+	case after(c.acks.svm.ack, c.acks.pvm.ack), c.acks.news(s.Opts):
+		// The PVM misses what the SVM has: its duplicate ACKs make the remote repeat it. Those for
+		// what both miss leave when the SVM sends its own, and once more where the PVM names a block
+		// after the SVM: a remote that knows SACK counts blocks.
 		c.sendACK(c.released)
 	}
 }

@@ -246,7 +246,7 @@ func (t *sender) sendACK(seq uint32) {
 	t.urgent(e, m.seq, m.urg)
 	var blocks [4]block
 	var o options
-	o.ackOptions(m.opts.bytes(), t.acks.common(blocks[:0], m.opts.bytes()))
+	o.ackOptions(m.opts.bytes(), t.acks.tell(blocks[:0], m.opts.bytes()))
 	t.stamp(&o)
 	e.OptLen, e.Opts = o.n, o.b
 }
