@@ -156,10 +156,11 @@ func (n *Loop) OwnKeys(s datapath.Session) error {
 	return err
 }
 
-// Hold begins replication (P): what the guest sends is held, and leaves under a lease.
+// Hold begins replication (P): what the guest sends is held, and leaves under a lease. Where P releases nothing
+// before the first commit (R18) the kernel does not either.
 func (n *Loop) Hold(echoEvery, lease time.Duration) error {
 	// A host that transmitted alone had no lease.
-	return errors.Join(n.DP.SetLeaseUntil(0), n.SetMode(datapath.ModeHold), n.startEchoes(echoEvery, lease), n.fastPath(true))
+	return errors.Join(n.DP.SetLeaseUntil(0), n.SetMode(datapath.ModeHold), n.startEchoes(echoEvery, lease), n.fastPath(!n.frozen))
 }
 
 // Shut: nothing in or out, and no echoes.
