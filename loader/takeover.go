@@ -26,8 +26,8 @@ func (c *conntrack) TakeOver(guard uint32, doubt bool) error {
 				TSPVM: h.TsPvm, TSSVM: h.TsSvm, UsedPVM: h.UsedPvm, UsedSVM: h.UsedSvm,
 			})
 		}),
-		each(c.edge, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsConn) { plan.AddInherited(t) }),
-		each(c.inherited, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsInh) { plan.AddInherited(t) }),
+		each(c.edge, func(t bpf.LockstepLsTuple, v *bpf.LockstepLsConn) { plan.AddInherited(t, v.IsnSvm) }),
+		each(c.inherited, func(t bpf.LockstepLsTuple, _ *bpf.LockstepLsInh) { plan.AddInherited(t, 0) }),
 		each(c.conns, func(t bpf.LockstepLsTuple, v *bpf.LockstepLsConn) { plan.AddConn(t, fromConn(v)) }),
 	); err != nil {
 		return fmt.Errorf("take over: %w", err)
@@ -51,7 +51,7 @@ func (c *conntrack) Edges() ([]datapath.Edge, error) {
 	if err := each(c.edge, func(t bpf.LockstepLsTuple, v *bpf.LockstepLsConn) {
 		conn := fromConn(v)
 		edge := conn.Edge()
-		out = append(out, datapath.Edge{Tuple: core.FromTuple(&t), Seq: edge.Seq, TS: edge.TS})
+		out = append(out, datapath.Edge{Tuple: core.FromTuple(&t), Seq: edge.Seq, TS: edge.TS, ISN: conn.ISNSVM})
 	}); err != nil {
 		return nil, fmt.Errorf("list what was taken over: %w", err)
 	}
@@ -64,7 +64,7 @@ func (c *conntrack) AddEdges(edges []datapath.Edge) error {
 	now := uint64(bootTime())
 	for i := range edges {
 		e := &edges[i]
-		keys[i], conns[i] = core.ToTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, Last: now}
+		keys[i], conns[i] = core.ToTuple(e.Tuple), bpf.LockstepLsConn{Off: e.Seq, TsOff: e.TS, IsnSvm: e.ISN, Last: now}
 	}
 	if err := putAll(c.edge, keys, conns, needed); err != nil {
 		return fmt.Errorf("connections taken over: %w", err)

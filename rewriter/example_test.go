@@ -13,7 +13,7 @@ func ExampleTakeover() {
 	const guard, now = 1 << 24, 1000
 	plan := rewriter.NewTakeover[string](guard, false, now)
 	plan.AddConn("web", rewriter.Conn{Off: 400, Inc: 100, ISNSVM: 500})
-	plan.AddInherited("web")
+	plan.AddInherited("web", 0)
 	for key, c := range plan.Guarded() {
 		fmt.Println(key, c.Off, c.Guard == guard, c.State&rewriter.Guarded != 0)
 	}

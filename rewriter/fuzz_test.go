@@ -39,7 +39,7 @@ func FuzzTakeover(f *testing.F) {
 				add = append(add, func(to *Takeover[byte]) { to.AddHalf(key, &h) })
 			}
 			if in&4 != 0 {
-				add = append(add, func(to *Takeover[byte]) { to.AddInherited(key) })
+				add = append(add, func(to *Takeover[byte]) { to.AddInherited(key, 0) })
 			}
 		}
 		guarded := func() map[byte]Conn {
@@ -60,7 +60,7 @@ func FuzzTakeover(f *testing.F) {
 				t.Errorf("%d: %+v", key, c)
 			}
 			to.AddConn(key, c)
-			to.AddInherited(key)
+			to.AddInherited(key, 0)
 		}
 		if again := maps.Collect(to.Guarded()); len(again) > 0 {
 			t.Errorf("guarded twice: %+v", again)

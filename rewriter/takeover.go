@@ -45,10 +45,11 @@ func (t *Takeover[K]) AddHalf(key K, h *Half) {
 }
 
 // AddInherited takes in a connection without an offset: it came with a checkpoint, or the
-// PVM's host had taken it over itself.
-func (t *Takeover[K]) AddInherited(key K) {
-	if _, ok := t.conns[key]; !ok {
-		t.conns[key] = Conn{State: Inherited, Last: t.now}
+// PVM's host had taken it over itself. isn is the guest's first sequence number, with which it may repeat
+// its SYN|ACK; 0: not known, as the handshake is over.
+func (t *Takeover[K]) AddInherited(key K, isn uint32) {
+	if c, ok := t.conns[key]; !ok || c.State == Inherited && c.ISNSVM == 0 {
+		t.conns[key] = Conn{State: Inherited, ISNSVM: isn, Last: t.now}
 	}
 }
 

@@ -41,16 +41,19 @@ func TestTakeover(t *testing.T) {
 		},
 		func(to *Takeover[string]) {
 			for _, key := range []string{"inherited", "all", "half and inherited", "guarded"} {
-				to.AddInherited(key)
+				to.AddInherited(key, 0)
 			}
 		},
+		func(to *Takeover[string]) { to.AddInherited("taken over before", 100) },
+		func(to *Takeover[string]) { to.AddInherited("taken over before", 0) },
 	}
 	noTS := fromHalf
 	noTS.TSOff = 0
 	want := map[string]Conn{
 		"open": fromConn, "all": fromConn, "pair": fromHalf, "half and inherited": fromHalf, "no timestamps": noTS, "inherited": inherited,
+		"taken over before": {State: Inherited | Guarded, Guard: guard, ISNSVM: 100, Last: now},
 	}
-	for _, order := range [][]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}} {
+	for _, order := range [][]int{{0, 1, 2, 3, 4}, {0, 2, 1, 4, 3}, {1, 0, 2, 3, 4}, {1, 2, 0, 4, 3}, {2, 0, 1, 3, 4}, {2, 1, 0, 4, 3}} {
 		for _, doubt := range []bool{false, true} {
 			to := NewTakeover[string](guard, doubt, now)
 			for _, i := range order {

@@ -119,11 +119,11 @@ func (t *Table) TakeOver(guard uint32, doubt bool, now int64) bool {
 	for key, h := range t.half.All() {
 		plan.AddHalf(key, &h.Half)
 	}
-	for key := range t.edge {
-		plan.AddInherited(key)
+	for key, c := range t.edge {
+		plan.AddInherited(key, c.ISNSVM)
 	}
 	for key := range t.inher.All() {
-		plan.AddInherited(key)
+		plan.AddInherited(key, 0)
 	}
 	for key, c := range t.conn {
 		plan.AddConn(key, c)

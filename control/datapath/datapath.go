@@ -190,6 +190,7 @@ type Edge struct {
 	compare.Tuple
 	Seq uint32
 	TS  uint32
+	ISN uint32 // the guest's, by which its SYN|ACK is known when it repeats that; 0: not known
 }
 
 // Program is one attached kernel program.

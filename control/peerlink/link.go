@@ -24,10 +24,10 @@ import (
 // Bounds of the protocol.
 const (
 	// Version is the protocol's: both nodes need the same.
-	Version    = 4
+	Version    = 5
 	MaxMessage = 64 << 10 // a line; TestMessagesFit has the longest of each type
 	maxQueue   = 1024     // messages that wait to be written
-	MaxEdges   = 1000     // in one message
+	MaxEdges   = 900      // in one message
 	MaxNICs    = 256
 	maxCause   = 1 << 10 // bytes of a cause: a sixth of what JSON may make of it
 )

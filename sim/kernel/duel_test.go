@@ -347,7 +347,7 @@ func (d *duel) setting() {
 			}
 		}
 	case 2:
-		e := datapath.Edge{Tuple: core.FromTuple(ptr(pick(d.Rand, d.flows...).tuple())), Seq: d.edge(), TS: d.edge()}
+		e := datapath.Edge{Tuple: core.FromTuple(ptr(pick(d.Rand, d.flows...).tuple())), Seq: d.edge(), TS: d.edge(), ISN: d.edge()}
 		_ = d.n.AddEdges([]datapath.Edge{e}) // may be full
 		d.put(d.k.LsEdge, m.table.Edges())
 	case 3:

@@ -321,7 +321,7 @@ func (n *NIC) TakeOver(guard uint32, doubt bool) error {
 func (n *NIC) Edges() (out []datapath.Edge, _ error) {
 	for key, c := range n.m.table.Edges() {
 		edge := c.Edge()
-		out = append(out, datapath.Edge{Tuple: key, Seq: edge.Seq, TS: edge.TS})
+		out = append(out, datapath.Edge{Tuple: key, Seq: edge.Seq, TS: edge.TS, ISN: c.ISNSVM})
 	}
 	return out, nil
 }
@@ -329,7 +329,7 @@ func (n *NIC) Edges() (out []datapath.Edge, _ error) {
 // AddEdges implements [datapath.NIC].
 func (n *NIC) AddEdges(edges []datapath.Edge) error {
 	for _, e := range edges {
-		if !n.m.table.AddEdge(e.Tuple, rewriter.Conn{Off: e.Seq, TSOff: e.TS, Last: n.Now()}) {
+		if !n.m.table.AddEdge(e.Tuple, rewriter.Conn{Off: e.Seq, TSOff: e.TS, ISNSVM: e.ISN, Last: n.Now()}) {
 			return fmt.Errorf("connections taken over: no room for %s", e.Tuple)
 		}
 		n.m.conf.Edges = 1
