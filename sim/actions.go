@@ -230,7 +230,7 @@ func (w *world) covered(h *host) bool {
 	if s.state.Covered != w.arbiter.of(p).Term {
 		return false // P has won the arbiter, whether its daemon knows or not
 	}
-	if q := s.qemu; q != nil && q.left > 0 && w.now > q.left+peerTimeout-5*ms {
+	if q := s.qemu; q != nil && q.left > 0 && w.now > q.left+2*peerTimeout-5*ms {
 		return false // S gives its SVM up, which follows nobody, as soon as it hears of P once more: from then on P is alone
 	}
 	return p.qemu != nil && p.qemu.alive && s.qemu != nil && s.qemu.alive && s.daemon != nil && s.daemon.pair.s != nil && s.daemon.pair.s.Covered()

@@ -25,6 +25,7 @@ type Secondary struct {
 	state   SecondaryState
 	covered bool
 	exited  int64 // when this side's QEMU lost P's; 0: it did not
+	steady  int64 // since when P's messages have been read without a gap of a timeout
 	shut    bool  // P reported that its gate is shut
 	awake   bool
 	stands  bool // QEMU has answered that it is not
@@ -63,10 +64,11 @@ func (l *Secondary) gone() int64 {
 }
 
 // useless is when an SVM that follows nobody gives up, because P lives: P has sent something
-// since it should have found out about its QEMU, too. A link that is whole but silent shows
-// nothing: this SVM may be the only one left.
+// since it should have found out about its QEMU, too, which is within a timeout. A link that is whole but
+// silent shows nothing: this SVM may be the only one left. Nor does what is read behind a gap: this daemon may
+// have been stopped, and it was sent before. Without a gap it was sent at most a timeout before it is read.
 func (l *Secondary) useless() int64 {
-	due := l.exited + l.cfg.timeout
+	due := max(l.exited, l.steady) + 2*l.cfg.timeout
 	if !l.link || l.exited == 0 || l.received < due && !l.cfg.noLiving {
 		return math.MaxInt64
 	}
@@ -96,6 +98,9 @@ func (l *Secondary) NextDeadline() int64 {
 
 // Step takes one event in. The effects are valid until the next Step.
 func (l *Secondary) Step(now int64, ev Event) []Effect {
+	if ev.Kind == EvLinkUp || ev.Kind == EvReceived && now-l.received >= l.cfg.timeout {
+		l.steady = now
+	}
 	l.take(now, ev)
 	switch ev.Kind {
 	case EvLinkUp:

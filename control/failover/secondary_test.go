@@ -25,11 +25,13 @@ func TestUseless(t *testing.T) {
 		step(100*ms, Event{Kind: EvCOLOExit})
 		step(110*ms, Event{Kind: EvReceived})
 		if living {
-			step(601*ms, Event{Kind: EvReceived})
+			for at := 160 * ms; at < 1200*ms; at += 50 * ms {
+				step(at, Event{Kind: EvReceived})
+			}
 		} else {
-			step(601*ms, Event{Kind: EvTick})
-			step(611*ms, Event{Kind: EvLinkDown})
-			step(1200*ms, Event{Kind: EvTick})
+			step(1101*ms, Event{Kind: EvTick})
+			step(1111*ms, Event{Kind: EvLinkDown})
+			step(1700*ms, Event{Kind: EvTick})
 		}
 		return ops
 	}
@@ -42,6 +44,44 @@ func TestUseless(t *testing.T) {
 	}
 	if ops := run(false, func(c *Config) { c.noLiving = true }); !slices.Contains(ops, OpFenced) {
 		t.Errorf("the mutation goes unnoticed: %v", ops)
+	}
+}
+
+// A daemon that was stopped reads what P sent before: that does not show that P lives still.
+func TestUselessStopped(t *testing.T) {
+	const ms = int64(time.Millisecond)
+	const exited = 100
+	for from := int64(90); from < 700; from += 10 { // S's daemon is stopped
+		for length := int64(10); length < 2000; length += 70 {
+			for died := int64(exited); died < exited+500; died += 25 { // and P has found out about its QEMU
+				l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
+				l.Step(1*ms, Event{Kind: EvLinkUp, Term: 7})
+				read := func(sent int64, kind Kind) {
+					at := sent + 1
+					if at > from && at < from+length {
+						at = from + length
+					}
+					for _, e := range l.Step(at*ms, Event{Kind: kind, OK: true}) {
+						if e.Op == OpFenced {
+							t.Fatalf("stopped from %d ms on for %d, P's QEMU dead at %d: given up at %d, because %s", from, length, died, at, l.Why())
+						}
+					}
+				}
+				for at := int64(50); at < died; at += 50 {
+					read(at, EvReceived)
+					if at == exited {
+						read(at, EvCOLOExit)
+					}
+				}
+				if died == exited {
+					read(exited, EvCOLOExit)
+				}
+				read(died, EvReceived)
+				if read(died, EvPeerDead); l.State() != SecondaryClaim {
+					t.Fatalf("stopped from %d ms on for %d, P's QEMU dead at %d: state %d", from, length, died, l.State())
+				}
+			}
+		}
 	}
 }
 

@@ -52,7 +52,7 @@ func TestWhy(t *testing.T) {
 		"the primary goes on without this secondary":   {up, {10, Event{Kind: EvDismissed}}},
 		"its QEMU is dead":                             {up, {10, Event{Kind: EvQEMUDead}}},
 		"its guest cannot go on":                       {up, {10, Event{Kind: EvGuestFailed}}},
-		"its QEMU has lost the primary's, which lives": {up, {10, Event{Kind: EvCOLOExit}}, {600, Event{Kind: EvReceived}}},
+		"its QEMU has lost the primary's, which lives": {up, {10, Event{Kind: EvCOLOExit}}, {400, Event{Kind: EvReceived}}, {800, Event{Kind: EvReceived}}, {1200, Event{Kind: EvReceived}}},
 		"the primary won the arbiter":                  {up, covered, down(false), tick(700), {710, Event{Kind: EvClaimed, Term: 8}}},
 	} {
 		s := NewSecondary(cfg, 7, false, 0)
