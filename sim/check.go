@@ -4,14 +4,12 @@ package sim
 
 import (
 	"fmt"
-	"net/netip"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/bpf"
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/control/failover"
-	"github.com/lockstep-ft/lockstep/sim/tcp"
 )
 
 // check is what the checkers know.
@@ -272,10 +270,8 @@ func (h *host) cookieAgain(p *packet, v *wire) bool {
 	case len(p.payload) == 0 && p.ack == v.opened && p.seq-v.isn <= 1:
 		return true
 	}
-	g, f := h.qemu.guest, p.flow()
-	id, ok := g.stack.Find(netip.AddrPortFrom(f.remote, f.remotePort), f.guestPort)
-	own := g.said[f]
-	return ok && own != nil && own.fin && g.stack.State(id) == tcp.Established
+	own := h.qemu.guest.said[p.flow()]
+	return own != nil && own.again
 }
 
 // released: the SVM could go on from here.

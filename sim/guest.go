@@ -279,6 +279,7 @@ type said struct {
 	refused   bool // a segment behind its SYN|ACK, since there was no connection
 	ack, edge uint32
 	acked     bool
+	again     bool // it has acknowledged less than before: another connection, of the same SYN cookie
 	scale     uint8
 	before    *said // on the incarnation before, which the other guest may be at still
 }
@@ -321,6 +322,7 @@ func (g *guest) note(p *packet) {
 		if edge := p.ack + uint32(p.win)<<shift; !v.acked || after(edge, v.edge) {
 			v.edge = edge
 		}
+		v.again = v.again || v.acked && after(v.ack, p.ack)
 		if !v.acked || after(p.ack, v.ack) {
 			v.ack, v.acked = p.ack, true
 		}
