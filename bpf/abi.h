@@ -26,11 +26,13 @@ enum ls_const {
 	LS_ETHERTYPE = 0x88b5,
 	LS_MAGIC = 0x534c, /* "LS" as bytes on the wire */
 
-	LS_HDR_MAX = 256,	 /* L2..L4 header bytes of a TCP segment */
-	LS_L4_MAX = 176,	 /* bytes before the TCP header; more: compared as a datagram */
-	LS_OPTS_MAX = 40,	 /* TCP options: 60-byte header at most */
-	LS_BOUND_MAX = 12,	 /* see digest_stride */
-	LS_REC_BASE = 160,	 /* struct ls_rec without boundaries */
+	LS_HDR_MAX = 256, /* L2..L4 header bytes of a TCP segment */
+	LS_REUSED_NS =
+		1000000000, /* a SYN that comes sooner behind another connection reuses its ports */
+	LS_L4_MAX = 176,    /* bytes before the TCP header; more: compared as a datagram */
+	LS_OPTS_MAX = 40,   /* TCP options: 60-byte header at most */
+	LS_BOUND_MAX = 12,  /* see digest_stride */
+	LS_REC_BASE = 160,  /* struct ls_rec without boundaries */
 	LS_STREAM_USER = 0xffff, /* ls_rec.stream of frames that user space sends */
 	LS_STREAM_ALL = 0xfffe,	 /* NACK: asks for the newest record of every stream */
 	LS_STREAM_MAX = 1024,	 /* streams of CPUs; user space's window comes after theirs */
@@ -375,7 +377,8 @@ struct ls_cli {
 	__u16 l4_off;
 	__u16 hdr_len; /* bytes of hdr: everything before the payload */
 	__u16 tci;
-	__u16 pad[3];
+	__u16 reused; /* the SYN came soon behind a segment of the connection before */
+	__u16 pad[2];
 	__u8 hdr[LS_HDR_MAX];
 };
 

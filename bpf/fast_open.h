@@ -39,7 +39,8 @@ static __always_inline int syn_usual(const __u8 *tcp)
 /*
  * Makes the connection of a SYN|ACK of the PVM, which is in sc->slot, the kernel's, if it is a
  * usual one. Returns whether it is. While user space has a lot to read, as in a flood of SYNs, it
- * is not (R11).
+ * is not (R11); nor if its ports were another connection's just now, of which user space may have
+ * something to let leave first.
  */
 __noinline int fast_opened(struct __sk_buff *skb)
 {
@@ -47,6 +48,7 @@ __noinline int fast_opened(struct __sk_buff *skb)
 	struct ls_fast_state *s;
 	struct ls_fast_held *h;
 	__be32 tsval, tsecr;
+	struct ls_cli *c;
 	struct ls_fast *f;
 	struct ls_pkt *p;
 	__u8 *o;
@@ -54,10 +56,11 @@ __noinline int fast_opened(struct __sk_buff *skb)
 	if (!sc)
 		return 0;
 	p = &sc->p;
+	c = bpf_map_lookup_elem(&ls_cli, &p->t);
 	h = &sc->held;
 	o = p->tcp + LS_TCP_MIN;
 	if (!ls_fast_on || !syn_usual(p->tcp) || p->paylen || p->t.vlan ||
-	    p->l4_off > LS_FAST_L4_MAX || sc->slot >= LS_SLOT_GSO ||
+	    p->l4_off > LS_FAST_L4_MAX || sc->slot >= LS_SLOT_GSO || (c && c->reused) ||
 	    bpf_ringbuf_query(&ls_ring, BPF_RB_AVAIL_DATA) > LS_SYN_BUSY ||
 	    bpf_map_update_elem(&ls_fast, &p->t, &ls_fast_fresh, BPF_NOEXIST))
 		return 0;

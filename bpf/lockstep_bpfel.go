@@ -98,7 +98,8 @@ type LockstepLsCli struct {
 	L4Off    uint16
 	HdrLen   uint16
 	Tci      uint16
-	Pad      [3]uint16
+	Reused   uint16
+	Pad      [2]uint16
 	Hdr      [256]uint8
 }
 
@@ -158,6 +159,7 @@ const (
 	LockstepLsConstLS_ETHERTYPE     LockstepLsConst = 34997
 	LockstepLsConstLS_MAGIC         LockstepLsConst = 21324
 	LockstepLsConstLS_HDR_MAX       LockstepLsConst = 256
+	LockstepLsConstLS_REUSED_NS     LockstepLsConst = 1000000000
 	LockstepLsConstLS_L4MAX         LockstepLsConst = 176
 	LockstepLsConstLS_OPTS_MAX      LockstepLsConst = 40
 	LockstepLsConstLS_BOUND_MAX     LockstepLsConst = 12

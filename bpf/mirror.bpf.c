@@ -13,6 +13,7 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_cli *c = bpf_map_lookup_elem(&ls_cli, &p->t);
+	__u64 now = bpf_ktime_get_boot_ns();
 	__u32 hdr = p->pay_off;
 	int fresh = !c;
 
@@ -24,7 +25,9 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 		c = &sc->cli;
 		__builtin_memset(c, 0, sizeof(*c));
 	}
-	c->at = bpf_ktime_get_boot_ns();
+	if (p->flags & LS_SYN && !(c->tcp_flags & LS_SYN))
+		c->reused = !fresh && now - c->at < LS_REUSED_NS;
+	c->at = now;
 	c->seq = pay_pos(p) + p->paylen;
 	c->ack = p->ack;
 	c->win = p->win;

@@ -36,6 +36,9 @@ func (x *fastTable) opened(b []byte, p *bpfmodel.Segment, slot uint32) bool {
 	if !x.on || !usualSYN(h) || p.End != p.Pay || p.Tuple.VLAN != 0 || p.L4 > fastL4Max || m.ring.used > synBusy || x.of[p.Tuple] != nil {
 		return false
 	}
+	if c := m.cli.Get(p.Tuple); c != nil && c.Reused != 0 {
+		return false
+	}
 	o := h.Options()
 	val, ecr := binary.BigEndian.Uint32(o[8:]), binary.BigEndian.Uint32(o[12:])
 	now := uint64(m.host.Now())

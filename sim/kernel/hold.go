@@ -20,6 +20,7 @@ const (
 	largeRoom  = int(bpf.LockstepLsConstLS_GSLOT_DATA)
 	slotLarge  = uint32(bpf.LockstepLsConstLS_SLOT_GSO)
 	hdrMax     = int(bpf.LockstepLsConstLS_HDR_MAX)
+	reusedNS   = uint64(bpf.LockstepLsConstLS_REUSED_NS)
 
 	slotFree  = uint32(bpf.LockstepLsSlotStateLS_SLOT_FREE)
 	slotReady = uint32(bpf.LockstepLsSlotStateLS_SLOT_READY)

@@ -210,10 +210,18 @@ func (m *machine) note(b []byte, p *bpfmodel.Segment) {
 			bpfmodel.Flags(c.TcpFlags)&(bpfmodel.ACK|bpfmodel.RST) == bpfmodel.ACK && int32(c.Ack-h.Ack()) > 0) {
 		return
 	}
-	if c == nil {
+	now := uint64(m.host.Now())
+	fresh := c == nil
+	if fresh {
 		c = m.cli.Make(p.Tuple)
 	}
-	c.At = uint64(m.host.Now())
+	if flags&bpfmodel.SYN != 0 && bpfmodel.Flags(c.TcpFlags)&bpfmodel.SYN == 0 {
+		c.Reused = 0
+		if !fresh && now-c.At < reusedNS {
+			c.Reused = 1
+		}
+	}
+	c.At = now
 	c.Seq, c.Ack, c.Win, c.TcpFlags = p.PayloadPos()+uint32(p.End-p.Pay), h.Ack(), h.Win(), uint8(flags)
 	c.L4Off, c.HdrLen = uint16(p.L4), 0
 	if p.Pay <= hdrMax {
