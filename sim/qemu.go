@@ -192,7 +192,7 @@ func (q *qemu) carryOut(r diskRequest) (value uint32, done bool) {
 	switch {
 	case !r.write:
 		return d.read(r.key), true
-	case q.colo == "secondary" && !q.given:
+	case q.colo == "secondary":
 		if d.broken {
 			q.ioError("local")
 			return 0, false
