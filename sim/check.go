@@ -187,6 +187,14 @@ func (w *world) doubt(d *daemon) {
 	}
 }
 
+// inDoubt: a frame of a connection does not leave, since nobody knows in whose numbers it is (R22). The connection may end.
+func (w *world) inDoubt(t compare.Tuple) {
+	w.reach("in doubt")
+	for _, a := range w.client.conns {
+		a.lost = a.lost || a.port == t.RemotePort
+	}
+}
+
 // evicted reports whether P may have lost sight of a connection that goes on (R11).
 func (h *host) evicted() bool {
 	d := h.daemon
