@@ -111,7 +111,7 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, opened: p.ack, end: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, opened: p.opens(), end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
