@@ -151,9 +151,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 		c.held.free(0, c.held.len(), ReasonYoung)
 	}
 	if c.held.hasRST && old(c.held.rst.at) {
-		out = append(out, leaving{no: c.held.rst.no, c: c, rst: true})
-	} else {
-		c.held.freeRST(ReasonYoung)
+		out = append(out, leaving{no: c.held.rst.no, c: c, rst: true}) // a young one waits for the SVM's: no guest repeats a RST
 	}
 	fresh := c.syn.waiting && !old(c.syn.at) // opened in the new epoch
 	c.svm.forget()
