@@ -67,14 +67,14 @@ func (r *reader) nodes(v value, c *Config) {
 		r.mapping(kv.val, []field{
 			{"control", "the daemons talk to each other there", r.addrPort(&n.Control)},
 			{"nics", "it lists the guest's taps", func(v value) { r.nics(v, &n.NICs) }},
-			{"qmp", "", r.monitor(&n.QMP)},
+			{"qmp", "", monitor(r, &n.QMP)},
 			{"guest_agent", "", r.socket(&n.GuestAgent)},
 		})
 	}
 }
 
 // monitor refuses libvirt's monitor of a domain, on which QEMU serves libvirt alone.
-func (r *reader) monitor(to *string) func(value) {
+func monitor(r *reader, to *string) func(value) {
 	return func(v value) {
 		r.socket(to)(v)
 		dir, file := filepath.Split(*to)
