@@ -57,8 +57,11 @@ func (l *Secondary) gone() int64 {
 		return math.MaxInt64
 	}
 	limit := l.cfg.timeout
-	if l.hostLives && l.exited == 0 {
-		limit = l.cfg.Rejoin // its daemon is started again, its QEMU runs
+	if l.hostLives && l.exited == 0 { // its QEMU runs
+		if l.sick {
+			return math.MaxInt64 // this guest cannot go on: that one can, when its daemon is started again
+		}
+		limit = l.cfg.Rejoin
 	}
 	return max(l.received, l.echoed) + limit
 }

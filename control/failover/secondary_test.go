@@ -124,6 +124,30 @@ func TestHangingWinner(t *testing.T) {
 	}
 }
 
+// A secondary whose guest cannot go on does not take over from a primary of which only the daemon is gone. It does
+// when its guest goes on, or when the primary's QEMU, or its host, is gone too.
+func TestSickSecondaryWaits(t *testing.T) {
+	const ms = int64(time.Millisecond)
+	for name, c := range map[string]struct {
+		lost Event
+		then Kind
+		want SecondaryState
+	}{
+		"its daemon is gone":     {Event{Kind: EvLinkDown, OK: true}, EvTick, SecondaryPair},
+		"the guest is well":      {Event{Kind: EvLinkDown, OK: true}, EvGuestHealthy, SecondaryClaim},
+		"its QEMU is gone, too":  {Event{Kind: EvLinkDown, OK: true}, EvCOLOExit, SecondaryClaim},
+		"nothing of it is heard": {Event{Kind: EvLinkDown}, EvTick, SecondaryClaim},
+	} {
+		l := NewSecondary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, true, 0)
+		l.Step(1*ms, Event{Kind: EvLinkUp, Term: 7})
+		l.Step(10*ms, c.lost)
+		l.Step(20*ms, Event{Kind: EvGuestFailed})
+		if l.Step(4000*ms, Event{Kind: c.then}); l.State() != c.want {
+			t.Errorf("%s: state %d, want %d", name, l.State(), c.want)
+		}
+	}
+}
+
 // A QEMU that stands still may have a checkpoint that it has not loaded yet. It is ordered to take
 // over once it answers and has had time to show that, or when it has not answered for long.
 func TestSlowLoad(t *testing.T) {
