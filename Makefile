@@ -18,8 +18,9 @@ PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev \
 	lintian man-db rpm systemd \
 	gcc libc6-dev
 
-# What the soak needs besides: of a Debian that is a guest, and of two hosts that are a cluster.
-SOAK_PACKAGES := mmdebstrap postgresql-client e2fsprogs pacemaker pacemaker-cli-utils corosync
+# What the soak needs besides: of a Debian that is a guest, of two hosts that are a cluster, and of domains.
+SOAK_PACKAGES := mmdebstrap postgresql-client e2fsprogs pacemaker pacemaker-cli-utils corosync \
+	libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 
 # Committed output of bpf2go, and the C it comes from.
 GENERATED = $(shell git ls-files '*_bpfel.go' '*_bpfel.o')

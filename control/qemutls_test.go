@@ -68,7 +68,7 @@ func TestQEMURefusesCertificate(t *testing.T) {
 	p.opt.Failover.again = backoff{first: 20 * time.Millisecond, last: 20 * time.Millisecond}
 	pair.Primary.SetCOLO("none")
 	pair.Primary.SetReply("query-migrate", `"return": {"status": "none"}`)
-	pair.Secondary.SetCOLO("none")
+	pair.Secondary.SetCOLO(qmptest.Incoming)
 	pair.Secondary.SetReply("migrate-incoming", `"return": {}`)
 	const expired = `"error": {"class": "GenericError", "desc": "The certificate has expired"}`
 	for _, q := range []*qmptest.Server{pair.Primary, pair.Secondary} {

@@ -212,6 +212,11 @@ func (re *replicator) prepare() {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
+		if fo.Begin.Anew { // an SVM that follows on is of no use
+			if err := qemu.Waits(m); err != nil {
+				return err
+			}
+		}
 		return qemu.PrepareSecondary(ctx, m, caps, fo.Disks, fo.Own)
 	}, func(err error) {
 		if re.preparing = false; err == nil {

@@ -59,7 +59,7 @@ func failedTries(t *testing.T, mutation bool) (pair *qmptest.Pair, p, s *side, w
 	p.opt.Failover.again = backoff{first: 100 * time.Millisecond, last: 400 * time.Millisecond}
 	p.opt.Failover.triesAtOnce = mutation
 	pair.Primary.SetCOLO("none")
-	pair.Secondary.SetCOLO("none")
+	pair.Secondary.SetCOLO(qmptest.Incoming)
 	pair.Primary.SetReply("query-migrate", `"return": {"status": "none"}`)
 	pair.Primary.SetReply("migrate-set-capabilities", `"return": {}`)
 	pair.Primary.SetReply("migrate", `"error": {"class": "GenericError", "desc": "no room at the other host"}`)
@@ -147,4 +147,19 @@ func TestTriesForget(t *testing.T) {
 	if wait := time.Until(tr.due); tr.failed != 1 || wait > time.Second {
 		t.Errorf("%d failed, and the next is due in %v", tr.failed, wait)
 	}
+}
+
+// TestGivenUpSVM: an SVM that was given up, and that lockstep cannot end because somebody else started it, is not offered to
+// the primary again, which would copy memory and disks for nothing. status says so, until another QEMU waits.
+func TestGivenUpSVM(t *testing.T) {
+	pair := newPair(t)
+	p, s, _ := lives(t, pair)
+	s.opt.Failover.Begin.Anew = true
+	p.start()
+	s.start()
+	s.await("what is to be done", func(st api.Status) bool {
+		return !st.Peer.Connected && strings.Contains(st.Peer.Error, "it waits for no primary") && strings.Contains(st.Peer.Error, "end it")
+	})
+	pair.Secondary.SetCOLO(qmptest.Incoming)
+	s.await("the session", func(st api.Status) bool { return st.Peer.Connected })
 }

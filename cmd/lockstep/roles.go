@@ -165,6 +165,7 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 		found, st.Covered = datapath.Pinned{}, 0
 	}
 	b, err := failover.Decide(o.role, self, other, st, rec, found)
+	b.Anew = rs.discard
 	if err == nil {
 		err = b.Meets(running)
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"path/filepath"
+	"strings"
 
 	"github.com/goccy/go-yaml/ast"
 )
@@ -65,9 +67,21 @@ func (r *reader) nodes(v value, c *Config) {
 		r.mapping(kv.val, []field{
 			{"control", "the daemons talk to each other there", r.addrPort(&n.Control)},
 			{"nics", "it lists the guest's taps", func(v value) { r.nics(v, &n.NICs) }},
-			{"qmp", "", r.socket(&n.QMP)},
+			{"qmp", "", monitor(r, &n.QMP)},
 			{"guest_agent", "", r.socket(&n.GuestAgent)},
 		})
+	}
+}
+
+// monitor refuses libvirt's monitor of a domain, on which QEMU serves libvirt alone.
+func monitor(r *reader, to *string) func(value) {
+	return func(v value) {
+		r.socket(to)(v)
+		dir, file := filepath.Split(*to)
+		own := file == "monitor.sock" && strings.HasPrefix(filepath.Base(dir), "domain-")
+		if own || strings.HasPrefix(v.node.String(), "libvirt:") || strings.HasPrefix(v.node.String(), `"libvirt:`) {
+			r.refuse(v.pos, "libvirt's connection to a domain is libvirt's alone, and is lost while libvirtd restarts", "give the domain a second monitor, and name its socket: docs/LIBVIRT.md")
+		}
 	}
 }
 

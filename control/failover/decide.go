@@ -19,6 +19,9 @@ type Begin struct {
 	// one.
 	Discard bool
 	Record  arbiter.Entry // the pair's
+	// Anew: this daemon has given up the SVM that it found or had. lockstep ends its own; one that somebody else
+	// started has to be replaced by him.
+	Anew bool
 
 	primary  PrimaryState
 	covered  bool

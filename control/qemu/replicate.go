@@ -61,6 +61,9 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 	if mode, err := m.COLO(); err != nil || mode == "secondary" {
 		return err
 	}
+	if err := Waits(m); err != nil {
+		return err
+	}
 	// QEMU 8.1 and later need it on the secondary too, and 7.2 allows it.
 	if err := setCOLO(m, true); err != nil {
 		return err
@@ -102,6 +105,19 @@ func PrepareSecondary(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Di
 		}
 	}
 	return nil
+}
+
+// Waits returns an error unless QEMU waits for a primary, and has not followed one yet.
+func Waits(m *qmp.Monitor) error {
+	_, state, err := m.Status()
+	if err != nil {
+		return err
+	}
+	mode, err := m.COLO()
+	if err == nil && (state != "inmigrate" || mode != "none") {
+		err = fmt.Errorf("it waits for no primary, its guest is %s: end it, and start one with -incoming defer", state)
+	}
+	return err
 }
 
 // listen has a QEMU wait for a migration that was started with -incoming defer. One that

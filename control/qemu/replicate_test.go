@@ -18,6 +18,37 @@ import (
 	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
+// A QEMU that waits for no primary is not made a secondary, and its images are not exported: with one that somebody else
+// starts, a former primary's may be there still.
+func TestPrepareRefuses(t *testing.T) {
+	for name, clear := range map[string]bool{"TLS": false, "in the clear": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorldIn(t, 1, func(w *world) { w.clear = clear })
+			a := w.start("a", false)
+			refused := func(state string) {
+				t.Helper()
+				err := qemu.PrepareSecondary(t.Context(), a.m, a.caps, a.spec.Disks, *w.incoming("a"))
+				if err == nil || !strings.Contains(err.Error(), "waits for no primary") || !strings.Contains(err.Error(), state) {
+					t.Errorf("a guest that is %s: %v", state, err)
+				}
+				var exports []any
+				if err := a.m.Execute("query-block-exports", nil, &exports); err != nil || len(exports) > 0 {
+					t.Errorf("a guest that is %s: exports %v, %v", state, exports, err)
+				}
+			}
+			refused("prelaunch")
+			b := a.replicate("b", qemu.Options{})
+			if err := qemu.Waits(b.m); err == nil {
+				t.Error("a secondary that follows its primary waits for another")
+			}
+			refused("running")
+			b.kill()
+			a.takeOver()
+			refused("running")
+		})
+	}
+}
+
 // Whatever goes wrong before COLO is on, the guest goes on alone, nothing is left of the
 // try, and the next one succeeds.
 func TestReplicateFails(t *testing.T) {

@@ -225,13 +225,20 @@ func (s *Server) answer(c *session, r Request) []byte {
 	}
 	switch r.Execute {
 	case "query-status":
-		status := "paused"
-		if s.running {
+		status, running := "paused", s.running
+		switch {
+		case s.mode == Incoming:
+			status, running = "inmigrate", false
+		case running:
 			status = "running"
 		}
-		return ok(fmt.Sprintf(`{"status": "%s", "singlestep": false, "running": %t}`, status, s.running))
+		return ok(fmt.Sprintf(`{"status": "%s", "singlestep": false, "running": %t}`, status, running))
 	case "query-colo-status":
-		return ok(fmt.Sprintf(`{"mode": "%s", "last-mode": "none", "reason": "none"}`, s.mode))
+		mode := s.mode
+		if mode == Incoming {
+			mode = "none"
+		}
+		return ok(fmt.Sprintf(`{"mode": "%s", "last-mode": "none", "reason": "none"}`, mode))
 	case "query-commands":
 		return ok(`[{"name": "x-colo-lost-heartbeat"}, {"name": "query-colo-status"}, {"name": "yank"}, {"name": "x-blockdev-change"}]`)
 	case "query-migrate-capabilities":
@@ -307,7 +314,10 @@ func (s *Server) SetReply(command, reply string) {
 	}
 }
 
-// SetCOLO sets the mode that query-colo-status returns.
+// Incoming is the mode of a QEMU that waits for a primary.
+const Incoming = "incoming"
+
+// SetCOLO sets the mode that query-colo-status returns, or [Incoming].
 func (s *Server) SetCOLO(mode string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
