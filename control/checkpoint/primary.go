@@ -41,6 +41,7 @@ type Primary struct {
 	lastDone  int64
 	period    int64
 	pauses    pauses
+	periodic  periodic
 
 	stage     pStage
 	cause     string // of the attempt
@@ -70,7 +71,7 @@ func (c *Primary) State() (word, detail string) {
 	switch {
 	case !c.started:
 		return "start", c.doubt
-	case c.stage != pIdle || c.frozen:
+	case c.stage != pIdle || c.frozen && !(c.periodic.on && c.doubt == ""):
 		return "checkpointing", c.doubt
 	}
 	return "replicating", ""
@@ -84,7 +85,9 @@ func (c *Primary) NextDeadline() int64 {
 	switch {
 	case !c.able():
 	case c.wanted:
-		return c.notBefore
+		return max(c.notBefore, c.rested())
+	case c.periodic.on:
+		return c.epochEnds()
 	case c.period > 0:
 		return max(c.notBefore, c.lastDone+c.period)
 	}
@@ -105,8 +108,17 @@ func (c *Primary) event(ev Event) {
 	current := c.stage != pIdle && ev.Epoch == c.last
 	switch ev.Kind {
 	case EvWant:
-		// Before QEMU is asked, the attempt under way serves.
-		if c.cfg.QMP && c.paired && c.stage != pPrepare {
+		switch {
+		case !c.cfg.QMP || !c.paired:
+		case ev.Diverged && c.periodic.on: // it leaves at the epoch's end
+		case c.stage == pPrepare: // before QEMU is asked, the attempt under way serves
+			c.periodic.attempt = c.periodic.attempt || ev.Diverged
+		default:
+			c.periodic.wanted = c.periodic.wanted || ev.Diverged
+			c.want(ev.Cause)
+		}
+	case EvFull:
+		if c.periodic.on && c.stage == pIdle {
 			c.want(ev.Cause)
 		}
 	case EvInside:
@@ -132,6 +144,7 @@ func (c *Primary) event(ev Event) {
 			*c = Primary{
 				cfg: c.cfg, period: c.cfg.Period, out: c.out, now: c.now, last: c.last, committed: c.committed,
 				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped, unasked: c.unasked,
+				periodic: periodic{begun: c.periodic.begun},
 			}
 			break
 		}
@@ -145,6 +158,7 @@ func (c *Primary) event(ev Event) {
 		c.resolve()
 	case EvQMPDown:
 		c.qmp, c.asking = false, false
+		c.endPeriodic()
 		if c.started {
 			// A STOP may pass unseen from now on (R15).
 			c.suspect("no QMP connection")
@@ -251,6 +265,7 @@ func (c *Primary) resumed(ev Event) {
 
 func (c *Primary) unlinked() {
 	c.link, c.handshake = false, false
+	c.endPeriodic()
 	if c.stage >= pAsk {
 		// S may have stopped and could not report it.
 		c.suspect("control link lost during a checkpoint")
@@ -294,6 +309,8 @@ func (c *Primary) give(cause string, unasked bool) {
 		c.emit(Effect{Op: OpAbort, Epoch: c.last, Cause: cause, Unasked: unasked})
 	}
 	c.stage = pIdle
+	c.endPeriodic()
+	c.periodic.wanted, c.periodic.attempt = c.periodic.wanted || c.periodic.attempt, false
 	c.want(c.cause)
 	retry := max(c.cfg.MinInterval, int64(10*time.Millisecond)) << min(c.failures, 10)
 	c.failures++
@@ -339,10 +356,15 @@ func (c *Primary) advance() {
 		c.emit(Effect{Op: OpOpen})
 	}
 	if c.stage == pIdle && c.able() {
-		if c.period > 0 && c.now >= c.lastDone+c.period {
+		switch {
+		case c.periodic.on:
+			if c.now >= c.epochEnds() {
+				c.want(CausePeriodic)
+			}
+		case c.period > 0 && c.now >= c.lastDone+c.period:
 			c.want(CausePeriod)
 		}
-		if c.wanted && c.now >= c.notBefore {
+		if c.wanted && c.now >= max(c.notBefore, c.rested()) {
 			c.begin()
 		}
 	}
@@ -353,6 +375,7 @@ func (c *Primary) begin() {
 	c.last++
 	c.stage, c.began, c.deadline = pPrepare, c.now, c.now+c.cfg.Ready
 	c.cause, c.wanted, c.why = c.why, false, ""
+	c.periodic.wanted, c.periodic.attempt = false, c.periodic.wanted
 	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
 	c.sStopped, c.sResumed, c.inCOLO, c.agreed = false, false, false, false
@@ -362,7 +385,7 @@ func (c *Primary) begin() {
 
 // settle makes the cores' freeze what it has to be.
 func (c *Primary) settle() {
-	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "")
+	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "" || c.periodic.on)
 	if frozen == c.frozen {
 		return
 	}
@@ -387,10 +410,13 @@ func (c *Primary) commit() {
 		c.want("the clock was set during a checkpoint")
 	}
 	c.emit(Effect{Op: OpCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume, Began: c.began, Asked: c.asked})
-	c.adapt(resume - stop)
+	if !c.periodic.on { // what it leads to is the time between two commits, which the mode sets
+		c.adapt(resume - stop)
+	}
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0
 	c.frozen = false
 	c.lastDone = c.now
+	c.judge(resume - stop)
 }
 
 // maxShare: the period that adapt chooses is at least so many times the part of the pause that
