@@ -9,8 +9,6 @@
 //	S: run ── Prepare(k) ──▶ parking ── drained ──▶ parked ── STOP ──▶ stopped ── RESUME ──▶ run
 //	   and from anywhere, on a STOP that nobody asked for: void, until the next Prepare
 //
-// In periodic mode (R28) P is frozen between attempts too, which come at each epoch's end.
-//
 // Every attempt has a number of its own, which is the epoch that begins with it.
 package checkpoint
 
@@ -34,7 +32,7 @@ const (
 
 	EvHandshake   // P: a session is being made
 	EvWant        // P: a checkpoint is needed: Cause, Diverged
-	EvFull        // P: what can be held is half used: in periodic mode the epoch ends
+	EvReleased    // P: with the last commit something left that had waited
 	EvReady       // P: S has parked its input and its tap is empty
 	EvPeerStopped // P: S's QEMU stopped for Epoch; 0: for nothing that was asked
 	EvPeerResumed // P: S's QEMU goes on in Epoch, in COLO state
@@ -125,7 +123,6 @@ type Config struct {
 	noR14, noR15   bool  // mutations: only tests set them
 	noLate         bool  // another: a checkpoint that is loaded after it was given up is not noticed
 	noDoubt        bool  // another: the offsets count at a takeover, though a checkpoint may have been loaded unseen
-	noR28Fails     bool  // another: an attempt that fails does not end periodic mode
 	noR28Share     bool  // another: in periodic mode the guest's pauses do not count
 	FirstEpoch     uint32
 	clockTolerance int64

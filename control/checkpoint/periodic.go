@@ -4,16 +4,17 @@ package checkpoint
 
 import "time"
 
-// Periodic mode (R28) is for guests that differ all the time: comparing stops, and output leaves at a commit
-// at each epoch's end. It begins by itself where checkpoints that divergence asked for come too often, and ends by
-// itself: when comparing is to be tried again, and where checkpoints are not to be had.
+// Periodic mode (R28) is for guests that differ all the time: a checkpoint is made at each epoch's end, and differences ask
+// for none. It begins by itself where they have asked too often, and ends by itself: when nothing waits any more, when it is
+// to be tried without, and where checkpoints are not to be had. What may leave, and when, is as without it.
 
 // CausePeriodic is the cause of an attempt that ends an epoch of periodic mode.
 const CausePeriodic = "periodic mode"
 
 const (
 	judged     = int64(20 * time.Second) // the rate is judged over so long, or for as long as enough divergences take
-	trial      = int64(time.Minute)      // so soon behind a try to compare, the mode was left in vain if the guest goes on as before
+	idle       = int64(5 * time.Second)  // it ends when for so long nothing has waited for a commit
+	trial      = int64(time.Minute)      // so soon behind its end it was left in vain, if the guests go on as before
 	trialShare = 4                       // then this part of what is judged otherwise is enough
 	runShare   = 2                       // the guest runs for at least so many times its pause between two commits
 )
@@ -21,13 +22,15 @@ const (
 // periodic is the mode, and what leads to it.
 type periodic struct {
 	on           bool
-	since, until int64 // when it began, and when comparing is tried again
+	since, until int64 // when it began, and when it is tried without
+	busy         int64 // when a commit last had something leave that waited
 	begun        int   // how often it has
 
 	wanted, attempt bool    // divergence wants the next attempt, wanted the one under way
+	hurry           bool    // what wants the next one is not to wait for the epoch's end
 	at              []int64 // the last commits that divergence asked for, the oldest first
 	lasts           int64   // how long it lasts the next time; 0: as long as at first
-	tried           int64   // when comparing was last tried again; 0: never
+	tried           int64   // when it last ended; 0: never
 	pause           int64   // the guest's, lately
 }
 
@@ -49,7 +52,7 @@ func (c *Primary) judge(pause int64) {
 	switch {
 	case c.cfg.PeriodicAbove == 0:
 	case m.on:
-		if c.now >= m.until {
+		if c.now >= m.until || c.now-m.busy >= idle {
 			m.on, m.tried = false, c.now
 		}
 	case diverged:
@@ -69,29 +72,31 @@ func (c *Primary) beginPeriodic() {
 	} else {
 		m.lasts = c.cfg.PeriodicFirst
 	}
-	m.on, m.since, m.until, m.at, m.wanted = true, c.now, c.now+m.lasts, nil, false
+	m.on, m.since, m.busy, m.until, m.at, m.wanted = true, c.now, c.now, c.now+m.lasts, nil, false
 	m.begun++
 }
 
-// endPeriodic: no checkpoint can be made, or it failed. What both guests send leaves again, as without the mode.
-func (c *Primary) endPeriodic() {
-	if !c.cfg.noR28Fails {
-		c.periodic.on, c.periodic.at = false, nil
+// endPeriodic: no checkpoint can be made, or one failed.
+func (c *Primary) endPeriodic() { c.periodic.on, c.periodic.at = false, nil }
+
+// due is when an attempt that is wanted may begin. In periodic mode it is at the epoch's end, or sooner for what is no
+// divergence, but not before the guest has run for long enough since the last commit. A doubt waits for neither.
+func (c *Primary) due() int64 {
+	m := &c.periodic
+	if !m.on || c.doubt != "" {
+		return c.notBefore
 	}
+	at := c.notBefore
+	if !c.cfg.noR28Share {
+		at = max(at, c.lastDone+runShare*m.pause)
+	}
+	if !m.hurry {
+		at = max(at, c.lastDone+c.cfg.Epoch)
+	}
+	return at
 }
 
-// rested is when the guest has run for long enough since the last commit. A doubt does not wait for that.
-func (c *Primary) rested() int64 {
-	if !c.periodic.on || c.doubt != "" || c.cfg.noR28Share {
-		return 0
-	}
-	return c.lastDone + runShare*c.periodic.pause
-}
-
-// epochEnds is when the next attempt of periodic mode is due.
-func (c *Primary) epochEnds() int64 { return max(c.notBefore, c.rested(), c.lastDone+c.cfg.Epoch) }
-
-// Periodic reports whether periodic mode is on, since when, until when comparing is not tried, and how often it began.
+// Periodic reports whether periodic mode is on, since when, until when at most, and how often it began.
 func (c *Primary) Periodic() (on bool, since, until int64, begun int) {
 	m := &c.periodic
 	return m.on, m.since, m.until, m.begun

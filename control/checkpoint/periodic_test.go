@@ -86,6 +86,9 @@ func (g *guests) effect(fx Effect) {
 		g.step(Event{Kind: EvCOLO, Epoch: k, OK: true})
 	case OpCommit:
 		g.commits++
+		if g.asked {
+			g.step(Event{Kind: EvReleased})
+		}
 		g.frozen, g.asked = false, false
 	}
 }
@@ -209,37 +212,48 @@ func TestPeriodicShare(t *testing.T) {
 	}
 }
 
-// TestPeriodicFails: where no checkpoint can be made the mode is over, and what the guests agree on leaves.
+// TestPeriodicFails: where no checkpoint can be made the mode is over, and what differed meanwhile goes on asking for one.
 func TestPeriodicFails(t *testing.T) {
-	leaves := func(mutation string, trouble func(*guests)) bool {
-		g := newGuests(mutation, 45)
+	for name, trouble := range map[string]func(*guests){
+		"checkpoints fail":    func(g *guests) { g.broken = true; g.run(time.Second); g.broken = false },
+		"the link breaks":     func(g *guests) { g.step(Event{Kind: EvLinkDown}); g.step(Event{Kind: EvLinkUp, OK: true}) },
+		"the monitor is lost": func(g *guests) { g.step(Event{Kind: EvQMPDown}); g.step(Event{Kind: EvQMPUp, OK: true}) },
+	} {
+		g := newGuests("", 45)
 		g.differs(time.Millisecond)
-		for len(g.began) == 0 {
+		for len(g.began) == 0 && g.now < int64(time.Minute) {
 			g.run(time.Millisecond)
 		}
+		g.run(10 * time.Millisecond) // something differs, and waits
 		g.differ = 0
+		before := g.commits
 		trouble(g)
-		g.run(600 * time.Millisecond)
-		for range 1000 {
-			if g.run(time.Millisecond); !g.frozen {
-				return true
-			}
+		if on, _, _, _ := g.p.Periodic(); on {
+			t.Errorf("%s: the mode is on", name)
 		}
-		return false
-	}
-	for name, trouble := range map[string]func(*guests){
-		"checkpoints fail": func(g *guests) { g.broken = true },
-		"the link breaks":  func(g *guests) { g.step(Event{Kind: EvLinkDown}) },
-	} {
-		if !leaves("", trouble) {
-			t.Errorf("%s: all is held", name)
+		if g.run(time.Second); g.frozen || g.commits == before {
+			t.Errorf("%s: frozen %t, %d commits", name, g.frozen, g.commits-before)
+		}
+		before = g.commits
+		if g.run(time.Minute); g.commits > before {
+			t.Errorf("%s: %d commits of guests that agree", name, g.commits-before)
 		}
 	}
-	if leaves("R28 fails", func(g *guests) { g.broken = true }) {
-		t.Error("the mutation of R28 changes nothing")
+}
+
+// TestPeriodicIdle: it ends soon where nothing waits for a commit.
+func TestPeriodicIdle(t *testing.T) {
+	g := newGuests("", 45)
+	g.differs(time.Millisecond)
+	for len(g.began) == 0 && g.now < int64(time.Minute) {
+		g.run(time.Millisecond)
 	}
-	// A doubt goes on being one.
-	if leaves("", func(g *guests) { g.step(Event{Kind: EvQMPDown}) }) {
-		t.Error("the monitor is lost, and something leaves")
+	g.run(20 * time.Second)
+	if len(g.ended) > 0 {
+		t.Errorf("it ended after %v, and the guests differ", time.Duration(g.ended[0]-g.began[0]))
+	}
+	g.differ = 0
+	if g.run(6 * time.Second); len(g.ended) != 1 {
+		t.Error("nothing has waited for 6 s, and the mode is on")
 	}
 }

@@ -71,7 +71,7 @@ func (c *Primary) State() (word, detail string) {
 	switch {
 	case !c.started:
 		return "start", c.doubt
-	case c.stage != pIdle || c.frozen && !(c.periodic.on && c.doubt == ""):
+	case c.stage != pIdle || c.frozen:
 		return "checkpointing", c.doubt
 	}
 	return "replicating", ""
@@ -84,10 +84,8 @@ func (c *Primary) NextDeadline() int64 {
 	}
 	switch {
 	case !c.able():
-	case c.wanted:
-		return max(c.notBefore, c.rested())
-	case c.periodic.on:
-		return c.epochEnds()
+	case c.wanted, c.periodic.on:
+		return c.due()
 	case c.period > 0:
 		return max(c.notBefore, c.lastDone+c.period)
 	}
@@ -110,17 +108,16 @@ func (c *Primary) event(ev Event) {
 	case EvWant:
 		switch {
 		case !c.cfg.QMP || !c.paired:
-		case ev.Diverged && c.periodic.on: // it leaves at the epoch's end
+		case ev.Diverged && c.periodic.on && c.stage != pPrepare:
+			c.want(CausePeriodic) // at the epoch's end
 		case c.stage == pPrepare: // before QEMU is asked, the attempt under way serves
 			c.periodic.attempt = c.periodic.attempt || ev.Diverged
 		default:
 			c.periodic.wanted = c.periodic.wanted || ev.Diverged
 			c.want(ev.Cause)
 		}
-	case EvFull:
-		if c.periodic.on && c.stage == pIdle {
-			c.want(ev.Cause)
-		}
+	case EvReleased:
+		c.periodic.busy = c.now
 	case EvInside:
 		// R14: the epoch is suspect.
 		if !c.cfg.noR14 {
@@ -277,9 +274,10 @@ func (c *Primary) unlinked() {
 
 // want asks for an attempt as soon as one can begin.
 func (c *Primary) want(why string) {
-	if !c.wanted {
+	if !c.wanted || c.why == CausePeriodic {
 		c.wanted, c.why = true, why
 	}
+	c.periodic.hurry = c.periodic.hurry || why != CausePeriodic
 }
 
 // resolve asks for the attempt that ends a doubt, if there is one.
@@ -357,14 +355,12 @@ func (c *Primary) advance() {
 	}
 	if c.stage == pIdle && c.able() {
 		switch {
-		case c.periodic.on:
-			if c.now >= c.epochEnds() {
-				c.want(CausePeriodic)
-			}
+		case c.periodic.on && c.now >= c.due():
+			c.want(CausePeriodic)
 		case c.period > 0 && c.now >= c.lastDone+c.period:
 			c.want(CausePeriod)
 		}
-		if c.wanted && c.now >= max(c.notBefore, c.rested()) {
+		if c.wanted && c.now >= c.due() {
 			c.begin()
 		}
 	}
@@ -375,7 +371,7 @@ func (c *Primary) begin() {
 	c.last++
 	c.stage, c.began, c.deadline = pPrepare, c.now, c.now+c.cfg.Ready
 	c.cause, c.wanted, c.why = c.why, false, ""
-	c.periodic.wanted, c.periodic.attempt = false, c.periodic.wanted
+	c.periodic.wanted, c.periodic.attempt, c.periodic.hurry = false, c.periodic.wanted, false
 	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
 	c.sStopped, c.sResumed, c.inCOLO, c.agreed = false, false, false, false
@@ -385,7 +381,7 @@ func (c *Primary) begin() {
 
 // settle makes the cores' freeze what it has to be.
 func (c *Primary) settle() {
-	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "" || c.periodic.on)
+	frozen := c.paired && (!c.started || c.handshake || c.stage != pIdle || c.doubt != "")
 	if frozen == c.frozen {
 		return
 	}

@@ -15,10 +15,8 @@ func (m *model) quiet() {
 	if m.flight == 0 && m.link && m.s.link && m.p.link && m.s.void && !m.frozen {
 		m.failf("matching although S is void")
 	}
-	if on := m.p.periodic.on; on && m.p.stage == pIdle && !m.p.able() && m.p.doubt == "" {
+	if m.p.periodic.on && m.p.stage == pIdle && !m.p.able() && m.p.doubt == "" {
 		m.failf("periodic mode, and no checkpoint is to be had")
-	} else if on && !m.frozen {
-		m.failf("matching in periodic mode")
 	}
 	if !m.frozen && m.p.started && !m.p.qmp {
 		m.failf("matching without QMP")
@@ -62,7 +60,7 @@ func (m *model) fault() {
 	case 7:
 		m.stepP(Event{Kind: EvInside, Epoch: m.p.last})
 	case 8:
-		m.stepP(Event{Kind: EvFull})
+		m.stepP(Event{Kind: EvReleased})
 	default:
 		m.stepP(Event{Kind: EvWant, Diverged: m.rng.IntN(2) == 0})
 	}

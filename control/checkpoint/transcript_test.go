@@ -15,7 +15,7 @@ var kindNames = map[Kind]string{
 	EvTick: "tick", EvQMPUp: "qmp-up", EvQMPDown: "qmp-down", EvStop: "stop", EvResume: "resume", EvCOLO: "colo",
 	EvLinkUp: "link-up", EvLinkDown: "link-down", EvHandshake: "handshake", EvWant: "want", EvReady: "ready",
 	EvPeerStopped: "peer-stopped", EvPeerResumed: "peer-resumed", EvPeerAbort: "peer-abort", EvAsked: "asked",
-	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained", EvOff: "off", EvFull: "full",
+	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained", EvOff: "off", EvReleased: "released",
 }
 
 var opNames = map[Op]string{
@@ -146,9 +146,6 @@ func transcriptLine(t *testing.T, out *strings.Builder, m machine, kinds map[str
 		t.Fatalf("unknown event in %q", line)
 	}
 	ev := Event{Kind: kind, OK: !refused, Cause: strings.Trim(refusal, `"`), At: now}
-	if kind == EvFull {
-		ev.Cause = "slots fill up"
-	}
 	for _, arg := range f[2:] {
 		k, v, _ := strings.Cut(arg, "=")
 		switch k {
