@@ -437,7 +437,8 @@ struct ls_cli {
 	X(fast_passed, "PVM frame passed by the kernel: the SVM's record had come") \
 	X(fast_out, "PVM frame sent by the kernel: the SVM's record came") \
 	X(fast_in, "record taken in by the kernel") \
-	X(fast_dgram, "datagram among fast_passed and fast_out")
+	X(fast_dgram, "datagram among fast_passed and fast_out") \
+	X(in_doubt, "frame dropped after a takeover: nobody knows in whose numbers it is (R22)")
 
 enum ls_reason {
 #define LS_X(name, text) LS_R_##name,

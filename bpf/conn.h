@@ -260,17 +260,21 @@ static __always_inline __u32 distance(__u32 d)
 /*
  * Decides on a connection in doubt by a segment of the guest. What it sends lies near what
  * the remote has acknowledged: translated, or, after a checkpoint of which nobody knows,
- * as it is.
+ * as it is. Returns whether it is clear which of them.
  */
-static __always_inline void conn_settle(struct ls_conn *c, const struct ls_pkt *p)
+static __always_inline int conn_settle(struct ls_conn *c, const struct ls_pkt *p)
 {
 	__u32 at = p->seq - c->cli_ack;
+	__u32 as_is = distance(at), translated = distance(at - c->off);
 
-	if (distance(at) < distance(at - c->off)) {
+	if (c->off && as_is > translated / 4 && translated > as_is / 4)
+		return 0;
+	if (as_is < translated) {
 		c->off = 0;
 		c->ts_off = 0;
 	}
 	__sync_fetch_and_and(&c->state, ~(__u32)LS_CONN_DOUBT);
+	return 1;
 }
 
 /* The edge of a connection, on a host that took over; NULL: there is none. */
@@ -319,7 +323,8 @@ static __always_inline __u32 guard_of(const struct ls_conn *c)
 /*
  * Translates the guest's frame in sc->p to the numbers that the remote knows, by c and
  * by the edge after it (NULL: none). retx: the frame is a copy that user space
- * retransmits; it has the PVM's numbers already and only needs c's guard.
+ * retransmits; it has the PVM's numbers already and only needs c's guard. Returns 1 if the frame
+ * may not leave, as nobody knows in which numbers it is, and -1 if it could not be changed.
  */
 static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, struct ls_conn *c,
 				 const struct ls_conn *edge, int retx)
@@ -327,8 +332,8 @@ static __always_inline int leave(struct __sk_buff *skb, struct ls_scratch *sc, s
 	struct ls_delta d = {};
 
 	conn_touch(c, &sc->p, 1, 0, bpf_ktime_get_boot_ns());
-	if (c->state & LS_CONN_DOUBT && !retx)
-		conn_settle(c, &sc->p);
+	if (c->state & LS_CONN_DOUBT && !retx && !conn_settle(c, &sc->p))
+		return 1;
 	d.tsval = guard_of(c);
 	if (!retx) {
 		d.seq = -c->off;

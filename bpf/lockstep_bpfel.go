@@ -531,7 +531,8 @@ const (
 	LockstepLsReasonLS_R_fastOut       LockstepLsReason = 48
 	LockstepLsReasonLS_R_fastIn        LockstepLsReason = 49
 	LockstepLsReasonLS_R_fastDgram     LockstepLsReason = 50
-	LockstepLsReasonLS_R_MAX           LockstepLsReason = 51
+	LockstepLsReasonLS_R_inDoubt       LockstepLsReason = 51
+	LockstepLsReasonLS_R_MAX           LockstepLsReason = 52
 )
 
 type LockstepLsRec struct {

@@ -84,10 +84,13 @@ static __always_inline int pri_announce(struct __sk_buff *skb, struct ls_scratch
 static __always_inline int pri_leave(struct __sk_buff *skb, struct ls_scratch *sc,
 				     const struct ls_conf *conf, enum ls_reason reason)
 {
+	int bad;
+
 	if (!lease_valid(conf))
 		return count(LS_R_muted, skb, TCX_DROP);
-	if (has_edges(conf) && edge_out(skb, sc, conf))
-		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	bad = has_edges(conf) ? edge_out(skb, sc, conf) : 0;
+	if (bad)
+		return count(bad > 0 ? LS_R_in_doubt : LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(reason, skb, TCX_NEXT);
 }
 

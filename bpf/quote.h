@@ -242,7 +242,8 @@ static __always_inline int quote_leave(struct __sk_buff *skb, struct ls_scratch 
 	return quote_move(skb, sc, &d);
 }
 
-/* Translates a frame of P's guest as it leaves the host (R22). Not inlined: it has several callers.
+/* Translates a frame of P's guest as it leaves the host (R22), and returns what leave() does. Not
+ * inlined: it has several callers.
  */
 static __noinline int edge_out(struct __sk_buff *skb, struct ls_scratch *sc,
 			       const struct ls_conf *conf)

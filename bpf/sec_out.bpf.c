@@ -234,7 +234,7 @@ static __always_inline int sec_quote_solo(struct __sk_buff *skb, struct ls_scrat
 static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc,
 				    const struct ls_conf *conf)
 {
-	int retx = skb->mark == ls_mark_rel;
+	int retx = skb->mark == ls_mark_rel, bad = 0;
 	struct ls_conn *conn = NULL;
 
 	if (!lease_valid(conf))
@@ -257,8 +257,10 @@ static __always_inline int sec_solo(struct __sk_buff *skb, struct ls_scratch *sc
 		bpf_map_delete_elem(&ls_edge, &sc->p.t);
 		conn = NULL;
 	}
-	if (conn && leave(skb, sc, conn, edge_of(conf, &sc->p.t), retx))
-		return count(LS_R_rewrite_failed, skb, TCX_DROP);
+	if (conn)
+		bad = leave(skb, sc, conn, edge_of(conf, &sc->p.t), retx);
+	if (bad)
+		return count(bad > 0 ? LS_R_in_doubt : LS_R_rewrite_failed, skb, TCX_DROP);
 	return count(retx ? LS_R_released_out : LS_R_passed, skb, TCX_NEXT);
 }
 

@@ -152,21 +152,26 @@ func (c *conn) matchRST() bool {
 	}
 	// The remote believes a RST only at the very position it expects (RFC 5961).
 	c.releaseRST(c.pvmSeen && r.same)
-	c.held.clear(ReasonReset)
-	return true
+	if c.rstSent || !c.pvmSeen {
+		c.held.clear(ReasonReset)
+		return true
+	}
+	c.svmRST = svmReset{}
+	return false
 }
 
 // releaseRST sends the RST held. atEnd: from the highest position released, if it is at
 // the end of what the PVM has transmitted. One from elsewhere answers a segment that was
-// none of the connection's, and the remote must not believe it.
+// none of the connection's: the remote must not believe it, and the connection goes on.
 func (c *conn) releaseRST(atEnd bool) {
 	h := c.held.takeRST()
 	seq, refuses := h.start, refusesSYN(h.flags, h.start)
-	if atEnd && c.placed && !refuses && !c.sealed && after(seq, c.released) && (!c.pvm.known || !after(seq, c.pvm.next(seq))) {
+	beyond := c.pvm.known && after(seq, c.pvm.next(seq))
+	c.rstSent = c.rstSent || !refuses && !(c.rooted && (beyond || !after(seq, c.inc.isn)))
+	if atEnd && c.placed && !refuses && !c.sealed && after(seq, c.released) && !beyond {
 		seq = c.released
 	}
 	c.sendRST(&h, seq, c.pvmSeen && !refuses)
-	c.rstSent = true
 }
 
 // refusesSYN reports whether a RST answers a SYN that no connection is there for: it is of none, also if one has its ports.

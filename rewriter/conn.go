@@ -76,14 +76,22 @@ func (c Conn) Behind(edge Offset) Conn {
 	return c
 }
 
-// Settle decides on a Doubtful connection by the number of a segment of the guest. What it sends lies near what the remote
-// has acknowledged: translated, or, after a checkpoint of which nobody knows, as it is. Where the two differ by less than
-// what is under way, which happens, since a copied guest chooses its ISNs as the other one does, the choice may be wrong.
-func (c *Conn) Settle(seq uint32) {
-	if at := seq - c.CliAck; distance(at) < distance(at-c.Off) {
+// Settle decides on a Doubtful connection by the number of a segment of the guest, and reports whether it could. What
+// the guest sends lies near what the remote has acknowledged: translated, or, after a checkpoint of which nobody knows,
+// as it is. Where neither is a lot nearer the segment must not leave. That happens with much under way, since a copied
+// guest chooses its ISNs as the other one does; a guest that repeats what was acknowledged as far back as the two
+// numberings differ is taken for the other one.
+func (c *Conn) Settle(seq uint32) bool {
+	at := seq - c.CliAck
+	asIs, translated := distance(at), distance(at-c.Off)
+	if c.Off != 0 && asIs > translated/4 && translated > asIs/4 {
+		return false
+	}
+	if asIs < translated {
 		c.Off, c.TSOff = 0, 0
 	}
 	c.State &^= Doubtful
+	return true
 }
 
 // distance is how far two numbers with the difference d lie apart.

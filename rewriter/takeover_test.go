@@ -81,16 +81,35 @@ func TestSettle(t *testing.T) {
 	for _, acked := range []uint32{5, 0x7ffffff0, 0xfffffff0} {
 		for _, sent := range []uint32{0, 1, 1 << 20, ^uint32(0), 1<<32 - 1<<20} { // behind the ack, modulo 2^32
 			c := Conn{Off: off, TSOff: ts, CliAck: acked, State: Doubtful | Guarded}
-			c.Settle(acked + sent + off)
+			if !c.Settle(acked + sent + off) {
+				t.Errorf("acked %#x, sends %#x behind it: not clear", acked, sent)
+			}
 			if want := (Conn{Off: off, TSOff: ts, CliAck: acked, State: Guarded}); c != want {
 				t.Errorf("acked %#x, the SVM as it was sends %#x behind it: %+v", acked, sent, c)
 			}
 			c.State |= Doubtful
-			c.Settle(acked + sent)
+			if !c.Settle(acked + sent) {
+				t.Errorf("acked %#x, a copy sends %#x behind it: not clear", acked, sent)
+			}
 			if want := (Conn{CliAck: acked, State: Guarded}); c != want {
 				t.Errorf("acked %#x, a copy of the PVM sends %#x behind it: %+v", acked, sent, c)
 			}
 		}
+	}
+}
+
+// Between the two, the segment is no evidence.
+func TestSettleUnclear(t *testing.T) {
+	const off = 1000
+	for at, clear := range map[int32]bool{0: true, 200: true, 201: false, 500: false, 799: false, 800: true, 1000: true, 1333: true, 1334: false, 9000: false, -333: true, -334: false} {
+		c := Conn{Off: off, CliAck: 77, State: Doubtful}
+		was := c
+		if got := c.Settle(77 + uint32(at)); got != clear || !got && c != was {
+			t.Errorf("%d behind the ack: %v, %+v", at, got, c)
+		}
+	}
+	if c := (Conn{State: Doubtful}); !c.Settle(1 << 20) {
+		t.Error("no offset, and in doubt")
 	}
 }
 

@@ -111,7 +111,7 @@ func (w *world) left(h *host, frame []byte) {
 		if !p.syn() {
 			return // the tail of a connection that was before
 		}
-		v = &wire{isn: p.seq, opened: p.ack, end: p.seq, scale: p.scale(), core: w.check.cores}
+		v = &wire{isn: p.seq, opened: p.opens(), end: p.seq, scale: p.scale(), core: w.check.cores}
 		w.check.flows[f] = v
 	}
 	if p.rst() {
@@ -184,6 +184,14 @@ func (w *world) excuses(kind string) bool {
 func (w *world) doubt(d *daemon) {
 	if d.isPrimary() && d.pair.p.State() == failover.PrimaryPair {
 		w.check.doubt = true
+	}
+}
+
+// inDoubt: a frame of a connection does not leave, since nobody knows in whose numbers it is (R22). The connection may end.
+func (w *world) inDoubt(t compare.Tuple) {
+	w.reach("in doubt")
+	for _, a := range w.client.conns {
+		a.lost = a.lost || a.port == t.RemotePort
 	}
 }
 

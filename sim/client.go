@@ -55,7 +55,7 @@ type asking struct {
 	sent  []int64 // when each request was
 	quits bool    // it is about to reset the connection
 	again int     // where it goes on after that; 0: it has not
-	reset int64   // when it has
+	reset int64   // when it has, by the time for which the guest that serves has run
 	script
 }
 
@@ -191,7 +191,7 @@ func (c *client) work(a *asking) {
 		}
 		state := c.stack.State(a.id)
 		if err := c.stack.Err(a.id); err != nil {
-			if a.again > 0 && (w.now-a.reset < stale || errors.Is(err, tcp.ErrRefused)) {
+			if a.again > 0 && (w.now-w.stood-a.reset < stale || errors.Is(err, tcp.ErrRefused)) {
 				c.reopen(a)
 				return
 			}
@@ -283,7 +283,7 @@ func (c *client) quit(a *asking, after int64) bool {
 	}
 	w.reach("connection reset by the client")
 	c.stack.Abort(w.now, a.id)
-	a.again, a.reset, a.quits = a.next+1, w.now, false
+	a.again, a.reset, a.quits = a.next+1, w.now-w.stood, false
 	c.reopen(a)
 	w.after(1*us, c.goOn) // a SYN that waits for data sends nothing that has the client go on
 	return true

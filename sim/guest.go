@@ -306,7 +306,7 @@ func (g *guest) note(p *packet) {
 	if v == nil || p.syn() && v.isn != p.seq {
 		v = &said{isn: p.seq - 1, before: v}
 		if p.syn() {
-			v.isn, v.syn, v.opened, v.scale = p.seq, true, p.ack, p.scale()
+			v.isn, v.syn, v.opened, v.scale = p.seq, true, p.opens(), p.scale()
 		}
 		g.said[f] = v
 	}
@@ -399,6 +399,14 @@ func (p *packet) fin() bool    { return p.flags&1 != 0 }
 func (p *packet) syn() bool    { return p.flags&2 != 0 }
 func (p *packet) rst() bool    { return p.flags&4 != 0 }
 func (p *packet) hasACK() bool { return p.flags&16 != 0 }
+
+// opens is what a SYN|ACK acknowledges, and 0 for a SYN. 1 stands for an acknowledgment of 0.
+func (p *packet) opens() uint32 {
+	if p.hasACK() {
+		return max(p.ack, 1)
+	}
+	return 0
+}
 
 // flow is that of a frame of the guest's.
 func (p *packet) flow() flow { return flow{p.dst, p.dstPort, p.srcPort} }

@@ -66,6 +66,7 @@ func (h *host) newNIC(role datapath.Role) {
 		ToPeer:  func(f []byte) { h.toPeer(f) },
 		Rand:    h.w.rnd(rndKeys),
 		Timer:   h.timer,
+		InDoubt: h.w.inDoubt,
 	}, opts)
 }
 

@@ -22,6 +22,7 @@ type qemu struct {
 	colo    string // "none", "primary", "secondary"
 	another bool   // it has booted a guest after there was one already, and that has not run yet
 	paused  bool   // lockstep's mark: stopped to ask for a checkpoint
+	halted  int64  // when it stopped last
 	unasked bool   // the stop under way is nobody's who asks for a checkpoint
 
 	peer     *qemu // COLO's other end, or the migration's
@@ -191,7 +192,7 @@ func (q *qemu) carryOut(r diskRequest) (value uint32, done bool) {
 	switch {
 	case !r.write:
 		return d.read(r.key), true
-	case q.colo == "secondary" && !q.given:
+	case q.colo == "secondary":
 		if d.broken {
 			q.ioError("local")
 			return 0, false
@@ -247,6 +248,7 @@ func (q *qemu) ioError(which string) {
 func (q *qemu) halt(state string) {
 	if q.state == "running" {
 		q.guest.stop(q.h.clock())
+		q.halted = q.w.now
 		q.emitState("STOP")
 	}
 	q.state = state
@@ -288,6 +290,9 @@ func (q *qemu) resume() {
 		q.w.lost()
 	}
 	q.state = "running"
+	if q.halted > 0 && q.h.id == q.w.check.speaker {
+		q.w.stood += q.w.now - q.halted
+	}
 	q.guest.start(q.h.clock())
 	q.emitState("RESUME")
 	for i := range q.guest.pending {

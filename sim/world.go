@@ -20,6 +20,7 @@ const (
 type world struct {
 	sc       *Scenario
 	now      int64 // ns since the beginning
+	stood    int64 // for so long the guest that serves has stood still
 	queue    queue
 	made     uint64 // events so far
 	attempts int    // checkpoints of COLO's so far

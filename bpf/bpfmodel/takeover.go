@@ -15,8 +15,8 @@ import (
 
 // Alone translates a segment to or from an SVM that has taken over, in place. again: it
 // is a copy that is retransmitted, which has the PVM's numbers already and needs the guard
-// only (R22).
-func (t *Table) Alone(s *Segment, toGuest, again bool, now int64) {
+// only (R22). It reports whether the segment may go on.
+func (t *Table) Alone(s *Segment, toGuest, again bool, now int64) bool {
 	if toGuest {
 		t.strip(s)
 	}
@@ -25,17 +25,19 @@ func (t *Table) Alone(s *Segment, toGuest, again bool, now int64) {
 	if ok && !toGuest && h.Flags()&SYN != 0 && c.ISNSVM != h.Seq() {
 		delete(t.conn, key) // another connection
 		delete(t.edge, key)
-		return
+		return true
 	}
 	if !ok {
-		return
+		return true
 	}
+	goes := true
 	if toGuest {
 		s.enter(&c, t.edgeOf(key), now)
 	} else {
-		s.leave(&c, t.edgeOf(key), again, now)
+		goes = s.leave(&c, t.edgeOf(key), again, now)
 	}
 	t.conn[key] = c
+	return goes
 }
 
 // EdgeIn translates a segment for P's guest, in place, before anything else uses it.
@@ -46,17 +48,19 @@ func (t *Table) EdgeIn(s *Segment, now int64) {
 	}
 }
 
-// EdgeOut translates a segment of P's guest, in place, as it leaves the host.
-func (t *Table) EdgeOut(s *Segment, now int64) {
+// EdgeOut translates a segment of P's guest, in place, as it leaves the host, and reports whether it may.
+func (t *Table) EdgeOut(s *Segment, now int64) (goes bool) {
+	goes = true
 	c, ok := t.edge[s.Tuple]
 	switch {
 	case !ok || t.Unedged:
 	case s.TCP().Flags()&SYN != 0 && c.ISNSVM != s.TCP().Seq():
 		delete(t.edge, s.Tuple) // another connection
 	default:
-		s.leave(&c, rewriter.Offset{}, false, now)
+		goes = s.leave(&c, rewriter.Offset{}, false, now)
 		t.edge[s.Tuple] = c
 	}
+	return goes
 }
 
 // EdgeError does the same for an ICMP error.
@@ -75,12 +79,12 @@ func (t *Table) edgeOf(key Tuple) rewriter.Offset {
 }
 
 // leave translates the guest's segment to the numbers that the remote knows, by c and the
-// edge behind it.
-func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
+// edge behind it. It reports whether it is known in which numbers it is.
+func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) bool {
 	h := s.TCP()
 	note(c, s, true, 0, now)
-	if c.State&rewriter.Doubtful != 0 && !again {
-		c.Settle(h.Seq())
+	if c.State&rewriter.Doubtful != 0 && !again && !c.Settle(h.Seq()) {
+		return false
 	}
 	off := rewriter.Offset{Seq: edge.Seq, TS: edge.TS - c.Guard}
 	if !again {
@@ -91,6 +95,7 @@ func (s *Segment) leave(c *Conn, edge rewriter.Offset, again bool, now int64) {
 		c.TSFirst = max(val-off.TS, 1)
 	}
 	s.toPVM(off)
+	return true
 }
 
 // enter translates the remote's segment to the guest's numbers, likewise. From an echo

@@ -24,6 +24,9 @@ type Host struct {
 	ToPeer  func(frame []byte) // onto the peer link
 	Rand    *rand.Rand         // where the search for a free slot goes on
 
+	// InDoubt is told of each frame that does not leave since nobody knows in whose numbers it is. May be nil.
+	InDoubt func(compare.Tuple)
+
 	// Timer calls f at a boottime. nil: the programs have no timers.
 	Timer func(at int64, f func())
 }

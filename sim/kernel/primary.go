@@ -133,7 +133,10 @@ func (m *machine) priLeave(b []byte, gso uint16, why bpf.LockstepLsReason) {
 	if m.conf.Edges != 0 {
 		switch p := &m.p; p.Parse(b, false) {
 		case bpfmodel.ClassTCP:
-			m.table.EdgeOut(p, m.host.Now())
+			if !m.table.EdgeOut(p, m.host.Now()) {
+				m.inDoubt(p)
+				return
+			}
 		case bpfmodel.ClassDatagram:
 			if m.quote.Find(p, false) {
 				m.table.EdgeError(&m.quote, false)

@@ -226,7 +226,10 @@ func (m *machine) secSolo(b []byte, gso uint16, from mark) {
 	}
 	switch p := &m.p; p.Parse(b, false) {
 	case bpfmodel.ClassTCP:
-		m.table.Alone(p, false, from == released, m.host.Now())
+		if !m.table.Alone(p, false, from == released, m.host.Now()) {
+			m.inDoubt(p)
+			return
+		}
 	case bpfmodel.ClassDatagram:
 		if m.quote.Find(p, false) {
 			m.table.Error(&m.quote, false, true)
@@ -234,6 +237,14 @@ func (m *machine) secSolo(b []byte, gso uint16, from mark) {
 	}
 	m.count(why)
 	m.leave(b, gso)
+}
+
+// inDoubt: the guest's segment does not leave.
+func (m *machine) inDoubt(p *bpfmodel.Segment) {
+	m.count(bpf.LockstepLsReasonLS_R_inDoubt)
+	if m.host.InDoubt != nil {
+		m.host.InDoubt(p.Tuple)
+	}
 }
 
 // gate is bpf/sec_gate.bpf.c: only mirrored frames reach the SVM, until it took over.
