@@ -51,6 +51,9 @@ const (
 // CausePeriod is the cause of an attempt that only the period asked for.
 const CausePeriod = "period"
 
+// CausePeriodic is the cause of an attempt that ends an epoch of periodic mode.
+const CausePeriodic = "periodic mode"
+
 // Event is what happened.
 type Event struct {
 	Kind  Kind

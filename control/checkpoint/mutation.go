@@ -11,8 +11,6 @@ func (c *Config) Mutate(rule string) {
 		c.noR15 = true
 	case "R13 late":
 		c.noLate = true
-	case "R28 share":
-		c.noR28Share = true
 	case "R22 doubt":
 		c.noDoubt = true
 	}

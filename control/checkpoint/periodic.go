@@ -8,9 +8,6 @@ import "time"
 // for none. It begins by itself where they have asked too often, and ends by itself: when nothing waits any more, when it is
 // to be tried without, and where checkpoints are not to be had. What may leave, and when, is as without it.
 
-// CausePeriodic is the cause of an attempt that ends an epoch of periodic mode.
-const CausePeriodic = "periodic mode"
-
 const (
 	judged     = int64(20 * time.Second) // the rate is judged over so long, or for as long as enough divergences take
 	idle       = int64(5 * time.Second)  // it ends when for so long nothing has waited for a commit

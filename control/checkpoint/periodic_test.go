@@ -26,11 +26,13 @@ type guests struct {
 	paused  int64 // in sum
 }
 
-func newGuests(mutation string, above int) *guests {
+func newGuests(above int, mutate ...func(*Config)) *guests {
 	cfg := DefaultConfig()
 	cfg.QMP, cfg.MinInterval = true, int64(20*time.Millisecond)
 	cfg.PeriodicAbove, cfg.Epoch = above, int64(50*time.Millisecond)
-	cfg.Mutate(mutation)
+	for _, f := range mutate {
+		f(&cfg)
+	}
 	g := &guests{p: NewPrimary(cfg), pause: 10 * time.Millisecond}
 	g.step(Event{Kind: EvQMPUp, OK: true})
 	g.step(Event{Kind: EvLinkUp, OK: true})
@@ -133,7 +135,7 @@ func TestPeriodicBegins(t *testing.T) {
 		{name: "fewer than a low threshold", above: 1, differ: 70 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g := newGuests("", c.above)
+			g := newGuests(c.above)
 			g.differs(c.differ)
 			if c.others > 0 {
 				var ask func()
@@ -154,7 +156,7 @@ func TestPeriodicBegins(t *testing.T) {
 // TestPeriodicEnds: comparing is tried again, ever more seldom while that is in vain, and the mode is over when the
 // guests agree.
 func TestPeriodicEnds(t *testing.T) {
-	g := newGuests("", 45)
+	g := newGuests(45)
 	g.differs(time.Second)
 	g.run(25 * time.Minute)
 	for i, want := range []time.Duration{30 * time.Second, time.Minute, 2 * time.Minute, 4 * time.Minute, 5 * time.Minute} {
@@ -185,8 +187,8 @@ func TestPeriodicEnds(t *testing.T) {
 }
 
 // share is how much of the time the guest runs in periodic mode, and how long at a time.
-func share(mutation string, pause time.Duration) (part float64, atOnce time.Duration) {
-	g := newGuests(mutation, 45)
+func share(pause time.Duration, mutate ...func(*Config)) (part float64, atOnce time.Duration) {
+	g := newGuests(45, mutate...)
 	g.differs(time.Millisecond)
 	for len(g.began) == 0 && g.now < int64(time.Minute) {
 		g.run(time.Millisecond)
@@ -203,11 +205,11 @@ func share(mutation string, pause time.Duration) (part float64, atOnce time.Dura
 // epoch's end.
 func TestPeriodicShare(t *testing.T) {
 	for _, pause := range []time.Duration{time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond, 300 * time.Millisecond} {
-		if part, atOnce := share("", pause); part < 0.66 || atOnce < 50*time.Millisecond {
+		if part, atOnce := share(pause); part < 0.66 || atOnce < 50*time.Millisecond {
 			t.Errorf("with pauses of %v the guest has %.2f of the time, at least %v at once", pause, part, atOnce)
 		}
 	}
-	if part, _ := share("R28 share", 100*time.Millisecond); part > 0.5 {
+	if part, _ := share(100*time.Millisecond, func(c *Config) { c.noR28Share = true }); part > 0.5 {
 		t.Errorf("the mutation of R28 leaves the guest %.2f of the time", part)
 	}
 }
@@ -219,7 +221,7 @@ func TestPeriodicFails(t *testing.T) {
 		"the link breaks":     func(g *guests) { g.step(Event{Kind: EvLinkDown}); g.step(Event{Kind: EvLinkUp, OK: true}) },
 		"the monitor is lost": func(g *guests) { g.step(Event{Kind: EvQMPDown}); g.step(Event{Kind: EvQMPUp, OK: true}) },
 	} {
-		g := newGuests("", 45)
+		g := newGuests(45)
 		g.differs(time.Millisecond)
 		for len(g.began) == 0 && g.now < int64(time.Minute) {
 			g.run(time.Millisecond)
@@ -243,7 +245,7 @@ func TestPeriodicFails(t *testing.T) {
 
 // TestPeriodicIdle: it ends soon where nothing waits for a commit.
 func TestPeriodicIdle(t *testing.T) {
-	g := newGuests("", 45)
+	g := newGuests(45)
 	g.differs(time.Millisecond)
 	for len(g.began) == 0 && g.now < int64(time.Minute) {
 		g.run(time.Millisecond)
