@@ -19,11 +19,11 @@ func Generate(seed uint64) *Scenario {
 	return sc
 }
 
-// drawPeriodic has one scenario of four come to periodic mode by few divergences, which any guest has whose clients ask for
+// drawPeriodic has one scenario of five come to periodic mode by few divergences, which any guest has whose clients ask for
 // the time. It has random numbers of its own, too.
 func drawPeriodic(sc *Scenario) {
-	r := rand.New(rand.NewPCG(sc.Seed, 1<<43))
-	if r.IntN(4) > 0 {
+	r := rand.New(rand.NewPCG(sc.Seed, 1<<44))
+	if r.IntN(5) > 0 {
 		return
 	}
 	sc.Periodic, sc.Epoch = 1+r.IntN(3), []int64{10 * ms, 25 * ms, 50 * ms, 200 * ms}[r.IntN(4)]
