@@ -75,13 +75,15 @@ lint: ## gofmt, vet, staticcheck, other analyzers, known vulnerabilities, clang-
 
 # Packages one after the other: many make devices and namespaces, and two cores
 # are all that is counted on.
+# Real pairs and figures one at a time; the rest beside the slowest of it.
 .PHONY: test
 test: deps lint check-generated build race ## everything CI checks
-	$(GO) test -count=1 -p 1 -timeout 40m ./...
+	$(GO) test -count=1 -p 2 -timeout 40m ./control/qemu $$($(GO) list ./... | grep -v -e '/control/qemu$$' -e '/bench$$' -e '/e2e$$')
+	$(GO) test -count=1 -p 1 -timeout 40m ./bench ./cmd/lockstep/e2e
 
 .PHONY: race
 race: ## the race detector over what needs neither guest nor device
-	CGO_ENABLED=1 $(GO) test -race -count=1 -p 1 -timeout 20m $(RACED)
+	CGO_ENABLED=1 $(GO) test -race -count=1 -p 2 -timeout 20m $(RACED)
 
 .PHONY: demo
 demo: deps build ## as root: a real pair, a client that does not notice how its hosts die

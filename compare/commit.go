@@ -172,6 +172,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 		return out
 	}
 	c.inc.inherited, c.inc.settled = true, c.inc.settled || !c.floating
+	c.forgotten = false
 	c.syn.commit(c.established)
 	return out
 }

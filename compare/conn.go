@@ -36,6 +36,7 @@ type conn struct {
 	// When the PVM's FIN came first, and last.
 	finAt, finAgain int64
 	svmRST          svmReset
+	forgotten       bool // S has lost the offset: the SVM's newest record was of a connection from before a checkpoint
 	rstSent         bool
 	clientRST       bool
 
@@ -73,8 +74,10 @@ func (c *conn) accept(s *Segment) bool {
 	case c.off(mutR8):
 		return true
 	case c.inc.names(s):
+		c.forgotten = false
 		return true
 	case c.inc.settled && !c.floating && !(c.adopted && c.svm.compared == c.low):
+		c.forgotten = s.Inherited && c.inc.named
 		return c.inc.namesAgain(s)
 	case c.inc.settled:
 		c.svm.forget()
@@ -95,7 +98,7 @@ func (c *conn) closed() bool {
 }
 
 // unmatched reports whether something that is not an ACK was transmitted by one side
-// only (R7).
+// only (R7), or an ACK which the other one does not confirm as S has lost the offset (R11).
 func (c *conn) unmatched() bool {
 	switch {
 	case !c.pvmSeen || c.diverged:
@@ -106,7 +109,7 @@ func (c *conn) unmatched() bool {
 		return false
 	case c.held.hasRST || c.svmRST.ok:
 		return true
-	case c.held.len() > 0:
+	case c.held.len() > 0, c.forgotten && c.acks.svmBehind():
 		return true
 	}
 	fin := c.svm.extent.fin

@@ -171,6 +171,9 @@ func (p *Primary) svm(s *Segment) {
 	}
 	if !c.accept(s) {
 		p.stats.Drops[ReasonIncarnation]++
+		if c.forgotten {
+			p.wait(c)
+		}
 		return
 	}
 	c.last = p.now

@@ -134,6 +134,16 @@ var actions = map[string]action{
 			q.resume()
 		}
 	}),
+	panicGuest: once(false, func(w *world, h *host) {
+		q, other := h.qemu, h.other().qemu
+		if !w.covered(h) || !q.running() || !q.works() || q.attempt+other.attempt > 0 || other.received != nil || !q.drain() {
+			return // of a guest that panics in mid-checkpoint the copy has panicked, too
+		}
+		w.fatal++
+		w.saved = w.saved || w.kills == 0
+		w.kills++
+		q.panics()
+	}),
 	"power-off": once(false, func(w *world, h *host) { w.powerOff(h) }),
 	"start-guest": once(false, func(_ *world, h *host) { // lockstep start
 		if h.daemon == nil {

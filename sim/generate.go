@@ -80,6 +80,10 @@ func draw(seed uint64) *Scenario {
 	drawMore(rand.New(rand.NewPCG(seed, 1<<41)), sc)
 	slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
 	sc.drawTheme()
+	if r := rand.New(rand.NewPCG(seed, 1<<43)); len(sc.Actions) > 0 && r.IntN(20) == 0 {
+		sc.Actions = append(sc.Actions, Action{At: 1*s + r.Int64N(8*s), Kind: panicGuest, Host: r.IntN(2)})
+		slices.SortStableFunc(sc.Actions, func(a, b Action) int { return cmp.Compare(a.At, b.At) })
+	}
 	return sc
 }
 
@@ -222,7 +226,7 @@ func drawMore(r *rand.Rand, sc *Scenario) {
 // kinds are the actions' names, sorted.
 var kinds = func() (names []string) {
 	for k := range actions {
-		if !themed[k] && k != clientAborts && k != coveredDeath {
+		if !themed[k] && k != clientAborts && k != coveredDeath && k != panicGuest {
 			names = append(names, k)
 		}
 	}

@@ -22,6 +22,7 @@ type guest struct {
 	pending  []diskRequest // the disk's: not answered yet
 	said     map[flow]*said
 	leaves   bool // it powers off
+	panicked bool // it does nothing any more
 	messages messages
 
 	announces int64 // how often it announces itself; 0: never
@@ -65,7 +66,7 @@ func newGuest(cfg tcp.Config, seed uint64, announces, hostClock int64) *guest {
 func (g *guest) clone() *guest {
 	c := &guest{
 		stack: g.stack.Clone(), conns: make(map[tcp.ID]*serving, len(g.conns)), order: slices.Clone(g.order),
-		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), leaves: g.leaves, messages: g.messages.clone(), announces: g.announces, clock: g.clock, since: g.since,
+		pending: slices.Clone(g.pending), said: make(map[flow]*said, len(g.said)), leaves: g.leaves, panicked: g.panicked, messages: g.messages.clone(), announces: g.announces, clock: g.clock, since: g.since,
 	}
 	for id, v := range g.conns {
 		n := *v

@@ -100,6 +100,10 @@ func (q *qemu) runGuest() {
 		q.emit(func(m *monitor) { m.d.qmp.guestOff() })
 		return
 	}
+	if q.guest.panicked {
+		q.input = nil
+		return
+	}
 	g, now := q.guest, q.guest.time(q.h.clock())
 	input := q.input
 	if q.w.sc.Slow[q.h.id] > 0 {
@@ -252,6 +256,13 @@ func (q *qemu) halt(state string) {
 		q.emitState("STOP")
 	}
 	q.state = state
+}
+
+// panics: this guest alone, as one does for a fault of its host's. QEMU stops it.
+func (q *qemu) panics() {
+	q.guest.panicked, q.unasked = true, true
+	q.emit(func(m *monitor) { m.d.qmp.guestDead() })
+	q.halt("guest-panicked")
 }
 
 // drain ends the I/O under way before a stop; false: it does not end.

@@ -217,7 +217,7 @@ func (sc *Scenario) agree() bool {
 func (w *world) serves() bool {
 	h := w.hosts[w.check.speaker]
 	mode := h.pinned().Mode
-	return h.works() && h.qemu != nil && h.qemu.running() && h.qemu.works() && (mode == datapath.ModeSolo || mode == datapath.ModeHold)
+	return h.works() && h.qemu != nil && h.qemu.running() && h.qemu.works() && !h.qemu.guest.panicked && (mode == datapath.ModeSolo || mode == datapath.ModeHold)
 }
 
 // quiet looks at the world at its end.

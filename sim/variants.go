@@ -290,10 +290,11 @@ func (c *client) answered(a *asking, r *Request) {
 }
 
 // Actions that Generate does not draw: a client's connection is reset, which it has to expect; the QEMU that
-// serves dies, as soon as the other host can take over.
+// serves dies, as soon as the other host can take over. And one that it draws by itself: a guest panics, which the other one does not.
 const (
 	clientAborts = "client-aborts"
 	coveredDeath = "covered-death"
+	panicGuest   = "panic-guest"
 )
 
 func (w *world) killCovered() {

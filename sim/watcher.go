@@ -197,6 +197,9 @@ func (x *watcher) guestState(state string) {
 	if state == "shutdown" {
 		d.qmp.guestOff()
 	}
+	if state == "guest-panicked" {
+		d.qmp.guestDead()
+	}
 	if state != "io-error" {
 		return
 	}
@@ -211,6 +214,9 @@ func (x *watcher) guestState(state string) {
 		}, func(error) {})
 	}
 }
+
+// guestDead: the guest panicked.
+func (x *watcher) guestDead() { x.d.pair.step(failover.Event{Kind: failover.EvGuestFailed}) }
 
 // guestOff: the guest powered off. Of the SVM that counts when the PVM has done so, too, or is
 // gone.
