@@ -37,7 +37,9 @@ func TestPeriodicMode(t *testing.T) {
 		p.path.svm(st.Epoch, seq, "another")
 		p.path.await(t, mark, fmt.Sprintf("send %d+7", seq))
 		seq += 7
-		p.await("the commit", func(st api.Status) bool { return st.CheckpointsDone > i && st.State == "replicating" || st.Periodic != nil })
+		p.await("the commit", func(st api.Status) bool {
+			return st.CheckpointsDone > i && st.State == "replicating" || st.Periodic != nil
+		})
 	}
 	st := p.await("periodic mode", func(st api.Status) bool { return st.Periodic != nil })
 	if st.Periodic.Begun != 1 || st.Periodic.EpochMS != 10 {
