@@ -59,6 +59,16 @@ var reasonNames = [ReasonCount]string{
 	"half-open evicted", "before mark", "no room", "signed segment", "another order",
 }
 
+// Diverges reports whether a checkpoint for this reason is asked for because the guests differ, or
+// one does not follow the other.
+func (r Reason) Diverges() bool {
+	switch r {
+	case ReasonPayload, ReasonSYN, ReasonFIN, ReasonOpen, ReasonTimeout, ReasonSVMChanged, ReasonUnknownPast, ReasonDatagram, ReasonSealed, ReasonOrder:
+		return true
+	}
+	return false
+}
+
 func (r Reason) String() string {
 	if r < ReasonCount {
 		return reasonNames[r]

@@ -61,6 +61,9 @@ type checkpoints struct {
 	phaseBegan  int64                    // S: of the one under way
 	unservedLog time.Time
 	unserved    uint64
+
+	periodic      bool   // as last noted
+	periodicFirst uint64 // committed, when it began
 }
 
 // want takes a request for a checkpoint from any goroutine, and never blocks.
@@ -81,7 +84,7 @@ func (ck *checkpoints) wanted(r nicloop.Request) {
 			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
-	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason})
+	ck.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason, Diverged: r.Diverged})
 }
 
 // unable is why no checkpoint can be made now.
@@ -125,6 +128,7 @@ func (ck *checkpoints) step(ev checkpoint.Event) {
 		}
 	}
 	ck.stepping = false
+	ck.periodicEvent()
 	if ck.d.failover == nil || !ck.d.isPrimary() {
 		return
 	}
@@ -250,7 +254,7 @@ func (ck *checkpoints) ask(epoch uint32) {
 
 // attempt notes that a checkpoint begins.
 func (ck *checkpoints) attempt(fx checkpoint.Effect) {
-	if len(ck.waiting) == 0 && fx.Cause != checkpoint.CausePeriod {
+	if len(ck.waiting) == 0 && fx.Cause != checkpoint.CausePeriod && fx.Cause != checkpoint.CausePeriodic {
 		// The machine's own wish: it has a doubt to end.
 		ck.requested.Add(1)
 		ck.note(nicloop.Request{At: time.Now(), NIC: -1, Reason: fx.Cause})
@@ -261,7 +265,7 @@ func (ck *checkpoints) attempt(fx checkpoint.Effect) {
 		c.Flow = cmp.Or(c.Flow, r.Flow)
 	}
 	ck.attempts = keepLast(append(ck.attempts, c))
-	ck.d.log.Info("checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
+	ck.d.log.Log(ck.d.ctx, ck.level(), "checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
 }
 
 func (ck *checkpoints) attemptEnds(result string, fx checkpoint.Effect) {
@@ -345,8 +349,10 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	ck.phase("pause", fx.Stop, fx.Resume)
 	ck.phase("confirm", fx.Resume, now)
 	a := ck.attempts[len(ck.attempts)-1]
-	ck.checkpointEvent()
-	ck.d.log.Info("committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
+	if a.Cause != checkpoint.CausePeriodic {
+		ck.checkpointEvent()
+	}
+	ck.d.log.Log(ck.d.ctx, ck.level(), "committed", "epoch", fx.Epoch, "frozen_ms", a.FrozenMS, "pvm_pause_ms", a.PVMPauseMS, "svm_pause_ms", a.SVMPauseMS)
 	if inside {
 		ck.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
 	}
@@ -354,7 +360,10 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 		ck.d.repl.tries.lasts()
 	}
 	ck.d.failover.step(failover.Event{Kind: failover.EvCommitted})
-	ck.d.failover.dropMute(records, waited)
+	if waited > 0 {
+		ck.step(checkpoint.Event{Kind: checkpoint.EvReleased, Epoch: fx.Epoch})
+	}
+	ck.d.failover.dropMute(records, waited, ck.isPeriodic())
 	return nil
 }
 

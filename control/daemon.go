@@ -87,6 +87,7 @@ func New(o Options) (*Daemon, error) {
 	d.clock = guestClock{d: d, Pauses: o.Pauses, every: o.clockEvery, answer: clockAnswer}
 	cfg := *o.timing
 	cfg.QMP, cfg.Period, cfg.MinInterval, cfg.TargetPause = o.QMP != "", int64(o.Checkpoint.Period), int64(o.Checkpoint.MinInterval), int64(o.Checkpoint.TargetPause)
+	cfg.PeriodicAbove, cfg.Epoch = o.Checkpoint.PeriodicAbove, int64(o.Checkpoint.Epoch)
 	keys, err := compare.NewKeys(rand.Reader)
 	if err != nil {
 		return nil, err

@@ -9,6 +9,10 @@ import (
 	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
+// inPeriodicMode is by what maxMute grows in periodic mode: the SVM becomes the PVM's copy so often that one on a busy host
+// may come too late for one epoch after the other.
+const inPeriodicMode = 10
+
 // maxMute is how many checkpoints in a row, and how many times compare.timeout, an SVM may
 // send nothing while the PVM's output waits for it. Both count: checkpoints may come
 // faster than an SVM on a busy host answers, or more slowly than compare.timeout.
@@ -28,7 +32,11 @@ type muteWatch struct {
 
 // commit takes a commit in, and reports whether the SVM is mute: records is how many
 // digest records there have been, waited for how long output waited for one.
-func (w *muteWatch) commit(now int64, records uint64, waited, timeout time.Duration) bool {
+func (w *muteWatch) commit(now int64, records uint64, waited, timeout time.Duration, periodic bool) bool {
+	limit := maxMute
+	if periodic {
+		limit *= inPeriodicMode
+	}
 	waits := waited >= muteWait
 	switch {
 	case records != w.records:
@@ -38,7 +46,7 @@ func (w *muteWatch) commit(now int64, records uint64, waited, timeout time.Durat
 	case waits:
 		w.commits++
 	}
-	if w.commits < maxMute || now-w.since < maxMute*int64(timeout) {
+	if w.commits < limit || now-w.since < int64(limit)*int64(timeout) {
 		return false
 	}
 	*w = muteWatch{records: records, since: now}
@@ -46,8 +54,8 @@ func (w *muteWatch) commit(now int64, records uint64, waited, timeout time.Durat
 }
 
 // dropMute gives up an SVM that is mute at a commit.
-func (fo *failoverPart) dropMute(records uint64, waited time.Duration) {
-	if fo == nil || !fo.mute.commit(fo.d.now(), records, waited, fo.d.opt.Compare.Timeout) {
+func (fo *failoverPart) dropMute(records uint64, waited time.Duration, periodic bool) {
+	if fo == nil || !fo.mute.commit(fo.d.now(), records, waited, fo.d.opt.Compare.Timeout, periodic) {
 		return
 	}
 	fo.d.log.Error("the SVM sends nothing, whatever it is made a copy of: it is given up", "checkpoints", maxMute)

@@ -17,23 +17,26 @@ func TestMuteWatch(t *testing.T) {
 		waited        time.Duration
 		records       uint64 // from one commit to the next
 		commits, mute int    // of so many, the first that finds it; 0: none
+		periodic      bool
 	}{
-		{"at each timeout", timeout, timeout, 0, 4, 3},
-		{"checkpoints come fast", timeout / 10, timeout / 10, 0, 40, 30},
-		{"checkpoints come seldom", time.Minute, timeout, 0, 4, 3},
-		{"it sends", timeout, timeout, 1, 40, 0},
-		{"nothing is expected of it", timeout, 0, 0, 40, 0},
-		{"what waits has just been captured", timeout, time.Millisecond, 0, 40, 0},
+		{"at each timeout", timeout, timeout, 0, 4, 3, false},
+		{"checkpoints come fast", timeout / 10, timeout / 10, 0, 40, 30, false},
+		{"in periodic mode", timeout / 10, timeout / 20, 0, 400, 300, true},
+		{"in periodic mode, on slow hosts", timeout * 2, timeout, 0, 40, 30, true},
+		{"checkpoints come seldom", time.Minute, timeout, 0, 4, 3, false},
+		{"it sends", timeout, timeout, 1, 40, 0, false},
+		{"nothing is expected of it", timeout, 0, 0, 40, 0, false},
+		{"what waits has just been captured", timeout, time.Millisecond, 0, 40, 0, false},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			var w muteWatch
 			var now int64 = 1e12 // of a host that has run for some time
 			records := uint64(7)
-			w.commit(now, records, 0, timeout)
+			w.commit(now, records, 0, timeout, x.periodic)
 			for i := 1; i <= x.commits; i++ {
 				now += int64(x.period)
 				records += x.records
-				if mute := w.commit(now, records, x.waited, timeout); mute != (i == x.mute) {
+				if mute := w.commit(now, records, x.waited, timeout, x.periodic); mute != (i == x.mute) {
 					t.Fatalf("commit %d: mute is %v", i, mute)
 				} else if mute {
 					return

@@ -91,6 +91,7 @@ func (o *Options) setDefaults() error {
 		}
 	}
 	set(&o.Checkpoint.MinInterval, config.DefaultMinInterval)
+	set(&o.Checkpoint.Epoch, config.DefaultEpoch)
 	set(&o.Heartbeat.Timeout, config.DefaultHeartbeatTimeout)
 	set(&o.Heartbeat.Interval, config.DefaultHeartbeatInterval)
 	set(&o.Heartbeat.Lease, config.DefaultHeartbeatLease)

@@ -64,6 +64,7 @@ func (d *Daemon) ownStatus() api.Status {
 			Insecure: d.failover.insecure(),
 		},
 		GuestClock:  d.clock.status(),
+		Periodic:    d.checkpoints.periodicStatus(),
 		Causes:      append([]api.Cause{}, d.checkpoints.causes...),
 		Checkpoints: append([]api.Checkpoint{}, d.checkpoints.attempts...),
 	}

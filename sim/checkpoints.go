@@ -44,6 +44,11 @@ func (c *checkpoints) step(ev checkpoint.Event) {
 	}
 	d.checks.stepping = false
 	if d.isPrimary() {
+		if on, _, _, _ := d.checks.p.Periodic(); on {
+			d.w.reach("periodic mode")
+		}
+	}
+	if d.isPrimary() {
 		if stuck := d.checks.p.Stuck(); stuck != d.pair.p.InDoubt() {
 			d.pair.step(failover.Event{Kind: failover.EvDoubt, OK: stuck})
 		}
@@ -89,6 +94,9 @@ func (c *checkpoints) effect(fx checkpoint.Effect) {
 		if inside {
 			w.reach("commit, output inside")
 			d.checks.step(checkpoint.Event{Kind: checkpoint.EvInside, Epoch: fx.Epoch})
+		}
+		if l.Primary.Stats().CommitWait > 0 {
+			d.checks.step(checkpoint.Event{Kind: checkpoint.EvReleased, Epoch: fx.Epoch})
 		}
 		d.repl.tries = 0
 		d.pair.step(failover.Event{Kind: failover.EvCommitted})

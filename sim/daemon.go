@@ -212,6 +212,7 @@ func (h *host) start(begin failover.Begin) {
 	}
 	cfg := checkpoint.DefaultConfig()
 	cfg.QMP, cfg.Period, cfg.MinInterval = true, h.w.sc.Period, int64(20*time.Millisecond)
+	h.w.sc.periodic(&cfg)
 	cfg.FirstEpoch = max(cfg.FirstEpoch, d.epoch)
 	d.epoch = cfg.FirstEpoch
 	life := failover.DefaultConfig(time.Duration(peerTimeout), time.Duration(lease), time.Duration(rejoin))
@@ -396,5 +397,7 @@ func (d *daemon) remember(change func(*state.State)) {
 // want is compare's request for a checkpoint.
 func (d *daemon) want(r nicloop.Request) {
 	d.w.wanted(d.h, r.Flow, r.Reason)
-	d.post(0, func() { d.checks.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason}) })
+	d.post(0, func() {
+		d.checks.step(checkpoint.Event{Kind: checkpoint.EvWant, Cause: r.Reason, Diverged: r.Diverged})
+	})
 }

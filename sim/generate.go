@@ -15,7 +15,26 @@ func Generate(seed uint64) *Scenario {
 	sc := draw(seed)
 	drawVariant(sc)
 	drawPortsAgain(sc)
+	drawPeriodic(sc)
 	return sc
+}
+
+// drawPeriodic has one scenario of five come to periodic mode by few divergences, which any guest has whose clients ask for
+// the time. It has random numbers of its own, too.
+func drawPeriodic(sc *Scenario) {
+	r := rand.New(rand.NewPCG(sc.Seed, 1<<44))
+	if r.IntN(5) > 0 {
+		return
+	}
+	sc.Periodic, sc.Epoch = 1+r.IntN(3), []int64{10 * ms, 25 * ms, 50 * ms, 200 * ms}[r.IntN(4)]
+	if len(sc.Actions) == 0 && sc.agree() {
+		return // the guests are to agree
+	}
+	for i := range sc.Conns {
+		if c := &sc.Conns[i]; r.IntN(2) == 0 {
+			c.Requests = slices.Insert(c.Requests, r.IntN(len(c.Requests)), Request{'T', 0}) // the last one may end the connection
+		}
+	}
 }
 
 // draw draws one in which TCP does only what is usual.

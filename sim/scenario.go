@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/lockstep-ft/lockstep/compare"
+	"github.com/lockstep-ft/lockstep/control/checkpoint"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/loader"
 	"github.com/lockstep-ft/lockstep/sim/kernel"
@@ -23,6 +24,9 @@ type Scenario struct {
 	Seed    uint64
 	Arbiter arbiterKind
 	Period  int64 // between two checkpoints; 0: none that nothing asks for
+
+	Periodic int // so many divergences within a minute lead to periodic mode (R28); 0: none do
+	Epoch    int64
 
 	NetDelay            int64
 	NetLoss, NetReorder int
@@ -91,6 +95,11 @@ func (sc *Scenario) stack() tcp.Config {
 	}
 	sc.Variant.config(&c)
 	return c
+}
+
+func (sc *Scenario) periodic(c *checkpoint.Config) {
+	c.PeriodicAbove, c.PeriodicEnough, c.Epoch = sc.Periodic, sc.Periodic, sc.Epoch
+	c.PeriodicFirst, c.PeriodicMost = 2*s, 8*s
 }
 
 func (sc *Scenario) kernel(role datapath.Role, mac net.HardwareAddr) kernel.Options {

@@ -15,7 +15,7 @@ import (
 
 // settings are the scenario's fields that have a line of their own, by the line's first word.
 var settings = []string{
-	"Seed", "Arbiter", "Period", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
+	"Seed", "Arbiter", "Period", "Periodic", "Epoch", "NetDelay", "NetLoss", "NetReorder", "PeerLoss", "PeerDup", "PeerReorder", "RefuseCheckpoint",
 	"MSS", "NoSACK", "NoTimestamps", "NoScale", "Autocork", "RcvBuf", "RandomISN", "GSO", "Slow", "Announce", "Slots", "Skew", "Drift",
 	"IPv6", "HopOptions", "DestOptions", "SynCookies", "FastOpen", "ECN", "Mark", "Keepalive", "SeqWrap", "TSWrap", "Healed",
 }

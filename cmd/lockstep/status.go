@@ -66,6 +66,9 @@ func printStatus(out io.Writer, s api.Status) error {
 	fmt.Fprintf(w, "released:\t%d packets\n", s.ReleasedPackets)
 	printFastPath(w, s.Counters)
 	fmt.Fprintf(w, "checkpoints:\t%d requested, %d done\n", s.CheckpointsRequested, s.CheckpointsDone)
+	if s.Periodic != nil {
+		fmt.Fprintf(w, "periodic mode:\t%s\n", s.Periodic)
+	}
 	label = "last causes:"
 	for _, c := range s.Causes[max(0, len(s.Causes)-3):] {
 		fmt.Fprintf(w, "%s\t%s %s %s\n", label, c.At.Format(time.TimeOnly), c.Reason, c.Flow)

@@ -71,6 +71,9 @@ func topView(s *sample, height int) []topText {
 	name, sent := sentFrames(st)
 	add(topPlain, "%-11s %s/s%s", name, perSecond(s, sent), kernelShare(s))
 	add(topPlain, "held        %d packets, %d bytes, on %d connections", st.HeldPackets, st.HeldBytes, st.Connections)
+	if p := st.Periodic; p != nil && p.On {
+		add(topAlarm, "periodic    %s", p)
+	}
 	lines = append(lines, checkpointLines(st)...)
 	drops := dropLines(s)
 	lines = append(lines, connectionLines(s, height-len(lines)-len(drops))...)

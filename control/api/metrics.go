@@ -117,6 +117,16 @@ func NewStatusCollector(vm, node string, status func() *Status) prometheus.Colle
 			put(float64(c.Count), c.Cause, c.Result)
 		}
 	}, "cause", "result")
+	periodic := func(get func(*Periodic) float64) func(*Status) float64 {
+		return func(s *Status) float64 {
+			if s.Periodic == nil {
+				return 0
+			}
+			return get(s.Periodic)
+		}
+	}
+	gauge("periodic_mode", "Whether the guests differ so often that a checkpoint is made at each epoch's end: 1 or 0.", periodic(func(p *Periodic) float64 { return truth(p.On) }))
+	counter("periodic_mode_begun_total", "How often periodic mode has begun since the daemon's start.", periodic(func(p *Periodic) float64 { return float64(p.Begun) }))
 	last("last_checkpoint_timestamp_seconds", "Unix time at which the last checkpoint that has ended was begun.", func(c *Checkpoint) float64 { return float64(c.At.UnixMilli()) / 1e3 })
 	last("last_checkpoint_committed", "Whether the last checkpoint that has ended was committed: 1 or 0.", func(c *Checkpoint) float64 { return truth(c.Result == "committed") })
 	last("last_checkpoint_frozen_seconds", "How long the last checkpoint that has ended kept the primary's output back.", func(c *Checkpoint) float64 { return c.FrozenMS / 1e3 })

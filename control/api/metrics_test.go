@@ -40,6 +40,7 @@ func fullStatus() *Status {
 		Refused:          "the images differ",
 		CheckpointPhases: map[string]Histogram{"pause": pauses},
 		Overlays:         []OverlayStatus{{Node: "beta", Dir: "/o", Disks: []string{"d0", "d1"}, UsedBytes: 1, FreeBytes: 2, BytesPerSecond: 3, Trouble: "full"}},
+		Periodic:         &Periodic{On: true, Begun: 2},
 		Checkpoints: []Checkpoint{
 			{Epoch: 6, Result: "QEMU went away"},
 			{Epoch: 7, At: time.Unix(1700000000, 250e6), Result: "committed", FrozenMS: 30, PVMPauseMS: 20, SVMPauseMS: 10.5},
@@ -200,6 +201,12 @@ lockstep_peer_connected{node="alpha",vm="web1"} 1
 # HELP lockstep_peer_insecure Whether the control link is in the clear: 1 or 0.
 # TYPE lockstep_peer_insecure gauge
 lockstep_peer_insecure{node="alpha",vm="web1"} 0
+# HELP lockstep_periodic_mode Whether the guests differ so often that a checkpoint is made at each epoch's end: 1 or 0.
+# TYPE lockstep_periodic_mode gauge
+lockstep_periodic_mode{node="alpha",vm="web1"} 1
+# HELP lockstep_periodic_mode_begun_total How often periodic mode has begun since the daemon's start.
+# TYPE lockstep_periodic_mode_begun_total counter
+lockstep_periodic_mode_begun_total{node="alpha",vm="web1"} 2
 # HELP lockstep_program_attached Programs that are attached: 1.
 # TYPE lockstep_program_attached gauge
 lockstep_program_attached{attach="tcx egress",device="tapP",node="alpha",program="ls_mirror",vm="web1"} 1
@@ -310,7 +317,7 @@ func TestMetricsHandler(t *testing.T) {
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone CheckpointPhases Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
-		Refused Overlays CheckpointCounts HoldTimes LeaseMS GuestClock`)
+		Refused Overlays CheckpointCounts HoldTimes LeaseMS GuestClock Periodic`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

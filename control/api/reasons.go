@@ -20,6 +20,7 @@ var causes = []Reason{
 	{"signed segment", KindCause, "A connection is signed by TCP-MD5 or TCP-AO, as BGP sessions are, so lockstep may not change its segments as it had to.", "Nothing: such a connection opens with one checkpoint. Under drops the name counts segments that the guest repeats by itself."},
 
 	{"period", KindCause, "checkpoint.period is over: nothing asked for this checkpoint but the clock.", "Nothing. A longer period means fewer pauses, each of them longer."},
+	{"periodic mode", KindCause, "The guests differ so often that a checkpoint is made at the end of each checkpoint.epoch, with which leaves what differs.", "See with `lockstep diverge` which service differs; docs/GUESTS.md lists settings of guests. checkpoint.periodic_above: 0 forbids the mode."},
 	{"an operator asked for it", KindCause, "Somebody ran `lockstep checkpoint`.", "Nothing."},
 	{"the guest was reset", KindCause, "The guest rebooted, and the secondary has to become its copy again.", "Nothing, if the reboot was meant; else look at the guest's own log."},
 	{"the guest's clock was set", KindCause, "The guest agent set the primary guest's clock, which was behind by the guest's pauses; with this checkpoint the secondary guest has the same time.", "Nothing. A time service in the guest that slews its clock (docs/GUESTS.md) makes it rare."},

@@ -53,6 +53,7 @@ type Status struct {
 	// its tap holds), "pause", "tables" (offsets are reset, parked input is delivered).
 	CheckpointPhases map[string]Histogram `json:"checkpoint_phases,omitempty"`
 	CheckpointCounts []CheckpointCount    `json:"checkpoint_counts,omitempty"` // P: those that have ended
+	Periodic         *Periodic            `json:"periodic,omitempty"`          // P: once it has begun
 	// P: how long the frames that the daemon released were held. Those that the kernel released (R27) were
 	// for 10 ms at most, and are not among them.
 	HoldTimes *Histogram `json:"hold_times,omitempty"`
@@ -170,6 +171,24 @@ func (g *GuestClock) String() string {
 		s += "; NOT SET: " + g.Error
 	}
 	return s
+}
+
+// Periodic is about periodic mode (R28): the guests differ so often that a checkpoint is made at each epoch's end.
+type Periodic struct {
+	On      bool       `json:"on"`
+	Since   *time.Time `json:"since,omitempty"` // while it is on
+	Until   *time.Time `json:"until,omitempty"` // then it is tried without
+	EpochMS float64    `json:"epoch_ms"`        // between two checkpoints, at least
+	Begun   uint64     `json:"begun"`           // how often since the daemon's start
+}
+
+// String is whether it is on, and for how long.
+func (p *Periodic) String() string {
+	if !p.On {
+		return fmt.Sprintf("off; it has begun %d times", p.Begun)
+	}
+	return fmt.Sprintf("since %s, a checkpoint every %.0f ms or more, because the guests differ so often; until %s at most",
+		p.Since.Format(time.TimeOnly), p.EpochMS, p.Until.Format(time.TimeOnly))
 }
 
 // Cause is a request for a checkpoint.

@@ -31,7 +31,8 @@ const (
 	EvQuiet         // S: it is about to take over: this machine only follows whether a checkpoint is loaded
 
 	EvHandshake   // P: a session is being made
-	EvWant        // P: a checkpoint is needed
+	EvWant        // P: a checkpoint is needed: Cause, Diverged
+	EvReleased    // P: with the last commit something left that had waited
 	EvReady       // P: S has parked its input and its tap is empty
 	EvPeerStopped // P: S's QEMU stopped for Epoch; 0: for nothing that was asked
 	EvPeerResumed // P: S's QEMU goes on in Epoch, in COLO state
@@ -50,6 +51,9 @@ const (
 // CausePeriod is the cause of an attempt that only the period asked for.
 const CausePeriod = "period"
 
+// CausePeriodic is the cause of an attempt that ends an epoch of periodic mode.
+const CausePeriodic = "periodic mode"
+
 // Event is what happened.
 type Event struct {
 	Kind  Kind
@@ -58,6 +62,8 @@ type Event struct {
 	Cause string
 	At    int64 // boottime ns
 	Skew  int64 // wall clock minus boottime when At was computed from QEMU's wall clock time
+
+	Diverged bool // it is needed because the guests differ
 
 	Unasked bool // the SVM had stopped before P saw the PVM stop, and so before P asked QEMU
 }
@@ -111,10 +117,16 @@ type Config struct {
 	Stop           int64 // OpAsk to P's STOP
 	Resume         int64 // P's STOP to the commit
 	MaxRetry       int64 // longest wait after failed attempts
+	PeriodicAbove  int   // so many divergences a minute lead to periodic mode; 0: never
+	PeriodicEnough int   // and so many at least
+	PeriodicFirst  int64 // how long it lasts
+	PeriodicMost   int64 // and at most, where it goes on when it has ended
+	Epoch          int64 // between two commits of periodic mode
 	Unpaired       bool  // EvPair reports when COLO runs; else it does from the beginning
 	noR14, noR15   bool  // mutations: only tests set them
 	noLate         bool  // another: a checkpoint that is loaded after it was given up is not noticed
 	noDoubt        bool  // another: the offsets count at a takeover, though a checkpoint may have been loaded unseen
+	noR28Share     bool  // another: in periodic mode the guest's pauses do not count
 	FirstEpoch     uint32
 	clockTolerance int64
 }
@@ -126,6 +138,9 @@ func DefaultConfig() Config {
 		Stop:           int64(2 * time.Second),
 		Resume:         int64(10 * time.Second),
 		MaxRetry:       int64(5 * time.Second),
+		PeriodicEnough: 5,
+		PeriodicFirst:  int64(30 * time.Second),
+		PeriodicMost:   int64(5 * time.Minute),
 		FirstEpoch:     1,
 		clockTolerance: int64(time.Millisecond),
 	}

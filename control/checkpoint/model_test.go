@@ -65,6 +65,11 @@ func newModel(seed uint64, mutate func(*Config)) *model {
 	}
 	cfg := DefaultConfig()
 	cfg.QMP, cfg.MinInterval, cfg.Period = true, int64(20*time.Millisecond), int64(time.Second)
+	if m.rng.IntN(2) == 0 {
+		cfg.PeriodicAbove, cfg.PeriodicEnough = 1+m.rng.IntN(8), 1+m.rng.IntN(3)
+		cfg.PeriodicFirst, cfg.PeriodicMost = int64(300*time.Millisecond), int64(2*time.Second)
+		cfg.Epoch = int64(10+m.rng.IntN(90)) * int64(time.Millisecond)
+	}
 	mutate(&cfg)
 	m.p, m.s = NewPrimary(cfg), NewSecondary(cfg)
 	return m

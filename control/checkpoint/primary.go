@@ -41,6 +41,7 @@ type Primary struct {
 	lastDone  int64
 	period    int64
 	pauses    pauses
+	periodic  periodic
 
 	stage     pStage
 	cause     string // of the attempt
@@ -83,8 +84,8 @@ func (c *Primary) NextDeadline() int64 {
 	}
 	switch {
 	case !c.able():
-	case c.wanted:
-		return c.notBefore
+	case c.wanted, c.periodic.on:
+		return c.due()
 	case c.period > 0:
 		return max(c.notBefore, c.lastDone+c.period)
 	}
@@ -105,10 +106,18 @@ func (c *Primary) event(ev Event) {
 	current := c.stage != pIdle && ev.Epoch == c.last
 	switch ev.Kind {
 	case EvWant:
-		// Before QEMU is asked, the attempt under way serves.
-		if c.cfg.QMP && c.paired && c.stage != pPrepare {
+		switch {
+		case !c.cfg.QMP || !c.paired:
+		case ev.Diverged && c.periodic.on && c.stage != pPrepare:
+			c.want(CausePeriodic) // at the epoch's end
+		case c.stage == pPrepare: // before QEMU is asked, the attempt under way serves
+			c.periodic.attempt = c.periodic.attempt || ev.Diverged
+		default:
+			c.periodic.wanted = c.periodic.wanted || ev.Diverged
 			c.want(ev.Cause)
 		}
+	case EvReleased:
+		c.periodic.busy = c.now
 	case EvInside:
 		// R14: the epoch is suspect.
 		if !c.cfg.noR14 {
@@ -132,6 +141,7 @@ func (c *Primary) event(ev Event) {
 			*c = Primary{
 				cfg: c.cfg, period: c.cfg.Period, out: c.out, now: c.now, last: c.last, committed: c.committed,
 				link: c.link, handshake: c.handshake, qmp: c.qmp, pvmStopped: c.pvmStopped, unasked: c.unasked,
+				periodic: periodic{begun: c.periodic.begun},
 			}
 			break
 		}
@@ -145,6 +155,7 @@ func (c *Primary) event(ev Event) {
 		c.resolve()
 	case EvQMPDown:
 		c.qmp, c.asking = false, false
+		c.endPeriodic()
 		if c.started {
 			// A STOP may pass unseen from now on (R15).
 			c.suspect("no QMP connection")
@@ -251,6 +262,7 @@ func (c *Primary) resumed(ev Event) {
 
 func (c *Primary) unlinked() {
 	c.link, c.handshake = false, false
+	c.endPeriodic()
 	if c.stage >= pAsk {
 		// S may have stopped and could not report it.
 		c.suspect("control link lost during a checkpoint")
@@ -262,9 +274,10 @@ func (c *Primary) unlinked() {
 
 // want asks for an attempt as soon as one can begin.
 func (c *Primary) want(why string) {
-	if !c.wanted {
+	if !c.wanted || c.why == CausePeriodic {
 		c.wanted, c.why = true, why
 	}
+	c.periodic.hurry = c.periodic.hurry || why != CausePeriodic
 }
 
 // resolve asks for the attempt that ends a doubt, if there is one.
@@ -294,6 +307,8 @@ func (c *Primary) give(cause string, unasked bool) {
 		c.emit(Effect{Op: OpAbort, Epoch: c.last, Cause: cause, Unasked: unasked})
 	}
 	c.stage = pIdle
+	c.endPeriodic()
+	c.periodic.wanted, c.periodic.attempt = c.periodic.wanted || c.periodic.attempt, false
 	c.want(c.cause)
 	retry := max(c.cfg.MinInterval, int64(10*time.Millisecond)) << min(c.failures, 10)
 	c.failures++
@@ -339,10 +354,13 @@ func (c *Primary) advance() {
 		c.emit(Effect{Op: OpOpen})
 	}
 	if c.stage == pIdle && c.able() {
-		if c.period > 0 && c.now >= c.lastDone+c.period {
+		switch {
+		case c.periodic.on && c.now >= c.due():
+			c.want(CausePeriodic)
+		case c.period > 0 && c.now >= c.lastDone+c.period:
 			c.want(CausePeriod)
 		}
-		if c.wanted && c.now >= c.notBefore {
+		if c.wanted && c.now >= c.due() {
 			c.begin()
 		}
 	}
@@ -353,6 +371,7 @@ func (c *Primary) begin() {
 	c.last++
 	c.stage, c.began, c.deadline = pPrepare, c.now, c.now+c.cfg.Ready
 	c.cause, c.wanted, c.why = c.why, false, ""
+	c.periodic.wanted, c.periodic.attempt, c.periodic.hurry = false, c.periodic.wanted, false
 	c.notBefore = c.now + c.cfg.MinInterval
 	c.pvmStop, c.pvmResume, c.skewed = 0, 0, false
 	c.sStopped, c.sResumed, c.inCOLO, c.agreed = false, false, false, false
@@ -387,10 +406,13 @@ func (c *Primary) commit() {
 		c.want("the clock was set during a checkpoint")
 	}
 	c.emit(Effect{Op: OpCommit, Epoch: c.last, At: at, Stop: stop, Resume: resume, Began: c.began, Asked: c.asked})
-	c.adapt(resume - stop)
+	if !c.periodic.on { // what it leads to is the time between two commits, which the mode sets
+		c.adapt(resume - stop)
+	}
 	c.committed, c.stage, c.doubt, c.failures = c.last, pIdle, "", 0
 	c.frozen = false
 	c.lastDone = c.now
+	c.judge(resume - stop)
 }
 
 // maxShare: the period that adapt chooses is at least so many times the part of the pause that

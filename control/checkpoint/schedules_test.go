@@ -15,6 +15,9 @@ func (m *model) quiet() {
 	if m.flight == 0 && m.link && m.s.link && m.p.link && m.s.void && !m.frozen {
 		m.failf("matching although S is void")
 	}
+	if m.p.periodic.on && m.p.stage == pIdle && !m.p.able() && m.p.doubt == "" {
+		m.failf("periodic mode, and no checkpoint is to be had")
+	}
 	if !m.frozen && m.p.started && !m.p.qmp {
 		m.failf("matching without QMP")
 	}
@@ -56,8 +59,10 @@ func (m *model) fault() {
 		}
 	case 7:
 		m.stepP(Event{Kind: EvInside, Epoch: m.p.last})
+	case 8:
+		m.stepP(Event{Kind: EvReleased})
 	default:
-		m.stepP(Event{Kind: EvWant})
+		m.stepP(Event{Kind: EvWant, Diverged: m.rng.IntN(2) == 0})
 	}
 }
 
@@ -92,6 +97,9 @@ func (m *model) story() error {
 		}
 	}
 	m.run(m.now + int64(time.Minute))
+	if m.p.periodic.on {
+		m.failf("periodic mode after a minute in which nothing differed")
+	}
 	before := m.commits
 	m.stepP(Event{Kind: EvWant})
 	m.run(m.now + int64(time.Minute))
@@ -116,13 +124,17 @@ func TestCkptSchedules(t *testing.T) {
 	if testing.Short() {
 		n = 100
 	}
-	commits := 0
+	commits, periodic := 0, 0
 	for seed := range n {
 		m := newModel(seed, func(*Config) {})
 		if err := m.story(); err != nil {
 			t.Fatalf("seed %d: %v\n%s", seed, err, strings.Join(m.log[max(0, len(m.log)-60):], "\n"))
 		}
 		commits += m.commits
+		periodic += m.p.periodic.begun
+	}
+	if periodic < int(n)/5 {
+		t.Errorf("periodic mode began %d times in %d stories", periodic, n)
 	}
 	if commits < int(n)*10 {
 		t.Errorf("only %d commits in %d stories", commits, n)

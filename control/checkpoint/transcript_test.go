@@ -15,7 +15,7 @@ var kindNames = map[Kind]string{
 	EvTick: "tick", EvQMPUp: "qmp-up", EvQMPDown: "qmp-down", EvStop: "stop", EvResume: "resume", EvCOLO: "colo",
 	EvLinkUp: "link-up", EvLinkDown: "link-down", EvHandshake: "handshake", EvWant: "want", EvReady: "ready",
 	EvPeerStopped: "peer-stopped", EvPeerResumed: "peer-resumed", EvPeerAbort: "peer-abort", EvAsked: "asked",
-	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained", EvOff: "off",
+	EvPair: "pair", EvQuiet: "quiet", EvInside: "inside", EvPrepare: "prepare", EvAbort: "abort", EvDrained: "drained", EvOff: "off", EvReleased: "released",
 }
 
 var opNames = map[Op]string{
@@ -56,6 +56,7 @@ type machine interface {
 // makes a machine; each line is a time and an event:
 //
 //	12ms resume k=3 at=11ms skew=2ms no="cause"
+//	12ms want diverged
 //
 // "no" makes the answer a refusal. The word "until" in place of an event lets
 // time pass to then, with a tick at each deadline.
@@ -83,6 +84,10 @@ func TestCkptTranscripts(t *testing.T) {
 					var s string
 					d.ScanArgs(t, "target", &s)
 					cfg.TargetPause = int64(mustDuration(t, s))
+				}
+				if d.HasArg("above") {
+					d.ScanArgs(t, "above", &cfg.PeriodicAbove)
+					cfg.PeriodicEnough, cfg.Epoch = 2, int64(50*time.Millisecond)
 				}
 				m = NewPrimary(cfg)
 				if d.Cmd == "secondary" {
@@ -144,6 +149,8 @@ func transcriptLine(t *testing.T, out *strings.Builder, m machine, kinds map[str
 	for _, arg := range f[2:] {
 		k, v, _ := strings.Cut(arg, "=")
 		switch k {
+		case "diverged":
+			ev.Diverged, ev.Cause = true, "payload differs"
 		case "k":
 			fmt.Sscan(v, &ev.Epoch)
 		case "at":

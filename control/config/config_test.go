@@ -32,7 +32,7 @@ tls:
 heartbeat: {interval: 20ms, timeout: 300ms, lease: 200ms, restart: 900ms}
 pin_dir: /sys/fs/bpf/lockstep
 compare: {timeout: 2s, cut_delay: 3ms, max_connections: 100, slots: 200, gso_slots: 300, mptcp: true, primary_only: [{proto: udp, remote_port: 123}, {proto: 47}, {proto: udp, guest_port: 5353}, {proto: icmpv6}]}
-checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms}
+checkpoint: {period: 4s, min_interval: 5ms, target_pause: 20ms, periodic_above: 30, epoch: 25ms}
 run_dir: /tmp/run
 state_dir: state
 qemu:
@@ -91,7 +91,7 @@ func TestParse(t *testing.T) {
 		StateDir:  "etc/state",
 		Compare: Compare{Timeout: 2 * time.Second, CutDelay: 3 * time.Millisecond, MaxConnections: 100, Slots: 200, GSOSlots: 300,
 			PrimaryOnly: []Rule{{Proto: 17, RemotePort: 123}, {Proto: 47}, {Proto: 17, GuestPort: 5353}, {Proto: 58}}, FastPath: true, MPTCP: true},
-		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond},
+		Checkpoint: Checkpoint{Period: 4 * time.Second, MinInterval: 5 * time.Millisecond, TargetPause: 20 * time.Millisecond, PeriodicAbove: 30, Epoch: 25 * time.Millisecond},
 		QEMU: &QEMU{
 			Guest: qemu.Guest{
 				Binary: "/opt/qemu", Machine: "q35", Accel: "tcg,thread=single", CPU: "qemu64", Memory: 512 << 20, SMP: 1,
@@ -152,7 +152,7 @@ func TestDefaults(t *testing.T) {
 	if want := (TLS{Insecure: true, Rekey: DefaultRekey}); c.TLS != want || c.Nodes[0].NICs[0].XDP != XDPAuto {
 		t.Errorf("tls %+v, want %+v; xdp %q", c.TLS, want, c.Nodes[0].NICs[0].XDP)
 	}
-	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval, 0}); c.Checkpoint != want {
+	if want := (Checkpoint{DefaultPeriod, DefaultMinInterval, 0, DefaultPeriodicAbove, DefaultEpoch}); c.Checkpoint != want {
 		t.Errorf("checkpoint %+v, want %+v", c.Checkpoint, want)
 	}
 	if c.PinDir != DefaultPinDir || c.RunDir != DefaultRunDir || c.StateDir != DefaultStateDir {
@@ -322,12 +322,13 @@ func TestUser(t *testing.T) {
 func TestZero(t *testing.T) {
 	type zero struct{ key, text string } // as in the file
 	honoured := map[zero]func(*Config) bool{
-		{"target_pause", "0s"}: func(c *Config) bool { return c.Checkpoint.TargetPause == 0 }, // off
-		{"proto", "0"}:         func(c *Config) bool { return c.Compare.PrimaryOnly[1].Proto == 0 },
-		{"primary_only", "[]"}: func(c *Config) bool { return len(c.Compare.PrimaryOnly) == 0 },
-		{"disks", "[]"}:        func(c *Config) bool { return len(c.QEMU.Disks) == 0 },
-		{"extra", "[]"}:        func(c *Config) bool { return len(c.QEMU.Extra) == 0 },
-		{"append", `""`}:       func(c *Config) bool { return c.QEMU.Append == "" },
+		{"target_pause", "0s"}:  func(c *Config) bool { return c.Checkpoint.TargetPause == 0 },   // off
+		{"periodic_above", "0"}: func(c *Config) bool { return c.Checkpoint.PeriodicAbove == 0 }, // off
+		{"proto", "0"}:          func(c *Config) bool { return c.Compare.PrimaryOnly[1].Proto == 0 },
+		{"primary_only", "[]"}:  func(c *Config) bool { return len(c.Compare.PrimaryOnly) == 0 },
+		{"disks", "[]"}:         func(c *Config) bool { return len(c.QEMU.Disks) == 0 },
+		{"extra", "[]"}:         func(c *Config) bool { return len(c.QEMU.Extra) == 0 },
+		{"append", `""`}:        func(c *Config) bool { return c.QEMU.Append == "" },
 	}
 	file := strings.Replace(example, "tls: {ca: certs/etcd.pem", "timeout: 3s, tls: {ca: certs/etcd.pem", 1)
 	used := make(map[zero]bool)

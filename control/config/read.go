@@ -123,6 +123,8 @@ func (r *reader) config(root ast.Node, c *Config) {
 				{"period", "", r.duration(&c.Checkpoint.Period, time.Millisecond, 24*time.Hour)},
 				{"min_interval", "", r.duration(&c.Checkpoint.MinInterval, time.Millisecond, time.Hour)},
 				{"target_pause", "", r.duration(&c.Checkpoint.TargetPause, 0, 10*time.Second)},
+				{"periodic_above", "", r.integer(&c.Checkpoint.PeriodicAbove, 0, 6000)},
+				{"epoch", "", r.duration(&c.Checkpoint.Epoch, 5*time.Millisecond, time.Second)},
 			})
 		}},
 		{"qemu", "", func(v value) { r.qemu(v, c) }},

@@ -29,6 +29,7 @@ const (
 	Role       Kind = "role"       // this node's role changed
 	Sync       Kind = "sync"       // replication began, failed, or covers the guest
 	Checkpoint Kind = "checkpoint" // a checkpoint was tried
+	Periodic   Kind = "periodic"   // periodic mode began or ended; its checkpoints are no events
 	Failover   Kind = "failover"   // this node began to serve alone, or tried to
 	Arbiter    Kind = "arbiter"    // the arbiter was asked, and its answer
 	Fencing    Kind = "fencing"    // a guest was stopped so that no second one serves

@@ -85,6 +85,8 @@ type Request struct {
 	NIC    int // -1: not a NIC's
 	Flow   string
 	Reason string
+
+	Diverged bool // the guests differ
 }
 
 // NewPrimary makes P's loop of the guest's NIC index, with a core that digests with keys. want
@@ -277,7 +279,7 @@ func (n *Loop) applyOnce() {
 		case compare.OpGrant, compare.OpTake, compare.OpForget, compare.OpEven:
 			owners = append(owners, *e)
 		case compare.OpCheckpoint:
-			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String()})
+			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String(), Diverged: e.Reason.Diverges()})
 		case compare.OpAdopt:
 			if ack, ok := n.DP.Acked(e.Tuple); ok {
 				acked = append(acked, adoption(e.Tuple, ack))

@@ -30,6 +30,7 @@ const (
 	portEnd    = "7009" // "poweroff\n", "reboot\n": the guest's end
 	portCAS    = "7010" // registers that are read, written and swapped: registers_test.go
 	portLock   = "7020" // a line: the lock, "locked"; the next line: "unlocked"
+	portRandom = "7021" // UDP: what comes, and something random
 	portDial   = "7019" // "ADDRESS LOCALPORT\n": the guest connects there, and answers with the outcome
 	portDisk   = "7007" // "write NAME TEXT\n": a file on the guest's disk, and it is there when the answer comes; "fill NAME MIB\n": so much; "read NAME\n"
 )
@@ -129,6 +130,7 @@ func serveGuest(as string) {
 	} {
 		servePort(port, f)
 	}
+	serveRandom()
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin) // until the test closes it
 }
