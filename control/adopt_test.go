@@ -44,8 +44,10 @@ func TestAdopt(t *testing.T) {
 			p, s := hosts(t, pair)
 			startReplicating(p, s)
 			p.d.checkpoints.want(nicloop.Request{NIC: -1, Reason: "test"}) // an epoch that nobody begins in
-			p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone == 1 && st.State == "replicating" })
-			s.await("the epoch", func(st api.Status) bool { return st.Epoch == 2 && st.State == "replicating" })
+			// The played SVM may stop before P has heard of the PVM's STOP: then there is a second attempt.
+			epoch := p.await("a commit", func(st api.Status) bool { return st.CheckpointsDone > 0 && st.State == "replicating" }).Epoch
+			s.await("the epoch", func(st api.Status) bool { return st.Epoch == epoch && st.State == "replicating" })
+			made := pair.Checkpoints()
 			before := p.path.session.Digest
 
 			if tt.p {
@@ -98,8 +100,8 @@ func TestAdopt(t *testing.T) {
 			}
 			st := p.replicating()
 			s.replicating()
-			if n := pair.Checkpoints(); n != 1 {
-				t.Errorf("%d checkpoints, of which 1 was asked for by the test: %+v", n, st.Checkpoints)
+			if n := pair.Checkpoints(); n != made {
+				t.Errorf("%d checkpoints, and there were %d when the daemon ended: %+v", n, made, st.Checkpoints)
 			}
 			if p.path.session.Digest != s.path.session.Digest {
 				t.Error("the digest keys do not fit together")
@@ -107,8 +109,8 @@ func TestAdopt(t *testing.T) {
 			if tt.freshP {
 				return
 			}
-			if st.Epoch != 2 || p.path.session.Digest != before {
-				t.Errorf("epoch %d, the keys kept: %v; want 2 and kept", st.Epoch, p.path.session.Digest == before)
+			if st.Epoch != epoch || p.path.session.Digest != before {
+				t.Errorf("epoch %d, the keys kept: %v; want %d and kept", st.Epoch, p.path.session.Digest == before, epoch)
 			}
 			mark := p.path.mark()
 			p.path.pvm(1000, "same")

@@ -68,7 +68,7 @@ func TestRunWiring(t *testing.T) {
 			t.Errorf("%s: config digest %q, want 32 bytes in hex", tc.line, got.ConfigDigest)
 		}
 		w.ConfigDigest = got.ConfigDigest
-		w.Checkpoint = config.Checkpoint{Period: config.DefaultPeriod, MinInterval: config.DefaultMinInterval}
+		w.Checkpoint = config.Checkpoint{Period: config.DefaultPeriod, MinInterval: config.DefaultMinInterval, PeriodicAbove: config.DefaultPeriodicAbove, Epoch: config.DefaultEpoch}
 		w.Rekey = config.DefaultRekey
 		w.Heartbeat = config.Heartbeat{Interval: config.DefaultHeartbeatInterval, Timeout: config.DefaultHeartbeatTimeout,
 			Lease: config.DefaultHeartbeatLease, Restart: config.DefaultHeartbeatRestart}
