@@ -92,7 +92,7 @@ var kernelDrops = []Reason{
 	{"svm_only", KindDrop, "A frame of the secondary guest was of a kind of which only the primary's leave, such as ARP.", "Nothing."},
 	{"gated", KindDrop, "A frame for the secondary guest did not come from the primary's host, so the primary did not get it.", "The bridge on the secondary's host floods frames to the tap, which is normal; many mean that a client sends to that host."},
 	{"conn_full", KindDrop, "The secondary's table of connections is full.", "Raise compare.max_connections."},
-	{"in_doubt", KindDrop, "After a takeover in the middle of a checkpoint nobody knows whether the guest had loaded that, and a connection's next segment does not show it: much was under way.", "None: the connection goes on with a segment that shows it, or ends by a timeout. Other connections go on."},
+	{"in_doubt", KindDrop, "After a takeover in the middle of a checkpoint nobody knows whether the guest had loaded that, and a connection's next segment does not show it: much was under way.", "Nothing: the connection goes on with a segment that shows it, or ends by a timeout. Other connections go on."},
 	{"rewrite_failed", KindDrop, "The kernel could not change a frame as it had to, mostly for want of memory.", "Look at the host's free memory."},
 	{"xdp_dropped", KindDrop, "A frame on the peer link was dropped early, because it was not of the other daemon.", "Keep everything else away from the peer link."},
 	{"release_lost", KindDrop, "The kernel did not take a frame that was released for the guest's tap. The guest sends it again.", "See whether the tap is up and how full its queue is; lost frames under load alone need nothing."},
