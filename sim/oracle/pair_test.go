@@ -28,7 +28,7 @@ nodes:
   beta:  {control: "127.0.0.2:7700", nics: [{tap: tapS, peer: {device: peerS}}], qmp: secondary.qmp}
 tls: {insecure: true}
 heartbeat: {interval: 50ms, timeout: 1m, lease: 1m}
-checkpoint: {period: 24h, min_interval: 1ms}
+checkpoint: {period: 24h, min_interval: 1ms, periodic_above: 0}
 pin_dir: bpf/lockstep
 run_dir: run
 compare: {%s}
