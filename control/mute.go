@@ -9,10 +9,6 @@ import (
 	"github.com/lockstep-ft/lockstep/control/journal"
 )
 
-// inPeriodicMode is by what maxMute grows in periodic mode: the SVM becomes the PVM's copy so often that one on a busy host
-// may come too late for one epoch after the other.
-const inPeriodicMode = 10
-
 // maxMute is how many checkpoints in a row, and how many times compare.timeout, an SVM may
 // send nothing while the PVM's output waits for it. Both count: checkpoints may come
 // faster than an SVM on a busy host answers, or more slowly than compare.timeout.
@@ -31,22 +27,19 @@ type muteWatch struct {
 }
 
 // commit takes a commit in, and reports whether the SVM is mute: records is how many
-// digest records there have been, waited for how long output waited for one.
+// digest records there have been, waited for how long output waited for one. In periodic mode none is: there the SVM becomes
+// the PVM's copy so often that one on a busy host may come too late for one epoch after the other.
 func (w *muteWatch) commit(now int64, records uint64, waited, timeout time.Duration, periodic bool) bool {
-	limit := maxMute
-	if periodic {
-		limit *= inPeriodicMode
-	}
 	waits := waited >= muteWait
 	switch {
-	case records != w.records:
+	case records != w.records, periodic:
 		*w = muteWatch{records: records, since: now}
 	case w.commits == 0 && !waits:
 		w.since = now // nothing was expected of it
 	case waits:
 		w.commits++
 	}
-	if w.commits < limit || now-w.since < int64(limit)*int64(timeout) {
+	if w.commits < maxMute || now-w.since < maxMute*int64(timeout) {
 		return false
 	}
 	*w = muteWatch{records: records, since: now}
