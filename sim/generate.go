@@ -31,7 +31,7 @@ func drawPeriodic(sc *Scenario) {
 		return // the guests are to agree
 	}
 	for i := range sc.Conns {
-		if c := &sc.Conns[i]; r.IntN(2) == 0 {
+		if c := &sc.Conns[i]; r.IntN(2) == 0 && len(c.Requests) > 0 {
 			c.Requests = slices.Insert(c.Requests, r.IntN(len(c.Requests)), Request{'T', 0}) // the last one may end the connection
 		}
 	}
