@@ -74,9 +74,8 @@ lint: ## gofmt, vet, staticcheck, other analyzers, known vulnerabilities, clang-
 	clang-format-19 --dry-run -Werror --style=file:bpf/.clang-format $(C_FILES)
 	$(GO) test -count=1 .
 
-# Packages one after the other: many make devices and namespaces, and two cores
-# are all that is counted on.
-# Real pairs and figures one at a time; the rest beside the slowest of it.
+# Two cores are all that is counted on: real pairs and figures run alone, and the other packages
+# two at a time, of which control/qemu is the slowest.
 .PHONY: test
 test: deps lint check-generated build race ## everything CI checks
 	$(GO) test -count=1 -p 2 -timeout 40m ./control/qemu $$($(GO) list ./... | grep -v -e '/control/qemu$$' -e '/bench$$' -e '/e2e$$')

@@ -56,13 +56,14 @@ __noinline int fast_opened(struct __sk_buff *skb)
 	if (!sc)
 		return 0;
 	p = &sc->p;
-	c = bpf_map_lookup_elem(&ls_cli, &p->t);
 	h = &sc->held;
 	o = p->tcp + LS_TCP_MIN;
 	if (!ls_fast_on || !syn_usual(p->tcp) || p->paylen || p->t.vlan ||
-	    p->l4_off > LS_FAST_L4_MAX || sc->slot >= LS_SLOT_GSO || (c && c->reused) ||
-	    bpf_ringbuf_query(&ls_ring, BPF_RB_AVAIL_DATA) > LS_SYN_BUSY ||
-	    bpf_map_update_elem(&ls_fast, &p->t, &ls_fast_fresh, BPF_NOEXIST))
+	    p->l4_off > LS_FAST_L4_MAX || sc->slot >= LS_SLOT_GSO ||
+	    bpf_ringbuf_query(&ls_ring, BPF_RB_AVAIL_DATA) > LS_SYN_BUSY)
+		return 0;
+	c = bpf_map_lookup_elem(&ls_cli, &p->t);
+	if ((c && c->reused) || bpf_map_update_elem(&ls_fast, &p->t, &ls_fast_fresh, BPF_NOEXIST))
 		return 0;
 	f = bpf_map_lookup_elem(&ls_fast, &p->t);
 	if (!f)

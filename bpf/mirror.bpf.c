@@ -13,9 +13,9 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 {
 	struct ls_pkt *p = &sc->p;
 	struct ls_cli *c = bpf_map_lookup_elem(&ls_cli, &p->t);
-	__u64 now = bpf_ktime_get_boot_ns();
 	__u32 hdr = p->pay_off;
 	int fresh = !c;
+	__u64 now;
 
 	if (c && !(p->flags & (LS_SYN | LS_RST)) &&
 	    (!(p->flags & LS_ACK) ||
@@ -25,6 +25,7 @@ static __always_inline void mirror_note(struct __sk_buff *skb, struct ls_scratch
 		c = &sc->cli;
 		__builtin_memset(c, 0, sizeof(*c));
 	}
+	now = bpf_ktime_get_boot_ns();
 	if (p->flags & LS_SYN && !(c->tcp_flags & LS_SYN))
 		c->reused = !fresh && now - c->at < LS_REUSED_NS;
 	c->at = now;
