@@ -202,6 +202,9 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 		fo.d.checkpoints.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		fo.d.repl.stopSync("this host replicates no more")
 		fo.d.repl.tries.over()
+		if fo.p.Covered() { // fenced, and the secondary may be about to take over
+			return nil
+		}
 		return fo.remember(func(st *state.State) { st.Covered = 0 })
 	case failover.OpTellCovered:
 		if err := fo.remember(func(st *state.State) { st.Covered = fx.Term }); err != nil {

@@ -97,7 +97,9 @@ func (p *pair) effect(fx failover.Effect) {
 	case failover.OpUnpair:
 		d.checks.step(checkpoint.Event{Kind: checkpoint.EvPair})
 		d.repl.giveUp()
-		d.remember(func(st *state.State) { st.Covered = 0 })
+		if !d.pair.p.Covered() {
+			d.remember(func(st *state.State) { st.Covered = 0 })
+		}
 	case failover.OpTellCovered:
 		d.remember(func(st *state.State) { st.Covered = fx.Term })
 		d.w.reach("covered")

@@ -121,6 +121,8 @@ func decideSpeaker(st state.State, rec arbiter.Entry, found datapath.Pinned) Beg
 		b.primary = PrimarySolo
 	case found.Mode == datapath.ModeHold:
 		b.primary, b.covered = PrimaryPair, st.Covered == rec.Term
+	case !b.Discard: // a part of this pair that ended; the secondary may still be about to take over from it
+		b.covered = st.Covered == rec.Term
 	}
 	return b
 }

@@ -35,6 +35,8 @@ func TestDecide(t *testing.T) {
 		{name: "covered for an earlier term", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 4, Covered: 4}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeHold},
 			want: Begin{Role: datapath.RolePrimary, primary: PrimaryPair}},
 		{name: "shut", role: datapath.RolePrimary, rec: alpha, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut}, want: Begin{Role: datapath.RolePrimary}},
+		{name: "fenced, with an S that may be about to take over", role: datapath.RolePrimary, rec: alpha, st: state.State{Role: "primary", Term: 5, Covered: 5}, found: datapath.Pinned{Role: datapath.RolePrimary, Mode: datapath.ModeShut},
+			want: Begin{Role: datapath.RolePrimary, covered: true}},
 		{name: "took over, not yet promoted", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeSolo},
 			want: Begin{Role: datapath.RolePrimary, primary: PrimarySolo}},
 		{name: "won, and died before it spoke", role: datapath.RoleSecondary, rec: alpha, st: covered, found: datapath.Pinned{Role: datapath.RoleSecondary, Mode: datapath.ModeQuiet},

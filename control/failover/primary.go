@@ -86,16 +86,16 @@ func (l *Primary) Step(now int64, ev Event) []Effect {
 			l.alone("the secondary's host came back with another guest than the one that followed")
 		case l.state != PrimaryStart && l.state != PrimarySolo:
 		case ev.OK:
-			l.pair(now)
+			l.pair(now, l.covered)
 		default:
-			l.state = PrimarySync
+			l.state, l.covered = PrimarySync, false
 			l.emit(OpSync)
 		}
 	case EvSynced:
 		switch {
 		case l.state != PrimarySync:
 		case ev.OK:
-			l.pair(now)
+			l.pair(now, false)
 		default:
 			l.back()
 		}
@@ -178,8 +178,8 @@ func (l *Primary) missed(now int64) string {
 // this host does not compete with it.
 func (l *Primary) yields() bool { return l.sick && l.covered && !l.cfg.noR24 }
 
-func (l *Primary) pair(now int64) {
-	l.state, l.paired, l.covered = PrimaryPair, now, false
+func (l *Primary) pair(now int64, covered bool) {
+	l.state, l.paired, l.covered = PrimaryPair, now, covered
 	l.emit(OpPair)
 }
 
@@ -241,7 +241,7 @@ func (l *Primary) powerOff() {
 	if l.state >= PrimaryFenced {
 		return
 	}
-	l.state = PrimaryOff
+	l.state, l.covered = PrimaryOff, false
 	l.emit(OpShut)
 	l.emit(OpUnpair)
 	l.emit(OpPoweredOff)

@@ -148,6 +148,22 @@ func TestSickSecondaryWaits(t *testing.T) {
 	}
 }
 
+// A P whose guest cannot go on has told S so. Started again, it finds S asking the arbiter still, and does not compete with it.
+func TestSickPrimaryAgain(t *testing.T) {
+	const ms = int64(time.Millisecond)
+	for name, c := range map[string]struct {
+		covered bool
+		want    PrimaryState
+	}{"S may take over": {true, PrimaryFenced}, "nothing covers S": {false, PrimaryClaim}} {
+		l := NewPrimary(DefaultConfig(500*time.Millisecond, 400*time.Millisecond, 3*time.Second), 7, PrimaryStart, c.covered, 0)
+		l.Step(1*ms, Event{Kind: EvGuestFailed})
+		l.Step(2*ms, Event{Kind: EvLinkUp, OK: true})
+		if l.Step(600*ms, Event{Kind: EvTick}); l.State() != c.want { // S's kernel, mute, has echoed nothing
+			t.Errorf("%s: state %d, want %d", name, l.State(), c.want)
+		}
+	}
+}
+
 // A QEMU that stands still may have a checkpoint that it has not loaded yet. It is ordered to take
 // over once it answers and has had time to show that, or when it has not answered for long.
 func TestSlowLoad(t *testing.T) {
