@@ -42,6 +42,7 @@ type wire struct {
 	scale     uint8
 	core      int  // the compare core that saw it begin
 	ahead     bool // its SYN|ACK has not left: the client takes none of it yet
+	reset     bool // by the client, which does not go by a window any more
 }
 
 // solo: a host transmits alone from now on.
@@ -245,7 +246,7 @@ func (w *world) forward(h *host, p *packet, v *wire) {
 		switch {
 		case v.acked && after(v.ack, p.ack):
 			w.failf("ack", "%s: %v, and %d was acknowledged before", h.name, *p, v.ack)
-		case p.syn(): // the window of one that is repeated is not scaled, and nobody goes by it
+		case p.syn(), v.reset: // the window of one that is repeated is not scaled, and nobody goes by it
 		case v.acked && after(v.edge, edge+lost) && v.core == w.check.cores && !h.evicted():
 			w.failf("window", "%s: %v, and the window reached to %d before; the guest's own: %s", h.name, *p, v.edge, h.said(p))
 		}

@@ -69,6 +69,9 @@ func observe(w *world, t *talk, p *packet, f flow, side int) {
 		switch {
 		case p.rst():
 			w.reach("RST of the " + who)
+			if v := w.check.flows[f]; v != nil && side == 1 {
+				v.reset = true
+			}
 			if a := w.client.at(f); side == 0 && p.hasACK() && a != nil && a.now().Kind == 'X' {
 				w.reach("reset by the guest in " + tcp.State(a.now().N).String())
 			}

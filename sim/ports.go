@@ -76,7 +76,7 @@ func (c *client) astray(a *asking) bool {
 	}
 	stack := q.guest.stack
 	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), a.port), servicePort)
-	if !ok || stack.State(id) != tcp.Established || c.stack.State(a.id) != tcp.Established {
+	if state := c.stack.State(a.id); !ok || stack.State(id) != tcp.Established || state != tcp.Established && state != tcp.FinWait2 {
 		return false
 	}
 	begun, _ := tcp.Initial(c.stack, a.id)

@@ -28,17 +28,15 @@ const (
 
 // synCookie is the initial sequence number that answers a SYN.
 func synCookie(s *Stack, t tuple, irs uint32, minute uint32, mss uint32) uint32 {
-	return cookieHash(s, t, 0, irs) + irs + minute<<cookieBits + (cookieHash(s, t, 1+uint64(minute), irs)+mss)&(1<<cookieBits-1)
+	return cookieHash(s, t, 0) + irs + minute<<cookieBits + (cookieHash(s, t, 1+uint64(minute))+mss)&(1<<cookieBits-1)
 }
 
 // cookieHash draws its key when it is needed first, as Linux does: guests that were copies then do not share it.
-// It hashes irs, too, which Linux only adds: with that, a connection on which as many bytes went either way comes to
-// life again by a late keep-alive, and stands still for ever.
-func cookieHash(s *Stack, t tuple, salt uint64, irs uint32) uint32 {
+func cookieHash(s *Stack, t tuple, salt uint64) uint32 {
 	if s.cookieKey == 0 {
 		s.cookieKey = mix(s.rng.Uint64()^uint64(s.now)) | 1
 	}
-	return uint32(mix(s.hash(t, 16+salt) ^ s.cookieKey ^ uint64(irs)))
+	return uint32(mix(s.hash(t, 16+salt) ^ s.cookieKey))
 }
 
 // answerWithCookie answers a SYN, and keeps nothing.
@@ -91,12 +89,12 @@ func byCookie(s *Stack, now int64, remote netip.Addr, g *segment) *conn {
 	t := tuple{remote, g.from, g.to}
 	cookie, irs := g.ack-1, g.seq-1
 	minute := uint32(now / cookieMinute)
-	made := (cookie - irs - cookieHash(s, t, 0, irs)) >> cookieBits
+	made := (cookie - irs - cookieHash(s, t, 0)) >> cookieBits
 	age := (minute - made) & 0xff
 	if age > 1 {
 		return nil
 	}
-	n := (cookie - irs - cookieHash(s, t, 0, irs) - cookieHash(s, t, 1+uint64(minute-age), irs)) & (1<<cookieBits - 1)
+	n := (cookie - irs - cookieHash(s, t, 0) - cookieHash(s, t, 1+uint64(minute-age))) & (1<<cookieBits - 1)
 	if n >= uint32(len(cookieMSS)) {
 		return nil
 	}
