@@ -158,7 +158,7 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 	c.opens.unlink(c)
 	c.diverged, c.why = false, ReasonNone
 	c.syn.forgetSVM()
-	c.svm.extent, c.svmRST, c.openOnSVM = extent{}, svmReset{}, false
+	c.svm.extent, c.svmRST, c.svmAt, c.openOnSVM = extent{}, svmReset{}, mark{}, false
 	c.cuts, c.query = 0, backoff{}
 	c.stall.stop()
 	c.asks.stop()

@@ -31,6 +31,7 @@ type conn struct {
 	low              uint32
 	floating, rooted bool
 	adopted          bool // from an earlier daemon: the remote has all below low
+	pvmAt, svmAt     mark // where the newest segment of each begins
 
 	cliFIN mark // what acknowledges the remote's FIN
 	// When the PVM's FIN came first, and last.

@@ -53,6 +53,7 @@ func (p *Primary) pvm(s *Segment) {
 	}
 	grew := c.acks.fromPVM(s, p.frozen)
 	c.keep(s)
+	c.pvmAt = mark{true, s.PayloadStart()}
 	if s.Len == 0 && s.Flags&(SYN|FIN) == 0 {
 		c.pureACK(s, grew)
 	} else if c.hold(s) {
@@ -194,6 +195,7 @@ func (p *Primary) svm(s *Segment) {
 	dup := !grew && had && s.Flags&(ACK|SYN|FIN) == ACK && s.Len == 0 &&
 		s.Ack == c.acks.svm.ack && !before(s.Seq, next)
 	c.repeated(s)
+	c.svmAt = mark{true, s.PayloadStart()}
 	if !c.svmData(s) {
 		p.stats.Drops[ReasonStray]++
 	}
@@ -257,6 +259,7 @@ func (p *Primary) client(s *Segment) {
 func (p *Primary) pump(c *conn) (alive bool) {
 	if !p.frozen && !c.diverged {
 		c.root()
+		c.pass()
 		c.checkFIN()
 		c.advance()
 	}

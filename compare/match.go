@@ -200,6 +200,21 @@ func (c *conn) root() {
 	c.low, c.released, c.placed = base, base, true
 }
 
+// pass: on a connection that P met in mid-stream both guests go on behind what P has seen of them. What lies between left
+// before P met it, and once the remote has acknowledged that no guest sends it again. If one does, that is an unknown past.
+func (c *conn) pass() {
+	pos := c.pvmAt.pos
+	if c.held.len() > 0 {
+		pos = c.held.first().start
+	}
+	if c.syn.seen || c.floating || c.adopted || !c.pvmAt.ok || !c.svmAt.ok || !after(pos, c.svm.compared) || !near(pos, c.svm.compared) ||
+		before(c.svmAt.pos, pos) || c.svm.sent(pos) {
+		return
+	}
+	c.sameBytes(c.svm.rebase(pos))
+	c.low, c.released, c.rooted = pos, pos, false
+}
+
 // svmData takes in the sums and the FIN of a record.
 func (c *conn) svmData(s *Segment) bool {
 	start := s.PayloadStart()

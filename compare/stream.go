@@ -155,6 +155,13 @@ func (s *stream) end() (uint32, bool) {
 // ahead reports whether the SVM has transmitted data beyond the compared point.
 func (s *stream) ahead() bool { return s.extent.beyond(s.compared) }
 
+// sent reports whether anything is known of what the SVM transmitted between the compared point and pos.
+func (s *stream) sent(pos uint32) bool {
+	last, ok := s.end()
+	return ok && after(last, s.compared) ||
+		slices.ContainsFunc(s.loose, func(l span) bool { return before(l.from, pos) && after(l.end(), s.compared) })
+}
+
 // hole is what is not known of the stream, though what lies behind it is.
 func (s *stream) hole() (from, to uint32, ok bool) {
 	from, known := s.end()
