@@ -259,7 +259,7 @@ func (p *Primary) client(s *Segment) {
 func (p *Primary) pump(c *conn) (alive bool) {
 	if !p.frozen && !c.diverged {
 		c.root()
-		c.pass()
+		goOn(c)
 		c.checkFIN()
 		c.advance()
 	}

@@ -200,9 +200,9 @@ func (c *conn) root() {
 	c.low, c.released, c.placed = base, base, true
 }
 
-// pass: on a connection that P met in mid-stream both guests go on behind what P has seen of them. What lies between left
+// goOn: on a connection that P met in mid-stream both guests go on behind what P has seen of them. What lies between left
 // before P met it, and once the remote has acknowledged that no guest sends it again. If one does, that is an unknown past.
-func (c *conn) pass() {
+func goOn(c *conn) {
 	pos := c.pvmAt.pos
 	if c.held.len() > 0 {
 		pos = c.held.first().start

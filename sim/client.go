@@ -168,6 +168,7 @@ func (c *client) send(frames [][]byte) {
 			if reset {
 				w.meets(f)
 			}
+			c.mixesAtGuest(f)
 			w.hosts[w.port].fromWire(f)
 		})
 	}

@@ -40,6 +40,22 @@ func (c *client) mixes(frame []byte, of *wire) {
 	}
 }
 
+// mixesAtGuest is mixes for a frame of the client's: the guest may take it for data that the connection has yet to send.
+func (c *client) mixesAtGuest(frame []byte) {
+	p, ok := parse(frame)
+	if !ok || len(p.payload) == 0 {
+		return
+	}
+	a := c.at(flow{p.src, p.srcPort, p.dstPort})
+	if a == nil || a.again == 0 {
+		return
+	}
+	if ahead := p.end() - tcp.Next(c.stack, a.id) - 1; ahead < 1<<20 {
+		c.w.reach("data of the connection before, at the guest")
+		a.lost, a.mixed = true, true
+	}
+}
+
 // misses reports whether both ends were to open a connection at once, and the guest, which was late, refused the client's SYN.
 // A repetition of that which meets the guest's own SYN later is of no connection that the client knows, and resets the guest's.
 func (c *client) misses(a *asking) bool {

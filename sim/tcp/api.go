@@ -175,6 +175,9 @@ func (s *Stack) State(id ID) State { return s.conns[id].state }
 // Initial are the initial sequence numbers of a connection: its own and the other end's.
 func Initial(s *Stack, id ID) (own, remote uint32) { return s.conns[id].iss, s.conns[id].irs }
 
+// Next is the sequence number that a connection sends next.
+func Next(s *Stack, id ID) uint32 { return s.conns[id].snd.nxt }
+
 // Err is why a connection is closed that its own side did not close: ErrReset, ErrRefused, ErrTimeout, ErrAborted, ErrInUse.
 func (s *Stack) Err(id ID) error { return s.conns[id].err }
 
