@@ -64,7 +64,7 @@ func (r *reader) nodes(v value, c *Config) {
 		r.refuse(v.pos, fmt.Sprintf("nodes has %s, and a pair has two, with up to %d spares", count(len(kvs), "entry", "entries"), maxNodes-2), "")
 		return
 	}
-	c.Nodes = make([]Node, len(kvs))
+	c.Nodes, r.spares = make([]Node, len(kvs)), len(kvs) > 2
 	for i, kv := range kvs {
 		n := &c.Nodes[i]
 		r.checkName(kv.keyPos, kv.key, "a node's name")
@@ -122,11 +122,15 @@ func (r *reader) peer(v value, nic *NIC) {
 			x := &VXLAN{Port: DefaultVXLANPort}
 			nic.PeerVXLAN = x
 			var id, port = 0, int(x.Port)
+			remote := "it is the other host's address on the underlay"
+			if r.spares {
+				remote = ""
+			}
 			r.mapping(v, []field{
 				{"id", "it is the VXLAN network identifier, the same on both nodes", r.integer(&id, 1, 1<<24-1)},
 				{"port", "", r.integer(&port, 1, math.MaxUint16)},
 				{"local", "it is this host's address on the underlay", r.addr(&x.Local)},
-				{"remote", "", r.addr(&x.Remote)}, // relations knows whether it is needed
+				{"remote", remote, r.addr(&x.Remote)},
 				{"underlay", "it is the device that carries the VXLAN", r.device(&x.Underlay)},
 			})
 			x.ID, x.Port = uint32(id), uint16(port)

@@ -42,11 +42,9 @@ func (r *reader) relations(c *Config) {
 			} else {
 				use(v.Device(), fmt.Sprintf("nics[%d].peer.vxlan.id", i))
 				if c.Spares() {
-					continue // r.links looks at it
+					continue // underlay looks at it
 				}
-				if !v.Remote.IsValid() {
-					r.refuse(at("nodes.%s.nics[%d].peer.vxlan", n.Name, i), fmt.Sprintf("nodes.%s.nics[%d].peer.vxlan.remote is missing", n.Name, i), "it is the other host's address on the underlay")
-				} else if v.Local.Is4() != v.Remote.Is4() || v.Local == v.Remote {
+				if v.Local.Is4() != v.Remote.Is4() || v.Local == v.Remote {
 					r.refuse(at("nodes.%s.nics[%d].peer.vxlan.remote", n.Name, i), fmt.Sprintf("remote %s does not go with local %s", v.Remote, v.Local),
 						"give two different addresses of one family")
 				}
@@ -62,7 +60,7 @@ func (r *reader) relations(c *Config) {
 		}
 	}
 	r.links(c)
-	r.spares(c)
+	r.withSpares(c)
 	r.guest(c)
 	if h := c.Heartbeat; h.Lease > h.Timeout {
 		r.refuse(at("heartbeat.lease"), fmt.Sprintf("lease %v is above timeout %v", h.Lease, h.Timeout), "a host that counts as dead must no longer transmit; lower it")
@@ -106,7 +104,7 @@ func (r *reader) links(c *Config) {
 			}
 			differ("id", y.ID, x.ID)
 			differ("port", y.Port, x.Port)
-			if !c.Spares() && x.Remote.IsValid() && y.Remote.IsValid() {
+			if !c.Spares() {
 				differ("local", y.Local, x.Remote)
 				differ("remote", y.Remote, x.Local)
 			}
@@ -137,8 +135,8 @@ func (r *reader) underlay(c *Config, nic int) {
 	}
 }
 
-// spares refuses what knows of two nodes alone.
-func (r *reader) spares(c *Config) {
+// withSpares refuses what knows of two nodes alone.
+func (r *reader) withSpares(c *Config) {
 	if !c.Spares() {
 		return
 	}
