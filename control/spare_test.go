@@ -14,6 +14,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/peerlink"
+	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/state"
 )
 
@@ -180,4 +181,26 @@ func TestSpareNotReached(t *testing.T) {
 		}
 		return st.Peer.Node == "beta" && strings.Contains(st.Peer.Error, "no such device")
 	})
+}
+
+// TestLateDiskReport: what QEMU reports late of a former secondary's replica, since it sends one such event a second, says
+// nothing about the one that follows it.
+func TestLateDiskReport(t *testing.T) {
+	p, s, _ := lives(t, newPair(t))
+	startCovered(p, s)
+	report := func(at time.Time) {
+		if err := p.d.ask(t.Context(), func() {
+			p.d.failover.Disks, p.d.repl.begun = []qemu.Disk{{ID: "disk0"}}, time.Unix(2000, 0)
+			p.d.guest.guestEvent("QUORUM_REPORT_BAD", at, map[string]any{"node-name": "nbd0", "type": "flush", "error": "gone"})
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report(time.Unix(1999, 0))
+	if st := p.await("the status", func(api.Status) bool { return true }); st.State != "replicating" || len(st.DiskFaults) > 0 {
+		t.Errorf("a late report has the pair end: %s, %+v", st.State, st.DiskFaults)
+	}
+	report(time.Unix(2001, 0))
+	p.await("solo", func(st api.Status) bool { return st.State == "solo" && len(st.DiskFaults) == 1 })
+	s.ends(ErrAfresh)
 }

@@ -132,10 +132,10 @@ func startHere(ctx context.Context, e env, c *config.Config, self, other *config
 			return ctx.Err()
 		}
 	}
-	follows := other.Name
+	all, follows := "both nodes", other.Name
 	if c.Spares() {
-		follows = "another one"
+		all, follows = "all nodes", "the first of the others that is there"
 	}
-	_, err = fmt.Fprintf(e.stdout, "%s has the guest's disks (%s). Start the daemons of the nodes: %s is the primary, and %s follows.\n", self.Name, now, self.Name, follows)
+	_, err = fmt.Fprintf(e.stdout, "%s has the guest's disks (%s). Start the daemons of %s: %s is the primary, and %s follows.\n", self.Name, now, all, self.Name, follows)
 	return err
 }
