@@ -9,8 +9,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control"
+	"github.com/lockstep-ft/lockstep/control/api"
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/state"
@@ -113,5 +115,25 @@ func TestSpareStartHere(t *testing.T) {
 	code, stdout, stderr := c.run(t.Context(), "start -c @/spare.yaml --node alpha --here --force")
 	if code != exitOK || !strings.Contains(stdout, "Start the daemons of all nodes: alpha is the primary, and the first of the others that is there follows.") {
 		t.Errorf("exit %d, %s%s", code, stdout, stderr)
+	}
+}
+
+// That a spare follows nobody is nothing to look at.
+func TestSpareShown(t *testing.T) {
+	st := api.Status{VM: "web1", Node: "gamma", Role: "secondary", State: "spare", Detail: "this node is a spare: alpha's secondary is beta", ArbiterTerm: 2, Peer: api.PeerStatus{Node: "alpha"}}
+	var out strings.Builder
+	if err := printStatus(&out, st); err != nil {
+		t.Fatal(err)
+	}
+	got := out.String()
+	if !strings.Contains(got, "web1 on gamma:  secondary, spare, epoch 0: this node is a spare: alpha's secondary is beta\n") ||
+		!strings.Contains(got, " alpha, which has its secondary\n") || strings.Contains(got, "NOT") {
+		t.Errorf("status:\n%s", got)
+	}
+	s := sample{at: time.Now(), status: st}
+	for _, l := range topView(&s, 40) {
+		if l.style == topAlarm {
+			t.Errorf("top alarms: %s", l.text)
+		}
 	}
 }

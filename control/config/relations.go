@@ -59,8 +59,8 @@ func (r *reader) relations(c *Config) {
 			r.refuse(at("run_dir"), fmt.Sprintf("the status socket's path %q has %d bytes, and the kernel takes %d", s, len(s), maxSocket), "shorten run_dir, vm or the node's name")
 		}
 	}
-	r.links(c)
-	r.withSpares(c)
+	links(r, c)
+	withSpares(r, c)
 	r.guest(c)
 	if h := c.Heartbeat; h.Lease > h.Timeout {
 		r.refuse(at("heartbeat.lease"), fmt.Sprintf("lease %v is above timeout %v", h.Lease, h.Timeout), "a host that counts as dead must no longer transmit; lower it")
@@ -81,7 +81,7 @@ func (r *reader) relations(c *Config) {
 }
 
 // links checks the peer links of each pair that the nodes can be.
-func (r *reader) links(c *Config) {
+func links(r *reader, c *Config) {
 	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
 	a := &c.Nodes[0]
 	for i := range a.NICs {
@@ -110,13 +110,13 @@ func (r *reader) links(c *Config) {
 			}
 		}
 		if c.Spares() {
-			r.underlay(c, i)
+			underlay(r, c, i)
 		}
 	}
 }
 
 // underlay checks the VXLANs of a NIC among more than two nodes, which lockstep directs to whoever is the peer.
-func (r *reader) underlay(c *Config, nic int) {
+func underlay(r *reader, c *Config, nic int) {
 	for i, n := range c.Nodes {
 		v := n.NICs[nic].PeerVXLAN
 		if v == nil {
@@ -136,7 +136,7 @@ func (r *reader) underlay(c *Config, nic int) {
 }
 
 // withSpares refuses what knows of two nodes alone.
-func (r *reader) withSpares(c *Config) {
+func withSpares(r *reader, c *Config) {
 	if !c.Spares() {
 		return
 	}

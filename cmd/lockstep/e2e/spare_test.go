@@ -169,6 +169,20 @@ func TestSpare(t *testing.T) {
 	p.cut("beta", false)
 	p.spare("beta", "alpha", "gamma")
 	works()
+	// A daemon that is started again knows whose the pair is: the spare is there at once, and is not taken.
+	term := func() uint64 {
+		return p.await("alpha", func(s *api.Status) bool { return s.Role == "primary" && s.ArbiterTerm > 0 }).ArbiterTerm
+	}
+	before := term()
+	for _, node := range []string{"alpha", "gamma"} {
+		p.kill(node)
+		p.auto(node)
+		p.pair("alpha", "gamma")
+		works()
+	}
+	if now := term(); now != before {
+		t.Errorf("the arbiter's term was %d and is %d", before, now)
+	}
 	if turns := watch.Turns(); len(turns) != 3 {
 		t.Errorf("turns of speech: %v, want alpha's, gamma's and alpha's", turns)
 	}
