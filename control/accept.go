@@ -163,11 +163,15 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, peer *Peer, known f
 			pl.offer(l, h)
 		}
 	})
-	if taken != "" {
+	switch {
+	case taken != "":
 		_ = l.Write(peerlink.Refuse{Cause: taken, Spare: true})
 		return raw.Close()
+	case turned != nil:
+		_ = l.Write(peerlink.Refuse{Cause: turned.Error()})
+		return turned
 	}
-	return errors.Join(err, turned)
+	return err
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.

@@ -282,6 +282,7 @@ func (fo *failoverPart) remember(change func(*state.State)) error {
 
 // withPeer notes whose pair this is, where that is not known from the config.
 func (fo *failoverPart) withPeer(st *state.State) {
+	st.Peer, st.PairTerm = "", 0
 	if fo.d.opt.Spares != nil {
 		st.Peer, st.PairTerm = fo.d.opt.Peer, fo.machine.Term()
 	}

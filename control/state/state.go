@@ -38,8 +38,8 @@ type State struct {
 // Follower is the node that may have been told that it can take over at a fencing term; known: there may be
 // one. With "" it is not known which: only a pair without spares does not store it.
 func (s *State) Follower(term uint64) (node string, known bool) {
-	if s.PairTerm != 0 {
-		return s.Peer, s.PairTerm == term
+	if s.PairTerm != 0 && s.PairTerm == term {
+		return s.Peer, true
 	}
 	return "", s.Covered != 0 && s.Covered == term
 }
