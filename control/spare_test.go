@@ -135,6 +135,8 @@ func TestSpareBoundMutation(t *testing.T) {
 	if _, won, err := a.Swap(t.Context(), arbiter.Entry{Term: 1, Speaker: "alpha"}, arbiter.Entry{Term: 2, Speaker: "beta"}); !won || err != nil {
 		t.Errorf("the mutation is not noticed: beta has not won, %v", err)
 	}
+	p.ends(ErrFenced) // it finds that out late
+	s.ends(ErrAfresh)
 }
 
 // TestSparePassedBy: a spare follows the primary that the arbiter names.
