@@ -69,7 +69,7 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 		d.missing("config", fix, "%s", found)
 	}
 	for _, other := range others {
-		d.peer(ctx, other)
+		d.peer(ctx, other, c.Spares())
 	}
 	d.certificates(c, self, other)
 	if err := d.m.writable(c.RunDir); err != nil {
@@ -163,8 +163,8 @@ func (d *doctor) overlays(c *config.Config, self *config.Node, o *overlayRoom) {
 	}
 }
 
-// peer tries the other host's control address, where only a primary listens.
-func (d *doctor) peer(ctx context.Context, other *config.Node) {
+// peer tries another host's control address, where only a primary listens. Of those of spares any may be off.
+func (d *doctor) peer(ctx context.Context, other *config.Node, spares bool) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	switch err := d.m.dial(ctx, other.Control); {
@@ -173,7 +173,11 @@ func (d *doctor) peer(ctx context.Context, other *config.Node) {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		d.ok("peer", "%s's host answers; no daemon listens on %s, which only the primary's does", other.Name, other.Control)
 	default:
-		d.missing("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
+		report := d.missing
+		if spares {
+			report = d.warn
+		}
+		report("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
 			"%s's host does not answer: %v", other.Name, err)
 	}
 }
