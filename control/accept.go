@@ -7,8 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,7 +25,7 @@ const maxStrangers = 8
 // accept lets the secondary in (P).
 func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
-	strangers := &strangers{peer: pl.d.opt.PeerAddr}
+	strangers := new(strangers)
 	again := backoff{first: pl.d.opt.link.Retry, last: pl.d.opt.link.RetryMax}
 	for {
 		conn, err := ln.Accept()
@@ -39,18 +39,35 @@ func (pl *peerLink) accept(ctx context.Context, ln net.Listener) error {
 			continue
 		}
 		again.reset()
-		if !strangers.take(conn) {
-			pl.refused(conn, fmt.Errorf("it comes from %s, and %s is %s: that node has to connect from its control address", conn.RemoteAddr(), pl.d.opt.Peer, pl.d.opt.PeerAddr))
+		peer := pl.from(conn)
+		if peer == nil {
+			var expected []string
+			for _, p := range pl.peers {
+				expected = append(expected, fmt.Sprintf("%s is %s", p.Name, p.Addr))
+			}
+			pl.refused(conn, fmt.Errorf("it comes from %s, and %s: that node has to connect from its control address", conn.RemoteAddr(), strings.Join(expected, ", ")))
 			continue
 		}
+		strangers.take(conn)
 		pl.d.work.Go(func() {
-			err := pl.greet(ctx, conn, func() bool { return strangers.known(conn) })
+			err := pl.greet(ctx, conn, peer, func() bool { return strangers.known(conn) })
 			strangers.known(conn)
 			if err != nil {
 				pl.refused(conn, err)
 			}
 		})
 	}
+}
+
+// from is the node from whose address a connection comes; nil: from none's (P).
+func (pl *peerLink) from(conn net.Conn) *Peer {
+	from, ok := conn.RemoteAddr().(*net.TCPAddr)
+	for i := range pl.peers {
+		if p := &pl.peers[i]; !ok || !p.Addr.IsValid() || from.AddrPort().Addr().Unmap().WithZone("") == p.Addr.WithZone("") {
+			return p
+		}
+	}
+	return nil
 }
 
 // refused closes a connection that does not become the link (P). Those who connect
@@ -68,21 +85,16 @@ func (pl *peerLink) refused(conn net.Conn, err error) {
 	})
 }
 
-// strangers are the connections that have not identified themselves. Only the peer's
-// address may have any; when they are too many, the oldest goes: the peer's daemon
+// strangers are the connections that have not identified themselves. Only the peers'
+// addresses may have any; when they are too many, the oldest goes: a peer's daemon
 // identifies itself at once, and whoever does not was there before it.
 type strangers struct {
-	peer netip.Addr // the zero Addr: from everywhere
-
 	mu   sync.Mutex
 	list []net.Conn // oldest first
 }
 
-// take lets conn in; false: it comes from elsewhere.
-func (s *strangers) take(conn net.Conn) bool {
-	if from, ok := conn.RemoteAddr().(*net.TCPAddr); ok && s.peer.IsValid() && from.AddrPort().Addr().Unmap().WithZone("") != s.peer.WithZone("") {
-		return false
-	}
+// take lets conn in.
+func (s *strangers) take(conn net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.list) == maxStrangers {
@@ -90,7 +102,6 @@ func (s *strangers) take(conn net.Conn) bool {
 		s.list = slices.Delete(s.list, 0, 1)
 	}
 	s.list = append(s.list, conn)
-	return true
 }
 
 // known takes conn out; false: it had to go already.
@@ -107,22 +118,23 @@ func (s *strangers) known(conn net.Conn) bool {
 
 // greet takes a hello and, when it is the secondary's, hands the link to the
 // controller (P). known is asked before that.
-func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) error {
+func (pl *peerLink) greet(ctx context.Context, raw net.Conn, peer *Peer, known func() bool) error {
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := pl.security().Secure(ctx, raw)
+	security := pl.security(peer)
+	conn, err := security.Secure(ctx, raw)
 	if err != nil {
 		return err
 	}
 	l := peerlink.New(conn, pl.d.opt.link)
 	m, err := l.Read(pl.d.opt.link.Handshake)
 	if err != nil {
-		return pl.security().Explain(err)
+		return security.Explain(err)
 	}
 	h, ok := m.(peerlink.Hello)
 	if !ok {
 		return fmt.Errorf("%q in place of hello", m.Type())
 	}
-	if err := peerlink.CheckPeer(pl.party(), h.Party, pl.d.opt.Peer, string(datapath.RoleSecondary)); err != nil {
+	if err := peerlink.CheckPeer(pl.party(), h.Party, peer.Name, string(datapath.RoleSecondary)); err != nil {
 		_ = l.Write(peerlink.Refuse{Cause: err.Error()})
 		return err
 	}
@@ -142,7 +154,24 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, known func() bool) 
 	if !known() {
 		return errors.New("newer connections took its place")
 	}
-	return pl.d.ask(ctx, func() { pl.offer(l, h) })
+	taken, turned := "", error(nil)
+	err = pl.d.ask(ctx, func() {
+		if taken = pl.taken(peer.Name); taken != "" {
+			return
+		}
+		if turned = pl.turnTo(peer); turned == nil {
+			pl.offer(l, h)
+		}
+	})
+	switch {
+	case taken != "":
+		_ = l.Write(peerlink.Refuse{Cause: taken, Spare: true})
+		return raw.Close()
+	case turned != nil:
+		_ = l.Write(peerlink.Refuse{Cause: turned.Error()})
+		return turned
+	}
+	return err
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.

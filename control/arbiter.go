@@ -22,7 +22,7 @@ const entryTimeout = 500 * time.Millisecond
 // EntryNoticed is how long a primary that can ask the arbiter may take to find a newer entry.
 const EntryNoticed = entryEvery + 2*entryTimeout
 
-// watchEntry fences a host that the arbiter does not name any more (R26).
+// watchEntry fences a host that the arbiter does not name any more (R26), and has a spare follow the one that it names.
 func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -43,8 +43,12 @@ func (fo *failoverPart) watchEntry(ctx context.Context, every time.Duration) {
 }
 
 func (fo *failoverPart) entry(now arbiter.Entry) {
+	if fo.s != nil {
+		fo.passedBy(now)
+		return
+	}
 	if now.Speaker != fo.d.opt.Node && now.Term > fo.p.Term() && fo.p.State() != failover.PrimaryClaim {
-		fo.d.log.Error("the arbiter names the other node", "entry", now)
+		fo.d.log.Error("the arbiter names another node", "entry", now)
 	}
 	fo.step(failover.Event{Kind: failover.EvEntry, Term: now.Term, OK: now.Speaker == fo.d.opt.Node})
 }

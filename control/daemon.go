@@ -80,7 +80,10 @@ func New(o Options) (*Daemon, error) {
 		inbox: make(chan func(), 64), stopped: make(chan struct{}),
 	}
 	d.checkpoints.d, d.checkpoints.requests = d, make(chan nicloop.Request, maxRequests)
-	d.peer.d, d.peer.linkSince = d, time.Now()
+	d.peer.d, d.peer.linkSince, d.peer.spares = d, time.Now(), make(map[string]bool)
+	if d.peer.peers = o.Spares; o.Spares == nil {
+		d.peer.peers = []Peer{{Name: o.Peer, Addr: o.PeerAddr, TLS: o.TLS}}
+	}
 	d.qmp.d, d.qmp.path, d.qmp.info.since = d, o.QMP, time.Now()
 	d.repl = replicator{d: d, prepared: make(chan struct{}), tries: tries{again: syncAgain}, endAgain: endAgain, imagesRetry: imagesRetry, prepAgain: prepAgain}
 	d.guest.d, d.room.d = d, d
@@ -238,7 +241,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	if d.opt.QMP != "" && d.opt.GuestAgent != "" {
 		start(func() error { d.clock.watch(ctx); return nil })
 	}
-	if d.failover != nil && d.failover.p != nil {
+	if d.failover != nil && (d.failover.p != nil || d.opt.Spares != nil) {
 		start(func() error { d.failover.watchEntry(ctx, d.opt.entryEvery); return nil })
 	}
 	if fo := d.failover; fo != nil && fo.Guest != nil && len(fo.Guest.Disks) > 0 {

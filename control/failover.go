@@ -108,6 +108,7 @@ type failoverPart struct {
 	stepping  bool
 	tellAgain bool // S: order QEMU to take over once it is connected
 	mute      muteWatch
+	first     string // the peer that this role began with
 }
 
 func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
@@ -119,7 +120,7 @@ func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
 		return nil, err
 	}
 	o.Arbiter = serialize(o.Arbiter)
-	fo := &failoverPart{d: d, Failover: o, state: st, orphan: o.Begin.Orphan()}
+	fo := &failoverPart{d: d, Failover: o, state: st, orphan: o.Begin.Orphan(), first: d.opt.Peer}
 	d.qmp.hadQEMU = o.Begin.HasGuest()
 	d.repl.tries.atOnce = o.triesAtOnce
 	if o.again != (backoff{}) {
@@ -191,6 +192,9 @@ func (fo *failoverPart) carryOut(fx failover.Effect) error {
 	case failover.OpPair:
 		fo.d.repl.tries.paired = time.Now()
 		fo.d.event(journal.Sync, "the guest replicates", nil)
+		if err := fo.remember(fo.withPeer); err != nil { // before S can be covered
+			return err
+		}
 		fo.d.repl.hello.COLO = true // S's QEMU waited when it sent its hello, and follows from now on
 		if err := fo.d.each("begin a pair", func(n *nicloop.Loop) error { return n.Renew(fo.d.opt.Compare, fo.d.epoch) }); err != nil {
 			return err
@@ -274,6 +278,14 @@ func (fo *failoverPart) remember(change func(*state.State)) error {
 	}
 	fo.state = st
 	return nil
+}
+
+// withPeer notes whose pair this is, where that is not known from the config.
+func (fo *failoverPart) withPeer(st *state.State) {
+	st.Peer, st.PairTerm = "", 0
+	if fo.d.opt.Spares != nil {
+		st.Peer, st.PairTerm = fo.d.opt.Peer, fo.machine.Term()
+	}
 }
 
 // goAlone has P transmit without S (R21): what is held leaves first.
@@ -371,6 +383,7 @@ func (fo *failoverPart) joined(record uint64, pair, colo bool) {
 	fo.step(failover.Event{Kind: failover.EvLinkUp, Term: record})
 	if err := fo.remember(func(st *state.State) {
 		st.Replicated = true
+		fo.withPeer(st)
 		if !fo.s.Covered() {
 			st.Covered = 0
 		}

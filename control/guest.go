@@ -48,7 +48,7 @@ type guestWatch struct {
 }
 
 // guestEvent takes one of QEMU's events.
-func (gw *guestWatch) guestEvent(event string, data map[string]any) {
+func (gw *guestWatch) guestEvent(event string, at time.Time, data map[string]any) {
 	if event == "RESET" {
 		gw.d.clock.booted()
 	}
@@ -59,6 +59,9 @@ func (gw *guestWatch) guestEvent(event string, data map[string]any) {
 	text := func(key string) string { s, _ := data[key].(string); return s }
 	switch event {
 	case "QUORUM_REPORT_BAD":
+		if _, secondarys := qemu.Replica(text("node-name"), fo.Disks); secondarys && at.Before(gw.d.repl.begun) {
+			return // QEMU sends one a second: this one is about the replica of a secondary before
+		}
 		gw.diskFailed(text("node-name"), text("type"), text("error"))
 	case "BLOCK_IO_ERROR":
 		if full, _ := data["nospace"].(bool); full {

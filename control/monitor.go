@@ -192,7 +192,7 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 				}
 			})
 		default:
-			mo.d.post(func() { mo.d.guest.guestEvent(e.Event, e.Data) })
+			mo.d.post(func() { mo.d.guest.guestEvent(e.Event, qmp.Time(e), e.Data) })
 			mo.reportEvent(e)
 		}
 	}

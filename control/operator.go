@@ -100,7 +100,8 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 		}
 	}
 	var refused error
-	if err := d.ask(ctx, func() { refused = d.failover.orderFailover(force, loaded) }); err != nil || refused != nil {
+	peer := "" // as it is now: another may follow the outcome at once
+	if err := d.ask(ctx, func() { peer, refused = d.opt.Peer, d.failover.orderFailover(force, loaded) }); err != nil || refused != nil {
 		return api.FailoverDone{}, errors.Join(err, refused)
 	}
 	err := d.until(ctx, func() bool { return d.failover.done() })
@@ -110,7 +111,7 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 	default:
 	}
 	if err == nil {
-		err = d.failover.outcome(d.opt.Peer)
+		err = d.failover.outcome(peer)
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("nothing came of it in %v; `lockstep status` shows what it waits for, and it may still happen", failover.OrderTimeout)
 	}

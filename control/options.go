@@ -41,7 +41,12 @@ type Options struct {
 	OwnAddr, PeerAddr netip.Addr
 
 	TLS *tls.Config // nil: the control link is not protected
-	QMP string      // QEMU's socket; "": none, checkpoints are counted but not made
+
+	// Spares: the pair has spare nodes, and these are all the others, Peer among them. The primary takes whichever of
+	// them comes first when it has no secondary. nil: there is Peer alone.
+	Spares []Peer
+
+	QMP string // QEMU's socket; "": none, checkpoints are counted but not made
 	// The guest agent's socket; "": none, nobody sets the guest's clock.
 	GuestAgent string
 	Pauses     *Pauses // of one node, for all of its parts; nil: new ones
@@ -76,6 +81,15 @@ type Options struct {
 	entryEvery time.Duration
 	clockEvery time.Duration
 	timing     *checkpoint.Config
+}
+
+// Peer is another node, as the secondary that it may come to be.
+type Peer struct {
+	Name   string
+	Addr   netip.Addr  // where it makes the control link from; the zero Addr: from anywhere
+	TLS    *tls.Config // as that of Options
+	QEMU   qemu.Incoming
+	Direct func() error // has the peer links lead there; nil: they do
 }
 
 func (o *Options) setDefaults() error {
@@ -156,6 +170,7 @@ type Failover struct {
 
 	doubt      time.Duration // tests shorten it
 	noR26Entry bool          // a mutation: only tests set it
+	unbound    bool          // a mutation: a spare is taken at a term in which another node may be covered
 	again      backoff       // between two tries to replicate; tests shorten it
 	// Mutations, only tests set them: a QEMU that does not end replication counts as dead;
 	// tries to replicate do not back off; the two QEMUs' machines are not compared.

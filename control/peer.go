@@ -33,14 +33,17 @@ type peerLink struct {
 	refusalLog time.Time
 	peerAddr   string
 	peerParty  peerlink.Party
-	rotation   chan struct{} // P: closed when S has the new keys; nil: none under way
-	peerWhole  bool          // P: what S reported of its tables, until its session is ok
+	rotation   chan struct{}   // P: closed when S has the new keys; nil: none under way
+	peerWhole  bool            // P: what S reported of its tables, until its session is ok
+	peers      []Peer          // P: who may be the secondary; not changed
+	spare      string          // S: why P has no use for this node; "": it has, or is not heard
+	spares     map[string]bool // P: nodes that were told so
 }
 
-// security is how the link is protected.
-func (pl *peerLink) security() *peerlink.Security {
+// security is how a link with a node is protected.
+func (pl *peerLink) security(with *Peer) *peerlink.Security {
 	o := &pl.d.opt
-	return &peerlink.Security{TLS: o.TLS, Server: pl.d.isPrimary(), Node: o.Node, Peer: o.Peer, Timeout: o.link.Handshake}
+	return &peerlink.Security{TLS: with.TLS, Server: pl.d.isPrimary(), Node: o.Node, Peer: with.Name, Timeout: o.link.Handshake}
 }
 
 // party is what this daemon reports of itself, its key generation left out.
@@ -74,7 +77,16 @@ func (pl *peerLink) connect(ctx context.Context) {
 			again.reset()
 		}
 		pl.d.post(func() {
-			if why := err.Error(); pl.linkErr != why && !up && pl.d.failover.waits() { // the end of a session is reported already
+			spare := (*spareError)(nil)
+			was := pl.spare
+			pl.spare = ""
+			switch why := err.Error(); {
+			case up || !pl.d.failover.waits(): // the end of a session is reported already
+			case errors.As(err, &spare):
+				if pl.spare, pl.linkErr = why, ""; was != why {
+					pl.d.log.Info(why)
+				}
+			case pl.linkErr != why:
 				pl.linkErr = why
 				pl.d.log.Warn("no control link", "primary", pl.d.opt.Control, "err", err)
 			}
@@ -84,6 +96,11 @@ func (pl *peerLink) connect(ctx context.Context) {
 		}
 	}
 }
+
+// spareError is P's answer that it has its secondary.
+type spareError struct{ cause string }
+
+func (e *spareError) Error() string { return "this node is a spare: " + e.cause }
 
 // join makes one link and stays until it ends (S). up: there was a session.
 func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
@@ -97,7 +114,8 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}
 	defer raw.Close()
 	defer context.AfterFunc(ctx, func() { raw.Close() })()
-	conn, err := pl.security().Secure(ctx, raw)
+	security := pl.security(&Peer{Name: pl.d.opt.Peer, TLS: pl.d.opt.TLS}) // S has one peer as long as its role lasts
+	conn, err := security.Secure(ctx, raw)
 	if err != nil {
 		return false, err
 	}
@@ -129,13 +147,15 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 	}
 	l := peerlink.New(conn, pl.d.opt.link)
 	if err := l.Write(h); err != nil {
-		return false, pl.security().Explain(err)
+		return false, security.Explain(err)
 	}
 	m, err := l.Read(pl.d.opt.link.Handshake)
 	if err != nil {
-		return false, pl.security().Explain(err)
+		return false, security.Explain(err)
 	}
-	if m, ok := m.(peerlink.Refuse); ok {
+	if m, ok := m.(peerlink.Refuse); ok && m.Spare {
+		return false, &spareError{m.Cause}
+	} else if ok {
 		return false, fmt.Errorf("the primary refused: %s", m.Cause)
 	}
 	s, ok := m.(peerlink.Session)

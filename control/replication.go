@@ -22,6 +22,7 @@ type replicator struct {
 	d        *Daemon
 	cancel   context.CancelFunc // P: of the replication that begins; nil: none does
 	syncing  qemu.Progress      // how far it is
+	begun    time.Time          // P: when the last one did
 	refused  string             // why replication does not begin, which somebody has to mend; "": nothing is known
 	gaveUp   string             // why it was cancelled
 	syncedOn *peerlink.Link     // the session in which it ended well
@@ -62,7 +63,7 @@ func (re *replicator) replicateTo(resync bool) error {
 	peer := re.d.peer.link
 	re.d.log.Info("replication begins", "to", fo.Peers.Migration, "disks", len(fo.Disks), "copy_disks", resync && len(fo.Disks) > 0)
 	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(fo.Disks) > 0})
-	re.syncing, re.gaveUp = qemu.Progress{}, ""
+	re.syncing, re.gaveUp, re.begun = qemu.Progress{}, "", time.Now()
 	progress := re.progress()
 	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)

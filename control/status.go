@@ -251,8 +251,14 @@ func (fo *failoverPart) status(s *api.Status) {
 	s.Covered = fo.s.Covered()
 	switch fo.s.State() {
 	case failover.SecondaryWait:
-		if s.State = "start"; !s.Peer.Connected {
+		if s.State = "start"; fo.d.peer.spare != "" {
+			s.State, s.Detail = "spare", fo.d.peer.spare
+		} else if !s.Peer.Connected {
 			s.Detail = fmt.Sprintf("waits for %s, whose guest it is to follow", fo.d.opt.Peer)
+		}
+	case failover.SecondaryPair:
+		if fo.d.peer.spare != "" && !s.Covered {
+			s.State, s.Detail = "spare", fo.d.peer.spare
 		}
 	case failover.SecondaryClaim, failover.SecondaryLease, failover.SecondaryLoad, failover.SecondaryQEMU, failover.SecondarySolo:
 		s.State = "failover"

@@ -43,7 +43,7 @@ func TestSwapUnmoved(t *testing.T) {
 	const watched = time.Second
 	told := filepath.Join(t.TempDir(), "told")
 	fence, err := arbiter.Open(&config.Config{
-		VM: "web1", Nodes: [2]config.Node{{Name: "alpha"}, {Name: "beta"}},
+		VM: "web1", Nodes: []config.Node{{Name: "alpha"}, {Name: "beta"}},
 		Arbiter: config.Arbiter{Type: config.ArbiterExec, Timeout: 10 * time.Second, Command: []string{"/bin/sh", "-c", `echo "$1" >>"$0"; echo 4 alpha`, told}},
 	}, "beta")
 	if err != nil {

@@ -40,7 +40,7 @@ func devices(k kernel, o runOptions) ([]loader.Options, error) {
 			}
 		}
 		peer := nic.PeerDevice
-		if v := nic.PeerVXLAN; v != nil {
+		if v := o.config.PeerVXLAN(o.self, o.other, i); v != nil {
 			if peer, err = k.ensureVXLAN(v, tap.MTU); err != nil {
 				return nil, notYetError{o.config.Refuse(key+".peer.vxlan.underlay", err.Error(), "")}
 			}

@@ -19,6 +19,7 @@ type kernel struct {
 	lock        func(pinDir, vm, node string) (release func(), err error)
 	device      func(name string) (*net.Interface, error)
 	ensureVXLAN func(v *config.VXLAN, guestMTU int) (device string, err error)
+	directVXLAN func(v *config.VXLAN) error // has one that exists lead to its remote
 	removeVXLAN func(device string) error
 	ensureTap   func(tap, bridge string, queues int) error
 	checkQueues func(tap, bridge string, queues int) error
@@ -43,6 +44,7 @@ var realKernel = kernel{
 	ensureVXLAN: func(v *config.VXLAN, guestMTU int) (string, error) {
 		return device.EnsureVXLAN(doctor.VXLAN(v, guestMTU))
 	},
+	directVXLAN: func(v *config.VXLAN) error { return device.DirectVXLAN(v.Device(), v.Remote.AsSlice()) },
 	removeVXLAN: device.RemoveVXLAN,
 	ensureTap:   device.EnsureTap,
 	checkQueues: device.CheckQueues,

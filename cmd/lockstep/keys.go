@@ -18,6 +18,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -92,8 +93,8 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		}
 	}
 	if len(missing) == 0 {
-		return fmt.Errorf("make certificates: %s has those of %s and %s already, and nothing is overwritten: remove a node's .pem and .key to renew them",
-			dir, c.Nodes[0].Name, c.Nodes[1].Name)
+		return fmt.Errorf("make certificates: %s has those of %s already, and nothing is overwritten: remove a node's .pem and .key to renew them",
+			dir, strings.ReplaceAll(c.Names(), `"`, ""))
 	}
 	if ca == nil {
 		if ca, signer, err = makeCA(dir, c.VM); err != nil {
@@ -127,7 +128,7 @@ func makeKeys(c *config.Config, dir string, out io.Writer) error {
 		}
 		fmt.Fprintf(out, "copy   %s, %s.pem and %s.key to the host of %s%s\n", caCert, n.Name, n.Name, n.Name, to)
 	}
-	_, err = fmt.Fprintf(out, "copy   %s nowhere: whoever has it can be either node; keep it off both hosts\n", caKey)
+	_, err = fmt.Fprintf(out, "copy   %s nowhere: whoever has it can be any node; keep it off all hosts\n", caKey)
 	return err
 }
 

@@ -57,7 +57,7 @@ made   @/certs/beta.pem
 made   @/certs/beta.key
 copy   ca.pem, alpha.pem and alpha.key to the host of alpha, as @/certs/ca.pem, @/certs/alpha.pem and @/certs/alpha.key
 copy   ca.pem, beta.pem and beta.key to the host of beta, as @/certs/ca.pem, @/certs/beta.pem and @/certs/beta.key
-copy   ca.key nowhere: whoever has it can be either node; keep it off both hosts
+copy   ca.key nowhere: whoever has it can be any node; keep it off all hosts
 `
 	if code != 0 || stdout != want || stderr != "" {
 		t.Fatalf("exit %d, %s\n%s\nwant\n%s", code, stderr, stdout, want)
@@ -226,7 +226,7 @@ func TestOldKeys(t *testing.T) {
 	}
 	path := func(name string) string { return filepath.Join(c.dir, name) }
 	want := qemu.TLS{CA: path("certs/ca.pem"), Cert: path("certs/alpha.pem"), Key: path("certs/alpha.key"), Peer: "beta.web1", Dir: path("run/web1-alpha.tls")}
-	if ran != 2 || own == nil || *own != want || peers != own {
+	if ran != 2 || own == nil || *own != want || peers == nil || *peers != want {
 		t.Errorf("the QEMUs have %+v, %+v, want %+v", own, peers, want)
 	}
 }

@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
@@ -43,7 +42,7 @@ type roleState struct {
 }
 
 // runFailover runs this node's roles, and notes in the journal when the daemon began and ended.
-func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config) error {
+func runFailover(ctx context.Context, e env, o runOptions) error {
 	c, self := o.config, o.self.Name
 	a, err := arbiter.Open(c, self)
 	if err != nil {
@@ -67,7 +66,7 @@ func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config
 		return nil
 	}
 	j.Add(journal.Event{Kind: journal.Daemon, Cause: "started", Fields: map[string]any{"version": versionString()}})
-	err = runRoles(ctx, e, o, protected, &roleState{arbiter: a, store: store, journal: j})
+	err = runRoles(ctx, e, o, &roleState{arbiter: a, store: store, journal: j})
 	ended := "ended: on request"
 	switch {
 	case err != nil:
@@ -82,10 +81,10 @@ func runFailover(ctx context.Context, e env, o runOptions, protected *tls.Config
 // runRoles runs one role after the other: a secondary that took over goes on as the
 // primary, one that has no primary any more starts again with a new QEMU, and so does a
 // primary that was deposed, unless it is started in one role.
-func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) (err error) {
+func runRoles(ctx context.Context, e env, o runOptions, rs *roleState) (err error) {
 	asked := o.role
 	for {
-		if rs.begin, err = decide(ctx, e, o, rs); ctx.Err() != nil {
+		if rs.begin, err = decide(ctx, e, &o, rs); ctx.Err() != nil {
 			return nil // it was told to end, whatever it has just asked
 		} else if err != nil {
 			return err
@@ -100,7 +99,7 @@ func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, r
 			o.log.Warn(fmt.Sprintf("%s is the %s, not the %s as which it was started", o.self.Name, now.role, o.role), "why", why)
 		}
 		rs.journal.Add(journal.Event{Kind: journal.Role, Cause: why, Fields: map[string]any{"role": rs.begin.Role, "term": rs.begin.Record.Term}})
-		err := runRole(ctx, e, now, protected, rs)
+		err := runRole(ctx, e, now, rs)
 		rs.discard, rs.fenced = errors.Is(err, control.ErrAfresh), errors.Is(err, control.ErrFenced)
 		switch {
 		case errors.Is(err, control.ErrPromoted):
@@ -122,15 +121,15 @@ func runRoles(ctx context.Context, e env, o runOptions, protected *tls.Config, r
 	}
 }
 
-// decide finds out what this node has to be (R19). Without the arbiter it does not
+// decide finds out what this node has to be, and towards which other one (R19). Without the arbiter it does not
 // know, and leaves everything as it is.
-func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.Begin, error) {
-	self, other := o.self.Name, o.other.Name
-	found, running, err := meet(e, o)
+func decide(ctx context.Context, e env, o *runOptions, rs *roleState) (failover.Begin, error) {
+	self := o.self.Name
+	found, running, err := meet(e, *o)
 	if err != nil {
 		return failover.Begin{}, err
 	}
-	rec, err := rs.settle(ctx, o)
+	rec, err := rs.settle(ctx, *o)
 	if err != nil {
 		return failover.Begin{}, err
 	}
@@ -164,13 +163,14 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 	if rs.discard {
 		found, st.Covered = datapath.Pinned{}, 0
 	}
-	b, err := failover.Decide(o.role, self, other, st, rec, found)
+	o.other = pairedWith(o, rec, st)
+	b, err := failover.Decide(o.role, self, o.other.Name, st, rec, found)
 	b.Anew = rs.discard
 	if err == nil {
 		err = b.Meets(running)
 	}
 	if errors.Is(err, failover.ErrNeverRan) {
-		end := showWaiting(ctx, o, fmt.Sprintf("%v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
+		end := showWaiting(ctx, *o, fmt.Sprintf("%v. If it is this one, stop this daemon, call `lockstep start --here -c %s --node %s`, and start it again", err, o.config.File, self))
 		_, err = rs.await(ctx, rec, 0)
 		if end(); err != nil {
 			return failover.Begin{}, err
@@ -181,6 +181,54 @@ func decide(ctx context.Context, e env, o runOptions, rs *roleState) (failover.B
 		return b, usageError{err}
 	}
 	return b, nil
+}
+
+// pairedWith is the other node of the pair that this one is in, or comes to be in: the one that the arbiter names; where
+// that is this node, its last one.
+func pairedWith(o *runOptions, rec arbiter.Entry, st state.State) *config.Node {
+	others := o.config.Others(o.self.Name)
+	for _, name := range []string{rec.Speaker, st.Peer} {
+		for _, n := range others {
+			if n.Name == name {
+				return n
+			}
+		}
+	}
+	return others[0]
+}
+
+// spares are the nodes that may come to be the secondary in o.other's place.
+func spares(e env, o runOptions) (all []control.Peer) {
+	if !o.config.Spares() {
+		return nil
+	}
+	for _, n := range o.config.Others(o.self.Name) {
+		peer := control.Peer{Name: n.Name, Addr: n.Control.Addr(), TLS: o.protected[n.Name], QEMU: incoming(o, n, n)}
+		peer.Direct = func() error {
+			for i := range o.self.NICs {
+				if v := o.config.PeerVXLAN(o.self, n, i); v != nil {
+					if err := e.kernel.directVXLAN(v); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		}
+		all = append(all, peer)
+	}
+	return all
+}
+
+// incoming is where a node's QEMU waits, and what it and the one that comes show each other, as this node has it: other
+// is the other end.
+func incoming(o runOptions, n, other *config.Node) qemu.Incoming {
+	c := o.config
+	in := c.Incoming(n)
+	if c.TLS.QEMU {
+		files := certificates(o, other)
+		in.TLS = &qemu.TLS{CA: files.CA, Cert: files.Cert, Key: files.Key, Peer: peerlink.CertName(files.Peer, files.VM), Dir: filepath.Join(c.RunDir, c.VM+"-"+files.Node+".tls")}
+	}
+	return in
 }
 
 // settle returns the arbiter's entry once it is known, and reports that it has to wait.
@@ -258,13 +306,8 @@ func (rs *roleState) fill(opt *control.Options, e env, o runOptions) {
 	life := &control.Failover{
 		Begin: rs.begin, Arbiter: rs.arbiter, Store: rs.store,
 		Setback: &rs.setback,
-		Own:     c.Incoming(o.self), Peers: c.Incoming(o.other),
+		Own:     incoming(o, o.self, o.other), Peers: incoming(o, o.other, o.other),
 		Limits: c.Migration.Limits,
-	}
-	if c.TLS.QEMU {
-		files := certificates(o)
-		tls := &qemu.TLS{CA: files.CA, Cert: files.Cert, Key: files.Key, Peer: peerlink.CertName(files.Peer, files.VM), Dir: filepath.Join(c.RunDir, c.VM+"-"+files.Node+".tls")}
-		life.Own.TLS, life.Peers.TLS = tls, tls
 	}
 	if q := c.QEMU; q != nil {
 		spec := c.Guest(o.self)

@@ -30,11 +30,13 @@ const maxCopies = 8192
 // runOptions are what `run` was asked for.
 type runOptions struct {
 	config      *config.Config
-	self, other *config.Node
+	self, other *config.Node  // the pair's; where there are spares, other is found out
 	role        datapath.Role // that the command line asks for; or failover.RoleAuto
 	log         *slog.Logger
 	verifierLog bool
 	metrics     string // address; "": none
+
+	protected map[string]*tls.Config // the control link, by the other node; nil: it is insecure
 }
 
 // runDaemon runs this node in its role, and in those that follow from failovers, until ctx
@@ -51,8 +53,7 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	if err := os.MkdirAll(c.RunDir, 0o755); err != nil {
 		return notYetError{c.Refuse("run_dir", fmt.Sprintf("cannot make the folder of the status socket: %v", err), "")}
 	}
-	protected, err := protect(o)
-	if err != nil {
+	if err := protect(&o); err != nil {
 		return err
 	}
 	release, err := e.kernel.lock(c.PinDir, c.VM, o.self.Name)
@@ -69,16 +70,16 @@ func runDaemon(ctx context.Context, e env, o runOptions) error {
 	}
 	defer control.Notify(o.log, sd.SdNotifyStopping)
 	if c.Arbiter.Type == "" {
-		err = runRole(ctx, e, o, protected, nil)
+		err = runRole(ctx, e, o, nil)
 	} else {
-		err = runFailover(ctx, e, o, protected)
+		err = runFailover(ctx, e, o)
 	}
 	return err
 }
 
 // runRole puts the kernel half in place for one role and hands it to control. rs is nil
 // in a pair without an arbiter, which does not fail over.
-func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs *roleState) error {
+func runRole(ctx context.Context, e env, o runOptions, rs *roleState) error {
 	c := o.config
 	nics, err := devices(e.kernel, o)
 	if err != nil {
@@ -90,7 +91,7 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 		VM:           c.VM, Node: o.self.Name, Peer: o.other.Name, Role: datapath.RoleSecondary,
 		Control: o.other.Control.String(), // the primary's
 		OwnAddr: o.self.Control.Addr(), PeerAddr: o.other.Control.Addr(),
-		TLS: protected,
+		TLS: o.protected[o.other.Name],
 		QMP: o.self.QMP, GuestAgent: o.self.GuestAgent,
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
@@ -109,6 +110,7 @@ func runRole(ctx context.Context, e env, o runOptions, protected *tls.Config, rs
 	}
 	if rs != nil {
 		rs.fill(&opt, e, o)
+		opt.Spares = spares(e, o)
 	}
 	for _, n := range nics {
 		n.Discard = rs != nil && rs.begin.Discard
@@ -138,35 +140,45 @@ func unfit(o runOptions) error {
 	if err := c.Unfit(o.self); err != nil {
 		return err
 	}
+	if o.role != failover.RoleAuto && c.Spares() {
+		return usageError{fmt.Errorf("%s has spare nodes, and which of its nodes are the pair the arbiter and the nodes decide: leave out --role (`lockstep start --here` says which node has the guest's disks first)", c.File)}
+	}
 	if o.role == failover.RoleAuto && (c.Arbiter.Type == "" || c.Arbiter.Type == config.ArbiterNone) {
 		return c.Refuse("arbiter", "nobody keeps which node served last, so this one cannot find out its role by itself", "name an arbiter (etcd, file or exec), or start each node with its --role, primary or secondary")
 	}
 	return nil
 }
 
-// certificates are this node's.
-func certificates(o runOptions) peerlink.Certificates {
-	files := peerlink.Certificates{VM: o.config.VM, Node: o.self.Name, Peer: o.other.Name}
+// certificates are this node's, towards another one.
+func certificates(o runOptions, other *config.Node) peerlink.Certificates {
+	files := peerlink.Certificates{VM: o.config.VM, Node: o.self.Name, Peer: other.Name}
 	files.CA, files.Cert, files.Key = o.config.TLS.Files(o.self.Name)
 	return files
 }
 
 // protect reads the certificates that protect the control link, and looks whether QEMU can
-// use them; nil where the config wants the link insecure.
-func protect(o runOptions) (*tls.Config, error) {
+// use them.
+func protect(o *runOptions) error {
 	c := o.config
 	if c.TLS.Insecure {
-		return nil, nil
+		return nil
 	}
-	files := certificates(o)
-	cfg, err := files.TLS()
-	if err == nil && c.TLS.QEMU && c.Arbiter.Type != "" {
-		err = files.CheckQEMU()
+	o.protected = make(map[string]*tls.Config)
+	for _, other := range c.Others(o.self.Name) {
+		files := certificates(*o, other)
+		cfg, err := files.TLS()
+		if err == nil && c.TLS.QEMU && c.Arbiter.Type != "" {
+			err = files.CheckQEMU()
+		}
+		if wrong := (*peerlink.CertError)(nil); errors.As(err, &wrong) {
+			return c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
+		}
+		if err != nil {
+			return err
+		}
+		o.protected[other.Name] = cfg
 	}
-	if wrong := (*peerlink.CertError)(nil); errors.As(err, &wrong) {
-		return nil, c.Refuse("tls."+wrong.What, wrong.Reason, wrong.Fix)
-	}
-	return cfg, err
+	return nil
 }
 
 func newRun(e env) *cobra.Command {

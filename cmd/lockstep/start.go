@@ -102,7 +102,7 @@ func startHere(ctx context.Context, e env, c *config.Config, self, other *config
 		st = state.State{} // it is damaged, which may be why this is forced
 	}
 	// A secondary that was covered to the end has every write that was confirmed.
-	whole := rec.Speaker == other.Name && st.Role == string(datapath.RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
+	whole := rec.Speaker != self.Name && st.Role == string(datapath.RoleSecondary) && st.Covered != 0 && st.Covered == rec.Term
 	switch {
 	case rec.Speaker == self.Name && st.Role != "" && !force:
 		return fmt.Errorf("the arbiter (%s) names %s already: start the daemon", rec, self.Name)
@@ -125,13 +125,17 @@ func startHere(ctx context.Context, e env, c *config.Config, self, other *config
 	case !won:
 		return fmt.Errorf("somebody else changed the arbiter's entry meanwhile: %s", now)
 	}
-	if rec.Speaker == other.Name {
+	if rec.Speaker != "" && rec.Speaker != self.Name {
 		select { // nobody transmits here before one that is not off after all has stopped (R26)
 		case <-time.After(noticed):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	_, err = fmt.Fprintf(e.stdout, "%s has the guest's disks (%s). Start the daemons of both nodes: %s is the primary, and %s follows.\n", self.Name, now, self.Name, other.Name)
+	all, follows := "both nodes", other.Name
+	if c.Spares() {
+		all, follows = "all nodes", "the first of the others that is there"
+	}
+	_, err = fmt.Fprintf(e.stdout, "%s has the guest's disks (%s). Start the daemons of %s: %s is the primary, and %s follows.\n", self.Name, now, all, self.Name, follows)
 	return err
 }

@@ -20,7 +20,12 @@ import (
 func printStatus(out io.Writer, s api.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "%s on %s:\t%s, %s, epoch %d%s\n", s.VM, s.Node, s.Role, s.State, s.Epoch, detail(s.Detail))
-	fmt.Fprintf(w, "peer:\t%s, %s%s\n", s.Peer.Node, connected(s.Peer.Connected, s.Peer.Since), detail(s.Peer.Error))
+	spare := s.State == "spare" // nothing is wrong
+	if spare {
+		fmt.Fprintf(w, "peer:\t%s, which has its secondary\n", s.Peer.Node)
+	} else {
+		fmt.Fprintf(w, "peer:\t%s, %s%s\n", s.Peer.Node, connected(s.Peer.Connected, s.Peer.Since), detail(s.Peer.Error))
+	}
 	if s.Peer.Insecure {
 		fmt.Fprintf(w, "INSECURE:\tthe control link is not protected (tls: {insecure: true}); `lockstep keys` makes certificates\n")
 	}
@@ -35,7 +40,7 @@ func printStatus(out io.Writer, s api.Status) error {
 	if s.GuestClock.PausedSeconds > 0 || s.GuestClock.Agent {
 		fmt.Fprintf(w, "guest paused:\t%s\n", &s.GuestClock)
 	}
-	if s.ArbiterTerm > 0 {
+	if s.ArbiterTerm > 0 && !spare {
 		word := "the secondary can NOT take over yet"
 		if s.Covered {
 			word = "the secondary can take over"

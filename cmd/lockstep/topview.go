@@ -43,15 +43,19 @@ func topView(s *sample, height int) []topText {
 	if s.err != nil {
 		add(topAlarm, "NO ANSWER: %v", s.err)
 	}
-	if st.Peer.Connected {
+	spare := st.State == "spare" // nothing is wrong
+	switch {
+	case st.Peer.Connected:
 		add(topPlain, "peer        %s, connected", st.Peer.Node)
-	} else {
+	case spare:
+		add(topPlain, "peer        %s, which has its secondary", st.Peer.Node)
+	default:
 		add(topAlarm, "peer        %s, NOT CONNECTED%s", st.Peer.Node, detail(st.Peer.Error))
 	}
 	switch {
 	case st.Covered:
 		add(topPlain, "failover    the secondary can take over")
-	case st.ArbiterTerm > 0:
+	case st.ArbiterTerm > 0 && !spare:
 		add(topAlarm, "failover    the secondary can NOT take over")
 	}
 	if left := st.LeaseMS; left != nil && *left > 0 {

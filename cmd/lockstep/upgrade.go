@@ -29,7 +29,7 @@ func newUpgrade(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := protect(runOptions{config: c, self: self, other: other}); err != nil {
+			if err := protect(&runOptions{config: c, self: self, other: other}); err != nil {
 				return err
 			}
 			from := ""

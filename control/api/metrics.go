@@ -13,7 +13,7 @@ import (
 // that a change ends no series.
 var (
 	statusRoles  = []string{"primary", "secondary"}
-	statusStates = []string{"start", "replicating", "checkpointing", "failover", "solo", "resync", "off"}
+	statusStates = []string{"start", "replicating", "checkpointing", "failover", "solo", "resync", "spare", "off"}
 )
 
 // metric is one value of a Status, or several that differ by labels.

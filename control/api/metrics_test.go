@@ -253,6 +253,7 @@ lockstep_state{node="alpha",state="off",vm="web1"} 0
 lockstep_state{node="alpha",state="replicating",vm="web1"} 1
 lockstep_state{node="alpha",state="resync",vm="web1"} 0
 lockstep_state{node="alpha",state="solo",vm="web1"} 0
+lockstep_state{node="alpha",state="spare",vm="web1"} 0
 lockstep_state{node="alpha",state="start",vm="web1"} 0
 # HELP lockstep_up Whether the daemon reports its status: 1 or 0.
 # TYPE lockstep_up gauge

@@ -24,7 +24,7 @@ type Status struct {
 	Config   string `json:"config"`   // digest of what both nodes must agree on
 
 	Role   string `json:"role"`             // "primary", "secondary"
-	State  string `json:"state"`            // "start", "replicating", "checkpointing", "failover", "solo", "resync"
+	State  string `json:"state"`            // "start", "replicating", "checkpointing", "failover", "solo", "resync", "spare"
 	Detail string `json:"detail,omitempty"` // why it is frozen, parked or shut
 	Epoch  uint32 `json:"epoch"`
 	Term   uint32 `json:"term"`

@@ -19,7 +19,7 @@ const (
 func open(t testing.TB, node string, a config.Arbiter) Arbiter {
 	t.Helper()
 	c := &config.Config{File: "pair.yaml", VM: "web1", Arbiter: a}
-	c.Nodes[0].Name, c.Nodes[1].Name = "alpha", "beta"
+	c.Nodes = []config.Node{{Name: "alpha"}, {Name: "beta"}}
 	arb, err := Open(c, node)
 	if err != nil {
 		t.Fatal(err)

@@ -50,7 +50,7 @@ func TestEtcdTLS(t *testing.T) {
 		}
 	}
 	c := &config.Config{VM: "web1", Arbiter: config.Arbiter{Type: "etcd", Endpoints: []string{p.Addr()}, Timeout: short}}
-	c.Nodes[0].Name = "alpha"
+	c.Nodes = []config.Node{{Name: "alpha"}, {Name: "beta"}}
 	for _, tls := range []config.TLSFiles{{CA: file("none.pem")}, {CA: file("alpha.key")}, {CA: file("ca.pem"), Cert: file("none.pem"), Key: file("alpha.key")}} {
 		c.Arbiter.TLS = &tls
 		if _, err := Open(c, "alpha"); err == nil {

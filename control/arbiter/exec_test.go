@@ -182,7 +182,7 @@ func TestNone(t *testing.T) {
 
 func TestOpen(t *testing.T) {
 	c := &config.Config{File: "pair.yaml", VM: "web1"}
-	c.Nodes[0].Name = "alpha"
+	c.Nodes = []config.Node{{Name: "alpha"}, {Name: "beta"}}
 	if _, err := Open(c, "alpha"); err == nil || !strings.Contains(err.Error(), "pair.yaml names no arbiter") {
 		t.Errorf("no arbiter: %v", err)
 	}

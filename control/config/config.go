@@ -71,7 +71,7 @@ type Config struct {
 	File string // as given to Load
 
 	VM         string
-	Nodes      [2]Node // in the file's order
+	Nodes      []Node // in the file's order; two of them are the pair, the others wait as spares
 	TLS        TLS
 	PinDir     string // in a bpffs
 	RunDir     string // of the status sockets, and the sockets of QEMUs that lockstep starts
@@ -192,14 +192,48 @@ func (c *Config) derive() {
 	}
 }
 
-// Node returns the named node and the other one.
+// Node returns the named node and the first other one.
 func (c *Config) Node(name string) (self, other *Node, err error) {
 	for i := range c.Nodes {
 		if c.Nodes[i].Name == name {
-			return &c.Nodes[i], &c.Nodes[1-i], nil
+			return &c.Nodes[i], c.Others(name)[0], nil
 		}
 	}
-	return nil, nil, fmt.Errorf("%s has no node %q; it has %q and %q", c.File, name, c.Nodes[0].Name, c.Nodes[1].Name)
+	return nil, nil, fmt.Errorf("%s has no node %q; it has %s", c.File, name, c.Names())
+}
+
+// Others are the nodes that node may be a pair with.
+func (c *Config) Others(node string) (others []*Node) {
+	for i := range c.Nodes {
+		if c.Nodes[i].Name != node {
+			others = append(others, &c.Nodes[i])
+		}
+	}
+	return others
+}
+
+// Spares reports whether there are more nodes than a pair has.
+func (c *Config) Spares() bool { return len(c.Nodes) > 2 }
+
+// Names lists the nodes, for a message.
+func (c *Config) Names() string {
+	var names []string
+	for _, n := range c.Nodes {
+		names = append(names, fmt.Sprintf("%q", n.Name))
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " and " + names[last]
+}
+
+// PeerVXLAN is the VXLAN of a NIC of self as it leads to other; nil: its peer link is another.
+func (c *Config) PeerVXLAN(self, other *Node, nic int) *VXLAN {
+	v := self.NICs[nic].PeerVXLAN
+	if v == nil || !c.Spares() {
+		return v
+	}
+	to := *v
+	to.Remote, to.Turns = other.NICs[nic].PeerVXLAN.Local, true
+	return &to
 }
 
 // Socket is the path of a node's status socket.

@@ -78,7 +78,7 @@ func TestParse(t *testing.T) {
 	want := &Config{
 		File: "etc/pair.yaml",
 		VM:   "web1",
-		Nodes: [2]Node{
+		Nodes: []Node{
 			{Name: "alpha", Control: netip.MustParseAddrPort("192.0.2.1:7700"), QMP: "etc/run/alpha.qmp",
 				NICs: []NIC{{Tap: "tapP", PeerDevice: "peerP", XDP: "on", Queues: 4, VHost: true}}},
 			{Name: "beta", Control: netip.MustParseAddrPort("192.0.2.2:7700"), QMP: "etc/run/beta.qmp",

@@ -3,6 +3,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -56,11 +57,7 @@ var sections = []struct {
 		}
 	}},
 	{"nodes", false, func(w io.Writer, c *Config) {
-		a, b := &c.Nodes[0], &c.Nodes[1]
-		if a.Name > b.Name { // the file's order means nothing
-			a, b = b, a
-		}
-		for _, n := range []*Node{a, b} {
+		for _, n := range slices.SortedFunc(slices.Values(c.Nodes), func(a, b Node) int { return cmp.Compare(a.Name, b.Name) }) { // the file's order means nothing
 			fmt.Fprintf(w, "node %s %s\n", n.Name, n.Control)
 			for i, nic := range n.NICs {
 				if v := nic.PeerVXLAN; v != nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// Node is one of the two hosts.
+// Node is one of the hosts.
 type Node struct {
 	Name       string
 	Control    netip.AddrPort // the control link's address on this host
@@ -44,22 +44,27 @@ const (
 type VXLAN struct {
 	ID            uint32
 	Port          uint16
-	Local, Remote netip.Addr
+	Local, Remote netip.Addr // Remote where there are no spares; see PeerVXLAN
 	Underlay      string
+	Turns         bool // of what PeerVXLAN returns: it leads to whichever node is the peer
 }
 
 // Device is the name of the device that lockstep makes.
 func (v *VXLAN) Device() string { return fmt.Sprintf("lsx%d", v.ID) }
+
+// maxNodes are the pair's and the spares.
+const maxNodes = 4
 
 func (r *reader) nodes(v value, c *Config) {
 	kvs, ok := r.pairs(v)
 	if !ok {
 		return
 	}
-	if len(kvs) != 2 {
-		r.refuse(v.pos, fmt.Sprintf("nodes has %s, and a pair has exactly two", count(len(kvs), "entry", "entries")), "")
+	if len(kvs) < 2 || len(kvs) > maxNodes {
+		r.refuse(v.pos, fmt.Sprintf("nodes has %s, and a pair has two, with up to %d spares", count(len(kvs), "entry", "entries"), maxNodes-2), "")
 		return
 	}
+	c.Nodes, r.spares = make([]Node, len(kvs)), len(kvs) > 2
 	for i, kv := range kvs {
 		n := &c.Nodes[i]
 		r.checkName(kv.keyPos, kv.key, "a node's name")
@@ -117,11 +122,15 @@ func (r *reader) peer(v value, nic *NIC) {
 			x := &VXLAN{Port: DefaultVXLANPort}
 			nic.PeerVXLAN = x
 			var id, port = 0, int(x.Port)
+			remote := "it is the other host's address on the underlay"
+			if r.spares {
+				remote = ""
+			}
 			r.mapping(v, []field{
 				{"id", "it is the VXLAN network identifier, the same on both nodes", r.integer(&id, 1, 1<<24-1)},
 				{"port", "", r.integer(&port, 1, math.MaxUint16)},
 				{"local", "it is this host's address on the underlay", r.addr(&x.Local)},
-				{"remote", "it is the other host's address on the underlay", r.addr(&x.Remote)},
+				{"remote", remote, r.addr(&x.Remote)},
 				{"underlay", "it is the device that carries the VXLAN", r.device(&x.Underlay)},
 			})
 			x.ID, x.Port = uint32(id), uint16(port)

@@ -32,6 +32,7 @@ type reader struct {
 	at   map[string]Pos
 
 	warnings Errors
+	spares   bool // there are more than two nodes
 }
 
 func (r *reader) refuse(p Pos, reason, fix string) {

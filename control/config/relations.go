@@ -12,14 +12,19 @@ import (
 // relations checks values against each other.
 func (r *reader) relations(c *Config) {
 	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
-	a, b := &c.Nodes[0], &c.Nodes[1]
-	if a.Control == b.Control {
-		r.refuse(at("nodes.%s.control", b.Name), fmt.Sprintf("%s and %s have the same control address", a.Name, b.Name), "give each host its own")
-	}
-	if len(a.NICs) != len(b.NICs) {
-		r.refuse(at("nodes.%s.nics", b.Name), fmt.Sprintf("%s has %s and %s has %d", a.Name, count(len(a.NICs), "NIC", "NICs"), b.Name, len(b.NICs)),
-			"the guest is the same on both: list the same number, in the same order")
-		return
+	a := &c.Nodes[0]
+	for i := range c.Nodes[1:] {
+		b := &c.Nodes[i+1]
+		for _, o := range c.Nodes[:i+1] {
+			if o.Control == b.Control || c.Spares() && o.Control.Addr() == b.Control.Addr() { // by its address P knows who connects
+				r.refuse(at("nodes.%s.control", b.Name), fmt.Sprintf("%s and %s have the same control address", o.Name, b.Name), "give each host its own")
+			}
+		}
+		if len(a.NICs) != len(b.NICs) {
+			r.refuse(at("nodes.%s.nics", b.Name), fmt.Sprintf("%s has %s and %s has %d", a.Name, count(len(a.NICs), "NIC", "NICs"), b.Name, len(b.NICs)),
+				"the guest is the same on both: list the same number, in the same order")
+			return
+		}
 	}
 	for _, n := range c.Nodes {
 		seen := make(map[string]string)
@@ -36,6 +41,9 @@ func (r *reader) relations(c *Config) {
 				use(nic.PeerDevice, fmt.Sprintf("nics[%d].peer.device", i))
 			} else {
 				use(v.Device(), fmt.Sprintf("nics[%d].peer.vxlan.id", i))
+				if c.Spares() {
+					continue // underlay looks at it
+				}
 				if v.Local.Is4() != v.Remote.Is4() || v.Local == v.Remote {
 					r.refuse(at("nodes.%s.nics[%d].peer.vxlan.remote", n.Name, i), fmt.Sprintf("remote %s does not go with local %s", v.Remote, v.Local),
 						"give two different addresses of one family")
@@ -51,22 +59,8 @@ func (r *reader) relations(c *Config) {
 			r.refuse(at("run_dir"), fmt.Sprintf("the status socket's path %q has %d bytes, and the kernel takes %d", s, len(s), maxSocket), "shorten run_dir, vm or the node's name")
 		}
 	}
-	for i := range a.NICs {
-		x, y := a.NICs[i].PeerVXLAN, b.NICs[i].PeerVXLAN
-		if x == nil || y == nil {
-			continue // the other end is somebody else's VXLAN device
-		}
-		differ := func(key string, got, want any) {
-			if got != want {
-				r.refuse(at("nodes.%s.nics[%d].peer.vxlan.%s", b.Name, i, key), fmt.Sprintf("%s is %v, and the other end of this link, on %s, makes it %v", key, got, a.Name, want),
-					"the two ends must match")
-			}
-		}
-		differ("id", y.ID, x.ID)
-		differ("port", y.Port, x.Port)
-		differ("local", y.Local, x.Remote)
-		differ("remote", y.Remote, x.Local)
-	}
+	links(r, c)
+	withSpares(r, c)
 	r.guest(c)
 	if h := c.Heartbeat; h.Lease > h.Timeout {
 		r.refuse(at("heartbeat.lease"), fmt.Sprintf("lease %v is above timeout %v", h.Lease, h.Timeout), "a host that counts as dead must no longer transmit; lower it")
@@ -83,6 +77,79 @@ func (r *reader) relations(c *Config) {
 	}
 	if c.Checkpoint.MinInterval > c.Checkpoint.Period {
 		r.refuse(at("checkpoint.min_interval"), fmt.Sprintf("min_interval %v is above period %v", c.Checkpoint.MinInterval, c.Checkpoint.Period), "lower it or raise the period")
+	}
+}
+
+// links checks the peer links of each pair that the nodes can be.
+func links(r *reader, c *Config) {
+	at := func(format string, a ...any) Pos { return c.pos(fmt.Sprintf(format, a...)) }
+	a := &c.Nodes[0]
+	for i := range a.NICs {
+		for _, b := range c.Nodes[1:] {
+			x, y := a.NICs[i].PeerVXLAN, b.NICs[i].PeerVXLAN
+			key := fmt.Sprintf("nodes.%s.nics[%d].peer", b.Name, i)
+			if c.Spares() && (x == nil) != (y == nil) {
+				r.refuse(at("%s", key), fmt.Sprintf("%s and %s have peer links of different kinds, and any two of the nodes may become the pair", a.Name, b.Name),
+					"write a device on all of them, of one L2 network, or a vxlan on all of them")
+				continue
+			}
+			if x == nil || y == nil {
+				continue // the other end is somebody else's VXLAN device
+			}
+			differ := func(field string, got, want any) {
+				if got != want {
+					r.refuse(at("%s.vxlan.%s", key, field), fmt.Sprintf("%s is %v, and the other end of this link, on %s, makes it %v", field, got, a.Name, want),
+						"the two ends must match")
+				}
+			}
+			differ("id", y.ID, x.ID)
+			differ("port", y.Port, x.Port)
+			if !c.Spares() {
+				differ("local", y.Local, x.Remote)
+				differ("remote", y.Remote, x.Local)
+			}
+		}
+		if c.Spares() {
+			underlay(r, c, i)
+		}
+	}
+}
+
+// underlay checks the VXLANs of a NIC among more than two nodes, which lockstep directs to whoever is the peer.
+func underlay(r *reader, c *Config, nic int) {
+	for i, n := range c.Nodes {
+		v := n.NICs[nic].PeerVXLAN
+		if v == nil {
+			return
+		}
+		key := fmt.Sprintf("nodes.%s.nics[%d].peer.vxlan", n.Name, nic)
+		if v.Remote.IsValid() {
+			r.refuse(c.pos(key+".remote"), fmt.Sprintf("remote names one other host, and %s may be a pair with any of %s", n.Name, count(len(c.Nodes)-1, "other", "others")),
+				"remove it: the other end is the local of whichever node is the peer")
+		}
+		for _, o := range c.Nodes[:i] {
+			if w := o.NICs[nic].PeerVXLAN; w != nil && (v.Local == w.Local || v.Local.Is4() != w.Local.Is4()) {
+				r.refuse(c.pos(key+".local"), fmt.Sprintf("local %s does not go with local %s of %s", v.Local, w.Local, o.Name), "give each host its own address, of one family")
+			}
+		}
+	}
+}
+
+// withSpares refuses what knows of two nodes alone.
+func withSpares(r *reader, c *Config) {
+	if !c.Spares() {
+		return
+	}
+	const fix = "name an arbiter of type etcd or file, or describe two nodes alone"
+	switch c.Arbiter.Type {
+	case ArbiterEtcd, ArbiterFile:
+	case ArbiterExec:
+		r.refuse(c.pos("arbiter.type"), "there are spare nodes, and the protocol of an exec command is for two nodes alone", fix)
+	default:
+		r.refuse(c.pos("arbiter"), "there are spare nodes, and without an arbiter none of them knows which other node transmits", fix)
+	}
+	if c.Migration.Unix != "" {
+		r.refuse(c.pos("migration.unix"), "there are spare nodes, whose QEMUs cannot all wait at one socket", "remove migration.unix, which is for two QEMUs on one host")
 	}
 }
 
@@ -106,7 +173,7 @@ func (r *reader) guest(c *Config) {
 			}
 		}
 	}
-	q, a, b := c.QEMU, &c.Nodes[0], &c.Nodes[1]
+	q, a := c.QEMU, &c.Nodes[0]
 	if q == nil {
 		return
 	}
@@ -126,10 +193,15 @@ func (r *reader) guest(c *Config) {
 		r.refuse(at("qemu.macs"), fmt.Sprintf("macs has %s, and the guest has %s", count(len(q.MACs), "entry", "entries"), count(nics, "NIC", "NICs")), "give one per NIC, or remove the key")
 	}
 	for i := range a.NICs {
-		if x, y := a.NICs[i].Queues, b.NICs[i].Queues; x != y {
-			r.refuse(at("nodes.%s.nics[%d]", b.Name, i), fmt.Sprintf("queues is %d, and %s has %d", y, a.Name, x), "the guest is the same on both: give both NICs as many")
+		most := a.NICs[i].Queues
+		for _, b := range c.Nodes[1:] {
+			x, y := a.NICs[i].Queues, b.NICs[i].Queues
+			if x != y {
+				r.refuse(at("nodes.%s.nics[%d]", b.Name, i), fmt.Sprintf("queues is %d, and %s has %d", y, a.Name, x), "the guest is the same on both: give both NICs as many")
+			}
+			most = max(most, y)
 		}
-		if x := max(a.NICs[i].Queues, b.NICs[i].Queues); x > 1 && !strings.HasPrefix(q.NICModel, "virtio-net") {
+		if x := most; x > 1 && !strings.HasPrefix(q.NICModel, "virtio-net") {
 			r.refuse(at("qemu.nic_model"), fmt.Sprintf("a NIC of model %s has one queue, and nics[%d] asks for %d", q.NICModel, i, x), "use a virtio-net NIC, or remove queues")
 		}
 	}

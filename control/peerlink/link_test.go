@@ -135,7 +135,7 @@ func TestMessages(t *testing.T) {
 	for _, m := range []Message{
 		Hello{Party: party, Fresh: true, Whole: true, Epoch: 4, Connections: 5, COLO: true, Disks: []int64{6}, Machine: "pc", QEMU: "10.0", PausedNS: 7},
 		Session{Party: party, Epoch: 4, Digest: []byte{1}, Sign: []byte{2}, Doubt: true, Record: 7, Pair: true},
-		Refuse{"no"}, OK{}, Prepare{4, 6}, Abort{4, "late", true}, Ready{4}, Stopped{4}, Resumed{4, 5}, Rekey{Term: 3, Sign: []byte{2}},
+		Refuse{"no", true}, OK{}, Prepare{4, 6}, Abort{4, "late", true}, Ready{4}, Stopped{4}, Resumed{4, 5}, Rekey{Term: 3, Sign: []byte{2}},
 		Edges{NIC: 1, Edges: []datapath.Edge{{Seq: 8, TS: 9}}}, Covered{7}, Dismiss{}, PoweredOff{}, Refused{"images"},
 		Overlays{All: []api.OverlayStatus{{Node: "beta", Dir: "/o"}}, Cause: "full"}, Yield{}, Dead{}, Ping{},
 	} {

@@ -61,7 +61,10 @@ type (
 		Record uint64 `json:"record,omitempty"` // fencing term of the arbiter's entry
 		Pair   bool   `json:"pair,omitempty"`   // the pair that there was goes on
 	}
-	Refuse  struct{ Cause string }
+	Refuse struct {
+		Cause string
+		Spare bool // nothing is wrong: P has its secondary
+	}
 	OK      struct{}
 	Prepare struct {
 		Epoch    uint32
@@ -125,6 +128,7 @@ type wire struct {
 	Epoch   uint32   `json:"epoch,omitempty"`
 	Cause   string   `json:"cause,omitempty"`
 	Unasked bool     `json:"unasked,omitempty"`
+	Spare   bool     `json:"spare,omitempty"`
 	PauseNS int64    `json:"pause_ns,omitempty"`
 	Hello   *Hello   `json:"hello,omitempty"`
 	Session *Session `json:"session,omitempty"`
@@ -146,7 +150,7 @@ func encode(m Message) wire {
 	case Rekey:
 		w.Rekey = &m
 	case Refuse:
-		w.Cause = m.Cause
+		w.Cause, w.Spare = m.Cause, m.Spare
 	case Refused:
 		w.Cause = m.Cause
 	case Prepare:
@@ -189,7 +193,7 @@ func (w *wire) decode() (Message, error) {
 			return *w.Rekey, nil
 		}
 	case "refuse":
-		return Refuse{w.Cause}, nil
+		return Refuse{w.Cause, w.Spare}, nil
 	case "ok":
 		return OK{}, nil
 	case "prepare":

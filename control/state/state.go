@@ -29,6 +29,19 @@ type State struct {
 	Alone      bool   `json:"alone,omitempty"`    // the guest ran alone before that: nobody can have copied its images
 	Unmerged   bool   `json:"unmerged,omitempty"` // the guest took over, and its overlays are not yet merged into its images
 	Off        bool   `json:"off,omitempty"`      // the guest powered off and was not started since (R25)
+
+	// Of a pair with spares: the other node of the last pair, and the fencing term in which it was one.
+	Peer     string `json:"peer,omitempty"`
+	PairTerm uint64 `json:"pair_term,omitempty"`
+}
+
+// Follower is the node that may have been told that it can take over at a fencing term; known: there may be
+// one. With "" it is not known which: only a pair without spares does not store it.
+func (s *State) Follower(term uint64) (node string, known bool) {
+	if s.PairTerm != 0 && s.PairTerm == term {
+		return s.Peer, true
+	}
+	return "", s.Covered != 0 && s.Covered == term
 }
 
 // Store is a node's file in state_dir. It is for one process at a time, which the

@@ -154,3 +154,27 @@ func TestUnwritable(t *testing.T) {
 		t.Error("loaded a directory")
 	}
 }
+
+// Follower knows whose the pair was only at its own fencing term; a pair without spares stores that there was one.
+func TestFollower(t *testing.T) {
+	for _, c := range []struct {
+		st    State
+		node  string
+		known bool
+	}{
+		{State{}, "", false},
+		{State{Peer: "beta", PairTerm: 3}, "beta", true},
+		{State{Peer: "beta", PairTerm: 2}, "", false},
+		{State{Covered: 3}, "", true},
+		{State{Covered: 2}, "", false},
+		{State{Peer: "beta", PairTerm: 2, Covered: 3}, "", true},
+		{State{Peer: "beta", PairTerm: 3, Covered: 3}, "beta", true},
+	} {
+		if node, known := c.st.Follower(3); node != c.node || known != c.known {
+			t.Errorf("%+v: %q, %t", c.st, node, known)
+		}
+	}
+	if _, known := new(State).Follower(0); known {
+		t.Error("a node that never ran has a follower")
+	}
+}

@@ -8,6 +8,8 @@ import (
 	"net"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
 
 // vxlanOverhead is what VXLAN adds to a guest's frame: outer Ethernet (not
@@ -25,6 +27,9 @@ type VXLAN struct {
 	Local, Remote net.IP
 	Underlay      string
 	GuestMTU      int // bytes of IP packet the guest's NIC may send
+
+	// Turns: the device may lead to another host than Remote, and is to lead there.
+	Turns bool
 }
 
 // UnderlayMTU is the least MTU of the underlay, in bytes.
@@ -55,7 +60,7 @@ func CheckVXLAN(v *VXLAN) (made bool, err error) {
 	}
 	x, ok := old.(*netlink.Vxlan)
 	switch {
-	case !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !x.Group.Equal(v.Remote) || x.VtepDevIndex != under.Attrs().Index:
+	case !ok || x.VxlanId != v.ID || x.Port != v.Port || !x.SrcAddr.Equal(v.Local) || !v.Turns && !x.Group.Equal(v.Remote) || x.VtepDevIndex != under.Attrs().Index:
 		return false, fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", v.Name, v.Name)
 	case x.MTU < v.GuestMTU:
 		return false, fmt.Errorf("device %s has MTU %d, and the guest's is %d; ip link set %s mtu %d", v.Name, x.MTU, v.GuestMTU, v.Name, v.GuestMTU)
@@ -63,11 +68,46 @@ func CheckVXLAN(v *VXLAN) (made bool, err error) {
 	return true, nil
 }
 
+// DirectVXLAN has a device that EnsureVXLAN made lead to another host. It stays the same device, with the programs on it.
+func DirectVXLAN(name string, remote net.IP) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("VXLAN %s: %w", name, err)
+	}
+	x, ok := l.(*netlink.Vxlan)
+	if !ok {
+		return fmt.Errorf("device %s exists and is not the VXLAN that the configuration describes; remove it: ip link del %s", name, name)
+	}
+	if x.Group.Equal(remote) {
+		return nil
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(x.Index)
+	req.AddData(msg)
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated(x.Type()))
+	data := info.AddRtAttr(nl.IFLA_INFO_DATA, nil)
+	// Nothing but this: the kernel refuses a change that names the port, even as it is.
+	if v4 := remote.To4(); v4 != nil {
+		data.AddRtAttr(nl.IFLA_VXLAN_GROUP, v4)
+	} else {
+		data.AddRtAttr(nl.IFLA_VXLAN_GROUP6, remote.To16())
+	}
+	req.AddData(info)
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("have VXLAN %s lead to %s: %w", name, remote, err)
+	}
+	return nil
+}
+
 // EnsureVXLAN makes the device, or accepts an existing one that is as wanted, and returns
 // its name.
 func EnsureVXLAN(v VXLAN) (string, error) {
-	if made, err := CheckVXLAN(&v); made || err != nil {
+	if made, err := CheckVXLAN(&v); err != nil {
 		return v.Name, err
+	} else if made {
+		return v.Name, DirectVXLAN(v.Name, v.Remote)
 	}
 	under, err := netlink.LinkByName(v.Underlay)
 	if err != nil {

@@ -49,6 +49,22 @@ func TestEnsureVXLAN(t *testing.T) {
 	other.Underlay = "none"
 	_, err = EnsureVXLAN(other)
 	wantError(t, err, "underlay none")
+	// One that turns is the same device, with all but its other end as it was.
+	was := linkOf(t, "vx").(*netlink.Vxlan)
+	other = v
+	other.Remote = net.IPv4(192, 0, 2, 3)
+	_, err = EnsureVXLAN(other)
+	wantError(t, err, "ip link del vx")
+	other.Turns = true
+	for range 2 {
+		_, err = EnsureVXLAN(other)
+		check(t, err)
+	}
+	now := linkOf(t, "vx").(*netlink.Vxlan)
+	if !now.Group.Equal(other.Remote) || now.Index != was.Index || !now.SrcAddr.Equal(was.SrcAddr) || now.Port != was.Port || now.VxlanId != was.VxlanId || now.Learning != was.Learning {
+		t.Errorf("it was %+v and is %+v", was, now)
+	}
+	wantError(t, DirectVXLAN("under", v.Remote), "is not the VXLAN")
 	for range 2 {
 		check(t, RemoveVXLAN("vx"))
 	}

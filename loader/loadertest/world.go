@@ -168,6 +168,33 @@ func NewHosts(t testing.TB) *World {
 	return w
 }
 
+// Underlay is the device by which the hosts of a World with AddSpare reach each other, besides the bridge.
+const Underlay = "under"
+
+// AddSpare gives a World of NewHosts a third host, connected to the switch by portT, and all hosts and the switch a
+// second network, with devices of 1600 bytes: 203.0.113.1 and .2 are the hosts', .3 the new one's, .9 the switch's.
+// It returns the host's namespace.
+func (w *World) AddSpare(t testing.TB) (host string) {
+	t.Helper()
+	host = w.id + "t"
+	w.namespaces(t, host)
+	w.bridge(t, host)
+	w.link(t, "portT", w.Switch, "uplink", host)
+	w.ip(t, w.Switch, "link set portT master br0")
+	w.ip(t, host, "link set uplink master br0")
+	w.ip(t, w.Switch, "link add br1 type bridge mcast_snooping 0")
+	w.ip(t, w.Switch, "link set br1 up")
+	for i, ns := range []string{w.HostP, w.HostS, host} {
+		port := fmt.Sprint("under", i)
+		w.link(t, port, w.Switch, Underlay, ns)
+		w.ip(t, w.Switch, "link set "+port+" mtu 1600 master br1")
+		w.ip(t, ns, "link set "+Underlay+" mtu 1600")
+		w.ip(t, ns, fmt.Sprintf("addr add 203.0.113.%d/24 dev %s", i+1, Underlay))
+	}
+	w.ip(t, w.Switch, "addr add 203.0.113.9/24 dev br1")
+	return host
+}
+
 // newWorld has the client's and the hosts' namespaces.
 func newWorld(t testing.TB) *World {
 	t.Helper()

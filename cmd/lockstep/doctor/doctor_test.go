@@ -346,6 +346,39 @@ func TestDoctorMisses(t *testing.T) {
 	}
 }
 
+// With spare nodes each of the others is looked at, and the way there. One that is off is no reason not to start.
+func TestDoctorSpares(t *testing.T) {
+	yaml := "vm: web1\nnodes:\n"
+	for i, node := range []string{"alpha", "beta", "gamma"} {
+		yaml += fmt.Sprintf("  %s: {control: '192.0.2.%d:7700', nics: [{tap: tapS, peer: {vxlan: {id: 7, local: 198.51.100.%[2]d, underlay: eth1}}}], qmp: q}\n", node, i+1)
+	}
+	yaml += "tls: {insecure: true}\narbiter: {type: file, path: /a}\n"
+	m := healthy()
+	m.dial = func(_ context.Context, to netip.AddrPort) error {
+		if to.Addr() == netip.MustParseAddr("192.0.2.3") {
+			return errors.New("no route to host")
+		}
+		return nil
+	}
+	r := examine(t.Context(), m, parse(t, yaml), "")
+	if err := r.Err(); err != nil {
+		t.Error(err)
+	}
+	shown := text(t, r, false)
+	for _, want := range []string{
+		"this host is beta: it has 192.0.2.2", "alpha's daemon listens", "gamma's host does not answer: no route to host",
+		"from 198.51.100.2 to 198.51.100.1 by eth1", "from 198.51.100.2 to 198.51.100.3 by eth1",
+	} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("no %q in\n%s", want, shown)
+		}
+	}
+	m.addresses = func() ([]netip.Addr, error) { return nil, nil }
+	if shown := text(t, examine(t.Context(), m, parse(t, yaml), ""), false); !strings.Contains(shown, "which of alpha and beta and gamma is this host?") {
+		t.Error(shown)
+	}
+}
+
 // Without privileges what needs them is not tried, and counts once.
 func TestDoctorUser(t *testing.T) {
 	m := healthy()

@@ -69,7 +69,7 @@ func (d *doctor) host(ctx context.Context, c *config.Config) {
 
 // usesVXLAN reports whether a node of a config has lockstep make a VXLAN.
 func usesVXLAN(c *config.Config) bool {
-	return slices.ContainsFunc(c.Nodes[:], func(n config.Node) bool {
+	return slices.ContainsFunc(c.Nodes, func(n config.Node) bool {
 		return slices.ContainsFunc(n.NICs, func(nic config.NIC) bool { return nic.PeerVXLAN != nil })
 	})
 }
@@ -109,7 +109,7 @@ func (d *doctor) qemu(ctx context.Context, c *config.Config) {
 	out, err := d.m.command(ctx, name, "--version")
 	v := qemuVersion.FindStringSubmatch(out)
 	switch {
-	case err != nil && c != nil && !c.Nodes[0].Starts && !c.Nodes[1].Starts:
+	case err != nil && c != nil && !slices.ContainsFunc(c.Nodes, func(n config.Node) bool { return n.Starts }):
 		d.warn("qemu", install, "%v: lockstep does not start it here, and does not look at the one that somebody else starts", err)
 		return
 	case err != nil:

@@ -140,7 +140,7 @@ var thisMachine = machine{
 func VXLAN(v *config.VXLAN, guestMTU int) device.VXLAN {
 	return device.VXLAN{
 		Name: v.Device(), ID: int(v.ID), Port: int(v.Port), Local: v.Local.AsSlice(), Remote: v.Remote.AsSlice(),
-		Underlay: v.Underlay, GuestMTU: guestMTU,
+		Underlay: v.Underlay, GuestMTU: guestMTU, Turns: v.Turns,
 	}
 }
 

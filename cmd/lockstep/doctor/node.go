@@ -28,18 +28,32 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 	}
 	has := func(a netip.Addr) bool { return slices.Contains(addrs, a) }
 	if node == "" { // the one whose address this host has
-		a, b := &c.Nodes[0], &c.Nodes[1]
-		if has(a.Control.Addr()) == has(b.Control.Addr()) {
-			d.missing("control", "name this host with --node", "which of %s and %s is this host? Of their control addresses %s and %s it has %s",
-				a.Name, b.Name, a.Control.Addr(), b.Control.Addr(), map[bool]string{true: "both", false: "neither"}[has(a.Control.Addr())])
+		var here, named, at []string
+		for _, n := range c.Nodes {
+			if has(n.Control.Addr()) {
+				here = append(here, n.Name)
+			}
+			named, at = append(named, n.Name), append(at, n.Control.Addr().String())
+		}
+		if len(here) != 1 {
+			which := "neither"
+			switch {
+			case len(here) == 2 && !c.Spares():
+				which = "both"
+			case c.Spares():
+				which = fmt.Sprint(len(here))
+			}
+			d.missing("control", "name this host with --node", "which of %s is this host? Of their control addresses %s it has %s",
+				strings.Join(named, " and "), strings.Join(at, " and "), which)
 			return
 		}
-		node = a.Name
-		if has(b.Control.Addr()) {
-			node = b.Name
-		}
+		node = here[0]
 	}
-	self, other, _ := c.Node(node) // it is one of the two
+	self, other, _ := c.Node(node) // it is one of them
+	others := c.Others(node)
+	if i := slices.IndexFunc(others, func(n *config.Node) bool { return has(n.Control.Addr()) }); i >= 0 {
+		other = others[i]
+	}
 	addr := self.Control.Addr()
 	switch {
 	case has(addr):
@@ -54,7 +68,9 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 		found, fix, _ := strings.Cut(err.Error(), "; ")
 		d.missing("config", fix, "%s", found)
 	}
-	d.peer(ctx, other)
+	for _, other := range others {
+		d.peer(ctx, other, c.Spares())
+	}
 	d.certificates(c, self, other)
 	if err := d.m.writable(c.RunDir); err != nil {
 		d.missing("run_dir", fmt.Sprintf("mkdir -p %s; or name another run_dir", c.RunDir), "%v", err)
@@ -62,7 +78,13 @@ func (d *doctor) pair(ctx context.Context, c *config.Config, node string) {
 		d.ok("run_dir", "%s", c.RunDir)
 	}
 	for i, nic := range self.NICs {
-		d.nic(i, &nic, self.Starts)
+		var to []*config.VXLAN
+		for _, other := range others {
+			if v := c.PeerVXLAN(self, other, i); v != nil {
+				to = append(to, v)
+			}
+		}
+		d.nic(i, &nic, to, self.Starts)
 	}
 	d.failover(ctx, c, self)
 }
@@ -141,8 +163,8 @@ func (d *doctor) overlays(c *config.Config, self *config.Node, o *overlayRoom) {
 	}
 }
 
-// peer tries the other host's control address, where only a primary listens.
-func (d *doctor) peer(ctx context.Context, other *config.Node) {
+// peer tries another host's control address, where only a primary listens. Of those of spares any may be off.
+func (d *doctor) peer(ctx context.Context, other *config.Node, spares bool) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	switch err := d.m.dial(ctx, other.Control); {
@@ -151,7 +173,11 @@ func (d *doctor) peer(ctx context.Context, other *config.Node) {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		d.ok("peer", "%s's host answers; no daemon listens on %s, which only the primary's does", other.Name, other.Control)
 	default:
-		d.missing("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
+		report := d.missing
+		if spares {
+			report = d.warn
+		}
+		report("peer", fmt.Sprintf("ip route get %s; let TCP port %d pass the firewalls of both hosts", other.Control.Addr(), other.Control.Port()),
 			"%s's host does not answer: %v", other.Name, err)
 	}
 }
@@ -180,8 +206,9 @@ func (d *doctor) certificates(c *config.Config, self, other *config.Node) {
 	}
 }
 
-// nic checks a NIC's devices. starts: lockstep starts this host's QEMU.
-func (d *doctor) nic(i int, nic *config.NIC, starts bool) {
+// nic checks a NIC's devices. to are its VXLANs to each of the other nodes, if it has any; starts: lockstep starts
+// this host's QEMU.
+func (d *doctor) nic(i int, nic *config.NIC, to []*config.VXLAN, starts bool) {
 	name := func(what string) string { return fmt.Sprintf("nics[%d].%s", i, what) }
 	// lacks reports an error that has behind "; " what mends it.
 	lacks := func(what string, err error) {
@@ -216,8 +243,9 @@ func (d *doctor) nic(i int, nic *config.NIC, starts bool) {
 	}
 
 	key, dev := name("peer"), nic.PeerDevice
-	v := nic.PeerVXLAN
-	if v != nil {
+	var v *config.VXLAN
+	if len(to) > 0 {
+		v = to[0]
 		if err := d.m.vxlanFits(v, mtu); err != nil {
 			lacks("underlay", err)
 			return
@@ -237,11 +265,13 @@ func (d *doctor) nic(i int, nic *config.NIC, starts bool) {
 		d.ok(key, "%s, MTU %d", dev, l.MTU)
 	}
 	if v != nil {
-		if err := d.m.route(v); err != nil {
-			d.missing(name("route"), fmt.Sprintf("ip addr add %s/24 dev %s, or ip route add %s dev %s", v.Local, dev, v.Remote, dev),
-				"no way from %s to %s by %s: %v", v.Local, v.Remote, dev, err)
-		} else {
-			d.ok(name("route"), "from %s to %s by %s", v.Local, v.Remote, dev)
+		for _, v := range to {
+			if err := d.m.route(v); err != nil {
+				d.missing(name("route"), fmt.Sprintf("ip addr add %s/24 dev %s, or ip route add %s dev %s", v.Local, dev, v.Remote, dev),
+					"no way from %s to %s by %s: %v", v.Local, v.Remote, dev, err)
+			} else {
+				d.ok(name("route"), "from %s to %s by %s", v.Local, v.Remote, dev)
+			}
 		}
 		return // a VXLAN device has no native XDP
 	}
