@@ -5,6 +5,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/lockstep-ft/lockstep/control/api"
@@ -42,6 +43,8 @@ type guestWatch struct {
 	retry    backoff
 	retryAt  time.Time
 	retrying bool
+
+	unstarted bool // the guest of this QEMU has never run
 
 	mergeFrom    time.Time // when a merge was first waited for
 	asking, slow bool
@@ -173,6 +176,7 @@ func (gw *guestWatch) guestState(state string) {
 		return
 	}
 	gw.watchMerge()
+	gw.unstarted = state == "prelaunch" || gw.unstarted && slices.Contains([]string{"postmigrate", "finish-migrate", "colo"}, state)
 	switch state {
 	case "io-error":
 		gw.ioStopped("", "", "QEMU has stopped the guest because a disk failed")
@@ -202,7 +206,7 @@ func (gw *guestWatch) retryDisk() {
 
 // guestGoesOn follows a RESUME.
 func (gw *guestWatch) guestGoesOn() {
-	gw.ioError, gw.reported, gw.svmOff = false, false, false
+	gw.ioError, gw.reported, gw.svmOff, gw.unstarted = false, false, false, false
 	gw.d.failover.step(failover.Event{Kind: failover.EvGuestHealthy})
 }
 

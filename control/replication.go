@@ -64,7 +64,7 @@ func (re *replicator) replicateTo(resync bool) error {
 	re.d.log.Info("replication begins", "to", fo.Peers.Migration, "disks", len(fo.Disks), "copy_disks", resync && len(fo.Disks) > 0)
 	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(fo.Disks) > 0})
 	re.syncing, re.gaveUp, re.begun = qemu.Progress{}, "", time.Now()
-	progress := re.progress()
+	progress, unstarted := re.progress(), re.d.guest.unstarted
 	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
@@ -73,7 +73,7 @@ func (re *replicator) replicateTo(resync bool) error {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Limits: fo.Limits, Progress: progress})
+		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Unstarted: unstarted, Limits: fo.Limits, Progress: progress})
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})

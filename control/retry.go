@@ -113,9 +113,15 @@ func (re *replicator) mustWait(follows bool) bool {
 func (re *replicator) endReplication() {
 	fo := re.d.failover
 	re.ending = true
+	unstarted := re.d.guest.unstarted
 	re.d.qmp.procedure("go on alone", func(ctx context.Context, m *qmp.Monitor) error {
 		if err := qemu.PrimaryFailover(ctx, m, fo.Disks); err != nil {
 			return err
+		}
+		if unstarted {
+			if err := qemu.Unmigrate(ctx, m); err != nil {
+				return err
+			}
 		}
 		if _, state, err := m.Status(); err != nil || state != "prelaunch" {
 			return err

@@ -3,9 +3,13 @@
 package qemu_test
 
 import (
+	"fmt"
+	"io"
+	"net"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qemu/qemutest"
@@ -249,4 +253,32 @@ func TestSecondaryWithoutGuest(t *testing.T) {
 	if err := qemu.SecondaryFailover(t.Context(), b.m, nil); err == nil || !strings.Contains(err.Error(), "no guest") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// A first migration that ended while its try was taken back leaves a guest that has never run in the state of one that
+// has gone elsewhere, from which QEMU migrates none.
+func TestUnmigrate(t *testing.T) {
+	w := newWorld(t, 0)
+	a := w.start("a", false)
+	elsewhere, err := net.Listen("unix", filepath.Join(w.dir, "elsewhere"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer elsewhere.Close()
+	go func() {
+		if c, err := elsewhere.Accept(); err == nil {
+			io.Copy(io.Discard, c)
+		}
+	}()
+	if err := a.m.Execute("migrate", map[string]any{"uri": "unix:" + elsewhere.Addr().String()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	lt.Eventually(t, time.Minute, func() (bool, string) {
+		_, state, err := a.m.Status()
+		return state == "postmigrate", fmt.Sprint(state, err)
+	})
+	a.replicate("b", qemu.Options{Unstarted: true})
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.mustAsk("set one", "ok")
+	a.checkpoint()
 }

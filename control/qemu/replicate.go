@@ -20,6 +20,8 @@ type Options struct {
 	Resync bool
 	// Progress is called again and again while something is copied; it may be nil.
 	Progress func(Progress)
+	// Unstarted: the guest has never run. Then nothing is lost by a reset, which QEMU may need: see [Unmigrate].
+	Unstarted bool
 	Limits
 
 	// Mutations, set by tests: QEMU keeps its own period (R12), and makes the migration's
@@ -166,6 +168,11 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 		if err := endMigration(ctx, m, disks); err != nil {
 			return err
 		}
+		if o.Unstarted {
+			if err := Unmigrate(ctx, m); err != nil {
+				return err
+			}
+		}
 		var w wire
 		defer w.release()
 		if err = begin(ctx, m, disks, to, o, running, &w); err == nil {
@@ -243,6 +250,23 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 		return err
 	}
 	return m.Execute("migrate", map[string]any{"uri": uri}, nil)
+}
+
+// Unmigrate has a guest that has never run wait for its start again, if QEMU has it in the state of one that has gone to another
+// host. It gets there when a migration ends in the moment in which the try to replicate is taken back, and would refuse
+// every other one.
+func Unmigrate(ctx context.Context, m *qmp.Monitor) error {
+	_, state, err := m.Status()
+	if err != nil || state != "postmigrate" {
+		return err
+	}
+	if err := m.Execute("system_reset", nil, nil); err != nil {
+		return err
+	}
+	return until(ctx, "the guest waits for its start", func() (bool, error) {
+		_, state, err := m.Status()
+		return state == "prelaunch", err
+	})
 }
 
 // undo takes back a try to replicate: the guest is alone again, and runs if it did before.
