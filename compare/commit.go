@@ -59,7 +59,7 @@ func (p *Primary) thaw() {
 	}
 	if diverged != nil {
 		// The reason for that checkpoint is still there.
-		p.checkpoint(&diverged.tuple, diverged.why)
+		p.checkpoint(&diverged.tuple, diverged.why, "")
 	}
 }
 

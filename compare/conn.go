@@ -117,13 +117,13 @@ func (c *conn) unmatched() bool {
 	return c.svm.ahead() || fin.ok && !before(fin.pos, c.svm.compared)
 }
 
-// diverge blocks c until a commit and asks for a checkpoint.
-func (c *conn) diverge(why Reason) {
+// diverge blocks c until a commit and asks for a checkpoint. where: as that of an [Effect].
+func (c *conn) diverge(why Reason, where string) {
 	if c.diverged {
 		return
 	}
 	c.diverged, c.why = true, why
-	c.checkpoint(&c.tuple, why)
+	c.checkpoint(&c.tuple, why, where)
 }
 
 func (c *conn) state() string {

@@ -49,9 +49,11 @@ func (k *core) heldSince(at int64) {
 	k.stats.HoldTimes.Observe(time.Duration(max(0, k.now-at)))
 }
 
-func (k *core) checkpoint(t *Tuple, why Reason) {
+// checkpoint asks for one. where: the place in which the guests differ, if that is known.
+func (k *core) checkpoint(t *Tuple, why Reason, where string) {
 	k.stats.Checkpoints[why]++
-	k.emit(OpCheckpoint, t).Reason = why
+	e := k.emit(OpCheckpoint, t)
+	e.Reason, e.Where = why, where
 }
 
 // before reports whether a frame captured at t belongs to the epoch that the commit

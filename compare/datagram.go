@@ -319,7 +319,7 @@ func (d *datagrams) fire(f *dgramFlow) {
 		// What is held stays for the commit, unless the SVM transmits it after all.
 		if f.held.len() > 0 && max(f.held.view()[0].since, f.askedAt)+int64(d.cfg.Timeout) <= d.now {
 			f.askedAt = d.now
-			d.checkpoint(&f.tuple, ReasonDatagram)
+			d.checkpoint(&f.tuple, ReasonDatagram, "")
 		}
 		switch {
 		case f.held.len() > 0:

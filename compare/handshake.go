@@ -24,9 +24,10 @@ type handshake struct {
 	opts    options
 	at      int64 // capture time
 
-	met     bool // only when the connection was known in mid-stream: the compared point is beyond it
-	svm     bool // the SVM's SYN was recorded
-	svmSame bool // with the PVM's options and acknowledged number
+	met     bool   // only when the connection was known in mid-stream: the compared point is beyond it
+	svm     bool   // the SVM's SYN was recorded
+	svmSame bool   // with the PVM's options and acknowledged number
+	differs string // in what, if it is not
 	svmWin  uint16
 
 	announcing bool
@@ -62,6 +63,9 @@ func (h *handshake) answersSame(s *Segment) bool {
 func (h *handshake) fromSVM(s *Segment) {
 	h.svm, h.svmWin = true, s.Win
 	h.svmSame = sameOptions(s.Opts, h.opts.bytes()) && (h.flags&ACK == 0 || s.Flags&ACK != 0 && s.Ack == h.ack)
+	if h.differs = ""; !h.svmSame {
+		h.differs = synOf(h, s)
+	}
 }
 
 // announce begins to announce the SYN, so many times.

@@ -282,5 +282,5 @@ func (p *Primary) tableFull(s *Segment) {
 		return
 	}
 	p.fullAsked, p.fullAt = true, p.now
-	p.checkpoint(&s.Tuple, ReasonTableFull)
+	p.checkpoint(&s.Tuple, ReasonTableFull, "")
 }

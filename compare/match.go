@@ -35,11 +35,11 @@ func (c *conn) matchSYN() bool {
 			return false
 		}
 		if !c.syn.svmSame && c.sealed {
-			c.diverge(ReasonSealed)
+			c.diverge(ReasonSealed, c.syn.differs)
 			return false
 		}
 		if !c.syn.svmSame {
-			c.diverge(ReasonSYN)
+			c.diverge(ReasonSYN, c.syn.differs)
 			return false
 		}
 	}
@@ -114,7 +114,7 @@ func (c *conn) matchAt(h *piece, at uint32, sum Sum, pt point) bool {
 		part = part.minus(c.keys.Sum(pt.pos, h.bytes(pt.pos, end)))
 	}
 	if sum.plus(part) != pt.sum && !c.off(mutR1) {
-		c.diverge(ReasonPayload)
+		c.diverge(ReasonPayload, bytesOf(c, c.svm.compared, pt.pos))
 		return false
 	}
 	h.rest = h.rest.minus(part)
@@ -135,7 +135,7 @@ func (c *conn) matchFIN() bool {
 // positions (R3). No later segment can change that.
 func (c *conn) checkFIN() {
 	if c.pvm.goesOn(&c.svm.extent) || c.svm.extent.goesOn(&c.pvm) {
-		c.diverge(ReasonFIN)
+		c.diverge(ReasonFIN, finOf(c))
 	}
 }
 
@@ -181,7 +181,7 @@ func refusesSYN(f Flags, seq uint32) bool { return f&(RST|ACK) == RST|ACK && seq
 // An SVM that transmits other bytes at the same position is in doubt.
 func (c *conn) sameBytes(same bool) {
 	if !same && !c.off(mutR1) {
-		c.diverge(ReasonSVMChanged)
+		c.diverge(ReasonSVMChanged, "")
 	}
 }
 
@@ -243,7 +243,7 @@ func (c *conn) svmData(s *Segment) bool {
 	}
 	if s.Flags&FIN != 0 {
 		if !c.svm.extent.close(end) {
-			c.diverge(ReasonSVMChanged)
+			c.diverge(ReasonSVMChanged, "")
 		}
 	}
 	return true

@@ -67,7 +67,7 @@ func (o openTable) opened(t *Tuple) (pvm, svm *conn) {
 // something else to the same place, the guests went different ways.
 func (p *Primary) pvmOpened(c *conn, both bool) {
 	if _, svm := p.opens.opened(&c.tuple); !both && svm != nil {
-		c.diverge(ReasonOpen)
+		c.diverge(ReasonOpen, "")
 	}
 	p.opens.link(c, false)
 }
@@ -80,7 +80,7 @@ func (p *Primary) svmOpened(s *Segment) {
 		return
 	}
 	if pvm, _ := p.opens.opened(&s.Tuple); pvm != nil {
-		pvm.diverge(ReasonOpen)
+		pvm.diverge(ReasonOpen, "")
 	}
 	if c == nil {
 		if c = p.conns.create(&s.Tuple); c == nil {

@@ -99,7 +99,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 	case h.syn && c.syn.met && !c.syn.svm:
 		return ReasonDuplicate
 	case h.syn && c.syn.met && !c.syn.svmSame:
-		c.diverge(ReasonSYN)
+		c.diverge(ReasonSYN, c.syn.differs)
 		return ReasonSYN
 	case h.syn && c.syn.met:
 		return ReasonNone
@@ -110,7 +110,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 		return ReasonNone
 	case !c.rooted && before(h.start, c.low):
 		// The connection was met in mid-stream: nobody has compared this.
-		c.diverge(ReasonUnknownPast)
+		c.diverge(ReasonUnknownPast, "")
 		return ReasonUnknownPast
 	case h.syn:
 		return ReasonNone
@@ -135,7 +135,7 @@ func (c *conn) mayRepeat(h *piece) Reason {
 		h.payload, h.end, h.fin = nil, h.base, false
 		return ReasonNone
 	}
-	c.diverge(ReasonPayload)
+	c.diverge(ReasonPayload, bytesOf(c, h.start, to))
 	return ReasonPayload
 }
 

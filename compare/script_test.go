@@ -59,6 +59,9 @@ func (x *transcript) effect(e *Effect) string {
 		fmt.Fprintf(&b, "announce %s %d ack=%d", flagNames(e.Flags), e.Seq, e.Ack)
 	case OpCheckpoint:
 		fmt.Fprintf(&b, "checkpoint: %v", e.Reason)
+		if e.Where != "" {
+			fmt.Fprintf(&b, " (%s)", e.Where)
+		}
 	case OpAnswer:
 		fmt.Fprintf(&b, "answer %d..%d", e.Seq, e.Seq+e.To)
 		if e.Sum != x.keys.Sum(e.Seq, x.payload(e.Seq, e.To, nil)) {

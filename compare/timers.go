@@ -185,7 +185,7 @@ func (p *Primary) fire(c *conn) {
 			c.unstick()
 		}
 		if c.stall.lookAt() <= p.now && c.stall.look(leadOf(c)) && !p.off(mutOrder) {
-			p.checkpoint(&c.tuple, ReasonOrder)
+			p.checkpoint(&c.tuple, ReasonOrder, missingOf(c))
 		}
 		if c.stall.deadline(p.cfg.Timeout) <= p.now && p.stalled(c) {
 			return
@@ -212,7 +212,7 @@ func (p *Primary) stalled(c *conn) bool {
 		return true
 	}
 	c.stall.begin(p.now)
-	p.checkpoint(&c.tuple, ReasonTimeout)
+	p.checkpoint(&c.tuple, ReasonTimeout, missingOf(c))
 	return false
 }
 
@@ -223,7 +223,7 @@ func (p *Primary) expire(c *conn) {
 		why = ReasonUnmatchedRST
 	}
 	if c.openOnSVM && !c.pvmSeen {
-		p.checkpoint(&c.tuple, ReasonTimeout)
+		p.checkpoint(&c.tuple, ReasonTimeout, missingOf(c))
 	}
 	p.conns.remove(c, why)
 }

@@ -257,6 +257,7 @@ type Effect struct {
 	Inherited bool
 	Sum       Sum
 	Reason    Reason
+	Where     string // in what the guests differ (OpCheckpoint); "": not known
 }
 
 func (t Tuple) String() string {

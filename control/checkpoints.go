@@ -3,7 +3,6 @@
 package control
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,7 +79,7 @@ func (ck *checkpoints) wanted(r nicloop.Request) {
 	if ck.d.opt.QMP == "" || !ck.d.peer.linkUp {
 		// Nobody to ask. Guests that keep diverging ask without end.
 		if ck.unserved++; time.Since(ck.unservedLog) >= quietRequest {
-			ck.d.log.Warn("a checkpoint is needed and cannot be made: "+ck.unable(), "reason", r.Reason, "flow", r.Flow, "requests", ck.unserved)
+			ck.d.log.Warn("a checkpoint is needed and cannot be made: "+ck.unable(), "reason", r.Reason, "flow", r.Flow, "where", r.Where, "requests", ck.unserved)
 			ck.unservedLog, ck.unserved = time.Now(), 0
 		}
 	}
@@ -97,7 +96,7 @@ func (ck *checkpoints) unable() string {
 
 // note keeps a request in mind for the attempt that serves it, and for status.
 func (ck *checkpoints) note(r nicloop.Request) {
-	c := api.Cause{At: r.At, Reason: r.Reason, Flow: r.Flow}
+	c := api.Cause{At: r.At, Reason: r.Reason, Flow: r.Flow, Where: r.Where}
 	if r.NIC >= 0 {
 		c.NIC = &r.NIC
 	}
@@ -262,7 +261,9 @@ func (ck *checkpoints) attempt(fx checkpoint.Effect) {
 	ck.attemptNow, ck.waiting = ck.waiting, nil
 	c := api.Checkpoint{Epoch: fx.Epoch, At: time.Now(), Cause: fx.Cause, Result: "running"}
 	for _, r := range ck.attemptNow {
-		c.Flow = cmp.Or(c.Flow, r.Flow)
+		if c.Flow == "" {
+			c.Flow, c.Where = r.Flow, r.Where
+		}
 	}
 	ck.attempts = keepLast(append(ck.attempts, c))
 	ck.d.log.Log(ck.d.ctx, ck.level(), "checkpoint", "epoch", fx.Epoch, "cause", fx.Cause, "requests", len(ck.attemptNow))
@@ -312,6 +313,9 @@ func (ck *checkpoints) checkpointEvent() {
 	}
 	if a.Flow != "" {
 		fields["flow"] = a.Flow
+	}
+	if a.Where != "" {
+		fields["where"] = a.Where
 	}
 	ck.d.event(journal.Checkpoint, a.Cause, fields)
 }

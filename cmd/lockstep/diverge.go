@@ -27,7 +27,8 @@ func newDiverge(e env) *cobra.Command {
 		Short: "List which services of the guest cost checkpoints, and why",
 		Long: "diverge adds up the checkpoints that connections of the guest asked for, by service and cause, and says\n" +
 			"what to do about each cause. It reads what this host's daemons have noted, on the host whose guest was the\n" +
-			"primary then, and needs no daemon.",
+			"primary then, and needs no daemon. WHERE says in what the guests differed the last time, as far as digests and\n" +
+			"headers tell; bytes are counted from 0 in what the guest has sent on the connection.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, self, _, err := t.load(e)
@@ -56,7 +57,7 @@ type divergence struct {
 	count          int
 	frozen         float64 // ms in which nothing left
 	last           time.Time
-	flow           string // that of the last
+	flow, where    string // those of the last
 }
 
 // serviceOf names what a connection, guest>remote, is about: the guest's port, or the remote's where that is the
@@ -98,6 +99,7 @@ func divergences(events []journal.Event) (out []*divergence, others int) {
 		}
 		d.count++
 		d.last, d.flow = ev.Time, flow
+		d.where, _ = ev.Fields["where"].(string)
 	}
 	slices.SortStableFunc(out, func(a, b *divergence) int { return cmp.Compare(b.frozen, a.frozen) })
 	return out, others
@@ -110,10 +112,10 @@ func printDivergences(out io.Writer, events []journal.Event) error {
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "SERVICE\tCAUSE\tCHECKPOINTS\tOUTPUT HELD\tLAST\tCONNECTION")
+	fmt.Fprintln(w, "SERVICE\tCAUSE\tCHECKPOINTS\tOUTPUT HELD\tLAST\tCONNECTION\tWHERE")
 	var causes []string
 	for _, d := range ds {
-		fmt.Fprintf(w, "%s\t%s\t%d\t%.1f s\t%s\t%s\n", d.service, d.cause, d.count, d.frozen/1e3, d.last.Local().Format("2006-01-02 15:04:05"), d.flow)
+		fmt.Fprintf(w, "%s\t%s\t%d\t%.1f s\t%s\t%s\t%s\n", d.service, d.cause, d.count, d.frozen/1e3, d.last.Local().Format("2006-01-02 15:04:05"), d.flow, d.where)
 		if !slices.Contains(causes, d.cause) {
 			causes = append(causes, d.cause)
 		}

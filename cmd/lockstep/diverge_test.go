@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"path/filepath"
 	"regexp"
 	"testing"
@@ -23,6 +24,9 @@ func TestDiverge(t *testing.T) {
 		if flow != "" {
 			fields["flow"] = flow
 		}
+		if cause == "payload differs" {
+			fields["where"] = fmt.Sprintf("in bytes %v to 99", ms/50)
+		}
 		j.Add(journal.Event{Time: time.Now().Add(-ago), Kind: journal.Checkpoint, Cause: cause, Fields: fields})
 	}
 	made(3*time.Hour, "timeout", "10.0.0.2:5432>10.0.0.9:41000", 5000)
@@ -32,10 +36,10 @@ func TestDiverge(t *testing.T) {
 	made(5*time.Minute, "payload differs", "10.0.0.2:443>10.0.0.9:40002", 150)
 	j.Close()
 	for since, want := range map[string]string{
-		"": `^SERVICE +CAUSE +CHECKPOINTS +OUTPUT HELD +LAST +CONNECTION
-port 5432 +timeout +1 +5\.0 s +\S+ \S+ +10\.0\.0\.2:5432>10\.0\.0\.9:41000
+		"": `^SERVICE +CAUSE +CHECKPOINTS +OUTPUT HELD +LAST +CONNECTION +WHERE
+port 5432 +timeout +1 +5\.0 s +\S+ \S+ +10\.0\.0\.2:5432>10\.0\.0\.9:41000 *
 client of \[2001:db8::1\]:53 +payload differs +1 +0\.7 s .*
-port 443 +payload differs +2 +0\.2 s +\S+ \S+ +10\.0\.0\.2:443>10\.0\.0\.9:40002
+port 443 +payload differs +2 +0\.2 s +\S+ \S+ +10\.0\.0\.2:443>10\.0\.0\.9:40002 +in bytes 3 to 99
 
 Checkpoints for other causes: 1\.
 

@@ -76,7 +76,11 @@ func printStatus(out io.Writer, s api.Status) error {
 	}
 	label = "last causes:"
 	for _, c := range s.Causes[max(0, len(s.Causes)-3):] {
-		fmt.Fprintf(w, "%s\t%s %s %s\n", label, c.At.Format(time.TimeOnly), c.Reason, c.Flow)
+		where := ""
+		if c.Where != "" {
+			where = " (" + c.Where + ")"
+		}
+		fmt.Fprintf(w, "%s\t%s %s %s%s\n", label, c.At.Format(time.TimeOnly), c.Reason, c.Flow, where)
 		label = ""
 	}
 	printCounts(w, "dropped:", s.Dropped)

@@ -196,7 +196,8 @@ type Cause struct {
 	At     time.Time `json:"at"`
 	Reason string    `json:"reason"`
 	NIC    *int      `json:"nic,omitempty"`
-	Flow   string    `json:"flow,omitempty"` // guest>remote
+	Flow   string    `json:"flow,omitempty"`  // guest>remote
+	Where  string    `json:"where,omitempty"` // in what the guests differ, as far as digests and headers tell
 }
 
 // Checkpoint is an attempt at one.
@@ -205,7 +206,8 @@ type Checkpoint struct {
 	At     time.Time `json:"at"`
 	Cause  string    `json:"cause"`          // the first of its causes
 	Flow   string    `json:"flow,omitempty"` // guest>remote, where a connection asked for it
-	Result string    `json:"result"`         // "running", "committed", or why it failed
+	Where  string    `json:"where,omitempty"`
+	Result string    `json:"result"` // "running", "committed", or why it failed
 	// Milliseconds: how long nothing left P, how long either guest stood still.
 	FrozenMS   float64 `json:"frozen_ms"`
 	PVMPauseMS float64 `json:"pvm_pause_ms"`

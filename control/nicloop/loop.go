@@ -85,6 +85,7 @@ type Request struct {
 	NIC    int // -1: not a NIC's
 	Flow   string
 	Reason string
+	Where  string // in what the guests differ; "": not known
 
 	Diverged bool // the guests differ
 }
@@ -279,7 +280,7 @@ func (n *Loop) applyOnce() {
 		case compare.OpGrant, compare.OpTake, compare.OpForget, compare.OpEven:
 			owners = append(owners, *e)
 		case compare.OpCheckpoint:
-			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String(), Diverged: e.Reason.Diverges()})
+			n.want(Request{At: time.Now(), NIC: n.Index, Flow: e.Tuple.String(), Reason: e.Reason.String(), Where: e.Where, Diverged: e.Reason.Diverges()})
 		case compare.OpAdopt:
 			if ack, ok := n.DP.Acked(e.Tuple); ok {
 				acked = append(acked, adoption(e.Tuple, ack))

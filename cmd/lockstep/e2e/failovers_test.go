@@ -41,7 +41,7 @@ func TestDivergenceAndDisks(t *testing.T) {
 		t.Logf("%d divergent requests, %d checkpoints", requests, done)
 	}
 	out, err := p.order("alpha", "diverge")
-	if service := "port " + portClock + " "; err != nil || !strings.Contains(out, service) || !strings.Contains(out, "payload differs: ") {
+	if service := "port " + portClock + " "; err != nil || !strings.Contains(out, service) || !strings.Contains(out, "in bytes ") || !strings.Contains(out, "payload differs: ") {
 		t.Errorf("%v, %s", err, out)
 	} else {
 		t.Log(out)
