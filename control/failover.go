@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/replica"
 	"github.com/lockstep-ft/lockstep/control/state"
 )
 
@@ -106,7 +107,8 @@ type failoverPart struct {
 	state     state.State // as it is on disk
 	queue     []failover.Event
 	stepping  bool
-	tellAgain bool // S: order QEMU to take over once it is connected
+	tellAgain bool          // S: order QEMU to take over once it is connected
+	note      *replica.Note // S: what the images are; nil: somebody else starts QEMU
 	mute      muteWatch
 }
 
@@ -130,7 +132,19 @@ func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
 	if o.doubt != 0 {
 		cfg.Doubt = int64(o.doubt)
 	}
+	if o.Guest != nil {
+		var images []string
+		for i := range o.Disks {
+			images = append(images, o.Disks[i].Image)
+		}
+		fo.note = replica.Open(o.Store.Note(), images)
+	}
 	if d.opt.Role == datapath.RolePrimary {
+		if fo.note != nil { // also where the guest is served without a takeover: by order, or from the first start
+			if err := fo.note.End(); err != nil {
+				return nil, err
+			}
+		}
 		fo.p = o.Begin.Primary(cfg, now)
 		fo.machine = fo.p
 		return fo, fo.remember(func(*state.State) {}) // that its disks are the guest's (R19)
@@ -239,6 +253,12 @@ func (fo *failoverPart) tellQEMU() {
 	fo.tellAgain = m == nil
 	if fo.tellAgain {
 		return
+	}
+	if fo.note != nil { // QEMU writes to the images as soon as it takes over
+		if err := fo.note.End(); err != nil {
+			fo.d.fatal = err
+			return
+		}
 	}
 	fo.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
 		return qemu.SecondaryFailover(ctx, m, fo.Disks)
@@ -409,6 +429,8 @@ func (fo *failoverPart) fromSecondary(m peerlink.Message) bool {
 		fo.step(failover.Event{Kind: failover.EvYield}) // which says why this node is fenced
 	case peerlink.Overlays:
 		fo.d.room.peersOverlays(m)
+	case peerlink.Kept:
+		fo.d.repl.kept(m.Point)
 	default:
 		return false
 	}
@@ -434,6 +456,8 @@ func (fo *failoverPart) fromPrimary(m peerlink.Message) bool {
 		fo.step(failover.Event{Kind: failover.EvPoweredOff})
 	case peerlink.Refused:
 		fo.d.repl.noteRefused(m.Cause)
+	case peerlink.Replica:
+		fo.d.repl.noteReplica(m.Point)
 	case peerlink.Dismiss:
 		if fo.Guest != nil {
 			if said := qemu.Log(fo.Guest); said != "" { // it may have refused the primary's
