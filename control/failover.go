@@ -254,11 +254,9 @@ func (fo *failoverPart) tellQEMU() {
 	if fo.tellAgain {
 		return
 	}
-	if fo.note != nil { // QEMU writes to the images as soon as it takes over
-		if err := fo.note.End(); err != nil {
-			fo.d.fatal = err
-			return
-		}
+	fo.d.qmp.endNote() // QEMU writes to the images as soon as it takes over
+	if fo.d.fatal != nil {
+		return
 	}
 	fo.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
 		return qemu.SecondaryFailover(ctx, m, fo.Disks)

@@ -15,7 +15,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/replica"
 )
 
-// A secondary that comes back gets only what its images lack (R28). P's QEMU records what
+// A secondary that comes back gets only what its images lack (R29). P's QEMU records what
 // is written since a point; S notes the point once its images hold, durably, all that was
 // written before it. Every checkpoint stops the guest, and there QEMU flushes the disks on
 // both hosts. So what was written before a point is durable on S at the commit of a

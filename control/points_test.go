@@ -43,7 +43,7 @@ func pointsLost(early bool) (noted int, lost bool) {
 }
 
 // TestPoints: a point counts only when a checkpoint that began behind it was committed, and
-// no failed flush was reported up to another commit (R28).
+// no failed flush was reported up to another commit (R29).
 func TestPoints(t *testing.T) {
 	if noted, lost := pointsLost(false); lost || noted < 20 {
 		t.Errorf("%d points noted; one too early: %v", noted, lost)

@@ -139,6 +139,17 @@ func (mo *monitor) beginNote(held bool) {
 	}
 }
 
+// endNote forgets what this host's images are, because QEMU may write to them by itself (R29).
+func (mo *monitor) endNote() {
+	fo := mo.d.failover
+	if fo == nil || fo.note == nil {
+		return
+	}
+	if err := fo.note.End(); err != nil {
+		mo.d.fatal = err
+	}
+}
+
 // incoming is where this host's QEMU waits for another's; nil: it does not.
 func (mo *monitor) incoming() *qemu.Incoming {
 	if mo.d.failover.s == nil {

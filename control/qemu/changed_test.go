@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -90,4 +91,55 @@ func TestCopiesWhatChanged(t *testing.T) {
 func (g *guest) inNamespace(f func() error) (err error) {
 	lt.In(g.w.t, g.w.ns(g.host), func() { err = f() })
 	return err
+}
+
+// TestChangesNotTaken: a secondary that stands still while what changed is copied to it costs the
+// guest that serves no more than a pause, and the next try still gets by with what changed (R26).
+func TestChangesNotTaken(t *testing.T) {
+	w := newWorld(t, 1)
+	a := w.start("a", false)
+	point := qemu.NewPoint(time.Now())
+	b := a.replicate("b", qemu.Options{})
+	if err := qemu.AddPoint(a.m, a.spec.Disks, point); err != nil {
+		t.Fatal(err)
+	}
+	qemutest.Await(t, w.serial("a"), "ready")
+	a.checkpoint()
+	a.mustAsk("churn vda", "ok")
+	b.kill()
+	a.takeOver()
+	last := qemu.SetLastChanges(0)
+	t.Cleanup(func() { qemu.SetLastChanges(last) })
+	b = w.start("b", true)
+	if err := qemu.PrepareSecondary(t.Context(), b.m, b.caps, b.spec.Disks, *b.in); err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	halts := a.halts()
+	err := a.replicateTo(t.Context(), w.to("a", b.in), qemu.Options{Resync: true, Since: point, Limits: qemu.Limits{Bandwidth: 256 << 10},
+		Progress: func(p qemu.Progress) {
+			if p.Done > 0 {
+				once.Do(func() { freeze(b) })
+			}
+		}})
+	if err == nil || strings.Contains(err.Error(), "undone") {
+		t.Fatalf("got %v", err)
+	}
+	t.Logf("%v; the guest stood still for %v", err, halts())
+	if halts() > 10*time.Second {
+		t.Error("that is too long")
+	}
+	if running, state, err := a.m.Status(); err != nil || !running {
+		t.Fatalf("the guest is %s, %v", state, err)
+	}
+	a.mustAsk("verify vda", "good")
+	b.kill()
+	qemu.SetLastChanges(last)
+	var copied []qemu.Copied
+	b = a.replicate("b", qemu.Options{Resync: true, Since: point, Copied: func(c qemu.Copied) { copied = append(copied, c) }})
+	if len(copied) != 1 || copied[0].Since.IsZero() {
+		t.Errorf("copied: %+v", copied)
+	}
+	a.mustAsk("rest", "ok")
+	a.sameDisks(b)
 }
