@@ -200,6 +200,7 @@ func (pl *peerLink) offer(l *peerlink.Link, h peerlink.Hello) {
 	s.Term = pl.d.term
 	if pl.d.failover != nil {
 		pl.d.repl.hello = h
+		pl.d.repl.points.lost()
 		// COLO may run already where somebody else has started it.
 		s.Record = pl.d.failover.p.Term()
 		s.Pair = pl.d.failover.p.State() == failover.PrimaryPair || pl.d.failover.p.State() == failover.PrimaryStart && pl.d.qmp.conn != nil && pl.d.qmp.info.colo == "primary"

@@ -362,6 +362,7 @@ func (ck *checkpoints) commit(fx checkpoint.Effect) error {
 	}
 	if ck.d.failover != nil {
 		ck.d.repl.tries.lasts()
+		ck.d.repl.pointsCommitted(fx.Began)
 	}
 	ck.d.failover.step(failover.Event{Kind: failover.EvCommitted})
 	if waited > 0 {

@@ -246,6 +246,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	}
 	if fo := d.failover; fo != nil && fo.Guest != nil && len(fo.Guest.Disks) > 0 {
 		start(func() error { d.room.watchOverlays(ctx); return nil })
+		if d.failover.s != nil {
+			start(func() error { d.repl.touchNote(ctx); return nil })
+		}
 	}
 	Notify(d.log, sd.SdNotifyReady)
 	err = <-ends

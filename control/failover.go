@@ -19,6 +19,7 @@ import (
 	"github.com/lockstep-ft/lockstep/control/peerlink"
 	"github.com/lockstep-ft/lockstep/control/qemu"
 	"github.com/lockstep-ft/lockstep/control/qmp"
+	"github.com/lockstep-ft/lockstep/control/replica"
 	"github.com/lockstep-ft/lockstep/control/state"
 )
 
@@ -106,7 +107,8 @@ type failoverPart struct {
 	state     state.State // as it is on disk
 	queue     []failover.Event
 	stepping  bool
-	tellAgain bool // S: order QEMU to take over once it is connected
+	tellAgain bool          // S: order QEMU to take over once it is connected
+	note      *replica.Note // S: what the images are; nil: somebody else starts QEMU
 	mute      muteWatch
 	first     string // the peer that this role began with
 }
@@ -131,7 +133,13 @@ func newFailoverPart(o Failover, d *Daemon) (*failoverPart, error) {
 	if o.doubt != 0 {
 		cfg.Doubt = int64(o.doubt)
 	}
+	fo.note = openNote(&o)
 	if d.opt.Role == datapath.RolePrimary {
+		if fo.note != nil { // also where the guest is served without a takeover: by order, or from the first start
+			if err := fo.note.End(); err != nil {
+				return nil, err
+			}
+		}
 		fo.p = o.Begin.Primary(cfg, now)
 		fo.machine = fo.p
 		return fo, fo.remember(func(*state.State) {}) // that its disks are the guest's (R19)
@@ -247,6 +255,10 @@ func (fo *failoverPart) tellQEMU() {
 	if fo.tellAgain {
 		return
 	}
+	fo.d.qmp.endNote() // QEMU writes to the images as soon as it takes over
+	if fo.d.fatal != nil {
+		return
+	}
 	fo.d.qmp.procedure("take over", func(ctx context.Context, m *qmp.Monitor) error {
 		return qemu.SecondaryFailover(ctx, m, fo.Disks)
 	}, func(err error) {
@@ -278,14 +290,6 @@ func (fo *failoverPart) remember(change func(*state.State)) error {
 	}
 	fo.state = st
 	return nil
-}
-
-// withPeer notes whose pair this is, where that is not known from the config.
-func (fo *failoverPart) withPeer(st *state.State) {
-	st.Peer, st.PairTerm = "", 0
-	if fo.d.opt.Spares != nil {
-		st.Peer, st.PairTerm = fo.d.opt.Peer, fo.machine.Term()
-	}
 }
 
 // goAlone has P transmit without S (R21): what is held leaves first.
@@ -425,6 +429,8 @@ func (fo *failoverPart) fromSecondary(m peerlink.Message) bool {
 		fo.step(failover.Event{Kind: failover.EvYield}) // which says why this node is fenced
 	case peerlink.Overlays:
 		fo.d.room.peersOverlays(m)
+	case peerlink.Kept:
+		fo.d.repl.kept(m.Point)
 	default:
 		return false
 	}
@@ -450,6 +456,8 @@ func (fo *failoverPart) fromPrimary(m peerlink.Message) bool {
 		fo.step(failover.Event{Kind: failover.EvPoweredOff})
 	case peerlink.Refused:
 		fo.d.repl.noteRefused(m.Cause)
+	case peerlink.Replica:
+		fo.d.repl.noteReplica(m.Point)
 	case peerlink.Dismiss:
 		if fo.Guest != nil {
 			if said := qemu.Log(fo.Guest); said != "" { // it may have refused the primary's

@@ -187,6 +187,9 @@ func (mo *monitor) watchMonitor(ctx context.Context, m *qmp.Monitor) error {
 		case "COLO_EXIT":
 			mo.d.log.Info("QEMU", "event", e.Event, "data", e.Data)
 			mo.d.post(func() {
+				if e.Data["reason"] == "request" {
+					mo.endNote() // also where somebody else ordered it
+				}
 				if mo.d.failover == nil || !mo.detached {
 					mo.d.failover.step(failover.Event{Kind: failover.EvCOLOExit})
 				}

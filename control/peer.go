@@ -140,6 +140,9 @@ func (pl *peerLink) join(ctx context.Context) (up bool, err error) {
 		h.Party, h.Whole, h.Fresh = pl.party(), pl.d.checkpoints.secondary.Whole(), !pl.d.recovered && pl.sessions == 0
 		h.Term, h.Epoch, h.PausedNS = pl.d.term, pl.d.epoch, pl.d.clock.sum
 		if pl.d.failover != nil {
+			if note := pl.d.failover.note; note != nil && len(pl.d.failover.Disks) > 0 {
+				h.Notes, h.Point = true, note.Point()
+			}
 			h.Machine, h.QEMU = pl.d.repl.caps.Machine, pl.d.repl.caps.Version
 		}
 	}); err != nil {

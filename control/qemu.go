@@ -87,12 +87,14 @@ func (mo *monitor) ensureGuest(ctx context.Context) error {
 	p, err := qemu.Find(fo.Guest)
 	switch {
 	case err == nil && fo.Begin.Ends():
+		mo.beginNote(true) // judged anew below, and nobody else had the images so far
 		err = p.Kill(ctx)
 		p.Release()
 		if err != nil {
 			return err
 		}
 	case err == nil:
+		mo.beginNote(true)
 		mo.d.log.Info("going on with the QEMU that runs", "pid", p.Pid())
 		p.Release()
 		mo.hadQEMU = true
@@ -125,6 +127,29 @@ func (mo *monitor) ensureGuest(ctx context.Context) error {
 	return nil
 }
 
+// beginNote reads what this host's images are, if they are a secondary's. held: QEMU has them.
+func (mo *monitor) beginNote(held bool) {
+	fo := mo.d.failover
+	if fo.s == nil || fo.note == nil || len(fo.Disks) == 0 {
+		return
+	}
+	if err := fo.note.Begin(held); err != nil {
+		mo.d.log.Warn("this host's images are copied whole", "why", err)
+		mo.d.event(journal.Sync, "this host's images are copied whole: "+err.Error(), nil)
+	}
+}
+
+// endNote forgets what this host's images are, because QEMU may write to them by itself (R29).
+func (mo *monitor) endNote() {
+	fo := mo.d.failover
+	if fo == nil || fo.note == nil {
+		return
+	}
+	if err := fo.note.End(); err != nil {
+		mo.d.fatal = err
+	}
+}
+
 // incoming is where this host's QEMU waits for another's; nil: it does not.
 func (mo *monitor) incoming() *qemu.Incoming {
 	if mo.d.failover.s == nil {
@@ -135,6 +160,7 @@ func (mo *monitor) incoming() *qemu.Incoming {
 
 // startQEMU starts this host's QEMU, which does not run.
 func (mo *monitor) startQEMU(ctx context.Context) error {
+	mo.beginNote(false)
 	p, err := qemu.Start(ctx, mo.d.failover.Guest, mo.incoming())
 	if err != nil {
 		return err

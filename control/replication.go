@@ -33,6 +33,9 @@ type replicator struct {
 
 	imagesRetry backoff // P: of comparisons that could not be made
 
+	points  points
+	resyncs []string // what was copied to the secondary, of each disk
+
 	sizing    sync.Mutex
 	sizes     []int64        // of the disks; nil: not asked for yet
 	hello     peerlink.Hello // P: of the session there is
@@ -64,7 +67,9 @@ func (re *replicator) replicateTo(resync bool) error {
 	re.d.log.Info("replication begins", "to", fo.Peers.Migration, "disks", len(fo.Disks), "copy_disks", resync && len(fo.Disks) > 0)
 	re.d.event(journal.Sync, "replication begins", map[string]any{"copy_disks": resync && len(fo.Disks) > 0})
 	re.syncing, re.gaveUp, re.begun = qemu.Progress{}, "", time.Now()
-	progress, unstarted := re.progress(), re.d.guest.unstarted
+	re.points, re.resyncs = points{kept: neverKept}, nil
+	o := qemu.Options{Resync: resync, Since: re.hello.Point, Unstarted: re.d.guest.unstarted, Limits: fo.Limits, Progress: re.progress(),
+		Copied: func(c qemu.Copied) { re.d.post(func() { re.copied(c) }) }}
 	re.cancel = re.d.qmp.procedure("replicate", func(ctx context.Context, m *qmp.Monitor) error {
 		caps, err := qemu.Probe(m)
 		if err != nil {
@@ -73,7 +78,7 @@ func (re *replicator) replicateTo(resync bool) error {
 		if err := qemu.CheckNICs(m, len(re.d.nics)); err != nil {
 			return err
 		}
-		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, qemu.Options{Resync: resync, Unstarted: unstarted, Limits: fo.Limits, Progress: progress})
+		return qemu.Replicate(ctx, m, caps, fo.Disks, fo.Peers, o)
 	}, func(err error) {
 		re.cancel, re.syncing = nil, qemu.Progress{}
 		re.d.opt.Progress(qemu.Progress{})

@@ -8,6 +8,7 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/failover"
+	"github.com/lockstep-ft/lockstep/control/state"
 )
 
 // taken is why a node cannot be the secondary now, although nothing is wrong with it; "": it can (P). Where there are
@@ -71,4 +72,12 @@ func (fo *failoverPart) passedBy(now arbiter.Entry) {
 		return
 	}
 	fo.end(fmt.Errorf("%w: the arbiter names %s, and no longer %s", ErrAfresh, now.Speaker, fo.d.opt.Peer))
+}
+
+// withPeer notes whose pair this is, where that is not known from the config.
+func (fo *failoverPart) withPeer(st *state.State) {
+	st.Peer, st.PairTerm = "", 0
+	if fo.d.opt.Spares != nil {
+		st.Peer, st.PairTerm = fo.d.opt.Peer, fo.machine.Term()
+	}
 }

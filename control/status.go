@@ -218,6 +218,7 @@ func (fo *failoverPart) status(s *api.Status) {
 	s.ArbiterTerm = fo.machine.Term()
 	defer func() {
 		fo.d.repl.statusOfImages(s)
+		s.Resyncs = fo.d.repl.resyncs
 		fo.d.room.statusOfOverlays(s)
 	}()
 	if fo.p != nil {

@@ -58,6 +58,9 @@ func printStatus(out io.Writer, s api.Status) error {
 	if len(s.MaskedDisks) > 0 {
 		fmt.Fprintf(w, "MASKED:\tfaults of one replica of %s are hidden from the guest: start QEMU with vote-threshold=2\n", strings.Join(s.MaskedDisks, ", "))
 	}
+	for _, copied := range s.Resyncs {
+		fmt.Fprintf(w, "copied:\t%s\n", copied)
+	}
 	label = "overlays:"
 	for i := range s.Overlays {
 		fmt.Fprintf(w, "%s\t%s\n", label, &s.Overlays[i])

@@ -318,7 +318,7 @@ func TestMetricsHandler(t *testing.T) {
 func TestMetricsWholeStatus(t *testing.T) {
 	known := strings.Fields(`VM Node Protocol Config Role State Detail Epoch Term Covered ArbiterTerm Replication Connections HeldPackets HeldBytes ReleasedPackets HalfOpenEvicted
 		CheckpointsRequested CheckpointsDone CheckpointPhases Dropped Counters Programs DiskFaults MaskedDisks Unmerged Peer QMP Causes Checkpoints
-		Refused Overlays CheckpointCounts HoldTimes LeaseMS GuestClock Periodic`)
+		Refused Overlays CheckpointCounts HoldTimes LeaseMS GuestClock Periodic Resyncs`)
 	if n := reflect.TypeFor[Status]().NumField(); n != len(known) {
 		t.Errorf("Status has %d fields, and metrics.go knows of %d: add those that count, then say so here", n, len(known))
 	}

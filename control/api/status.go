@@ -36,6 +36,8 @@ type Status struct {
 	Replication *Replication `json:"replication,omitempty"`
 	// Why replication does not begin before somebody does something about it.
 	Refused string `json:"refused,omitempty"`
+	// P: what was copied of each disk when replication last began.
+	Resyncs []string `json:"resyncs,omitempty"`
 
 	Connections     int    `json:"connections"` // S: with an offset
 	HeldPackets     int    `json:"held_packets"`

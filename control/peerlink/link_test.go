@@ -137,7 +137,7 @@ func TestMessages(t *testing.T) {
 		Session{Party: party, Epoch: 4, Digest: []byte{1}, Sign: []byte{2}, Doubt: true, Record: 7, Pair: true},
 		Refuse{"no", true}, OK{}, Prepare{4, 6}, Abort{4, "late", true}, Ready{4}, Stopped{4}, Resumed{4, 5}, Rekey{Term: 3, Sign: []byte{2}},
 		Edges{NIC: 1, Edges: []datapath.Edge{{Seq: 8, TS: 9}}}, Covered{7}, Dismiss{}, PoweredOff{}, Refused{"images"},
-		Overlays{All: []api.OverlayStatus{{Node: "beta", Dir: "/o"}}, Cause: "full"}, Yield{}, Dead{}, Ping{},
+		Overlays{All: []api.OverlayStatus{{Node: "beta", Dir: "/o"}}, Cause: "full"}, Replica{Point: "p"}, Kept{Point: "p"}, Yield{}, Dead{}, Ping{},
 	} {
 		b, err := json.Marshal(encode(m))
 		if err != nil {

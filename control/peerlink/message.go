@@ -14,6 +14,7 @@
 //	P → S  Covered    S may take over from now on (R18); Dismiss: P goes on without S; PoweredOff: the guest did
 //	P → S  Refused    why replication does not begin, "" when it is tried again
 //	S → P  Overlays   what room they have, and in Cause why P should make a checkpoint
+//	P → S  Replica    what S's images are from now on, which S notes and answers by Kept
 //	S → P  Yield      stop transmitting and answer Dead: S takes over because an operator wants it to
 //	both   Dead       my QEMU is dead, my gates are shut
 //	both   Ping       now and then
@@ -50,6 +51,9 @@ type (
 		QEMU    string `json:"qemu,omitempty"`
 
 		PausedNS int64 `json:"paused_ns,omitempty"` // as in Prepare
+
+		Notes bool   `json:"notes,omitempty"` // Replica is understood
+		Point string `json:"point,omitempty"` // what S's images are
 	}
 	Session struct {
 		Party
@@ -97,9 +101,11 @@ type (
 		All   []api.OverlayStatus
 		Cause string
 	}
-	Yield struct{}
-	Dead  struct{}
-	Ping  struct{}
+	Replica struct{ Point string }
+	Kept    struct{ Point string }
+	Yield   struct{}
+	Dead    struct{}
+	Ping    struct{}
 )
 
 func (Hello) Type() string      { return "hello" }
@@ -118,6 +124,8 @@ func (Dismiss) Type() string    { return "over" }
 func (PoweredOff) Type() string { return "off" }
 func (Refused) Type() string    { return "refused" }
 func (Overlays) Type() string   { return "overlays" }
+func (Replica) Type() string    { return "replica" }
+func (Kept) Type() string       { return "kept" }
 func (Yield) Type() string      { return "yield" }
 func (Dead) Type() string       { return "dead" }
 func (Ping) Type() string       { return "ping" }
@@ -138,6 +146,7 @@ type wire struct {
 	Edges   []byte   `json:"edges,omitempty"` // Edge's fields, little-endian
 
 	Overlays []api.OverlayStatus `json:"overlays,omitempty"`
+	Point    string              `json:"point,omitempty"`
 }
 
 func encode(m Message) wire {
@@ -165,6 +174,10 @@ func encode(m Message) wire {
 		w.Epoch, w.PauseNS = m.Epoch, m.PauseNS
 	case Covered:
 		w.Record = m.Term
+	case Replica:
+		w.Point = m.Point
+	case Kept:
+		w.Point = m.Point
 	case Overlays:
 		w.Overlays, w.Cause = m.All, m.Cause
 	case Edges:
@@ -222,6 +235,10 @@ func (w *wire) decode() (Message, error) {
 		return Refused{w.Cause}, nil
 	case "overlays":
 		return Overlays{w.Overlays, w.Cause}, nil
+	case "replica":
+		return Replica{w.Point}, nil
+	case "kept":
+		return Kept{w.Point}, nil
 	case "yield":
 		return Yield{}, nil
 	case "dead":

@@ -38,3 +38,10 @@ func OwnPeriod() Options { return Options{ownPeriod: true} }
 
 // OwnConnection has QEMU make the migration's connection itself under TLS too.
 func OwnConnection(o Options) Options { o.ownConnection = true; return o }
+
+// SetLastChanges sets what a copy of changes may leave for the time in which the guest is
+// stopped, and returns what it was.
+func SetLastChanges(bytes int64) (was int64) {
+	was, lastChanges = lastChanges, bytes
+	return was
+}

@@ -220,6 +220,7 @@ type namedNode struct {
 	Image struct {
 		Size int64 `json:"virtual-size"`
 	}
+	Bitmaps []bitmap `json:"dirty-bitmaps"`
 }
 
 func quorumNode(m *qmp.Monitor, g *graph, d *Disk) (namedNode, error) {

@@ -131,7 +131,11 @@ func mirrorFailed(d *Disk, j *job) error {
 
 // endMirror completes the jobs. The guest is stopped, so that both sides are the same
 // afterwards.
-func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
+func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options) error {
+	sizes, err := diskSizes(m, disks)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, maxPause, errors.New("the guest is stopped for it, and the secondary does not take the rest of its disk"))
 	defer cancel()
 	for i := range disks {
@@ -156,6 +160,11 @@ func endMirror(ctx context.Context, m *qmp.Monitor, disks []Disk) error {
 			case j.Error != "":
 				return false, mirrorFailed(&disks[i], j)
 			default:
+				c := Copied{Disk: disks[i].ID, Bytes: j.Current, Size: sizes[i]}
+				if o.Since != "" {
+					c.Why = "this QEMU has not recorded what changed"
+				}
+				o.Copied(c)
 				if err := m.Execute("job-dismiss", map[string]string{"id": j.ID}, nil); err != nil {
 					return false, err
 				}

@@ -18,6 +18,11 @@ type Options struct {
 	// Resync copies the disks to the secondary first. Without it the images of
 	// both hosts have to be the same already.
 	Resync bool
+	// Since is the point that the secondary's images are known to be at: with Resync only
+	// what was written since is copied, if this QEMU has recorded that. "": they are not known.
+	Since string
+	// Copied is called with what was copied of each disk; it may be nil.
+	Copied func(Copied)
 	// Progress is called again and again while something is copied; it may be nil.
 	Progress func(Progress)
 	// Unstarted: the guest has never run. Then nothing is lost by a reset, which QEMU may need: see [Unmigrate].
@@ -154,6 +159,9 @@ func Replicate(ctx context.Context, m *qmp.Monitor, caps Caps, disks []Disk, to 
 	if o.Progress == nil {
 		o.Progress = func(Progress) {}
 	}
+	if o.Copied == nil {
+		o.Copied = func(Copied) {}
+	}
 	o.Limits.fill()
 	state, err := migration(m)
 	if err != nil {
@@ -206,21 +214,16 @@ func begin(ctx context.Context, m *qmp.Monitor, disks []Disk, to Incoming, o Opt
 		if err := until(ctx, "the overlays are merged", func() (bool, error) { return Merged(m, disks) }); err != nil {
 			return err
 		}
+		if err := KeepPoints(m, disks, o.Since); err != nil {
+			return err
+		}
 		for i := range disks {
 			if err := connectNBD(m, i, to); err != nil {
 				return fmt.Errorf("disk %s: %w", disks[i].ID, err)
 			}
 		}
 		if o.Resync {
-			if err := mirror(ctx, m, disks, o); err != nil {
-				return err
-			}
-			if running {
-				if err := guarded(m, disks, func() error { return Stop(m) }); err != nil {
-					return err
-				}
-			}
-			if err := endMirror(ctx, m, disks); err != nil {
+			if err := copyDisks(ctx, m, disks, o, running); err != nil {
 				return err
 			}
 		}
@@ -267,6 +270,34 @@ func Unmigrate(ctx context.Context, m *qmp.Monitor) error {
 		_, state, err := m.Status()
 		return state == "prelaunch", err
 	})
+}
+
+// copyDisks makes the secondary's images the same as this host's. A guest that ran is
+// stopped afterwards.
+func copyDisks(ctx context.Context, m *qmp.Monitor, disks []Disk, o Options, running bool) error {
+	since, err := hasPoint(m, disks, o.Since)
+	if err != nil {
+		return err
+	}
+	live := func() error { return mirror(ctx, m, disks, o) }
+	rest := func() error { return endMirror(ctx, m, disks, o) }
+	if since {
+		c := &changes{m: m, disks: disks, o: o}
+		if err := c.begin(); err != nil {
+			return err
+		}
+		live = func() error { return c.live(ctx) }
+		rest = func() error { return errors.Join(c.rest(ctx), c.end()) }
+	}
+	if err := live(); err != nil {
+		return err
+	}
+	if running {
+		if err := guarded(m, disks, func() error { return Stop(m) }); err != nil {
+			return err
+		}
+	}
+	return rest()
 }
 
 // undo takes back a try to replicate: the guest is alone again, and runs if it did before.

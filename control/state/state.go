@@ -59,6 +59,9 @@ func Open(dir, vm, node string) (*Store, error) {
 // Path returns the path of the file.
 func (s *Store) Path() string { return filepath.Join(s.dir, s.vm+"-"+s.node+".state") }
 
+// Note returns the path of the note of what a secondary's images are (package replica).
+func (s *Store) Note() string { return filepath.Join(s.dir, s.vm+"-"+s.node+".replica") }
+
 // content is the file's first line; the second is its SHA-256 in hex.
 type content struct {
 	Version int    `json:"version"`
