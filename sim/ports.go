@@ -91,7 +91,8 @@ func (c *client) astray(a *asking) bool {
 		return false
 	}
 	stack := q.guest.stack
-	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), a.port), servicePort)
+	_, port := c.stack.Tuple(a.id)
+	id, ok := stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), port), servicePort)
 	if state := c.stack.State(a.id); !ok || stack.State(id) != tcp.Established || state != tcp.Established && state != tcp.FinWait2 {
 		return false
 	}
@@ -101,6 +102,19 @@ func (c *client) astray(a *asking) bool {
 		c.w.reach("guest at an earlier connection by its cookie")
 	}
 	return begun != met
+}
+
+// patience is how long the ends of a connection wait before they repeat something: long, where a frozen guest's late answers have
+// been taken for the network's time.
+func (c *client) patience(a *asking) int64 {
+	most := tcp.Patience(c.stack, a.id)
+	if q := c.w.hosts[c.w.check.speaker].qemu; q != nil && q.guest != nil {
+		_, port := c.stack.Tuple(a.id)
+		if id, ok := q.guest.stack.Find(netip.AddrPortFrom(c.w.sc.clientAddr(), port), servicePort); ok {
+			most = max(most, tcp.Patience(q.guest.stack, id))
+		}
+	}
+	return most
 }
 
 // flooded reports whether a flood can have cost a connection its SYN|ACK each time (R11): the guest repeats it together with

@@ -237,7 +237,7 @@ func (w *world) quiet() {
 	}
 	if !w.client.ended() {
 		for _, a := range w.client.conns {
-			if !a.ended && !a.lost && !w.excused && !w.client.astray(a) && !w.client.flooded(a) && !w.client.misses(a) && w.now-a.moved > 20*s { // else it is but slow
+			if !a.ended && !a.lost && !w.excused && !w.client.astray(a) && !w.client.flooded(a) && !w.client.misses(a) && w.now-a.moved > 20*s+2*w.client.patience(a) { // else it is but slow
 				w.failf("liveness", "connection %d is stuck at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
 		}

@@ -175,6 +175,12 @@ func (s *Stack) State(id ID) State { return s.conns[id].state }
 // Initial are the initial sequence numbers of a connection: its own and the other end's.
 func Initial(s *Stack, id ID) (own, remote uint32) { return s.conns[id].iss, s.conns[id].irs }
 
+// Patience is how long a connection waits, ns, for an acknowledgment before it repeats something the first time.
+func Patience(s *Stack, id ID) int64 {
+	snd := &s.conns[id].snd
+	return snd.srtt + 4*snd.rttvar
+}
+
 // Next is the sequence number that a connection sends next.
 func Next(s *Stack, id ID) uint32 { return s.conns[id].snd.nxt }
 
