@@ -130,8 +130,8 @@ func (p *Primary) commit(epoch uint32, at int64) {
 }
 
 // commit brings c to its state at a commit and appends to out what leaves. What was
-// captured behind the commit point starts afresh, with the SVM of the new epoch, or is
-// dropped.
+// captured behind the commit point starts afresh, with the SVM of the new epoch; dropped, it
+// would cost its connection a retransmission timeout of the guest.
 func (c *conn) commit(at int64, out []leaving) []leaving {
 	old := func(t int64) bool { return c.before(t, at) }
 	c.acks.commit(old, c.held.view())
@@ -139,16 +139,9 @@ func (c *conn) commit(at int64, out []leaving) []leaving {
 		out = append(out, leaving{no: h.no, c: c, piece: h})
 	}
 	for i := range c.held.view() {
-		h := &c.held.view()[i]
-		switch {
-		case !c.cfg.KeepYoung && h.fin:
-			c.pvm.reopen()
-		case c.cfg.KeepYoung && !h.syn:
+		if h := &c.held.view()[i]; !h.syn {
 			h.rest = c.keys.Sum(h.start, h.bytes(h.start, h.dataEnd()))
 		}
-	}
-	if !c.cfg.KeepYoung {
-		c.held.free(0, c.held.len(), ReasonYoung)
 	}
 	if c.held.hasRST && old(c.held.rst.at) {
 		out = append(out, leaving{no: c.held.rst.no, c: c, rst: true}) // a young one waits for the SVM's: no guest repeats a RST

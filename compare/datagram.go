@@ -336,18 +336,16 @@ func (d *datagrams) fire(f *dgramFlow) {
 }
 
 // commit appends to out what leaves at a commit. What was captured behind the
-// commit point starts afresh, with the SVM of the new epoch, or is dropped.
+// commit point starts afresh, with the SVM of the new epoch.
 func (d *datagrams) commit(f *dgramFlow, at int64, out []leaving) []leaving {
 	for _, g := range d.take(f) {
 		switch {
 		case d.before(g.at, at):
 			out = append(out, leaving{no: g.no, f: f, dgram: g})
-		case d.cfg.KeepYoung:
+		default:
 			g.confirmed = false
 			f.held.insert(f.held.len(), g)
 			d.count(&g, 1)
-		default:
-			d.drop(g.slot, ReasonYoung)
 		}
 	}
 	d.forget(f)

@@ -98,7 +98,7 @@ func FuzzStep(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		in := fuzzInput{b}
 		p := NewPrimary(Config{
-			MaxConnections: 2, ConnPoints: 6, MaxNext: 3, KeepYoung: in.byte()%2 == 0,
+			MaxConnections: 2, ConnPoints: 6, MaxNext: 3,
 			MaxHalfOpen: int(in.byte() % 4), MaxFlows: 3, MaxDatagrams: 5, FlowDatagrams: 3, MaxUnmatched: 4, Slots: 16, LargeSlots: 4, MaxPoints: 9,
 		}, keys)
 		s := NewSecondary(SecondaryConfig{MaxCopies: 3, MaxLarge: 2}, keys)

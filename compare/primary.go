@@ -33,11 +33,6 @@ type Config struct {
 	FlowDatagrams int // of each side, in one flow; 1024
 	MaxUnmatched  int // of the SVM, over all flows; 16384
 
-	// KeepYoung: held frames captured behind a commit point stay held and are
-	// compared with the SVM of the new epoch. Else they are dropped, and the guest
-	// repeats them.
-	KeepYoung bool
-
 	// FastPath: connections of which nothing waits are offered to the kernel (R27).
 	// OfferAfter is how long after it is established here, or was given back: one that is over
 	// sooner is not worth it; 1 ms.

@@ -108,7 +108,7 @@ func TestRestart(t *testing.T) {
 func TestCheckpoints(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		data := genData(t)
-		w := newWorld(t, Config{KeepYoung: rapid.Bool().Draw(t, "keep young")}, data)
+		w := newWorld(t, Config{}, data)
 		differ := func() {
 			for range w.n(0, min(2, len(data)), "differences") {
 				w.svm.data[w.n(0, len(data)-1, "differs at")] ^= 1

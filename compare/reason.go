@@ -24,7 +24,6 @@ const (
 	ReasonSYNCookie   // second SYN|ACK for a SYN that one was released for (R8)
 	ReasonOldEpoch    // a record from before the commit
 	ReasonNextEpoch   // too many records wait for the commit (R17)
-	ReasonYoung       // captured after the commit point (R14)
 	ReasonFrozen      // a repetition while frozen
 	ReasonDiverged    // a repetition on a diverged connection
 	ReasonNoACK       // the SVM has acknowledged nothing yet (R2)
@@ -53,7 +52,7 @@ var reasonNames = [ReasonCount]string{
 	"none", "payload differs", "syn differs", "fin differs", "open differs", "timeout", "table full",
 	"svm changed its bytes", "unknown past",
 	"duplicate", "malformed", "stray", "superseded", "incarnation", "syn cookie", "old epoch",
-	"next epoch overflow", "after commit point", "frozen", "diverged", "no svm ack", "reset", "expired",
+	"next epoch overflow", "frozen", "diverged", "no svm ack", "reset", "expired",
 	"unmatched rst", "forgotten", "over budget", "acked", "void",
 	"datagram differs", "icmp error", "too many datagrams", "unmatched svm datagram", "neighbour requests",
 	"half-open evicted", "before mark", "no room", "signed segment", "another order",

@@ -219,11 +219,11 @@ func (t *sender) sendRST(h *piece, seq uint32, minimum bool) {
 }
 
 // synHeld reports whether the PVM's SYN has not left, so that nothing else may. It may be compared
-// already: one that a commit dropped is, when the SVM's comes, and leaves when it is repeated.
+// already: one that found no slot is, when the SVM's comes, and leaves when it is repeated.
 func (t *sender) synHeld() bool { return t.syn.waiting || t.syn.seen && !t.placed }
 
 // sendACK sends the template with sequence number seq and what may be
-// acknowledged now. Nothing is acknowledged ahead of the SYN, which may be dropped (R14): its
+// acknowledged now. Nothing is acknowledged ahead of the SYN, which may have found no slot: its
 // repetition leaves.
 func (t *sender) sendACK(seq uint32) {
 	m := &t.tmpl

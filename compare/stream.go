@@ -72,9 +72,6 @@ func (x *extent) close(pos uint32) bool {
 	return same
 }
 
-// reopen forgets the FIN, which was dropped.
-func (x *extent) reopen() { x.fin = mark{} }
-
 // pauses reports whether the guest had no more to send at pos. What it writes next may wait for the
 // remote to acknowledge that (Nagle's algorithm, RFC 9293, 3.7.4).
 func (x *extent) pauses(pos uint32) bool { return x.pushed.is(pos) && !x.beyond(pos) }

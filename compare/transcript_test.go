@@ -18,7 +18,7 @@ import (
 // what happens now into them. Their commands:
 //
 //	config [timeout=1s] [cut=1ms] [max=n] [half=n] [points=n] [next=n] [slots=n] [large=n] [dgrams=n] [flow-dgrams=n] [flows=n] [said=n]
-//	       [copies=n | large-copies=n] [keep-young]
+//	       [copies=n | large-copies=n]
 //	run            one event per line; lines with effects come back, effects below
 //	flows | stats
 //
@@ -78,8 +78,6 @@ func (x *transcript) run(_ testing.TB, d *datadriven.TestData) string {
 				v = a.Vals[0]
 			}
 			switch a.Key {
-			case "keep-young":
-				c.KeepYoung = true
 			case "timeout":
 				c.Timeout = x.duration(v)
 			case "cut":

@@ -105,7 +105,7 @@ func (c *client) astray(a *asking) bool {
 }
 
 // patience is how long the ends of a connection wait before they repeat something: long, where a frozen guest's late answers have
-// been taken for the network's time.
+// been taken for the time of the network; twice as long for the second time.
 func (c *client) patience(a *asking) int64 {
 	most := tcp.Patience(c.stack, a.id)
 	if q := c.w.hosts[c.w.check.speaker].qemu; q != nil && q.guest != nil {

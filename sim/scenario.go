@@ -123,7 +123,7 @@ func (sc *Scenario) compare() compare.Config {
 		eager = 1
 	}
 	return compare.Config{
-		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, KeepYoung: sc.Seed%2 == 0, MaxHalfOpen: maxHalfOpen,
+		Timeout: time.Second, Linger: 2 * time.Second, Idle: 2 * time.Hour, MaxHalfOpen: maxHalfOpen,
 		Slots: loader.TCPSlots(sc.Slots), LargeSlots: loader.TCPSlots(largeSlots),
 		FastPath: sc.Seed%4 != 3 && !sc.noFastPath, OfferAfter: eager,
 	}
@@ -237,7 +237,7 @@ func (w *world) quiet() {
 	}
 	if !w.client.ended() {
 		for _, a := range w.client.conns {
-			if !a.ended && !a.lost && !w.excused && !w.client.astray(a) && !w.client.flooded(a) && !w.client.misses(a) && w.now-a.moved > 20*s+2*w.client.patience(a) { // else it is but slow
+			if !a.ended && !a.lost && !w.excused && !w.client.astray(a) && !w.client.flooded(a) && !w.client.misses(a) && w.now-a.moved > 20*s+4*w.client.patience(a) { // else it is but slow
 				w.failf("liveness", "connection %d is stuck at request %d of %d", a.id, a.reply, len(a.plan.Requests))
 			}
 		}

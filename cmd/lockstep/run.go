@@ -96,8 +96,7 @@ func runRole(ctx context.Context, e env, o runOptions, rs *roleState) error {
 		Compare: compare.Config{
 			Timeout: c.Compare.Timeout, CutDelay: c.Compare.CutDelay, MaxConnections: c.Compare.MaxConnections,
 			Slots: loader.TCPSlots(c.Compare.Slots), LargeSlots: loader.TCPSlots(c.Compare.GSOSlots),
-			FastPath:  c.Compare.FastPath,
-			KeepYoung: true, // a checkpoint costs no connection a guest's RTO
+			FastPath: c.Compare.FastPath,
 		},
 		// Parked input finds slots, and so do connections that talk while others are quiet.
 		Copies:     compare.SecondaryConfig{MaxCopies: max(1, min(c.Compare.Slots, maxCopies)/2), MaxLarge: max(1, c.Compare.GSOSlots/2)},

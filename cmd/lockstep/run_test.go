@@ -61,7 +61,7 @@ func TestRunWiring(t *testing.T) {
 			w.OwnAddr, w.PeerAddr = w.PeerAddr, w.OwnAddr
 		}
 		w.Compare.Timeout, w.Compare.CutDelay, w.Compare.MaxConnections = config.DefaultTimeout, config.DefaultCutDelay, config.DefaultMaxConnections
-		w.Compare.KeepYoung, w.Compare.FastPath = true, true
+		w.Compare.FastPath = true
 		w.Copies.MaxCopies, w.Copies.MaxLarge = maxCopies/2, config.DefaultGSOSlots/2
 		w.Compare.Slots, w.Compare.LargeSlots = config.DefaultSlots*3/4, config.DefaultGSOSlots*3/4
 		if len(got.ConfigDigest) != 64 {

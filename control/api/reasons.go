@@ -52,7 +52,6 @@ var drops = []Reason{
 	{"syn cookie", KindDrop, "The guest answered a SYN a second time with other numbers, while the client already has the first answer.", "If it repeats, the guest is under a SYN flood, or its listen queue is too short."},
 	{"old epoch", KindDrop, "What the secondary reported was from before the last checkpoint.", "Nothing: a few belong to each checkpoint."},
 	{"next epoch overflow", KindDrop, "The secondary reported more from after a checkpoint than can wait for the end of that checkpoint.", "If it repeats, checkpoints take long to be confirmed: look at the metric lockstep_checkpoint_phase_seconds, phase confirm."},
-	{"after commit point", KindDrop, "The primary guest sent the frame while a checkpoint was being made, and the secondary does not know of it. The guest sends it again.", "Nothing: a few belong to each checkpoint."},
 	{"frozen", KindDrop, "The guest repeated something during a checkpoint, when nothing may leave.", "Nothing."},
 	{"diverged", KindDrop, "The guest repeated something on a connection that waits for a checkpoint, because the guests differ.", "Nothing: the cause of the checkpoint tells more."},
 	{"no svm ack", KindDrop, "A repeated segment could not leave, because the secondary guest has acknowledged nothing on the connection yet.", "Nothing, unless it lasts: then see in `lockstep status` whether the peer link delivers."},

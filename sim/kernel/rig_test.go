@@ -89,7 +89,7 @@ func newRig(t testing.TB) *rig {
 // primary makes P's loop.
 func (r *rig) primary(epoch uint32) {
 	want := func(q nicloop.Request) { r.wanted = append(r.wanted, q.Reason) }
-	r.p.loop = nicloop.NewPrimary(0, r.p.n, slog.New(slog.DiscardHandler), want, compare.Config{Epoch: epoch, KeepYoung: true}, r.session.Digest)
+	r.p.loop = nicloop.NewPrimary(0, r.p.n, slog.New(slog.DiscardHandler), want, compare.Config{Epoch: epoch}, r.session.Digest)
 }
 
 // wire: the bridge has a frame for the guest that transmits.
