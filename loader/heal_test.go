@@ -16,6 +16,7 @@ import (
 	"github.com/lockstep-ft/lockstep/compare"
 	"github.com/lockstep-ft/lockstep/control/datapath"
 	"github.com/lockstep-ft/lockstep/loader/core"
+	lt "github.com/lockstep-ft/lockstep/loader/loadertest"
 )
 
 // datagram is a frame with a UDP datagram of payload.
@@ -198,6 +199,7 @@ func TestQuery(t *testing.T) {
 
 // A gap in the numbers brings what is missing, without user space.
 func TestGap(t *testing.T) {
+	lt.OneCPU(t) // S numbers the records of each CPU by themselves
 	h := newHosts(t)
 	svm := newWire(t, "guestS")
 	send := func(seq uint32) { svm.send(segment(false, 0, seq, compare.ACK, nil, []byte("x"))) }

@@ -5,12 +5,9 @@ package loadertest
 import (
 	"encoding/binary"
 	"fmt"
-	"runtime"
 	"slices"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // TestImpair: the bad link does what it counts, and the same again for
@@ -23,21 +20,7 @@ func TestImpair(t *testing.T) {
 		Run(t, "nsenter", "--net=/run/netns/"+ns, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
 	}
 	// Frames sent on two CPUs may overtake each other before the program sees them.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var home, one unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &home); err != nil {
-		t.Fatal(err)
-	}
-	for cpu := 0; one.Count() == 0; cpu++ {
-		if home.IsSet(cpu) {
-			one.Set(cpu)
-		}
-	}
-	if err := unix.SchedSetaffinity(0, &one); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.SchedSetaffinity(0, &home)
+	OneCPU(t)
 	const n, ethertype = 2000, 0x88b6
 	frame := func(i int) []byte {
 		f := make([]byte, 60)

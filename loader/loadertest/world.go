@@ -389,3 +389,28 @@ func FillUp(t testing.TB, path string) {
 		}
 	}
 }
+
+// OneCPU keeps the test, and what is done for the frames that it sends, on one CPU until it ends.
+func OneCPU(t testing.TB) {
+	t.Helper()
+	runtime.LockOSThread()
+	var home, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &home); err != nil {
+		t.Fatal(err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if home.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.SchedSetaffinity(0, &home); err != nil {
+			t.Error(err)
+			return // the thread ends with the goroutine
+		}
+		runtime.UnlockOSThread()
+	})
+}
