@@ -164,14 +164,15 @@ func (pl *peerLink) greet(ctx context.Context, raw net.Conn, peer *Peer, known f
 		}
 	})
 	switch {
+	case err != nil: // the controller may still be at it
+		return err
 	case taken != "":
 		_ = l.Write(peerlink.Refuse{Cause: taken, Spare: true})
 		return raw.Close()
 	case turned != nil:
 		_ = l.Write(peerlink.Refuse{Cause: turned.Error()})
-		return turned
 	}
-	return err
+	return turned
 }
 
 // offer begins a session with the secondary (P). Nothing leaves until it holds.

@@ -335,7 +335,7 @@ func (d *Daemon) post(f func()) {
 	}
 }
 
-// ask has the controller run f and waits for it.
+// ask has the controller run f and waits for it. After an error f may run still, or never: what it sets is not to be read.
 func (d *Daemon) ask(ctx context.Context, f func()) error {
 	done := make(chan struct{})
 	d.post(func() { f(); close(done) })

@@ -41,8 +41,11 @@ func (d *Daemon) Checkpoint(ctx context.Context) (api.Checkpoint, error) {
 			from = d.checkpoints.primary.Serves()
 			d.checkpoints.wanted(nicloop.Request{At: time.Now(), NIC: -1, Reason: causeOperator})
 		}
-	}); err != nil || refused != nil {
-		return api.Checkpoint{}, errors.Join(err, refused)
+	}); err != nil {
+		return api.Checkpoint{}, err // the controller may still be at it
+	}
+	if refused != nil {
+		return api.Checkpoint{}, refused
 	}
 	var done *api.Checkpoint
 	err := d.until(ctx, func() bool {
@@ -101,8 +104,11 @@ func (d *Daemon) Failover(ctx context.Context, force bool) (api.FailoverDone, er
 	}
 	var refused error
 	peer := "" // as it is now: another may follow the outcome at once
-	if err := d.ask(ctx, func() { peer, refused = d.opt.Peer, d.failover.orderFailover(force, loaded) }); err != nil || refused != nil {
-		return api.FailoverDone{}, errors.Join(err, refused)
+	if err := d.ask(ctx, func() { peer, refused = d.opt.Peer, d.failover.orderFailover(force, loaded) }); err != nil {
+		return api.FailoverDone{}, err
+	}
+	if refused != nil {
+		return api.FailoverDone{}, refused
 	}
 	err := d.until(ctx, func() bool { return d.failover.done() })
 	select {
