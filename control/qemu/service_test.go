@@ -61,7 +61,7 @@ func serve() {
 					fmt.Fprintln(c, "wrote", err)
 				case "churn":
 					load.on.Store(true)
-					go load.run(f[1])
+					load.begin(f[1])
 					fmt.Fprintln(c, "ok")
 				case "dirty":
 					var mib, rate int
@@ -99,19 +99,27 @@ type churn struct {
 // The blocks that churn writes to.
 const churnFrom, churnTo = 1000, 1500
 
-func (l *churn) run(disk string) {
-	for n := int64(0); l.on.Load(); n++ {
-		block, word := churnFrom+n*7919%(churnTo-churnFrom), fmt.Sprint("n", n)
-		l.mu.Lock()
-		if _, err := onDisk(disk, block, word); err != nil {
-			word = err.Error()
+// begin has something written before it returns, and more behind.
+func (l *churn) begin(disk string) {
+	l.write(disk, 0)
+	go func() {
+		for n := int64(1); l.on.Load(); n++ {
+			l.write(disk, n)
 		}
-		if l.want == nil {
-			l.want = make(map[int64]string)
-		}
-		l.want[block] = word
-		l.mu.Unlock()
+	}()
+}
+
+func (l *churn) write(disk string, n int64) {
+	block, word := churnFrom+n*7919%(churnTo-churnFrom), fmt.Sprint("n", n)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, err := onDisk(disk, block, word); err != nil {
+		word = err.Error()
 	}
+	if l.want == nil {
+		l.want = make(map[int64]string)
+	}
+	l.want[block] = word
 }
 
 func (l *churn) verify(disk string) string {
