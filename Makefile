@@ -74,13 +74,12 @@ lint: ## gofmt, vet, staticcheck, other analyzers, known vulnerabilities, clang-
 	clang-format-19 --dry-run -Werror --style=file:bpf/.clang-format $(C_FILES)
 	$(GO) test -count=1 .
 
-# Two cores are all that is counted on. The real pairs take the longest and wait a lot, so the other packages run beside
-# them, one at a time and with less of the CPU; figures run alone.
+# Two cores are all that is counted on: real pairs and figures run alone, and the other packages
+# two at a time, of which control/qemu is the slowest.
 .PHONY: test
 test: deps lint check-generated build race ## everything CI checks
-	nice -n 10 $(GO) test -count=1 -p 1 -timeout 40m ./control/qemu $$($(GO) list ./... | grep -v -e '/control/qemu$$' -e '/bench$$' -e '/e2e$$') & others=$$!; \
-	$(GO) test -count=1 -timeout 45m ./cmd/lockstep/e2e; pairs=$$?; wait $$others && exit $$pairs
-	$(GO) test -count=1 -timeout 10m ./bench
+	$(GO) test -count=1 -p 2 -timeout 40m ./control/qemu $$($(GO) list ./... | grep -v -e '/control/qemu$$' -e '/bench$$' -e '/e2e$$')
+	$(GO) test -count=1 -p 1 -timeout 40m ./bench ./cmd/lockstep/e2e
 
 .PHONY: race
 race: ## the race detector over what needs neither guest nor device
