@@ -374,3 +374,44 @@ func TestMutate(t *testing.T) {
 		})
 	}
 }
+
+// TestSoakList: what runs whole, or longer, in the soak alone is on its list.
+func TestSoakList(t *testing.T) {
+	b, err := os.ReadFile(".ci/soak")
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := regexp.MustCompile(`TESTS:-"([A-Za-z0-9|]+)"`).FindSubmatch(b)
+	if list == nil {
+		t.Fatal("no list of tests in .ci/soak")
+	}
+	names, found := strings.Split(string(list[1]), "|"), 0
+	for file, f := range goFiles(t) {
+		if path.Dir(file) != "cmd/lockstep/e2e" {
+			continue
+		}
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			name, test := strings.CutPrefix(fn.Name.Name, "Test")
+			if !test || name == "Main" {
+				continue
+			}
+			ast.Inspect(fn, func(n ast.Node) bool {
+				if lit, ok := n.(*ast.BasicLit); ok && lit.Value == `"LOCKSTEP_SOAK"` {
+					found++
+					if !slices.Contains(names, name) {
+						t.Errorf("%s has a form for the soak, and .ci/soak does not list %s", file, name)
+					}
+					return false
+				}
+				return true
+			})
+		}
+	}
+	if found == 0 {
+		t.Error("no test has a form for the soak: this test looks for the wrong thing")
+	}
+}
