@@ -125,6 +125,22 @@ func TestStoppedBeforeARole(t *testing.T) {
 	}
 }
 
+// swapEntry changes the arbiter's entry of a term, as beta would.
+func swapEntry(t *testing.T, conf *config.Config) (swap func(term uint64, from, to string)) {
+	t.Helper()
+	beta, err := arbiter.Open(conf, "beta")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { beta.Close() })
+	return func(term uint64, from, to string) {
+		t.Helper()
+		if _, won, err := beta.Swap(t.Context(), arbiter.Entry{Term: term, Speaker: from}, arbiter.Entry{Term: term + 1, Speaker: to}); !won || err != nil {
+			t.Errorf("swap: %v, %v", won, err)
+		}
+	}
+}
+
 // Without a role a node is what the arbiter's entry has it be, also when that changes: nobody has to edit a command line.
 func TestAutoRole(t *testing.T) {
 	c := newCLI(t)
@@ -134,16 +150,7 @@ func TestAutoRole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := arbiter.Open(conf, "beta")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
-	swap := func(term uint64, from, to string) {
-		if _, won, err := other.Swap(t.Context(), arbiter.Entry{Term: term, Speaker: from}, arbiter.Entry{Term: term + 1, Speaker: to}); !won || err != nil {
-			t.Errorf("swap: %v, %v", won, err)
-		}
-	}
+	swap := swapEntry(t, conf)
 	var parts []string
 	var ends []func() error
 	c.control = func(_ context.Context, o control.Options) error {

@@ -13,7 +13,6 @@ import (
 
 	"github.com/lockstep-ft/lockstep/control"
 	"github.com/lockstep-ft/lockstep/control/api"
-	"github.com/lockstep-ft/lockstep/control/arbiter"
 	"github.com/lockstep-ft/lockstep/control/config"
 	"github.com/lockstep-ft/lockstep/control/state"
 )
@@ -36,17 +35,7 @@ func TestSpareNodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := arbiter.Open(conf, "beta")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
-	swap := func(term uint64, from, to string) {
-		t.Helper()
-		if _, won, err := other.Swap(t.Context(), arbiter.Entry{Term: term, Speaker: from}, arbiter.Entry{Term: term + 1, Speaker: to}); !won || err != nil {
-			t.Errorf("swap: %v, %v", won, err)
-		}
-	}
+	swap := swapEntry(t, conf)
 	remote := ""
 	c.kernel.ensureVXLAN = func(v *config.VXLAN, _ int) (string, error) {
 		remote = v.Remote.String()
